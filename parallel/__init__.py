@@ -1,0 +1,1 @@
+"""Parallel building blocks: context, layers, carry, wire, pipeline. Knows no model family."""

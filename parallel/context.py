@@ -1,0 +1,133 @@
+"""Where a process stands in the layout of a run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from parallel.precision import Precision
+
+AXES = ("tensor", "pipeline", "data", "context", "expert")
+RESERVED_AXES = ("context", "expert")
+
+
+class Axis(NamedTuple):
+    """One axis of the layout: how many ranks share it, which one this is, and how to reach them.
+
+    `group` is None exactly when the axis was built without process groups (one process).
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The layout as one process sees it. It is passed to whoever needs it and never global.
+
+    Ranks are ordered with the tensor axis fastest, then data, then pipeline:
+    `rank = (pipeline * data_size + data) * tensor_size + tensor`, the order of DeepSpeed's
+    PipeModelDataParallelTopology and of Megatron-Core's parallel_state.
+    """
+
+    tensor: Axis = field(default_factory=Axis)
+    pipeline: Axis = field(default_factory=Axis)
+    data: Axis = field(default_factory=Axis)
+    sequence_parallel: bool = False
+    precision: Precision = field(default_factory=Precision)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.tensor.size == 1:
+            raise ValueError(
+                "sequence_parallel=True has no effect at tensor size 1; "
+                "set parallel.sequence_parallel=false or parallel.tensor to 2 or more"
+            )
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes what is written once."""
+        return self.tensor.rank == self.pipeline.rank == self.data.rank == 0
+
+    @classmethod
+    def single(
+        cls, *, precision: Precision | None = None, device: torch.device | str = "cpu"
+    ) -> ParallelContext:
+        """One process, size 1 on every axis, no process group."""
+        return cls(precision=precision or Precision(), device=torch.device(device))
+
+    @classmethod
+    def from_world(
+        cls,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        expert: int = 1,
+        sequence_parallel: bool = False,
+        precision: Precision | None = None,
+        device: torch.device | str = "cpu",
+    ) -> ParallelContext:
+        """Lay the initialised process group out as pipeline x data x tensor.
+
+        Collective: every rank of the world calls it with the same sizes. At tensor size > 1
+        Megatron-Core's parallel_state is initialised with the same ranks.
+
+        Raises:
+            ValueError: the sizes do not divide the world, or a reserved axis is used.
+        """
+        _refuse_reserved(context=context, expert=expert)
+        world_size = dist.get_world_size()
+        data = _data_size(world_size, tensor=tensor, pipeline=pipeline)
+        mesh = dist.init_device_mesh(
+            torch.device(device).type,
+            (pipeline, data, tensor),
+            mesh_dim_names=("pipeline", "data", "tensor"),
+        )
+        axes = {
+            name: Axis(mesh[name].size(), mesh.get_local_rank(name), mesh.get_group(name))
+            for name in ("tensor", "pipeline", "data")
+        }
+        if tensor > 1:
+            # Lets Megatron-Core overlap its collectives with the matrix products that follow.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+            from parallel.megatron import initialize_model_parallel
+
+            initialize_model_parallel(tensor=tensor, pipeline=pipeline)
+        return cls(
+            **axes,
+            sequence_parallel=sequence_parallel,
+            precision=precision or Precision(),
+            device=torch.device(device),
+        )
+
+
+def _refuse_reserved(**sizes: int) -> None:
+    for axis, size in sizes.items():
+        if size != 1:
+            raise ValueError(
+                f"parallel.{axis}={size}: the {axis} axis is reserved and not implemented; set it to 1"
+            )
+
+
+def _data_size(world_size: int, *, tensor: int, pipeline: int) -> int:
+    model_size = tensor * pipeline
+    if model_size < 1 or world_size % model_size:
+        raise ValueError(
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_size} does not divide "
+            f"the world size {world_size}; start a multiple of {model_size} processes"
+        )
+    return world_size // model_size

@@ -1,0 +1,96 @@
+"""The only import of megatron.core: collectives and arithmetic at tensor size > 1.
+
+Importing this module imports Megatron-Core (seconds), so it is imported only where a tensor axis
+larger than 1 is really used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.cpu import let_megatron_run_on_cpu
+
+with warnings.catch_warnings():
+    # Megatron-Core warns about optional packages (Transformer Engine, Apex) that it does not find.
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import layers as _layers
+    from megatron.core.tensor_parallel import mappings as _mappings
+    from megatron.core.tensor_parallel.cross_entropy import (
+        vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy,
+    )
+
+copy_to_tensor_region = _mappings.copy_to_tensor_model_parallel_region
+gather_from_sequence_region = _mappings.gather_from_sequence_parallel_region
+scatter_to_sequence_region = _mappings.scatter_to_sequence_parallel_region
+
+
+def initialize_model_parallel(*, tensor: int, pipeline: int) -> None:
+    """Initialise Megatron-Core's parallel_state with the layout of the run (collective)."""
+    let_megatron_run_on_cpu()
+    # The warning about CUDA_DEVICE_MAX_CONNECTIONS concerns speed on CUDA only, where we set it.
+    _layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+        )
+
+
+def column_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
+) -> Tensor:
+    """`x W^T + b` with W sharded over its rows; the input gradient is reduced asynchronously."""
+    return _layers.linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        weight,
+        bias,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=not sequence_parallel,
+        sequence_parallel=sequence_parallel,
+        tp_group=group,
+    )
+
+
+def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """Sum partial results over tensor ranks; identity in backward.
+
+    Megatron-Core 0.16.1 returns a non-contiguous input unreduced (mappings.py, `_reduce`).
+    """
+    return _mappings.reduce_from_tensor_model_parallel_region(x.contiguous(), group=group)
+
+
+def reduce_scatter_to_sequence_region(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """Sum partial results and keep this rank's part of dim 0; all-gather in backward."""
+    return _mappings.reduce_scatter_to_sequence_parallel_region(x.contiguous(), group=group)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-token loss of logits sharded over the vocabulary. Overwrites fp32 logits: pass a copy."""
+    return _vocab_parallel_cross_entropy(logits, labels)
+
+
+class DeepSpeedTopology:
+    """What DeepSpeed's plain engine asks its `mpu`, answered by Megatron-Core's parallel_state.
+
+    DeepSpeed calls the tensor axis "model parallel"; parallel_state has no function of that name.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(
+            parallel_state,
+            name.replace("get_model_parallel_", "get_tensor_model_parallel_"),
+        )
+
+
+def is_initialized() -> bool:
+    return torch.distributed.is_initialized() and parallel_state.model_parallel_is_initialized()
