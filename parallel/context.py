@@ -119,7 +119,8 @@ def _refuse_reserved(**sizes: int) -> None:
     for axis, size in sizes.items():
         if size != 1:
             raise ValueError(
-                f"parallel.{axis}={size}: the {axis} axis is reserved and not implemented; set it to 1"
+                f"parallel.{axis}={size}: the {axis} axis is reserved and not implemented; "
+                "set it to 1"
             )
 
 
@@ -127,7 +128,7 @@ def _data_size(world_size: int, *, tensor: int, pipeline: int) -> int:
     model_size = tensor * pipeline
     if model_size < 1 or world_size % model_size:
         raise ValueError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_size} does not divide "
-            f"the world size {world_size}; start a multiple of {model_size} processes"
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_size} does not "
+            f"divide the world size {world_size}; start a multiple of {model_size} processes"
         )
     return world_size // model_size

@@ -46,7 +46,7 @@ def column_linear(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     sequence_parallel: bool,
 ) -> Tensor:
     """`x W^T + b` with W sharded over its rows; the input gradient is reduced asynchronously."""
@@ -61,7 +61,7 @@ def column_linear(
     )
 
 
-def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum partial results over tensor ranks; identity in backward.
 
     Megatron-Core 0.16.1 returns a non-contiguous input unreduced (mappings.py, `_reduce`).
@@ -69,7 +69,7 @@ def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     return _mappings.reduce_from_tensor_model_parallel_region(x.contiguous(), group=group)
 
 
-def reduce_scatter_to_sequence_region(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_to_sequence_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum partial results and keep this rank's part of dim 0; all-gather in backward."""
     return _mappings.reduce_scatter_to_sequence_parallel_region(x.contiguous(), group=group)
 

@@ -46,7 +46,7 @@ def run_ranks(
         AssertionError: a rank raised, died or did not finish in `timeout` seconds; the message
             holds the log of every rank.
     """
-    # Forking while other threads hold locks can deadlock the child: use one thread before and after.
+    # Forking while other threads hold locks can deadlock the child.
     torch.set_num_threads(1)
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,9 @@ def run_ranks(
         statuses = _wait(pids, timeout)
         if any(status != 0 for status in statuses):
             raise AssertionError(_report(statuses, directory, timeout))
-        return [pickle.loads((directory / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+        return [
+            pickle.loads((directory / f"{rank}.result").read_bytes()) for rank in range(world_size)
+        ]
 
 
 def _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs) -> int:  # type: ignore[no-untyped-def]
@@ -72,9 +74,14 @@ def _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs) -> int
         os.setsid()
         _redirect_output(directory / f"{rank}.log")
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-        )  # fmt: skip
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            OMP_NUM_THREADS="1",
+        )
         if init:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)
         result = fn(*args, **kwargs)
@@ -122,7 +129,11 @@ def _wait(pids: list[int], timeout: float) -> list[int | None]:
 def _report(statuses: list[int | None], directory: Path, timeout: float) -> str:
     lines = []
     for rank, status in enumerate(statuses):
-        verdict = f"exit {status}" if status is not None else f"not finished (limit {timeout:.0f} s)"
+        verdict = (
+            f"exit {status}" if status is not None else f"not finished (limit {timeout:.0f} s)"
+        )
         log = directory / f"{rank}.log"
-        lines.append(f"--- rank {rank}: {verdict}\n{log.read_text()[-3000:] if log.exists() else ''}")
+        lines.append(
+            f"--- rank {rank}: {verdict}\n{log.read_text()[-3000:] if log.exists() else ''}"
+        )
     return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""A model as an ordered list of layers that hand each other one named carry.
+
+A family declares its carry once, as a NamedTuple class, and describes it for a given run with the
+same class filled with `Field`s. Every layer between the first and the last takes and returns the
+carry. The same list of `LayerSpec`s is built whole (`SequentialModel`) or cut into pipeline stages
+(parallel.pipeline); layers do not know which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+from parallel.random import initialize
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of a model, not built yet.
+
+    `name`: a flat identifier, unique in the model; parameters are called `name.path` in the whole
+    model, in every pipeline stage and in checkpoints. `module`: called as `module(ctx=ctx,
+    **kwargs)`. `tied`: own parameter -> full name of the parameter of an earlier layer that it is,
+    for every parameter that is shared. `recompute`: whether activation recomputation covers it.
+    """
+
+    name: str
+    module: type[nn.Module]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    recompute: bool = True
+
+
+class Field(NamedTuple):
+    """One field of a carry: local shape, dtype, and whether a gradient flows back through it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gradient: bool = False
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+def check_carry(layer: str, carry: Any, schema: Any) -> None:
+    """Compare what a layer returned with the schema of its family.
+
+    Raises:
+        ValueError: names the layer, the field, what was expected and what came.
+    """
+    if type(carry) is not type(schema):
+        raise ValueError(
+            f"layer {layer} returned {type(carry).__name__}, "
+            f"expected the carry {type(schema).__name__}"
+        )
+    for name, value, expected in zip(schema._fields, carry, schema, strict=True):
+        if expected is None and value is None:
+            continue
+        if expected is None or not isinstance(value, Tensor):
+            came = type(value).__name__
+            raise ValueError(f"layer {layer}, carry field {name}: expected {expected}, got {came}")
+        if (value.dtype, tuple(value.shape)) != (expected.dtype, tuple(expected.shape)):
+            came = str(Field(tuple(value.shape), value.dtype))
+            raise ValueError(f"layer {layer}, carry field {name}: expected {expected}, got {came}")
+
+
+class Tie(NamedTuple):
+    """Parameter `path` of layer `layer` is the parameter `target` (full name) of another layer."""
+
+    layer: str
+    path: str
+    target: str
+
+
+def ties(specs: Iterable[LayerSpec]) -> list[Tie]:
+    """Every tied parameter of a model, in the order of its layers.
+
+    Raises:
+        ValueError: a target does not belong to an earlier layer.
+    """
+    found, seen = [], set()
+    for spec in specs:
+        for path, target in spec.tied.items():
+            if target.split(".")[0] not in seen:
+                raise ValueError(
+                    f"layer {spec.name} ties {path} to {target}, which is not in an earlier layer"
+                )
+            found.append(Tie(spec.name, path, target))
+        seen.add(spec.name)
+    return found
+
+
+def build_layers(
+    specs: Sequence[LayerSpec], ctx: ParallelContext, *, seed: int
+) -> dict[str, nn.Module]:
+    """Build consecutive layers on `ctx.device`, initialised from (seed, parameter name).
+
+    A parameter tied to one of the same layers becomes the same object. One that is tied to a layer
+    elsewhere is a copy that starts equal.
+    """
+    layers: dict[str, nn.Module] = {}
+    for spec in specs:
+        if not spec.name.isidentifier() or spec.name in layers:
+            raise ValueError(f"layer name {spec.name!r} is not a unique identifier")
+        layer = spec.module(ctx=ctx, **spec.kwargs)
+        for path, target in spec.tied.items():
+            owner, _, target_path = target.partition(".")
+            if owner in layers:
+                _set_parameter(layer, path, layers[owner].get_parameter(target_path))
+        names = dict(spec.tied)
+        initialize(layer, seed=seed, prefix=spec.name, tensor_rank=ctx.tensor.rank, names=names)
+        layers[spec.name] = layer
+    return layers
+
+
+class SequentialModel(nn.Module):
+    """The whole model in one process: `carry = layer(carry)` over the ordered layers.
+
+    `forward(inputs)` returns what the last layer returns. With `cache` (from `new_cache`) each
+    layer that keeps state between calls receives its own part as a second argument, and the tokens
+    passed continue those already seen.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        ctx: ParallelContext,
+        *,
+        seed: int = 0,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        ties(specs)
+        self.specs = tuple(specs)
+        self.ctx = ctx
+        self.recompute = recompute
+        for name, layer in build_layers(self.specs, ctx, seed=seed).items():
+            self.add_module(name, layer)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [self.get_submodule(spec.name) for spec in self.specs]
+
+    def forward(self, inputs: Any, cache: Mapping[str, Any] | None = None) -> Any:
+        with self.ctx.precision.autocast():
+            if cache is None:
+                return run_layers(
+                    self.specs, self.layers, inputs, self.ctx, recompute=self.recompute
+                )
+            carry = inputs
+            for spec, layer in zip(self.specs, self.layers, strict=True):
+                carry = layer(carry, cache[spec.name]) if spec.name in cache else layer(carry)
+            return carry
+
+    def new_cache(self, batch_size: int, max_length: int) -> dict[str, Any]:
+        """Empty state for generation: layer name -> what its `new_cache` returns."""
+        return {
+            spec.name: layer.new_cache(batch_size, max_length)  # type: ignore[operator]
+            for spec, layer in zip(self.specs, self.layers, strict=True)
+            if hasattr(layer, "new_cache")
+        }
+
+
+def run_layers(
+    specs: Sequence[LayerSpec],
+    layers: Sequence[nn.Module],
+    carry: Any,
+    ctx: ParallelContext,
+    *,
+    recompute: bool,
+) -> Any:
+    """Hand the carry through consecutive layers, recomputing in backward those that allow it."""
+    for spec, layer in zip(specs, layers, strict=True):
+        if recompute and spec.recompute and torch.is_grad_enabled():
+            carry = ctx.precision.checkpoint(layer, carry)
+        else:
+            carry = layer(carry)
+    return carry
+
+
+def check_layers(specs: Sequence[LayerSpec], inputs: Any, schema: Any) -> None:
+    """Run a model's layers on the meta device and check what each but the last returns.
+
+    Costs no memory and no arithmetic, so it runs before anything large is built. `specs` and
+    `schema` are those of one process (ParallelContext.single(device="meta")).
+
+    Raises:
+        ValueError: a layer breaks the schema of the carry.
+    """
+    ctx = ParallelContext.single(device="meta")
+    carry = type(inputs)(*(x if x is None else x.to("meta") for x in inputs))
+    for spec in specs[:-1]:
+        carry = spec.module(ctx=ctx, **spec.kwargs)(carry)
+        check_carry(spec.name, carry, schema)
+
+
+def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    owner_path, _, name = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    if owner.get_parameter(name).shape != parameter.shape:
+        raise ValueError(
+            f"cannot tie {path} of shape {tuple(owner.get_parameter(name).shape)} "
+            f"to a parameter of shape {tuple(parameter.shape)}"
+        )
+    setattr(owner, name, parameter)

@@ -1,0 +1,268 @@
+"""Linear layers, embedding and loss that tensor ranks share, under Megatron's names.
+
+At tensor size 1 they are nn.Linear and nn.Embedding (same keys and shapes) and nothing of Megatron
+is imported. At tensor size > 1 the collectives and the overlapped backward are Megatron-Core's.
+Under FP8 the linear layers are Transformer Engine's.
+
+Shapes: s sequence, b batch, h hidden, t tensor size. Under sequence parallelism the activations
+between layers are [s/t, b, h]; `ColumnParallelLinear` gathers them and `RowParallelLinear`
+scatters the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+from parallel.precision import as_fp32, fp8_linear
+from parallel.sharding import Constant, Init, Normal, Sharding, declare, local_extent
+
+
+def ColumnParallelLinear(
+    in_features: int,
+    out_features: int,
+    *,
+    ctx: ParallelContext,
+    bias: bool = False,
+    init: Init = Normal(0.02),
+) -> nn.Module:
+    """`y = x W^T + b` with W [out, in] cut over its rows: rank r computes columns r of y.
+
+    Input [s, b, in] (or [s/t, b, in] under sequence parallelism), output [s, b, out/t].
+    Forward: no collective, or an all-gather over the sequence. Backward: an all-reduce of the
+    input gradient, or a reduce-scatter, overlapped with the weight gradient.
+
+    Raises:
+        ValueError: the tensor size does not divide `out_features`.
+    """
+    _check_divides("out_features", out_features, ctx)
+    shape = (out_features // ctx.tensor.size, in_features)
+    return _linear("column", in_features, out_features, shape, ctx=ctx, bias=bias, init=init)
+
+
+def RowParallelLinear(
+    in_features: int,
+    out_features: int,
+    *,
+    ctx: ParallelContext,
+    bias: bool = False,
+    init: Init = Normal(0.02),
+) -> nn.Module:
+    """`y = sum_r x_r W_r^T + b` with W [out, in] cut over its columns; x is already cut alike.
+
+    Input [s, b, in/t], output [s, b, out] (or [s/t, b, out] under sequence parallelism).
+    Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an
+    all-gather. The bias is replicated and added once, after the sum.
+
+    Raises:
+        ValueError: the tensor size does not divide `in_features`.
+    """
+    _check_divides("in_features", in_features, ctx)
+    shape = (out_features, in_features // ctx.tensor.size)
+    return _linear("row", in_features, out_features, shape, ctx=ctx, bias=bias, init=init)
+
+
+def project_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Apply several column-parallel layers to one input with one collective instead of one each.
+
+    Query, key and value (or gate and up) projections share their input: it is gathered once in
+    forward, and the sum of their input gradients is reduced once in backward.
+    """
+    first = linears[0]
+    if not isinstance(first, _ColumnParallelLinear) or first.ctx.tensor.size == 1:
+        return tuple(linear(x) for linear in linears)
+    from parallel import megatron
+
+    group = first.ctx.tensor.group
+    if first.ctx.sequence_parallel:
+        x = megatron.gather_from_sequence_region(x, group=group)
+    else:
+        x = megatron.copy_to_tensor_region(x, group=group)
+    return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """The token table cut over its rows: a rank looks up its own ids, and the ranks are summed.
+
+    Input int64 [b, s], output [s, b, h] (or [s/t, b, h] under sequence parallelism). A vocabulary
+    that the tensor size does not divide is padded with zero rows that are never looked up.
+    Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an all-gather.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, ctx: ParallelContext, init: Init = Normal(0.02)
+    ) -> None:
+        extent = local_extent(vocab_size, size=ctx.tensor.size, rank=ctx.tensor.rank)
+        super().__init__(extent.padded, hidden_size, device=ctx.device)
+        self.ctx = ctx
+        self.first_id = ctx.tensor.rank * extent.padded
+        declare(self.get_parameter("weight"), Sharding(dim=0, full_size=vocab_size), init)
+
+    def reset_parameters(self) -> None:
+        """Left to parallel.random.initialize, which knows the parameter's name."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.ctx.tensor.size == 1:
+            return super().forward(tokens).transpose(0, 1).contiguous()
+        from parallel import megatron
+
+        local = tokens - self.first_id
+        foreign = (local < 0) | (local >= self.num_embeddings)
+        rows = super().forward(local.masked_fill(foreign, 0))
+        rows = rows.masked_fill(foreign.unsqueeze(-1), 0.0).transpose(0, 1)
+        if self.ctx.sequence_parallel:
+            return megatron.reduce_scatter_to_sequence_region(rows, group=self.ctx.tensor.group)
+        return megatron.reduce_from_tensor_region(rows, group=self.ctx.tensor.group)
+
+
+class VocabParallelHead(nn.Module):
+    """Logits `x W^T` over this rank's part of the vocabulary: [s, b, h] -> [s, b, ceil(V/t)].
+
+    The weight has the shape and sharding of `VocabParallelEmbedding`, so the two can be tied.
+    Columns that only pad the vocabulary are -inf and so never take part in a softmax.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, ctx: ParallelContext, init: Init = Normal(0.02)
+    ) -> None:
+        super().__init__()
+        extent = local_extent(vocab_size, size=ctx.tensor.size, rank=ctx.tensor.rank)
+        self.ctx = ctx
+        self.num_real = extent.stop - extent.start
+        self.weight = nn.Parameter(torch.empty(extent.padded, hidden_size, device=ctx.device))
+        declare(self.weight, Sharding(dim=0, full_size=vocab_size), init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ctx.tensor.size == 1:
+            return F.linear(x, self.weight)
+        from parallel import megatron
+
+        logits = megatron.column_linear(
+            x,
+            self.weight,
+            None,
+            group=self.ctx.tensor.group,
+            sequence_parallel=self.ctx.sequence_parallel,
+        )
+        if self.num_real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.num_real
+            logits = logits.masked_fill(padding, float("-inf"))
+        return logits
+
+
+IGNORED_LABEL = -100
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Per-token loss `-log softmax(logits)[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
+
+    Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are
+    left as they are. Forward: three all-reduces of [s, b]. Backward: none.
+    """
+    labels = labels.transpose(0, 1)
+    if ctx.tensor.size == 1:
+        flat = F.cross_entropy(
+            as_fp32(logits).flatten(0, 1),
+            labels.flatten(),
+            reduction="none",
+            ignore_index=IGNORED_LABEL,
+        )
+        return flat.view(labels.shape)
+    from parallel import megatron
+
+    ignored = labels == IGNORED_LABEL
+    # Megatron-Core works in place on fp32 logits; those of another dtype it converts first.
+    own = logits.clone() if logits.dtype == torch.float32 else logits
+    losses = megatron.vocab_parallel_cross_entropy(own, labels.masked_fill(ignored, 0).contiguous())
+    return losses.masked_fill(ignored, 0.0)
+
+
+def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Logits over the whole vocabulary on every tensor rank (inference only: no gradient)."""
+    if ctx.tensor.size == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(ctx.tensor.size)]
+    torch.distributed.all_gather(parts, logits.detach().contiguous(), group=ctx.tensor.group)
+    return torch.cat(parts, dim=-1)
+
+
+class _ShardedLinear(nn.Linear):
+    """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random."""
+
+    def __init__(self, shape: tuple[int, int], *, ctx: ParallelContext, bias: bool) -> None:
+        super().__init__(shape[1], shape[0], bias=bias, device=ctx.device)
+        self.ctx = ctx
+
+    def reset_parameters(self) -> None:
+        """Left to parallel.random.initialize, which knows the parameter's name."""
+
+
+class _ColumnParallelLinear(_ShardedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ctx.tensor.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        from parallel import megatron
+
+        return megatron.column_linear(
+            x,
+            self.weight,
+            self.bias,
+            group=self.ctx.tensor.group,
+            sequence_parallel=self.ctx.sequence_parallel,
+        )
+
+
+class _RowParallelLinear(_ShardedLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ctx.tensor.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        from parallel import megatron
+
+        y = F.linear(x, self.weight)
+        if self.ctx.sequence_parallel:
+            y = megatron.reduce_scatter_to_sequence_region(y, group=self.ctx.tensor.group)
+        else:
+            y = megatron.reduce_from_tensor_region(y, group=self.ctx.tensor.group)
+        return y if self.bias is None else y + self.bias
+
+
+def _linear(
+    mode: str,
+    in_features: int,
+    out_features: int,
+    shape: tuple[int, int],
+    *,
+    ctx: ParallelContext,
+    bias: bool,
+    init: Init,
+) -> nn.Module:
+    column = mode == "column"
+    layer: nn.Module
+    if ctx.precision.is_fp8:
+        layer = fp8_linear(
+            in_features,
+            out_features,
+            bias=bias,
+            parallel_mode=mode,
+            tensor=ctx.tensor,
+            sequence_parallel=ctx.sequence_parallel,
+            device=ctx.device,
+        )
+    else:
+        layer = (_ColumnParallelLinear if column else _RowParallelLinear)(shape, ctx=ctx, bias=bias)
+    rows, columns = Sharding(0, out_features), Sharding(1, in_features)
+    declare(layer.get_parameter("weight"), rows if column else columns, init)
+    if bias:
+        replicated = Sharding(partial_gradient=ctx.sequence_parallel)
+        declare(layer.get_parameter("bias"), rows if column else replicated, Constant(0.0))
+    return layer
+
+
+def _check_divides(name: str, features: int, ctx: ParallelContext) -> None:
+    if features % ctx.tensor.size:
+        raise ValueError(
+            f"{name}={features} is not divisible by parallel.tensor={ctx.tensor.size}; "
+            "choose a tensor size that divides it"
+        )

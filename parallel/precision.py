@@ -1,0 +1,143 @@
+"""Precision of a run: fp32, bf16, or FP8 through Transformer Engine. The only import of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`name` is fp32, bf16 or fp8; `fp8_recipe` names the scaling of FP8 and is None otherwise.
+
+    Under fp8 parameters and activations are bf16; the linear layers are Transformer Engine's and
+    multiply in FP8. Without a usable Transformer Engine the setting is refused: it never becomes
+    a bf16 run that says fp8.
+    """
+
+    name: str = "fp32"
+    fp8_recipe: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in DTYPES:
+            raise ValueError(f"precision={self.name!r} is not one of {', '.join(DTYPES)}")
+        if (self.fp8_recipe is not None) != self.is_fp8:
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe!r} with precision={self.name!r}: "
+                "a recipe is needed with fp8 and has no effect without it"
+            )
+        if self.is_fp8:
+            if self.fp8_recipe not in FP8_RECIPES:
+                raise ValueError(
+                    f"fp8_recipe={self.fp8_recipe!r} is not one of {', '.join(FP8_RECIPES)}"
+                )
+            require_transformer_engine()
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.name == "fp8"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of parameters in the forward pass and of activations."""
+        return DTYPES[self.name]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context every forward pass runs in: FP8 scaling under fp8, nothing otherwise."""
+        if not self.is_fp8:
+            return contextlib.nullcontext()
+        engine = require_transformer_engine()
+        return engine.pytorch.fp8_autocast(enabled=True, fp8_recipe=_recipe(self.fp8_recipe))
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function` without keeping its activations and again in backward.
+
+        Non-reentrant, so integer inputs and inputs without gradient are fine. Random numbers are
+        replayed. Under FP8 Transformer Engine's own version also replays the scaling state.
+        """
+        if self.is_fp8:
+            engine = require_transformer_engine()
+            return engine.pytorch.checkpoint(function, *args, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def require_transformer_engine() -> Any:
+    """Import Transformer Engine or say what is missing.
+
+    Raises:
+        ValueError: there is no CUDA device, or the package cannot be imported.
+    """
+    remedy = (
+        "install it with `pip install manyformer[fp8]` on a CUDA machine, or use precision=bf16"
+    )
+    if not torch.cuda.is_available():
+        raise ValueError(f"precision=fp8 needs a CUDA device and Transformer Engine; {remedy}")
+    try:
+        import transformer_engine
+        import transformer_engine.pytorch
+    except Exception as error:  # a broken install raises RuntimeError and OSError, too
+        raise ValueError(
+            f"precision=fp8 needs Transformer Engine, which cannot be imported "
+            f"({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    return transformer_engine
+
+
+def fp8_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool,
+    parallel_mode: str,
+    tensor: Any,
+    sequence_parallel: bool,
+    device: torch.device,
+) -> nn.Module:
+    """Transformer Engine's linear layer holding this tensor rank's shard (sizes are full sizes).
+
+    Raises:
+        ValueError: a local size is not a multiple of 16, which FP8 matrix products need.
+    """
+    engine = require_transformer_engine()
+    local = {"column": out_features, "row": in_features}[parallel_mode] // tensor.size
+    other = {"column": in_features, "row": out_features}[parallel_mode]
+    if local % 16 or other % 16:
+        raise ValueError(
+            f"FP8 linear of {other} x {local} (per tensor rank): both must be multiples of 16; "
+            "change the model's sizes or use precision=bf16"
+        )
+    return engine.pytorch.Linear(
+        in_features,
+        out_features,
+        bias=bias,
+        params_dtype=torch.bfloat16,
+        device=device,
+        parallel_mode=parallel_mode if tensor.size > 1 else None,
+        tp_group=tensor.group if tensor.size > 1 else None,
+        tp_size=tensor.size,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def _recipe(name: str | None) -> Any:
+    from transformer_engine.common import recipe
+
+    return {
+        "delayed": lambda: recipe.DelayedScaling(),
+        "tensorwise": lambda: recipe.Float8CurrentScaling(),
+        "blockwise": lambda: recipe.Float8BlockScaling(),
+        "mxfp8": lambda: recipe.MXFP8BlockScaling(),
+    }[str(name)]()
+
+
+def as_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32 for softmax, norms, gates and losses; no copy when it already is."""
+    return x if x.dtype == torch.float32 else x.float()

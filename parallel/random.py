@@ -1,0 +1,97 @@
+"""Initial weights that do not depend on the layout.
+
+The value of a weight is a function of (seed, parameter name, position): the full tensor is cut
+into tiles along the dimension that may be sharded, each tile has its own generator, and a rank
+draws only the tiles that it holds. So a 70B model starts equal at any tensor and pipeline size, no
+rank ever holds a full matrix, and a layer may be built on the CPU or on a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.sharding import Constant, Normal, Sharding, init_of, sharding_of
+
+NUM_TILES = 64
+
+
+def initialize(
+    module: nn.Module,
+    *,
+    seed: int,
+    prefix: str,
+    tensor_rank: int,
+    names: dict[str, str] | None = None,
+) -> None:
+    """Fill every parameter of `module` from its declared initialiser.
+
+    `prefix` is the layer's name in the model; `names` gives the canonical name of a parameter that
+    is tied to another layer's, so that both copies start equal.
+    """
+    for name, parameter in module.named_parameters():
+        canonical = (names or {}).get(name, f"{prefix}.{name}")
+        with torch.no_grad():
+            _fill(parameter, seed=seed, name=canonical, tensor_rank=tensor_rank)
+
+
+def generator_for(seed: int, name: str, tile: int = 0) -> torch.Generator:
+    """A CPU generator that depends only on the seed, the parameter's name and the tile."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{tile}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class _Rows(NamedTuple):
+    """Rows [start, stop) along dimension `dim` of a full tensor with `full_size` rows."""
+
+    dim: int
+    full_size: int
+    start: int
+    stop: int
+
+
+def _fill(parameter: nn.Parameter, *, seed: int, name: str, tensor_rank: int) -> None:
+    init = init_of(name, parameter)
+    if isinstance(init, Constant):
+        parameter.fill_(init.value)
+        return
+    rows = _local_rows(parameter, sharding_of(name, parameter), tensor_rank)
+    parameter.zero_()  # padding rows stay zero
+    if not isinstance(init, Normal):
+        shape = list(parameter.shape)
+        shape[rows.dim] = rows.full_size
+        full = init(torch.Size(shape), generator_for(seed, name))
+        own = full.narrow(rows.dim, rows.start, rows.stop - rows.start)
+        parameter.narrow(rows.dim, 0, rows.stop - rows.start).copy_(own)
+        return
+    for start, tile in _tiles(parameter.shape, rows, init.std, seed=seed, name=name):
+        first, last = max(start, rows.start), min(start + tile.shape[rows.dim], rows.stop)
+        part = tile.narrow(rows.dim, first - start, last - first)
+        parameter.narrow(rows.dim, first - rows.start, last - first).copy_(part)
+
+
+def _local_rows(parameter: nn.Parameter, sharding: Sharding, tensor_rank: int) -> _Rows:
+    if sharding.dim is None:
+        return _Rows(0, parameter.shape[0], 0, parameter.shape[0])
+    extent, full_size = parameter.shape[sharding.dim], sharding.extent
+    start = min(tensor_rank * extent, full_size)
+    return _Rows(sharding.dim, full_size, start, min(start + extent, full_size))
+
+
+def _tiles(
+    shape: torch.Size, rows: _Rows, std: float, *, seed: int, name: str
+) -> Iterator[tuple[int, Tensor]]:
+    """The tiles of the full tensor that overlap `rows`, each with its first row."""
+    num_tiles = min(NUM_TILES, rows.full_size)
+    for index in range(num_tiles):
+        start = index * rows.full_size // num_tiles
+        end = (index + 1) * rows.full_size // num_tiles
+        if start < rows.stop and end > rows.start:
+            tile_shape = list(shape)
+            tile_shape[rows.dim] = end - start
+            generator = generator_for(seed, name, index)
+            yield start, torch.empty(tile_shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,176 @@
+"""What every parameter says about itself: how tensor ranks share it and how it starts.
+
+A model is initialised, merged for export, split for import and reduced from these declarations
+alone, so a parameter that declares nothing is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the tensor ranks hold one parameter.
+
+    `dim`: the dimension that is cut into equal parts, rank by rank, or None when every rank holds
+    all of it. `full_size`: the extent of the whole tensor along `dim`; when the number of ranks
+    does not divide it, the last ranks hold padding rows that merging drops.
+    `partial_gradient`: the parameter is replicated but each rank sees only a part of the tokens
+    (sequence parallelism), so that its gradient must be summed over tensor ranks.
+    """
+
+    dim: int | None = None
+    full_size: int | None = None
+    partial_gradient: bool = False
+
+    @property
+    def extent(self) -> int:
+        """`full_size` of a sharded parameter."""
+        if self.full_size is None:
+            raise ValueError(f"{self} is sharded along {self.dim} but does not say its full_size")
+        return self.full_size
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent N(0, std^2)."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element is `value`."""
+
+    value: float
+
+
+# A function of the full shape that returns the full tensor (fp32, CPU), for small parameters.
+Init = Normal | Constant | Callable[[torch.Size, torch.Generator], Tensor]
+
+
+class Extent(NamedTuple):
+    """Rows [start, stop) of the full tensor that a rank really holds, and its padded row count."""
+
+    start: int
+    stop: int
+    padded: int
+
+
+def local_extent(full_size: int, *, size: int, rank: int) -> Extent:
+    """The part of `full_size` that `rank` of `size` holds: ceil(full_size / size) rows, padded."""
+    padded = -(-full_size // size)
+    start = min(rank * padded, full_size)
+    return Extent(start, min(start + padded, full_size), padded)
+
+
+def declare(parameter: nn.Parameter, sharding: Sharding, init: Init) -> nn.Parameter:
+    """Attach `sharding` and `init` to a parameter, and the attributes that DeepSpeed reads.
+
+    DeepSpeed counts a parameter without `tensor_model_parallel` once per tensor group in the
+    gradient norm; a sharded parameter without it makes the norm silently wrong.
+    """
+    parameter.sharding = sharding  # type: ignore[attr-defined]
+    parameter.init = init  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = sharding.dim is not None  # type: ignore[attr-defined]
+    if sharding.dim is not None:
+        parameter.partition_dim = sharding.dim  # type: ignore[attr-defined]
+    return parameter
+
+
+def declare_replicated(
+    parameter: nn.Parameter, init: Init, *, ctx: ParallelContext
+) -> nn.Parameter:
+    """Declare a parameter that every tensor rank holds whole and applies to its own tokens."""
+    return declare(parameter, Sharding(partial_gradient=ctx.sequence_parallel), init)
+
+
+def sharding_of(name: str, parameter: nn.Parameter) -> Sharding:
+    """The declaration of a parameter.
+
+    Raises:
+        ValueError: the parameter declares nothing.
+    """
+    sharding = getattr(parameter, "sharding", None)
+    if not isinstance(sharding, Sharding):
+        raise ValueError(
+            f"parameter {name} {tuple(parameter.shape)} declares no sharding; "
+            "create it through parallel.layers or call parallel.sharding.declare_replicated on it"
+        )
+    return sharding
+
+
+def init_of(name: str, parameter: nn.Parameter) -> Init:
+    """How a parameter starts.
+
+    Raises:
+        ValueError: the parameter declares nothing.
+    """
+    sharding_of(name, parameter)
+    return parameter.init  # type: ignore[attr-defined]
+
+
+def sharding_table(module: nn.Module) -> dict[str, Sharding]:
+    """Parameter name -> declaration, for every parameter of `module`.
+
+    Raises:
+        ValueError: a parameter declares nothing.
+    """
+    return {name: sharding_of(name, p) for name, p in module.named_parameters()}
+
+
+def merge(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
+    """The full tensor from the shards of all tensor ranks in rank order, without padding."""
+    if sharding.dim is None:
+        return shards[0]
+    return torch.cat(list(shards), dim=sharding.dim).narrow(sharding.dim, 0, sharding.extent)
+
+
+def split(full: Tensor, sharding: Sharding, *, size: int, rank: int) -> Tensor:
+    """The shard of `full` that `rank` of `size` holds, padded with zeros to an equal extent.
+
+    Raises:
+        ValueError: the full tensor is not of the declared extent.
+    """
+    if sharding.dim is None:
+        return full
+    if full.shape[sharding.dim] != sharding.extent:
+        raise ValueError(
+            f"tensor of shape {tuple(full.shape)} has {full.shape[sharding.dim]} along dimension "
+            f"{sharding.dim}, the model declares {sharding.full_size}"
+        )
+    start, stop, padded = local_extent(sharding.extent, size=size, rank=rank)
+    shard = full.narrow(sharding.dim, start, stop - start)
+    if stop - start == padded:
+        return shard
+    shape = list(full.shape)
+    shape[sharding.dim] = padded - (stop - start)
+    return torch.cat([shard, full.new_zeros(shape)], dim=sharding.dim)
+
+
+def sum_partial_gradients(module: nn.Module, ctx: ParallelContext) -> None:
+    """Sum the gradient of every parameter that declares `partial_gradient` over tensor ranks.
+
+    Megatron-Core does this at the end of a step in its own training loop and DeepSpeed not at all,
+    so a hook on the parameter does it as soon as the gradient of a micro-batch exists.
+    """
+    if ctx.tensor.size == 1:
+        return
+    for parameter in module.parameters():
+        if getattr(parameter, "sharding", Sharding()).partial_gradient:
+            parameter.register_hook(lambda gradient: _all_reduced(gradient, ctx.tensor.group))
+
+
+def _all_reduced(gradient: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(gradient, group=group)
+    return gradient

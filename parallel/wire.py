@@ -1,0 +1,129 @@
+"""The wire: a carry as the tensors that may cross a pipeline stage.
+
+DeepSpeed's pipeline engine runs backward once for every floating tensor that crosses a stage,
+mixes up receive buffers of different dtypes on middle stages, and fails on a float without
+gradient. So the whole carry crosses as exactly one floating tensor holding the bits of every field
+through which a gradient flows, followed by one integer tensor with the bits of the others if there
+are any. Fields arrive with their own dtype and bit for bit; gradients travel back the same way, and
+fields without gradient cost nothing in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.carry import Field, check_carry
+
+# Every field starts at a multiple of this, so that any dtype can be viewed in place.
+ALIGNMENT_BYTES = 16
+
+
+class Wire:
+    """Packs and unpacks the carry described by `schema` (the carry's class filled with Fields)."""
+
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+        self.names: list[str] = [
+            n for n, f in zip(schema._fields, schema, strict=True) if f is not None
+        ]
+        fields = [f for f in schema if f is not None]
+        for name, field in zip(self.names, fields, strict=True):
+            if field.gradient and not field.dtype.is_floating_point:
+                raise ValueError(f"carry field {name}: {field} cannot carry a gradient")
+        self.differentiable = [f for f in fields if f.gradient]
+        self.constant = [f for f in fields if not f.gradient]
+        self._is_differentiable = [f.gradient for f in fields]
+        if not self.differentiable:
+            raise ValueError(f"{type(schema).__name__}: no field carries a gradient")
+
+    def pack(self, carry: Any, *, layer: str) -> Tensor | tuple[Tensor, Tensor]:
+        """One fp32 tensor of bits, or (that, one int32 tensor of bits). `layer` is for errors.
+
+        Raises:
+            ValueError: the carry is not what the schema says.
+        """
+        check_carry(layer, carry, self.schema)
+        values = [x for x in carry if x is not None]
+        floats = [x for x, d in zip(values, self._is_differentiable, strict=True) if d]
+        others = [x for x, d in zip(values, self._is_differentiable, strict=True) if not d]
+        bits: Tensor = _Pack.apply(self.differentiable, *floats)
+        if not others:
+            return bits
+        return bits, _to_bytes(others, self.constant).view(torch.int32)
+
+    def unpack(self, received: Tensor | tuple[Tensor, ...]) -> Any:
+        """The carry of the previous stage from what arrived."""
+        tensors = (received,) if isinstance(received, Tensor) else received
+        floats = iter(_Unpack.apply(self.differentiable, tensors[0]))
+        others = iter(_from_bytes(tensors[1], self.constant) if self.constant else ())
+        return type(self.schema)(
+            *(None if f is None else next(floats if f.gradient else others) for f in self.schema)
+        )
+
+    @property
+    def forward_bytes(self) -> int:
+        return _size(self.differentiable) + _size(self.constant)
+
+    @property
+    def backward_bytes(self) -> int:
+        return _size(self.differentiable)
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fields: Sequence[Field], *tensors: Tensor) -> Tensor:
+        ctx.fields = fields
+        return _to_bytes(tensors, fields).view(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return (None, *_from_bytes(gradient, ctx.fields))
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fields: Sequence[Field], bits: Tensor) -> tuple[Tensor, ...]:
+        ctx.fields = fields
+        ctx.set_materialize_grads(False)
+        return tuple(_from_bytes(bits, fields))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor]:
+        device = next(g.device for g in gradients if g is not None)
+        present = [
+            torch.zeros(f.shape, dtype=f.dtype, device=device) if g is None else g.to(f.dtype)
+            for g, f in zip(gradients, ctx.fields, strict=True)
+        ]
+        return None, _to_bytes(present, ctx.fields).view(torch.float32)
+
+
+def _padded_bytes(field: Field) -> int:
+    size = torch.Size(field.shape).numel() * field.dtype.itemsize
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _size(fields: Sequence[Field]) -> int:
+    return sum(_padded_bytes(field) for field in fields)
+
+
+def _to_bytes(tensors: Sequence[Tensor], fields: Sequence[Field]) -> Tensor:
+    """The tensors' bytes one after another, each from an aligned offset: one copy of each."""
+    out = torch.empty(_size(fields), dtype=torch.uint8, device=tensors[0].device)
+    for target, tensor in zip(_from_bytes(out, fields), tensors, strict=True):
+        target.copy_(tensor.detach())
+    return out
+
+
+def _from_bytes(bits: Tensor, fields: Sequence[Field]) -> list[Tensor]:
+    """The fields as views of the received bytes: no copy."""
+    data = bits.detach().contiguous().view(torch.uint8)
+    views, offset = [], 0
+    for field in fields:
+        count = torch.Size(field.shape).numel() * field.dtype.itemsize
+        views.append(data[offset : offset + count].view(field.dtype).view(field.shape))
+        offset += _padded_bytes(field)
+    return views
