@@ -1,0 +1,1 @@
+"""Model families as ordered lists of layers. Importing this package imports no torch."""

@@ -1,0 +1,76 @@
+"""What a model family is: its layers, its carry, its loss, its counts and its Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from parallel.carry import LayerSpec
+
+
+class TokenInputs(NamedTuple):
+    """What the first layer of a token model takes.
+
+    `tokens`: int64 [b, s]. `segment_ids`: int32 [b, s], another number for every document of a row,
+    or None when a row is one document.
+    """
+
+    tokens: Tensor
+    segment_ids: Tensor | None = None
+
+
+class LossOutput(NamedTuple):
+    """`total`: the scalar to minimise. `terms`: named scalars to report, detached."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HFMapping:
+    """How a family is written in Hugging Face's names, as data.
+
+    `to_config(config)`: the contents of a config.json. `from_config(contents)`: the reverse; raises
+    ValueError for a setting that the family does not have. `names(config)`: our parameter name ->
+    their parameter name, one to one. `derived`: regular expression of their tensors that hold
+    nothing learnt. `tied(config)`: their second name of a tied tensor -> the first one.
+    """
+
+    to_config: Callable[[Any], dict[str, Any]]
+    from_config: Callable[[Mapping[str, Any]], Any]
+    names: Callable[[Any], dict[str, str]]
+    tied: Callable[[Any], dict[str, str]]
+    derived: str
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One family; one instance per family, `FAMILY` in its `model.py`.
+
+    The functions, with the family's configuration as first argument where there is one:
+
+    * `layer_specs(config, *, segmented=False) -> list[LayerSpec]`: the model. With `segmented`
+      rows hold several documents and `TokenInputs.segment_ids` is given.
+    * `carry_schema(config, ctx, *, micro_batch_size, seq_length, segmented=False)`: the carry's
+      class filled with `parallel.carry.Field`s of local shape.
+    * `loss(output, labels, *, config, ctx) -> LossOutput`: `labels` int64 [b, s], -100 = not
+      scored; the mean over the scored tokens of the micro-batch. Its terms are `loss_names`.
+    * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
+    * `flops(config, seq_length) -> float`: forward FLOPs per token.
+    * `num_parameters(config) -> int`: a tied parameter counts once.
+    """
+
+    name: str
+    config_cls: type[BaseModel]
+    layer_specs: Callable[..., list[LayerSpec]]
+    carry_schema: Callable[..., Any]
+    loss: Callable[..., LossOutput]
+    loss_names: tuple[str, ...]
+    token_losses: Callable[..., Tensor]
+    flops: Callable[[Any, int], float]
+    num_parameters: Callable[[Any], int]
+    hf: HFMapping

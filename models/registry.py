@@ -1,0 +1,56 @@
+"""Family names and where their code is; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from models.base import ModelFamily
+
+
+class _Entry(NamedTuple):
+    """`package.config` holds `config_class` (no torch), `package.model` holds `FAMILY`."""
+
+    package: str
+    config_class: str
+
+
+_FAMILIES = {
+    "llama": _Entry("models.llama", "LlamaConfig"),
+}
+
+
+def family_names() -> tuple[str, ...]:
+    """Every name that `get_family` knows."""
+    return tuple(_FAMILIES)
+
+
+def get_config_class(name: str) -> type[BaseModel]:
+    """The configuration class of a family, without importing torch.
+
+    Raises:
+        ValueError: no family has this name.
+    """
+    entry = _entry(name)
+    return getattr(importlib.import_module(f"{entry.package}.config"), entry.config_class)
+
+
+def get_family(name: str) -> ModelFamily:
+    """The family of this name, with its layers imported.
+
+    Raises:
+        ValueError: no family has this name.
+    """
+    return importlib.import_module(f"{_entry(name).package}.model").FAMILY
+
+
+def _entry(name: str) -> _Entry:
+    if name in _FAMILIES:
+        return _FAMILIES[name]
+    nearest = difflib.get_close_matches(str(name), _FAMILIES, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(_FAMILIES)}"
+    raise ValueError(f"model.family={name!r} is not a known family; {hint}")
