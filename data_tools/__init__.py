@@ -1,0 +1,1 @@
+"""Corpora, their order, and their command lines; imports nothing else of this project."""

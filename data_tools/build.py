@@ -1,0 +1,107 @@
+"""From a DataConfig to the iterators of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from data_tools.config import DataConfig
+from data_tools.errors import DataError
+from data_tools.evaluation import EvalBatches
+from data_tools.loader import TrainLoader
+from data_tools.sources import open_sources
+from data_tools.token_dataset import TokenDataset
+
+
+def build_train_loader(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    micro_batches_per_step: int,
+    data_rank: int,
+    data_size: int,
+    seed: int,
+    vocab_size: int,
+    consumed_samples: int = 0,
+    state: Mapping[str, Any] | None = None,
+) -> TrainLoader:
+    """The endless training micro-batches of one data-parallel rank.
+
+    The order of samples depends on the seed, the names, weights and contents of the sources and
+    the sequence length; not on the batch size, `data_size`, the workers or restarts. `state` is
+    what `state_dict` gave; without one the run's first `consumed_samples` samples are skipped.
+
+    Raises:
+        DataError: a source is missing, damaged, too short or of another vocabulary or tokenizer,
+            or `state` belongs to other data.
+    """
+    datasets = {
+        name: TokenDataset(
+            stream,
+            name=name,
+            sequence_length=sequence_length,
+            seed=seed,
+            reset_at_documents=config.reset_at_documents,
+        )
+        for name, stream in open_sources(config, config.train, vocab_size=vocab_size)
+    }
+    loader = TrainLoader(
+        datasets,
+        {source.name: source.weight for source in config.train},
+        micro_batch_size=micro_batch_size,
+        micro_batches_per_step=micro_batches_per_step,
+        data_rank=data_rank,
+        data_size=data_size,
+        seed=seed,
+        vocab_size=vocab_size,
+        num_workers=config.num_workers,
+    )
+    if state is not None:
+        loader.load_state_dict(state)
+        if consumed_samples not in (0, loader.consumed_samples):
+            raise DataError(
+                f"consumed_samples is {consumed_samples}, but the checkpoint's data position is "
+                f"{loader.consumed_samples}; give one of them"
+            )
+    elif consumed_samples:
+        loader.skip_to(consumed_samples)
+    return loader
+
+
+def build_eval_batches(
+    config: DataConfig,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    vocab_size: int,
+    max_windows: int | None = None,
+) -> EvalBatches:
+    """The held-out micro-batches of one data-parallel rank, read in order, each token scored once.
+
+    Raises:
+        DataError: `data.validation` is empty, `max_windows` is below 1, or a source is
+            missing, damaged, too short or of another vocabulary or tokenizer.
+    """
+    if not config.validation:
+        raise DataError("data.validation is empty; name held-out text, or turn evaluation off")
+    if max_windows is not None and max_windows < 1:
+        raise DataError(f"max_windows is {max_windows}, but at least 1 is needed; raise it")
+    streams = open_sources(config, config.validation, vocab_size=vocab_size)
+    for name, stream in streams:
+        if stream.num_tokens < 2:
+            raise DataError(
+                f"data source {name}: {stream.num_tokens} tokens, at least 2 needed to score one"
+            )
+    return EvalBatches(
+        streams,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        vocab_size=vocab_size,
+        reset_at_documents=config.reset_at_documents,
+        max_windows=max_windows,
+    )

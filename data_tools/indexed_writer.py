@@ -1,0 +1,203 @@
+"""Streaming writer of .bin/.idx corpora: bounded memory, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.corpus_info import CorpusInfo, info_path
+from data_tools.errors import DataError
+from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
+from data_tools.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexPaths
+from data_tools.permutation import IntArray
+
+_MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max  # the index stores lengths as int32
+_CHUNK = 1 << 20  # documents whose index entries are built at once
+_CODES = {name: code for code, name in DTYPES.items()}
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedinteger]:
+    """The narrowest token dtype of the format that holds ids in [0, vocab_size)."""
+    if vocab_size <= 1 << 8:
+        return np.dtype(np.uint8)
+    if vocab_size <= 1 << 16:
+        return np.dtype(np.uint16)
+    return np.dtype(np.int32)
+
+
+class IndexedDatasetWriter:
+    """Write documents one batch after the other, then `finish`.
+
+    Used as a context manager: leaving it without `finish` removes everything that was written.
+    The index gets its final name last, so a prefix that has an .idx is complete.
+
+    Raises:
+        DataError: the output exists and `overwrite` is false, or another process is writing it.
+    """
+
+    def __init__(
+        self, prefix: str | os.PathLike[str], *, vocab_size: int, overwrite: bool = False
+    ) -> None:
+        self.prefix = Path(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = smallest_dtype(vocab_size)
+        self.paths = IndexPaths.of(self.prefix)
+        existing = [path for path in (*self.paths, info_path(self.prefix)) if path.exists()]
+        if existing and not overwrite:
+            raise DataError(
+                f"{existing[0]} exists; choose another output or pass --overwrite to replace it"
+            )
+        # The lock on .bin.partial guards the other two files as well.
+        self._bin = open_partial(self.paths.bin)
+        self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
+        self._lengths = open_partial(self._lengths_path)
+        self._bin_digest = hashlib.sha256()
+        self._num_tokens = 0
+        self._num_documents = 0
+        self._max_token_id = -1
+
+    def add_document(self, ids: npt.ArrayLike) -> None:
+        """Append one document of token ids."""
+        array = np.asarray(ids)
+        self.add_documents(array, np.array([len(array)]))
+
+    def add_documents(self, ids: npt.ArrayLike, lengths: IntArray) -> None:
+        """Append documents whose tokens are concatenated in `ids`; empty ones are left out.
+
+        Raises:
+            DataError: an id outside [0, vocab_size) or a document of 2**31 tokens or more.
+        """
+        tokens = np.asarray(ids)
+        if int(lengths.sum()) != len(tokens):
+            raise ValueError(f"lengths add up to {lengths.sum()}, but there are {len(tokens)} ids")
+        if len(tokens) == 0:
+            return
+        self._check_ids(tokens, lengths)
+        lengths = lengths[lengths > 0]
+        if int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
+            raise DataError(
+                f"{self.prefix}: a document of {lengths.max()} tokens; at most "
+                f"{_MAX_DOCUMENT_TOKENS} fit: split it"
+            )
+        data = tokens.astype(self.dtype).tobytes()
+        self._bin.write(data)
+        self._bin_digest.update(data)
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._num_tokens += len(tokens)
+        self._num_documents += len(lengths)
+        self._max_token_id = max(self._max_token_id, int(tokens.max()))
+
+    def finish(
+        self,
+        *,
+        tokenizer: str,
+        tokenizer_fingerprint: str,
+        eod_id: int | None,
+        num_bytes: int,
+        command: str,
+    ) -> CorpusInfo:
+        """Write the index and the sidecar, and publish the three files.
+
+        Raises:
+            DataError: no document was added.
+        """
+        if self._num_documents == 0:
+            raise DataError(
+                f"{self.prefix}: the input holds no documents with text; nothing was written"
+            )
+        self._lengths.flush()
+        info = CorpusInfo(
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            vocab_size=self.vocab_size,
+            eod_id=eod_id,
+            dtype=self.dtype.name,
+            num_tokens=self._num_tokens,
+            num_documents=self._num_documents,
+            num_bytes=num_bytes,
+            max_token_id=self._max_token_id,
+            bin_sha256=self._bin_digest.hexdigest(),
+            idx_sha256=self._write_index(),
+            command=command,
+        )
+        with open_partial(info_path(self.prefix)) as sidecar:
+            sidecar.write(info.model_dump_json(indent=2).encode() + b"\n")
+            flush_to_disk(sidecar)
+        self._publish()
+        return info
+
+    def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(f"{self.prefix}: token ids are {tokens.dtype}, integers expected")
+        if tokens.min() >= 0 and tokens.max() < self.vocab_size:
+            return
+        position = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+        ends = np.cumsum(lengths)
+        document = int(np.searchsorted(ends, position, side="right"))
+        offset = position - int(ends[document] - lengths[document])
+        raise DataError(
+            f"{self.prefix}: token id {tokens[position]} at token {offset} of document "
+            f"{self._num_documents + document} is outside [0, {self.vocab_size}); use the "
+            "vocabulary size of the tokenizer that made it"
+        )
+
+    def _write_index(self) -> str:
+        """Write the .idx from the spooled lengths, a chunk at a time; return its SHA-256."""
+        lengths = np.memmap(partial_path(self._lengths_path), dtype="<i4", mode="r")
+        digest = hashlib.sha256()
+        with open_partial(self.paths.idx) as file:
+
+            def write(data: bytes) -> None:
+                file.write(data)
+                digest.update(data)
+
+            count = self._num_documents
+            write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype.name], count, count + 1))
+            chunks = [slice(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+            for chunk in chunks:
+                write(lengths[chunk].tobytes())
+            offset = 0
+            for chunk in chunks:
+                sizes = lengths[chunk] * np.int64(self.dtype.itemsize)
+                ends = offset + np.cumsum(sizes)
+                write((ends - sizes).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            for begin in range(0, count + 1, _CHUNK):
+                end = min(begin + _CHUNK, count + 1)
+                write(np.arange(begin, end, dtype="<i8").tobytes())
+            flush_to_disk(file)
+        return digest.hexdigest()
+
+    def _publish(self) -> None:
+        flush_to_disk(self._bin)
+        # Without an index no older or newer half of a pair can be opened in between.
+        self.paths.idx.unlink(missing_ok=True)
+        for path in (self.paths.bin, info_path(self.prefix), self.paths.idx):
+            os.replace(partial_path(path), path)
+        sync_folder(self.prefix.parent)
+        self._close()
+
+    def _close(self) -> None:
+        files: tuple[BinaryIO, ...] = (self._bin, self._lengths)
+        for file in files:
+            file.close()
+        for path in (*self.paths, info_path(self.prefix), self._lengths_path):
+            partial_path(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._bin.closed:
+            self._close()

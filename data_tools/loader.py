@@ -1,0 +1,260 @@
+"""The training loader: micro-batches of one data-parallel rank in an order that nothing changes.
+
+Letters: b micro-batch size, s sequence length, M micro-batches per step, D data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_tools.batch import IGNORED_LABEL, Batch
+from data_tools.blend import Blend
+from data_tools.errors import DataError
+from data_tools.loader_state import LoaderState, MixState, SourceState
+from data_tools.permutation import IntArray
+from data_tools.token_dataset import TokenDataset, Windows
+
+
+class TrainLoader:
+    """Endless iterator over the micro-batches of one data-parallel rank.
+
+    Micro-batch n of rank r holds the run-wide samples (n*D + r)*b + [0, b) after the first sample,
+    so step t of all ranks together holds samples [t*G, (t + 1)*G) with G = b*M*D, at any D.
+    `num_workers` threads prepare the next `num_workers + 1` micro-batches; with 0 each is prepared
+    when it is asked for. An error in a thread is raised by `next`.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, TokenDataset],
+        weights: Mapping[str, float],
+        *,
+        micro_batch_size: int,
+        micro_batches_per_step: int,
+        data_rank: int,
+        data_size: int,
+        seed: int,
+        vocab_size: int,
+        num_workers: int,
+    ) -> None:
+        if not 0 <= data_rank < data_size:
+            raise ValueError(f"data_rank {data_rank} must be in [0, data_size {data_size})")
+        self._datasets = dict(datasets)
+        self._weights = dict(weights)
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches_per_step = micro_batches_per_step
+        self._data_rank = data_rank
+        self._data_size = data_size
+        self._seed = seed
+        self._vocab_size = vocab_size
+        self._num_workers = num_workers
+        self._pin = has_pinned_memory()
+        self._fingerprints = {name: data.stream.fingerprint for name, data in datasets.items()}
+        self._sequence_length = next(iter(datasets.values())).sequence_length
+        self._blend = Blend(weights)
+        self._first_sample = 0
+        self._num_drawn = 0  # micro-batches handed out since `_first_sample`
+        self._pending: deque[Future[Batch]] = deque()
+        self._executor: ThreadPoolExecutor | None = None
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of all ranks in the steps whose micro-batches have all been handed out."""
+        steps = self._num_drawn // self._micro_batches_per_step
+        per_step = self._micro_batch_size * self._micro_batches_per_step * self._data_size
+        return self._first_sample + steps * per_step
+
+    @property
+    def tokens_per_source(self) -> dict[str, int]:
+        """The ledger: tokens that each source has given to the run."""
+        ledger = self._blend.ledger(self.consumed_samples)
+        return {name: samples * self._sequence_length for name, samples in ledger.items()}
+
+    def skip_to(self, consumed_samples: int) -> None:
+        """Go on after the first `consumed_samples` samples of the run.
+
+        Raises:
+            DataError: that is before the current mix began.
+        """
+        if consumed_samples < self._blend.start_sample:
+            raise DataError(
+                f"sample {consumed_samples} is before {self._blend.start_sample}, where the "
+                "current mix of sources began; resume from an earlier checkpoint"
+            )
+        self.close()
+        self._first_sample = consumed_samples
+        self._num_drawn = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and ledger at the last whole step, as plain JSON; the same on all ranks.
+
+        Micro-batches of an unfinished step count as not drawn: no optimizer step has used them.
+        Ask a rank that draws: under pipelines the stages between the first and the last do not.
+        """
+        consumed = self.consumed_samples
+        sources = {
+            name: SourceState(
+                samples=samples,
+                tokens=samples * self._sequence_length,
+                fingerprint=self._fingerprints[name],
+            )
+            for name, samples in self._blend.ledger(consumed).items()
+        }
+        return LoaderState(
+            consumed_samples=consumed,
+            seed=self._seed,
+            sequence_length=self._sequence_length,
+            sources=sources,
+            mix=MixState(
+                weights=self._blend.weights,
+                start_sample=self._blend.start_sample,
+                base=self._blend.base,
+            ),
+        ).model_dump()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, also with another batch size, data size or mix.
+
+        Raises:
+            DataError: the seed, the sequence length or the content of a source differs.
+        """
+        saved = LoaderState.parse(state)
+        saved.check_resumable(
+            seed=self._seed,
+            sequence_length=self._sequence_length,
+            fingerprints={name: self._fingerprints[name] for name in self._datasets},
+        )
+        self.close()
+        earlier = {name: source.fingerprint for name, source in saved.sources.items()}
+        self._fingerprints = {**earlier, **self._fingerprints}
+        self._blend = saved.blend(self._weights)
+        self._first_sample = saved.consumed_samples
+        self._num_drawn = 0
+
+    def close(self) -> None:
+        """End the threads and drop what they prepared; a later `next` starts them again."""
+        self._pending.clear()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._prefetched() if self._num_workers else self._prepare(self._num_drawn)
+        self._num_drawn += 1
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _prefetched(self) -> Batch:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(
+                self._num_workers,
+                thread_name_prefix="data-loader",
+                initializer=_use_device,
+                initargs=(_current_device(),),
+            )
+        while len(self._pending) <= self._num_workers:
+            number = self._num_drawn + len(self._pending)
+            self._pending.append(self._executor.submit(self._prepare, number))
+        try:
+            return self._pending.popleft().result()
+        except BaseException:
+            self.close()  # what was prepared after the failed one must not be handed out
+            raise
+
+    def _prepare(self, number: int) -> Batch:
+        first = (number * self._data_size + self._data_rank) * self._micro_batch_size
+        samples = self._first_sample + first + np.arange(self._micro_batch_size)
+        draws = self._blend.draw(samples)
+        rows: list[tuple[IntArray, Windows]] = []
+        for source in np.unique(draws.sources):
+            places = np.flatnonzero(draws.sources == source)
+            name = self._blend.names[source]
+            windows = self._datasets[name].read(draws.samples[places])
+            check_ids(windows.ids, vocab_size=self._vocab_size, name=name)
+            rows.append((places, windows))
+        return to_batch(_merge(rows), pin=self._pin)
+
+
+def check_ids(ids: IntArray, *, vocab_size: int, name: str) -> None:
+    """Refuse ids outside [0, vocab_size): on a GPU they would end in an illegal memory access.
+
+    Raises:
+        DataError: there is one.
+    """
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"data source {name}: token id {low if low < 0 else high} is outside the model's "
+            f"vocabulary of {vocab_size}; set model.vocab_size to the tokenizer's, or check the "
+            "corpus with python -m data_tools.inspect_corpus --verify"
+        )
+
+
+def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = False) -> Batch:
+    """Split [b, s + 1] windows into inputs and shifted labels, in page-locked memory with `pin`.
+
+    `lengths` [b] are the tokens of each row that exist; what follows them is not scored.
+    """
+    labels = windows.ids[:, 1:].copy()  # one row's slice would share its memory with the tokens
+    segments = windows.segment_ids
+    if segments is not None:
+        # The first token of a document has nothing before it in its document to follow from.
+        labels[segments[:, 1:] != segments[:, :-1]] = IGNORED_LABEL
+    if lengths is not None:
+        labels[np.arange(1, windows.ids.shape[1]) >= lengths[:, None]] = IGNORED_LABEL
+    return Batch(
+        tokens=_tensor(windows.ids[:, :-1], pin=pin),
+        labels=_tensor(labels, pin=pin),
+        segment_ids=None if segments is None else _tensor(segments[:, :-1], pin=pin),
+    )
+
+
+def has_pinned_memory() -> bool:
+    """Whether copies to a device gain from page-locked memory."""
+    return torch.cuda.is_available()
+
+
+def _tensor(array: npt.NDArray[Any], *, pin: bool) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if pin else tensor
+
+
+def _merge(parts: list[tuple[IntArray, Windows]]) -> Windows:
+    """Put the rows of each source in their places."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = np.argsort(np.concatenate([places for places, _ in parts]))
+    ids = np.concatenate([windows.ids for _, windows in parts])[order]
+    segments = [windows.segment_ids for _, windows in parts if windows.segment_ids is not None]
+    return Windows(ids, np.concatenate(segments)[order] if segments else None)
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def _use_device(device: int | None) -> None:
+    # A new thread's device is 0: pinning there would open a context of every rank on GPU 0.
+    if device is not None:
+        torch.cuda.set_device(device)

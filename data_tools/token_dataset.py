@@ -1,0 +1,147 @@
+"""Windows of a flat token stream in a shuffled order that is computed, not stored.
+
+Letters: T tokens in the stream, s sequence length, W windows, n samples asked for at once.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.errors import DataError
+from data_tools.indexed import IndexedDataset
+from data_tools.permutation import IntArray, KeyedPermutation
+
+
+class TokenStream(Protocol):
+    """One flat sequence of token ids with document boundaries; the contract of every source."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of text behind the tokens; None when unknown."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs between any two corpora."""
+
+    def read(self, starts: IntArray, length: int) -> IntArray:
+        """Ids of the spans [start, start + length), int64 [n, length]."""
+
+    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
+        """For each begin, where documents start: positions p, begin < p < begin + length."""
+
+
+class NamedStream(NamedTuple):
+    """A stream under the name that configuration and ledger use for it."""
+
+    name: str
+    stream: TokenStream
+
+
+class IndexedStream:
+    """The documents of a .bin/.idx corpus, one after the other."""
+
+    def __init__(self, dataset: IndexedDataset) -> None:
+        self.dataset = dataset
+
+    @property
+    def num_tokens(self) -> int:
+        return self.dataset.num_tokens
+
+    @property
+    def num_bytes(self) -> int | None:
+        return None if self.dataset.info is None else self.dataset.info.num_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint
+
+    def read(self, starts: IntArray, length: int) -> IntArray:
+        windows = np.lib.stride_tricks.sliding_window_view(self.dataset.tokens, length)
+        return windows[starts].astype(np.int64)
+
+    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
+        return self.dataset.document_starts(begins, length)
+
+
+class Windows(NamedTuple):
+    """Spans of s + 1 tokens: inputs are all but the last, labels all but the first."""
+
+    ids: IntArray  # int64 [n, s + 1]
+    segment_ids: npt.NDArray[np.int32] | None  # int32 [n, s + 1]
+
+
+class TokenDataset:
+    """Endless samples of one stream: an epoch visits each of its W = (T - 1) // s windows once.
+
+    Window w is the tokens [w*s, (w + 1)*s + 1): neighbours share one token, so that every token but
+    the first is predicted once an epoch. Sample i is window pi(i mod W), where pi is the keyed
+    permutation of (seed, epoch i // W, name). Nothing is indexed or cached: start-up and memory do
+    not grow with the corpus.
+
+    Raises:
+        DataError: the stream has fewer than s + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        name: str,
+        sequence_length: int,
+        seed: int,
+        reset_at_documents: bool,
+    ) -> None:
+        self.stream = stream
+        self.name = name
+        self.sequence_length = sequence_length
+        self.num_windows = (stream.num_tokens - 1) // sequence_length
+        self._seed = seed
+        self._reset_at_documents = reset_at_documents
+        if self.num_windows < 1:
+            raise DataError(
+                f"data source {name}: {stream.num_tokens} tokens, but sequence_length "
+                f"{sequence_length} needs at least {sequence_length + 1}; add text or shorten it"
+            )
+        self._permutation = lru_cache(maxsize=2)(self._make_permutation)
+
+    def read(self, samples: IntArray) -> Windows:
+        """The windows of sample numbers [n], counted from 0 over all epochs."""
+        return read_windows(
+            self.stream,
+            starts=self.window_numbers(samples) * self.sequence_length,
+            length=self.sequence_length + 1,
+            with_segments=self._reset_at_documents,
+        )
+
+    def window_numbers(self, samples: IntArray) -> IntArray:
+        """The window that each sample number shows."""
+        epochs, places = np.divmod(samples, self.num_windows)
+        numbers = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            mask = epochs == epoch
+            numbers[mask] = self._permutation(int(epoch))(places[mask])
+        return numbers
+
+    def _make_permutation(self, epoch: int) -> KeyedPermutation:
+        return KeyedPermutation(self.num_windows, key=(self._seed, epoch, self.name))
+
+
+def read_windows(
+    stream: TokenStream, *, starts: IntArray, length: int, with_segments: bool
+) -> Windows:
+    """Read spans, and with `with_segments` number the documents inside each from 0."""
+    ids = stream.read(starts, length)
+    if not with_segments:
+        return Windows(ids, None)
+    is_start = np.zeros(ids.shape, dtype=np.int32)
+    document_starts = stream.document_starts(starts, length)
+    for row, begin, positions in zip(is_start, starts, document_starts, strict=True):
+        row[positions - begin] = 1
+    return Windows(ids, np.cumsum(is_start, axis=1, dtype=np.int32))
