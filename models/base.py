@@ -1,4 +1,4 @@
-"""What a model family is: its layers, its carry, its loss, its counts and its Hugging Face names."""
+"""What a model family is: its layers, carry, loss, counts and Hugging Face names."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ class LossOutput(NamedTuple):
 class HFMapping:
     """How a family is written in Hugging Face's names, as data.
 
-    `to_config(config)`: the contents of a config.json. `from_config(contents)`: the reverse; raises
-    ValueError for a setting that the family does not have. `names(config)`: our parameter name ->
-    their parameter name, one to one. `derived`: regular expression of their tensors that hold
-    nothing learnt. `tied(config)`: their second name of a tied tensor -> the first one.
+    * `model_types`: their `model_type`s that the family reads.
+    * `to_config(config)`: the contents of a config.json. `from_config(contents)`: the reverse.
+      Both raise ValueError for what the other side does not have.
+    * `names(config)`: our parameter name -> theirs, one to one.
+    * `tied(config)`: their second name of a tied tensor -> the first one.
+    * `derived`: regular expression of their tensors that hold nothing learnt.
     """
 
+    model_types: tuple[str, ...]
     to_config: Callable[[Any], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], Any]
     names: Callable[[Any], dict[str, str]]

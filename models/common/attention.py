@@ -1,0 +1,182 @@
+"""Causal self-attention with grouped key and value heads.
+
+Shapes: s sequence, b batch, n query heads, g key/value heads, d head dimension, t tensor size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.common.cache import KVCache
+from models.common.rope import RotaryTable, rotate
+from parallel.context import ParallelContext
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.sharding import Normal
+
+# Queries that share one mask when attention is not simply causal.
+QUERY_BLOCK = 512
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`softmax(q k^T / sqrt(d)) v` over the keys up to the query.
+
+    q and the result are [b, n, s, d], k and v [b, g, s, d]; query head i uses key head `i // (n / g)`. No
+    s x s matrix is stored.
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=_is_grouped(q, k))
+
+
+def continued_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last s positions over all T: q [b, n, s, d], k and v [b, g, T, d]."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if num_queries == num_keys:
+        return causal_attention(q, k, v)
+    grouped = _is_grouped(q, k)
+    if num_queries == 1:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    blocks = []
+    index = torch.arange(num_keys, device=q.device)
+    for start in range(0, num_queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, num_queries)
+        seen = num_keys - num_queries + stop
+        mask = index[:seen] <= index[seen - (stop - start) : seen, None]
+        blocks.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                attn_mask=mask,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Causal attention that ends at the beginning of the query's document.
+
+    `positions` int32 [b, s] count from 0 in every document. Blocks of queries are computed one
+    after another and again in backward, so that memory grows with s, not with s^2.
+    """
+    index = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+    document_starts = index - positions
+    blocks = []
+    for start in range(0, q.shape[2], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q.shape[2])
+        blocks.append(
+            checkpoint(
+                _packed_block,
+                q[:, :, start:stop],
+                k[:, :, :stop],
+                v[:, :, :stop],
+                document_starts[:, start:stop],
+                index[:stop],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def _packed_block(
+    q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor, index: Tensor
+) -> Tensor:
+    """Attention of the last queries over keys [0, stop); `index` int32 [stop]."""
+    queries = index[-q.shape[2] :]
+    mask = (index >= document_starts.unsqueeze(-1)) & (index <= queries.unsqueeze(-1))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=_is_grouped(q, k)
+    )
+
+
+def _is_grouped(q: Tensor, k: Tensor) -> bool:
+    return q.shape[1] != k.shape[1]
+
+
+class CausalSelfAttention(nn.Module):
+    """`y = W_output attention(rotate(W_query x), rotate(W_key x), W_value x)`.
+
+    Input and output [s, b, h] ([s/t, b, h] under sequence parallelism). Tensor ranks share the
+    heads: each computes n/t query heads with g/t key and value heads. Scores are divided by
+    sqrt(d).
+
+    Raises:
+        ValueError: the tensor size does not divide the heads or the key and value heads.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rotary: RotaryTable,
+        ctx: ParallelContext,
+        init: Normal,
+        output_init: Normal,
+        qkv_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if count % ctx.tensor.size:
+                raise ValueError(
+                    f"{name}={count} is not divisible by parallel.tensor={ctx.tensor.size}; "
+                    "choose a tensor size that divides it"
+                )
+        self.ctx = ctx
+        self.head_dim = head_dim
+        self.num_local_kv_heads = num_kv_heads // ctx.tensor.size
+        self.rotary = rotary
+        rotary.on(ctx.device)
+
+        def column(num_rows: int) -> nn.Module:
+            return ColumnParallelLinear(hidden_size, num_rows, ctx=ctx, bias=qkv_bias, init=init)
+
+        self.query = column(num_heads * head_dim)
+        self.key = column(num_kv_heads * head_dim)
+        self.value = column(num_kv_heads * head_dim)
+        self.output = RowParallelLinear(
+            num_heads * head_dim, hidden_size, ctx=ctx, init=output_init
+        )
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for this rank's key and value heads.
+
+        Raises:
+            ValueError: there are no rotary angles for that many positions.
+        """
+        self.rotary.at(self.ctx.device, start=0, length=max_length)
+        return KVCache(
+            batch_size,
+            self.num_local_kv_heads,
+            max_length,
+            self.head_dim,
+            dtype=self.ctx.precision.dtype,
+            device=self.ctx.device,
+        )
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """`positions` [b, s] where documents are packed; `cache` where x continues a sequence."""
+        q, k, v = (
+            projected.unflatten(-1, (-1, self.head_dim))
+            for projected in project_together(x, self.query, self.key, self.value)
+        )
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            rotation = self.rotary.at(x.device, start=start, length=q.shape[0])
+        else:
+            rotation = self.rotary.gather(positions)
+        q, k, v = (y.permute(1, 2, 0, 3) for y in (rotate(q, rotation), rotate(k, rotation), v))
+        if cache is not None:
+            mixed = continued_attention(q, *cache.append(k, v))
+        elif positions is not None:
+            mixed = packed_attention(q, k, v, positions)
+        else:
+            mixed = causal_attention(q, k, v)
+        return self.output(mixed.permute(2, 0, 1, 3).flatten(2))

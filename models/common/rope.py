@@ -1,0 +1,110 @@
+"""Rotary position embedding.
+
+Shapes: s sequence, b batch, n heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.common.config import RopeScaling
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angle of every position: fp32, [s, 1, 1, d] or [s, b, 1, d].
+
+    The first half of `sin` is negated, so that `rotate` needs no sign of its own.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RotaryTable:
+    """cos and sin of every position up to `max_positions`, one object for all layers of a model.
+
+    Angle of position p in dimension i (and i + d/2): `p * theta^(-2i/d)`, computed in fp32. A plain
+    object: DeepSpeed casts the buffers of modules to bf16, which cannot tell position 256 from 257.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        max_positions: int,
+        *,
+        theta: float,
+        scaling: RopeScaling | None = None,
+    ) -> None:
+        self.head_dim = head_dim
+        self.max_positions = max_positions
+        self.theta = theta
+        self.scaling = scaling
+        self._by_device: dict[torch.device, Rotation] = {}
+
+    def on(self, device: torch.device) -> Rotation:
+        """The table [max_positions, d] on `device`, computed when first asked for."""
+        if device not in self._by_device:
+            self._by_device[device] = self._compute(device)
+        return self._by_device[device]
+
+    def at(self, device: torch.device, *, start: int, length: int) -> Rotation:
+        """Rotation of positions start .. start + length - 1, the same for every row: [s, 1, 1, d].
+
+        Raises:
+            ValueError: the positions do not fit into the table.
+        """
+        if start + length > self.max_positions:
+            raise ValueError(
+                f"position {start + length - 1} is beyond max_position_embeddings="
+                f"{self.max_positions}; shorten the sequence or raise max_position_embeddings"
+            )
+        rows = slice(start, start + length)
+        return Rotation(*(table[rows, None, None] for table in self.on(device)))
+
+    def gather(self, positions: Tensor) -> Rotation:
+        """Rotation of the given positions [b, s]: [s, b, 1, d]."""
+        index = positions.transpose(0, 1)
+        return Rotation(*(table[index].unsqueeze(2) for table in self.on(positions.device)))
+
+    def _compute(self, device: torch.device) -> Rotation:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
+        if self.scaling is not None:
+            frequencies = stretch(frequencies, self.scaling)
+        positions = torch.arange(self.max_positions, dtype=torch.float32, device=device)
+        angles = positions[:, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn dimensions i and i + d/2 of every head by the angle of its position: [s, b, n, d].
+
+    `y_i = x_i cos - x_(i+d/2) sin`, `y_(i+d/2) = x_(i+d/2) cos + x_i sin`, in fp32, returned in the
+    dtype of x. The pairing is that of Hugging Face's Llama, not the interleaved one of the paper.
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * rotation.cos + swapped * rotation.sin).to(x.dtype)
+
+
+def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies rescaled for a longer context, as `RopeScaling` describes."""
+    wavelengths = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def positions_in_segments(segment_ids: Tensor) -> Tensor:
+    """Position of every token in its document: int32 [b, s], 0 wherever the segment id changes."""
+    length = segment_ids.shape[1]
+    index = torch.arange(length, dtype=torch.int32, device=segment_ids.device)
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = torch.where(begins, index, 0).cummax(dim=1).values
+    return index - starts
