@@ -8,7 +8,7 @@ carry. The same list of `LayerSpec`s is built whole (`SequentialModel`) or cut i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,25 +96,38 @@ def ties(specs: Iterable[LayerSpec]) -> list[Tie]:
 
 
 def build_layers(
-    specs: Sequence[LayerSpec], ctx: ParallelContext, *, seed: int
+    specs: Sequence[LayerSpec],
+    ctx: ParallelContext,
+    *,
+    seed: int,
+    after_each: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, nn.Module]:
     """Build consecutive layers on `ctx.device`, initialised from (seed, parameter name).
 
     A parameter tied to one of the same layers becomes the same object. One that is tied to a layer
-    elsewhere is a copy that starts equal.
+    elsewhere is a copy that starts equal. `after_each` is called with every finished layer before
+    the next is built: ZeRO-3 partitions it there, so that no rank ever holds the whole model.
     """
     layers: dict[str, nn.Module] = {}
+    foreign: dict[str, nn.Parameter] = {}  # copies of parameters that belong to layers elsewhere
     for spec in specs:
         if not spec.name.isidentifier() or spec.name in layers:
             raise ValueError(f"layer name {spec.name!r} is not a unique identifier")
         layer = spec.module(ctx=ctx, **spec.kwargs)
+        initialize(
+            layer, seed=seed, prefix=spec.name, tensor_rank=ctx.tensor.rank, names=dict(spec.tied)
+        )
         for path, target in spec.tied.items():
             owner, _, target_path = target.partition(".")
             if owner in layers:
                 _set_parameter(layer, path, layers[owner].get_parameter(target_path))
-        names = dict(spec.tied)
-        initialize(layer, seed=seed, prefix=spec.name, tensor_rank=ctx.tensor.rank, names=names)
+            elif target in foreign:
+                _set_parameter(layer, path, foreign[target])
+            else:
+                foreign[target] = layer.get_parameter(path)
         layers[spec.name] = layer
+        if after_each is not None:
+            after_each(layer)
     return layers
 
 
@@ -133,13 +146,15 @@ class SequentialModel(nn.Module):
         *,
         seed: int = 0,
         recompute: bool = False,
+        after_each: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
         ties(specs)
         self.specs = tuple(specs)
         self.ctx = ctx
         self.recompute = recompute
-        for name, layer in build_layers(self.specs, ctx, seed=seed).items():
+        layers = build_layers(self.specs, ctx, seed=seed, after_each=after_each)
+        for name, layer in layers.items():
             self.add_module(name, layer)
 
     @property

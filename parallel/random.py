@@ -34,6 +34,8 @@ def initialize(
     is tied to another layer's, so that both copies start equal.
     """
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
         canonical = (names or {}).get(name, f"{prefix}.{name}")
         with torch.no_grad():
             _fill(parameter, seed=seed, name=canonical, tensor_rank=tensor_rank)

@@ -1,0 +1,291 @@
+"""One model, one layout, one DeepSpeed engine, behind the few calls that the loop needs.
+
+At pipeline size 1 the model is a SequentialModel in DeepSpeed's plain engine (ZeRO 0-3), at larger
+sizes a PipelineStage in its PipelineEngine (ZeRO-1). For the same samples both give the same
+losses, terms and gradient norms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_tools.batch import Batch
+from models.base import ModelFamily, TokenInputs
+from models.registry import get_family
+from parallel.carry import LayerSpec, SequentialModel, check_layers
+from parallel.context import ParallelContext
+from parallel.precision import Precision
+from parallel.sharding import sharding_table, sum_partial_gradients
+from pretrain.config import ConfigError, RunConfig
+from pretrain.ds_config import ResolvedDeepSpeed
+from pretrain.optimizers import (
+    build_optimizer,
+    check_multipliers,
+    clip_gradients,
+    set_learning_rate,
+)
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step measured: means over all its samples, and the norm before clipping.
+
+    Tensors stay on the device until someone reads them.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    grad_norm: Tensor | float
+
+
+class Engine(Protocol):
+    """Trains and evaluates the model of a run."""
+
+    ctx: ParallelContext
+    deepspeed: Any
+    module: nn.Module
+
+    def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
+        """One optimizer step over `gradient_accumulation_steps` batches of this data rank."""
+
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
+        """Sum, in nats, of the losses of every scored token in `num_batches` batches of all data
+        ranks."""
+
+
+class PlainEngine:
+    """Pipeline size 1: a loop of forward, backward and step over DeepSpeed's plain engine."""
+
+    def __init__(self, deepspeed_engine: Any, plan: RunPlan) -> None:
+        self.deepspeed = deepspeed_engine
+        self.module: nn.Module = deepspeed_engine.module
+        self.plan = plan
+        self.ctx = plan.ctx
+        self.num_micro_batches = plan.run.training.gradient_accumulation_steps
+
+    def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
+        engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
+        set_learning_rate(engine.optimizer, learning_rate)
+        names = ("loss", *self.plan.family.loss_names)
+        sums = torch.zeros(len(names), device=self.ctx.device)
+        norm: Tensor | float = 0.0
+        for _ in range(self.num_micro_batches):
+            inputs, labels = _to_device(next(batches), self.ctx.device)
+            total, terms = self.plan.objective(engine(inputs), labels)
+            engine.backward(total)
+            sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
+            if clip_in_loop and engine.is_gradient_accumulation_boundary():
+                norm = clip_gradients(self.module, self.plan.run.training.grad_clip, self.ctx)
+            engine.step()
+        if not clip_in_loop:
+            norm = engine.get_global_grad_norm()
+        if self.ctx.data.size > 1:
+            dist.all_reduce(sums, group=self.ctx.data.group)
+        means = sums / (self.num_micro_batches * self.ctx.data.size)
+        return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
+        self.deepspeed.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
+        for batch in batches:
+            inputs, labels = _to_device(batch, self.ctx.device)
+            total += self.plan.score(self.deepspeed(inputs), labels)[0].double()
+        dist.all_reduce(total, group=self.ctx.data.group)
+        self.deepspeed.train()
+        return total.item()
+
+
+class PipelineEngine:
+    """Pipeline size > 1: DeepSpeed's PipelineEngine schedules the micro-batches."""
+
+    def __init__(self, deepspeed_engine: Any, plan: RunPlan) -> None:
+        self.deepspeed = deepspeed_engine
+        self.module: nn.Module = deepspeed_engine.module
+        self.plan = plan
+        self.ctx = plan.ctx
+
+    def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
+        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        loss = self.deepspeed.train_batch(self._pairs(batches))
+        terms = dict(self.deepspeed.agg_additional_losses)
+        return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
+
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
+        with self._objective(self.plan.score):
+            mean = self.deepspeed.eval_batch(
+                self._pairs(iter(batches)), num_micro_batches=num_batches
+            )
+        # The engine averages over micro-batches and data ranks what `score` gave as sums.
+        return mean.item() * num_batches * self.ctx.data.size
+
+    def _pairs(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """(inputs, labels) as PipelineEngine pulls them, on the first and the last stage only."""
+        for batch in batches:
+            inputs = TokenInputs(batch.tokens, batch.segment_ids)
+            yield tuple(x for x in inputs if x is not None), batch.labels
+
+    @contextmanager
+    def _objective(self, objective: Callable[..., Any]) -> Iterator[None]:
+        stage: Any = self.module
+        usual, stage.objective = stage.objective, objective
+        try:
+            yield
+        finally:
+            stage.objective = usual
+
+
+class RunPlan(NamedTuple):
+    """What every part of an engine needs to know of its run."""
+
+    run: RunConfig
+    resolved: ResolvedDeepSpeed
+    family: ModelFamily
+    ctx: ParallelContext
+
+    @property
+    def segmented(self) -> bool:
+        return self.run.data.reset_at_documents
+
+    def specs(self) -> list[LayerSpec]:
+        return self.family.layer_specs(self.run.model, segmented=self.segmented)
+
+    def schema(self, ctx: ParallelContext) -> Any:
+        return self.family.carry_schema(
+            self.run.model,
+            ctx,
+            micro_batch_size=self.run.training.batch_size,
+            seq_length=self.run.data.sequence_length,
+            segmented=self.segmented,
+        )
+
+    def objective(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What training minimises, and the terms it reports."""
+        return self.family.loss(output, labels, config=self.run.model, ctx=self.ctx)
+
+    def score(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What evaluation sums: the losses of the scored tokens, in nats."""
+        losses = self.family.token_losses(output, labels, ctx=self.ctx)
+        zero = torch.zeros((), device=losses.device)
+        return losses.sum(), dict.fromkeys(self.family.loss_names, zero)
+
+
+def build_context(run: RunConfig, device: torch.device) -> ParallelContext:
+    """Lay the initialised process group out as the run says (collective)."""
+    return ParallelContext.from_world(
+        tensor=run.parallel.tensor,
+        pipeline=run.parallel.pipeline,
+        context=run.parallel.context,
+        expert=run.parallel.expert,
+        sequence_parallel=run.parallel.sequence_parallel,
+        precision=Precision(run.training.precision, run.training.fp8_recipe),
+        device=device,
+    )
+
+
+def build_engine(run: RunConfig, resolved: ResolvedDeepSpeed, ctx: ParallelContext) -> Engine:
+    """Check the model, build this rank's part of it and hand it to DeepSpeed (collective).
+
+    Raises:
+        ConfigError, ValueError: the configuration cannot be trained; nothing has been built yet.
+    """
+    torch.manual_seed(run.training.seed)
+    plan = RunPlan(run, resolved, get_family(run.model.family), ctx)
+    _check_model(plan)
+    module = _build_stage(plan) if ctx.pipeline.size > 1 else _build_whole(plan)
+    sharding_table(module)
+    sum_partial_gradients(module, ctx)
+    if run.training.compile:
+        _compile_layers(module, resolved)
+    engine = _initialize(module, plan)
+    return (PipelineEngine if ctx.pipeline.size > 1 else PlainEngine)(engine, plan)
+
+
+def _check_model(plan: RunPlan) -> None:
+    """Run the layers on the meta device, so that wrong shapes and names cost no memory."""
+    single = ParallelContext.single(device="meta")
+    shape = (plan.run.training.batch_size, plan.run.data.sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
+    segments = tokens.int() if plan.segmented else None
+    check_layers(plan.specs(), TokenInputs(tokens, segments), plan.schema(single))
+    whole = SequentialModel(plan.specs(), single)
+    check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
+
+
+def _build_whole(plan: RunPlan) -> SequentialModel:
+    return SequentialModel(
+        plan.specs(),
+        plan.ctx,
+        seed=plan.run.training.seed,
+        recompute=plan.run.training.activation_recomputation == "full",
+        after_each=_zero3_partition(plan) if plan.resolved.zero_stage == 3 else None,
+    )
+
+
+def _zero3_partition(plan: RunPlan) -> Callable[[nn.Module], None]:
+    """Partition each layer over data ranks once it is built, so that none holds the whole model."""
+    import deepspeed
+
+    mpu = _mpu(plan.ctx)
+    return functools.partial(deepspeed.zero.Init, config_dict_or_path=plan.resolved.config, mpu=mpu)
+
+
+def _build_stage(plan: RunPlan) -> nn.Module:
+    from parallel.pipeline import PipelineStage
+
+    return PipelineStage(
+        plan.specs(),
+        plan.ctx,
+        schema=plan.schema(plan.ctx),
+        inputs_type=TokenInputs,
+        objective=plan.objective,
+        loss_names=plan.family.loss_names,
+        seed=plan.run.training.seed,
+        recompute=plan.run.training.activation_recomputation == "full",
+    )
+
+
+def _compile_layers(module: nn.Module, resolved: ResolvedDeepSpeed) -> None:
+    """Compile layer by layer: equal layers share their code, and start-up stays short."""
+    if resolved.zero_stage == 3:
+        raise ConfigError(
+            "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
+            "compiled layers; use training.compile=false or stage 1 or 2"
+        )
+    for layer in module.children():
+        layer.compile(dynamic=False)
+
+
+def _initialize(module: nn.Module, plan: RunPlan) -> Any:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=build_optimizer(module, plan.run.training, plan.ctx),
+        config=plan.resolved.config,
+        mpu=None if plan.ctx.pipeline.size > 1 else _mpu(plan.ctx),
+    )
+    return engine
+
+
+def _mpu(ctx: ParallelContext) -> Any:
+    """What tells DeepSpeed about the tensor axis; PipelineModule tells it itself."""
+    if ctx.tensor.size == 1:
+        return None
+    from parallel.megatron import DeepSpeedTopology
+
+    return DeepSpeedTopology()
+
+
+def _to_device(batch: Batch, device: torch.device) -> tuple[TokenInputs, Tensor]:
+    def move(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)
+
+    segment_ids = None if batch.segment_ids is None else move(batch.segment_ids)
+    return TokenInputs(move(batch.tokens), segment_ids), move(batch.labels)

@@ -1,0 +1,201 @@
+"""Optimizers by name, parameter groups, and the gradient norm where DeepSpeed gives none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+from parallel.layers import VocabParallelEmbedding, VocabParallelHead
+from pretrain.config import ConfigError, TrainingConfig
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    lr_multipliers: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Groups with equal weight decay and equal learning-rate multiplier, in a fixed order.
+
+    Matrices decay; vectors (norms, biases) do not. A multiplier applies to every parameter whose
+    name contains its key; the longest matching key wins.
+
+    Raises:
+        ConfigError: a key of `lr_multipliers` matches no parameter of this stage's model.
+    """
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        keys = sorted((key for key in lr_multipliers if key in name), key=len)
+        multiplier = lr_multipliers[keys[-1]] if keys else 1.0
+        # ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        groups.setdefault((weight_decay if decays else 0.0, multiplier), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
+        for (decay, multiplier), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def check_multipliers(names: Iterable[str], lr_multipliers: Mapping[str, float]) -> None:
+    """Refuse a multiplier that would have no effect. `names`: all parameters of the whole model.
+
+    Raises:
+        ConfigError: a key matches no parameter.
+    """
+    names = list(names)
+    for key in lr_multipliers:
+        if not any(key in name for name in names):
+            raise ConfigError(
+                f"training.lr_multipliers.{key}: no parameter name contains {key!r}; "
+                f"names look like {', '.join(names[:3])}"
+            )
+
+
+def build_optimizer(
+    module: nn.Module, config: TrainingConfig, ctx: ParallelContext
+) -> torch.optim.Optimizer:
+    """The optimizer named by `training.optimizer` over the parameters of this rank.
+
+    Raises:
+        ConfigError: the named implementation is not usable here; says what to install or choose.
+    """
+    groups = parameter_groups(
+        module.named_parameters(),
+        weight_decay=config.weight_decay,
+        lr_multipliers=config.lr_multipliers,
+    )
+    common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.optimizer == "muon":
+        return _muon(module, groups, common, ctx)
+    return _FACTORIES[config.optimizer](groups, common)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """`lr = learning_rate * multiplier` for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_multiplier"]
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm.
+
+    `norm^2 = sum over tensor ranks of sharded parameters + replicated parameters once`. With
+    `max_norm = 0` gradients stay as they are. Used where DeepSpeed wraps no optimizer (ZeRO-0 in
+    fp32), because its engine then reports no norm.
+    """
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    sharded = [p.grad for p in parameters if p.tensor_model_parallel]  # type: ignore[attr-defined]
+    whole = [p.grad for p in parameters if not p.tensor_model_parallel]  # type: ignore[attr-defined]
+    squared = _squared_norm(sharded, ctx.device)
+    if ctx.tensor.size > 1:
+        dist.all_reduce(squared, group=ctx.tensor.group)
+    norm = (squared + _squared_norm(whole, ctx.device)).sqrt()
+    if max_norm > 0:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([p.grad for p in parameters], scale)
+    return norm
+
+
+def _squared_norm(gradients: list[Tensor | None], device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=device)
+    norms = torch._foreach_norm(gradients)
+    return torch.stack([n.float() for n in norms]).square().sum()
+
+
+def _torch_adamw(groups: list[dict[str, Any]], common: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def _deepspeed_fused_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    return _from("deepspeed.ops.adam", "FusedAdam", "fused_adam")(
+        groups, **common, adam_w_mode=True
+    )
+
+
+def _deepspeed_cpu_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    cpu_adam = _from("deepspeed.ops.adam", "DeepSpeedCPUAdam", "cpu_adam")
+    return cpu_adam(groups, **common, adamw_mode=True)
+
+
+def _transformer_engine_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    adam = _from("transformer_engine.pytorch.optimizers", "FusedAdam", "te_adam")
+    return adam(groups, **common, adam_w_mode=True)
+
+
+def _apex_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    # A web toolkit is called apex on PyPI; NVIDIA's is told by what it contains.
+    return _from("apex.optimizers", "FusedAdam", "apex_adam")(groups, **common, adam_w_mode=True)
+
+
+_FACTORIES: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], torch.optim.Optimizer]] = {
+    "adamw": _torch_adamw,
+    "fused_adam": _deepspeed_fused_adam,
+    "cpu_adam": _deepspeed_cpu_adam,
+    "te_adam": _transformer_engine_adam,
+    "apex_adam": _apex_adam,
+}
+
+_NEEDS = {
+    "fused_adam": "DeepSpeed with a CUDA device and nvcc",
+    "cpu_adam": "DeepSpeed and a C++ compiler",
+    "te_adam": "Transformer Engine (pip install manyformer[fp8]) and a CUDA device",
+    "apex_adam": "NVIDIA apex, built from its source (the apex on PyPI is another project)",
+}
+
+
+def _from(module: str, attribute: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # broken installs raise anything
+        raise ConfigError(
+            f"training.optimizer={name} needs {_NEEDS[name]} ({type(error).__name__}: {error}); "
+            "install it or use training.optimizer=adamw"
+        ) from error
+
+
+def _muon(
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    common: dict[str, Any],
+    ctx: ParallelContext,
+) -> torch.optim.Optimizer:
+    """Muon for the matrices of hidden layers, AdamW for tables, head and vectors.
+
+    Every matrix must be whole on its rank: orthogonalising a shard is another algorithm.
+
+    Raises:
+        ConfigError: tensor size > 1.
+    """
+    if ctx.tensor.size > 1:
+        raise ConfigError(
+            f"training.optimizer=muon with parallel.tensor={ctx.tensor.size}: Muon orthogonalises "
+            "whole matrices, a tensor rank holds shards; use parallel.tensor=1 or another optimizer"
+        )
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    tables = [
+        m for m in module.modules() if isinstance(m, VocabParallelEmbedding | VocabParallelHead)
+    ]
+    outer = {id(m.weight) for m in tables}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for use_muon in (True, False):
+            members = []
+            for parameter in group["params"]:
+                matrix = len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+                if (matrix and id(parameter) not in outer) is use_muon:
+                    parameter.use_muon = use_muon
+                    members.append(parameter)
+            if members:
+                specific = {"lr": common["lr"]} if use_muon else common
+                split.append({**group, **specific, "params": members, "use_muon": use_muon})
+    return MuonWithAuxAdam(split)

@@ -1,0 +1,150 @@
+"""A family that is hard to cut into stages: its carry mixes dtypes, some fields without gradient.
+
+It exists for the tests alone. `hidden` has the precision of the run, `state` is always fp32 and
+recurrent over layers, `ids` (int64) and `flags` (bool) are read by every block, `noise` (fp32) needs
+no gradient, and `aux` collects two auxiliary losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.carry import Field, LayerSpec
+from parallel.context import ParallelContext
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    project_together,
+    vocab_parallel_cross_entropy,
+)
+from parallel.sharding import Constant, Normal, declare_replicated
+
+VOCAB, HIDDEN, STATE = 61, 32, 8
+AUX_WEIGHTS = (0.1, 0.05)
+
+
+class Inputs(NamedTuple):
+    tokens: Tensor
+
+
+class AwkwardCarry(NamedTuple):
+    hidden: Tensor
+    state: Tensor
+    ids: Tensor
+    flags: Tensor
+    noise: Tensor
+    aux: Tensor
+
+
+class Output(NamedTuple):
+    logits: Tensor
+    aux: Tensor
+
+
+class Embedding(nn.Module):
+    def __init__(self, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.table = VocabParallelEmbedding(VOCAB, HIDDEN, ctx=ctx, init=Normal(0.5))
+
+    def forward(self, inputs: Inputs) -> AwkwardCarry:
+        ids = inputs.tokens
+        hidden = self.table(ids)
+        state = hidden.float()[..., :STATE].tanh()
+        noise = (ids.float() * 0.37).sin()
+        return AwkwardCarry(hidden, state, ids, ids % 3 == 0, noise, hidden.new_zeros(2).float())
+
+
+class Block(nn.Module):
+    def __init__(self, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.up = ColumnParallelLinear(HIDDEN, 64, ctx=ctx, bias=True, init=Normal(0.2))
+        self.gate = ColumnParallelLinear(HIDDEN, 64, ctx=ctx, init=Normal(0.2))
+        self.down = RowParallelLinear(64, HIDDEN, ctx=ctx, bias=True, init=Normal(0.2))
+        self.to_state = nn.Linear(HIDDEN, STATE, device=ctx.device)
+        self.from_state = nn.Parameter(torch.empty(STATE, HIDDEN, device=ctx.device))
+        declare_replicated(self.to_state.weight, Normal(0.3), ctx=ctx)
+        declare_replicated(self.to_state.bias, Constant(0.1), ctx=ctx)
+        declare_replicated(self.from_state, _alternating, ctx=ctx)
+
+    def forward(self, carry: AwkwardCarry) -> AwkwardCarry:
+        hidden, dtype = carry.hidden, carry.hidden.dtype
+        up, gate = project_together(hidden, self.up, self.gate)
+        hidden = hidden + self.down(torch.tanh(up) * torch.sigmoid(gate))
+        position = (carry.ids.float() / VOCAB + carry.noise).transpose(0, 1).unsqueeze(-1)
+        allowed = carry.flags.transpose(0, 1).unsqueeze(-1)
+        if self.ctx.sequence_parallel:
+            rank, size = self.ctx.tensor.rank, self.ctx.tensor.size
+            position, allowed = position.chunk(size)[rank], allowed.chunk(size)[rank]
+        read = carry.state @ self.from_state.float()
+        hidden = hidden + (read.masked_fill(allowed, 0.0) + 0.1 * position).to(dtype)
+        state = torch.tanh(carry.state + self.to_state(hidden).float())
+        terms = torch.stack([hidden.float().square().mean(), state.mean()])
+        if self.ctx.sequence_parallel:
+            terms = _Mean.apply(terms, self.ctx)
+        return AwkwardCarry(hidden, state, carry.ids, carry.flags, carry.noise, carry.aux + terms)
+
+
+class Head(nn.Module):
+    def __init__(self, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.out = VocabParallelHead(VOCAB, HIDDEN, ctx=ctx)
+
+    def forward(self, carry: AwkwardCarry) -> Output:
+        state = carry.state.mean(-1, keepdim=True).to(carry.hidden.dtype)
+        return Output(self.out(carry.hidden + state), carry.aux)
+
+
+class _Mean(torch.autograd.Function):
+    """Mean of equal-sized token shards: every rank gets it and hands its share of gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: ParallelContext) -> Tensor:
+        ctx.size = layout.tensor.size
+        x = x.clone()
+        torch.distributed.all_reduce(x, group=layout.tensor.group)
+        return x / ctx.size
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.size, None
+
+
+def _alternating(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.linspace(-0.2, 0.2, shape.numel()).view(shape)
+
+
+def layer_specs(num_blocks: int = 6, *, tied: bool = True) -> list[LayerSpec]:
+    blocks = [LayerSpec(f"block_{i}", Block) for i in range(num_blocks)]
+    tie = {"out.weight": "embedding.table.weight"} if tied else {}
+    head = LayerSpec("head", Head, tied=tie, recompute=False)
+    return [LayerSpec("embedding", Embedding, recompute=False), *blocks, head]
+
+
+def schema(ctx: ParallelContext, *, batch: int, seq: int) -> AwkwardCarry:
+    local = seq // ctx.tensor.size if ctx.sequence_parallel else seq
+    return AwkwardCarry(
+        hidden=Field((local, batch, HIDDEN), ctx.precision.dtype, gradient=True),
+        state=Field((local, batch, STATE), torch.float32, gradient=True),
+        ids=Field((batch, seq), torch.int64),
+        flags=Field((batch, seq), torch.bool),
+        noise=Field((batch, seq), torch.float32),
+        aux=Field((2,), torch.float32, gradient=True),
+    )
+
+
+def objective(output: Output, labels: Tensor, ctx: ParallelContext) -> Any:
+    lm_loss = vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx).mean()
+    weights = torch.tensor(AUX_WEIGHTS, device=output.aux.device)
+    return lm_loss + (weights * output.aux).sum(), {"lm_loss": lm_loss, "aux": output.aux.sum()}
+
+
+def batch(step: int, *, size: int = 2, seq: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCAB, (size, seq + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -1,0 +1,105 @@
+"""The wire: bits, gradients and errors, without a process group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.carry import Field, SequentialModel
+from parallel.context import ParallelContext
+from parallel.wire import Wire
+from tests.models import awkward
+
+
+def _run(cuts: tuple[int, ...], recompute: bool = False):
+    """Loss, terms and gradients of the awkward model, crossing the wire before each cut layer."""
+    ctx = ParallelContext.single()
+    specs = awkward.layer_specs(tied=True)
+    model = SequentialModel(specs, ctx, seed=3)
+    wire = Wire(awkward.schema(ctx, batch=2, seq=16))
+    tokens, labels = awkward.batch(0)
+    carry = awkward.Inputs(tokens)
+    for index, layer in enumerate(model.layers):
+        if index in cuts:
+            sent = wire.pack(carry, layer=specs[index - 1].name)
+            received = tuple(_Hop.apply(t) if t.is_floating_point() else t.clone() for t in sent)
+            carry = wire.unpack(received)
+        carry = layer(carry)
+    loss, _ = awkward.objective(carry, labels, ctx)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+class _Hop(torch.autograd.Function):
+    """A copy through another buffer in both directions, as a send and a receive would make."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (3,), (4,), (5,), (6,), (7,), (1, 2, 3, 4, 5, 6, 7)])
+def test_a_cut_before_any_layer_changes_neither_loss_nor_any_gradient(cuts):
+    loss, gradients = _run(())
+    cut_loss, cut_gradients = _run(cuts)
+    assert torch.equal(loss, cut_loss)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, cut_gradients[name]), name
+
+
+def test_every_dtype_arrives_bit_for_bit_and_its_gradient_returns():
+    schema = awkward.AwkwardCarry(
+        hidden=Field((3, 5), torch.bfloat16, gradient=True),
+        state=Field((7,), torch.float32, gradient=True),
+        ids=Field((3,), torch.int64),
+        flags=Field((5,), torch.bool),
+        noise=Field((3,), torch.float64),
+        aux=Field((), torch.float16, gradient=True),
+    )
+    carry = awkward.AwkwardCarry(
+        torch.randn(3, 5).bfloat16().requires_grad_(),
+        torch.tensor([0.0, -0.0, 1e-42, float("inf"), -1.5, 3.0, 7.0]).requires_grad_(),
+        torch.tensor([-(2**62), 0, 2**62 + 1]),
+        torch.tensor([True, False, True, True, False]),
+        torch.randn(3, dtype=torch.float64),
+        torch.tensor(2.5, dtype=torch.float16).requires_grad_(),
+    )
+    wire = Wire(schema)
+    sent = wire.pack(carry, layer="any")
+    assert [t.dtype for t in sent] == [torch.float32, torch.int32]
+    arrived = wire.unpack(sent)
+    for name, before, after in zip(schema._fields, carry, arrived, strict=True):
+        assert before.dtype == after.dtype, name
+        assert torch.equal(before, after), name
+    gradients = [torch.randn_like(x) for x in (carry.hidden, carry.state, carry.aux)]
+    torch.autograd.backward([arrived.hidden, arrived.state, arrived.aux], gradients)
+    for x, gradient in zip((carry.hidden, carry.state, carry.aux), gradients, strict=True):
+        assert torch.equal(x.grad, gradient)
+
+
+def test_fields_without_gradient_cost_no_bytes_in_backward():
+    ctx = ParallelContext.single()
+    wire = Wire(awkward.schema(ctx, batch=2, seq=16))
+    differentiable = 4 * (16 * 2 * awkward.HIDDEN + 16 * 2 * awkward.STATE) + 16  # aux is padded
+    assert wire.backward_bytes == differentiable
+    assert wire.forward_bytes == differentiable + 16 * 2 * (8 + 1 + 4)
+
+
+def test_a_carry_field_of_another_dtype_is_refused_with_layer_and_field():
+    ctx = ParallelContext.single()
+    wire = Wire(awkward.schema(ctx, batch=2, seq=16))
+    tokens, _ = awkward.batch(0)
+    carry = awkward.Embedding(ctx=ctx)(awkward.Inputs(tokens))
+    wrong = carry._replace(state=carry.state.double())
+    with pytest.raises(ValueError, match=r"block_3, carry field state: expected float32.*float64"):
+        wire.pack(wrong, layer="block_3")
+
+
+def test_an_integer_field_cannot_ask_for_a_gradient():
+    fields = awkward.schema(ParallelContext.single(), batch=1, seq=4)
+    with pytest.raises(ValueError, match="ids: int64.*cannot carry a gradient"):
+        Wire(fields._replace(ids=Field((1, 4), torch.int64, gradient=True)))
