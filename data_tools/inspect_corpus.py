@@ -1,0 +1,138 @@
+"""Look into a .bin/.idx corpus: `python -m data_tools.inspect_corpus --help`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_tools.cli import run_command
+from data_tools.errors import DataError
+from data_tools.indexed import IndexedDataset
+from data_tools.permutation import IntArray
+from data_tools.tokenizers import Tokenizer, load_tokenizer
+
+_EXAMPLE = """example:
+  python -m data_tools.inspect_corpus data/demo/train --samples 3 --verify
+"""
+_SHOWN_CHARACTERS = 200
+
+
+def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
+    """Counts, lengths and the share of duplicates, one fact a line."""
+    lengths = document_lengths(dataset)
+    low, median, high = np.percentile(lengths, [1, 50, 99])
+    lines = [
+        f"documents     {dataset.num_documents:,}",
+        f"tokens        {dataset.num_tokens:,} ({dataset.dtype.name})",
+        f"length        min {lengths.min():,}  1% {low:,.0f}  median {median:,.0f}  "
+        f"mean {lengths.mean():,.1f}  99% {high:,.0f}  max {lengths.max():,} tokens",
+    ]
+    info = dataset.info
+    if info is not None:
+        lines += [
+            f"text          {info.num_bytes:,} bytes, {info.num_bytes / info.num_tokens:.3f} bytes "
+            "per token",
+            f"vocabulary    {info.vocab_size:,} ids, largest used {info.max_token_id}, "
+            f"end of document {info.eod_id}",
+            f"tokenizer     {info.tokenizer} (SHA-256 {info.tokenizer_fingerprint[:16]})",
+            f"written by    {info.command or 'unknown'}",
+        ]
+    else:
+        lines.append("no .json beside it: bytes and tokenizer are not known")
+    looked_at = min(max_documents, dataset.num_documents)
+    share = duplicate_share(dataset, looked_at)
+    lines.append(f"duplicates    {share:.2%} of the first {looked_at:,} documents repeat another")
+    return lines
+
+
+def document_lengths(dataset: IndexedDataset) -> IntArray:
+    """Tokens of each document."""
+    ends = np.append(dataset.offsets // dataset.dtype.itemsize, dataset.num_tokens)
+    return np.diff(ends[np.asarray(dataset.document_bounds)])
+
+
+def duplicate_share(dataset: IndexedDataset, num_documents: int) -> float:
+    """Share of the first documents whose tokens are exactly those of an earlier one."""
+    seen = {
+        hashlib.blake2b(dataset.document(i).tobytes(), digest_size=12).digest()
+        for i in range(num_documents)
+    }
+    return 1 - len(seen) / num_documents
+
+
+def sample_texts(
+    dataset: IndexedDataset, tokenizer: Tokenizer | None, *, num_samples: int, seed: int
+) -> list[str]:
+    """The beginnings of a few documents, as text, or as ids when there is no tokenizer."""
+    generator = np.random.default_rng(seed)
+    count = min(num_samples, dataset.num_documents)
+    lines = []
+    for document in np.sort(generator.choice(dataset.num_documents, size=count, replace=False)):
+        ids = dataset.document(int(document))[:_SHOWN_CHARACTERS].tolist()
+        shown = f"ids {ids[:20]} ..." if tokenizer is None else repr(tokenizer.decode(ids))
+        lines.append(f"document {document}: {shown[:_SHOWN_CHARACTERS]}")
+    return lines
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    dataset = IndexedDataset(options.prefix)
+    if options.verify:
+        dataset.verify()
+    print("\n".join(describe(dataset, max_documents=options.max_documents)))
+    if options.samples:
+        tokenizer = _find_tokenizer(dataset, options.tokenizer)
+        if tokenizer is None:
+            print("samples       as ids, its tokenizer is not at hand: pass --tokenizer SPEC")
+        texts = sample_texts(dataset, tokenizer, num_samples=options.samples, seed=options.seed)
+        print("\n".join(texts))
+    if options.verify:
+        checked = "checksums" if dataset.info else "no checksums are known: only the index"
+        print(f"verified      every offset; {checked}")
+
+
+def _find_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer | None:
+    """The tokenizer asked for, or else the one that the corpus names, where it is still there."""
+    info = dataset.info
+    if spec is None:
+        if info is None:
+            return None
+        try:
+            tokenizer = load_tokenizer(info.tokenizer)
+        except DataError:
+            return None
+        return tokenizer if tokenizer.fingerprint == info.tokenizer_fingerprint else None
+    tokenizer = load_tokenizer(spec)
+    if info is not None and tokenizer.fingerprint != info.tokenizer_fingerprint:
+        raise DataError(
+            f"--tokenizer {spec} ({tokenizer.fingerprint[:12]}) is not the one that made "
+            f"{dataset.prefix} ({info.tokenizer_fingerprint[:12]}); give {info.tokenizer}"
+        )
+    return tokenizer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.inspect_corpus",
+        description="Counts, lengths, duplicates and samples of a .bin/.idx corpus.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prefix", help="PREFIX of PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokenizer", metavar="SPEC", help="decodes the samples; default: its own")
+    parser.add_argument("--samples", type=int, default=3, help="documents to show")
+    parser.add_argument("--seed", type=int, default=0, help="chooses them")
+    parser.add_argument(
+        "--max-documents", type=int, default=1_000_000, help="documents compared for duplicates"
+    )
+    parser.add_argument("--verify", action="store_true", help="read all, check sums and offsets")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,149 @@
+"""Train a SentencePiece tokenizer: `python -m data_tools.train_tokenizer --help`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_tools.cli import progress_bar, run_command
+from data_tools.documents import DocumentReader, extract_text, find_inputs
+from data_tools.errors import DataError
+from data_tools.files import replace_atomically
+from data_tools.tokenizers import SentencePieceTokenizer
+
+_EXAMPLE = """example:
+  python -m data_tools.train_tokenizer --input corpus/ --output data/tokenizer.model \\
+      --vocab-size 32000
+"""
+EOD_PIECE = "</s>"
+_MAX_LINE = 4096  # characters handed to the trainer at once
+_HASH_RANGE = 1 << 64
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    vocab_size: int,
+    json_key: str = "text",
+    max_megabytes: int = 200,
+    overwrite: bool = False,
+) -> SentencePieceTokenizer:
+    """Train a byte-pair model with byte fallback; the same file from the same text.
+
+    Decoding gives back the encoded text exactly, line ends and indentation included (U+2581, which
+    SentencePiece writes for a space, becomes one). Id 0 is unknown and never used, 1 ends a
+    document. Of inputs larger than `max_megabytes` about that much is used, chosen document by
+    document by a hash of the text.
+
+    Raises:
+        DataError: the output's suffix is not .model, it exists, an input cannot be used, or the
+            text is too short for so many pieces.
+    """
+    path = Path(output)
+    if path.suffix != ".model":
+        raise DataError(f"--output {output} must end in .model; that suffix tells what it is")
+    if path.exists() and not overwrite:
+        raise DataError(f"{output} exists; choose another output or pass --overwrite to replace it")
+    reader = DocumentReader(find_inputs(inputs))
+    keep = min(1.0, max_megabytes * 1e6 / max(1, reader.total_bytes))
+    with replace_atomically(path) as file:
+        file.write(_train(_lines(reader, json_key=json_key, keep=keep), vocab_size))
+    return SentencePieceTokenizer(path, eod=None)
+
+
+def _train(lines: Iterator[str], vocab_size: int) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            max_sentence_length=4 * _MAX_LINE,  # counted in bytes
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOD_PIECE,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"--vocab-size {vocab_size} cannot be trained on this text ({reason}); give more text "
+            "or another size, at least 300"
+        ) from error
+    return model.getvalue()
+
+
+def _lines(reader: DocumentReader, *, json_key: str, keep: float) -> Iterator[str]:
+    """Lines of a share `keep` of the documents, without their ends and not longer than 4096."""
+    with progress_bar("reading", reader.total_bytes) as report:
+        for number, document in enumerate(reader, start=1):
+            report(number, reader.bytes_read)
+            digest = hashlib.blake2b(document.data, digest_size=8).digest()
+            if int.from_bytes(digest, "little") >= keep * _HASH_RANGE:
+                continue
+            for line in extract_text(document, json_key=json_key).split("\n"):
+                for begin in range(0, len(line), _MAX_LINE):
+                    yield line[begin : begin + _MAX_LINE]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    tokenizer = train_tokenizer(
+        options.input,
+        options.output,
+        vocab_size=options.vocab_size,
+        json_key=options.json_key,
+        max_megabytes=options.max_megabytes,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{options.output}: {tokenizer.vocab_size:,} pieces, {EOD_PIECE} (id {tokenizer.eod_id}) "
+        "ends a document"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.train_tokenizer",
+        description="Train a SentencePiece tokenizer (byte pairs with byte fallback).",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".jsonl or .txt files, plain, .gz or .zst; directories and globs of them",
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX.model")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl objects")
+    parser.add_argument(
+        "--max-megabytes", type=int, default=200, metavar="N", help="text to train on at most"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
