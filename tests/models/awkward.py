@@ -1,8 +1,8 @@
 """A family that is hard to cut into stages: its carry mixes dtypes, some fields without gradient.
 
 It exists for the tests alone. `hidden` has the precision of the run, `state` is always fp32 and
-recurrent over layers, `ids` (int64) and `flags` (bool) are read by every block, `noise` (fp32) needs
-no gradient, and `aux` collects two auxiliary losses.
+recurrent over layers, every block reads `ids` (int64) and `flags` (bool), `noise` (fp32) needs no
+gradient, and `aux` collects two auxiliary losses.
 """
 
 from __future__ import annotations

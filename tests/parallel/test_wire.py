@@ -101,5 +101,5 @@ def test_a_carry_field_of_another_dtype_is_refused_with_layer_and_field():
 
 def test_an_integer_field_cannot_ask_for_a_gradient():
     fields = awkward.schema(ParallelContext.single(), batch=1, seq=4)
-    with pytest.raises(ValueError, match="ids: int64.*cannot carry a gradient"):
+    with pytest.raises(ValueError, match=r"ids: int64.*cannot carry a gradient"):
         Wire(fields._replace(ids=Field((1, 4), torch.int64, gradient=True)))

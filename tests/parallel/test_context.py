@@ -1,0 +1,78 @@
+"""The layout: rank order, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from parallel.context import ParallelContext
+from parallel.precision import Precision
+from tests.distributed import run_ranks
+
+
+def _coordinates():
+    ctx = ParallelContext.from_world(tensor=2, pipeline=2)
+    return ctx.pipeline.rank, ctx.data.rank, ctx.tensor.rank, ctx.is_main
+
+
+def test_ranks_are_ordered_as_in_deepspeed_s_topology():
+    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=2)
+    for rank, (pipeline, data, tensor, is_main) in enumerate(run_ranks(_coordinates, 8)):
+        assert topology.get_coord(rank) == (pipeline, data, tensor)
+        assert is_main == (rank == 0)
+
+
+def _megatron_agrees():
+    ctx = ParallelContext.from_world(tensor=2, pipeline=2)
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == ctx.tensor.rank
+        and parallel_state.get_pipeline_model_parallel_rank() == ctx.pipeline.rank
+        and parallel_state.get_data_parallel_rank() == ctx.data.rank
+    )
+
+
+def test_ranks_are_ordered_as_in_megatron_core():
+    assert all(run_ranks(_megatron_agrees, 4))
+
+
+def _layout_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"tensor=4 x parallel.pipeline=1 = 4 does not divide"):
+        ParallelContext.from_world(tensor=4)
+    with pytest.raises(ValueError, match=r"parallel.expert=2: the expert axis is reserved"):
+        ParallelContext.from_world(expert=2)
+    with pytest.raises(ValueError, match="sequence_parallel=True has no effect at tensor size 1"):
+        ParallelContext.from_world(sequence_parallel=True)
+
+
+def test_a_layout_that_cannot_be_is_refused_with_its_numbers():
+    run_ranks(_layout_that_does_not_divide, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA may have Transformer Engine")
+def test_fp8_without_transformer_engine_is_an_error_that_says_what_to_install():
+    with pytest.raises(ValueError, match=r"precision=fp8 needs .*pip install manyformer\[fp8\]"):
+        Precision("fp8", "delayed")
+
+
+def test_an_fp8_recipe_without_fp8_is_refused_because_it_has_no_effect():
+    with pytest.raises(ValueError, match="has no effect without it"):
+        Precision("bf16", "delayed")
+
+
+def test_a_single_process_imports_neither_megatron_nor_deepspeed():
+    import subprocess
+
+    code = (
+        "import sys, parallel.context, parallel.layers, parallel.carry, parallel.wire;"
+        "parallel.context.ParallelContext.single();"
+        "print([m for m in ('megatron', 'deepspeed', 'transformer_engine') if m in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "[]"
