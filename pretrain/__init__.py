@@ -1,0 +1,1 @@
+"""One training run: configuration, engine, loop, checkpoints and metrics."""

@@ -1,0 +1,141 @@
+"""From a named YAML file, its groups and the overrides of a command line to a RunConfig."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.config import ConfigError, RunConfig, parse_config
+from pretrain.config_errors import nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Source(NamedTuple):
+    """A run file, and the directories in which its groups are looked up."""
+
+    file: Path
+    search: tuple[Path, ...]
+
+
+def compose_config(
+    config_name: str, *, config_dir: str | Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Read `config_name`.yaml with Hydra's composition and check it against the schema.
+
+    Run files and groups are looked up in `config_dir` first, then in the configs of the project.
+    An override is `section.key=value` for any setting, or `group=option` to choose a file of a
+    group; Hydra's prefixes `+`, `++` and `~` work as well.
+
+    Raises:
+        ConfigError: a file, key or value that cannot be used; one line.
+    """
+    source = _find(config_name, _search_path(config_dir))
+    values = _compose(source, [_translate(each, source.search) for each in overrides])
+    return parse_config(values)
+
+
+def _search_path(config_dir: str | Path | None) -> tuple[Path, ...]:
+    if config_dir is None:
+        return (CONFIGS,)
+    directory = Path(config_dir).resolve()
+    if not directory.is_dir():
+        raise ConfigError(f"--config-dir {str(config_dir)!r} is not a directory; check the path")
+    return (directory, CONFIGS)
+
+
+def _find(config_name: str, search: tuple[Path, ...]) -> _Source:
+    name = config_name.removesuffix(".yaml")
+    for directory in search:
+        file = directory / f"{name}.yaml"
+        if file.is_file():
+            return _Source(file, search)
+    known = sorted({file.stem for directory in search for file in directory.glob("*.yaml")})
+    guess = nearest(name, known)
+    remedy = f"did you mean {guess!r}?" if guess else f"known are {', '.join(known) or 'none'}"
+    where = " or ".join(str(directory) for directory in search)
+    raise ConfigError(f"--config-name {config_name!r} is not a run file in {where}; {remedy}")
+
+
+def _translate(override: str, search: tuple[Path, ...]) -> str:
+    """Our override as Hydra's: a setting may be new to the file, an option may be new to it."""
+    key, equals, value = override.partition("=")
+    bare = key.lstrip("+~")
+    if bare == "hydra" or bare.startswith("hydra."):
+        raise ConfigError(f"override {override!r} has no effect: Hydra only composes here; drop it")
+    if key.startswith("~"):
+        return override
+    if not equals:
+        raise ConfigError(f"override {override!r} has no value; write {key}=VALUE")
+    if key.startswith("+") or "/" in key or _is_group_choice(key, value, search):
+        return override
+    return f"++{override}"
+
+
+def _is_group_choice(key: str, value: str, search: tuple[Path, ...]) -> bool:
+    is_group = "." not in key and any((directory / key).is_dir() for directory in search)
+    return is_group and not value.startswith(("{", "["))
+
+
+def _compose(source: _Source, overrides: list[str]) -> dict[str, Any]:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    with tempfile.TemporaryDirectory() as entry:
+        # Hydra prefers groups beside the run file to those of the search path. Alone in a
+        # directory of its own, the run file leaves the order of ours as it is.
+        try:
+            shutil.copyfile(source.file, Path(entry, source.file.name))
+            return _run_hydra(entry, source, overrides)
+        except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+            message = str(error).replace(entry, str(source.file.parent))
+            raise ConfigError(_one_line(message, source)) from error
+
+
+def _run_hydra(entry: str, source: _Source, overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import ConfigCompositionException
+    from omegaconf import OmegaConf
+
+    where = ", ".join(_quoted(f"file://{directory}") for directory in source.search)
+    with initialize_config_dir(entry, version_base="1.3"):
+        for _ in range(len(overrides) + 1):
+            try:
+                config = compose(source.file.stem, [*overrides, f"hydra.searchpath=[{where}]"])
+                break
+            except ConfigCompositionException as error:
+                # The run file chooses no option of this group: ours is the first.
+                group = re.match(r"Could not override '([^']+)'\. No match", str(error))
+                if group is None:
+                    raise
+                overrides = [f"+{o}" if o.startswith(f"{group[1]}=") else o for o in overrides]
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in dict(values).items()}
+
+
+def _one_line(message: str, source: _Source) -> str:
+    """The part of Hydra's, OmegaConf's or PyYAML's message that concerns the user."""
+    message = re.split(r"\n\s*\n|\nSee https|\n\s*full_key", message)[0]
+    message = " ".join(message.split())
+    missing = re.search(r"Could not find '([^']+)'", message)
+    if missing:
+        group, _, option = missing[1].rpartition("/")
+        known = sorted(
+            {file.stem for root in source.search for file in (root / group).glob("*.yaml")}
+        )
+        guess = nearest(option, known)
+        if guess:
+            message += f"; did you mean {group}/{guess}?"
+        else:
+            message += f"; {group} has {', '.join(known) or 'no such file'}"
+    return f"{source.file}: {message}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"

@@ -1,0 +1,336 @@
+"""The typed configuration of a run: what may stand in its YAML file. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from data_tools.config import DataConfig
+from pretrain.config_changes import Difference as Difference
+from pretrain.config_changes import config_differences as config_differences
+from pretrain.config_changes import forbidden_changes as forbidden_changes
+from pretrain.config_errors import ConfigError as ConfigError
+from pretrain.config_errors import config_error, show
+
+_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Protocol):
+    """What a run asks of the configuration of any family."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+    def tensor_divisible(self) -> dict[str, int]:
+        """Sizes, by their key below `model`, that parallel.tensor must divide."""
+        ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class TrainingConfig(BaseModel):
+    """Length, batch, optimizer and numerics of training."""
+
+    model_config = _STRICT
+
+    max_steps: int | None = Field(default=None, gt=0, description="Stop after so many steps")
+    max_tokens: Annotated[int | None, BeforeValidator(lambda value: _whole(value))] = Field(
+        default=None, gt=0, description="Stop at the first step that has seen so many tokens"
+    )
+    batch_size: int = Field(gt=0, description="Sequences per micro-batch and data rank")
+    gradient_accumulation_steps: int = Field(
+        default=1, gt=0, description="Micro-batches per optimizer step and data rank"
+    )
+
+    lr: float = Field(gt=0, description="Peak learning rate")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine",
+        description="Learning rate after the warmup. wsd: constant, then a decay at the end",
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup from 0 to lr")
+    decay_steps: int = Field(default=0, ge=0, description="Last steps, in which wsd decays")
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Final learning rate of cosine and wsd over lr"
+    )
+    lr_multipliers: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="Part of a parameter name -> factor on lr; the longest match counts",
+    )
+
+    optimizer: Literal["adamw", "fused_adam", "cpu_adam", "te_adam", "apex_adam", "muon"] = Field(
+        default="adamw",
+        description="AdamW of torch, of DeepSpeed for the device (fused) or for the host (cpu), of "
+        "Transformer Engine, of NVIDIA apex; or Muon for matrices with AdamW for the rest",
+    )
+    betas: Annotated[tuple[float, float], BeforeValidator(lambda value: _pair(value))] = Field(
+        default=(0.9, 0.95), description="Decay rates of AdamW's first and second moment"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled; matrices only")
+    grad_clip: float = Field(
+        default=1.0, ge=0, description="Largest global 2-norm of the gradient; 0: no clipping"
+    )
+
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        default="bf16", description="bf16 and fp8 keep fp32 master weights and accumulate in fp32"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
+        default=None, description="How FP8 tensors are scaled; with precision=fp8 only"
+    )
+    activation_recomputation: Literal["none", "full"] = Field(
+        default="none", description="full: keep the input of each layer and redo its forward pass"
+    )
+    compile: bool = Field(default=False, description="torch.compile the layers")
+    seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
+    log_interval: int = Field(default=10, gt=0, description="Steps between two logged lines")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        _check_length(self)
+        _check_schedule(self)
+        _check_numerics(self)
+        return self
+
+
+class ParallelConfig(BaseModel):
+    """Ranks per axis; the data axis is what the world leaves over tensor x pipeline."""
+
+    model_config = _STRICT
+
+    tensor: int = Field(default=1, gt=0, description="Ranks that share each matrix")
+    pipeline: int = Field(default=1, gt=0, description="Stages that share the layers")
+    context: int = Field(default=1, gt=0, description="Reserved: 1")
+    expert: int = Field(default=1, gt=0, description="Reserved: 1")
+    sequence_parallel: bool = Field(
+        default=False, description="Split the sequence over tensor ranks between the matrices"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        for axis in ("context", "expert"):
+            size = getattr(self, axis)
+            if size != 1:
+                raise ValueError(
+                    f"parallel.{axis}={size}: this axis is reserved and not implemented; "
+                    f"set parallel.{axis}=1"
+                )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true has no effect with parallel.tensor=1; "
+                "set parallel.tensor to 2 or more, or parallel.sequence_parallel=false"
+            )
+        return self
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written and how many stay."""
+
+    model_config = _STRICT
+
+    interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
+    keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
+
+
+class EvaluationConfig(BaseModel):
+    """When held-out text is scored and how much of it."""
+
+    model_config = _STRICT
+
+    interval: int = Field(default=1000, gt=0, description="Steps between two evaluations")
+    max_windows: int | None = Field(
+        default=None, gt=0, description="Windows of data.validation to score; null: all"
+    )
+
+
+class WandbConfig(BaseModel):
+    """Weights & Biases; its key comes from the environment, never from here."""
+
+    model_config = _STRICT
+
+    mode: Literal["disabled", "offline", "online"] = Field(
+        default="disabled", description="offline: write to the run directory, upload later"
+    )
+    project: str | None = Field(default=None, min_length=1, description="Project of the runs")
+    name: str | None = Field(
+        default=None, min_length=1, description="Name of this run; null: chosen by W&B"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> WandbConfig:
+        if self.mode == "disabled":
+            for key in ("project", "name"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"logging.wandb.{key}={getattr(self, key)!r} has no effect with "
+                        "logging.wandb.mode=disabled; remove it or set mode to offline or online"
+                    )
+        elif self.project is None:
+            raise ValueError(
+                f"logging.wandb.mode={self.mode} needs a project; set logging.wandb.project=NAME"
+            )
+        return self
+
+
+class LoggingConfig(BaseModel):
+    """Writers beside metrics.jsonl, which is always written."""
+
+    model_config = _STRICT
+
+    tensorboard: bool = Field(default=False, description="Write events to RUN_DIR/tensorboard")
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+
+
+class RunConfig(BaseModel):
+    """Everything that defines a run, apart from what only DeepSpeed parses (its JSON)."""
+
+    model_config = _STRICT
+
+    run_dir: str = Field(
+        min_length=1, description="Directory of config.yaml, metrics.jsonl and checkpoints/"
+    )
+    resume: Literal["auto", "must", "never"] = Field(
+        default="auto",
+        description="auto: continue from a valid checkpoint in run_dir, start where there is none",
+    )
+    # The family named by `model.family` brings the schema of this section.
+    model: Annotated[
+        ModelConfig,
+        PlainValidator(lambda value: _parse_model(value)),
+        PlainSerializer(lambda model: model.model_dump(mode="json"), return_type=dict[str, Any]),
+    ]
+    data: DataConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.training.optimizer == "muon" and self.parallel.tensor > 1:
+            raise ValueError(
+                f"training.optimizer=muon with parallel.tensor={self.parallel.tensor}: Muon "
+                "orthogonalises whole matrices and a tensor rank holds a part of each; "
+                "set parallel.tensor=1 or training.optimizer=adamw"
+            )
+        if not self.data.validation and self.evaluation != EvaluationConfig():
+            raise ValueError(
+                "evaluation has no effect without held-out text; "
+                "set data.validation or remove the evaluation section"
+            )
+        return self
+
+
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """The typed configuration of a plain mapping, as a YAML file holds it.
+
+    Raises:
+        ConfigError: an unknown, missing or unusable setting.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise config_error(error, RunConfig) from error
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every setting of the run, defaults included, as JSON types; `parse_config` reads it back."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The text of RUN_DIR/config.yaml."""
+    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=False)
+
+
+def _parse_model(value: Any) -> ModelConfig:
+    from models.registry import family_names, get_config_class
+
+    if isinstance(value, BaseModel):
+        return cast(ModelConfig, value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"model={show(value)} must be a section of settings; see configs/model")
+    if "family" not in value:
+        raise ConfigError(
+            f"model.family is missing; set it to one of {', '.join(family_names())}, "
+            "or choose a model file such as model=llama/125m"
+        )
+    schema = get_config_class(value["family"])
+    try:
+        return cast(ModelConfig, schema.model_validate(dict(value)))
+    except ValidationError as error:
+        raise config_error(error, schema, prefix="model.") from error
+
+
+def _whole(value: Any) -> Any:
+    """Token counts are written as 10e9, which YAML reads as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _pair(value: Any) -> Any:
+    """YAML has lists where the schema has a pair."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("must be two numbers such as [0.9, 0.95]")
+    return tuple(value)
+
+
+def _check_length(training: TrainingConfig) -> None:
+    if training.max_steps is None and training.max_tokens is None:
+        raise ValueError("training has no end; set training.max_steps or training.max_tokens")
+    ramps = training.warmup_steps + training.decay_steps
+    if training.max_steps is not None and ramps >= training.max_steps:
+        name = "training.warmup_steps"
+        if training.decay_steps:
+            name += " + training.decay_steps"
+        raise ValueError(
+            f"{name}={ramps} must be less than training.max_steps={training.max_steps}; "
+            "shorten the ramps or train longer"
+        )
+
+
+def _check_schedule(training: TrainingConfig) -> None:
+    if (training.schedule == "wsd") != (training.decay_steps > 0):
+        raise ValueError(
+            f"training.decay_steps={training.decay_steps} with training.schedule="
+            f"{training.schedule}: wsd needs decay_steps > 0 and the others have no use for it; "
+            "change one of the two"
+        )
+    default = TrainingConfig.model_fields["min_lr_ratio"].default
+    if training.schedule == "constant" and training.min_lr_ratio != default:
+        raise ValueError(
+            f"training.min_lr_ratio={training.min_lr_ratio} has no effect with "
+            "training.schedule=constant; remove it or choose cosine or wsd"
+        )
+
+
+def _check_numerics(training: TrainingConfig) -> None:
+    if (training.precision == "fp8") != (training.fp8_recipe is not None):
+        raise ValueError(
+            f"training.fp8_recipe={training.fp8_recipe} with training.precision="
+            f"{training.precision}: fp8 needs a recipe (delayed, tensorwise, blockwise or mxfp8) "
+            "and it has no effect otherwise; change one of the two"
+        )
+    for beta in training.betas:
+        if not 0 <= beta < 1:
+            raise ValueError(
+                f"training.betas={list(training.betas)} must be at least 0 and less than 1; "
+                "the usual values are [0.9, 0.95]"
+            )

@@ -1,0 +1,170 @@
+"""Turns what pydantic says about a configuration into one line that a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, get_args
+
+from pydantic import BaseModel, ValidationError
+
+_LONGEST_VALUE = 80
+
+# What other trainers call our settings: spelling distance alone does not find them.
+_SYNONYMS = {
+    "accumulation_steps": "gradient_accumulation_steps",
+    "clip_grad": "grad_clip",
+    "dropout_seed": "seed",
+    "ffn_hidden_size": "intermediate_size",
+    "gradient_clipping": "grad_clip",
+    "learning_rate": "lr",
+    "max_grad_norm": "grad_clip",
+    "micro_batch_size": "batch_size",
+    "n_embd": "hidden_size",
+    "n_head": "num_heads",
+    "n_layer": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_kv_heads",
+    "output_dir": "run_dir",
+    "per_device_train_batch_size": "batch_size",
+    "pipeline_model_parallel_size": "pipeline",
+    "pp": "pipeline",
+    "seq_length": "sequence_length",
+    "tensor_model_parallel_size": "tensor",
+    "tp": "tensor",
+    "train_iters": "max_steps",
+    "train_micro_batch_size_per_gpu": "batch_size",
+}
+
+_CONSTRAINTS = {
+    "model_type": "must be a section of settings",
+    "dict_type": "must be a section of settings",
+    "tuple_type": "must be a list",
+    "string_type": "must be text",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. One line: key, value, constraint, remedy."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` was probably meant to be, or None."""
+    valid = list(valid)
+    synonym = _SYNONYMS.get(name)
+    if synonym in valid:
+        return synonym
+    return next(iter(difflib.get_close_matches(name, valid, n=1, cutoff=0.6)), None)
+
+
+def show(value: Any) -> str:
+    """`value` as it would be typed, cut to a length that fits in a line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def schema_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted path of every setting below `schema`, in the order of the fields."""
+    paths = []
+    for name, field in schema.model_fields.items():
+        path = f"{prefix}{name}"
+        if _is_section(field.annotation):
+            paths += schema_paths(field.annotation, f"{path}.")
+        else:
+            paths.append(path)
+    return paths
+
+
+def config_error(
+    error: ValidationError, schema: type[BaseModel], *, prefix: str = ""
+) -> ConfigError:
+    """The first complaint of `error` about `schema`, whose settings lie under `prefix`."""
+    # A misspelt key also counts as a missing one: the spelling is the news.
+    details = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    message = _describe(details[0], schema, prefix)
+    first, *others = dict.fromkeys(_path(prefix, each["loc"]) for each in details)
+    # What contains the first complaint only echoes it.
+    others = [path for path in others if not first.startswith(f"{path}.")]
+    if others:
+        message += f" (and {len(others)} more: {', '.join(others)})"
+    return ConfigError(" ".join(message.split()))
+
+
+def _describe(details: Mapping[str, Any], schema: type[BaseModel], prefix: str) -> str:
+    path, value = _path(prefix, details["loc"]), details["input"]
+    if details["type"] == "extra_forbidden":
+        return _unknown_key(path, value, schema, details["loc"], prefix)
+    if details["type"] == "missing":
+        return f"{path} is missing; set it in the YAML file or with {path}=VALUE"
+    if details["type"] in ("value_error", "assertion_error"):
+        return _own_words(str(details["ctx"]["error"]), path, value)
+    constraint = _CONSTRAINTS.get(details["type"], details["msg"])
+    constraint = constraint.replace("Input should be", "must be")
+    remedy = f"change {path} in the YAML file or on the command line"
+    if details["type"] == "literal_error":
+        guess = nearest(str(value), _choices(schema, details["loc"]))
+        remedy = f"did you mean {guess!r}?" if guess else remedy
+    return f"{path}={show(value)} {constraint}; {remedy}"
+
+
+def _own_words(message: str, path: str, value: Any) -> str:
+    """The message of one of our validators, with the section that it speaks of."""
+    section = path.split(".", maxsplit=1)[0]
+    if not path or f"{section}." in message or message.startswith(section):
+        return message
+    return (
+        f"{path}: {message}" if isinstance(value, Mapping) else f"{path}={show(value)}: {message}"
+    )
+
+
+def _unknown_key(
+    path: str, value: Any, schema: type[BaseModel], loc: Sequence[int | str], prefix: str
+) -> str:
+    siblings = list(_schema_at(schema, loc[:-1]).model_fields)
+    section, _, name = path.rpartition(".")
+    guess = nearest(name, siblings)
+    if guess is not None:
+        return f"unknown key {path}={show(value)}; did you mean {_join(section, guess)}?"
+    everywhere = schema_paths(schema, prefix)
+    wanted = _SYNONYMS.get(name, name)
+    elsewhere = [each for each in everywhere if each.rpartition(".")[2] == wanted]
+    if elsewhere:
+        return f"unknown key {path}={show(value)}; did you mean {' or '.join(elsewhere)}?"
+    return (
+        f"unknown key {path}={show(value)}; valid keys {f'of {section} ' if section else ''}"
+        f"are {', '.join(siblings)}"
+    )
+
+
+def _choices(schema: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    annotation = _schema_at(schema, loc[:-1]).model_fields[str(loc[-1])].annotation
+    return [choice for choice in _flat_args(annotation) if isinstance(choice, str)]
+
+
+def _flat_args(annotation: Any) -> list[Any]:
+    parts = get_args(annotation)
+    return [leaf for part in parts for leaf in _flat_args(part)] if parts else [annotation]
+
+
+def _schema_at(schema: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
+    """The schema of the section that `loc` leads to; numbers are places in a tuple of sections."""
+    for part in loc:
+        if isinstance(part, str):
+            candidates = _flat_args(schema.model_fields[part].annotation)
+            schema = next(filter(_is_section, candidates), schema)
+    return schema
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _path(prefix: str, loc: Sequence[int | str]) -> str:
+    return f"{prefix}{'.'.join(str(part) for part in loc)}".rstrip(".")
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name

@@ -1,0 +1,131 @@
+"""Whether a run fits on the processes that were started, and what follows from their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pretrain.config import ConfigError, RunConfig
+
+_MOST_LISTED = 8
+
+
+class RunLayout(NamedTuple):
+    """Sizes of the axes, and what one optimizer step consumes over all data ranks."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequences_per_step: int
+    tokens_per_step: int
+    total_steps: int
+
+
+def check_layout(run: RunConfig, world_size: int) -> RunLayout:
+    """Lay `run` out over `world_size` processes.
+
+    `data = world_size / (tensor * pipeline)`;
+    `total_steps = min(max_steps, ceil(max_tokens / tokens_per_step))`.
+
+    Raises:
+        ConfigError: the layout does not divide the world, the model or the sequence, or the
+            sequence is longer than the model's positions.
+    """
+    _check_model(run)
+    _check_sequence(run)
+    _check_world(run, world_size)
+    return _layout(run, world_size)
+
+
+def valid_tensor_sizes(run: RunConfig) -> list[int]:
+    """Every tensor size that the model allows, ascending."""
+    sizes = run.model.tensor_divisible()
+    return [t for t in range(1, min(sizes.values()) + 1) if not any(n % t for n in sizes.values())]
+
+
+def _check_model(run: RunConfig) -> None:
+    tensor, pipeline = run.parallel.tensor, run.parallel.pipeline
+    for name, size in run.model.tensor_divisible().items():
+        if size % tensor:
+            raise ConfigError(
+                f"parallel.tensor={tensor} does not divide model.{name}={size}; "
+                f"this model allows {_listed(valid_tensor_sizes(run))}"
+            )
+    if tensor > run.model.vocab_size:
+        raise ConfigError(
+            f"parallel.tensor={tensor} is larger than model.vocab_size={run.model.vocab_size}; "
+            f"this model allows {_listed(valid_tensor_sizes(run))}"
+        )
+    if pipeline > run.model.num_layers:
+        raise ConfigError(
+            f"parallel.pipeline={pipeline} is more than model.num_layers={run.model.num_layers}, "
+            f"so that a stage would be empty; set parallel.pipeline to {run.model.num_layers} "
+            "or less"
+        )
+
+
+def _check_sequence(run: RunConfig) -> None:
+    length, tensor = run.data.sequence_length, run.parallel.tensor
+    if run.parallel.sequence_parallel and length % tensor:
+        below = length // tensor * tensor
+        valid = [n for n in (below, below + tensor) if n > 0]
+        raise ConfigError(
+            f"data.sequence_length={length} is not a multiple of parallel.tensor={tensor}, as "
+            f"parallel.sequence_parallel needs it; nearest lengths are {_listed(valid)}"
+        )
+    if length > run.model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={length} is longer than "
+            f"model.max_position_embeddings={run.model.max_position_embeddings}; "
+            "shorten the sequences or raise max_position_embeddings"
+        )
+
+
+def _check_world(run: RunConfig, world_size: int) -> None:
+    tensor, pipeline = run.parallel.tensor, run.parallel.pipeline
+    model_size = tensor * pipeline
+    if world_size % model_size == 0:
+        return
+    fitting = sorted(
+        (abs(t * p - model_size), t, p)
+        for t in valid_tensor_sizes(run)
+        for p in range(1, run.model.num_layers + 1)
+        if world_size % (t * p) == 0
+    )
+    raise ConfigError(
+        f"parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_size} does not divide "
+        f"the world size {world_size}; start a multiple of {model_size} processes, or choose "
+        f"tensor x pipeline from {_listed([f'{t} x {p}' for _, t, p in fitting])}"
+    )
+
+
+def _layout(run: RunConfig, world_size: int) -> RunLayout:
+    training, parallel = run.training, run.parallel
+    data = world_size // (parallel.tensor * parallel.pipeline)
+    sequences = training.batch_size * training.gradient_accumulation_steps * data
+    tokens = sequences * run.data.sequence_length
+    limits = []
+    if training.max_steps is not None:
+        limits.append(training.max_steps)
+    if training.max_tokens is not None:
+        limits.append(-(-training.max_tokens // tokens))
+    total = min(limits)
+    ramps = training.warmup_steps + training.decay_steps
+    if ramps >= total:
+        raise ConfigError(
+            f"training.max_tokens={training.max_tokens} is {total} steps of {tokens} tokens, not "
+            f"more than warmup_steps + decay_steps = {ramps}; shorten the ramps or train longer"
+        )
+    return RunLayout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=data,
+        sequences_per_step=sequences,
+        tokens_per_step=tokens,
+        total_steps=total,
+    )
+
+
+def _listed(values: Sequence[object]) -> str:
+    shown = ", ".join(str(value) for value in values[:_MOST_LISTED])
+    return shown + ", ..." if len(values) > _MOST_LISTED else shown

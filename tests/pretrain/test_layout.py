@@ -1,0 +1,141 @@
+"""Layouts against a brute-force rule, and the one-line errors of those that do not fit."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from pretrain.config import ConfigError, parse_config
+from pretrain.layout import check_layout, valid_tensor_sizes
+from tests.pretrain.run_values import run_values
+
+HEADS, KV_HEADS, FFN, LAYERS, SEQUENCE = 12, 6, 24, 5, 18
+_MODEL = {
+    "model__hidden_size": 48,
+    "model__num_heads": HEADS,
+    "model__num_kv_heads": KV_HEADS,
+    "model__intermediate_size": FFN,
+    "model__num_layers": LAYERS,
+    "data__sequence_length": SEQUENCE,
+}
+
+
+def _fits(world: int, tensor: int, pipeline: int, sequence_parallel: bool) -> bool:
+    """The rule by counting: ranks are laid out one by one, and every rank needs equal shares."""
+    ranks = [
+        (d, p, t)
+        for d in range(world)
+        for p in range(pipeline)
+        for t in range(tensor)
+        if (d * pipeline + p) * tensor + t < world
+    ]
+    whole_replicas = all(
+        sum(1 for rank in ranks if rank[0] == d) in (0, pipeline * tensor) for d in range(world)
+    )
+    shares = [HEADS, KV_HEADS, FFN, *([SEQUENCE] if sequence_parallel else [])]
+    even = all(len({len(range(t, n, tensor)) for t in range(tensor)}) == 1 for n in shares)
+    stages_filled = len({layer * pipeline // LAYERS for layer in range(LAYERS)}) == pipeline
+    return whole_replicas and even and stages_filled
+
+
+def _accepted(world: int, tensor: int, pipeline: int, sequence_parallel: bool) -> bool:
+    run = parse_config(
+        run_values(
+            **_MODEL,
+            parallel__tensor=tensor,
+            parallel__pipeline=pipeline,
+            parallel__sequence_parallel=sequence_parallel,
+        )
+    )
+    try:
+        layout = check_layout(run, world)
+    except ConfigError:
+        return False
+    assert layout.tensor * layout.pipeline * layout.data == world
+    return True
+
+
+def test_every_layout_up_to_16_processes_is_judged_as_counting_does() -> None:
+    verdicts = set()
+    for world, tensor, pipeline in product(range(1, 17), range(1, 17), range(1, 17)):
+        for sequence_parallel in (False, True) if tensor > 1 else (False,):
+            case = (world, tensor, pipeline, sequence_parallel)
+            assert _accepted(*case) == _fits(*case), case
+            verdicts.add(_fits(*case))
+    assert verdicts == {True, False}
+
+
+def _error(world: int = 1, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        check_layout(parse_config(run_values(**changes)), world)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_layout_that_does_not_divide_the_world_names_those_that_do() -> None:
+    message = _error(world=4, parallel__pipeline=3)
+    assert "parallel.pipeline=3 = 3 does not divide the world size 4" in message
+    assert "1 x 2, 1 x 4, 2 x 1, 2 x 2, 1 x 1" in message
+
+
+def test_a_tensor_size_that_does_not_divide_the_heads_names_those_that_do() -> None:
+    message = _error(world=4, parallel__tensor=4)
+    assert "parallel.tensor=4 does not divide model.num_kv_heads=2" in message
+    assert "allows 1, 2" in message
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    message = _error(world=8, parallel__pipeline=8)
+    assert "parallel.pipeline=8 is more than model.num_layers=4" in message
+    assert "4 or less" in message
+
+
+def test_more_tensor_ranks_than_vocabulary_entries_are_refused() -> None:
+    assert "model.vocab_size=1" in _error(world=2, parallel__tensor=2, model__vocab_size=1)
+
+
+def test_sequence_parallelism_needs_a_sequence_that_it_can_split() -> None:
+    message = _error(
+        world=2, parallel__tensor=2, parallel__sequence_parallel=True, data__sequence_length=127
+    )
+    assert "data.sequence_length=127" in message
+    assert "126, 128" in message
+
+
+def test_sequences_longer_than_the_positions_of_the_model_are_refused() -> None:
+    message = _error(data__sequence_length=257)
+    assert "data.sequence_length=257" in message
+    assert "model.max_position_embeddings=256" in message
+
+
+def test_valid_tensor_sizes_are_the_common_divisors_of_what_is_split() -> None:
+    assert valid_tensor_sizes(parse_config(run_values(**_MODEL))) == [1, 2, 3, 6]
+
+
+def test_counts_of_a_step_follow_from_the_layout() -> None:
+    run = parse_config(run_values(parallel__pipeline=2, training__gradient_accumulation_steps=3))
+    layout = check_layout(run, 8)
+    assert layout.data == 4
+    assert layout.sequences_per_step == 2 * 3 * 4
+    assert layout.tokens_per_step == 2 * 3 * 4 * 128
+    assert layout.total_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_steps", "steps"),
+    [(256 * 7, None, 7), (256 * 7 + 1, None, 8), (256 * 7, 5, 5), (256 * 7, 9, 7)],
+)
+def test_training_ends_at_the_first_of_its_two_limits(
+    max_tokens: int, max_steps: int | None, steps: int
+) -> None:
+    run = parse_config(run_values(training__max_tokens=max_tokens, training__max_steps=max_steps))
+    assert check_layout(run, 1).total_steps == steps
+
+
+def test_a_warmup_longer_than_the_tokens_allow_is_refused() -> None:
+    message = _error(
+        training__max_tokens=256 * 7, training__max_steps=None, training__warmup_steps=7
+    )
+    assert "training.max_tokens=1792 is 7 steps of 256 tokens" in message
