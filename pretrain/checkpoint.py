@@ -1,0 +1,360 @@
+"""Checkpoints that are either complete and verified or not there.
+
+    RUN/checkpoints/step_N/
+        engine/     DeepSpeed: optimizer shards, engine state
+        weights/    pp_00_tp_00.safetensors ...: the weights alone, for generate and convert
+        rng/        rank_00000.safetensors ...: states of the random generators
+        trainer.json    what the loop needs to go on: tokens, position in the data
+        manifest.json   written last: size and sha256 of every file above, layout, configuration
+    RUN/checkpoints/latest    a hint for people; resuming looks at the directories
+
+A save writes under a temporary name, flushes every file, and publishes by one rename after every
+rank has reported success. `python -m pretrain.checkpoint list|verify DIR` looks at what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from parallel.weights_io import ShardPosition, Weight, write_shard
+from pretrain.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    one_line,
+    read_manifest,
+    step_of_name,
+    verify_content,
+    verify_listing,
+)
+from pretrain.ranks import Ranks
+from pretrain.resume import (
+    LATEST_NAME,
+    TRAINER_NAME,
+    Checkpoint,
+    Resume,
+    RunIdentity,
+    find_checkpoint,
+    rng_file_name,
+    steps_in,
+)
+from pretrain.rng_state import save_rng_state
+from pretrain.run_lock import RunLock
+from pretrain.storage import Storage
+
+_TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
+logger = logging.getLogger(__name__)
+
+
+class CheckpointContents(NamedTuple):
+    """What one rank contributes to a checkpoint.
+
+    `write_engine` is collective and returns the files that this rank wrote below the directory it
+    is given (`engine_state.save_engine_state`). `weights` are loaded by every rank, and written by
+    the one of each (pipeline, tensor) place that has `writes_weights`. `trainer` is rank 0's.
+    """
+
+    step: int
+    write_engine: Callable[[Path], Sequence[Path]]
+    weights: Sequence[Weight]
+    trainer: Mapping[str, Any]
+    position: ShardPosition = ShardPosition()
+    writes_weights: bool = True
+    weights_metadata: Mapping[str, str] = {}
+    generators: Mapping[str, torch.Generator] = {}
+
+
+class _Written(NamedTuple):
+    files: dict[str, FileEntry]
+    sharding: dict[str, tuple[int | None, int | None]]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, on all of its ranks: every method is collective.
+
+    Args:
+        keep: how many of the newest checkpoints stay, at least 1.
+
+    Raises:
+        CheckpointError: another job uses the run directory, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        identity: RunIdentity,
+        keep: int,
+        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+        storage: Storage | None = None,
+    ) -> None:
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep={keep} would keep nothing: set it to 1 or more")
+        self.run_dir = run_dir
+        self.directory = run_dir / "checkpoints"
+        self._identity = identity
+        self._keep = keep
+        self._ranks = ranks
+        self._storage = storage or Storage()
+        self._trusted: set[int] = set()  # verified by `find` or written by `save`
+        self._lock: RunLock | None = None
+        self._ranks.on_first(self._open)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def find(self, resume: Resume) -> Checkpoint | None:
+        """See `resume.find_checkpoint`."""
+        found = find_checkpoint(self.run_dir, resume, identity=self._identity, ranks=self._ranks)
+        if found is not None:
+            self._trusted.add(found.step)
+        return found
+
+    def save(self, contents: CheckpointContents) -> Path:
+        """Write and publish a checkpoint, then delete those that retention no longer keeps.
+
+        Raises:
+            CheckpointError: a rank failed; nothing was published and nothing deleted.
+        """
+        path = self._path(contents.step)
+        if contents.step in self._trusted:
+            return path
+        temporary = self._ranks.on_first(lambda: self._begin(contents.step))
+        written, failure = self._write(temporary, contents)
+        reports = self._ranks.gather(written)
+        failure = self._ranks.first_message(failure)
+        self._ranks.on_first(lambda: self._publish(contents.step, temporary, reports, failure))
+        self._trusted.add(contents.step)
+        self._ranks.on_first(lambda: self._retain(contents.step))
+        return path
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step_{step}"
+
+    def _open(self) -> None:
+        """Rank 0: take the lock, remove what an interrupted save has left."""
+        self._lock = RunLock(self.run_dir)
+        self.directory.mkdir(exist_ok=True)
+        for entry in sorted(self.directory.iterdir()):
+            if _TEMPORARY.fullmatch(entry.name):
+                logger.warning("removing %s, left by an interrupted save", entry)
+                self._storage.remove_tree(entry)
+
+    def _begin(self, step: int) -> Path:
+        """Rank 0: make the temporary directory; set aside what stands at the final name."""
+        target, token = self._path(step), os.urandom(4).hex()
+        if os.path.lexists(target):
+            # `find` passed this one over as damaged, or it would be trusted. Kept for inspection.
+            aside = self.directory / f"damaged-step_{step}-{token}"
+            logger.warning("moving the unusable %s to %s", target.name, aside.name)
+            self._storage.rename(target, aside)
+        temporary = self.directory / f".tmp-step_{step}-{token}"
+        for directory in (temporary, temporary / "weights", temporary / "rng"):
+            self._storage.make_directory(directory)
+        return temporary
+
+    def _write(
+        self, directory: Path, contents: CheckpointContents
+    ) -> tuple[_Written | None, str | None]:
+        """On every rank: write, flush and checksum this rank's files.
+
+        A part that fails does not keep the rank from the next one: parts are collective.
+        """
+        not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
+        paths: list[Path] = []
+        failure: str | None = None
+        for write in (self._write_engine, self._write_weights, self._write_state):
+            try:
+                paths += write(directory, contents)
+            except (OSError, RuntimeError, ValueError) as error:
+                failure = failure or f"{not_saved}: {one_line(error)}"
+        if failure is not None:
+            return None, failure
+        try:
+            files = {p.relative_to(directory).as_posix(): self._entry(p) for p in paths}
+        except OSError as error:
+            return None, f"{not_saved}: {one_line(error)}"
+        table = {w.name: (w.sharding.dim, w.sharding.full_size) for w in contents.weights}
+        return _Written(files, table if contents.writes_weights else {}), None
+
+    def _entry(self, path: Path) -> FileEntry:
+        size, sha256 = self._storage.record(path)
+        return FileEntry(size=size, sha256=sha256, rank=self._ranks.rank)
+
+    def _write_engine(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        self._storage.point("engine", directory)
+        paths = list(contents.write_engine(directory))
+        for path in paths:
+            self._storage.sync(path)
+        return paths
+
+    def _write_weights(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        write = partial(write_shard, position=contents.position, metadata=contents.weights_metadata)
+        if not contents.writes_weights:
+            write(None, contents.weights)
+            return []
+        path = directory / "weights" / contents.position.file_name
+        with self._storage.create(path) as file:
+            write(file, contents.weights)
+        return [path]
+
+    def _write_state(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        paths = [directory / "rng" / rng_file_name(self._ranks.rank)]
+        with self._storage.create(paths[0]) as file:
+            save_rng_state(file, generators=contents.generators)
+        if self._ranks.is_first:
+            paths.append(directory / TRAINER_NAME)
+            self._storage.write(paths[1], _json_bytes(contents.trainer))
+        return paths
+
+    def _publish(
+        self,
+        step: int,
+        temporary: Path,
+        reports: list[_Written | None] | None,
+        failure: str | None,
+    ) -> None:
+        """Rank 0: give the directory its name, or remove it when any rank has failed."""
+        try:
+            if failure is not None:
+                raise CheckpointError(failure)
+            manifest = self._manifest(step, temporary, [r for r in reports or [] if r is not None])
+            self._storage.write(temporary / MANIFEST_NAME, manifest.to_bytes())
+            for directory in sorted({(temporary / name).parent for name in manifest.files}):
+                self._storage.sync(directory)
+            if self._lock is None or not self._lock.is_held():
+                raise CheckpointError(
+                    f"step_{step} was not saved: the lock of {str(self.run_dir)!r} was taken away; "
+                    "let only one job use a run_dir"
+                )
+            self._storage.rename(temporary, self._path(step))
+        except (OSError, ValueError) as error:
+            self._remove_quietly(temporary)
+            raise CheckpointError(one_line(error)) from error
+        self._storage.sync(self.directory)
+        self._point_latest_to(step)
+
+    def _manifest(self, step: int, temporary: Path, reports: Sequence[_Written]) -> Manifest:
+        files: dict[str, FileEntry] = {}
+        sharding: dict[str, tuple[int | None, int | None]] = {}
+        for report in reports:
+            files |= report.files
+            sharding |= report.sharding
+        for path in sorted(temporary.rglob("*")):  # what DeepSpeed copied without its writer
+            if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
+                self._storage.sync(path)
+                files[name] = self._entry(path)
+        layout, config, fingerprints = self._identity
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            step=step,
+            layout=layout,
+            config=config,
+            fingerprints=fingerprints,
+            versions=_package_versions(),
+            sharding=sharding,
+            files=dict(sorted(files.items())),
+        )
+
+    def _point_latest_to(self, step: int) -> None:
+        try:
+            self._storage.replace_file(self.directory / LATEST_NAME, f"step_{step}\n".encode())
+            self._storage.sync(self.directory)
+        except OSError as error:  # only a hint: the checkpoint itself is published
+            logger.warning("step_%d is saved, but latest could not be written: %s", step, error)
+
+    def _retain(self, newest: int) -> None:
+        """Rank 0: delete all but `keep` checkpoints, counted back from the one just written."""
+        steps = [step for step in steps_in(self.directory) if step <= newest]
+        for step in steps[self._keep :]:
+            doomed = self.directory / f".delete-step_{step}-{os.urandom(4).hex()}"
+            try:
+                # Renamed first: a deletion that is cut short must not look like a checkpoint.
+                self._storage.rename(self._path(step), doomed)
+                self._storage.remove_tree(doomed)
+            except OSError as error:
+                logger.warning("old checkpoint step_%d could not be deleted: %s", step, error)
+
+    def _remove_quietly(self, directory: Path) -> None:
+        try:
+            self._storage.remove_tree(directory)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", directory, error)
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(content, indent=1) + "\n").encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the trainer state is not JSON: {error}") from error
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
+    try:
+        manifest = read_manifest(path)
+        problem = verify_listing(path, manifest)
+        if verify and problem is None:
+            problem = verify_content(path, manifest, manifest.files)
+    except (CheckpointError, OSError) as error:
+        return f"{path.name}: DAMAGED {one_line(error)}", False
+    if problem is not None:
+        return f"{path.name}: DAMAGED {problem}", False
+    size = sum(entry.size for entry in manifest.files.values()) / 1e9
+    state = "verified" if verify else "complete"
+    return (
+        f"{path.name}: {state}, {len(manifest.files)} files, {size:.2f} GB, {manifest.layout}",
+        True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List or verify the checkpoints of a run directory, or one of them; 3: one is damaged."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description=main.__doc__)
+    parser.add_argument("command", choices=["list", "verify"])
+    parser.add_argument("directory", type=Path)
+    options = parser.parse_args(arguments)
+    directory: Path = options.directory.resolve()
+    if step_of_name(directory.name) is not None and directory.is_dir():
+        paths = [directory]
+    else:
+        folders = [directory / "checkpoints", directory]
+        paths = [f / f"step_{step}" for f in folders for step in reversed(steps_in(f))]
+    if not paths:
+        print(
+            f"error: no checkpoint in {str(options.directory)!r}: give a run directory",
+            file=sys.stderr,
+        )
+        return 2
+    results = [_describe(path, verify=options.command == "verify") for path in paths]
+    print("\n".join(line for line, _ in results))
+    return 0 if all(good for _, good in results) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Which checkpoint a run continues from: the newest undamaged one, agreed upon by all ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from pretrain.config_changes import forbidden_changes
+from pretrain.manifest import (
+    CheckpointError,
+    Layout,
+    Manifest,
+    one_line,
+    read_manifest,
+    step_of_name,
+    verify_content,
+    verify_listing,
+)
+from pretrain.ranks import Ranks
+
+Resume = Literal["auto", "must", "never"]
+LATEST_NAME = "latest"
+TRAINER_NAME = "trainer.json"
+logger = logging.getLogger(__name__)
+
+
+class RunIdentity(NamedTuple):
+    """What a checkpoint must agree with to be continued by this run.
+
+    `config` is the resolved configuration, `fingerprints` those of data and tokenizer.
+    """
+
+    layout: Layout
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint of this run."""
+
+    path: Path
+    step: int
+    trainer: dict[str, Any]
+
+    def rng_path(self, rank: int) -> Path:
+        return self.path / "rng" / rng_file_name(rank)
+
+
+def rng_file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def find_checkpoint(
+    run_dir: Path, resume: Resume, *, identity: RunIdentity, ranks: Ranks
+) -> Checkpoint | None:
+    """The newest undamaged checkpoint; None when the run has to start from its beginning.
+
+    Collective. Every rank verifies the files that it wrote; a damaged checkpoint is passed over
+    with one warning that names the file and what is wrong with it.
+
+    Raises:
+        CheckpointError: `must` and there is none; `never` and there is one; only damaged ones; the
+            newest undamaged one, or the run directory, is of another run, layout or data.
+    """
+    problems: list[str] = []
+    for step in ranks.on_first(lambda: _candidates(run_dir, resume, identity)):
+        directory = run_dir / "checkpoints" / f"step_{step}"
+        manifest, problem = _verify(directory, ranks)
+        if manifest is not None and problem is None:
+            return ranks.on_first(partial(_checked, directory, manifest, identity))
+        problems.append(str(problem))
+        if ranks.is_first:
+            logger.warning("checkpoint step_%d is not used: %s", step, problem)
+    if problems:
+        raise CheckpointError(
+            f"no undamaged checkpoint in {str(run_dir / 'checkpoints')!r} ({len(problems)} tried), "
+            f"the newest: {problems[0]}; restore one or start in another run_dir"
+        )
+    return None
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The N of all entries `step_N`, newest first; a symbolic link is never one of ours."""
+    if not directory.is_dir():
+        return []
+    steps = ((step_of_name(entry.name), entry) for entry in directory.iterdir())
+    return sorted((n for n, e in steps if n is not None and not e.is_symlink()), reverse=True)
+
+
+def _candidates(run_dir: Path, resume: Resume, identity: RunIdentity) -> list[int]:
+    directory = run_dir / "checkpoints"
+    steps, latest = steps_in(directory), _read_latest(directory)
+    if resume == "never" and (steps or latest is not None):
+        raise CheckpointError(
+            f"run_dir {str(run_dir)!r} already holds checkpoints and resume=never: "
+            "choose another run_dir, or resume=auto to continue that run"
+        )
+    if not steps and resume == "must":
+        raise CheckpointError(
+            f"resume=must, but {str(directory)!r} holds no checkpoint: "
+            "correct run_dir, or use resume=auto to start from the beginning"
+        )
+    if not steps and latest is not None:
+        raise CheckpointError(
+            f"{str(directory / LATEST_NAME)!r} names {latest!r}, but there is no such checkpoint: "
+            "restore it, or delete that file to start from the beginning"
+        )
+    if not steps:
+        _check_config_file(run_dir, identity)
+    elif latest != f"step_{steps[0]}":
+        logger.warning("latest names %r, the newest checkpoint is step_%d", latest, steps[0])
+    return steps
+
+
+def _read_latest(directory: Path) -> str | None:
+    """What `latest` says, for messages only; None when it is absent."""
+    path = directory / LATEST_NAME
+    if not os.path.lexists(path):
+        return None
+    try:
+        with path.open("rb") as file:
+            return file.read(100).decode("ascii", errors="replace").strip()
+    except OSError as error:
+        return f"({error.strerror})"
+
+
+def _verify(directory: Path, ranks: Ranks) -> tuple[Manifest | None, str | None]:
+    """On every rank the manifest that rank 0 read, and the first problem that any rank found."""
+    manifest: Manifest | None = None
+    problem: str | None = None
+    if ranks.is_first:
+        try:
+            manifest = read_manifest(directory)
+            problem = verify_listing(directory, manifest)
+        except (CheckpointError, OSError) as error:
+            problem = one_line(error)
+    manifest, problem = ranks.broadcast((manifest, problem))
+    if manifest is None or problem is not None:
+        return manifest, problem
+    mine = [name for name, e in manifest.files.items() if e.rank % ranks.size == ranks.rank]
+    return manifest, ranks.first_message(verify_content(directory, manifest, mine))
+
+
+def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Checkpoint:
+    if manifest.layout != identity.layout:
+        raise CheckpointError(
+            f"{str(directory)!r} was written at {manifest.layout}; this run is at "
+            f"{identity.layout}: resume at the layout of the checkpoint"
+        )
+    _refuse_another_run(directory, manifest.config, identity)
+    for name in sorted(set(manifest.fingerprints) | set(identity.fingerprints)):
+        old, new = manifest.fingerprints.get(name), identity.fingerprints.get(name)
+        if old != new:
+            raise CheckpointError(
+                f"{name} has changed since {str(directory)!r} was written (fingerprint {old}, "
+                f"now {new}): restore it or start in another run_dir"
+            )
+    trainer = json.loads((directory / TRAINER_NAME).read_bytes())
+    return Checkpoint(directory, manifest.step, trainer)
+
+
+def _check_config_file(run_dir: Path, identity: RunIdentity) -> None:
+    """A run that has no checkpoint yet still owns its directory."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({one_line(error)}): choose another run_dir"
+        ) from error
+    _refuse_another_run(path, config if isinstance(config, dict) else {}, identity)
+
+
+def _refuse_another_run(path: Path, config: dict[str, Any], identity: RunIdentity) -> None:
+    differences = forbidden_changes(config, identity.config)
+    if differences:
+        raise CheckpointError(
+            f"{str(path)!r} is of another run ({'; '.join(differences)}): "
+            "choose another run_dir or restore these values"
+        )

@@ -1,0 +1,88 @@
+"""States of all random generators of a rank as one safetensors file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pretrain.manifest import CheckpointError
+
+
+def save_rng_state(
+    file: BinaryIO, *, generators: Mapping[str, torch.Generator] | None = None
+) -> None:
+    """Write the states of python's, numpy's and torch's global generators and of `generators`."""
+    file.write(save(_capture(generators or {})))
+
+
+def restore_rng_state(
+    path: Path, *, generators: Mapping[str, torch.Generator] | None = None
+) -> None:
+    """Set the generators to the states in `path`.
+
+    Raises:
+        CheckpointError: unreadable, or not the states of the generators that this process has.
+    """
+    expected = set(_capture(generators or {}))
+    try:
+        states = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    if set(states) != expected:
+        difference = ", ".join(sorted(set(states) ^ expected))
+        raise CheckpointError(
+            f"{str(path)!r} is not of the generators of this process, difference: {difference}; "
+            "resume on the kind of device that wrote it"
+        )
+    _restore(states, generators or {})
+
+
+def _capture(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point
+    assert isinstance(numpy_state, dict)
+    mersenne = numpy_state["state"]
+    states = {
+        "python.words": torch.tensor([version, *words], dtype=torch.int64),
+        # The pending second value of a Gaussian pair; NaN stands for none.
+        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy.words": torch.from_numpy(mersenne["key"].astype(np.int64)),
+        "numpy.position": torch.tensor(
+            [mersenne["pos"], numpy_state["has_gauss"]], dtype=torch.int64
+        ),
+        "numpy.gauss": torch.tensor(numpy_state["gauss"], dtype=torch.float64),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["torch.cuda"] = torch.cuda.get_rng_state()
+    for name, generator in generators.items():
+        states[f"generator.{name}"] = generator.get_state()
+    return states
+
+
+def _restore(states: Mapping[str, Tensor], generators: Mapping[str, torch.Generator]) -> None:
+    version, *words = states["python.words"].tolist()
+    gauss = states["python.gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss = states["numpy.position"].tolist()
+    np.random.set_state(  # noqa: NPY002 - the global generator is the point
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": states["numpy.words"].numpy().astype(np.uint32), "pos": position},
+            "has_gauss": has_gauss,
+            "gauss": states["numpy.gauss"].item(),
+        }
+    )
+    torch.set_rng_state(states["torch.cpu"])
+    if "torch.cuda" in states:
+        torch.cuda.set_rng_state(states["torch.cuda"])
+    for name, generator in generators.items():
+        generator.set_state(states[f"generator.{name}"])
