@@ -209,8 +209,8 @@ class IndexedDataset:
         bounds = self.document_bounds
         if bounds[0] != 0 or bounds[-1] != self.num_sequences:
             raise self._damaged("document bounds that do not cover the sequences")
-        probes = np.unique(np.linspace(0, self.num_sequences - 2, _PROBES).astype(np.int64))
-        probes = probes[probes >= 0]
+        num_joints = self.num_sequences - 1
+        probes = np.linspace(0, num_joints, min(_PROBES, num_joints), endpoint=False, dtype=int)
         ends = self.offsets[probes] + self.lengths[probes] * np.int64(itemsize)
         if self.offsets[0] != 0 or not np.array_equal(self.offsets[probes + 1], ends):
             raise self._damaged("an offset that is not the end of the sequence before it")
