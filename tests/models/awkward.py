@@ -7,11 +7,13 @@ gradient, and `aux` collects two auxiliary losses.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from models.base import LossOutput, ModelFamily, TokenInputs
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.layers import (
@@ -24,12 +26,20 @@ from parallel.layers import (
 )
 from parallel.sharding import Constant, Normal, declare_replicated
 
-VOCAB, HIDDEN, STATE = 61, 32, 8
+VOCAB, HIDDEN, INNER, STATE = 61, 32, 64, 8
 AUX_WEIGHTS = (0.1, 0.05)
 
 
-class Inputs(NamedTuple):
-    tokens: Tensor
+class AwkwardConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    family: Literal["awkward"] = "awkward"
+    vocab_size: int = VOCAB
+    num_layers: int = 6
+    max_position_embeddings: int = 1 << 20
+
+    def tensor_divisible(self) -> dict[str, int]:
+        return {"inner_size": INNER}
 
 
 class AwkwardCarry(NamedTuple):
@@ -51,7 +61,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.table = VocabParallelEmbedding(VOCAB, HIDDEN, ctx=ctx, init=Normal(0.5))
 
-    def forward(self, inputs: Inputs) -> AwkwardCarry:
+    def forward(self, inputs: TokenInputs) -> AwkwardCarry:
         ids = inputs.tokens
         hidden = self.table(ids)
         state = hidden.float()[..., :STATE].tanh()
@@ -63,9 +73,9 @@ class Block(nn.Module):
     def __init__(self, *, ctx: ParallelContext) -> None:
         super().__init__()
         self.ctx = ctx
-        self.up = ColumnParallelLinear(HIDDEN, 64, ctx=ctx, bias=True, init=Normal(0.2))
-        self.gate = ColumnParallelLinear(HIDDEN, 64, ctx=ctx, init=Normal(0.2))
-        self.down = RowParallelLinear(64, HIDDEN, ctx=ctx, bias=True, init=Normal(0.2))
+        self.up = ColumnParallelLinear(HIDDEN, INNER, ctx=ctx, bias=True, init=Normal(0.2))
+        self.gate = ColumnParallelLinear(HIDDEN, INNER, ctx=ctx, init=Normal(0.2))
+        self.down = RowParallelLinear(INNER, HIDDEN, ctx=ctx, bias=True, init=Normal(0.2))
         self.to_state = nn.Linear(HIDDEN, STATE, device=ctx.device)
         self.from_state = nn.Parameter(torch.empty(STATE, HIDDEN, device=ctx.device))
         declare_replicated(self.to_state.weight, Normal(0.3), ctx=ctx)
@@ -119,32 +129,74 @@ def _alternating(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.linspace(-0.2, 0.2, shape.numel()).view(shape)
 
 
-def layer_specs(num_blocks: int = 6, *, tied: bool = True) -> list[LayerSpec]:
-    blocks = [LayerSpec(f"block_{i}", Block) for i in range(num_blocks)]
-    tie = {"out.weight": "embedding.table.weight"} if tied else {}
-    head = LayerSpec("head", Head, tied=tie, recompute=False)
+def layer_specs(config: AwkwardConfig, *, segmented: bool = False) -> list[LayerSpec]:
+    blocks = [LayerSpec(f"block_{i}", Block) for i in range(config.num_layers)]
+    tied = {"out.weight": "embedding.table.weight"}
+    head = LayerSpec("head", Head, tied=tied, recompute=False)
     return [LayerSpec("embedding", Embedding, recompute=False), *blocks, head]
 
 
-def schema(ctx: ParallelContext, *, batch: int, seq: int) -> AwkwardCarry:
-    local = seq // ctx.tensor.size if ctx.sequence_parallel else seq
+def carry_schema(
+    config: AwkwardConfig,
+    ctx: ParallelContext,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    segmented: bool = False,
+) -> AwkwardCarry:
+    local = seq_length // ctx.tensor.size if ctx.sequence_parallel else seq_length
+    tokens = (micro_batch_size, seq_length)
     return AwkwardCarry(
-        hidden=Field((local, batch, HIDDEN), ctx.precision.dtype, gradient=True),
-        state=Field((local, batch, STATE), torch.float32, gradient=True),
-        ids=Field((batch, seq), torch.int64),
-        flags=Field((batch, seq), torch.bool),
-        noise=Field((batch, seq), torch.float32),
+        hidden=Field((local, micro_batch_size, HIDDEN), ctx.precision.dtype, gradient=True),
+        state=Field((local, micro_batch_size, STATE), torch.float32, gradient=True),
+        ids=Field(tokens, torch.int64),
+        flags=Field(tokens, torch.bool),
+        noise=Field(tokens, torch.float32),
         aux=Field((2,), torch.float32, gradient=True),
     )
 
 
-def objective(output: Output, labels: Tensor, ctx: ParallelContext) -> Any:
-    lm_loss = vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx).mean()
+def token_losses(output: Output, labels: Tensor, ctx: ParallelContext) -> Tensor:
+    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
+
+
+def loss(
+    output: Output, labels: Tensor, *, config: AwkwardConfig, ctx: ParallelContext
+) -> LossOutput:
+    lm_loss = token_losses(output, labels, ctx).mean()
     weights = torch.tensor(AUX_WEIGHTS, device=output.aux.device)
-    return lm_loss + (weights * output.aux).sum(), {"lm_loss": lm_loss, "aux": output.aux.sum()}
+    terms = {"lm_loss": lm_loss.detach(), "aux_loss": output.aux.sum().detach()}
+    return LossOutput(lm_loss + (weights * output.aux).sum(), terms)
+
+
+def flops(config: AwkwardConfig, seq_length: int) -> float:
+    """Matrix products alone: three projections and two state maps per block, and the head."""
+    block = 2 * (3 * HIDDEN * INNER + 2 * HIDDEN * STATE)
+    return config.num_layers * block + 2 * HIDDEN * config.vocab_size
+
+
+def num_parameters(config: AwkwardConfig) -> int:
+    projections = 3 * HIDDEN * INNER + INNER + HIDDEN
+    state = HIDDEN * STATE + STATE + STATE * HIDDEN
+    return config.vocab_size * HIDDEN + config.num_layers * (projections + state)
+
+
+FAMILY = ModelFamily(
+    name="awkward",
+    config_cls=AwkwardConfig,
+    layer_specs=layer_specs,
+    carry_schema=carry_schema,
+    loss=loss,
+    loss_names=("lm_loss", "aux_loss"),
+    token_losses=token_losses,
+    flops=flops,
+    num_parameters=num_parameters,
+    hf=None,
+)
 
 
 def batch(step: int, *, size: int = 2, seq: int = 16) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [size, seq] that depend on `step` alone."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (size, seq + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.base import TokenInputs
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
 from parallel.cpu import prepare_deepspeed, prepare_environment
@@ -22,20 +23,22 @@ import deepspeed  # noqa: E402  the environment comes first
 
 from parallel.pipeline import PipelineStage, layer_costs, partition  # noqa: E402
 
+CONFIG = awkward.AwkwardConfig()
 STEPS, LEARNING_RATE, CLIP, SEED = 4, 1e-2, 0.5, 11
 
 
 def reference(accumulation: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, norms and final weights of one process without any engine."""
     ctx = ParallelContext.single()
-    model = SequentialModel(awkward.layer_specs(), ctx, seed=SEED)
+    model = SequentialModel(awkward.layer_specs(CONFIG), ctx, seed=SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, norms = [], []
     for step in range(STEPS):
         total = 0.0
         for micro in range(accumulation):
             tokens, labels = awkward.batch(step * accumulation + micro)
-            loss, _ = awkward.objective(model(awkward.Inputs(tokens)), labels, ctx)
+            output = model(TokenInputs(tokens))
+            loss, _ = awkward.loss(output, labels, config=CONFIG, ctx=ctx)
             (loss / accumulation).backward()
             total += loss.item() / accumulation
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
@@ -58,11 +61,11 @@ def train(
     )  # fmt: skip
     micro_batch = 2 // ctx.data.size
     stage = PipelineStage(
-        awkward.layer_specs(), ctx,
-        schema=awkward.schema(ctx, batch=micro_batch, seq=16),
-        inputs_type=awkward.Inputs,
-        objective=lambda output, labels: awkward.objective(output, labels, ctx),
-        loss_names=("lm_loss", "aux"), seed=SEED, recompute=recompute, boundaries=boundaries,
+        awkward.layer_specs(CONFIG), ctx,
+        schema=awkward.carry_schema(CONFIG, ctx, micro_batch_size=micro_batch, seq_length=16),
+        inputs_type=TokenInputs,
+        objective=lambda output, labels: awkward.loss(output, labels, config=CONFIG, ctx=ctx),
+        loss_names=awkward.FAMILY.loss_names, seed=SEED, recompute=recompute, boundaries=boundaries,
     )  # fmt: skip
     sum_partial_gradients(stage, ctx)
     config = {
@@ -158,13 +161,13 @@ def test_more_stages_than_layers_is_refused_with_both_numbers():
 
 
 def test_lookup_tables_cost_nothing_and_heads_do():
-    costs = layer_costs(awkward.layer_specs(2))
+    costs = layer_costs(awkward.layer_specs(awkward.AwkwardConfig(num_layers=2)))
     assert costs[0] == 0
     assert costs[-1] == awkward.VOCAB * awkward.HIDDEN
 
 
 def test_every_parameter_of_a_stage_declares_its_sharding():
-    model = SequentialModel(awkward.layer_specs(), ParallelContext.single())
+    model = SequentialModel(awkward.layer_specs(CONFIG), ParallelContext.single())
     assert set(sharding_table(model)) == {name for name, _ in model.named_parameters()}
 
 

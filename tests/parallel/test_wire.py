@@ -5,27 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.base import TokenInputs
 from parallel.carry import Field, SequentialModel
 from parallel.context import ParallelContext
 from parallel.wire import Wire
 from tests.models import awkward
 
+CONFIG = awkward.AwkwardConfig()
+
+
+def _schema(ctx):
+    return awkward.carry_schema(CONFIG, ctx, micro_batch_size=2, seq_length=16)
+
 
 def _run(cuts: tuple[int, ...], recompute: bool = False):
     """Loss, terms and gradients of the awkward model, crossing the wire before each cut layer."""
     ctx = ParallelContext.single()
-    specs = awkward.layer_specs(tied=True)
+    specs = awkward.layer_specs(CONFIG)
     model = SequentialModel(specs, ctx, seed=3)
-    wire = Wire(awkward.schema(ctx, batch=2, seq=16))
+    wire = Wire(_schema(ctx))
     tokens, labels = awkward.batch(0)
-    carry = awkward.Inputs(tokens)
+    carry = TokenInputs(tokens)
     for index, layer in enumerate(model.layers):
         if index in cuts:
             sent = wire.pack(carry, layer=specs[index - 1].name)
             received = tuple(_Hop.apply(t) if t.is_floating_point() else t.clone() for t in sent)
             carry = wire.unpack(received)
         carry = layer(carry)
-    loss, _ = awkward.objective(carry, labels, ctx)
+    loss, _ = awkward.loss(carry, labels, config=CONFIG, ctx=ctx)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -83,7 +90,7 @@ def test_every_dtype_arrives_bit_for_bit_and_its_gradient_returns():
 
 def test_fields_without_gradient_cost_no_bytes_in_backward():
     ctx = ParallelContext.single()
-    wire = Wire(awkward.schema(ctx, batch=2, seq=16))
+    wire = Wire(_schema(ctx))
     differentiable = 4 * (16 * 2 * awkward.HIDDEN + 16 * 2 * awkward.STATE) + 16  # aux is padded
     assert wire.backward_bytes == differentiable
     assert wire.forward_bytes == differentiable + 16 * 2 * (8 + 1 + 4)
@@ -91,15 +98,15 @@ def test_fields_without_gradient_cost_no_bytes_in_backward():
 
 def test_a_carry_field_of_another_dtype_is_refused_with_layer_and_field():
     ctx = ParallelContext.single()
-    wire = Wire(awkward.schema(ctx, batch=2, seq=16))
+    wire = Wire(_schema(ctx))
     tokens, _ = awkward.batch(0)
-    carry = awkward.Embedding(ctx=ctx)(awkward.Inputs(tokens))
+    carry = awkward.Embedding(ctx=ctx)(TokenInputs(tokens))
     wrong = carry._replace(state=carry.state.double())
     with pytest.raises(ValueError, match=r"block_3, carry field state: expected float32.*float64"):
         wire.pack(wrong, layer="block_3")
 
 
 def test_an_integer_field_cannot_ask_for_a_gradient():
-    fields = awkward.schema(ParallelContext.single(), batch=1, seq=4)
+    fields = _schema(ParallelContext.single())
     with pytest.raises(ValueError, match=r"ids: int64.*cannot carry a gradient"):
-        Wire(fields._replace(ids=Field((1, 4), torch.int64, gradient=True)))
+        Wire(fields._replace(ids=Field((2, 16), torch.int64, gradient=True)))

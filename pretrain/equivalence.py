@@ -1,0 +1,101 @@
+"""Loss and every gradient of a model in one layout, in a form that layouts can be compared in.
+
+The engine of the contract test. Gradients come back whole (merged over tensor ranks) under the
+names of the single-process model, so that two results are compared entry by entry.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from models.base import ModelFamily, TokenInputs
+from parallel.carry import LayerSpec, SequentialModel, run_layers
+from parallel.context import ParallelContext
+from parallel.sharding import merge, sharding_of, sum_partial_gradients
+from parallel.wire import Wire
+
+
+class Measured(NamedTuple):
+    """The loss, its terms, and the full gradient of every parameter."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def measure(
+    family: ModelFamily,
+    config: BaseModel,
+    inputs: TokenInputs,
+    labels: Tensor,
+    ctx: ParallelContext,
+    *,
+    cuts: Sequence[int] = (),
+    recompute: bool = False,
+    seed: int = 0,
+) -> Measured:
+    """One forward and backward pass; `cuts` are the layers before which the carry crosses the wire.
+
+    Collective over the tensor axis. A parameter without gradient is missing from `gradients`.
+    """
+    segmented = inputs.segment_ids is not None
+    specs = family.layer_specs(config, segmented=segmented)
+    model = SequentialModel(specs, ctx, seed=seed, recompute=recompute)
+    sum_partial_gradients(model, ctx)
+    batch_size, seq_length = inputs.tokens.shape
+    schema = family.carry_schema(
+        config, ctx, micro_batch_size=batch_size, seq_length=seq_length, segmented=segmented
+    )
+    output = _run_cut(specs, model, inputs, Wire(schema), cuts)
+    total, terms = family.loss(output, labels, config=config, ctx=ctx)
+    total.backward()  # type: ignore[no-untyped-call]
+    return Measured(total.detach(), terms, full_gradients(model, ctx))
+
+
+def full_gradients(model: nn.Module, ctx: ParallelContext) -> dict[str, Tensor]:
+    """The gradient of every parameter that has one, merged over tensor ranks (collective)."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        shards = [parameter.grad]
+        if ctx.tensor.size > 1:
+            shards = [torch.empty_like(parameter.grad) for _ in range(ctx.tensor.size)]
+            dist.all_gather(shards, parameter.grad.contiguous(), group=ctx.tensor.group)
+        gradients[name] = merge(shards, sharding_of(name, parameter)).clone()
+    return gradients
+
+
+def _run_cut(
+    specs: Sequence[LayerSpec],
+    model: SequentialModel,
+    carry: Any,
+    wire: Wire,
+    cuts: Sequence[int],
+) -> Any:
+    bounds = [0, *sorted(cuts), len(specs)]
+    for start, stop in itertools.pairwise(bounds):
+        if start:
+            carry = wire.unpack(_sent(wire.pack(carry, layer=specs[start - 1].name)))
+        carry = run_layers(
+            specs[start:stop],
+            model.layers[start:stop],
+            carry,
+            model.ctx,
+            recompute=model.recompute,
+        )
+    return carry
+
+
+def _sent(packed: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Other buffers with the same bits, as a receive leaves them."""
+    if isinstance(packed, Tensor):
+        return packed.clone()
+    return tuple(tensor.clone() for tensor in packed)

@@ -1,0 +1,191 @@
+"""What every family must keep, at every layout. Families join in tests/models/families.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
+from models.base import TokenInputs
+from models.registry import family_names
+from parallel.carry import SequentialModel, check_layers
+from parallel.context import ParallelContext
+from parallel.sharding import sharding_table
+from pretrain.equivalence import Measured, measure
+from tests.distributed import run_ranks
+from tests.models.families import CASES
+
+SEQ, BATCH, SEED = 32, 3, 7
+
+pytestmark = pytest.mark.parametrize("name", CASES)
+
+
+def _tokens(name: str, *, batch: int = BATCH, seq: int = SEQ) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    vocab = CASES[name].config.vocab_size
+    stream = torch.randint(0, vocab, (batch, seq + 1), generator=generator)
+    return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def _model(name: str, *, segmented: bool = False, device: str = "cpu") -> SequentialModel:
+    family, config = CASES[name]
+    ctx = ParallelContext.single(device=device)
+    return SequentialModel(family.layer_specs(config, segmented=segmented), ctx, seed=SEED)
+
+
+def _logits(output) -> torch.Tensor:
+    return getattr(output, "logits", output)
+
+
+def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **options) -> Measured:
+    family, config = CASES[name]
+    ctx = ParallelContext.single()
+    if tensor > 1:
+        ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
+    tokens, labels = _tokens(name)
+    return measure(family, config, TokenInputs(tokens), labels, ctx, seed=SEED, **options)
+
+
+def _assert_equal(measured: Measured, expected: Measured, *, exactly: bool = False) -> None:
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(measured.loss, expected.loss, **tolerance)
+    assert measured.gradients.keys() == expected.gradients.keys()
+    for parameter, gradient in expected.gradients.items():
+        torch.testing.assert_close(
+            measured.gradients[parameter],
+            gradient,
+            **tolerance,
+            msg=lambda m, p=parameter: f"{p}: {m}",
+        )
+
+
+def test_stages_joined_by_the_wire_equal_the_whole_model_bit_for_bit(name):
+    expected = _measure(name)
+    last = len(_model(name).specs) - 1
+    for cuts in [(1,), (last,), (2, last - 1), (1, 2, 3), tuple(range(1, last + 1))]:
+        _assert_equal(_measure(name, cuts=cuts), expected, exactly=True)
+
+
+def test_recomputation_changes_nothing(name):
+    _assert_equal(_measure(name, recompute=True), _measure(name), exactly=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_two_tensor_ranks_equal_one_in_loss_and_every_gradient(name, sequence_parallel):
+    expected = _measure(name)
+    options = {"tensor": 2, "sequence_parallel": sequence_parallel}
+    for measured in run_ranks(_measure, 2, name, **options):
+        _assert_equal(measured, expected)
+
+
+def test_every_parameter_gets_a_gradient_and_declares_its_sharding(name):
+    model = _model(name)
+    gradients = _measure(name).gradients
+    assert set(sharding_table(model)) == set(gradients)
+    silent = [parameter for parameter, g in gradients.items() if not g.abs().max() > 0]
+    assert not silent
+
+
+def test_every_layer_keeps_the_declared_carry_on_the_meta_device(name):
+    family, config = CASES[name]
+    tokens, _ = _tokens(name)
+    schema = family.carry_schema(
+        config, ParallelContext.single(device="meta"), micro_batch_size=BATCH, seq_length=SEQ
+    )
+    check_layers(family.layer_specs(config), TokenInputs(tokens), schema)
+
+
+@torch.no_grad()
+def test_changing_a_token_changes_no_earlier_logit_bit_for_bit(name):
+    model = _model(name)
+    tokens, _ = _tokens(name)
+    before = _logits(model(TokenInputs(tokens)))
+    for position in range(1, SEQ):
+        changed = tokens.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % CASES[name].config.vocab_size
+        after = _logits(model(TokenInputs(changed)))
+        assert torch.equal(before[:position], after[:position]), position
+        assert not torch.equal(before[position], after[position]), position
+
+
+@torch.no_grad()
+def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
+    model = _model(name)
+    tokens, _ = _tokens(name)
+    whole = _logits(model(TokenInputs(tokens)))
+    for length in range(1, SEQ + 1):
+        alone = _logits(model(TokenInputs(tokens[:, :length].contiguous())))
+        torch.testing.assert_close(alone[-1], whole[length - 1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_row_alone_equals_the_row_in_a_batch(name):
+    model = _model(name)
+    tokens, _ = _tokens(name)
+    together = _logits(model(TokenInputs(tokens)))
+    for row in range(BATCH):
+        alone = _logits(model(TokenInputs(tokens[row : row + 1])))
+        torch.testing.assert_close(alone[:, 0], together[:, row], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(10, 22), (1, 30, 1), (7, 9, 16)])
+def test_packed_documents_equal_separate_ones(name, lengths):
+    packed, alone = _model(name, segmented=True), _model(name)
+    tokens, _ = _tokens(name)
+    segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    inputs = TokenInputs(tokens, segments.int().expand(BATCH, -1).contiguous())
+    together = _logits(packed(inputs)).split(list(lengths))
+    for document, logits in zip(tokens.split(list(lengths), dim=1), together, strict=True):
+        separate = _logits(alone(TokenInputs(document.contiguous())))
+        torch.testing.assert_close(logits, separate, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [(SEQ,), (1,) * SEQ, (5, 1, 1, 9, 16), (31, 1)])
+def test_cached_decoding_equals_the_full_forward_pass_in_any_chunks(name, chunks):
+    model = _model(name).eval()
+    tokens, _ = _tokens(name)
+    whole = _logits(model(TokenInputs(tokens)))
+    cache = model.new_cache(BATCH, SEQ)
+    parts = [
+        _logits(model(TokenInputs(part.contiguous()), cache))
+        for part in tokens.split(list(chunks), dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_overfits_one_batch(name):
+    family, config = CASES[name]
+    model = _model(name)
+    tokens, labels = _tokens(name, batch=2, seq=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(150):
+        output = model(TokenInputs(tokens))
+        total, terms = family.loss(output, labels, config=config, ctx=model.ctx)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    # What follows a token that occurs twice is uncertain where nothing mixes positions.
+    assert terms["lm_loss"] < 0.5
+
+
+def test_parameters_and_flops_equal_their_formulas(name):
+    family, config = CASES[name]
+    model = _model(name)
+    assert family.num_parameters(config) == sum(p.numel() for p in model.parameters())
+    tokens, _ = _tokens(name, batch=1)
+    # Token by token, attention meets exactly the keys that causality allows, as formulas count it.
+    # The counter knows the plain attention kernels, not those for the CPU.
+    cache = model.new_cache(1, SEQ)
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
+        for token in tokens.split(1, dim=1):
+            model(TokenInputs(token), cache)
+    assert counter.get_total_flops() / SEQ == pytest.approx(family.flops(config, SEQ), rel=1e-6)
+
+
+def test_every_registered_family_is_under_the_contract(name):
+    assert set(family_names()) <= {case.family.name for case in CASES.values()}
