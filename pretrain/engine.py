@@ -23,6 +23,7 @@ from parallel.carry import LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
+from parallel.weights_io import Weight, module_weights
 from pretrain.config import ConfigError, RunConfig
 from pretrain.ds_config import ResolvedDeepSpeed
 from pretrain.optimizers import (
@@ -57,6 +58,9 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
         """Sum, in nats, of the losses of every scored token in `num_batches` batches of all data
         ranks."""
+
+    def weights(self) -> list[Weight]:
+        """What this rank's checkpoint file of weights holds; loading them is collective."""
 
 
 class PlainEngine:
@@ -101,6 +105,11 @@ class PlainEngine:
         self.deepspeed.train()
         return total.item()
 
+    def weights(self) -> list[Weight]:
+        if self.plan.resolved.zero_stage < 3:
+            return module_weights(self.module)
+        return module_weights(self.module, read=_gathered)
+
 
 class PipelineEngine:
     """Pipeline size > 1: DeepSpeed's PipelineEngine schedules the micro-batches."""
@@ -124,6 +133,14 @@ class PipelineEngine:
             )
         # The engine averages over micro-batches and data ranks what `score` gave as sums.
         return mean.item() * num_batches * self.ctx.data.size
+
+    def weights(self) -> list[Weight]:
+        copies = [
+            name
+            for name, parameter in self.module.named_parameters()
+            if parameter.ds_pipe_replicated  # type: ignore[attr-defined]
+        ]
+        return module_weights(self.module, skip=copies)
 
     def _pairs(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """(inputs, labels) as PipelineEngine pulls them, on the first and the last stage only."""
@@ -281,6 +298,14 @@ def _mpu(ctx: ParallelContext) -> Any:
     from parallel.megatron import DeepSpeedTopology
 
     return DeepSpeedTopology()
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A parameter that ZeRO-3 has partitioned, whole (collective over data ranks)."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[TokenInputs, Tensor]:

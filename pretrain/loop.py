@@ -1,0 +1,294 @@
+"""A run from its configuration to its last checkpoint: the train loop and what happens around it."""
+
+from __future__ import annotations
+
+import gc
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from data_tools.build import build_eval_batches, build_train_loader
+from data_tools.evaluation import EvalBatches
+from data_tools.loader import TrainLoader
+from models.registry import get_family
+from parallel.context import ParallelContext
+from parallel.weights_io import ShardPosition
+from pretrain.checkpoint import CheckpointContents, CheckpointStore
+from pretrain.config import RunConfig, forbidden_changes, resolved, to_yaml
+from pretrain.distributed import World, process_group
+from pretrain.ds_config import ResolvedDeepSpeed, resolve_ds_config
+from pretrain.engine import Engine, StepResult, build_context, build_engine
+from pretrain.engine_state import load_engine_state, save_engine_state
+from pretrain.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.layout import RunLayout, check_layout
+from pretrain.manifest import Layout
+from pretrain.metrics import Throughput, evaluation_record, training_record
+from pretrain.ranks import Ranks
+from pretrain.resume import Checkpoint, RunIdentity
+from pretrain.rng_state import restore_rng_state
+from pretrain.schedule import learning_rate
+from pretrain.signals import GracefulStop
+from pretrain.writers import Writers, build_writers
+
+EXIT_COMPLETED = 0
+EXIT_STOPPED = 75  # saved on request, to be started again
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on from here."""
+
+
+class Values(NamedTuple):
+    """A StepResult as numbers: reading them waits for the device."""
+
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+
+
+def run(config: RunConfig, ds_config_path: str | None = None) -> int:
+    """Train as `config` says, from the newest checkpoint of its run directory; returns an exit code.
+
+    Raises:
+        ValueError: a setting, the data or a checkpoint cannot be used; one line says why.
+        TrainingError: the loss is no longer finite.
+    """
+    layout = check_layout(config, World.from_environment().size)
+    zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
+    with process_group() as device, ExitStack() as stack:
+        ctx = build_context(config, device)
+        loader = stack.enter_context(_train_loader(config, ctx))
+        evaluation = _eval_batches(config, ctx)
+        ranks = Ranks.of_group(dist.new_group(backend="gloo"))
+        store = CheckpointStore(
+            Path(config.run_dir),
+            identity=_identity(config, layout, zero),
+            keep=config.checkpoint.keep,
+            ranks=ranks,
+        )
+        stack.callback(store.close)
+        checkpoint = store.find(config.resume)
+        if ctx.is_main:
+            Path(config.run_dir, "config.yaml").write_text(to_yaml(config), encoding="ascii")
+        engine = build_engine(config, zero, ctx)
+        loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks)
+        if checkpoint is not None:
+            loop.restore(checkpoint)
+        return loop.run(stack.enter_context(GracefulStop()))
+
+
+class TrainLoop:
+    """Steps, and after them what is due: a log line, an evaluation, a checkpoint."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: RunLayout,
+        engine: Engine,
+        loader: TrainLoader,
+        evaluation: EvalBatches | None,
+        store: CheckpointStore,
+        ranks: Ranks,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.engine = engine
+        self.ctx = engine.ctx
+        self.loader = loader
+        self.evaluation = evaluation
+        self.store = store
+        self.ranks = ranks
+        self.step = 0
+        family = get_family(config.model.family)
+        peak = peak_flops(device_name(), config.training.precision)
+        self.throughput = Throughput(
+            flops_per_token=training_flops_per_token(
+                family, config.model, config.data.sequence_length
+            ),
+            peak=None if peak is None else peak * ranks.size,
+        )
+        self.num_parameters = family.num_parameters(config.model)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by all ranks so far."""
+        return self.step * self.layout.tokens_per_step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `checkpoint` was taken: weights, optimizer, random numbers, data, step."""
+        load_engine_state(self.engine.deepspeed, checkpoint.path)
+        restore_rng_state(checkpoint.rng_path(self.ranks.rank))
+        self.loader.load_state_dict(checkpoint.trainer["data"])
+        self.step = checkpoint.step
+
+    def run(self, stop: GracefulStop) -> int:
+        """Train to the end, or until a signal asks to stop; both end with a checkpoint."""
+        writers = self._writers()
+        self._announce()
+        try:
+            return self._steps(writers, stop)
+        finally:
+            writers.close()
+
+    def _steps(self, writers: Writers, stop: GracefulStop) -> int:
+        total, training = self.layout.total_steps, self.config.training
+        first, stopping = self.step + 1, False
+        self.throughput.start(step=self.step, tokens=self.tokens)
+        gc.freeze()  # what start-up has built lives as long as the run
+        for step in range(first, total + 1):
+            rate = learning_rate(step, training, total_steps=total)
+            result = self.engine.train_step(self.loader, learning_rate=rate)
+            self.step, last = step, step == total
+            stopping = stop.should_stop(self.ranks)
+            saving = last or stopping or step % self.config.checkpoint.interval == 0
+            if saving or step == first or step % training.log_interval == 0:
+                values = _read(result, step)
+                self._log(writers, values, rate)
+            with self.throughput.paused():
+                if last or step % self.config.evaluation.interval == 0:
+                    self._evaluate(writers)
+                if saving:
+                    self._save()
+            if stopping and not last:
+                self._say(f"stopped at step {step} as asked; start again to continue")
+                return EXIT_STOPPED
+        return EXIT_COMPLETED
+
+    def _log(self, writers: Writers, values: Values, rate: float) -> None:
+        speed = self.throughput.measure(step=self.step, tokens=self.tokens)
+        writers.write(
+            training_record(
+                step=self.step,
+                loss=values.loss,
+                terms=values.terms,
+                grad_norm=values.grad_norm,
+                lr=rate,
+                tokens=self.tokens,
+                rate=speed,
+            )
+        )
+
+    def _evaluate(self, writers: Writers) -> None:
+        if self.evaluation is None:
+            return
+        nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
+        writers.write(
+            evaluation_record(
+                step=self.step,
+                tokens=self.tokens,
+                total_nats=nats,
+                num_tokens=self.evaluation.num_tokens,
+                num_bytes=self.evaluation.num_bytes,
+            )
+        )
+
+    def _save(self) -> None:
+        engine = self.engine.deepspeed
+        self.store.save(
+            CheckpointContents(
+                step=self.step,
+                write_engine=lambda directory: save_engine_state(engine, directory),
+                weights=self.engine.weights(),
+                trainer={
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "data": self.loader.state_dict(),
+                },
+                position=ShardPosition.of(self.ctx),
+                writes_weights=self.ctx.data.rank == 0,
+            )
+        )
+
+    def _writers(self) -> Writers:
+        if not self.ctx.is_main:
+            return Writers([])
+        return build_writers(
+            self.config.logging,
+            run_dir=Path(self.config.run_dir),
+            run_config=resolved(self.config),
+            resumed_step=self.step,
+            total_steps=self.layout.total_steps,
+        )
+
+    def _announce(self) -> None:
+        layout, training = self.layout, self.config.training
+        device = device_name() or f"CPU, {torch.get_num_threads()} threads a rank"
+        start = f"continuing after step {self.step}" if self.step else "from the beginning"
+        self._say(
+            f"{self.config.model.family}, {self.num_parameters / 1e6:.1f}M parameters, "
+            f"{training.precision}, on {self.ranks.size} x {device}\n"
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+            f"{layout.tokens_per_step:,} tokens a step, {layout.total_steps:,} steps, {start}\n"
+            f"run directory {self.config.run_dir}"
+        )
+
+    def _say(self, text: str) -> None:
+        if self.ctx.is_main:
+            print(text, flush=True)
+
+
+def _read(result: StepResult, step: int) -> Values:
+    """The numbers of a step, read from the device at once.
+
+    Raises:
+        TrainingError: the loss or the norm is not finite; what follows would be worthless.
+    """
+    tensors = [result.loss, *result.terms.values()]
+    numbers = torch.stack([x.detach().float().view(()) for x in tensors]).tolist()
+    values = Values(
+        numbers[0],
+        dict(zip(result.terms, numbers[1:], strict=True)),
+        float(result.grad_norm),
+    )
+    if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+        raise TrainingError(
+            f"step {step}: loss {values.loss}, gradient norm {values.grad_norm}; nothing was saved "
+            "since the last checkpoint; lower training.lr or look at the data of this step"
+        )
+    return values
+
+
+def _train_loader(config: RunConfig, ctx: ParallelContext) -> TrainLoader:
+    return build_train_loader(
+        config.data,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.training.batch_size,
+        micro_batches_per_step=config.training.gradient_accumulation_steps,
+        data_rank=ctx.data.rank,
+        data_size=ctx.data.size,
+        seed=config.training.seed,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None:
+    if not config.data.validation:
+        return None
+    return build_eval_batches(
+        config.data,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.training.batch_size,
+        data_rank=ctx.data.rank,
+        data_size=ctx.data.size,
+        vocab_size=config.model.vocab_size,
+        max_windows=config.evaluation.max_windows,
+    )
+
+
+def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> RunIdentity:
+    return RunIdentity(
+        layout=Layout(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            data=layout.data,
+            zero_stage=zero.zero_stage,
+            precision=config.training.precision,
+        ),
+        config=resolved(config),
+        fingerprints={},  # the loader compares those of its sources when its state is loaded
+        different=forbidden_changes,
+    )
