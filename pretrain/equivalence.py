@@ -55,7 +55,7 @@ def measure(
     )
     output = _run_cut(specs, model, inputs, Wire(schema), cuts)
     total, terms = family.loss(output, labels, config=config, ctx=ctx)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     return Measured(total.detach(), terms, full_gradients(model, ctx))
 
 

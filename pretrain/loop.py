@@ -1,4 +1,4 @@
-"""A run from its configuration to its last checkpoint: the train loop and what happens around it."""
+"""A run from its configuration to its last checkpoint: the train loop and what is around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.registry import get_family
 from parallel.context import ParallelContext
 from parallel.weights_io import ShardPosition
 from pretrain.checkpoint import CheckpointContents, CheckpointStore
-from pretrain.config import RunConfig, forbidden_changes, resolved, to_yaml
+from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.distributed import World, process_group
 from pretrain.ds_config import ResolvedDeepSpeed, resolve_ds_config
 from pretrain.engine import Engine, StepResult, build_context, build_engine
@@ -51,7 +51,7 @@ class Values(NamedTuple):
 
 
 def run(config: RunConfig, ds_config_path: str | None = None) -> int:
-    """Train as `config` says, from the newest checkpoint of its run directory; returns an exit code.
+    """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
 
     Raises:
         ValueError: a setting, the data or a checkpoint cannot be used; one line says why.
@@ -290,5 +290,4 @@ def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> 
         ),
         config=resolved(config),
         fingerprints={},  # the loader compares those of its sources when its state is loaded
-        different=forbidden_changes,
     )

@@ -91,20 +91,22 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
     `max_norm = 0` gradients stay as they are. Used where DeepSpeed wraps no optimizer (ZeRO-0 in
     fp32), because its engine then reports no norm.
     """
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    sharded = [p.grad for p in parameters if p.tensor_model_parallel]  # type: ignore[attr-defined]
-    whole = [p.grad for p in parameters if not p.tensor_model_parallel]  # type: ignore[attr-defined]
+    sharded, whole = [], []
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            is_sharded = parameter.tensor_model_parallel  # type: ignore[attr-defined]
+            (sharded if is_sharded else whole).append(parameter.grad)
     squared = _squared_norm(sharded, ctx.device)
     if ctx.tensor.size > 1:
         dist.all_reduce(squared, group=ctx.tensor.group)
     norm = (squared + _squared_norm(whole, ctx.device)).sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters], scale)
+        torch._foreach_mul_(sharded + whole, scale)
     return norm
 
 
-def _squared_norm(gradients: list[Tensor | None], device: torch.device) -> Tensor:
+def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
     norms = torch._foreach_norm(gradients)
