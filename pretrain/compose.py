@@ -13,6 +13,7 @@ from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config_errors import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 
 
 class _Source(NamedTuple):
@@ -62,23 +63,61 @@ def _find(config_name: str, search: tuple[Path, ...]) -> _Source:
 
 
 def _translate(override: str, search: tuple[Path, ...]) -> str:
-    """Our override as Hydra's: a setting may be new to the file, an option may be new to it."""
+    """Our override as Hydra's, where a key or group that the run file lacks has a prefix."""
     key, equals, value = override.partition("=")
     bare = key.lstrip("+~")
     if bare == "hydra" or bare.startswith("hydra."):
         raise ConfigError(f"override {override!r} has no effect: Hydra only composes here; drop it")
-    if key.startswith("~"):
-        return override
-    if not equals:
+    if not _KEY.fullmatch(bare):
+        raise ConfigError(f"override {override!r} is not of the form section.key=VALUE; correct it")
+    if not equals and not key.startswith("~"):
         raise ConfigError(f"override {override!r} has no value; write {key}=VALUE")
-    if key.startswith("+") or "/" in key or _is_group_choice(key, value, search):
-        return override
-    return f"++{override}"
+    if _is_group_choice(bare, value, search):
+        options = _options(bare, search)
+        if value.removesuffix(".yaml") not in options and not key.startswith("~"):
+            raise ConfigError(_no_option(bare, value, options))
+    elif bare == key and "/" not in key:
+        override = f"++{override}"
+    _check_grammar(override, key, value)
+    return override
+
+
+def _check_grammar(override: str, key: str, value: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        sweep = OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException as error:
+        raise ConfigError(
+            f"the value of override {key}={value} cannot be parsed; "
+            f"quote it for the shell and for the parser: '{key}=\"{value}\"'"
+        ) from error
+    if sweep:
+        raise ConfigError(
+            f"override {key}={value} has several values and a run has one; "
+            f"write {key}=[{value}] for a list"
+        )
 
 
 def _is_group_choice(key: str, value: str, search: tuple[Path, ...]) -> bool:
     is_group = "." not in key and any((directory / key).is_dir() for directory in search)
     return is_group and not value.startswith(("{", "["))
+
+
+def _options(group: str, search: tuple[Path, ...]) -> list[str]:
+    """The files of a group as they are chosen, such as llama/125m of model."""
+    roots = [directory / group for directory in search]
+    files = {
+        file.relative_to(root).with_suffix("") for root in roots for file in root.rglob("*.yaml")
+    }
+    return sorted(file.as_posix() for file in files)
+
+
+def _no_option(group: str, option: str, options: list[str]) -> str:
+    guess = nearest(option, options)
+    remedy = f"did you mean {group}={guess}?" if guess else f"known are {', '.join(options)}"
+    return f"{group}={option} is not a file of the group {group}; {remedy}"
 
 
 def _compose(source: _Source, overrides: list[str]) -> dict[str, Any]:
@@ -121,19 +160,11 @@ def _run_hydra(entry: str, source: _Source, overrides: list[str]) -> dict[str, A
 def _one_line(message: str, source: _Source) -> str:
     """The part of Hydra's, OmegaConf's or PyYAML's message that concerns the user."""
     message = re.split(r"\n\s*\n|\nSee https|\n\s*full_key", message)[0]
-    message = " ".join(message.split())
-    missing = re.search(r"Could not find '([^']+)'", message)
+    missing = re.search(r"Could not find '([^'/]+)/([^']+)'", message)
     if missing:
-        group, _, option = missing[1].rpartition("/")
-        known = sorted(
-            {file.stem for root in source.search for file in (root / group).glob("*.yaml")}
-        )
-        guess = nearest(option, known)
-        if guess:
-            message += f"; did you mean {group}/{guess}?"
-        else:
-            message += f"; {group} has {', '.join(known) or 'no such file'}"
-    return f"{source.file}: {message}"
+        group, option = missing.groups()
+        message = _no_option(group, option, _options(group, source.search))
+    return f"{source.file}: {' '.join(message.split())}"
 
 
 def _quoted(text: str) -> str:

@@ -1,0 +1,280 @@
+"""The only reader of the DeepSpeed JSON: fills "auto", refuses contradictions and known traps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.compose import CONFIGS
+from pretrain.config import ConfigError, RunConfig
+from pretrain.config_errors import nearest, show
+from pretrain.ds_schema import ACCEPTED, REFUSED, STAGE_3_ONLY
+
+DEFAULT_FILE = CONFIGS / "ds" / "zero1.json"
+AUTO = "auto"
+_NEVER = 1_000_000_000
+
+
+class ResolvedDeepSpeed(NamedTuple):
+    """What `deepspeed.initialize` gets, and what the engine must know about it.
+
+    `clip_in_loop`: DeepSpeed wraps no optimizer (ZeRO-0 in fp32) and reports no norm, so the train
+    step computes the norm and clips between the last backward and the optimizer step.
+    """
+
+    config: dict[str, Any]
+    zero_stage: int
+    clip_in_loop: bool
+
+
+class _Owned(NamedTuple):
+    """A value of the JSON that follows from the run configuration."""
+
+    value: Any
+    source: str
+
+
+def resolve_ds_config(
+    path: str | Path | None, run: RunConfig, *, data_size: int
+) -> ResolvedDeepSpeed:
+    """Read the JSON (`configs/ds/zero1.json` when `path` is None) and complete it from `run`.
+
+    Raises:
+        ConfigError: the file cannot be read, has a key that is unknown or owned by the run
+            configuration, contradicts it, or asks for what is known to train wrongly.
+    """
+    file = Path(path) if path is not None else DEFAULT_FILE
+    given = _read(file)
+    flat = dict(_check_keys(given, ACCEPTED, file))
+    stage = flat.get("zero_optimization.stage", 0)
+    if stage == AUTO:
+        raise ConfigError(f"{file}: zero_optimization.stage is 'auto'; write 0, 1, 2 or 3")
+    clip_in_loop = stage == 0 and run.training.precision == "fp32"
+    _check_stage(stage, run, file)
+    _check_stage_keys(stage, flat, file)
+    _check_optimizer(stage, flat, run, file)
+    config = _merge(flat, _owned(run, data_size), file)
+    if clip_in_loop:
+        config["gradient_clipping"] = 0.0
+    return ResolvedDeepSpeed(config, stage, clip_in_loop)
+
+
+def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
+    training = run.training
+    batch = training.batch_size * training.gradient_accumulation_steps * data_size
+    return {
+        "train_batch_size": _Owned(
+            batch, "training.batch_size x gradient_accumulation_steps x data size"
+        ),
+        "train_micro_batch_size_per_gpu": _Owned(training.batch_size, "training.batch_size"),
+        "gradient_accumulation_steps": _Owned(
+            training.gradient_accumulation_steps, "training.gradient_accumulation_steps"
+        ),
+        "gradient_clipping": _Owned(training.grad_clip, "training.grad_clip"),
+        "bf16.enabled": _Owned(training.precision != "fp32", "training.precision"),
+        # Sums of many micro-batches in bf16 lose the small ones.
+        "data_types.grad_accum_dtype": _Owned("fp32", "fp32 accumulation of gradients"),
+        # Optimizers come from training.optimizer, so that DeepSpeed takes each for untested.
+        "zero_allow_untested_optimizer": _Owned(True, "training.optimizer"),
+        "zero_force_ds_cpu_optimizer": _Owned(False, "training.optimizer"),
+        # Both are on by default and split activations that differ between tensor ranks.
+        "pipeline.pipe_partitioned": _Owned(False, "the layout of pipeline messages"),
+        "pipeline.grad_partitioned": _Owned(False, "the layout of pipeline messages"),
+    }
+
+
+# What the file may set and DeepSpeed would otherwise decide against us: it prints in a step, and
+# its throughput timer waits for the device in every micro-batch.
+_DEFAULTS: dict[str, Any] = {"steps_per_print": _NEVER, "timers.throughput.enabled": False}
+
+
+def _merge(flat: Mapping[str, Any], owned: Mapping[str, _Owned], file: Path) -> dict[str, Any]:
+    for key, value in flat.items():
+        if key in owned:
+            _check_agreement(key, value, owned[key], file)
+        elif value == AUTO:
+            raise ConfigError(f"{file}: {key} is 'auto', but nothing fills it; write a value")
+    values = {key: each.value for key, each in owned.items()}
+    return _nest({**_DEFAULTS, **flat, **values})
+
+
+def _check_agreement(key: str, value: Any, owned: _Owned, file: Path) -> None:
+    if value == AUTO or value == owned.value:
+        return
+    raise ConfigError(
+        f"{file}: {key}={show(value)} contradicts {owned.source}, which gives "
+        f'{show(owned.value)}; write "auto" in the JSON or change the run configuration'
+    )
+
+
+def _check_stage(stage: int, run: RunConfig, file: Path) -> None:
+    name, pipeline = "zero_optimization.stage", run.parallel.pipeline
+    if pipeline > 1 and stage != 1:
+        why = (
+            "without ZeRO the clipping norm leaves out all stages but the first"
+            if stage == 0
+            else "DeepSpeed's pipeline engine cannot partition gradients or parameters"
+        )
+        raise ConfigError(
+            f"{file}: {name}={stage} with parallel.pipeline={pipeline}: {why}; "
+            "use configs/ds/zero1.json or parallel.pipeline=1"
+        )
+    precision = run.training.precision
+    if stage == 0 and precision != "fp32":
+        raise ConfigError(
+            f"{file}: {name}=0 with training.precision={precision}: DeepSpeed accumulates "
+            "gradients in fp32 only under ZeRO; use configs/ds/zero1.json or "
+            "training.precision=fp32"
+        )
+
+
+def _check_stage_keys(stage: int, flat: Mapping[str, Any], file: Path) -> None:
+    for key in flat:
+        section, _, name = key.partition(".")
+        top = name.partition(".")[0]
+        if section == "zero_optimization" and stage != 3 and _is_stage_3_only(top):
+            raise ConfigError(
+                f"{file}: {key} has no effect with zero_optimization.stage={stage}; "
+                "remove it or set stage to 3"
+            )
+        if section == "zero_optimization" and stage == 0 and top != "stage":
+            raise ConfigError(
+                f"{file}: {key} has no effect with zero_optimization.stage=0; "
+                "remove it or set stage to 1, 2 or 3"
+            )
+
+
+def _is_stage_3_only(name: str) -> bool:
+    return name in STAGE_3_ONLY or name.startswith("stage3_")
+
+
+def _check_optimizer(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
+    training = run.training
+    device = flat.get("zero_optimization.offload_optimizer.device", "none")
+    if device != "none" and training.optimizer not in ("adamw", "cpu_adam"):
+        raise ConfigError(
+            f"{file}: zero_optimization.offload_optimizer.device={device!r} with "
+            f"training.optimizer={training.optimizer}, which runs where the parameters are; "
+            "use training.optimizer=cpu_adam or adamw, or remove offload_optimizer"
+        )
+    if training.optimizer == "muon":
+        _check_muon(stage, run, file)
+
+
+def _check_muon(stage: int, run: RunConfig, file: Path) -> None:
+    training, pipeline = run.training, run.parallel.pipeline
+    if stage == 3:
+        raise ConfigError(
+            f"{file}: zero_optimization.stage=3 with training.optimizer=muon: Muon needs whole "
+            "matrices on a rank; use configs/ds/zero1.json or training.optimizer=adamw"
+        )
+    # DeepSpeedZeroOptimizer clips after the orthogonalisation, which clips the update itself;
+    # BF16_Optimizer (bf16, ZeRO-1) and the loop (ZeRO-0) clip the gradient.
+    clips_gradient = stage == 0 or (stage == 1 and training.precision != "fp32")
+    if training.grad_clip > 0 and not clips_gradient:
+        raise ConfigError(
+            f"training.optimizer=muon with training.grad_clip={training.grad_clip}, "
+            f"training.precision={training.precision} and ZeRO stage {stage}: DeepSpeed would clip "
+            "the orthogonalised update; use training.precision=bf16 with configs/ds/zero1.json, "
+            "or training.grad_clip=0"
+        )
+    if pipeline > 1 and training.precision != "fp32":
+        raise ConfigError(
+            f"training.optimizer=muon with parallel.pipeline={pipeline} and training.precision="
+            f"{training.precision}: DeepSpeed's Muon in bf16 runs in one stage only; "
+            "set parallel.pipeline=1 or training.optimizer=adamw"
+        )
+
+
+def _check_keys(
+    values: Mapping[str, Any], schema: Mapping[str, Any], file: Path, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Every leaf of the file as dotted key and value, after its key and kind were checked."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in REFUSED:
+            raise ConfigError(f"{file}: {key} must not be set here: {REFUSED[key]}; remove the key")
+        if name not in schema:
+            raise ConfigError(_unknown(key, name, schema, file, prefix))
+        kind = schema[name]
+        if isinstance(kind, dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{file}: {key}={show(value)} must be an object {{...}}")
+            yield from _check_keys(value, kind, file, f"{key}.")
+        else:
+            yield key, value if value == AUTO else _checked(value, kind, key, file)
+
+
+def _checked(value: Any, kind: Any, key: str, file: Path) -> Any:
+    """`value` as `kind`, which is a type or a tuple of choices."""
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 5e8 is how DeepSpeed's own examples write a bucket size
+    if isinstance(kind, tuple):
+        choice = next((c for c in kind if c == value and type(c) is type(value)), None)
+        if choice is None:
+            allowed = ", ".join(show(each) for each in kind)
+            raise ConfigError(f"{file}: {key}={show(value)} must be one of {allowed}; change it")
+        return choice
+    accepted = (int, float) if kind is float else (kind,)
+    if type(value) not in accepted or (kind in (int, float) and value < 0):
+        what = {int: "a whole number >= 0", float: "a number >= 0", bool: "true or false"}
+        wanted = what.get(kind, {str: "a string", list: "a list"}.get(kind))
+        raise ConfigError(f"{file}: {key}={show(value)} must be {wanted}; change it")
+    return value
+
+
+def _unknown(key: str, name: str, schema: Mapping[str, Any], file: Path, prefix: str) -> str:
+    guess = nearest(name, schema)
+    if guess is not None:
+        remedy = f"did you mean {prefix}{guess}?"
+    else:
+        remedy = f"valid keys {f'of {prefix[:-1]} ' if prefix else ''}are {', '.join(schema)}"
+    return f"{file}: unknown key {key}; {remedy}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(sorted(each.name for each in DEFAULT_FILE.parent.glob("*.json")))
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(
+            f"cannot read the DeepSpeed file {str(file)!r}: {reason}; configs/ds has {known}"
+        ) from error
+    try:
+        values = json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not usable JSON: {error}; correct the file") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: {show(values)} must be an object {{...}}")
+    return values
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(
+                f"key {key!r} occurs twice, with {show(values[key])} and {show(value)}"
+            )
+        values[key] = value
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        section = nested
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    return nested
