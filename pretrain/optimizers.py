@@ -91,7 +91,8 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
     `max_norm = 0` gradients stay as they are. Used where DeepSpeed wraps no optimizer (ZeRO-0 in
     fp32), because its engine then reports no norm.
     """
-    sharded, whole = [], []
+    sharded: list[Tensor] = []
+    whole: list[Tensor] = []
     for parameter in module.parameters():
         if parameter.grad is not None:
             is_sharded = parameter.tensor_model_parallel  # type: ignore[attr-defined]
