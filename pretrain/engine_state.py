@@ -48,10 +48,12 @@ def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
     DeepSpeed unpickles these files: call it only on what `CheckpointStore.find` has verified.
 
     Raises:
-        CheckpointError: DeepSpeed found nothing to load.
+        CheckpointError: there is nothing to load.
     """
-    loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
-    if loaded is None:
+    loaded = None
+    if any((directory / ENGINE_TAG).glob("*.pt")):  # DeepSpeed asserts this without a message
+        loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
+    if loaded is None:  # where it finds nothing it goes on with the initial weights
         raise CheckpointError(f"{str(directory / ENGINE_TAG)!r} holds no DeepSpeed checkpoint")
     return client_state
 

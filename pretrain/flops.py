@@ -1,0 +1,66 @@
+"""Model FLOPs of training and the peak of the hardware; their ratio is the MFU."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from models.base import ModelFamily
+
+TERA = 1e12
+
+
+def training_flops_per_token(family: ModelFamily, config: Any, seq_length: int) -> float:
+    """FLOPs that one trained token needs: a forward pass and a backward pass of twice the work.
+
+    F_train = 3 F_forward, with F_forward counting matrix products only. Recomputed activations are
+    not counted: they make a run slower, not the model larger (PaLM, appendix B).
+    """
+    return 3.0 * family.flops(config, seq_length)
+
+
+class _Peak(NamedTuple):
+    """Dense TFLOP/s of one device; `fp8` None where there is none."""
+
+    bf16: float
+    fp8: float | None
+    fp32: float
+
+
+# torch.cuda.get_device_name() -> NVIDIA's data sheet of that product, without sparsity. fp32 is
+# that of the ordinary cores: torch multiplies float32 without TF32 unless it is told to.
+_PEAKS = {
+    "NVIDIA A100-SXM4-40GB": _Peak(312, None, 19.5),
+    "NVIDIA A100-SXM4-80GB": _Peak(312, None, 19.5),
+    "NVIDIA A100-PCIE-40GB": _Peak(312, None, 19.5),
+    "NVIDIA A100 80GB PCIe": _Peak(312, None, 19.5),
+    "NVIDIA H100 80GB HBM3": _Peak(989.4, 1978.9, 66.9),  # SXM5
+    "NVIDIA H100 PCIe": _Peak(756, 1513, 51.2),
+    "NVIDIA H100 NVL": _Peak(835.5, 1671, 60),
+    "NVIDIA H200": _Peak(989.4, 1978.9, 66.9),
+    "NVIDIA H200 NVL": _Peak(835.5, 1671, 60),
+    "NVIDIA GH200 120GB": _Peak(989.4, 1978.9, 66.9),
+    "NVIDIA GH200 480GB": _Peak(989.4, 1978.9, 66.9),
+    "NVIDIA B200": _Peak(2250, 4500, 75),
+    "NVIDIA GB200": _Peak(2500, 5000, 80),
+    "NVIDIA L40S": _Peak(362.05, 733, 91.6),
+}
+
+
+def peak_flops(device_name: str | None, precision: str) -> float | None:
+    """Peak FLOP/s of one device for dense matrix products in `precision`.
+
+    None for hardware that is not in the table (a CPU, a MIG slice, a card of another clock): a MFU
+    against a guessed peak would mean nothing, so none is reported there.
+    """
+    peak = _PEAKS.get(device_name or "")
+    if peak is None:
+        return None
+    value = {"bf16": peak.bf16, "fp8": peak.fp8, "fp32": peak.fp32}[precision]
+    return None if value is None else value * TERA
+
+
+def device_name() -> str | None:
+    """The CUDA device of this process as its driver calls it; None without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

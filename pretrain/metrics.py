@@ -1,0 +1,133 @@
+"""What is measured in a run: speed, memory, and the records that go to the writers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+Record = dict[str, float]
+
+
+class Rate(NamedTuple):
+    """Training speed of all ranks together.
+
+    `mfu`: model FLOP/s over the peak of all devices, None where the peak is unknown.
+    """
+
+    tokens_per_second: float
+    seconds_per_step: float
+    mfu: float | None
+
+
+class Throughput:
+    """Measures training speed between two log lines.
+
+    The first step compiles, allocates and warms caches: after it the loop calls `measure` once and
+    that window is not part of any later figure. Evaluation and saving are taken out by `paused`.
+
+    Args:
+        flops_per_token: of training, from `flops.training_flops_per_token`.
+        peak: FLOP/s of all devices together; None: unknown.
+        clock: seconds; read after the device has been synchronised.
+    """
+
+    def __init__(
+        self,
+        *,
+        flops_per_token: float = 0.0,
+        peak: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._flops_per_token = flops_per_token
+        self._peak = peak
+        self._clock = clock
+        self._start = clock()
+        self._step = self._tokens = 0
+        self._last = Rate(0.0, 0.0, None)
+
+    def start(self, *, step: int, tokens: int) -> None:
+        """Begin a window: `step` steps and `tokens` tokens are done."""
+        self._start, self._step, self._tokens = self._clock(), step, tokens
+
+    def measure(self, *, step: int, tokens: int) -> Rate:
+        """The speed since the last call, and begin the next window.
+
+        Called again before another step is done, it repeats its answer.
+        """
+        if step == self._step:
+            return self._last
+        seconds = max(self._clock() - self._start, 1e-9)
+        tokens_per_second = (tokens - self._tokens) / seconds
+        mfu = None
+        if self._peak is not None:
+            mfu = tokens_per_second * self._flops_per_token / self._peak
+        self._last = Rate(tokens_per_second, seconds / (step - self._step), mfu)
+        self.start(step=step, tokens=tokens)
+        return self._last
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block is not training time."""
+        before = self._clock()
+        try:
+            yield
+        finally:
+            self._start += self._clock() - before
+
+
+def training_record(
+    *,
+    step: int,
+    loss: float,
+    terms: Mapping[str, float],
+    grad_norm: float,
+    lr: float,
+    tokens: int,
+    rate: Rate,
+) -> Record:
+    """A line of metrics.jsonl about one training step; `tokens` counts those seen so far."""
+    record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}
+    record |= {
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "tokens": tokens,
+        "tokens_per_second": rate.tokens_per_second,
+        "seconds_per_step": rate.seconds_per_step,
+    }
+    if rate.mfu is not None:
+        record["mfu"] = rate.mfu
+    memory = peak_memory_gib()
+    if memory is not None:
+        record["peak_memory_gib"] = memory
+    return record
+
+
+def evaluation_record(
+    *, step: int, tokens: int, total_nats: float, num_tokens: int, num_bytes: int | None
+) -> Record:
+    """A line of metrics.jsonl about held-out text.
+
+    eval_loss = nats / tokens, perplexity = exp(eval_loss), bits_per_byte = nats / (ln 2 bytes):
+    the last compares models of different tokenizers, and is left out where the corpus does not say
+    how many bytes its text had (`num_bytes` is None).
+    """
+    loss = total_nats / num_tokens
+    record: Record = {
+        "step": step,
+        "eval_loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "tokens": tokens,
+    }
+    if num_bytes is not None:
+        record["bits_per_byte"] = total_nats / (math.log(2) * num_bytes)
+    return record
+
+
+def peak_memory_gib() -> float | None:
+    """Most CUDA memory that this process has held in tensors, in GiB; None without CUDA."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None

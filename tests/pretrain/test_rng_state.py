@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.manifest import CheckpointError
+from pretrain.rng_state import restore_rng_state, save_rng_state
+
+
+def draw(generator: torch.Generator) -> list[float]:
+    """An odd number of Gaussians, so that a pending second one is part of the state."""
+    return [
+        random.gauss(0, 1),
+        random.random(),
+        np.random.normal(),  # noqa: NPY002
+        np.random.random(),  # noqa: NPY002
+        torch.randn(3).sum().item(),
+        torch.rand(1, generator=generator).item(),
+    ]
+
+
+@pytest.mark.parametrize("draws_before", [0, 1, 2])
+def test_restored_generators_repeat_what_they_drew(tmp_path: Path, draws_before: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(draws_before):
+        draw(generator)
+    with (tmp_path / "rng").open("wb") as file:
+        save_rng_state(file, generators={"dropout": generator})
+    expected = [draw(generator) for _ in range(3)]
+
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(6)
+    restore_rng_state(tmp_path / "rng", generators={"dropout": generator})
+
+    assert [draw(generator) for _ in range(3)] == expected
+
+
+def test_states_of_other_generators_are_refused(tmp_path: Path) -> None:
+    with (tmp_path / "rng").open("wb") as file:
+        save_rng_state(file)
+    with pytest.raises(CheckpointError, match=r"difference: generator.dropout; resume on the kind"):
+        restore_rng_state(tmp_path / "rng", generators={"dropout": torch.Generator()})
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rng").write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        restore_rng_state(tmp_path / "rng")
