@@ -83,7 +83,7 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = str(error).rpartition("] ")[2].strip()  # without its source line
         raise DataError(
             f"--vocab-size {vocab_size} cannot be trained on this text ({reason}); give more text "
             "or another size, at least 300"

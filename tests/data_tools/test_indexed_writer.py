@@ -14,7 +14,11 @@ from data_tools.indexed import IndexedDataset
 from data_tools.indexed_writer import IndexedDatasetWriter, smallest_dtype
 from tests.data_tools.corpora import counting_documents, write_corpus
 
-_FINISH = dict(tokenizer="t", tokenizer_fingerprint="f", eod_id=None, num_bytes=1, command="")
+
+def _finish(writer: IndexedDatasetWriter) -> None:
+    writer.finish(
+        tokenizer="t", tokenizer_fingerprint="f", eod_id=None, num_bytes=1, command="a test"
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_many_documents_at_once_equal_one_by_one(tmp_path: Path) -> None:
     write_corpus(tmp_path / "one_by_one", documents, vocab_size=100)
     with IndexedDatasetWriter(tmp_path / "at_once", vocab_size=100) as writer:
         writer.add_documents(np.concatenate(documents), np.array([3, 0, 5, 1]))
-        writer.finish(**_FINISH)  # type: ignore[arg-type]
+        _finish(writer)
     for suffix in (".bin", ".idx"):
         contents = [
             (tmp_path / name).with_suffix(suffix).read_bytes() for name in ("one_by_one", "at_once")
@@ -78,17 +82,14 @@ def test_overwrite_keeps_the_old_corpus_until_the_new_one_is_complete(tmp_path: 
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=10, overwrite=True) as writer:
         writer.add_document([9, 9])
         assert IndexedDataset(tmp_path / "c").num_tokens == 3
-        writer.finish(**_FINISH)  # type: ignore[arg-type]
+        _finish(writer)
     assert IndexedDataset(tmp_path / "c").document(0).tolist() == [9, 9]
 
 
 def test_leaving_without_finish_leaves_nothing_behind(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        IndexedDatasetWriter(tmp_path / "c", vocab_size=10) as writer,
-    ):
+    with IndexedDatasetWriter(tmp_path / "c", vocab_size=10) as writer:
         writer.add_document([1])
-        raise RuntimeError("stop")
+        assert any(tmp_path.iterdir())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +97,7 @@ def test_corpus_without_documents_is_refused_and_leaves_nothing(tmp_path: Path) 
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=10) as writer:
         writer.add_document(np.array([], dtype=np.int64))
         with pytest.raises(DataError, match="the input holds no documents with text"):
-            writer.finish(**_FINISH)  # type: ignore[arg-type]
+            _finish(writer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,7 +106,7 @@ def test_second_writer_of_the_same_output_is_refused(tmp_path: Path) -> None:
         first.add_document([1, 2])
         with pytest.raises(DataError, match="being written by another process"):
             IndexedDatasetWriter(tmp_path / "c", vocab_size=10)
-        first.finish(**_FINISH)  # type: ignore[arg-type]
+        _finish(first)
     assert IndexedDataset(tmp_path / "c").num_tokens == 2
 
 
@@ -131,5 +132,5 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write .*; choose a folder you can write to"):
+    with pytest.raises(DataError, match=r"cannot write .*; choose a folder you can write to"):
         IndexedDatasetWriter(tmp_path / "file" / "c", vocab_size=10)

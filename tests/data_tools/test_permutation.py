@@ -51,7 +51,18 @@ def test_seed_epoch_and_name_each_give_another_order() -> None:
 
 
 def test_order_is_the_same_in_every_process_and_version() -> None:
-    assert KeyedPermutation(10, key=(1, 2, "name"))(np.arange(10)).tolist() == [2, 6, 0, 1, 8, 9, 3, 7, 4, 5]
+    assert KeyedPermutation(10, key=(1, 2, "name"))(np.arange(10)).tolist() == [
+        2,
+        6,
+        0,
+        1,
+        8,
+        9,
+        3,
+        7,
+        4,
+        5,
+    ]
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**62 + 1])

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.build import build_eval_batches, build_train_loader
+from data_tools.config import DataConfig
+from data_tools.errors import DataError
+from data_tools.loader import TrainLoader
+from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
+
+
+def _loader(section: dict[str, Any], *, vocab_size: int = 1 << 20) -> TrainLoader:
+    config = DataConfig.model_validate({"sequence_length": 8, **section})
+    return build_train_loader(
+        config,
+        sequence_length=config.sequence_length,
+        micro_batch_size=4,
+        micro_batches_per_step=1,
+        data_rank=0,
+        data_size=1,
+        seed=0,
+        vocab_size=vocab_size,
+    )
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused_naming_both(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c", counting_documents([50]), vocab_size=100)
+    with pytest.raises(
+        DataError,
+        match=r"its tokenizer has 100 ids \(largest used: 49\), but model.vocab_size is 99",
+    ):
+        _loader({"train": str(tmp_path / "c")}, vocab_size=99)
+    with _loader({"train": str(tmp_path / "c")}, vocab_size=100) as loader:
+        assert next(loader).tokens.shape == (4, 8)
+
+
+def test_ids_of_a_foreign_corpus_are_probed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefix = write_counting_corpus(tmp_path / "c", 50)
+    prefix.with_suffix(".json").unlink()
+    with caplog.at_level(logging.WARNING):
+        _loader({"train": str(prefix)}, vocab_size=50)
+    assert "c.bin: no c.json beside it" in caplog.text
+    with pytest.raises(DataError, match=r"token id 49 is outside model.vocab_size 49"):
+        _loader({"train": str(prefix)}, vocab_size=49)
+    np.memmap(tmp_path / "c.bin", dtype=np.int32, mode="r+")[7] = -3
+    with pytest.raises(DataError, match=r"token id -3 is outside model.vocab_size 50"):
+        _loader({"train": str(prefix)}, vocab_size=50)
+
+
+def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    for name, fingerprint in (("a", "1" * 64), ("b", "2" * 64)):
+        write_corpus(tmp_path / name, counting_documents([50]), tokenizer_fingerprint=fingerprint)
+    message = "data source b was made with tokenizer .* .222222222222., but data source a has 1111"
+    for section in (
+        {"train": [str(tmp_path / "a"), str(tmp_path / "b")]},
+        {"train": str(tmp_path / "a"), "validation": str(tmp_path / "b")},
+    ):
+        with pytest.raises(DataError, match=message):
+            _loader(section)
+
+
+def test_tokenizer_of_the_run_must_be_the_tokenizer_of_the_data(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c", counting_documents([50]), tokenizer_fingerprint="bytes")
+    with _loader({"train": str(tmp_path / "c"), "tokenizer": "bytes"}) as loader:
+        next(loader)
+    other = tmp_path / "other.model"
+    other.write_bytes(b"another tokenizer")
+    with pytest.raises(DataError, match=r"but data.tokenizer has [0-9a-f]{12}; preprocess it"):
+        _loader({"train": str(tmp_path / "c"), "tokenizer": str(other)})
+    with pytest.raises(DataError, match=r"missing.model: no such file"):
+        _loader({"train": str(tmp_path / "c"), "tokenizer": str(tmp_path / "missing.model")})
+
+
+@pytest.mark.parametrize("kind", ["tokens", "bytes"])
+def test_missing_source_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(DataError, match=r"missing.*: no such file.*; check the path"):
+        _loader({"train": str(tmp_path / "missing"), "kind": kind})
+
+
+@pytest.mark.parametrize("kind", ["tokens", "bytes"])
+def test_source_shorter_than_a_window_is_refused(tmp_path: Path, kind: str) -> None:
+    write_corpus(tmp_path / "c", counting_documents([8]))
+    (tmp_path / "file").write_bytes(b"1234567")  # and the end token
+    path = tmp_path / ("c" if kind == "tokens" else "file")
+    with pytest.raises(DataError, match="8 tokens, but sequence_length 8 needs at least 9"):
+        _loader({"train": str(path), "kind": kind})
+
+
+def test_bytes_are_trained_on_without_preprocessing(tmp_path: Path) -> None:
+    text = "raw text, read as it is: \u00e9\n".encode() * 20
+    (tmp_path / "file.txt").write_bytes(text)
+    stream = np.array([*text, 256])
+    section = {"train": str(tmp_path / "*.txt"), "kind": "bytes", "reset_at_documents": True}
+    with _loader(section, vocab_size=257) as loader:
+        batch = next(loader)
+        for row, label in zip(batch.tokens, batch.labels, strict=True):
+            windows = np.lib.stride_tricks.sliding_window_view(stream, 9)
+            expected = np.concatenate([row.numpy(), label[-1:].numpy()])
+            assert (windows == expected).all(axis=1).any()
+        assert batch.segment_ids is not None
+    config = DataConfig.model_validate(
+        {**section, "validation": str(tmp_path), "sequence_length": 8}
+    )
+    held_out = build_eval_batches(
+        config,
+        sequence_length=8,
+        micro_batch_size=4,
+        data_rank=0,
+        data_size=1,
+        vocab_size=257,
+    )
+    assert held_out.num_tokens == len(stream) - 1
+    assert held_out.num_bytes == round(len(text) * (len(stream) - 1) / len(stream))
+    labels = torch.cat([batch.labels.flatten() for batch in held_out])
+    assert labels[labels != -100].tolist() == stream[1:].tolist()
+
+
+def test_byte_vocabulary_without_room_for_the_end_token_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100))
+    with pytest.raises(
+        DataError, match=r"model.vocab_size is 256, but data.kind bytes uses ids up"
+    ):
+        _loader({"train": str(tmp_path / "file"), "kind": "bytes"}, vocab_size=256)

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.errors import DataError
+from data_tools.indexed import IndexedDataset
+from data_tools.preprocess import main
+
+_TEXTS = [f"document number {i} " + "word " * (i % 50) + "\u00e9\n" for i in range(3000)]
+
+
+def _write_jsonl(path: Path, texts: Sequence[str] = _TEXTS) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def _preprocess(source: Path, output: Path, *options: str) -> IndexedDataset:
+    required = ["--input", str(source), "--output", str(output), "--tokenizer", "bytes"]
+    main([*required, "--workers", "1", *options])
+    return IndexedDataset(output)
+
+
+def test_corpus_holds_every_text_and_an_end_token(tmp_path: Path) -> None:
+    dataset = _preprocess(_write_jsonl(tmp_path / "in.jsonl"), tmp_path / "out")
+    dataset.verify()
+    assert dataset.num_documents == len(_TEXTS)
+    for index in (0, 1, 1500, 2999):
+        assert dataset.document(index).tolist() == [*_TEXTS[index].encode(), 256]
+    assert dataset.info is not None
+    assert dataset.info.num_bytes == sum(len(text.encode()) for text in _TEXTS)
+    assert dataset.info.num_tokens == dataset.info.num_bytes + len(_TEXTS)
+    assert (dataset.info.tokenizer_fingerprint, dataset.info.eod_id) == ("bytes", 256)
+    assert dataset.info.command.startswith("python -m data_tools.preprocess --input ")
+
+
+def test_output_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    source = _write_jsonl(tmp_path / "in.jsonl")
+    _preprocess(source, tmp_path / "one")
+    _preprocess(source, tmp_path / "two", "--workers", "2")
+    for suffix in (".bin", ".idx"):
+        contents = [(tmp_path / f"{name}{suffix}").read_bytes() for name in ("one", "two")]
+        assert contents[0] == contents[1]
+
+
+def test_text_files_are_one_document_each_and_empty_ones_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in (("b.txt", "second"), ("a.txt", "first\nline"), ("c.txt", "")):
+        (folder / name).write_text(text)
+    dataset = _preprocess(folder, tmp_path / "out", "--no-append-eod")
+    assert [bytes(dataset.document(i).tolist()) for i in range(2)] == [b"first\nline", b"second"]
+    assert dataset.num_documents == 2
+    assert dataset.info is not None
+    assert dataset.info.eod_id is None
+    assert "1 empty documents left out" in capsys.readouterr().out
+
+
+def test_another_json_key_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"content": "x", "text": "y"}\n')
+    dataset = _preprocess(tmp_path / "in.jsonl", tmp_path / "out", "--json-key", "content")
+    assert dataset.document(0).tolist() == [ord("x"), 256]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_line_stops_with_its_place_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
+    source = _write_jsonl(tmp_path / "in.jsonl")
+    with open(source, "a") as file:
+        file.write('{"text": "unfinished\n')
+    with pytest.raises(DataError, match=r"in.jsonl:3001: not valid JSON .*--on-bad-line skip"):
+        _preprocess(source, tmp_path / "out", "--workers", workers)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_bad_lines_can_be_skipped_and_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [b'{"text": "good"}', b"bad", b'{"text": "\xff"}', b'{"text": "too"}'] + [b"[]"] * 20
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    dataset = _preprocess(tmp_path / "in.jsonl", tmp_path / "out", "--on-bad-line", "skip")
+    assert dataset.num_documents == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1] == "22 bad documents skipped"
+    assert errors[0].startswith(f"skipped: {tmp_path}/in.jsonl:2: not valid JSON")
+    assert len(errors) == 11
+
+
+def test_existing_output_is_kept_unless_overwritten(tmp_path: Path) -> None:
+    first = _write_jsonl(tmp_path / "first.jsonl", ["first"])
+    second = _write_jsonl(tmp_path / "second.jsonl", ["second"])
+    _preprocess(first, tmp_path / "out")
+    with pytest.raises(DataError, match=r"out.bin exists; choose another output or pass --over"):
+        _preprocess(second, tmp_path / "out")
+    assert IndexedDataset(tmp_path / "out").num_tokens == 6
+    assert _preprocess(second, tmp_path / "out", "--overwrite").num_tokens == 7
+
+
+@pytest.mark.parametrize("text", [None, "", "\n"])
+def test_input_without_text_is_refused(tmp_path: Path, text: str | None) -> None:
+    (tmp_path / "in.jsonl").write_text(text if text == "\n" else "" if text is None else "{}")
+    if text == "":
+        (tmp_path / "in.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="the input holds no documents with text"):
+        _preprocess(tmp_path / "in.jsonl", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers 0 must be 1 or more"),
+        (["--eod", "x", "--no-append-eod"], "--eod x has no effect with --no-append-eod"),
+        (["--input", "/no/such/*.jsonl"], "no such file, or nothing in it"),
+    ],
+)
+def test_option_that_cannot_be_used_is_refused(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    source = _write_jsonl(tmp_path / "in.jsonl", ["x"])
+    with pytest.raises(DataError, match=message):
+        _preprocess(source, tmp_path / "out", *options)
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    """64 MB of text, of which a process that kept it as ids would hold 512 MB."""
+    line = json.dumps({"text": "x" * 8000}).encode() + b"\n"
+    with open(tmp_path / "in.jsonl", "wb") as file:
+        for _ in range(8000):
+            file.write(line)
+    program = f"""
+import re
+from data_tools.preprocess import main
+main(["--input", {str(tmp_path / "in.jsonl")!r}, "--output", {str(tmp_path / "out")!r},
+      "--tokenizer", "bytes", "--workers", "1"])
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 200 * 1024
+    tokens = IndexedDataset(tmp_path / "out").tokens
+    assert np.count_nonzero(tokens == 256) == 8000
+
+
+def test_command_line_reports_an_error_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    options = f"--input /no/such/file.jsonl --output {tmp_path}/out --tokenizer bytes".split()
+    command = [sys.executable, "-m", "data_tools.preprocess", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: /no/such/file.jsonl: no such file, or nothing in it; check the path\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "module", ["preprocess", "train_tokenizer", "inspect_corpus", "demo_corpus"]
+)
+def test_help_shows_an_example(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"data_tools.{module}", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert f"example:\n  python -m data_tools.{module} " in done.stdout

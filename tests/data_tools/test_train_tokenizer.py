@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_tools.documents import DocumentReader, find_inputs
+from data_tools.errors import DataError
+from data_tools.tokenizers import load_tokenizer
+from data_tools.train_tokenizer import _lines, main, train_tokenizer
+
+_SOURCE = Path(os.__file__).read_text()
+_AWKWARD = [
+    _SOURCE,
+    "  leading and trailing spaces  ",
+    "\ttabs\t\tand\r\nline ends\n\n\n",
+    "never seen: \u4f60\u597d \U0001f600 \u00e9\u0301",
+    "</s> <unk> <0x41>",
+]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "os.txt"
+    path.write_text(_SOURCE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(text_file: Path) -> Path:
+    path = text_file.with_name("tokenizer.model")
+    main(["--input", str(text_file), "--output", str(path), "--vocab-size", "600"])
+    return path
+
+
+@pytest.mark.parametrize("text", _AWKWARD)
+def test_any_text_survives_encoding_and_decoding(model: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(model))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert 0 not in ids  # nothing is unknown
+    assert tokenizer.eod_id not in ids
+
+
+def test_tokenizer_has_the_size_asked_for_and_compresses(model: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (600, 1)
+    assert len(tokenizer.encode(_SOURCE)) < 0.6 * len(_SOURCE)
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eod_id]) == "a"
+
+
+def test_training_twice_gives_the_same_file(text_file: Path, model: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.model"
+    train_tokenizer([str(text_file)], str(again), vocab_size=600)
+    assert again.read_bytes() == model.read_bytes()
+
+
+def test_existing_model_is_kept_unless_overwritten(text_file: Path, model: Path) -> None:
+    with pytest.raises(DataError, match="exists; choose another output or pass --overwrite"):
+        train_tokenizer([str(text_file)], str(model), vocab_size=500)
+    assert load_tokenizer(str(model)).vocab_size == 600
+
+
+@pytest.mark.parametrize("vocab_size", [100, 100_000])
+def test_impossible_vocabulary_is_refused_and_leaves_nothing(
+    text_file: Path, tmp_path: Path, vocab_size: int
+) -> None:
+    with pytest.raises(DataError, match=f"--vocab-size {vocab_size} cannot be trained on this"):
+        train_tokenizer([str(text_file)], str(tmp_path / "t.model"), vocab_size=vocab_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_of_another_suffix_is_refused(text_file: Path) -> None:
+    with pytest.raises(DataError, match=r"--output out.json must end in .model"):
+        train_tokenizer([str(text_file)], "out.json", vocab_size=600)
+
+
+def test_large_inputs_are_thinned_by_whole_documents(tmp_path: Path) -> None:
+    for number in range(400):
+        (tmp_path / f"{number}.txt").write_text(f"first {number}\nlast {number}")
+    reader = DocumentReader(find_inputs([str(tmp_path)]))
+    lines = list(_lines(reader, json_key="text", keep=0.25))
+    assert 60 < len(lines) / 2 < 140
+    assert [line.replace("first", "last") for line in lines[::2]] == lines[1::2]
+    assert lines == list(_lines(reader, json_key="text", keep=0.25))
+    assert len(list(_lines(reader, json_key="text", keep=1.0))) == 800
