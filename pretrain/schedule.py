@@ -1,32 +1,10 @@
-"""How long a run is and what its learning rate is at each step. Steps count from 1."""
+"""The learning rate of each step. Steps count from 1."""
 
 from __future__ import annotations
 
 import math
 
-from pretrain.config import ConfigError, TrainingConfig
-
-
-def total_steps(training: TrainingConfig, *, tokens_per_step: int) -> int:
-    """The number of optimizer steps: `max_steps`, or the first that has seen `max_tokens`, if less.
-
-    Raises:
-        ConfigError: so few that the warmup and the decay do not fit.
-    """
-    limits = []
-    if training.max_steps is not None:
-        limits.append(training.max_steps)
-    if training.max_tokens is not None:
-        limits.append(-(-training.max_tokens // tokens_per_step))
-    steps = min(limits)
-    ramps = training.warmup_steps + training.decay_steps
-    if ramps >= steps:
-        raise ConfigError(
-            f"training.max_tokens={training.max_tokens} is {steps} steps of {tokens_per_step} "
-            f"tokens, warmup_steps + decay_steps={ramps} must be less; shorten the ramps or train "
-            "longer"
-        )
-    return steps
+from pretrain.config import TrainingConfig
 
 
 def learning_rate(step: int, training: TrainingConfig, *, total_steps: int) -> float:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ConfigError, TrainingConfig
-from pretrain.schedule import learning_rate, multiplier, total_steps
+from pretrain.config import TrainingConfig
+from pretrain.schedule import learning_rate, multiplier
 
 
 def training(**values: Any) -> TrainingConfig:
@@ -65,26 +65,3 @@ def test_learning_rate_is_the_multiplier_of_the_configuration_times_the_peak() -
     )
     assert learning_rate(90, config, total_steps=100) == pytest.approx(0.3)
     assert learning_rate(5, config, total_steps=100) == 0.25
-
-
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({"max_steps": 7}, 7),
-        ({"max_tokens": 1000}, 10),
-        ({"max_tokens": 1001}, 11),
-        ({"max_tokens": 1}, 1),
-        ({"max_steps": 7, "max_tokens": 500}, 5),
-        ({"max_steps": 3, "max_tokens": 500}, 3),
-    ],
-)
-def test_a_run_ends_at_the_nearer_of_its_limits(limits: dict[str, int], expected: int) -> None:
-    assert total_steps(training(**limits), tokens_per_step=100) == expected
-
-
-def test_ramps_that_do_not_fit_into_the_tokens_are_refused() -> None:
-    config = training(max_tokens=500, warmup_steps=5)
-    with pytest.raises(
-        ConfigError, match=r"max_tokens=500 is 5 steps of 100 tokens.*=5 must be le"
-    ):
-        total_steps(config, tokens_per_step=100)
