@@ -1,0 +1,143 @@
+"""Entry of a training run: command line -> checked configuration -> loop.
+
+Everything that can be wrong with a setting is found before torch is imported, so that a mistake
+costs a second and not the start of a job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+
+EXIT_USER_ERROR = 2
+DEBUG_VARIABLE = "MANYFORMER_DEBUG"
+
+_EXAMPLE = """\
+example:
+  deepspeed pretrain/train.py --config-name demo --ds_config configs/ds/zero1.json training.lr=1e-3
+
+The same arguments work under torchrun, accelerate launch and plain python (one process).
+"""
+
+
+class CommandError(ValueError):
+    """The command line or the environment of a launcher cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours: one line instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; --help lists the arguments")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run training as the command line says; returns the exit code, 2 for an error of the user."""
+    prefix = "error"
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        config = _configure(arguments)
+        if config is None:
+            return 0
+        # From here on one rank may fail alone and must be heard.
+        prefix = f"error on rank {_rank()}" if _rank() else "error"
+        from pretrain.loop import run
+
+        return run(config, arguments.ds_config)
+    except (ValueError, OSError) as error:
+        _report(error, prefix)
+        return EXIT_USER_ERROR
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="pretrain/train.py",
+        description="Pretrain the model that a configuration describes.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config-name", required=True, metavar="NAME", help="run file in configs/, without .yaml"
+    )
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="folder of your own run files and groups; it wins"
+    )
+    parser.add_argument(
+        "--ds_config",
+        "--deepspeed_config",
+        metavar="FILE",
+        help="DeepSpeed JSON (default: configs/ds/zero1.json)",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    # The deepspeed launcher adds it; LOCAL_RANK says the same everywhere.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="any setting, such as training.lr=1e-3, or a file of a group, such as data=bytes",
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def _configure(arguments: argparse.Namespace) -> RunConfig | None:
+    """The checked RunConfig, or None when it was only to be printed."""
+    from pretrain.compose import compose_config
+    from pretrain.config import to_yaml
+    from pretrain.ds_config import resolve_ds_config
+    from pretrain.layout import check_layout
+
+    config = compose_config(
+        arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
+    )
+    if arguments.print_config:
+        if _rank() == 0:
+            sys.stdout.write(to_yaml(config))
+        return None
+    layout = check_layout(config, _environment_int("WORLD_SIZE", 1))
+    resolve_ds_config(arguments.ds_config, config, data_size=layout.data)
+    return config
+
+
+def _report(error: Exception, prefix: str) -> None:
+    """One line on standard error; before training starts all ranks agree, and the first speaks."""
+    if os.environ.get(DEBUG_VARIABLE) == "1":
+        traceback.print_exception(error)
+    if prefix == "error" and _rank() != 0:
+        return
+    message = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__module__ == "builtins" and os.environ.get(DEBUG_VARIABLE) != "1":
+        message += f" ({DEBUG_VARIABLE}=1 shows where)"
+    sys.stderr.write(f"{prefix}: {message}\n")
+
+
+def _rank() -> int:
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise CommandError(f"environment variable {name}={text!r} must be a whole number; unset it")
+    return int(text)
+
+
+if __name__ == "__main__":
+    if not __package__:
+        # Started as a script: the packages lie beside this folder, and its own modules must not
+        # be importable by their bare names.
+        here = Path(__file__).resolve().parent
+        sys.path[:] = [str(here.parent), *(path for path in sys.path if path != str(here))]
+    sys.exit(main())

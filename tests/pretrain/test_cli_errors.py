@@ -1,0 +1,176 @@
+"""The command line of a run: what it prints, one line per mistake, and how soon."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from pretrain.compose import CONFIGS
+from pretrain.config import parse_config
+from pretrain.train import main
+
+ROOT = CONFIGS.parent
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MANYFORMER_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `main` in this process; every argument list here ends before training starts."""
+
+    def _call(*argv: str) -> Outcome:
+        code = main(argv)
+        return Outcome(code, *capsys.readouterr())
+
+    return _call
+
+
+def _script(*argv: str, cwd: Path) -> Outcome:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain" / "train.py"), *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--config-name", "demmo"], ["'demmo'", "did you mean 'demo'?"]),
+        (["--config-name", "demo", "training.lrr=1"], ["training.lrr=1", "training.lr?"]),
+        (["--config-name", "demo", "training.lr=-1"], ["training.lr=-1", "greater than 0"]),
+        (["--config-name", "demo", "model.num_layer=3"], ["model.num_layer=3", "num_layers?"]),
+        (["--config-name", "demo", "parallel.tensor=2"], ["tensor=2", "world size 1", "1 x 1"]),
+        (["--config-name", "demo", "parallel.tensor=4"], ["tensor=4", "num_kv_heads=2", "1, 2"]),
+        (["--config-name", "demo", "--ds_config", "no.json"], ["no.json", "zero1.json"]),
+        (["--config-name", "demo", "--config-dir", "nowhere"], ["nowhere", "not a directory"]),
+        (["--config-name", "demo", "--lr", "3"], ["--lr", "--help"]),
+        (["--config-name"], ["--config-name", "--help"]),
+        ([], ["--config-name", "--help"]),
+    ],
+)
+def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(
+    call: Call, argv: list[str], parts: list[str]
+) -> None:
+    outcome = call(*argv)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for part in parts:
+        assert part in outcome.err
+
+
+def test_a_contradiction_of_the_deepspeed_file_is_one_line(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}')
+    outcome = call("--config-name", "demo", "--ds_config", str(file))
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {file}: gradient_clipping=0.5 contradicts")
+    assert outcome.err.count("\n") == 1
+
+
+def test_the_layout_is_checked_against_the_world_of_the_launcher(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    outcome = call("--config-name", "demo", "parallel.pipeline=2")
+    assert "does not divide the world size 3" in outcome.err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert "WORLD_SIZE='many'" in call("--config-name", "demo").err
+
+
+def test_only_the_first_rank_reports_a_mistake(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert call("--config-name", "demmo") == Outcome(2, "", "")
+
+
+def test_debugging_shows_where_a_mistake_was_found(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYFORMER_DEBUG", "1")
+    outcome = call("--config-name", "demmo")
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: ")
+
+
+def test_help_fits_a_screen_and_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 24
+    assert "deepspeed pretrain/train.py --config-name demo" in text
+
+
+def test_the_printed_configuration_is_the_resolved_one(call: Call) -> None:
+    outcome = call("training.lr=1e-4", "--print-config", "--config-name", "demo", "parallel=tp2")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    config = parse_config(yaml.safe_load(outcome.out))
+    assert config.training.lr == 1e-4
+    assert config.parallel.tensor == 2
+
+
+def test_the_argument_of_the_deepspeed_launcher_is_accepted(call: Call) -> None:
+    outcome = call("--local_rank=0", "--config-name", "demo", "--print-config")
+    assert outcome.code == 0
+
+
+def test_the_script_runs_from_any_directory(tmp_path: Path) -> None:
+    outcome = _script("--config-name", "demo", "--print-config", cwd=tmp_path)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert outcome.out.startswith("run_dir: runs/demo\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    # A package of this name would be imported instead of torch, and say so.
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from pretrain.train import main\n"
+        "sys.exit(main(['--config-name', 'demo', 'parallel.pipeline=3']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: parallel.tensor=1 x parallel.pipeline=3")
+
+
+def test_a_mistake_in_the_data_is_one_line_too(tmp_path: Path) -> None:
+    outcome = _script(
+        "--config-name",
+        "demo",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.train={tmp_path / 'nothing'}",
+        cwd=tmp_path,
+    )
+    assert outcome.code == 2
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "nothing" in errors[0]
+    assert "Traceback" not in outcome.err
