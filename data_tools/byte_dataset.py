@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from data_tools.errors import DataError
 from data_tools.indexed import map_file
-from data_tools.permutation import IntArray
+from data_tools.permutation import IntArray, TokenArray
 
 BYTE_EOD = 256
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the end of a document; a model may have more
@@ -64,8 +64,8 @@ class ByteStream:
             digest.update(self._map(int(index))[:_FINGERPRINT_BYTES].tobytes())
         return digest.hexdigest()
 
-    def read(self, starts: IntArray, length: int) -> IntArray:
-        ids = np.empty((len(starts), length), dtype=np.int64)
+    def read(self, starts: IntArray, length: int) -> TokenArray:
+        ids = np.empty((len(starts), length), dtype=np.uint16)
         first_files = np.searchsorted(self._ends, starts, side="right")
         for row, start, file in zip(ids, starts.tolist(), first_files.tolist(), strict=True):
             self._read_span(row, start, file)
@@ -76,7 +76,7 @@ class ByteStream:
         lasts = np.searchsorted(self._ends, begins + length - 1, side="right").tolist()
         return [self._ends[first:last] for first, last in zip(firsts, lasts, strict=True)]
 
-    def _read_span(self, out: IntArray, start: int, file: int) -> None:
+    def _read_span(self, out: TokenArray, start: int, file: int) -> None:
         filled = 0
         while filled < len(out):
             size = int(self._sizes[file])

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,18 @@ from data_tools.batch import IGNORED_LABEL, Batch
 from data_tools.blend import Blend
 from data_tools.errors import DataError
 from data_tools.loader_state import LoaderState, MixState, SourceState
-from data_tools.permutation import IntArray
+from data_tools.permutation import IntArray, TokenArray
 from data_tools.token_dataset import TokenDataset, Windows
+
+_PLANNED = 64  # micro-batches whose samples are looked up at once
+
+
+class _Plan(NamedTuple):
+    """What 64 micro-batches read."""
+
+    block: int  # the plan is for micro-batches [64 * block, 64 * (block + 1))
+    sources: IntArray  # index into Blend.names, [64, b]
+    windows: IntArray  # window number within that source, [64, b]
 
 
 class TrainLoader:
@@ -59,11 +69,9 @@ class TrainLoader:
         self._pin = has_pinned_memory()
         self._fingerprints = {name: data.stream.fingerprint for name, data in datasets.items()}
         self._sequence_length = next(iter(datasets.values())).sequence_length
-        self._blend = Blend(weights)
-        self._first_sample = 0
-        self._num_drawn = 0  # micro-batches handed out since `_first_sample`
         self._pending: deque[Future[Batch]] = deque()
         self._executor: ThreadPoolExecutor | None = None
+        self._move_to(0, Blend(weights))
 
     @property
     def consumed_samples(self) -> int:
@@ -89,9 +97,7 @@ class TrainLoader:
                 f"sample {consumed_samples} is before {self._blend.start_sample}, where the "
                 "current mix of sources began; resume from an earlier checkpoint"
             )
-        self.close()
-        self._first_sample = consumed_samples
-        self._num_drawn = 0
+        self._move_to(consumed_samples, self._blend)
 
     def state_dict(self) -> dict[str, Any]:
         """Position and ledger at the last whole step, as plain JSON; the same on all ranks.
@@ -132,12 +138,9 @@ class TrainLoader:
             sequence_length=self._sequence_length,
             fingerprints={name: self._fingerprints[name] for name in self._datasets},
         )
-        self.close()
         earlier = {name: source.fingerprint for name, source in saved.sources.items()}
         self._fingerprints = {**earlier, **self._fingerprints}
-        self._blend = saved.blend(self._weights)
-        self._first_sample = saved.consumed_samples
-        self._num_drawn = 0
+        self._move_to(saved.consumed_samples, saved.blend(self._weights))
 
     def close(self) -> None:
         """End the threads and drop what they prepared; a later `next` starts them again."""
@@ -165,6 +168,13 @@ class TrainLoader:
     ) -> None:
         self.close()
 
+    def _move_to(self, first_sample: int, blend: Blend) -> None:
+        self.close()
+        self._blend = blend
+        self._first_sample = first_sample
+        self._num_drawn = 0  # micro-batches handed out since `_first_sample`
+        self._plan: _Plan | None = None
+
     def _prefetched(self) -> Batch:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(
@@ -183,26 +193,41 @@ class TrainLoader:
             raise
 
     def _prepare(self, number: int) -> Batch:
-        first = (number * self._data_size + self._data_rank) * self._micro_batch_size
-        samples = self._first_sample + first + np.arange(self._micro_batch_size)
-        draws = self._blend.draw(samples)
+        plan = self._plan
+        if plan is None or number // _PLANNED != plan.block:
+            # Two threads may plan the same block; both get the same plan.
+            plan = self._plan = self._make_plan(number // _PLANNED)
+        sources, window_numbers = plan.sources[number % _PLANNED], plan.windows[number % _PLANNED]
         rows: list[tuple[IntArray, Windows]] = []
-        for source in np.unique(draws.sources):
-            places = np.flatnonzero(draws.sources == source)
+        for source in sorted(set(sources.tolist())):
+            places = np.flatnonzero(sources == source)
             name = self._blend.names[source]
-            windows = self._datasets[name].read(draws.samples[places])
+            windows = self._datasets[name].read(window_numbers[places])
             check_ids(windows.ids, vocab_size=self._vocab_size, name=name)
             rows.append((places, windows))
         return to_batch(_merge(rows), pin=self._pin)
 
+    def _make_plan(self, block: int) -> _Plan:
+        """Look up the samples of 64 micro-batches; one by one it takes as long as reading them."""
+        numbers = np.arange(block * _PLANNED, (block + 1) * _PLANNED)
+        firsts = (numbers * self._data_size + self._data_rank) * self._micro_batch_size
+        samples = self._first_sample + firsts[:, None] + np.arange(self._micro_batch_size)
+        sources, samples_of_source = self._blend.draw(samples)
+        windows = np.empty_like(samples)
+        for source, name in enumerate(self._blend.names):
+            mask = sources == source
+            windows[mask] = self._datasets[name].window_numbers(samples_of_source[mask])
+        return _Plan(block, sources, windows)
 
-def check_ids(ids: IntArray, *, vocab_size: int, name: str) -> None:
+
+def check_ids(ids: TokenArray, *, vocab_size: int, name: str) -> None:
     """Refuse ids outside [0, vocab_size): on a GPU they would end in an illegal memory access.
 
     Raises:
         DataError: there is one.
     """
-    low, high = int(ids.min()), int(ids.max())
+    low = 0 if ids.dtype.kind == "u" else int(ids.min())
+    high = int(ids.max())
     if low < 0 or high >= vocab_size:
         raise DataError(
             f"data source {name}: token id {low if low < 0 else high} is outside the model's "
@@ -216,7 +241,8 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
 
     `lengths` [b] are the tokens of each row that exist; what follows them is not scored.
     """
-    labels = windows.ids[:, 1:].copy()  # one row's slice would share its memory with the tokens
+    tokens = windows.ids[:, :-1].astype(np.int64)
+    labels = windows.ids[:, 1:].astype(np.int64)
     segments = windows.segment_ids
     if segments is not None:
         # The first token of a document has nothing before it in its document to follow from.
@@ -224,7 +250,7 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
     if lengths is not None:
         labels[np.arange(1, windows.ids.shape[1]) >= lengths[:, None]] = IGNORED_LABEL
     return Batch(
-        tokens=_tensor(windows.ids[:, :-1], pin=pin),
+        tokens=_tensor(tokens, pin=pin),
         labels=_tensor(labels, pin=pin),
         segment_ids=None if segments is None else _tensor(segments[:, :-1], pin=pin),
     )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.integer]  # in the dtype of the file
 _UInt64Array = npt.NDArray[np.uint64]
 
 _NUM_ROUNDS = 6  # four make a strong pseudorandom permutation; two more for very small domains

@@ -5,7 +5,6 @@ Letters: T tokens in the stream, s sequence length, W windows, n samples asked f
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
-from data_tools.permutation import IntArray, KeyedPermutation
+from data_tools.permutation import IntArray, KeyedPermutation, TokenArray
 
 
 class TokenStream(Protocol):
@@ -30,8 +29,8 @@ class TokenStream(Protocol):
     def fingerprint(self) -> str:
         """Differs between any two corpora."""
 
-    def read(self, starts: IntArray, length: int) -> IntArray:
-        """Ids of the spans [start, start + length), int64 [n, length]."""
+    def read(self, starts: IntArray, length: int) -> TokenArray:
+        """Ids of the spans [start, start + length), [n, length] in the dtype of the file."""
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         """For each begin, where documents start: positions p, begin < p < begin + length."""
@@ -62,9 +61,13 @@ class IndexedStream:
     def fingerprint(self) -> str:
         return self.dataset.fingerprint
 
-    def read(self, starts: IntArray, length: int) -> IntArray:
-        windows = np.lib.stride_tricks.sliding_window_view(self.dataset.tokens, length)
-        return windows[starts].astype(np.int64)
+    def read(self, starts: IntArray, length: int) -> TokenArray:
+        tokens = self.dataset.tokens
+        ids = np.empty((len(starts), length), dtype=tokens.dtype)
+        # Faster than indexing a sliding_window_view, whose set-up costs as much as 40 rows.
+        for row, start in zip(ids, starts.tolist(), strict=True):
+            row[:] = tokens[start : start + length]
+        return ids
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return self.dataset.document_starts(begins, length)
@@ -73,7 +76,7 @@ class IndexedStream:
 class Windows(NamedTuple):
     """Spans of s + 1 tokens: inputs are all but the last, labels all but the first."""
 
-    ids: IntArray  # int64 [n, s + 1]
+    ids: TokenArray  # [n, s + 1]
     segment_ids: npt.NDArray[np.int32] | None  # int32 [n, s + 1]
 
 
@@ -109,28 +112,25 @@ class TokenDataset:
                 f"data source {name}: {stream.num_tokens} tokens, but sequence_length "
                 f"{sequence_length} needs at least {sequence_length + 1}; add text or shorten it"
             )
-        self._permutation = lru_cache(maxsize=2)(self._make_permutation)
 
-    def read(self, samples: IntArray) -> Windows:
-        """The windows of sample numbers [n], counted from 0 over all epochs."""
+    def window_numbers(self, samples: IntArray) -> IntArray:
+        """The windows of sample numbers [n], which count from 0 over all epochs."""
+        epochs, places = np.divmod(samples, self.num_windows)
+        numbers = np.empty_like(samples)
+        for epoch in np.unique(epochs).tolist():
+            permutation = KeyedPermutation(self.num_windows, key=(self._seed, epoch, self.name))
+            mask = epochs == epoch
+            numbers[mask] = permutation(places[mask])
+        return numbers
+
+    def read(self, window_numbers: IntArray) -> Windows:
+        """The tokens of windows [n]."""
         return read_windows(
             self.stream,
-            starts=self.window_numbers(samples) * self.sequence_length,
+            starts=window_numbers * self.sequence_length,
             length=self.sequence_length + 1,
             with_segments=self._reset_at_documents,
         )
-
-    def window_numbers(self, samples: IntArray) -> IntArray:
-        """The window that each sample number shows."""
-        epochs, places = np.divmod(samples, self.num_windows)
-        numbers = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            mask = epochs == epoch
-            numbers[mask] = self._permutation(int(epoch))(places[mask])
-        return numbers
-
-    def _make_permutation(self, epoch: int) -> KeyedPermutation:
-        return KeyedPermutation(self.num_windows, key=(self._seed, epoch, self.name))
 
 
 def read_windows(
