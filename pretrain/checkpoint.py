@@ -54,7 +54,7 @@ from pretrain.resume import (
 )
 from pretrain.rng_state import save_rng_state
 from pretrain.run_lock import RunLock
-from pretrain.storage import Storage
+from pretrain.storage import Storage, fault_hook
 
 _TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
@@ -110,7 +110,7 @@ class CheckpointStore:
         self._identity = identity
         self._keep = keep
         self._ranks = ranks
-        self._storage = storage or Storage()
+        self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
         self._trusted: set[int] = set()  # verified by `find` or written by `save`
         self._lock: RunLock | None = None
         self._ranks.on_first(self._open)

