@@ -249,8 +249,14 @@ def _zero3_partition(plan: RunPlan) -> Callable[[nn.Module], None]:
     """Partition each layer over data ranks once it is built, so that none holds the whole model."""
     import deepspeed
 
-    mpu = _mpu(plan.ctx)
-    return functools.partial(deepspeed.zero.Init, config_dict_or_path=plan.resolved.config, mpu=mpu)
+    # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts one's
+    # shards to the others: training then runs, with wrong weights.
+    return functools.partial(
+        deepspeed.zero.Init,
+        data_parallel_group=plan.ctx.data.group,
+        config_dict_or_path=plan.resolved.config,
+        mpu=_mpu(plan.ctx),
+    )
 
 
 def _build_stage(plan: RunPlan) -> nn.Module:

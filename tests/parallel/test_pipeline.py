@@ -6,22 +6,19 @@ losses. Four optimizer steps with clipping that bites.
 
 from __future__ import annotations
 
+import deepspeed
 import pytest
 import torch
 
 from models.base import TokenInputs
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
-from parallel.cpu import prepare_deepspeed, prepare_environment
+from parallel.cpu import prepare_deepspeed
+from parallel.pipeline import PipelineStage, layer_costs, partition
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from tests.distributed import run_ranks
 from tests.models import awkward
-
-prepare_environment()
-import deepspeed  # noqa: E402  the environment comes first
-
-from parallel.pipeline import PipelineStage, layer_costs, partition  # noqa: E402
 
 CONFIG = awkward.AwkwardConfig()
 STEPS, LEARNING_RATE, CLIP, SEED = 4, 1e-2, 0.5, 11

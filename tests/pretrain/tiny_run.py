@@ -1,0 +1,75 @@
+"""A complete run that takes a second: a tiny llama on a corpus made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.config import RunConfig, parse_config
+from tests.data_tools.corpora import write_corpus
+
+VOCAB, SEQ = 61, 32
+
+
+def write_data(directory: Path) -> None:
+    """A corpus with something to learn: every token is likely to be followed by one of three."""
+    generator = np.random.default_rng(0)
+    for name, documents in (("train", 60), ("validation", 7)):
+        rows = []
+        for _ in range(documents):
+            steps = generator.choice([1, 2, 5], size=generator.integers(40, 90))
+            rows.append((generator.integers(VOCAB) + np.cumsum(steps)) % VOCAB)
+        write_corpus(directory / name, rows, vocab_size=VOCAB, num_bytes=sum(map(len, rows)) * 3)
+
+
+def tiny_run(directory: Path, **changes: Any) -> RunConfig:
+    """The configuration; `section__key=value` changes a setting."""
+    values: dict[str, Any] = {
+        "run_dir": str(directory / "run"),
+        "model": {
+            "family": "llama",
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "max_position_embeddings": SEQ,
+            "init_std": 0.1,
+        },
+        "data": {
+            "train": str(directory / "train"),
+            "validation": str(directory / "validation"),
+            "sequence_length": SEQ,
+        },
+        "training": {
+            "max_steps": 4,
+            "warmup_steps": 1,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "lr": 1e-2,
+            "grad_clip": 0.5,
+            "precision": "fp32",
+            "log_interval": 1,
+            "seed": 3,
+        },
+        "checkpoint": {"interval": 2, "keep": 2},
+        "evaluation": {"interval": 2},
+    }
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return parse_config(values)
+
+
+def metrics(run: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The training lines and the evaluation lines of a finished run."""
+    lines = Path(run.run_dir, "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
