@@ -42,8 +42,8 @@ class Blend:
         start_sample: int = 0,
         base: Mapping[str, int] | None = None,
     ) -> None:
-        self.weights = dict(weights)
-        self.names = list(weights)
+        self.weights = dict(sorted(weights.items()))  # the order of listing has no effect
+        self.names = list(self.weights)
         self.start_sample = start_sample
         self.base = {**dict.fromkeys(self.names, 0), **(base or {})}
         self._base = np.array([self.base[name] for name in self.names], dtype=np.int64)

@@ -36,18 +36,18 @@ def build_train_loader(
         DataError: a source is missing, damaged, too short or of another vocabulary or tokenizer,
             or `state` belongs to other data.
     """
-    datasets = {
-        name: TokenDataset(
-            stream,
-            name=name,
-            sequence_length=sequence_length,
-            seed=seed,
-            reset_at_documents=config.reset_at_documents,
-        )
-        for name, stream in open_sources(config, config.train, vocab_size=vocab_size)
-    }
+    streams = open_sources(config, config.train, vocab_size=vocab_size)
     loader = TrainLoader(
-        datasets,
+        [
+            TokenDataset(
+                stream,
+                name=name,
+                sequence_length=sequence_length,
+                seed=seed,
+                reset_at_documents=config.reset_at_documents,
+            )
+            for name, stream in streams
+        ],
         {source.name: source.weight for source in config.train},
         micro_batch_size=micro_batch_size,
         micro_batches_per_step=micro_batches_per_step,
@@ -57,16 +57,22 @@ def build_train_loader(
         vocab_size=vocab_size,
         num_workers=config.num_workers,
     )
-    if state is not None:
-        loader.load_state_dict(state)
-        if consumed_samples not in (0, loader.consumed_samples):
-            raise DataError(
-                f"consumed_samples is {consumed_samples}, but the checkpoint's data position is "
-                f"{loader.consumed_samples}; give one of them"
-            )
-    elif consumed_samples:
-        loader.skip_to(consumed_samples)
+    _move_to_position(loader, state, consumed_samples)
     return loader
+
+
+def _move_to_position(
+    loader: TrainLoader, state: Mapping[str, Any] | None, consumed_samples: int
+) -> None:
+    if state is None:
+        loader.skip_to(consumed_samples)
+        return
+    loader.load_state_dict(state)
+    if consumed_samples not in (0, loader.consumed_samples):
+        raise DataError(
+            f"consumed_samples is {consumed_samples}, but the checkpoint's data position is "
+            f"{loader.consumed_samples}; give one of them"
+        )
 
 
 def build_eval_batches(

@@ -6,7 +6,7 @@ Letters: b micro-batch size, s sequence length, M micro-batches per step, D data
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -44,7 +44,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        datasets: Mapping[str, TokenDataset],
+        datasets: Sequence[TokenDataset],
         weights: Mapping[str, float],
         *,
         micro_batch_size: int,
@@ -57,7 +57,7 @@ class TrainLoader:
     ) -> None:
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} must be in [0, data_size {data_size})")
-        self._datasets = dict(datasets)
+        self._datasets = {dataset.name: dataset for dataset in datasets}
         self._weights = dict(weights)
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_step = micro_batches_per_step
@@ -67,8 +67,8 @@ class TrainLoader:
         self._vocab_size = vocab_size
         self._num_workers = num_workers
         self._pin = has_pinned_memory()
-        self._fingerprints = {name: data.stream.fingerprint for name, data in datasets.items()}
-        self._sequence_length = next(iter(datasets.values())).sequence_length
+        self._fingerprints = {dataset.name: dataset.stream.fingerprint for dataset in datasets}
+        self._sequence_length = datasets[0].sequence_length
         self._pending: deque[Future[Batch]] = deque()
         self._executor: ThreadPoolExecutor | None = None
         self._move_to(0, Blend(weights))

@@ -18,8 +18,9 @@ _MIXES = [
 @pytest.mark.parametrize("weights", _MIXES)
 def test_realised_proportions_are_within_a_tenth_of_a_percent(weights: dict[str, float]) -> None:
     num_samples = 100_000
-    counts = np.bincount(Blend(weights).draw(np.arange(num_samples)).sources)
-    shares = np.array(list(weights.values())) / sum(weights.values())
+    blend = Blend(weights)
+    counts = np.bincount(blend.draw(np.arange(num_samples)).sources)
+    shares = np.array([weights[name] for name in blend.names]) / sum(weights.values())
     assert np.abs(counts / num_samples - shares).max() < 0.001
 
 
@@ -59,6 +60,16 @@ def test_changed_mix_goes_on_where_each_source_was() -> None:
             given[blend.names[source]].append(int(sample))
     assert all(samples == list(range(len(samples))) for samples in given.values())
     assert third.ledger(4000) == {name: len(samples) for name, samples in given.items()}
+
+
+def test_order_in_which_sources_are_listed_has_no_effect() -> None:
+    weights = {"b": 1.0, "a": 1.0, "c": 3.0}
+    listed = Blend(weights)
+    reversed_ = Blend(dict(reversed(weights.items())))
+    for field in range(2):
+        draws = [blend.draw(np.arange(1000))[field] for blend in (listed, reversed_)]
+        assert np.array_equal(*draws)
+    assert listed.names == reversed_.names
 
 
 def test_weight_too_small_to_be_drawn_is_refused() -> None:

@@ -141,6 +141,17 @@ def test_damaged_file_is_refused_when_opened(
     assert "\n" not in str(caught.value)
 
 
+def test_tokens_that_belong_to_no_document_are_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "corpus"
+    write_corpus(prefix, counting_documents([5]), vocab_size=60_000)
+    index = bytearray((tmp_path / "corpus.idx").read_bytes())
+    struct.pack_into("<q", index, HEADER.size + 4, 2)  # the only document begins a token later
+    (tmp_path / "corpus.idx").write_bytes(index)
+    (tmp_path / "corpus.bin").write_bytes(bytes(2) + (tmp_path / "corpus.bin").read_bytes())
+    with pytest.raises(DataError, match="an offset that is not the end of the sequence before"):
+        IndexedDataset(prefix)
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_missing_file_is_refused(tmp_path: Path, suffix: str) -> None:
     prefix = write_counting_corpus(tmp_path / "corpus", 100)

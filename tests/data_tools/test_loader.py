@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -313,6 +314,32 @@ def test_closing_ends_the_threads_and_next_starts_them_again(corpora: Path) -> N
     assert threads() == before
     with _loader(corpora, num_workers=0) as plain:
         assert all(torch.equal(next(plain).tokens, row) for row in rows)
+
+
+def test_loader_that_nobody_holds_ends_its_threads(corpora: Path) -> None:
+    loader = _loader(corpora, num_workers=2)
+    next(loader)
+    threads = [t for t in threading.enumerate() if t.name.startswith("data-loader")]
+    assert threads
+    del loader
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_running_loader_can_be_moved(
+    corpora: Path, reference: torch.Tensor, num_workers: int
+) -> None:
+    with _loader(corpora, micro_batch_size=16, num_workers=num_workers) as loader:
+        first = next(loader).tokens
+        state = loader.state_dict()
+        next(loader)
+        loader.load_state_dict(state)
+        assert torch.equal(next(loader).tokens, reference[16:32])
+        loader.skip_to(0)
+        assert torch.equal(next(loader).tokens, first)
 
 
 def test_rank_outside_the_data_ranks_is_refused(corpora: Path) -> None:
