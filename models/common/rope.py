@@ -15,7 +15,7 @@ from models.common.config import RopeScaling
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the angle of every position: fp32, [s, 1, 1, d] or [s, b, 1, d].
+    """cos and sin of the angle of every position: fp32, [s, d] or [b, 1, s, d].
 
     The first half of `sin` is negated, so that `rotate` needs no sign of its own.
     """
@@ -52,7 +52,7 @@ class RotaryTable:
         return self._by_device[device]
 
     def at(self, device: torch.device, *, start: int, length: int) -> Rotation:
-        """Rotation of positions start .. start + length - 1, the same for every row: [s, 1, 1, d].
+        """Rotation of positions start .. start + length - 1, the same for every row: [s, d].
 
         Raises:
             ValueError: the positions do not fit into the table.
@@ -62,13 +62,11 @@ class RotaryTable:
                 f"position {start + length - 1} is beyond max_position_embeddings="
                 f"{self.max_positions}; shorten the sequence or raise max_position_embeddings"
             )
-        rows = slice(start, start + length)
-        return Rotation(*(table[rows, None, None] for table in self.on(device)))
+        return Rotation(*(table[start : start + length] for table in self.on(device)))
 
     def gather(self, positions: Tensor) -> Rotation:
-        """Rotation of the given positions [b, s]: [s, b, 1, d]."""
-        index = positions.transpose(0, 1)
-        return Rotation(*(table[index].unsqueeze(2) for table in self.on(positions.device)))
+        """Rotation of the given positions [b, s]: [b, 1, s, d]."""
+        return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
 
     def _compute(self, device: torch.device) -> Rotation:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
@@ -82,13 +80,14 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn dimensions i and i + d/2 of every head by the angle of its position: [s, b, n, d].
+    """Turn dimensions i and i + d/2 of every head by the angle of its position: [b, n, s, d].
 
-    `y_i = x_i cos - x_(i+d/2) sin`, `y_(i+d/2) = x_(i+d/2) cos + x_i sin`, in fp32, returned in the
-    dtype of x. The pairing is that of Hugging Face's Llama, not the interleaved one of the paper.
+    `y_i = x_i cos - x_(i+d/2) sin`, `y_(i+d/2) = x_(i+d/2) cos + x_i sin`, with the angles rounded
+    to the dtype of x. The pairing is Hugging Face's, not the interleaved one of the paper.
+    Source: arXiv 2104.09864.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * rotation.cos + swapped * rotation.sin).to(x.dtype)
+    return x * rotation.cos.to(x.dtype) + swapped * rotation.sin.to(x.dtype)
 
 
 def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -1,0 +1,178 @@
+"""A checkpoint directory as a model sees it: configuration, weights, tokenizer. Nothing unpickled.
+
+The directory holds `manifest.json`, whose `config` is that of the run, and `weights/`, which
+parallel.weights_io reads at any layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from models.base import ModelFamily
+from models.registry import get_config_class, get_family
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from parallel.precision import Precision
+from parallel.sharding import Sharding, sharding_of
+from parallel.weights_io import ShardedWeightsReader, find_weights, verify_weights
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class StoredModel(NamedTuple):
+    """What a checkpoint says about the model in it. `tokenizer` is None where it names none."""
+
+    weights: Path
+    family: ModelFamily
+    config: Any
+    tokenizer: str | None
+
+
+def open_checkpoint(path: Path | str) -> StoredModel:
+    """Read a checkpoint (`step_N`), or the newest one of a run directory.
+
+    Raises:
+        ValueError: there is none, or its manifest or a weight file is damaged.
+    """
+    weights = find_weights(Path(path))
+    manifest = weights.parent / "manifest.json"
+    try:
+        run = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+        model, data = run["model"], run["data"]
+        family = get_family(model["family"])
+    except FileNotFoundError:
+        raise ValueError(f"{manifest} does not exist; give a checkpoint or a run") from None
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{manifest} is damaged: no model configuration in it") from error
+    verify_weights(weights)
+    tokenizer = "bytes" if data.get("kind") == "bytes" else data.get("tokenizer")
+    return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer)
+
+
+def parse_config(values: dict[str, Any], *, source: Path) -> Any:
+    """The configuration of a family, `family` naming which.
+
+    Raises:
+        ValueError: one line with the first key that is wrong.
+    """
+    try:
+        return get_config_class(values["family"]).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("model", *map(str, first["loc"])))
+        raise ValueError(f"{source}: {key}={first['input']!r}: {first['msg']}") from None
+
+
+def load_model(
+    stored: StoredModel, *, device: torch.device | str, precision: str | None = None
+) -> SequentialModel:
+    """The whole model on one device, in `precision` (fp32, bf16) or as its weights are stored.
+
+    Raises:
+        ValueError: the weights are not exactly those of the configuration.
+    """
+    with ShardedWeightsReader(stored.weights) as reader:
+        table = parameter_table(stored.family, stored.config)
+        check_names(reader.names(), table, source=stored.weights)
+        name = precision or _PRECISIONS.get(reader.full(next(iter(table))).dtype, "fp32")
+        ctx = ParallelContext.single(precision=Precision(name), device=device)
+        model = SequentialModel(stored.family.layer_specs(stored.config), ctx)
+        model.to(ctx.precision.dtype)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                full = reader.full(key)
+                check_shape(key, full.shape, table[key].shape, source=stored.weights)
+                parameter.copy_(full)
+    return model.eval()
+
+
+class ParameterInfo(NamedTuple):
+    """The full shape of a parameter, and how tensor ranks share it."""
+
+    shape: torch.Size
+    sharding: Sharding
+
+
+def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo]:
+    """Every parameter in the order of the layers, a tied one once; no memory, no arithmetic."""
+    ctx = ParallelContext.single(device="meta")
+    table: dict[str, ParameterInfo] = {}
+    for spec in family.layer_specs(config):
+        layer = spec.module(ctx=ctx, **spec.kwargs)
+        for path, parameter in layer.named_parameters():
+            if path not in spec.tied:
+                name = f"{spec.name}.{path}"
+                table[name] = ParameterInfo(parameter.shape, sharding_of(name, parameter))
+    return table
+
+
+def check_names(found: Collection[str], expected: Collection[str], *, source: Path) -> None:
+    """Compare two sets of tensor names.
+
+    Raises:
+        ValueError: names the first ten that are missing and that are unexpected.
+    """
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    parts = [
+        f"{kind} {', '.join(names[:10])}{f' and {len(names) - 10} more' * (len(names) > 10)}"
+        for kind, names in (("lacks", missing), ("has unexpected", surplus))
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{source} {'; it '.join(parts)}: it is not of this model configuration")
+
+
+def check_shape(name: str, found: torch.Size, expected: torch.Size, *, source: Path) -> None:
+    """Compare a tensor's shape with the model's.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if found != expected:
+        raise ValueError(
+            f"{source}: {name} has shape {list(found)}, the model configuration says "
+            f"{list(expected)}"
+        )
+
+
+def write_manifest(directory: Path, stored: StoredModel) -> None:
+    """Complete a checkpoint at step 0 whose files are already in `directory`.
+
+    The format is that of training checkpoints, so that whatever reads those reads this one.
+    """
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    table = parameter_table(stored.family, stored.config)
+    content = {
+        "format_version": 1,
+        "step": 0,
+        "layout": {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0, "precision": "fp32"},
+        "config": {
+            "model": stored.config.model_dump(mode="json"),
+            "data": {"tokenizer": stored.tokenizer},
+        },
+        "fingerprints": {},
+        "versions": {"torch": torch.__version__},
+        "sharding": {
+            name: [info.sharding.dim, info.sharding.full_size] for name, info in table.items()
+        },
+        "files": {path.relative_to(directory).as_posix(): _record(path) for path in paths},
+    }
+    checksum = hashlib.sha256(_dump(content)).hexdigest()
+    (directory / "manifest.json").write_bytes(_dump({**content, "checksum": checksum}))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest, "rank": 0}
+
+
+def _dump(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")

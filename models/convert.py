@@ -1,0 +1,170 @@
+"""Checkpoints to Hugging Face directories and back. Safetensors only; nothing is unpickled.
+
+    python -m models.convert to-hf --checkpoint DIR --output DIR [--dtype bf16|fp32]
+        [--max-shard-size 5GB] [--tokenizer SPEC | --no-tokenizer]
+    python -m models.convert from-hf --model DIR --output DIR [--dtype bf16|fp32]
+
+`to-hf` reads a checkpoint (`step_N`) of any layout, or the newest one of a run directory, and
+writes a directory that transformers loads. `from-hf` writes a checkpoint from which training can
+start and text be generated. Both need memory for about one shard, and neither writes into a
+directory that holds anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from models.checkpoint import StoredModel, open_checkpoint, write_manifest
+from models.hf_export import export_model
+from models.hf_import import import_weights, read_foreign_config
+from models.hf_tokenizer import copy_tokenizer, export_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def to_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer: str | None = None,
+    with_tokenizer: bool = True,
+) -> list[str]:
+    """Export a checkpoint; returns remarks for the user.
+
+    `tokenizer` replaces the one that the checkpoint names.
+
+    Raises:
+        ValueError: the checkpoint, the output or the tokenizer cannot be used.
+    """
+    stored = open_checkpoint(checkpoint)
+    spec = (tokenizer or stored.tokenizer) if with_tokenizer else None
+    remarks = [] if spec not in (None, "bytes") else [_why_no_tokenizer(spec)]
+    with _published(output) as folder:
+        special_tokens = {} if spec is None else _write_tokenizer(spec, folder, stored)
+        export_model(
+            stored,
+            folder,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            special_tokens=special_tokens,
+        )
+    return remarks
+
+
+def from_hf(model: Path, output: Path, *, dtype: torch.dtype | None = None) -> list[str]:
+    """Import a Hugging Face directory as a checkpoint; returns remarks for the user.
+
+    Raises:
+        ValueError: the model is not one of ours, is damaged, or is not stored as safetensors.
+    """
+    foreign = read_foreign_config(model)
+    with _published(output) as folder:
+        (folder / "weights").mkdir()
+        import_weights(foreign, folder / "weights", dtype=dtype)
+        has_tokenizer = copy_tokenizer(model, folder / "tokenizer")
+        spec = str((output / "tokenizer").absolute()) if has_tokenizer else None
+        stored = StoredModel(folder / "weights", foreign.family, foreign.config, spec)
+        write_manifest(folder, stored)
+    return [] if has_tokenizer else [f"{model} has no tokenizer files; none were copied"]
+
+
+def _write_tokenizer(spec: str, folder: Path, stored: StoredModel) -> dict[str, int]:
+    """Tokenizer files, and the special tokens that config.json names."""
+    from data_tools.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size > stored.config.vocab_size:
+        raise ValueError(
+            f"tokenizer {spec} has {tokenizer.vocab_size} tokens, the model "
+            f"{stored.config.vocab_size}; give the tokenizer of its data with --tokenizer"
+        )
+    if spec != "bytes":
+        path = Path(spec)
+        if path.is_dir():
+            names = ("tokenizer.json", "tokenizer.model")
+            path = next(path / name for name in names if (path / name).is_file())
+        export_tokenizer(path, folder, eod_id=tokenizer.eod_id, encode=tokenizer.encode)
+    return {"eos_token_id": tokenizer.eod_id}
+
+
+def _why_no_tokenizer(spec: str | None) -> str:
+    if spec == "bytes":
+        return "no tokenizer files: tokens are UTF-8 bytes 0..255 and 256 ends a document"
+    return "no tokenizer files were written"
+
+
+@contextlib.contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes `output` when the body succeeds, and else vanishes.
+
+    Raises:
+        ValueError: `output` exists and is not an empty directory.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; choose another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = _parse(argv)
+    dtype = None if arguments.dtype is None else _DTYPES[arguments.dtype]
+    try:
+        if arguments.command == "from-hf":
+            remarks = from_hf(arguments.model, arguments.output, dtype=dtype)
+        else:
+            remarks = to_hf(
+                arguments.checkpoint,
+                arguments.output,
+                dtype=dtype,
+                max_shard_size=arguments.max_shard_size,
+                tokenizer=arguments.tokenizer,
+                with_tokenizer=not arguments.no_tokenizer,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in (*remarks, f"wrote {arguments.output}"):
+        print(line)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.convert", description="Checkpoints to Hugging Face and back."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("to-hf", help="write a directory that transformers loads")
+    export.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run")
+    export.add_argument("--max-shard-size", default="5GB", help="of a weight file: 500MB, 5GB")
+    choice = export.add_mutually_exclusive_group()
+    choice.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
+    choice.add_argument("--no-tokenizer", action="store_true", help="write the model only")
+    load = commands.add_parser("from-hf", help="write a checkpoint from a Hugging Face directory")
+    load.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
+    for command in (export, load):
+        command.add_argument("--output", type=Path, required=True, help="a new directory")
+        command.add_argument("--dtype", choices=sorted(_DTYPES), help="default: as stored")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

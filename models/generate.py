@@ -1,0 +1,175 @@
+"""Sample text from a checkpoint.
+
+    python -m models.generate --checkpoint DIR --prompt TEXT [--max-new-tokens N]
+        [--temperature T] [--top-k K] [--top-p P] [--seed S] [--device cpu|cuda]
+
+DIR is a checkpoint (`step_N`) or a run directory, whose newest checkpoint is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.base import TokenInputs
+from parallel.carry import SequentialModel
+from parallel.layers import gather_logits
+
+# Tokens of the prompt that go through the model at a time.
+PREFILL_CHUNK = 512
+
+
+@torch.inference_mode()
+def generate(
+    model: SequentialModel,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue every row of `tokens` int64 [b, p] by up to `max_new_tokens`: [b, p + new].
+
+    Temperature 0 takes the most probable token. A row that has produced `eos_id` is filled with it;
+    generation ends when all rows have. Under tensor parallelism every rank needs a generator in the
+    same state.
+
+    Raises:
+        ValueError: a setting out of its range or without effect, or an empty prompt.
+    """
+    _check_sampling(tokens, max_new_tokens, temperature, top_k, top_p)
+    batch_size, prompt_length = tokens.shape
+    cache = model.new_cache(batch_size, prompt_length + max_new_tokens)
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
+    new: list[Tensor] = []
+    for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+        logits = model(TokenInputs(chunk), cache)
+    while True:
+        last = gather_logits(logits[-1], ctx=model.ctx)
+        token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        if eos_id is not None:
+            token = token.masked_fill(ended, eos_id)
+            ended |= token == eos_id
+        new.append(token)
+        if len(new) == max_new_tokens or bool(ended.all()):
+            return torch.cat((tokens, torch.stack(new, dim=1)), dim=1)
+        logits = model(TokenInputs(token.unsqueeze(1)), cache)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token per row of logits [b, V]: int64 [b].
+
+    `top_k` keeps the k largest logits. `top_p` then keeps the smallest set of most probable tokens
+    whose probabilities sum to at least p.
+    """
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    ordered, ids = (logits.float() / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        ordered, ids = ordered[:, :top_k], ids[:, :top_k]
+    probabilities = ordered.softmax(dim=-1)
+    if top_p is not None:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(-1, choice).squeeze(-1)
+
+
+def _check_sampling(
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens of shape {list(tokens.shape)} are empty; give a prompt")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 (most probable token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be 1 or more; leave it out to keep every token")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    if temperature == 0.0 and (top_k is not None or top_p is not None):
+        raise ValueError("top_k and top_p have no effect at temperature 0; set a temperature")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = _parse(argv)
+    try:
+        print(_continue_text(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _continue_text(arguments: argparse.Namespace) -> str:
+    from data_tools.tokenizers import load_tokenizer
+    from models.checkpoint import load_model, open_checkpoint
+
+    stored = open_checkpoint(arguments.checkpoint)
+    spec = arguments.tokenizer or stored.tokenizer
+    if spec is None:
+        raise ValueError(f"{arguments.checkpoint} names no tokenizer; give one with --tokenizer")
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size > stored.config.vocab_size:
+        raise ValueError(
+            f"tokenizer {spec} has {tokenizer.vocab_size} tokens, the model "
+            f"{stored.config.vocab_size}; give the tokenizer of its data with --tokenizer"
+        )
+    model = load_model(stored, device=arguments.device)
+    # The end of a document is what a document begins after.
+    ids = tokenizer.encode(arguments.prompt) or [tokenizer.eod_id]
+    rows = generate(
+        model,
+        torch.tensor([ids], device=arguments.device),
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        eos_id=tokenizer.eod_id,
+        generator=torch.Generator(arguments.device).manual_seed(arguments.seed),
+    )
+    return tokenizer.decode([i for i in rows[0].tolist() if i != tokenizer.eod_id])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from parallel.cpu import device_type
+
+    parser = argparse.ArgumentParser(
+        prog="python -m models.generate", description="Sample text from a checkpoint."
+    )
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint (step_N) or a run")
+    parser.add_argument("--prompt", required=True, help="text to continue; may be empty")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the most probable token"
+    )
+    parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
+    parser.add_argument("--top-p", type=float, help="keep the most probable tokens up to this sum")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=device_type())
+    parser.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

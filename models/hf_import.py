@@ -1,0 +1,186 @@
+"""Weights of a Hugging Face directory, one tensor in memory at a time. Safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.base import ModelFamily
+from models.checkpoint import check_names, check_shape, parameter_table
+from models.registry import family_names, get_family
+from parallel.weights_io import ShardPosition, Weight, write_shard
+
+INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class ForeignTensor(NamedTuple):
+    """A tensor of a safetensors file, of which only the header has been read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+class ForeignModel(NamedTuple):
+    """The family and configuration that a Hugging Face directory describes."""
+
+    directory: Path
+    family: ModelFamily
+    config: Any
+
+
+def read_foreign_config(directory: Path) -> ForeignModel:
+    """Find the family for the config.json of `directory`.
+
+    Raises:
+        ValueError: no config.json, not one of a known model type, or a setting that the family
+            does not have.
+    """
+    path = directory / "config.json"
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        model_type = contents["model_type"]
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a model configuration: no model_type in it") from error
+    families = [get_family(name) for name in family_names()]
+    for family in families:
+        if model_type in family.hf.model_types:
+            return ForeignModel(directory, family, _converted(family, contents, path))
+    known = ", ".join(sorted(t for family in families for t in family.hf.model_types))
+    raise ValueError(f"{path}: model_type={model_type!r} cannot be imported; known are {known}")
+
+
+def _converted(family: ModelFamily, contents: dict[str, Any], path: Path) -> Any:
+    try:
+        return family.hf.from_config(contents)
+    except Exception as error:  # transformers' validation raises errors of many types
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be imported: {reason}") from error
+
+
+def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | None) -> None:
+    """Write the weights as `output`/pp_00_tp_00.safetensors; `dtype` None keeps theirs.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, of another shape, or not finite.
+    """
+    names = model.family.hf.names(model.config)
+    with open_foreign_weights(model.directory) as tensors:
+        tensors = _without_ties(_without_derived(tensors, model), model)
+        check_names(tensors, names.values(), source=model.directory)
+        weights = []
+        for name, (shape, sharding) in parameter_table(model.family, model.config).items():
+            foreign = tensors[names[name]]
+            check_shape(names[name], foreign.shape, shape, source=model.directory)
+            target = dtype or foreign.dtype
+            load = partial(_load_finite, names[name], foreign, target)
+            weights.append(Weight(name, tuple(shape), target, sharding, load))
+        position = ShardPosition()
+        with (output / position.file_name).open("wb") as file:
+            write_shard(file, weights, position=position)
+
+
+@contextlib.contextmanager
+def open_foreign_weights(directory: Path) -> Iterator[dict[str, ForeignTensor]]:
+    """Every tensor of the safetensors files that `directory` declares, by its name.
+
+    Raises:
+        ValueError: no such files, a damaged one, a name twice, or an index that is not true.
+    """
+    declared = _read_index(directory)
+    tensors: dict[str, ForeignTensor] = {}
+    with contextlib.ExitStack() as stack:
+        for path in sorted(declared):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                names = file.keys()
+                entries = {name: _entry(file, name, path) for name in names}
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            if twice := sorted(set(entries) & set(tensors)):
+                raise ValueError(f"{path}: {twice[0]} is also in another file of the model")
+            if declared[path] is not None and declared[path] != set(entries):
+                wrong = sorted(set(entries) ^ (declared[path] or set()))[0]
+                raise ValueError(f"{path} and {INDEX_NAME} do not agree about {wrong}")
+            tensors |= entries
+        yield tensors
+
+
+def _entry(file: Any, name: str, path: Path) -> ForeignTensor:
+    header = file.get_slice(name)
+    if header.get_dtype() not in _DTYPES:
+        raise ValueError(
+            f"{path}: {name} is {header.get_dtype()}; {', '.join(_DTYPES)} can be imported, "
+            "so take the model before quantization"
+        )
+    shape, dtype = torch.Size(header.get_shape()), _DTYPES[header.get_dtype()]
+    return ForeignTensor(shape, dtype, lambda: file.get_tensor(name))
+
+
+def _read_index(directory: Path) -> dict[Path, set[str] | None]:
+    """Weight files and the names that the index puts into each (None: there is no index)."""
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        if (directory / _SINGLE_NAME).is_file():
+            return {directory / _SINGLE_NAME: None}
+        pickled = sorted(p.name for p in directory.glob("*.bin"))
+        if pickled:
+            raise ValueError(
+                f"{directory / pickled[0]} is a pickle, which runs code when it is loaded, and is "
+                "never read; take the model's safetensors, or save it again with transformers"
+            )
+        raise ValueError(f"{directory} has neither {_SINGLE_NAME} nor {INDEX_NAME}")
+    files: dict[Path, set[str]] = {}
+    try:
+        entries = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        for tensor, name in entries.items():
+            if not _SHARD_NAME.fullmatch(name):
+                raise ValueError(f"{index} names a file {name!r} outside the directory")
+            files.setdefault(directory / name, set()).add(tensor)
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{index} is damaged: no weight_map in it") from error
+    return dict(files)
+
+
+def _without_derived(
+    tensors: dict[str, ForeignTensor], model: ForeignModel
+) -> dict[str, ForeignTensor]:
+    derived = re.compile(model.family.hf.derived)
+    return {name: tensor for name, tensor in tensors.items() if not derived.fullmatch(name)}
+
+
+def _without_ties(
+    tensors: dict[str, ForeignTensor], model: ForeignModel
+) -> dict[str, ForeignTensor]:
+    """Drop second copies of tied tensors, which some files have, after comparing them."""
+    kept = dict(tensors)
+    for second, first in model.family.hf.tied(model.config).items():
+        if second in kept and first in kept:
+            if not torch.equal(kept[first].load(), kept[second].load()):
+                raise ValueError(
+                    f"{model.directory}: config.json ties {second} to {first}, but they differ; "
+                    "set tie_word_embeddings to false in it"
+                )
+            del kept[second]
+    return kept
+
+
+def _load_finite(name: str, foreign: ForeignTensor, dtype: torch.dtype) -> Tensor:
+    tensor = foreign.load()
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds values that are not finite; the model is damaged")
+    return tensor.to(dtype)
