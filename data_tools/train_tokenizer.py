@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_tools.cli import progress_bar, run_command
-from data_tools.documents import DocumentReader, extract_text, find_inputs
+from data_tools.documents import BadDocumentError, DocumentReader, extract_text, find_inputs
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.tokenizers import SentencePieceTokenizer
@@ -31,6 +31,7 @@ def train_tokenizer(
     vocab_size: int,
     json_key: str = "text",
     max_megabytes: int = 200,
+    skip_bad_lines: bool = False,
     overwrite: bool = False,
 ) -> SentencePieceTokenizer:
     """Train a byte-pair model with byte fallback; the same file from the same text.
@@ -51,8 +52,9 @@ def train_tokenizer(
         raise DataError(f"{output} exists; choose another output or pass --overwrite to replace it")
     reader = DocumentReader(find_inputs(inputs))
     keep = min(1.0, max_megabytes * 1e6 / max(1, reader.total_bytes))
+    lines = _lines(reader, json_key=json_key, keep=keep, skip_bad_lines=skip_bad_lines)
     with replace_atomically(path) as file:
-        file.write(_train(_lines(reader, json_key=json_key, keep=keep), vocab_size))
+        file.write(_train(lines, vocab_size))
     return SentencePieceTokenizer(path, eod=None)
 
 
@@ -91,7 +93,9 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _lines(reader: DocumentReader, *, json_key: str, keep: float) -> Iterator[str]:
+def _lines(
+    reader: DocumentReader, *, json_key: str, keep: float, skip_bad_lines: bool = False
+) -> Iterator[str]:
     """Lines of a share `keep` of the documents, without their ends and not longer than 4096."""
     with progress_bar("reading", reader.total_bytes) as report:
         for number, document in enumerate(reader, start=1):
@@ -99,7 +103,13 @@ def _lines(reader: DocumentReader, *, json_key: str, keep: float) -> Iterator[st
             digest = hashlib.blake2b(document.data, digest_size=8).digest()
             if int.from_bytes(digest, "little") >= keep * _HASH_RANGE:
                 continue
-            for line in extract_text(document, json_key=json_key).split("\n"):
+            try:
+                text = extract_text(document, json_key=json_key)
+            except BadDocumentError:
+                if not skip_bad_lines:
+                    raise
+                continue
+            for line in text.split("\n"):
                 for begin in range(0, len(line), _MAX_LINE):
                     yield line[begin : begin + _MAX_LINE]
 
@@ -113,6 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         vocab_size=options.vocab_size,
         json_key=options.json_key,
         max_megabytes=options.max_megabytes,
+        skip_bad_lines=options.on_bad_line == "skip",
         overwrite=options.overwrite,
     )
     print(
@@ -140,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json-key", default="text", help="key of the text in .jsonl objects")
     parser.add_argument(
         "--max-megabytes", type=int, default=200, metavar="N", help="text to train on at most"
+    )
+    parser.add_argument(
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a document that is not UTF-8 or not the JSON expected",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser

@@ -76,6 +76,14 @@ def test_output_of_another_suffix_is_refused(text_file: Path) -> None:
         train_tokenizer([str(text_file)], "out.json", vocab_size=600)
 
 
+def test_bad_line_is_refused_or_skipped(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    inputs, output = [str(text_file), str(tmp_path / "bad.jsonl")], str(tmp_path / "t.model")
+    with pytest.raises(DataError, match=r"bad.jsonl:1: not valid JSON .* --on-bad-line skip"):
+        train_tokenizer(inputs, output, vocab_size=400)
+    assert train_tokenizer(inputs, output, vocab_size=400, skip_bad_lines=True).vocab_size == 400
+
+
 def test_large_inputs_are_thinned_by_whole_documents(tmp_path: Path) -> None:
     for number in range(400):
         (tmp_path / f"{number}.txt").write_text(f"first {number}\nlast {number}")
