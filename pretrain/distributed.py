@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.cpu import device_type, distributed_backend, prepare_deepspeed, prepare_environment
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 class World(NamedTuple):

@@ -24,8 +24,9 @@ from parallel.context import ParallelContext
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
-from pretrain.config import ConfigError, RunConfig
-from pretrain.ds_config import ResolvedDeepSpeed
+from pretrain.config import RunConfig
+from pretrain.config.deepspeed import ResolvedDeepSpeed
+from pretrain.errors import ConfigError
 from pretrain.optimizers import (
     build_optimizer,
     check_multipliers,
@@ -166,6 +167,10 @@ class RunPlan(NamedTuple):
     family: ModelFamily
     ctx: ParallelContext
 
+    @classmethod
+    def of(cls, run: RunConfig, resolved: ResolvedDeepSpeed, ctx: ParallelContext) -> RunPlan:
+        return cls(run, resolved, get_family(run.model.family), ctx)
+
     @property
     def segmented(self) -> bool:
         return self.run.data.reset_at_documents
@@ -193,7 +198,19 @@ class RunPlan(NamedTuple):
         return losses.sum(), dict.fromkeys(self.family.loss_names, zero)
 
 
-def build_context(run: RunConfig, device: torch.device) -> ParallelContext:
+def build_precision(run: RunConfig) -> Precision:
+    """The precision of the run.
+
+    Raises:
+        ConfigError: FP8 without what it needs on this machine.
+    """
+    try:
+        return Precision(run.training.precision, run.training.fp8_recipe)
+    except ValueError as error:
+        raise ConfigError(f"training.{error}") from error
+
+
+def build_context(run: RunConfig, *, precision: Precision, device: torch.device) -> ParallelContext:
     """Lay the initialised process group out as the run says (collective)."""
     return ParallelContext.from_world(
         tensor=run.parallel.tensor,
@@ -201,31 +218,36 @@ def build_context(run: RunConfig, device: torch.device) -> ParallelContext:
         context=run.parallel.context,
         expert=run.parallel.expert,
         sequence_parallel=run.parallel.sequence_parallel,
-        precision=Precision(run.training.precision, run.training.fp8_recipe),
+        precision=precision,
         device=device,
     )
 
 
-def build_engine(run: RunConfig, resolved: ResolvedDeepSpeed, ctx: ParallelContext) -> Engine:
-    """Check the model, build this rank's part of it and hand it to DeepSpeed (collective).
-
-    Raises:
-        ConfigError, ValueError: the configuration cannot be trained; nothing has been built yet.
-    """
+def build_engine(plan: RunPlan) -> Engine:
+    """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective)."""
+    run, ctx = plan.run, plan.ctx
     torch.manual_seed(run.training.seed)
-    plan = RunPlan(run, resolved, get_family(run.model.family), ctx)
-    _check_model(plan)
     module = _build_stage(plan) if ctx.pipeline.size > 1 else _build_whole(plan)
     sharding_table(module)
     sum_partial_gradients(module, ctx)
     if run.training.compile:
-        _compile_layers(module, resolved)
+        for layer in module.children():  # equal layers share their code, start-up stays short
+            layer.compile(dynamic=False)
     engine = _initialize(module, plan)
     return (PipelineEngine if ctx.pipeline.size > 1 else PlainEngine)(engine, plan)
 
 
-def _check_model(plan: RunPlan) -> None:
-    """Run the layers on the meta device, so that wrong shapes and names cost no memory."""
+def check_model(plan: RunPlan) -> None:
+    """Run the layers on the meta device, so that wrong shapes and names cost no memory.
+
+    Raises:
+        ValueError: a layer breaks the carry of its family, or a setting fits no parameter.
+    """
+    if plan.run.training.compile and plan.resolved.zero_stage == 3:
+        raise ConfigError(
+            "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
+            "compiled layers; use training.compile=false or stage 1 or 2"
+        )
     single = ParallelContext.single(device="meta")
     shape = (plan.run.training.batch_size, plan.run.data.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
@@ -272,17 +294,6 @@ def _build_stage(plan: RunPlan) -> nn.Module:
         seed=plan.run.training.seed,
         recompute=plan.run.training.activation_recomputation == "full",
     )
-
-
-def _compile_layers(module: nn.Module, resolved: ResolvedDeepSpeed) -> None:
-    """Compile layer by layer: equal layers share their code, and start-up stays short."""
-    if resolved.zero_stage == 3:
-        raise ConfigError(
-            "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
-            "compiled layers; use training.compile=false or stage 1 or 2"
-        )
-    for layer in module.children():
-        layer.compile(dynamic=False)
 
 
 def _initialize(module: nn.Module, plan: RunPlan) -> Any:

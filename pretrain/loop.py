@@ -17,29 +17,36 @@ from data_tools.loader import TrainLoader
 from models.registry import get_family
 from parallel.context import ParallelContext
 from parallel.weights_io import ShardPosition
-from pretrain.checkpoint import CheckpointContents, CheckpointStore
+from pretrain.checkpoint import (
+    Checkpoint,
+    CheckpointContents,
+    CheckpointStore,
+    Layout,
+    RunIdentity,
+)
+from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
+from pretrain.checkpoint.rng_state import restore_rng_state
+from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
+from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
+from pretrain.config.layout import RunLayout, check_layout
 from pretrain.distributed import World, process_group
-from pretrain.ds_config import ResolvedDeepSpeed, resolve_ds_config
-from pretrain.engine import Engine, StepResult, build_context, build_engine
-from pretrain.engine_state import load_engine_state, save_engine_state
+from pretrain.engine import (
+    Engine,
+    RunPlan,
+    StepResult,
+    build_context,
+    build_engine,
+    build_precision,
+    check_model,
+)
+from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
-from pretrain.layout import RunLayout, check_layout
-from pretrain.manifest import Layout
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
-from pretrain.resume import Checkpoint, RunIdentity
-from pretrain.rng_state import restore_rng_state
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
 from pretrain.writers import Writers, build_writers
-
-EXIT_COMPLETED = 0
-EXIT_STOPPED = 75  # saved on request, to be started again
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on from here."""
 
 
 class Values(NamedTuple):
@@ -54,16 +61,20 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
 
     Raises:
-        ValueError: a setting, the data or a checkpoint cannot be used; one line says why.
+        AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
+        ConfigError: a setting cannot be used; nothing has been started yet.
         TrainingError: the loss is no longer finite.
     """
     layout = check_layout(config, World.from_environment().size)
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
+    precision = build_precision(config)
     with process_group() as device, ExitStack() as stack:
-        ctx = build_context(config, device)
-        loader = stack.enter_context(_train_loader(config, ctx))
-        evaluation = _eval_batches(config, ctx)
         ranks = Ranks.of_group(dist.new_group(backend="gloo"))
+        ctx = build_context(config, precision=precision, device=device)
+        plan = RunPlan.of(config, zero, ctx)
+        ranks.together(lambda: check_model(plan))
+        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, ctx)))
+        evaluation = ranks.together(lambda: _eval_batches(config, ctx))
         store = CheckpointStore(
             Path(config.run_dir),
             identity=_identity(config, layout, zero),
@@ -72,9 +83,10 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         )
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
-        if ctx.is_main:
-            Path(config.run_dir, "config.yaml").write_text(to_yaml(config), encoding="ascii")
-        engine = build_engine(config, zero, ctx)
+        if checkpoint is not None:
+            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
+        ranks.on_first(lambda: _write_config(config))
+        engine = build_engine(plan)
         loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks)
         if checkpoint is not None:
             loop.restore(checkpoint)
@@ -119,10 +131,9 @@ class TrainLoop:
         return self.step * self.layout.tokens_per_step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `checkpoint` was taken: weights, optimizer, random numbers, data, step."""
+        """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
         load_engine_state(self.engine.deepspeed, checkpoint.path)
         restore_rng_state(checkpoint.rng_path(self.ranks.rank))
-        self.loader.load_state_dict(checkpoint.trainer["data"])
         self.step = checkpoint.step
 
     def run(self, stop: GracefulStop) -> int:
@@ -250,6 +261,11 @@ def _read(result: StepResult, step: int) -> Values:
             "since the last checkpoint; lower training.lr or look at the data of this step"
         )
     return values
+
+
+def _write_config(config: RunConfig) -> None:
+    path = Path(config.run_dir, "config.yaml")
+    Storage().replace_file(path, to_yaml(config).encode("ascii"))
 
 
 def _train_loader(config: RunConfig, ctx: ParallelContext) -> TrainLoader:

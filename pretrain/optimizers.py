@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
-from pretrain.config import ConfigError, TrainingConfig
+from pretrain.config import TrainingConfig
+from pretrain.errors import ConfigError
 
 
 def parameter_groups(

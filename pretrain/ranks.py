@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.manifest import CheckpointError, one_line
+from pretrain.errors import AgreedError, CheckpointError, one_line
 
 T = TypeVar("T")
 
@@ -50,6 +50,23 @@ class Ranks(NamedTuple):
         messages = self.gather(message)
         first = next((text for text in messages or [] if text is not None), None)
         return self.broadcast(first)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """This rank's result of `action`, once every rank has one.
+
+        Raises:
+            AgreedError: on every rank, the user's error that the lowest failing rank met.
+        """
+        value: T | None = None
+        failure: str | None = None
+        try:
+            value = action()
+        except (OSError, ValueError) as error:
+            failure = one_line(error)
+        failure = self.first_message(failure)
+        if failure is not None:
+            raise AgreedError(failure)
+        return value  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Rank 0's result of `action` on every rank.

@@ -14,10 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+if not __package__:
+    # Started as a script: the packages lie beside its folder, and the folder itself must not be
+    # searched, or its modules could be imported by their bare names.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.errors import (
+    EXIT_COMPLETED,
+    EXIT_NOT_FINITE,
+    EXIT_USER_ERROR,
+    AgreedError,
+    ConfigError,
+    TrainingError,
+)
+
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
-EXIT_USER_ERROR = 2
 DEBUG_VARIABLE = "MANYFORMER_DEBUG"
 
 _EXAMPLE = """\
@@ -41,19 +54,19 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run training as the command line says; returns the exit code, 2 for an error of the user."""
-    prefix = "error"
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         config = _configure(arguments)
         if config is None:
-            return 0
-        # From here on one rank may fail alone and must be heard.
-        prefix = f"error on rank {_rank()}" if _rank() else "error"
+            return EXIT_COMPLETED
         from pretrain.loop import run
 
         return run(config, arguments.ds_config)
+    except TrainingError as error:
+        _report(error)
+        return EXIT_NOT_FINITE
     except (ValueError, OSError) as error:
-        _report(error, prefix)
+        _report(error)
         return EXIT_USER_ERROR
 
 
@@ -93,10 +106,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _configure(arguments: argparse.Namespace) -> RunConfig | None:
     """The checked RunConfig, or None when it was only to be printed."""
-    from pretrain.compose import compose_config
     from pretrain.config import to_yaml
-    from pretrain.ds_config import resolve_ds_config
-    from pretrain.layout import check_layout
+    from pretrain.config.compose import compose_config
+    from pretrain.config.deepspeed import resolve_ds_config
+    from pretrain.config.layout import check_layout
 
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
@@ -110,15 +123,17 @@ def _configure(arguments: argparse.Namespace) -> RunConfig | None:
     return config
 
 
-def _report(error: Exception, prefix: str) -> None:
-    """One line on standard error; before training starts all ranks agree, and the first speaks."""
+def _report(error: Exception) -> None:
+    """One line on standard error. What all ranks know the first one says; a lone error is heard."""
     if os.environ.get(DEBUG_VARIABLE) == "1":
         traceback.print_exception(error)
-    if prefix == "error" and _rank() != 0:
+    agreed = isinstance(error, (AgreedError, CommandError, ConfigError))
+    if agreed and _rank() != 0:
         return
     message = " ".join(str(error).split()) or type(error).__name__
     if type(error).__module__ == "builtins" and os.environ.get(DEBUG_VARIABLE) != "1":
         message += f" ({DEBUG_VARIABLE}=1 shows where)"
+    prefix = f"error on rank {_rank()}" if _rank() else "error"
     sys.stderr.write(f"{prefix}: {message}\n")
 
 
@@ -135,9 +150,4 @@ def _environment_int(name: str, default: int) -> int:
 
 
 if __name__ == "__main__":
-    if not __package__:
-        # Started as a script: the packages lie beside this folder, and its own modules must not
-        # be importable by their bare names.
-        here = Path(__file__).resolve().parent
-        sys.path[:] = [str(here.parent), *(path for path in sys.path if path != str(here))]
     sys.exit(main())

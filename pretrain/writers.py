@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from pretrain.checkpoint.storage import Storage
 from pretrain.config import LoggingConfig, WandbConfig
-from pretrain.storage import Storage
 
 Record = Mapping[str, float]
 METRICS_NAME = "metrics.jsonl"
@@ -168,8 +168,9 @@ class ProgressLine:
             f"step {record['step']:.0f}/{self._total_steps}",
             f"eval loss {record['eval_loss']:.4f}",
             f"perplexity {record['perplexity']:.2f}",
-            f"{record['bits_per_byte']:.4f} bits/byte",
         ]
+        if "bits_per_byte" in record:  # not where the corpus does not say its bytes
+            parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
         return " | ".join(parts)
 
 

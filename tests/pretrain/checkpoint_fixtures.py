@@ -11,11 +11,11 @@ import torch
 
 from parallel.sharding import Sharding
 from parallel.weights_io import ShardedWeightsReader, ShardPosition, Weight
-from pretrain.checkpoint import CheckpointContents, CheckpointStore
-from pretrain.manifest import Layout
+from pretrain.checkpoint.manifest import Layout
+from pretrain.checkpoint.resume import Checkpoint, RunIdentity
+from pretrain.checkpoint.storage import Storage
+from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
 from pretrain.ranks import Ranks
-from pretrain.resume import Checkpoint, RunIdentity
-from pretrain.storage import Storage
 
 
 def identity(

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from pretrain.checkpoint import main
-from pretrain.manifest import CheckpointError, Layout, read_manifest
+from pretrain.checkpoint.__main__ import main
+from pretrain.checkpoint.manifest import Layout, read_manifest
+from pretrain.errors import CheckpointError
 from tests.pretrain.checkpoint_fixtures import (
     assert_holds,
     contents,

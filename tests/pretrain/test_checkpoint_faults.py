@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from pretrain.checkpoint import main
-from pretrain.manifest import CheckpointError
+from pretrain.checkpoint.__main__ import main
+from pretrain.checkpoint.storage import Storage, fault_hook
+from pretrain.errors import CheckpointError
 from pretrain.ranks import Ranks
-from pretrain.storage import Storage, fault_hook
 from tests.distributed import run_ranks
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from pretrain.compose import CONFIGS
 from pretrain.config import parse_config
+from pretrain.config.compose import CONFIGS
 from pretrain.train import main
 
 ROOT = CONFIGS.parent

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from models.registry import get_family
-from pretrain.compose import CONFIGS, compose_config
-from pretrain.config import ConfigError, RunConfig, parse_config, resolved
-from pretrain.ds_config import resolve_ds_config
-from pretrain.layout import check_layout
+from pretrain.config import RunConfig, parse_config, resolved
+from pretrain.config.compose import CONFIGS, compose_config
+from pretrain.config.deepspeed import resolve_ds_config
+from pretrain.config.layout import check_layout
+from pretrain.errors import ConfigError
 
 RUN_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SIZES = sorted(path.stem for path in (CONFIGS / "model" / "llama").glob("*.yaml"))
@@ -184,7 +185,7 @@ def test_a_config_dir_may_have_blanks_and_quotes_in_its_name(user_dir: Path) -> 
 
 
 def test_composing_leaves_no_trace_in_the_working_directory(tmp_path: Path) -> None:
-    code = "from pretrain.compose import compose_config; compose_config('demo')"
+    code = "from pretrain.config.compose import compose_config; compose_config('demo')"
     root = str(CONFIGS.parent)
     subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); {code}"],

@@ -11,17 +11,15 @@ import yaml
 
 from parallel.precision import FP8_RECIPES
 from pretrain.config import (
-    ConfigError,
     RunConfig,
     TrainingConfig,
-    config_differences,
-    forbidden_changes,
     parse_config,
     resolved,
     to_yaml,
 )
-from pretrain.config_changes import RULES
-from pretrain.config_errors import schema_paths
+from pretrain.config.changes import RULES, config_differences, forbidden_changes
+from pretrain.config.errors import schema_paths
+from pretrain.errors import ConfigError
 from tests.pretrain.run_values import run_values
 
 
@@ -35,7 +33,7 @@ def _error(**changes: Any) -> str:
 
 def test_importing_the_configuration_imports_no_torch() -> None:
     code = (
-        "import sys, pretrain.compose, pretrain.config, pretrain.ds_config, pretrain.layout\n"
+        "import sys, pretrain.config.compose, pretrain.config.deepspeed, pretrain.config.layout\n"
         "from tests.pretrain.run_values import run_values\n"
         "pretrain.config.parse_config(run_values())\n"
         "assert not {'torch', 'deepspeed', 'transformers'} & sys.modules.keys()"

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from pretrain.compose import CONFIGS
-from pretrain.config import ConfigError, parse_config
-from pretrain.ds_config import ResolvedDeepSpeed, resolve_ds_config
-from pretrain.ds_schema import ACCEPTED, REFUSED, STAGE_3_ONLY, ZERO
+from pretrain.config import parse_config
+from pretrain.config.compose import CONFIGS
+from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
+from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY, ZERO
+from pretrain.errors import ConfigError
 from tests.pretrain.run_values import run_values
 
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.cpu import prepare_deepspeed, prepare_environment
-from pretrain.engine_state import load_engine_state, save_engine_state
-from pretrain.manifest import CheckpointError
+from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
+from pretrain.errors import CheckpointError
 from tests.distributed import run_ranks
 
 CONFIG = {

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ConfigError, parse_config
-from pretrain.layout import check_layout, valid_tensor_sizes
+from pretrain.config import parse_config
+from pretrain.config.layout import check_layout, valid_tensor_sizes
+from pretrain.errors import ConfigError
 from tests.pretrain.run_values import run_values
 
 HEADS, KV_HEADS, FFN, LAYERS, SEQUENCE = 12, 6, 24, 5, 18

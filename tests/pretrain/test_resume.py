@@ -13,7 +13,7 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from parallel.weights_io import ShardedWeightsReader
-from pretrain.loop import EXIT_COMPLETED, EXIT_STOPPED
+from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.manifest import CheckpointError
-from pretrain.rng_state import restore_rng_state, save_rng_state
+from pretrain.checkpoint.rng_state import restore_rng_state, save_rng_state
+from pretrain.errors import CheckpointError
 
 
 def draw(generator: torch.Generator) -> list[float]:

@@ -11,17 +11,16 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from pretrain.config_changes import forbidden_changes
-from pretrain.manifest import (
-    CheckpointError,
+from pretrain.checkpoint.manifest import (
     Layout,
     Manifest,
-    one_line,
     read_manifest,
     step_of_name,
     verify_content,
     verify_listing,
 )
+from pretrain.config.changes import forbidden_changes
+from pretrain.errors import CheckpointError, one_line
 from pretrain.ranks import Ranks
 
 Resume = Literal["auto", "must", "never"]

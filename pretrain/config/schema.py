@@ -18,11 +18,8 @@ from pydantic import (
 )
 
 from data_tools.config import DataConfig
-from pretrain.config_changes import Difference as Difference
-from pretrain.config_changes import config_differences as config_differences
-from pretrain.config_changes import forbidden_changes as forbidden_changes
-from pretrain.config_errors import ConfigError as ConfigError
-from pretrain.config_errors import config_error, show
+from pretrain.config.errors import config_error, show
+from pretrain.errors import ConfigError
 
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.config import ConfigError, RunConfig, parse_config
-from pretrain.config_errors import nearest
+from pretrain.config.errors import nearest
+from pretrain.config.schema import RunConfig, parse_config
+from pretrain.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.compose import CONFIGS
-from pretrain.config import ConfigError, RunConfig
-from pretrain.config_errors import nearest, show
-from pretrain.ds_schema import ACCEPTED, REFUSED, STAGE_3_ONLY
+from pretrain.config.compose import CONFIGS
+from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY
+from pretrain.config.errors import nearest, show
+from pretrain.config.schema import RunConfig
+from pretrain.errors import ConfigError
 
 DEFAULT_FILE = CONFIGS / "ds" / "zero1.json"
 AUTO = "auto"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config.schema import RunConfig
+from pretrain.errors import ConfigError
 
 _MOST_LISTED = 8
 

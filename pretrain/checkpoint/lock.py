@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 
-from pretrain.manifest import CheckpointError
+from pretrain.errors import CheckpointError
 
 LOCK_NAME = "run.lock"
 

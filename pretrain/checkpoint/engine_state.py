@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.manifest import CheckpointError
+from pretrain.errors import CheckpointError
 
 ENGINE_TAG = "engine"
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pretrain.manifest import CheckpointError
+from pretrain.errors import CheckpointError
 
 
 def save_rng_state(

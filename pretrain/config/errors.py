@@ -8,6 +8,8 @@ from typing import Any, TypeGuard, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from pretrain.errors import ConfigError
+
 _LONGEST_VALUE = 80
 
 # What other trainers call our settings: spelling distance alone does not find them.
@@ -45,10 +47,6 @@ _CONSTRAINTS = {
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
 }
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used. One line: key, value, constraint, remedy."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

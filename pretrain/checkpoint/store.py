@@ -1,20 +1,11 @@
-"""Checkpoints that are either complete and verified or not there.
-
-    RUN/checkpoints/step_N/
-        engine/     DeepSpeed: optimizer shards, engine state
-        weights/    pp_00_tp_00.safetensors ...: the weights alone, for generate and convert
-        rng/        rank_00000.safetensors ...: states of the random generators
-        trainer.json    what the loop needs to go on: tokens, position in the data
-        manifest.json   written last: size and sha256 of every file above, layout, configuration
-    RUN/checkpoints/latest    a hint for people; resuming looks at the directories
+"""Writing and publishing checkpoints.
 
 A save writes under a temporary name, flushes every file, and publishes by one rename after every
-rank has reported success. `python -m pretrain.checkpoint list|verify DIR` looks at what is there.
+rank has reported success.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -29,20 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from parallel.weights_io import ShardPosition, Weight, write_shard
-from pretrain.manifest import (
+from pretrain.checkpoint.lock import RunLock
+from pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    CheckpointError,
     FileEntry,
     Manifest,
-    one_line,
-    read_manifest,
-    step_of_name,
-    verify_content,
-    verify_listing,
 )
-from pretrain.ranks import Ranks
-from pretrain.resume import (
+from pretrain.checkpoint.resume import (
     LATEST_NAME,
     TRAINER_NAME,
     Checkpoint,
@@ -52,9 +37,10 @@ from pretrain.resume import (
     rng_file_name,
     steps_in,
 )
-from pretrain.rng_state import save_rng_state
-from pretrain.run_lock import RunLock
-from pretrain.storage import Storage, fault_hook
+from pretrain.checkpoint.rng_state import save_rng_state
+from pretrain.checkpoint.storage import Storage, fault_hook
+from pretrain.errors import CheckpointError, one_line
+from pretrain.ranks import Ranks
 
 _TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
@@ -313,48 +299,3 @@ def _package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
-    try:
-        manifest = read_manifest(path)
-        problem = verify_listing(path, manifest)
-        if verify and problem is None:
-            problem = verify_content(path, manifest, manifest.files)
-    except (CheckpointError, OSError) as error:
-        return f"{path.name}: DAMAGED {one_line(error)}", False
-    if problem is not None:
-        return f"{path.name}: DAMAGED {problem}", False
-    size = sum(entry.size for entry in manifest.files.values()) / 1e9
-    state = "verified" if verify else "complete"
-    return (
-        f"{path.name}: {state}, {len(manifest.files)} files, {size:.2f} GB, {manifest.layout}",
-        True,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """List or verify the checkpoints of a run directory, or one of them; 3: one is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description=main.__doc__)
-    parser.add_argument("command", choices=["list", "verify"])
-    parser.add_argument("directory", type=Path)
-    options = parser.parse_args(arguments)
-    directory: Path = options.directory.resolve()
-    if step_of_name(directory.name) is not None and directory.is_dir():
-        paths = [directory]
-    else:
-        folders = [directory / "checkpoints", directory]
-        paths = [f / f"step_{step}" for f in folders for step in reversed(steps_in(f))]
-    if not paths:
-        print(
-            f"error: no checkpoint in {str(options.directory)!r}: give a run directory",
-            file=sys.stderr,
-        )
-        return 2
-    results = [_describe(path, verify=options.command == "verify") for path in paths]
-    print("\n".join(line for line, _ in results))
-    return 0 if all(good for _, good in results) else 3
-
-
-if __name__ == "__main__":
-    sys.exit(main())

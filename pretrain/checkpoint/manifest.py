@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from pretrain.storage import file_record
+from pretrain.checkpoint.storage import file_record
+from pretrain.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -25,16 +26,6 @@ _FILE_NAME = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}"
 )
 _MAX_MANIFEST_BYTES = 256 * 1024**2
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, found or trusted; one line for the user."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, with its type unless it is one of ours."""
-    text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
 
 
 class _Record(BaseModel):

@@ -1,0 +1,26 @@
+"""Checkpoints that are either complete and verified or not there.
+
+    RUN/checkpoints/step_N/
+        engine/     DeepSpeed: optimizer shards, engine state
+        weights/    pp_00_tp_00.safetensors ...: the weights alone, for generate and convert
+        rng/        rank_00000.safetensors ...: states of the random generators
+        trainer.json    what the loop needs to go on: tokens, position in the data
+        manifest.json   written last: size and sha256 of every file above, layout, configuration
+    RUN/checkpoints/latest    a hint for people; resuming looks at the directories
+
+`python -m pretrain.checkpoint list|verify DIR` looks at what is there.
+"""
+
+from pretrain.checkpoint.manifest import Layout
+from pretrain.checkpoint.resume import Checkpoint, RunIdentity
+from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
+from pretrain.errors import CheckpointError
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointContents",
+    "CheckpointError",
+    "CheckpointStore",
+    "Layout",
+    "RunIdentity",
+]

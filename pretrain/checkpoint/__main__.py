@@ -1,0 +1,59 @@
+"""`python -m pretrain.checkpoint list|verify DIR`: look at the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.checkpoint.manifest import read_manifest, step_of_name, verify_content, verify_listing
+from pretrain.checkpoint.resume import steps_in
+from pretrain.errors import EXIT_USER_ERROR, CheckpointError, one_line
+
+EXIT_DAMAGED = 3
+
+
+def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
+    try:
+        manifest = read_manifest(path)
+        problem = verify_listing(path, manifest)
+        if verify and problem is None:
+            problem = verify_content(path, manifest, manifest.files)
+    except (CheckpointError, OSError) as error:
+        return f"{path.name}: DAMAGED {one_line(error)}", False
+    if problem is not None:
+        return f"{path.name}: DAMAGED {problem}", False
+    size = sum(entry.size for entry in manifest.files.values()) / 1e9
+    state = "verified" if verify else "complete"
+    return (
+        f"{path.name}: {state}, {len(manifest.files)} files, {size:.2f} GB, {manifest.layout}",
+        True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List or verify the checkpoints of a run directory, or one of them; 3: one is damaged."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description=main.__doc__)
+    parser.add_argument("command", choices=["list", "verify"])
+    parser.add_argument("directory", type=Path)
+    options = parser.parse_args(arguments)
+    directory: Path = options.directory.resolve()
+    if step_of_name(directory.name) is not None and directory.is_dir():
+        paths = [directory]
+    else:
+        folders = [directory / "checkpoints", directory]
+        paths = [f / f"step_{step}" for f in folders for step in reversed(steps_in(f))]
+    if not paths:
+        print(
+            f"error: no checkpoint in {str(options.directory)!r}: give a run directory",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
+    results = [_describe(path, verify=options.command == "verify") for path in paths]
+    print("\n".join(line for line, _ in results))
+    return 0 if all(good for _, good in results) else EXIT_DAMAGED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

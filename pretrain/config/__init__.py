@@ -1,0 +1,23 @@
+"""The configuration of a run: schema, composition from YAML, layout, DeepSpeed's JSON. No torch."""
+
+from pretrain.config.schema import (
+    LoggingConfig,
+    RunConfig,
+    TrainingConfig,
+    WandbConfig,
+    parse_config,
+    resolved,
+    to_yaml,
+)
+from pretrain.errors import ConfigError
+
+__all__ = [
+    "ConfigError",
+    "LoggingConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "WandbConfig",
+    "parse_config",
+    "resolved",
+    "to_yaml",
+]
