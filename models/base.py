@@ -65,6 +65,8 @@ class ModelFamily:
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
     * `flops(config, seq_length) -> float`: forward FLOPs per token.
     * `num_parameters(config) -> int`: a tied parameter counts once.
+
+    `hf` is None for a family that transformers has no equal of.
     """
 
     name: str
@@ -76,4 +78,16 @@ class ModelFamily:
     token_losses: Callable[..., Tensor]
     flops: Callable[[Any, int], float]
     num_parameters: Callable[[Any], int]
-    hf: HFMapping
+    hf: HFMapping | None
+
+    def require_hf(self) -> HFMapping:
+        """`hf` for a conversion.
+
+        Raises:
+            ValueError: the family has none.
+        """
+        if self.hf is None:
+            raise ValueError(
+                f"the {self.name} family has no equal in transformers, so it cannot be converted"
+            )
+        return self.hf

@@ -31,7 +31,7 @@ def export_model(
         ValueError: the weights are not those of the configuration, are of several dtypes and
             `dtype` is None, or the model has no equal in transformers.
     """
-    contents = stored.family.hf.to_config(stored.config)
+    contents = stored.family.require_hf().to_config(stored.config)
     with ShardedWeightsReader(stored.weights) as reader:
         table = parameter_table(stored.family, stored.config)
         check_names(reader.names(), table, source=stored.weights)
@@ -53,7 +53,7 @@ def _write_weights(
     max_shard_size: str,
     cast: bool,
 ) -> None:
-    names = stored.family.hf.names(stored.config)
+    names = stored.family.require_hf().names(stored.config)
     table = parameter_table(stored.family, stored.config)
     ours = {theirs: name for name, theirs in names.items()}
     plan = split_torch_state_dict_into_shards(

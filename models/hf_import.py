@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.base import ModelFamily
+from models.base import HFMapping, ModelFamily
 from models.checkpoint import check_names, check_shape, parameter_table
 from models.registry import family_names, get_family
 from parallel.weights_io import ShardPosition, Weight, write_shard
@@ -38,6 +38,7 @@ class ForeignModel(NamedTuple):
 
     directory: Path
     family: ModelFamily
+    hf: HFMapping
     config: Any
 
 
@@ -56,17 +57,24 @@ def read_foreign_config(directory: Path) -> ForeignModel:
         raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a model configuration: no model_type in it") from error
-    families = [get_family(name) for name in family_names()]
-    for family in families:
-        if model_type in family.hf.model_types:
-            return ForeignModel(directory, family, _converted(family, contents, path))
-    known = ", ".join(sorted(t for family in families for t in family.hf.model_types))
-    raise ValueError(f"{path}: model_type={model_type!r} cannot be imported; known are {known}")
+    mappings = {
+        model_type: (family, family.hf)
+        for family in map(get_family, family_names())
+        if family.hf is not None
+        for model_type in family.hf.model_types
+    }
+    if model_type not in mappings:
+        raise ValueError(
+            f"{path}: model_type={model_type!r} cannot be imported; "
+            f"known are {', '.join(sorted(mappings))}"
+        )
+    family, hf = mappings[model_type]
+    return ForeignModel(directory, family, hf, _converted(hf, contents, path))
 
 
-def _converted(family: ModelFamily, contents: dict[str, Any], path: Path) -> Any:
+def _converted(hf: HFMapping, contents: dict[str, Any], path: Path) -> Any:
     try:
-        return family.hf.from_config(contents)
+        return hf.from_config(contents)
     except Exception as error:  # transformers' validation raises errors of many types
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be imported: {reason}") from error
@@ -78,7 +86,7 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape, or not finite.
     """
-    names = model.family.hf.names(model.config)
+    names = model.hf.names(model.config)
     with open_foreign_weights(model.directory) as tensors:
         tensors = _without_ties(_without_derived(tensors, model), model)
         check_names(tensors, names.values(), source=model.directory)
@@ -159,7 +167,7 @@ def _read_index(directory: Path) -> dict[Path, set[str] | None]:
 def _without_derived(
     tensors: dict[str, ForeignTensor], model: ForeignModel
 ) -> dict[str, ForeignTensor]:
-    derived = re.compile(model.family.hf.derived)
+    derived = re.compile(model.hf.derived)
     return {name: tensor for name, tensor in tensors.items() if not derived.fullmatch(name)}
 
 
@@ -168,7 +176,7 @@ def _without_ties(
 ) -> dict[str, ForeignTensor]:
     """Drop second copies of tied tensors, which some files have, after comparing them."""
     kept = dict(tensors)
-    for second, first in model.family.hf.tied(model.config).items():
+    for second, first in model.hf.tied(model.config).items():
         if second in kept and first in kept:
             if not torch.equal(kept[first].load(), kept[second].load()):
                 raise ValueError(

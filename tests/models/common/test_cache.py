@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.common.cache import KVCache
+
+
+def _cache(max_length: int = 8) -> KVCache:
+    return KVCache(2, 3, max_length, 4, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_append_returns_everything_stored_so_far():
+    cache = _cache()
+    keys, values = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        stored = cache.append(keys[:, :, start:stop], values[:, :, start:stop])
+        assert torch.equal(stored.keys, keys[:, :, :stop])
+        assert torch.equal(stored.values, values[:, :, :stop])
+    assert cache.length == 7
+
+
+def test_rollback_forgets_what_came_after():
+    cache = _cache()
+    first, second = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 2, 4)
+    cache.append(first, first)
+    cache.rollback(3)
+    stored = cache.append(second, second)
+    assert torch.equal(stored.keys, torch.cat((first[:, :, :3], second), dim=2))
+
+
+def test_memory_is_allocated_once():
+    cache = _cache()
+    first = cache.append(torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 4))
+    second = cache.append(torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 4))
+    assert first.keys.data_ptr() == second.keys.data_ptr()
+
+
+def test_a_full_cache_and_a_rollback_to_the_future_are_refused():
+    cache = _cache(max_length=4)
+    x = torch.zeros(2, 3, 3, 4)
+    cache.append(x, x)
+    with pytest.raises(ValueError, match="max_length=4 cannot hold 6 positions"):
+        cache.append(x, x)
+    with pytest.raises(ValueError, match="cache of length 3 back to 4"):
+        cache.rollback(4)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from models.llama.config import LlamaConfig
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_position_embeddings": 128,
+}
+SCALING = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_head_dim_is_the_share_of_the_hidden_size_unless_it_is_set():
+    assert LlamaConfig(**SIZES).head_size == 8
+    assert LlamaConfig(**SIZES, head_dim=20).head_size == 20
+
+
+def test_a_configuration_survives_its_own_dump():
+    config = LlamaConfig(**SIZES, rope_scaling=SCALING, qkv_bias=True)
+    assert LlamaConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_no_size_has_a_default(size):
+    sizes = {name: value for name, value in SIZES.items() if name != size}
+    with pytest.raises(ValidationError, match=f"{size}\n  Field required"):
+        LlamaConfig(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3; choose"),
+        ({"num_heads": 6}, "hidden_size=32 is not a multiple of num_heads=6; change"),
+        ({"head_dim": 7}, "head_dim=7 is odd, .*; choose an even head_dim"),
+        ({"hidden_size": 0}, "hidden_size\n  Input should be greater than 0"),
+        ({"num_layers": True}, "num_layers\n  Input should be a valid integer"),
+        ({"num_layers": 2.5}, "num_layers\n  Input should be a valid integer"),
+        ({"rope_theta": float("inf")}, "rope_theta\n  Input should be a finite number"),
+        ({"n_layers": 3}, "n_layers\n  Extra inputs are not permitted"),
+        (
+            {"rope_scaling": SCALING | {"high_freq_factor": 1.0}},
+            "high_freq_factor=1.0 must be larger than low_freq_factor=1.0; Llama 3.1 uses 4 and 1",
+        ),
+        ({"rope_scaling": SCALING | {"type": "yarn"}}, "type\n  Input should be 'llama3'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(change, message):
+    with pytest.raises(ValidationError, match=message):
+        LlamaConfig(**(SIZES | change))
+
+
+def test_the_tensor_axis_must_divide_heads_and_intermediate_size():
+    assert LlamaConfig(**SIZES).tensor_divisible() == {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 48,
+    }

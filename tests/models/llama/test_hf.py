@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from models.base import TokenInputs
+from models.checkpoint import parameter_table
+from models.llama.config import LlamaConfig
+from models.llama.hf import HF
+from models.llama.model import FAMILY
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from tests.models.llama.test_config import SCALING, SIZES
+
+SHAPES = {
+    "llama": {},
+    "tied": {"tie_embeddings": True},
+    "one_kv_head": {"num_kv_heads": 1},
+    "head_dim": {"head_dim": 20},
+    "llama3_scaling": {"rope_theta": 5e5, "rope_scaling": SCALING},
+    "qwen2": {"qkv_bias": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
+    "qwen2_tied": {"qkv_bias": True, "tie_embeddings": True, "head_dim": 12},
+}
+
+
+def _config(shape: str) -> LlamaConfig:
+    return LlamaConfig(**(SIZES | SHAPES[shape]))
+
+
+def _theirs(config: LlamaConfig) -> transformers.PreTrainedModel:
+    """A randomly initialised model of transformers, every parameter away from its start."""
+    contents = HF.to_config(config)
+    kind = getattr(transformers, contents["architectures"][0])
+    torch.manual_seed(0)
+    model = kind(kind.config_class.from_dict(contents)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_loss_and_gradients_equal_those_of_transformers(shape):
+    config = _config(shape)
+    theirs = _theirs(config)
+    ours = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single())
+    names = HF.names(config)
+    parameters = dict(theirs.named_parameters())
+    assert {name for name, _ in ours.named_parameters()} == set(names)
+    assert set(parameters) == set(names.values())
+    for name, parameter in ours.named_parameters():
+        parameter.data.copy_(parameters[names[name]])
+
+    tokens = torch.randint(0, config.vocab_size, (2, 100))
+    labels = torch.randint(0, config.vocab_size, (2, 100))
+    labels[0, 60:] = -100
+    logits = ours(TokenInputs(tokens))
+    total = FAMILY.loss(logits, labels, config=config, ctx=ours.ctx).total
+    expected = theirs(tokens, labels=labels, shift_labels=labels)
+    torch.testing.assert_close(logits.transpose(0, 1), expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, expected.loss, rtol=1e-6, atol=0.0)
+    total.backward()
+    expected.loss.backward()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, parameters[names[name]].grad, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_names_cover_every_parameter_once(shape):
+    config = _config(shape)
+    names = HF.names(config)
+    assert set(names) == set(parameter_table(FAMILY, config))
+    assert len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_configuration_survives_the_way_through_config_json(shape, tmp_path):
+    config = _config(shape)
+    contents = HF.to_config(config)
+    assert HF.from_config(contents) == config
+    # And through the file that transformers itself writes.
+    transformers.AutoConfig.for_model(**contents).save_pretrained(tmp_path)
+    saved, _ = transformers.PreTrainedConfig.get_config_dict(tmp_path)
+    assert HF.from_config(saved) == config
+
+
+def test_config_json_of_older_transformers_is_read():
+    contents = HF.to_config(_config("llama3_scaling"))
+    del contents["rope_parameters"]
+    assert HF.from_config(contents) == _config("llama3_scaling")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True, .* only has False"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "only has the types default and llama3",
+        ),
+    ],
+)
+def test_a_setting_that_the_family_lacks_is_refused(change, message):
+    contents = HF.to_config(_config("llama")) | {"rope_scaling": None} | change
+    with pytest.raises(ValueError, match=message):
+        HF.from_config(contents)
+
+
+def test_sliding_windows_are_refused():
+    contents = HF.to_config(_config("qwen2")) | {"use_sliding_window": True}
+    with pytest.raises(ValueError, match="use_sliding_window=True"):
+        HF.from_config(contents)
+
+
+def test_a_shape_that_transformers_refuses_cannot_be_exported():
+    config = LlamaConfig(**(SIZES | {"num_heads": 6}), head_dim=8)
+    with pytest.raises(ValueError, match="hidden_size=32 is not a multiple of num_heads=6"):
+        HF.to_config(config)
