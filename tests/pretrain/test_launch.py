@@ -1,0 +1,129 @@
+"""The command line under every launcher: the same losses, and one line for a mistake."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import to_yaml
+from tests.distributed import free_port
+from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "pretrain/train.py"
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> Path:
+    """A directory of the user's own with a run file `tiny` and its corpus."""
+    directory = tmp_path_factory.mktemp("launch")
+    write_data(directory)
+    (directory / "tiny.yaml").write_text(to_yaml(tiny_run(directory)))
+    return directory
+
+
+def _launch(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def _arguments(configs: Path, *overrides: str) -> list[str]:
+    return [SCRIPT, "--config-name", "tiny", "--config-dir", str(configs), *overrides]
+
+
+@pytest.fixture(scope="module")
+def one_process(configs) -> list[float]:
+    run = tiny_run(configs, run_dir=str(configs / "one"))
+    done = _launch(sys.executable, *_arguments(configs, f"run_dir={run.run_dir}"))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) < 25, "a start is said in less than a screen"
+    assert "warn" not in done.stderr.lower()
+    return [record["loss"] for record in metrics(run)[0]]
+
+
+LAUNCHERS = {
+    "deepspeed, pipeline 2": (
+        ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
+        ["--ds_config", "configs/ds/zero1.json", "parallel.pipeline=2"],
+    ),
+    "deepspeed, tensor 2": (
+        ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
+        ["--ds_config", "configs/ds/zero1.json", "parallel.tensor=2"],
+    ),
+    "torchrun, data 2": (
+        ["torchrun", "--nproc_per_node", "2", "--master_port", "PORT"],
+        ["training.batch_size=2", "--ds_config", "configs/ds/zero2.json"],
+    ),
+    "accelerate, sequence parallel": (
+        [
+            *("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "PORT"),
+        ],
+        ["parallel.tensor=2", "parallel.sequence_parallel=true"],
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_trains_to_the_losses_of_one_process(
+    launcher, configs, one_process, tmp_path
+):
+    command, overrides = LAUNCHERS[launcher]
+    command = [str(free_port()) if word == "PORT" else word for word in command]
+    run = tiny_run(configs, run_dir=str(tmp_path / "run"))
+    done = _launch(*command, *_arguments(configs, f"run_dir={run.run_dir}", *overrides))
+    assert done.returncode == 0, done.stderr
+    assert [r["loss"] for r in metrics(run)[0]] == pytest.approx(one_process, rel=1e-5)
+
+
+def _two_ranks(configs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    port = str(free_port())
+    return _launch(
+        "deepspeed", "--num_gpus", "2", "--master_port", port, *_arguments(configs, *overrides)
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=nowhere", "nowhere.idx: no such file"),
+        ("training.lr_multipliers={router: 2.0}", "no parameter name contains 'router'"),
+    ],
+)
+def test_a_mistake_is_said_once_for_all_ranks_in_one_line(override, message, configs, tmp_path):
+    done = _two_ranks(configs, f"run_dir={tmp_path}/run", override)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(said) == 1, done.stderr
+    assert message in said[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_named_with_the_remedy(configs):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        arguments = _arguments(configs, "parallel.tensor=2")
+        done = _launch(sys.executable, *arguments, **variables, MASTER_PORT=str(port))
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "choose a free port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_code(configs, tmp_path):
+    arguments = _arguments(configs, f"run_dir={tmp_path}/run", "training.lr=1e30")
+    done = _launch(sys.executable, *arguments)
+    assert done.returncode == 5
+    assert "error: step" in done.stderr
+    assert "Traceback" not in done.stderr
