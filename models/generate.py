@@ -85,8 +85,12 @@ def sample(
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return ids.gather(-1, choice).squeeze(-1)
+    # One number per row, whatever the padding of the vocabulary: every layout draws the same.
+    uniform = torch.rand(len(ids), 1, generator=generator, device=ids.device, dtype=torch.float64)
+    cumulative = probabilities.double().cumsum(dim=-1)
+    choice = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.gather(-1, choice.minimum(last)).squeeze(-1)
 
 
 def _check_sampling(

@@ -1,0 +1,75 @@
+"""Checkpoints of a small llama, written at any layout without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.checkpoint import StoredModel, parameter_table, write_manifest
+from models.llama.config import LlamaConfig
+from models.llama.model import FAMILY
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from parallel.sharding import split
+from parallel.weights_io import ShardPosition, Weight, write_shard
+
+VOCAB_SIZE = 301  # not divisible by 2: tensor ranks pad it
+
+
+def config(**changes: Any) -> LlamaConfig:
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_position_embeddings": 256,
+        "init_std": 0.2,
+    }
+    return LlamaConfig(**(sizes | changes))
+
+
+def model(of: LlamaConfig) -> SequentialModel:
+    return SequentialModel(FAMILY.layer_specs(of), ParallelContext.single(), seed=11)
+
+
+def write_checkpoint(
+    directory: Path,
+    of: LlamaConfig,
+    *,
+    pipeline: int = 1,
+    tensor: int = 1,
+    tokenizer: str | None = "bytes",
+    dtype: torch.dtype = torch.float32,
+) -> SequentialModel:
+    """Cut a model's layers into stages and its weights into tensor ranks; returns the model."""
+    whole = model(of)
+    table = parameter_table(FAMILY, of)
+    parameters = dict(whole.named_parameters())
+    layers = [spec.name for spec in whole.specs]
+    (directory / "weights").mkdir(parents=True)
+    for stage in range(pipeline):
+        own = set(layers[stage * len(layers) // pipeline : (stage + 1) * len(layers) // pipeline])
+        for rank in range(tensor):
+            position = ShardPosition(stage, pipeline, rank, tensor)
+            weights = []
+            for name, (_, sharding) in table.items():
+                if name.split(".")[0] in own:
+                    part = split(parameters[name].detach(), sharding, size=tensor, rank=rank)
+                    part = part.to(dtype)
+                    weights.append(
+                        Weight(name, tuple(part.shape), dtype, sharding, lambda p=part: p)
+                    )
+            with (directory / "weights" / position.file_name).open("wb") as file:
+                write_shard(file, weights, position=position)
+    write_manifest(directory, StoredModel(directory / "weights", FAMILY, of, tokenizer))
+    return whole
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Replace top-level keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
