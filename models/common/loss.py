@@ -1,0 +1,66 @@
+"""Cross entropy over tokens, without an fp32 copy of the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from parallel.context import ParallelContext
+from parallel.layers import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.precision import as_fp32
+
+# Logits that are in fp32 at a time: what the cache of a CPU core holds, or enough to fill a GPU.
+_CHUNK_SIZE = {"cpu": 1 << 19, "cuda": 1 << 25}
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
+
+    Positions whose label is -100 are not scored: their loss and gradient are 0. At tensor size 1
+    rows are worked off in chunks, in forward and again in backward, so that beside the logits and
+    their gradient nothing of their size exists; at larger sizes the arithmetic is Megatron-Core's.
+    """
+    if ctx.tensor.size > 1:
+        return vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
+    flat = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.transpose(0, 1).flatten())
+    return flat.view(logits.shape[:2])
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """`loss_i = logsumexp(x_i) - x_i[y_i]`, `dx_ij = (softmax(x_i)_j - [j = y_i]) dloss_i`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        rows = _rows_per_chunk(logits)
+        normalizers = torch.cat([as_fp32(x).logsumexp(dim=-1) for x in logits.split(rows)])
+        scored = labels != IGNORED_LABEL
+        targets = labels.clamp(min=0)
+        ctx.save_for_backward(logits, targets, scored, normalizers)
+        own = as_fp32(logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+        return (normalizers - own).masked_fill(~scored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        logits, targets, scored, normalizers = ctx.saved_tensors
+        rows = _rows_per_chunk(logits)
+        gradient = torch.empty_like(logits)
+        columns = (targets, normalizers, upstream.masked_fill(~scored, 0.0))
+        chunks = zip(
+            gradient.split(rows),
+            logits.split(rows),
+            *(column.unsqueeze(-1).split(rows) for column in columns),
+            strict=True,
+        )
+        for out, x, target, normalizer, scale in chunks:
+            difference = (x - normalizer).exp_()  # fp32: the normalizers are
+            difference.scatter_add_(-1, target, -torch.ones_like(normalizer))
+            out.copy_(difference.mul_(scale))
+        return gradient, None
+
+
+def _rows_per_chunk(logits: Tensor) -> int:
+    return max(1, _CHUNK_SIZE.get(logits.device.type, 1 << 25) // logits.shape[-1])
