@@ -217,9 +217,10 @@ def check_layers(specs: Sequence[LayerSpec], inputs: Any, schema: Any) -> None:
 def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
     owner_path, _, name = path.rpartition(".")
     owner = module.get_submodule(owner_path)
-    if owner.get_parameter(name).shape != parameter.shape:
+    own_shape = owner.get_parameter(name).shape
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
+    if own_shape != shape:
         raise ValueError(
-            f"cannot tie {path} of shape {tuple(owner.get_parameter(name).shape)} "
-            f"to a parameter of shape {tuple(parameter.shape)}"
+            f"cannot tie {path} of shape {tuple(own_shape)} to a parameter of shape {tuple(shape)}"
         )
     setattr(owner, name, parameter)

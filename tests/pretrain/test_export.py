@@ -1,0 +1,68 @@
+"""From a run over several ranks to text and to transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel.megatron
+import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from models.base import TokenInputs
+from models.checkpoint import load_model, open_checkpoint
+from models.convert import main as convert
+from parallel.weights_io import ShardedWeightsReader
+from pretrain.loop import run as run_training
+from tests.distributed import run_ranks
+from tests.pretrain.tiny_run import VOCAB, tiny_run, write_data
+
+LAYOUTS = {
+    "whole": (1, "zero1", {}),
+    "pipeline 2 x tensor 2": (4, "zero1", {"parallel__pipeline": 2, "parallel__tensor": 2}),
+    "data 2, ZeRO-3": (2, "zero3", {"training__batch_size": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """The run directory of the same training at each layout."""
+    data = tmp_path_factory.mktemp("data")
+    write_data(data)
+    directories = {}
+    for name, (world_size, stage, changes) in LAYOUTS.items():
+        run = tiny_run(
+            data,
+            run_dir=str(tmp_path_factory.mktemp("run") / "run"),
+            model__tie_embeddings=True,
+            model__qkv_bias=True,
+            **changes,
+        )
+        run_ranks(run_training, world_size, run, f"configs/ds/{stage}.json", init=False)
+        directories[name] = Path(run.run_dir)
+    return directories
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_checkpoints_of_every_layout_hold_the_same_full_weights(layout, runs):
+    whole, cut = ShardedWeightsReader(runs["whole"]), ShardedWeightsReader(runs[layout])
+    assert set(whole.names()) == set(cut.names())
+    for name in whole.names():
+        # Four steps of Adam at 1e-2 turn rounding of a tiny gradient into up to 1e-4 of a weight.
+        torch.testing.assert_close(cut.full(name), whole.full(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_exported_checkpoint_gives_the_same_logits_in_transformers(layout, runs, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "exported"
+    arguments = ["to-hf", "--checkpoint", str(runs[layout]), "--output", str(output)]
+    assert convert([*arguments, "--no-tokenizer"]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert type(theirs).__name__ == "Qwen2ForCausalLM"
+    ours = load_model(open_checkpoint(runs[layout]), device="cpu")
+    tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = ours(TokenInputs(tokens)).transpose(0, 1)
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
