@@ -1,157 +1,126 @@
-"""Training step of the llama family beside transformers' LlamaForCausalLM of the same shape.
+"""Training step of a small llama in the engine of a run, beside a plain loop over transformers.
 
-    python -m tests.benchmarks.llama_step [--steps 20] [--threads 2] [--profile]
-
-Both run in this process on the CPU: a plain loop of forward, backward, clipping and fused AdamW on
-the same tokens, from the same weights, step by step in turn so that a busy machine slows both
-alike. Prints tokens/s and the ratio for fp32 and bf16.
+Both run in this process on the same tokens, from the same weights, step by step in turn. The losses
+of every step must agree, or the comparison is void. The second table says where a step goes.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+import logging
+from collections.abc import Callable, Iterator
+from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from models.base import ModelFamily, TokenInputs
 from models.registry import get_family
-from parallel.carry import SequentialModel
-from parallel.context import ParallelContext
-from parallel.precision import Precision
+from pretrain.distributed import process_group
+from tests.benchmarks.timing import Table, interleaved
+from tests.benchmarks.training import (
+    OurStep,
+    random_batch,
+    run_config,
+    start_engine,
+    transformers_step,
+)
 
 SHAPE = {
     "vocab_size": 8192,
     "hidden_size": 512,
     "intermediate_size": 1408,
-    "num_layers": 6,
+    "num_layers": 7,
     "num_heads": 8,
     "num_kv_heads": 4,
     "max_position_embeddings": 512,
     "tie_embeddings": True,
 }
-BATCH_SIZE = 4
-SEQ_LENGTH = 512
-WARMUP_STEPS = 2
+BATCH_SIZE, SEQ_LENGTH = 4, 512
+ROUNDS, WARMUP, PROFILED_STEPS = 9, 2, 2
 
 
-class Contestant(NamedTuple):
-    name: str
-    step: Callable[[Tensor], Tensor]
+class Case(NamedTuple):
+    """`zero_stage` 1 is what a run does unless it is told otherwise."""
+
+    precision: str
+    zero_stage: int
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+CASES = (Case("fp32", 0), Case("fp32", 1), Case("bf16", 1))
+OURS, THEIRS = "manyformer", "transformers"
+
+# Parts of kernel names -> what the kernel is for; the first that fits.
+_KINDS = {
+    "mm": "matrix products",
+    "scaled_dot_product": "attention",
+    "fused_adamw": "AdamW",
+    "linalg_vector_norm": "gradient norm",
+    "copy_": "copies and casts",
+    "cat": "copies and casts",
+    "fill_": "copies and casts",
+}
+
+
+def tables() -> Iterator[Table]:
+    """Tokens/s of every case, then the milliseconds of a step by kind of kernel."""
+    speeds, kinds = [], []
+    with process_group() as device:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        for case in CASES:
+            seconds, milliseconds = _compare(case, device)
+            tokens = BATCH_SIZE * SEQ_LENGTH
+            ours, theirs = (tokens / median(seconds[name]) for name in (OURS, THEIRS))
+            label = f"{case.precision}, ZeRO-{case.zero_stage}"
+            speeds.append((label, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}x"))
+            kinds += [
+                (f"{label}, {name}", *(f"{by_kind.get(kind, 0.0):.0f}" for kind in _all_kinds()))
+                for name, by_kind in milliseconds.items()
+            ]
+    yield Table(
+        f"Training step, tokens/s: llama of {_num_parameters() / 1e6:.0f}M parameters, "
+        f"{BATCH_SIZE} x {SEQ_LENGTH} tokens a step, median of {ROUNDS} steps",
+        ("", OURS, THEIRS, "ratio"),
+        speeds,
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed steps")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for precision in ("fp32", "bf16"):
-        contestants = build(precision)
-        seconds = measure(contestants, arguments.steps)
-        report(precision, seconds)
-        if arguments.profile:
-            for contestant in contestants:
-                print_profile(contestant)
+    yield Table("Milliseconds of a step by kind of kernel", ("", *_all_kinds()), kinds)
 
 
-def build(precision: str) -> list[Contestant]:
-    """Ours and theirs with equal weights."""
-    family = get_family("llama")
-    config = family.config_cls.model_validate(SHAPE)
-    ctx = ParallelContext.single(precision=Precision(precision))
-    ours = SequentialModel(family.layer_specs(config), ctx).to(ctx.precision.dtype)
-    theirs = transformers_model(family, config, ours).to(ctx.precision.dtype)
-    objective = partial(family.loss, config=config, ctx=ctx)
-    return [
-        Contestant(
-            "manyformer", trainer(ours, lambda x, y: objective(ours(TokenInputs(x)), y).total)
-        ),
-        Contestant(
-            "transformers",
-            # shift_labels: labels that are already shifted, as ours are
-            trainer(theirs, lambda x, y: theirs(input_ids=x, labels=y, shift_labels=y).loss),
-        ),
-    ]
+def _compare(
+    case: Case, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    run = run_config(SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision=case.precision)
+    engine = start_engine(run, device=device, ds_config=f"configs/ds/zero{case.zero_stage}.json")
+    family = get_family(run.model.family)
+    theirs = transformers_step(family, run, engine.module, dtype=torch.float32)
+    losses: dict[str, list[float]] = {OURS: [], THEIRS: []}
+
+    def turn(name: str, step: Callable[..., float]) -> Callable[[], None]:
+        return lambda: losses[name].append(step(random_batch(run, seed=len(losses[name]))))
+
+    steps = {OURS: OurStep(engine), THEIRS: theirs}
+    turns = {name: turn(name, step) for name, step in steps.items()}
+    seconds = interleaved(turns, rounds=ROUNDS, warmup=WARMUP)
+    furthest = max(abs(a - b) for a, b in zip(losses[OURS], losses[THEIRS], strict=True))
+    if furthest > 0.05:
+        raise RuntimeError(f"{case}: the two models' losses differ by {furthest:.3f}")
+    return seconds, {name: _milliseconds_by_kind(step) for name, step in turns.items()}
 
 
-def transformers_model(family: ModelFamily, config: object, ours: nn.Module) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    names = family.hf.names(config)
-    state = {names[name]: p.detach().clone() for name, p in ours.named_parameters()}
-    contents = family.hf.to_config(config) | {"use_cache": False}
-    model = LlamaForCausalLM._from_config(
-        LlamaConfig.from_dict(contents), attn_implementation="sdpa"
-    )
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    return model
-
-
-def trainer(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-
-    def step(tokens: Tensor) -> Tensor:
-        value = loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.detach()
-
-    return step
-
-
-def batch() -> Tensor:
-    return torch.randint(SHAPE["vocab_size"], (BATCH_SIZE, SEQ_LENGTH + 1))
-
-
-def measure(contestants: list[Contestant], steps: int) -> dict[str, list[float]]:
-    """Seconds of every timed step; the losses must agree, or the comparison is void."""
-    torch.manual_seed(0)
-    seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
-    for number in range(WARMUP_STEPS + steps):
-        tokens = batch()
-        losses = []
-        for name, step in contestants if number % 2 == 0 else contestants[::-1]:
-            begin = time.perf_counter()
-            losses.append(step(tokens).item())
-            if number >= WARMUP_STEPS:
-                seconds[name].append(time.perf_counter() - begin)
-        if abs(losses[0] - losses[1]) > 0.05:
-            raise RuntimeError(f"the two models compute different losses: {losses}")
-    return seconds
-
-
-def report(precision: str, seconds: dict[str, list[float]]) -> None:
-    """Rates of the median step; the ratio is the median over pairs of neighbouring steps."""
-    tokens = BATCH_SIZE * SEQ_LENGTH
-    for name, times in seconds.items():
-        print(f"{precision} {name:13s} {tokens / statistics.median(times):9.0f} tokens/s")
-    pairs = zip(seconds["manyformer"], seconds["transformers"], strict=True)
-    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-    print(f"{precision} ratio         {ratio:9.3f}")
-
-
-def print_profile(contestant: Contestant) -> None:
-    tokens = batch()
+def _milliseconds_by_kind(step: Callable[[], object]) -> dict[str, float]:
     with torch.profiler.profile() as profile:
-        for _ in range(3):
-            contestant.step(tokens)
-    print(contestant.name)
-    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+        for _ in range(PROFILED_STEPS):
+            step()
+    total: dict[str, float] = {}
+    for event in profile.key_averages():
+        kind = next((k for part, k in _KINDS.items() if part in event.key), "elementwise, other")
+        milliseconds = event.self_cpu_time_total / 1e3 / PROFILED_STEPS
+        total[kind] = total.get(kind, 0.0) + milliseconds
+    return total
 
 
-if __name__ == "__main__":
-    main()
+def _all_kinds() -> list[str]:
+    return [*dict.fromkeys(_KINDS.values()), "elementwise, other"]
+
+
+def _num_parameters() -> int:
+    family = get_family("llama")
+    return family.num_parameters(family.config_cls.model_validate(SHAPE))

@@ -1,0 +1,61 @@
+"""What every benchmark shares: interleaved timing, medians, tables, and the machine they ran on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Table(NamedTuple):
+    """Prints as Markdown, so that a result can be kept as it is."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
+        return "\n".join([f"{self.title}\n", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds of each call, called in turn and in alternating order: A B, B A, A B, ...
+
+    Whatever else the machine does then slows all contestants alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(warmup + rounds):
+        order = list(contestants.items())
+        for name, call in order if number % 2 == 0 else reversed(order):
+            begin = time.perf_counter()
+            call()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def machine() -> str:
+    """CPU model, cores, threads, load, versions and date, on one line."""
+    device = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_cpu_model()}"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, {device}"
+    return (
+        f"{device}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {datetime.date.today().isoformat()}"
+    )
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
