@@ -83,7 +83,7 @@ def load_model(
         check_names(reader.names(), table, source=stored.weights)
         name = precision or _PRECISIONS.get(reader.full(next(iter(table))).dtype, "fp32")
         ctx = ParallelContext.single(precision=Precision(name), device=device)
-        model = SequentialModel(stored.family.layer_specs(stored.config), ctx)
+        model = SequentialModel(stored.family.layer_specs(stored.config), ctx, seed=None)
         model.to(ctx.precision.dtype)
         with torch.no_grad():
             for key, parameter in model.named_parameters():

@@ -36,6 +36,10 @@ class LayerSpec:
     recompute: bool = True
 
 
+# Called with every finished layer before the next one is built.
+AfterEach = Callable[[LayerSpec, nn.Module], None]
+
+
 class Field(NamedTuple):
     """One field of a carry: local shape, dtype, and whether a gradient flows back through it."""
 
@@ -99,14 +103,16 @@ def build_layers(
     specs: Sequence[LayerSpec],
     ctx: ParallelContext,
     *,
-    seed: int,
-    after_each: Callable[[nn.Module], None] | None = None,
+    seed: int | None,
+    after_each: AfterEach | None = None,
 ) -> dict[str, nn.Module]:
     """Build consecutive layers on `ctx.device`, initialised from (seed, parameter name).
 
+    With `seed=None` parameters are left as memory happens to be, for weights about to be loaded.
+
     A parameter tied to one of the same layers becomes the same object. One that is tied to a layer
-    elsewhere is a copy that starts equal. `after_each` is called with every finished layer before
-    the next is built: ZeRO-3 partitions it there, so that no rank ever holds the whole model.
+    elsewhere is a copy that starts equal. In `after_each` ZeRO-3 partitions the layer, so that no
+    rank ever holds the whole model, and stored weights are loaded into it.
     """
     layers: dict[str, nn.Module] = {}
     foreign: dict[str, nn.Parameter] = {}  # copies of parameters that belong to layers elsewhere
@@ -114,9 +120,9 @@ def build_layers(
         if not spec.name.isidentifier() or spec.name in layers:
             raise ValueError(f"layer name {spec.name!r} is not a unique identifier")
         layer = spec.module(ctx=ctx, **spec.kwargs)
-        initialize(
-            layer, seed=seed, prefix=spec.name, tensor_rank=ctx.tensor.rank, names=dict(spec.tied)
-        )
+        if seed is not None:
+            names = dict(spec.tied)
+            initialize(layer, seed=seed, prefix=spec.name, tensor_rank=ctx.tensor.rank, names=names)
         for path, target in spec.tied.items():
             owner, _, target_path = target.partition(".")
             if owner in layers:
@@ -127,7 +133,7 @@ def build_layers(
                 foreign[target] = layer.get_parameter(path)
         layers[spec.name] = layer
         if after_each is not None:
-            after_each(layer)
+            after_each(spec, layer)
     return layers
 
 
@@ -144,9 +150,9 @@ class SequentialModel(nn.Module):
         specs: Sequence[LayerSpec],
         ctx: ParallelContext,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         recompute: bool = False,
-        after_each: Callable[[nn.Module], None] | None = None,
+        after_each: AfterEach | None = None,
     ) -> None:
         super().__init__()
         ties(specs)

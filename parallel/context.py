@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -102,8 +101,6 @@ class ParallelContext:
             for name in ("tensor", "pipeline", "data")
         }
         if tensor > 1:
-            # Lets Megatron-Core overlap its collectives with the matrix products that follow.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             from parallel.megatron import initialize_model_parallel
 
             initialize_model_parallel(tensor=tensor, pipeline=pipeline)

@@ -1,4 +1,4 @@
-"""Linear layers, embedding and loss that tensor ranks share, under Megatron's names.
+"""Linear layers, embedding and head that tensor ranks share, under Megatron's names.
 
 At tensor size 1 they are nn.Linear and nn.Embedding (same keys and shapes) and nothing of Megatron
 is imported. At tensor size > 1 the collectives and the overlapped backward are Megatron-Core's.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
-from parallel.precision import as_fp32, fp8_linear
+from parallel.precision import fp8_linear
 from parallel.sharding import Constant, Init, Normal, Sharding, declare, local_extent
 
 
@@ -152,35 +152,11 @@ class VocabParallelHead(nn.Module):
         return logits
 
 
-IGNORED_LABEL = -100
-
-
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """Per-token loss `-log softmax(logits)[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
-
-    Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are
-    left as they are. Forward: three all-reduces of [s, b]. Backward: none.
-    """
-    labels = labels.transpose(0, 1)
-    if ctx.tensor.size == 1:
-        flat = F.cross_entropy(
-            as_fp32(logits).flatten(0, 1),
-            labels.flatten(),
-            reduction="none",
-            ignore_index=IGNORED_LABEL,
-        )
-        return flat.view(labels.shape)
-    from parallel import megatron
-
-    ignored = labels == IGNORED_LABEL
-    # Megatron-Core works in place on fp32 logits; those of another dtype it converts first.
-    own = logits.clone() if logits.dtype == torch.float32 else logits
-    losses = megatron.vocab_parallel_cross_entropy(own, labels.masked_fill(ignored, 0).contiguous())
-    return losses.masked_fill(ignored, 0.0)
-
-
 def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """Logits over the whole vocabulary on every tensor rank (inference only: no gradient)."""
+    """The logits of all tensor ranks side by side, on every rank; without gradient.
+
+    Columns that pad the vocabulary are -inf and come last.
+    """
     if ctx.tensor.size == 1:
         return logits
     parts = [torch.empty_like(logits) for _ in range(ctx.tensor.size)]

@@ -21,7 +21,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from parallel.carry import LayerSpec, build_layers, run_layers, ties
+from parallel.carry import AfterEach, LayerSpec, build_layers, run_layers, ties
 from parallel.context import ParallelContext
 from parallel.wire import Wire
 
@@ -104,12 +104,14 @@ class PipelineStage(PipelineModule):
         loss_names: Sequence[str],
         seed: int,
         recompute: bool = False,
+        after_each: AfterEach | None = None,
         boundaries: Sequence[int] | None = None,
     ) -> None:
         # Plain attributes that the hooks below read while PipelineModule is being initialised.
         self.specs = tuple(specs)
         self.ctx = ctx
         self.seed = seed
+        self.after_each = after_each
         self.boundaries = list(boundaries or partition(layer_costs(specs), ctx.pipeline.size))
         topology = PipeModelDataParallelTopology(
             num_pp=ctx.pipeline.size, num_mp=ctx.tensor.size, num_dp=ctx.data.size
@@ -153,7 +155,9 @@ class PipelineStage(PipelineModule):
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def _build(self) -> None:
-        layers = build_layers(self.local_specs, self.ctx, seed=self.seed)
+        layers = build_layers(
+            self.local_specs, self.ctx, seed=self.seed, after_each=self.after_each
+        )
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.forward_funcs = list(layers.values())

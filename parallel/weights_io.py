@@ -219,6 +219,15 @@ class ShardedWeightsReader:
     def sharding(self, name: str) -> Sharding:
         return self._shards[self._stage(name)][0].shardings[name]
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the full tensor, from the header alone."""
+        shard = self._shards[self._stage(name)][0]
+        shape = list(shard.file.get_slice(name).get_shape())
+        sharding = shard.shardings[name]
+        if sharding.dim is not None:
+            shape[sharding.dim] = sharding.extent
+        return torch.Size(shape)
+
     def full(self, name: str) -> Tensor:
         """The full tensor, without padding rows.
 

@@ -33,11 +33,12 @@ class World(NamedTuple):
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(*, tensor_size: int = 1) -> Iterator[torch.device]:
     """Initialise torch.distributed and DeepSpeed; yields this process's device.
 
-    One process alone needs no port. The group is destroyed in the end, also after an error: torch
-    otherwise aborts the process now and then while it exits.
+    `tensor_size` is that of the run: how CUDA orders kernels is fixed when it starts. One process
+    alone needs no port. The group is destroyed in the end, also after an error: torch otherwise
+    aborts the process now and then while it exits.
 
     Raises:
         ConfigError: the rendezvous address cannot be used.
@@ -50,9 +51,12 @@ def process_group() -> Iterator[torch.device]:
     world = World.from_environment()
     device = torch.device("cpu")
     if device_type() == "cuda":
+        if tensor_size > 1:
+            # Lets Megatron-Core overlap its collectives with the matrix products that follow.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    _initialize(world)
+    _initialize(world, device)
     try:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed requires it
         deepspeed.init_distributed(dist_backend=distributed_backend(), verbose=False)
@@ -62,18 +66,23 @@ def process_group() -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _initialize(world: World) -> None:
+def _initialize(world: World, device: torch.device) -> None:
     backend = distributed_backend()
+    device_id = device if device.type == "cuda" else None
     if "MASTER_ADDR" not in os.environ:
         if world.size > 1:
             raise ConfigError(
                 f"WORLD_SIZE={world.size} without MASTER_ADDR and MASTER_PORT; "
                 "start with deepspeed, torchrun or accelerate launch"
             )
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id
+        )
         return
     try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+        dist.init_process_group(
+            backend, rank=world.rank, world_size=world.size, device_id=device_id
+        )
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(

@@ -7,7 +7,6 @@ losses, terms and gradient norms.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from data_tools.batch import Batch
 from models.base import ModelFamily, TokenInputs
 from models.registry import get_family
-from parallel.carry import LayerSpec, SequentialModel, check_layers
+from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
@@ -223,11 +222,15 @@ def build_context(run: RunConfig, *, precision: Precision, device: torch.device)
     )
 
 
-def build_engine(plan: RunPlan) -> Engine:
-    """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective)."""
+def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engine:
+    """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective).
+
+    `load_layer` may overwrite the initial weights of each layer.
+    """
     run, ctx = plan.run, plan.ctx
     torch.manual_seed(run.training.seed)
-    module = _build_stage(plan) if ctx.pipeline.size > 1 else _build_whole(plan)
+    build = _build_stage if ctx.pipeline.size > 1 else _build_whole
+    module = build(plan, _after_each(plan, load_layer))
     sharding_table(module)
     sum_partial_gradients(module, ctx)
     if run.training.compile:
@@ -257,31 +260,38 @@ def check_model(plan: RunPlan) -> None:
     check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
 
 
-def _build_whole(plan: RunPlan) -> SequentialModel:
+def _build_whole(plan: RunPlan, after_each: AfterEach) -> nn.Module:
     return SequentialModel(
         plan.specs(),
         plan.ctx,
         seed=plan.run.training.seed,
         recompute=plan.run.training.activation_recomputation == "full",
-        after_each=_zero3_partition(plan) if plan.resolved.zero_stage == 3 else None,
+        after_each=after_each,
     )
 
 
-def _zero3_partition(plan: RunPlan) -> Callable[[nn.Module], None]:
-    """Partition each layer over data ranks once it is built, so that none holds the whole model."""
-    import deepspeed
+def _after_each(plan: RunPlan, load_layer: AfterEach | None) -> AfterEach:
+    """Load each layer once it is built; under ZeRO-3 partition it, so that no rank holds all."""
 
-    # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts one's
-    # shards to the others: training then runs, with wrong weights.
-    return functools.partial(
-        deepspeed.zero.Init,
-        data_parallel_group=plan.ctx.data.group,
-        config_dict_or_path=plan.resolved.config,
-        mpu=_mpu(plan.ctx),
-    )
+    def finish(spec: LayerSpec, layer: nn.Module) -> None:
+        if load_layer is not None:
+            load_layer(spec, layer)
+        if plan.resolved.zero_stage == 3:
+            import deepspeed
+
+            # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
+            # one's shards to the others: training then runs, with wrong weights.
+            deepspeed.zero.Init(
+                layer,
+                data_parallel_group=plan.ctx.data.group,
+                config_dict_or_path=plan.resolved.config,
+                mpu=_mpu(plan.ctx),
+            )
+
+    return finish
 
 
-def _build_stage(plan: RunPlan) -> nn.Module:
+def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
     from parallel.pipeline import PipelineStage
 
     return PipelineStage(
@@ -293,6 +303,7 @@ def _build_stage(plan: RunPlan) -> nn.Module:
         loss_names=plan.family.loss_names,
         seed=plan.run.training.seed,
         recompute=plan.run.training.activation_recomputation == "full",
+        after_each=after_each,
     )
 
 

@@ -42,6 +42,7 @@ from pretrain.engine import (
 )
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.initial_weights import initial_weights
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
 from pretrain.schedule import learning_rate
@@ -68,7 +69,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     layout = check_layout(config, World.from_environment().size)
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
     precision = build_precision(config)
-    with process_group() as device, ExitStack() as stack:
+    with process_group(tensor_size=layout.tensor) as device, ExitStack() as stack:
         ranks = Ranks.of_group(dist.new_group(backend="gloo"))
         ctx = build_context(config, precision=precision, device=device)
         plan = RunPlan.of(config, zero, ctx)
@@ -86,7 +87,8 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         if checkpoint is not None:
             ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
         ranks.on_first(lambda: _write_config(config))
-        engine = build_engine(plan)
+        weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
+        engine = build_engine(plan, load_layer=None if weights is None else weights.load)
         loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks)
         if checkpoint is not None:
             loop.restore(checkpoint)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from models.base import LossOutput, ModelFamily
-from models.common.loss import token_cross_entropy
 from models.common.rope import RotaryTable
 from models.llama.config import LlamaConfig
 from models.llama.counts import forward_flops_per_token, num_parameters
@@ -14,7 +13,7 @@ from models.llama.hf import HF
 from models.llama.layers import LlamaBlock, LlamaCarry, LlamaEmbedding, LlamaHead
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.layers import IGNORED_LABEL
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 
 
 def layer_specs(config: LlamaConfig, *, segmented: bool = False) -> list[LayerSpec]:
@@ -72,7 +71,7 @@ def token_losses(output: Tensor, labels: Tensor, ctx: ParallelContext) -> Tensor
 
     `output`: logits [s, b, V/t]; `labels`: int64 [b, s].
     """
-    return token_cross_entropy(output, labels, ctx=ctx)
+    return vocab_parallel_cross_entropy(output, labels, ctx=ctx)
 
 
 def loss(

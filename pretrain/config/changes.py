@@ -43,6 +43,7 @@ RULES: dict[str, Change] = {
     "training.precision": "fixed",
     "training.fp8_recipe": "fixed",
     "training.activation_recomputation": "free",
+    "training.init_from": "free",
     "training.compile": "free",
     "training.seed": "fixed",
     "training.log_interval": "free",

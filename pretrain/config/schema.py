@@ -95,6 +95,11 @@ class TrainingConfig(BaseModel):
     activation_recomputation: Literal["none", "full"] = Field(
         default="none", description="full: keep the input of each layer and redo its forward pass"
     )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Checkpoint, run or converted model whose weights training begins with",
+    )
     compile: bool = Field(default=False, description="torch.compile the layers")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
     log_interval: int = Field(default=10, gt=0, description="Steps between two logged lines")

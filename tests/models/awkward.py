@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from models.base import LossOutput, ModelFamily, TokenInputs
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
     project_together,
-    vocab_parallel_cross_entropy,
 )
 from parallel.sharding import Constant, Normal, declare_replicated
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -17,7 +18,6 @@ from parallel.layers import (
     VocabParallelHead,
     gather_logits,
     project_together,
-    vocab_parallel_cross_entropy,
 )
 from parallel.random import initialize
 from parallel.sharding import Constant, Normal, merge, sharding_of, split, sum_partial_gradients

@@ -15,7 +15,7 @@ from models.convert import main as convert
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import VOCAB, tiny_run, write_data
+from tests.pretrain.tiny_run import VOCAB, metrics, tiny_run, write_data
 
 LAYOUTS = {
     "whole": (1, "zero1", {}),
@@ -26,10 +26,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """The run directory of the same training at each layout."""
+    """The run directory of the same training at each layout, and `data` of the corpus."""
     data = tmp_path_factory.mktemp("data")
     write_data(data)
-    directories = {}
+    directories = {"data": data}
     for name, (world_size, stage, changes) in LAYOUTS.items():
         run = tiny_run(
             data,
@@ -66,3 +66,46 @@ def test_an_exported_checkpoint_gives_the_same_logits_in_transformers(layout, ru
     with torch.no_grad():
         logits = ours(TokenInputs(tokens)).transpose(0, 1)
         torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "changes"),
+    [
+        (1, "zero1", {}),
+        (2, "zero3", {"training__batch_size": 2}),
+        (4, "zero1", {"parallel__pipeline": 2, "parallel__tensor": 2}),
+    ],
+    ids=["one process", "data 2, ZeRO-3", "pipeline 2 x tensor 2"],
+)
+def test_training_begins_with_imported_weights_at_any_layout(
+    world_size, stage, changes, runs, tmp_path
+):
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    arguments = ["to-hf", "--checkpoint", str(runs["whole"]), "--output", str(exported)]
+    assert convert([*arguments, "--no-tokenizer"]) == 0
+    assert convert(["from-hf", "--model", str(exported), "--output", str(imported)]) == 0
+    common = {
+        "model__tie_embeddings": True,
+        "model__qkv_bias": True,
+        "training__init_from": str(imported),
+        "training__lr": 1e-12,
+        **changes,
+    }
+    run = tiny_run(runs["data"], run_dir=str(tmp_path / "run"), **common)
+    run_ranks(run_training, world_size, run, f"configs/ds/{stage}.json", init=False)
+    before = metrics(tiny_run(runs["data"], run_dir=str(runs["whole"])))[1][-1]["eval_loss"]
+    after = metrics(run)[1][-1]["eval_loss"]  # a learning rate of 1e-12 changes nothing
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_weights_of_another_model_are_refused_by_name_and_shape(runs, tmp_path):
+    run = tiny_run(
+        runs["data"],
+        run_dir=str(tmp_path / "run"),
+        model__intermediate_size=96,
+        model__qkv_bias=True,
+        model__tie_embeddings=True,
+        training__init_from=str(runs["whole"]),
+    )
+    with pytest.raises(AssertionError, match=r"block_0\.mlp\.\w+\.weight has shape"):
+        run_ranks(run_training, 1, run, init=False)

@@ -1,4 +1,4 @@
-"""Cross entropy over tokens, without an fp32 copy of the logits."""
+"""Cross entropy over a vocabulary that tensor ranks may share."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
-from parallel.layers import IGNORED_LABEL, vocab_parallel_cross_entropy
 from parallel.precision import as_fp32
+
+IGNORED_LABEL = -100
 
 # Logits that are in fp32 at a time: what the cache of a CPU core holds, or enough to fill a GPU.
 _CHUNK_SIZE = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
-def token_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
 
-    Positions whose label is -100 are not scored: their loss and gradient are 0. At tensor size 1
-    rows are worked off in chunks, in forward and again in backward, so that beside the logits and
-    their gradient nothing of their size exists; at larger sizes the arithmetic is Megatron-Core's.
+    Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are
+    left as they are. At tensor size 1 rows are worked off in chunks, in forward and again in
+    backward, so that beside the logits and their gradient nothing of their size exists. At larger
+    sizes the arithmetic is Megatron-Core's: three all-reduces of [s, b] in forward, none in
+    backward.
     """
-    if ctx.tensor.size > 1:
-        return vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
-    flat = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.transpose(0, 1).flatten())
-    return flat.view(logits.shape[:2])
+    labels = labels.transpose(0, 1)
+    if ctx.tensor.size == 1:
+        losses: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
+        return losses.view(labels.shape)
+    from parallel import megatron
+
+    ignored = labels == IGNORED_LABEL
+    # Megatron-Core works in place on fp32 logits; those of another dtype it converts first.
+    own = logits.clone() if logits.dtype == torch.float32 else logits
+    losses = megatron.vocab_parallel_cross_entropy(own, labels.masked_fill(ignored, 0).contiguous())
+    return losses.masked_fill(ignored, 0.0)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

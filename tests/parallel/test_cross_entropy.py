@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.common import loss
-from models.common.loss import token_cross_entropy
+from parallel import cross_entropy
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 
 CTX = ParallelContext.single()
 
@@ -24,9 +24,9 @@ def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def test_losses_and_gradients_equal_those_of_torch_at_every_chunk_size(
     chunk_size, dtype, monkeypatch
 ):
-    monkeypatch.setitem(loss._CHUNK_SIZE, "cpu", chunk_size)
+    monkeypatch.setitem(cross_entropy._CHUNK_SIZE, "cpu", chunk_size)
     logits, labels = _inputs(dtype)
-    losses = token_cross_entropy(logits, labels, ctx=CTX)
+    losses = vocab_parallel_cross_entropy(logits, labels, ctx=CTX)
     upstream = torch.randn(7, 3)
     (gradient,) = torch.autograd.grad(losses, logits, upstream)
 
@@ -43,7 +43,7 @@ def test_losses_and_gradients_equal_those_of_torch_at_every_chunk_size(
 
 def test_positions_that_are_not_scored_have_loss_and_gradient_zero():
     logits, labels = _inputs(torch.float32)
-    losses = token_cross_entropy(logits, labels, ctx=CTX)
+    losses = vocab_parallel_cross_entropy(logits, labels, ctx=CTX)
     losses.sum().backward()
     ignored = labels.T == -100
     assert (losses[ignored] == 0).all()
@@ -54,13 +54,13 @@ def test_positions_that_are_not_scored_have_loss_and_gradient_zero():
 def test_the_logits_are_left_as_they_are():
     logits, labels = _inputs(torch.float32)
     before = logits.detach().clone()
-    token_cross_entropy(logits, labels, ctx=CTX).sum().backward()
+    vocab_parallel_cross_entropy(logits, labels, ctx=CTX).sum().backward()
     assert torch.equal(logits, before)
 
 
 def test_very_large_logits_do_not_overflow():
     logits = torch.tensor([[[1e4, 0.0, -1e4]]], requires_grad=True)
-    losses = token_cross_entropy(logits, torch.tensor([[1]]), ctx=CTX)
+    losses = vocab_parallel_cross_entropy(logits, torch.tensor([[1]]), ctx=CTX)
     losses.sum().backward()
     assert losses.item() == 1e4
     assert logits.grad.tolist() == [[[1.0, -1.0, 0.0]]]
@@ -70,4 +70,4 @@ def test_a_label_beyond_the_vocabulary_is_an_error():
     logits, labels = _inputs(torch.float32)
     labels[0, 0] = 50
     with pytest.raises(RuntimeError, match="out of bounds"):
-        token_cross_entropy(logits, labels, ctx=CTX)
+        vocab_parallel_cross_entropy(logits, labels, ctx=CTX)
