@@ -6,22 +6,27 @@ of every step must agree, or the comparison is void. The second table says where
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import io
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from data_tools.batch import Batch
 from models.registry import get_family
 from pretrain.distributed import process_group
 from tests.benchmarks.timing import Table, interleaved
 from tests.benchmarks.training import (
     OurStep,
+    TheirStep,
+    copy_weights,
     random_batch,
     run_config,
     start_engine,
-    transformers_step,
+    transformers_model,
 )
 
 SHAPE = {
@@ -64,7 +69,6 @@ def tables() -> Iterator[Table]:
     """Tokens/s of every case, then the milliseconds of a step by kind of kernel."""
     speeds, kinds = [], []
     with process_group() as device:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         for case in CASES:
             seconds, milliseconds = _compare(case, device)
             tokens = BATCH_SIZE * SEQ_LENGTH
@@ -88,15 +92,19 @@ def _compare(
     case: Case, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
     run = run_config(SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision=case.precision)
-    engine = start_engine(run, device=device, ds_config=f"configs/ds/zero{case.zero_stage}.json")
-    family = get_family(run.model.family)
-    theirs = transformers_step(family, run, engine.module, dtype=torch.float32)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
+        engine = start_engine(
+            run, device=device, ds_config=f"configs/ds/zero{case.zero_stage}.json"
+        )
+    model = transformers_model(run, device=device, dtype=torch.float32)
+    copy_weights(run, engine.module, model)
     losses: dict[str, list[float]] = {OURS: [], THEIRS: []}
 
-    def turn(name: str, step: Callable[..., float]) -> Callable[[], None]:
-        return lambda: losses[name].append(step(random_batch(run, seed=len(losses[name]))))
+    def turn(name: str, step: Callable[[Batch], Tensor]) -> Callable[[], None]:
+        return lambda: losses[name].append(step(random_batch(run, seed=len(losses[name]))).item())
 
-    steps = {OURS: OurStep(engine), THEIRS: theirs}
+    theirs = TheirStep(model, autocast=case.precision == "bf16")
+    steps: dict[str, Callable[[Batch], Tensor]] = {OURS: OurStep(engine), THEIRS: theirs}
     turns = {name: turn(name, step) for name, step in steps.items()}
     seconds = interleaved(turns, rounds=ROUNDS, warmup=WARMUP)
     furthest = max(abs(a - b) for a, b in zip(losses[OURS], losses[THEIRS], strict=True))

@@ -6,15 +6,15 @@ the loop that anyone would write: forward, backward, clip_grad_norm_, fused Adam
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_tools.batch import Batch
-from models.base import ModelFamily
+from models.base import HFMapping
+from models.registry import get_family
 from pretrain.config import RunConfig, parse_config
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.engine import (
@@ -57,59 +57,69 @@ def start_engine(run: RunConfig, *, device: torch.device, ds_config: str | None 
     return build_engine(plan)
 
 
-class OurStep(NamedTuple):
-    """`Engine.train_step` over one micro-batch; returns the loss, which waits for the device."""
+class OurStep:
+    """`Engine.train_step` over one micro-batch. The loss stays on the device."""
 
-    engine: Engine
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
-    def __call__(self, batch: Batch) -> float:
-        result = self.engine.train_step(iter([batch]), learning_rate=LEARNING_RATE)
-        return result.loss.item()
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.engine.train_step(iter([batch]), learning_rate=LEARNING_RATE).loss
 
 
-class TheirStep(NamedTuple):
-    """The same step of a plain loop. With `autocast` weights stay fp32, as our master weights."""
+class TheirStep:
+    """The same step of a plain loop. Under autocast weights stay fp32, as our master weights."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    autocast: bool
+    def __init__(self, model: nn.Module, *, autocast: bool) -> None:
+        self.model = model
+        self.autocast = autocast
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
 
-    def __call__(self, batch: Batch) -> float:
-        device = next(self.model.parameters()).device
-        tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
-        context: Any = contextlib.nullcontext()
-        if self.autocast:
-            context = torch.autocast(device.type, torch.bfloat16)
-        with context:
+    def __call__(self, batch: Batch) -> Tensor:
+        tokens, labels = (x.to(self.device, non_blocking=True) for x in batch[:2])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             # shift_labels: labels that are already shifted, as ours are
             loss = self.model(input_ids=tokens, labels=labels, shift_labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
 
-def transformers_step(
-    family: ModelFamily, run: RunConfig, weights: nn.Module | None, *, dtype: torch.dtype
-) -> TheirStep:
-    """transformers' model of the run's shape, from the same weights where they are given."""
+def transformers_model(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """transformers' model of the run's shape, with weights of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    contents = family.hf.to_config(run.model) | {"use_cache": False}
+    contents = _hf_mapping(run).to_config(run.model) | {"use_cache": False}
     config = AutoConfig.for_model(contents.pop("model_type"), **contents)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    if weights is not None:
-        names = family.hf.names(run.model)
-        state = {names[name]: p.detach().to(dtype) for name, p in weights.named_parameters()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) - set(family.hf.tied(run.model)):
-            raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-        model.tie_weights()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    return TheirStep(model, optimizer, run.training.precision != "fp32" and dtype.itemsize == 4)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.train()
+
+
+def copy_weights(run: RunConfig, ours: nn.Module, theirs: nn.Module) -> None:
+    """Give transformers' model the weights of ours.
+
+    Raises:
+        RuntimeError: a weight of either has no counterpart.
+    """
+    mapping = _hf_mapping(run)
+    names = mapping.names(run.model)
+    state = {names[name]: p.detach() for name, p in ours.named_parameters()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - set(mapping.tied(run.model)):
+        raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+
+
+def _hf_mapping(run: RunConfig) -> HFMapping:
+    mapping = get_family(run.model.family).hf
+    if mapping is None:
+        raise ValueError(f"transformers has no model like {run.model.family}")
+    return mapping
 
 
 def random_batch(run: RunConfig, *, seed: int) -> Batch:
