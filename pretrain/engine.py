@@ -72,6 +72,9 @@ class PlainEngine:
         self.plan = plan
         self.ctx = plan.ctx
         self.num_micro_batches = plan.run.training.gradient_accumulation_steps
+        if plan.resolved.zero_stage == 0 and plan.ctx.data.size == 1:
+            # With no other data rank DeepSpeed would still copy all gradients to a buffer and back.
+            deepspeed_engine.enable_backward_allreduce = False
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
