@@ -88,7 +88,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--ds_config",
         "--deepspeed_config",
         metavar="FILE",
-        help="DeepSpeed JSON (default: configs/ds/zero1.json)",
+        help="DeepSpeed JSON (default: ZeRO-1, or ZeRO-0 where that shards nothing)",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"

@@ -13,7 +13,7 @@ from pretrain.config.errors import nearest, show
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 
-DEFAULT_FILE = CONFIGS / "ds" / "zero1.json"
+FILES = CONFIGS / "ds"
 AUTO = "auto"
 _NEVER = 1_000_000_000
 
@@ -40,13 +40,13 @@ class _Owned(NamedTuple):
 def resolve_ds_config(
     path: str | Path | None, run: RunConfig, *, data_size: int
 ) -> ResolvedDeepSpeed:
-    """Read the JSON (`configs/ds/zero1.json` when `path` is None) and complete it from `run`.
+    """Read the JSON (that of `_default_file` when `path` is None) and complete it from `run`.
 
     Raises:
         ConfigError: the file cannot be read, has a key that is unknown or owned by the run
             configuration, contradicts it, or asks for what is known to train wrongly.
     """
-    file = Path(path) if path is not None else DEFAULT_FILE
+    file = Path(path) if path is not None else _default_file(run, data_size)
     given = _read(file)
     flat = dict(_check_keys(given, ACCEPTED, file))
     stage = flat.get("zero_optimization.stage", 0)
@@ -60,6 +60,17 @@ def resolve_ds_config(
     if clip_in_loop:
         config["gradient_clipping"] = 0.0
     return ResolvedDeepSpeed(config, stage, clip_in_loop)
+
+
+def _default_file(run: RunConfig, data_size: int) -> Path:
+    """ZeRO-1, but ZeRO-0 where it would shard nothing and is not needed for anything else.
+
+    With one data rank ZeRO-1 only copies gradients and weights once more. bf16 needs it for its
+    fp32 accumulation, a pipeline for its gradient norm.
+    """
+    nothing_to_shard = data_size == 1 and run.parallel.pipeline == 1
+    stage = 0 if nothing_to_shard and run.training.precision == "fp32" else 1
+    return FILES / f"zero{stage}.json"
 
 
 def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
@@ -239,7 +250,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(each.name for each in DEFAULT_FILE.parent.glob("*.json")))
+        known = ", ".join(sorted(each.name for each in FILES.glob("*.json")))
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(
             f"cannot read the DeepSpeed file {str(file)!r}: {reason}; configs/ds has {known}"

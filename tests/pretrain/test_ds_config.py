@@ -60,11 +60,6 @@ def test_auto_values_are_filled_from_the_run_configuration(stage: int) -> None:
     assert "auto" not in json.dumps(config)
 
 
-def test_the_default_file_is_zero_1() -> None:
-    assert _resolve(None).zero_stage == 1
-    assert _resolve(None).config == _resolve(_zero_file(1)).config
-
-
 def test_a_file_need_not_mention_what_the_run_configuration_owns(write: Any) -> None:
     assert _resolve(write(_zero(1))).config["train_batch_size"] == 2
 
@@ -362,3 +357,19 @@ def test_deepspeed_parses_what_we_resolve(stage: int) -> None:
     assert parsed.zero_optimization_stage == stage
     assert parsed.gradient_clipping == (0.0 if stage == 0 else 1.0)
     assert parsed.timers_config.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "data_size", "stage"),
+    [
+        ({}, 1, 0),
+        ({}, 2, 1),
+        ({"training__precision": "bf16"}, 1, 1),
+        ({"parallel__pipeline": 2}, 1, 1),
+    ],
+)
+def test_the_default_is_zero_1_unless_it_would_shard_nothing(
+    changes: dict[str, Any], data_size: int, stage: int
+) -> None:
+    run = parse_config(run_values(**changes))
+    assert resolve_ds_config(None, run, data_size=data_size).zero_stage == stage

@@ -148,13 +148,13 @@ def _captured_run(config) -> str:
     text = io.StringIO()
     logging.getLogger().addHandler(logging.StreamHandler(text))
     with contextlib.redirect_stdout(text):
-        assert run_training(config, None) == EXIT_COMPLETED
+        assert run_training(config, "configs/ds/zero1.json") == EXIT_COMPLETED
     return text.getvalue()
 
 
 def _refused(config) -> str:
     with pytest.raises(ValueError) as error:
-        run_training(config, None)
+        run_training(config, "configs/ds/zero1.json")
     return str(error.value)
 
 
