@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,16 @@ def interleaved(
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], ours: str, theirs: str) -> str:
+    """How many times faster ours is: the median over rounds, and the quartiles around it.
+
+    Both sides of a round saw the same load, so their quotient varies less than either time.
+    """
+    quotients = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    low, middle, high = statistics.quantiles(quotients, n=4)
+    return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def machine() -> str:
