@@ -7,6 +7,8 @@ losses, terms and gradient norms.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -72,8 +74,10 @@ class PlainEngine:
         self.plan = plan
         self.ctx = plan.ctx
         self.num_micro_batches = plan.run.training.gradient_accumulation_steps
-        if plan.resolved.zero_stage == 0 and plan.ctx.data.size == 1:
-            # With no other data rank DeepSpeed would still copy all gradients to a buffer and back.
+        needs_reduction = hasattr(deepspeed_engine.optimizer, "reduce_gradients")
+        if plan.ctx.data.size == 1 and plan.resolved.zero_stage <= 1 and not needs_reduction:
+            # ZeRO-0, and ZeRO-1 in bf16: with no other data rank DeepSpeed would still copy all
+            # gradients to a buffer and back. Elsewhere the call also partitions them.
             deepspeed_engine.enable_backward_allreduce = False
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
@@ -313,12 +317,14 @@ def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
 def _initialize(module: nn.Module, plan: RunPlan) -> Any:
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=build_optimizer(module, plan.run.training, plan.ctx),
-        config=plan.resolved.config,
-        mpu=None if plan.ctx.pipeline.size > 1 else _mpu(plan.ctx),
-    )
+    optimizer = build_optimizer(module, plan.run.training, plan.ctx)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its use of memory in bf16
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=plan.resolved.config,
+            mpu=None if plan.ctx.pipeline.size > 1 else _mpu(plan.ctx),
+        )
     return engine
 
 

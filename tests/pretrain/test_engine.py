@@ -76,6 +76,8 @@ def reference(data):
 LAYOUTS = {
     "one process, ZeRO-0": (1, 0, {}),
     "one process, ZeRO-1": (1, 1, {}),
+    "one process, ZeRO-2": (1, 2, {}),
+    "one process, ZeRO-3": (1, 3, {}),
     "one process, recomputed": (1, 1, {"training__activation_recomputation": "full"}),
     "data 2, ZeRO-1": (2, 1, {"training__batch_size": 2}),
     "data 2, ZeRO-2": (2, 2, {"training__batch_size": 2}),
