@@ -1,7 +1,8 @@
-"""What the command lines share: one-line errors, a progress bar, ordered work in processes."""
+"""What the command lines share: text inputs, one-line errors, a progress bar, worker processes."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -37,6 +38,25 @@ def run_command(main: Callable[[Sequence[str]], None]) -> int:
         print("interrupted: no output was written", file=sys.stderr)
         return 130
     return 0
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where text comes from: what every command that reads documents takes."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".jsonl (one object a line) or .txt (one document a file), plain, .gz or .zst; "
+        "directories and globs of them",
+    )
+    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl objects")
+    parser.add_argument(
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a document that is not UTF-8 or not the JSON expected",
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.cli import map_in_order, progress_bar, run_command, usable_cpus
+from data_tools.cli import add_text_arguments, map_in_order, progress_bar, run_command, usable_cpus
 from data_tools.corpus_info import CorpusInfo
 from data_tools.documents import (
     BadDocumentError,
@@ -187,14 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=".jsonl (one object a line) or .txt (one document a file), plain, .gz or .zst; "
-        "directories and globs of them",
-    )
+    add_text_arguments(parser)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin ...")
     parser.add_argument(
         "--tokenizer",
@@ -202,7 +195,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="bytes, a tokenizer.json, a directory with one, or a SentencePiece .model",
     )
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl objects")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="worker processes")
     parser.add_argument(
         "--append-eod",
@@ -211,12 +203,6 @@ def _parser() -> argparse.ArgumentParser:
         help="end every document with the tokenizer's end token",
     )
     parser.add_argument("--eod", metavar="TOKEN", help="end token, when the tokenizer names none")
-    parser.add_argument(
-        "--on-bad-line",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with a document that is not UTF-8 or not the JSON expected",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 

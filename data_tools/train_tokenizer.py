@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_tools.cli import progress_bar, run_command
+from data_tools.cli import add_text_arguments, progress_bar, run_command
 from data_tools.documents import BadDocumentError, DocumentReader, extract_text, find_inputs
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
@@ -139,24 +139,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=".jsonl or .txt files, plain, .gz or .zst; directories and globs of them",
-    )
+    add_text_arguments(parser)
     parser.add_argument("--output", required=True, metavar="PREFIX.model")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl objects")
     parser.add_argument(
         "--max-megabytes", type=int, default=200, metavar="N", help="text to train on at most"
-    )
-    parser.add_argument(
-        "--on-bad-line",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with a document that is not UTF-8 or not the JSON expected",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser

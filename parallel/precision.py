@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
@@ -73,13 +74,19 @@ def require_transformer_engine() -> Any:
     """Import Transformer Engine or say what is missing.
 
     Raises:
-        ValueError: there is no CUDA device, or the package cannot be imported.
+        ValueError: there is no CUDA device that has FP8, or the package cannot be imported.
     """
     remedy = (
         "install it with `pip install manyformer[fp8]` on a CUDA machine, or use precision=bf16"
     )
     if not torch.cuda.is_available():
         raise ValueError(f"precision=fp8 needs a CUDA device and Transformer Engine; {remedy}")
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_CAPABILITY:
+        raise ValueError(
+            f"precision=fp8 needs a CUDA device of compute capability {FP8_CAPABILITY} or newer, "
+            f"this one has {capability}; use precision=bf16"
+        )
     try:
         import transformer_engine
         import transformer_engine.pytorch
