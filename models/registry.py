@@ -20,6 +20,7 @@ class _Entry(NamedTuple):
 
 
 _FAMILIES = {
+    "daria_former": _Entry("models.daria_former", "DariaFormerConfig"),
     "llama": _Entry("models.llama", "LlamaConfig"),
 }
 

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
 from parallel.precision import as_fp32
+from parallel.regions import all_reduced
 
 IGNORED_LABEL = -100
 
@@ -37,6 +38,51 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: Paralle
     own = logits.clone() if logits.dtype == torch.float32 else logits
     losses = megatron.vocab_parallel_cross_entropy(own, labels.masked_fill(ignored, 0).contiguous())
     return losses.masked_fill(ignored, 0.0)
+
+
+def vocab_parallel_entropy(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Entropy in nats of every predicted distribution, fp32: [s, b, V/t] -> [s, b].
+
+    `H = log Z - sum_j p_j x_j`, rows worked off in chunks. Two all-reduces of [s, b] in forward
+    (one of them of two numbers each), none in backward.
+    """
+    entropies: Tensor = _ChunkedEntropy.apply(logits.flatten(0, 1), ctx)
+    return entropies.view(logits.shape[:2])
+
+
+class _ChunkedEntropy(torch.autograd.Function):
+    """`dx_j = -p_j (x_j - log Z + H) dH`; a column of -inf has no probability and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, layout: ParallelContext) -> Tensor:
+        chunks = logits.split(_rows_per_chunk(logits))
+        highest = as_fp32(torch.cat([x.amax(dim=-1) for x in chunks]))
+        all_reduced(highest, torch.distributed.ReduceOp.MAX, ctx=layout)
+        sums = []
+        for x, top in zip(chunks, highest.split(len(chunks[0])), strict=True):
+            shifted = x - top.unsqueeze(-1)
+            weights = shifted.exp()
+            products = (weights * shifted).nan_to_num_(nan=0.0)  # 0 * -inf
+            sums.append(torch.stack((weights.sum(dim=-1), products.sum(dim=-1))))
+        totals = torch.cat(sums, dim=1)
+        all_reduced(totals, torch.distributed.ReduceOp.SUM, ctx=layout)
+        entropies = totals[0].log() - totals[1] / totals[0]
+        ctx.save_for_backward(logits, highest + totals[0].log(), entropies)
+        return entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        logits, normalizers, entropies = ctx.saved_tensors
+        rows = _rows_per_chunk(logits)
+        gradient = torch.empty_like(logits)
+        columns = (x.unsqueeze(-1).split(rows) for x in (normalizers, entropies, -upstream))
+        chunks = zip(gradient.split(rows), logits.split(rows), *columns, strict=True)
+        for out, x, normalizer, entropy, scale in chunks:
+            log_p = x - normalizer
+            product = (log_p + entropy).mul_(log_p.exp()).nan_to_num_(nan=0.0)
+            out.copy_(product.mul_(scale))
+        return gradient, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.precision import fp8_linear
+from parallel.regions import enter_tensor_region
 from parallel.sharding import Constant, Init, Normal, Sharding, declare, local_extent
 
 
@@ -80,6 +81,19 @@ def project_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         x = megatron.gather_from_sequence_region(x, group=group)
     else:
         x = megatron.copy_to_tensor_region(x, group=group)
+    return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
+
+
+def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Apply column-parallel layers to an input that every rank holds whole, whatever its length.
+
+    For what has no tokens to share under sequence parallelism: memory slots, encoded images.
+    Forward: no collective. Backward: that of `parallel.regions.enter_tensor_region`.
+    """
+    first = linears[0]
+    if not isinstance(first, _ColumnParallelLinear) or first.ctx.tensor.size == 1:
+        return tuple(linear(x) for linear in linears)
+    x = enter_tensor_region(x, ctx=first.ctx)
     return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
 
 

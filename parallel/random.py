@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallel.sharding import Constant, Normal, Sharding, init_of, sharding_of
+from parallel.sharding import Constant, Init, Normal, Sharding, init_of, sharding_of
 
 NUM_TILES = 64
 
@@ -37,8 +37,25 @@ def initialize(
         if parameter.is_meta:
             continue
         canonical = (names or {}).get(name, f"{prefix}.{name}")
+        drawn = _Drawn(canonical, init_of(name, parameter), sharding_of(name, parameter))
         with torch.no_grad():
-            _fill(parameter, seed=seed, name=canonical, tensor_rank=tensor_rank)
+            _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank)
+
+
+def perturb(module: nn.Module, *, seed: int, prefix: str, tensor_rank: int, std: float) -> None:
+    """Add N(0, std^2) to every parameter that starts constant, the same at any layout.
+
+    Gates and modulations that start at zero hide what lies behind them: to compare layouts or to
+    look for leaks, the model has to be somewhere else.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or isinstance(init_of(name, parameter), Normal):
+            continue
+        noise = torch.empty_like(parameter, requires_grad=False)
+        drawn = _Drawn(f"{prefix}.{name}/noise", Normal(std), sharding_of(name, parameter))
+        _fill(noise, drawn, seed=seed, tensor_rank=tensor_rank)
+        with torch.no_grad():
+            parameter.add_(noise)
 
 
 def generator_for(seed: int, name: str, tile: int = 0) -> torch.Generator:
@@ -56,30 +73,38 @@ class _Rows(NamedTuple):
     stop: int
 
 
-def _fill(parameter: nn.Parameter, *, seed: int, name: str, tensor_rank: int) -> None:
-    init = init_of(name, parameter)
+class _Drawn(NamedTuple):
+    """What is drawn for one tensor: the name that seeds it, the distribution, the sharding."""
+
+    name: str
+    init: Init
+    sharding: Sharding
+
+
+def _fill(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int) -> None:
+    name, init, sharding = drawn
     if isinstance(init, Constant):
-        parameter.fill_(init.value)
+        target.fill_(init.value)
         return
-    rows = _local_rows(parameter, sharding_of(name, parameter), tensor_rank)
-    parameter.zero_()  # padding rows stay zero
+    rows = _local_rows(target, sharding, tensor_rank)
+    target.zero_()  # padding rows stay zero
     if not isinstance(init, Normal):
-        shape = list(parameter.shape)
+        shape = list(target.shape)
         shape[rows.dim] = rows.full_size
         full = init(torch.Size(shape), generator_for(seed, name))
         own = full.narrow(rows.dim, rows.start, rows.stop - rows.start)
-        parameter.narrow(rows.dim, 0, rows.stop - rows.start).copy_(own)
+        target.narrow(rows.dim, 0, rows.stop - rows.start).copy_(own)
         return
-    for start, tile in _tiles(parameter.shape, rows, init.std, seed=seed, name=name):
+    for start, tile in _tiles(target.shape, rows, init.std, seed=seed, name=name):
         first, last = max(start, rows.start), min(start + tile.shape[rows.dim], rows.stop)
         part = tile.narrow(rows.dim, first - start, last - first)
-        parameter.narrow(rows.dim, first - rows.start, last - first).copy_(part)
+        target.narrow(rows.dim, first - rows.start, last - first).copy_(part)
 
 
-def _local_rows(parameter: nn.Parameter, sharding: Sharding, tensor_rank: int) -> _Rows:
+def _local_rows(target: Tensor, sharding: Sharding, tensor_rank: int) -> _Rows:
     if sharding.dim is None:
-        return _Rows(0, parameter.shape[0], 0, parameter.shape[0])
-    extent, full_size = parameter.shape[sharding.dim], sharding.extent
+        return _Rows(0, target.shape[0], 0, target.shape[0])
+    extent, full_size = target.shape[sharding.dim], sharding.extent
     start = min(tensor_rank * extent, full_size)
     return _Rows(sharding.dim, full_size, start, min(start + extent, full_size))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.base import ModelFamily, TokenInputs
 from parallel.carry import LayerSpec, SequentialModel, run_layers
 from parallel.context import ParallelContext
+from parallel.random import perturb
 from parallel.sharding import merge, sharding_of, sum_partial_gradients
 from parallel.wire import Wire
 
@@ -40,14 +41,17 @@ def measure(
     cuts: Sequence[int] = (),
     recompute: bool = False,
     seed: int = 0,
+    noise: float = 0.0,
 ) -> Measured:
     """One forward and backward pass; `cuts` are the layers before which the carry crosses the wire.
+
+    `noise`: see `build`.
 
     Collective over the tensor axis. A parameter without gradient is missing from `gradients`.
     """
     segmented = inputs.segment_ids is not None
     specs = family.layer_specs(config, segmented=segmented)
-    model = SequentialModel(specs, ctx, seed=seed, recompute=recompute)
+    model = build(specs, ctx, seed=seed, noise=noise, recompute=recompute)
     sum_partial_gradients(model, ctx)
     batch_size, seq_length = inputs.tokens.shape
     schema = family.carry_schema(
@@ -57,6 +61,24 @@ def measure(
     total, terms = family.loss(output, labels, config=config, ctx=ctx)
     total.backward()
     return Measured(total.detach(), terms, full_gradients(model, ctx))
+
+
+def build(
+    specs: Sequence[LayerSpec],
+    ctx: ParallelContext,
+    *,
+    seed: int,
+    noise: float,
+    recompute: bool = False,
+) -> SequentialModel:
+    """The model with N(0, noise^2) on what starts constant, so that no gate hides what it gates."""
+
+    def disturb(spec: LayerSpec, layer: nn.Module) -> None:
+        if noise:
+            rank = ctx.tensor.rank
+            perturb(layer, seed=seed, prefix=spec.name, tensor_rank=rank, std=noise)
+
+    return SequentialModel(specs, ctx, seed=seed, recompute=recompute, after_each=disturb)
 
 
 def full_gradients(model: nn.Module, ctx: ParallelContext) -> dict[str, Tensor]:

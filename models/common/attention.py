@@ -55,11 +55,14 @@ def continued_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(blocks, dim=2)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, num_sinks: int = 0
+) -> Tensor:
     """Causal attention that ends at the beginning of the query's document.
 
-    `positions` int32 [b, s] count from 0 in every document. Blocks of queries are computed one
-    after another and again in backward, so that memory grows with s, not with s^2.
+    `positions` int32 [b, s] count from 0 in every document. The first `num_sinks` keys are no
+    tokens and are seen by every query: k and v are [b, g, num_sinks + s, d]. Blocks of queries are
+    computed one after another and again in backward, so that memory grows with s, not with s^2.
     """
     index = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     document_starts = index - positions
@@ -70,8 +73,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
             checkpoint(
                 _packed_block,
                 q[:, :, start:stop],
-                k[:, :, :stop],
-                v[:, :, :stop],
+                k[:, :, : num_sinks + stop],
+                v[:, :, : num_sinks + stop],
                 document_starts[:, start:stop],
                 index[:stop],
                 use_reentrant=False,
@@ -87,9 +90,58 @@ def _packed_block(
     """Attention of the last queries over keys [0, stop); `index` int32 [stop]."""
     queries = index[-q.shape[2] :]
     mask = (index >= document_starts.unsqueeze(-1)) & (index <= queries.unsqueeze(-1))
+    mask = F.pad(mask, (k.shape[2] - len(index), 0), value=True)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=_is_grouped(q, k)
     )
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, positions: Tensor | None = None
+) -> Tensor:
+    """Attention over the last `window` positions, the query's own among them.
+
+    q: the last s of T positions [b, n, s, d]; k and v [b, g, T, d]. With `positions` int32 [b, s]
+    (then T = s) it also ends at the beginning of the query's document. Time and memory grow with
+    s * window.
+    """
+    num_queries, earlier = q.shape[2], k.shape[2] - q.shape[2]
+    if k.shape[2] <= window and positions is None:
+        return continued_attention(q, k, v)
+    if num_queries == 1:
+        k, v = k[:, :, -window:], v[:, :, -window:]
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=_is_grouped(q, k))
+    block = min(QUERY_BLOCK, max(window, 64), num_queries)
+    reach = -(-(window - 1) // block)  # blocks of keys before the queries' own that they can see
+    sizes = [earlier] + [min(block, num_queries - i) for i in range(0, num_queries, block)]
+    # Splitting and joining, not slicing: the gradient of a slice is as long as the whole.
+    keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    index = torch.arange(-earlier, num_queries, device=q.device)
+    outputs = []
+    for i, queries in enumerate(q.split(sizes[1:], dim=2)):
+        first = max(0, i + 1 - reach) if i * block >= window - 1 else 0
+        start, stop = i * block, i * block + queries.shape[2]
+        seen = slice(sum(sizes[:first]), sum(sizes[: i + 2]))
+        mask = _window_mask(index[earlier + start : earlier + stop], index[seen], window)
+        if positions is not None:
+            beginnings = index[start:stop] - positions[:, start:stop]
+            mask = (mask & (index[seen] >= beginnings.unsqueeze(-1))).unsqueeze(1)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries,
+                torch.cat(keys[first : i + 2], dim=2),
+                torch.cat(values[first : i + 2], dim=2),
+                attn_mask=mask,
+                enable_gqa=_is_grouped(q, k),
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _window_mask(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which of the key positions each query position may see."""
+    distance = queries.unsqueeze(-1) - keys
+    return (distance >= 0) & (distance < window)
 
 
 def _is_grouped(q: Tensor, k: Tensor) -> bool:

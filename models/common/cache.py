@@ -37,6 +37,11 @@ class KVCache:
     def max_length(self) -> int:
         return self._keys.shape[2]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole cache, filled or not."""
+        return self._keys.nbytes + self._values.nbytes
+
     def append(self, keys: Tensor, values: Tensor) -> KeysValues:
         """Store [b, n_kv, s, d] after what is there and return everything up to it (views).
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from models.base import ModelFamily
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.model import FAMILY as DARIA_FORMER
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from tests.models import awkward
@@ -27,7 +29,52 @@ _LLAMA = {
     "init_std": 0.3,  # large, so that every path matters
 }
 
+# Every boundary (window, stride, segment, capacity) falls inside the 32 tokens of a test.
+_DARIA_FORMER = {
+    "vocab_size": 61,
+    "hidden_dim": 32,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_hidden_dim": 64,
+    "max_seq_len": 256,
+    "sliding_window_size": 6,
+    "num_global_tokens": 3,
+    "segment_len": 4,
+    "working_stride": 2,
+    "episodic_stride": 4,
+    "working_memory_slots": 5,
+    "episodic_memory_slots": 3,
+    "persistent_memory_slots": 4,
+    "persona_memory_slots": 5,
+    "memory_top_k": 3,
+    "persona_dim": 8,
+    "emotion_dim": 8,
+    "esv_sites": 2,
+    "rhythm_rank": 8,
+    "initializer_range": 0.1,
+    "dropout": 0.1,
+}
+
 CASES = {
+    "daria_former": Case(DARIA_FORMER, DariaFormerConfig(**_DARIA_FORMER)),
+    "daria_former_variant": Case(
+        DARIA_FORMER,
+        DariaFormerConfig(
+            **_DARIA_FORMER
+            | {
+                "paths": ("local", "memory"),
+                "esv_mode": "gru",
+                "norm_type": "layer",
+                "ffn_activation": "gelu",
+                "gate_type": "sigmoid",
+                "weight_tying": False,
+                "persistent_memory_slots": 0,
+                "qk_norm": False,
+                "rhythm_rank": 0,
+            }
+        ),
+    ),
     "llama": Case(LLAMA, LlamaConfig(**_LLAMA)),
     "llama_qwen2_shape": Case(
         LLAMA, LlamaConfig(**_LLAMA, qkv_bias=True, tie_embeddings=True, rope_theta=1e6)

@@ -13,11 +13,12 @@ from models.registry import family_names
 from parallel.carry import SequentialModel, check_layers
 from parallel.context import ParallelContext
 from parallel.sharding import sharding_table
-from pretrain.equivalence import Measured, measure
+from pretrain.equivalence import Measured, build, measure
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 
 SEQ, BATCH, SEED = 32, 3, 7
+NOISE = 0.2  # on gates and gains, away from where they start
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -32,7 +33,7 @@ def _tokens(name: str, *, batch: int = BATCH, seq: int = SEQ) -> tuple[torch.Ten
 def _model(name: str, *, segmented: bool = False, device: str = "cpu") -> SequentialModel:
     family, config = CASES[name]
     ctx = ParallelContext.single(device=device)
-    return SequentialModel(family.layer_specs(config, segmented=segmented), ctx, seed=SEED)
+    return build(family.layer_specs(config, segmented=segmented), ctx, seed=SEED, noise=NOISE)
 
 
 def _logits(output) -> torch.Tensor:
@@ -45,7 +46,9 @@ def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **o
     if tensor > 1:
         ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
     tokens, labels = _tokens(name)
-    return measure(family, config, TokenInputs(tokens), labels, ctx, seed=SEED, **options)
+    return measure(
+        family, config, TokenInputs(tokens), labels, ctx, seed=SEED, noise=NOISE, **options
+    )
 
 
 def _assert_equal(measured: Measured, expected: Measured, *, exactly: bool = False) -> None:

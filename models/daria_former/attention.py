@@ -1,0 +1,156 @@
+"""Multi-context attention: five paths over different sources, mixed per head and token.
+
+Shapes: s sequence, b batch, h hidden, n query heads, d head dimension, P paths, t tensor size (n is
+this rank's share inside a layer).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.daria_former.cache import BlockCache, History
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.noise import STREAMS, uniform
+from models.daria_former.paths import PATH_CLASSES, Rotaries, Sources, per_head, split_heads
+from parallel.context import ParallelContext
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.precision import as_fp32
+from parallel.regions import enter_tensor_region
+from parallel.sharding import Constant, Normal
+
+# What a path's gate starts from: the paths over tokens lead, the others have to earn their share.
+_INITIAL_GATE = {"local": 1.0, "long": 1.0, "memory": -1.0, "persona": -1.0, "modality": -1.0}
+
+
+class Attended(NamedTuple):
+    """`output` [s/t, b, h], `gates` fp32 [s, b, n, P], the memory path's `readout` [b, n, s, d]."""
+
+    output: Tensor
+    gates: Tensor
+    readout: Tensor | None
+
+
+class MultiContextAttention(nn.Module):
+    """`W_o sum_p gate_p * path_p(x)`, with a gate per head and token over the active paths.
+
+    The paths are those of models.daria_former.paths. `gate = softmax_p(W_g x + b_g + prior)`, or a
+    sigmoid of each; gates come from the input, so tensor ranks need no collective for them
+    (arXiv 2505.06708).
+
+    Input [s/t, b, h]. Tensor ranks share the heads; the collectives are those of the first
+    projection (one for all projections of x) and of `o_proj`.
+
+    Raises:
+        ValueError: the tensor size does not divide the heads or the key and value heads.
+    """
+
+    def __init__(
+        self,
+        config: DariaFormerConfig,
+        *,
+        layer: int,
+        rotaries: Rotaries,
+        output_init: Normal,
+        ctx: ParallelContext,
+    ) -> None:
+        super().__init__()
+        for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
+            if count % ctx.tensor.size:
+                raise ValueError(
+                    f"{name}={count} is not divisible by parallel.tensor={ctx.tensor.size}; "
+                    "choose a tensor size that divides it"
+                )
+        self.config, self.ctx, self.layer, self.rotaries = config, ctx, layer, rotaries
+        hidden, heads = config.hidden_dim, config.num_heads
+        width, init = heads * config.head_size, Normal(config.initializer_range)
+        names = config.all_paths
+        self.q_proj = ColumnParallelLinear(hidden, width, ctx=ctx, init=init)
+        self.o_proj = RowParallelLinear(width, hidden, ctx=ctx, init=output_init)
+        self.gate = ColumnParallelLinear(hidden, heads * len(names), ctx=ctx, init=Constant(0.0))
+        start = partial(_initial_gates, paths=names)
+        self.gate_bias = per_head(heads, (len(names),), start, ctx)
+        self.paths = nn.ModuleDict(
+            {name: PATH_CLASSES[name](config, rotaries=rotaries, ctx=ctx) for name in names}
+        )
+        for table in rotaries:
+            table.on(ctx.device)
+
+    def new_cache(self, batch_size: int, max_length: int, *, emotion: History | None) -> BlockCache:
+        """Empty state for generation; `emotion` belongs to the block's update site.
+
+        Raises:
+            ValueError: there are no rotary angles for that many positions.
+        """
+        self.rotaries.long.at(self.ctx.device, start=0, length=max_length)
+        paths: dict[str, Any] = dict(self.paths.items())
+        return BlockCache(
+            long=paths["long"].new_cache(batch_size, max_length) if "long" in paths else None,
+            local=paths["local"].new_cache() if "local" in paths else None,
+            memory=paths["memory"].new_cache() if "memory" in paths else None,
+            emotion=emotion,
+            max_rollback=self.config.segment_len,
+        )
+
+    def forward(self, x: Tensor, sources: Sources, cache: BlockCache | None = None) -> Attended:
+        """x [s/t, b, h]; with `cache` it continues the tokens already seen."""
+        linears = [self.q_proj, self.gate]
+        for path in self.paths.values():
+            linears += path.token_projections()  # type: ignore[operator]
+        projected = iter(project_together(x, *linears))
+        sources = sources._replace(priors=enter_tensor_region(sources.priors, ctx=self.ctx))
+        queries = split_heads(next(projected), self.config)
+        gates = self._gates(next(projected), sources)
+        readouts = {}
+        for name, path in self.paths.items():
+            own = [next(projected) for _ in path.token_projections()]  # type: ignore[operator]
+            readouts[name] = path(queries, own, sources, cache)
+        if cache is not None:
+            cache.length += len(queries)
+        mixed = _mixed(list(readouts.values()), gates)
+        output = self.o_proj(mixed.permute(2, 0, 1, 3).flatten(2))
+        return Attended(output, gates, readouts.get("memory"))
+
+    def _gates(self, x: Tensor, sources: Sources) -> Tensor:
+        """fp32 [s, b, n, P]; a path that is switched off or dropped gets none."""
+        num_paths = len(self.paths)
+        logits = as_fp32(x.unflatten(-1, (-1, num_paths))) + as_fp32(self.gate_bias)
+        logits = logits + sources.priors[..., :num_paths].unsqueeze(-2)
+        closed = self._closed(sources)
+        if closed is not None:
+            logits = logits.masked_fill(closed, -torch.inf)
+        return logits.softmax(dim=-1) if self.config.gate_type == "softmax" else logits.sigmoid()
+
+    def _closed(self, sources: Sources) -> Tensor | None:
+        """bool, broadcast to [s, b, 1, P]: paths without a source, and those dropped in training.
+
+        The main path is never dropped.
+        """
+        names, closed = list(self.paths), None
+        if "modality" in names and sources.modality is None:
+            closed = torch.tensor([name == "modality" for name in names], device=self.ctx.device)
+        if self.training and sources.keys is not None and self.config.path_dropout > 0:
+            numbers = uniform(sources.keys.T, len(names), stream=STREAMS * self.layer)
+            dropped = numbers < self.config.path_dropout
+            dropped[..., names.index("long" if "long" in names else "local")] = False
+            dropped = dropped.unsqueeze(-2)
+            closed = dropped if closed is None else closed | dropped
+        return closed
+
+
+def _initial_gates(
+    shape: torch.Size, generator: torch.Generator, *, paths: tuple[str, ...]
+) -> Tensor:
+    return torch.tensor([_INITIAL_GATE[path] for path in paths]).expand(shape)
+
+
+def _mixed(outputs: list[Tensor], gates: Tensor) -> Tensor:
+    """`sum_p gate_p y_p`: [b, n, s, d] each and gates fp32 [s, b, n, P]."""
+    weights = gates.permute(3, 1, 2, 0).to(outputs[0].dtype).unsqueeze(-1).unbind(0)
+    mixed = outputs[0] * weights[0]
+    for output, weight in zip(outputs[1:], weights[1:], strict=True):
+        mixed = torch.addcmul(mixed, output, weight)
+    return mixed

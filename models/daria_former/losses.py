@@ -1,0 +1,121 @@
+"""The losses beside the cross entropy, as they are computed inside the layers.
+
+Each is a mean over tokens and is the same at any layout. Shapes: s sequence, b batch, h hidden,
+n heads, d head dimension, P paths, c segments, t tensor size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.daria_former.attention import Attended
+from models.daria_former.carry import AUX
+from models.daria_former.config import DariaFormerConfig
+from parallel.context import ParallelContext
+from parallel.regions import (
+    computed_by_all,
+    gather_sequence,
+    own_sequence,
+    sum_over_sequence_ranks,
+    sum_over_tensor_ranks,
+)
+
+# A path whose mean gate falls below this is pulled back.
+LEAST_GATE = 0.02
+# Consecutive hidden states may be this similar for free.
+FREE_SIMILARITY = 0.9
+
+
+def with_entries(**entries: Tensor) -> Tensor:
+    """fp32 [len(AUX)] with the given entries and 0 elsewhere."""
+    zero = torch.zeros((), device=next(iter(entries.values())).device)
+    return torch.stack([entries.get(name, zero).float() for name in AUX])
+
+
+def block_measurements(
+    attended: Attended,
+    x: Tensor,
+    output_projection: nn.Module,
+    *,
+    config: DariaFormerConfig,
+    is_last: bool,
+    ctx: ParallelContext,
+) -> Tensor:
+    """What one block adds to `aux`: gate balance and mean gates, and in the last block the memory
+    loss. x [s/t, b, h] is what the block returns."""
+    gates = mean_gates(attended.gates, config.num_heads, ctx=ctx)
+    share = gates / config.num_layers
+    entries = {f"gate_{path}": share[i].detach() for i, path in enumerate(config.all_paths)}
+    entries["gate_loss"] = (LEAST_GATE - gates).relu().sum() / config.num_layers
+    if is_last and attended.readout is not None:
+        entries["memory_loss"] = memory_consistency(
+            attended.readout, x, output_projection, segment_len=config.segment_len, ctx=ctx
+        )
+    return with_entries(**entries)
+
+
+def mean_gates(gates: Tensor, num_heads: int, *, ctx: ParallelContext) -> Tensor:
+    """Mean of every path's gate over tokens and all heads: fp32 [s, b, n/t, P] -> [P]."""
+    return sum_over_tensor_ranks(gates.mean(dim=(0, 1)).sum(dim=0), ctx=ctx) / num_heads
+
+
+def memory_consistency(
+    readout: Tensor,
+    x: Tensor,
+    output_projection: nn.Module,
+    *,
+    segment_len: int,
+    ctx: ParallelContext,
+) -> Tensor:
+    """`mean_c (1 - cos(W_o m_c, mean of norm(x) in c))`, the target without gradient.
+
+    What the memory path reads in a segment, as the block would write it, should resemble what the
+    segment is about. `readout` [b, n/t, s, d]; segments are counted along the row.
+    """
+    num_segments = readout.shape[2] // segment_len
+    if num_segments == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    complete = num_segments * segment_len
+    means = readout[:, :, :complete].unflatten(2, (num_segments, segment_len)).mean(dim=3)
+    written = F.linear(means.permute(2, 0, 1, 3).flatten(2), output_projection.weight)  # type: ignore[arg-type]
+    written = sum_over_tensor_ranks(written, ctx=ctx).float()
+    with torch.no_grad():
+        target = gather_sequence(x, ctx=ctx)[:complete].float()
+        target = F.rms_norm(target, target.shape[-1:]).unflatten(0, (num_segments, segment_len))
+        target = target.mean(dim=1)
+    return (1.0 - F.cosine_similarity(written, target, dim=-1)).mean()
+
+
+def emotion_smoothness(
+    emotion: Tensor, positions: Tensor | None, *, ctx: ParallelContext
+) -> Tensor:
+    """`mean_t |e_t - e_{t-1}|^2` over tokens that do not begin a document: [s, b, E]."""
+    steps = (emotion[1:] - emotion[:-1]).square().sum(dim=-1)
+    if positions is None:
+        mean = steps.sum() / max(steps.numel(), 1)
+    else:
+        continues = positions.T[1:] > 0
+        mean = (steps * continues).sum() / continues.sum().clamp(min=1)
+    return computed_by_all(mean, ctx=ctx)
+
+
+def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> Tensor:
+    """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` over neighbours of one document: y [s/t, b, h].
+
+    Published relatives: SimCTG (arXiv 2202.06417). Each rank scores the pairs that its own tokens
+    begin, so the result does not depend on how many ranks there are.
+    """
+    directions = F.normalize(y.float(), dim=-1)
+    firsts = gather_sequence(directions[:1], ctx=ctx)  # the first token of every rank
+    rank = (ctx.tensor.rank + 1) % len(firsts)
+    following = torch.cat((directions[1:], firsts[rank : rank + 1]))
+    excess = ((directions * following).sum(dim=-1) - FREE_SIMILARITY).relu()
+    length = y.shape[0] * len(firsts)
+    counted = y.new_ones((length, y.shape[1]), dtype=torch.float32)
+    counted[-1] = 0.0
+    if positions is not None:
+        counted[:-1] = (positions.T[1:] > 0).float()
+    total = (excess * own_sequence(counted, ctx=ctx)).sum()
+    return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum().clamp(min=1.0)

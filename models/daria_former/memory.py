@@ -1,0 +1,352 @@
+"""Attention over memory slots that are retrieved once per segment.
+
+The tokens of a document are cut into segments of C. When a stride of tokens is complete its keys
+and values are pooled into one slot (small strides: working memory, large ones: episodic memory);
+beside them there are learned slots that are always there (persistent memory). The tokens of a
+segment read the `top_k` slots that suit the mean query of the segment before, so what is read
+depends on the past alone and is the same in training, prefill and decoding. Slots are pooled once
+and never again.
+
+Sources: pooled keys and values as a branch of attention (arXiv 2502.11089, 1911.05507).
+Shapes: s sequence, b batch, n query heads, g key/value heads, r = n / g, d head dimension, m slots,
+c segments, K = top_k.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.daria_former.cache import MemoryCache
+from parallel.precision import as_fp32
+
+# Scores that exist at a time while slots are selected.
+_SCORES_AT_A_TIME = 1 << 24
+# The least logit that a retrieved slot is given relative to the best one.
+_LEAST_BIAS = -30.0
+
+
+class MemoryLayout(NamedTuple):
+    """Lengths in tokens, capacities in slots."""
+
+    segment_len: int
+    working_stride: int
+    episodic_stride: int
+    working_slots: int
+    episodic_slots: int
+    top_k: int
+
+    def levels(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(stride, capacity) of working and of episodic memory."""
+        return (
+            (self.working_stride, self.working_slots),
+            (self.episodic_stride, self.episodic_slots),
+        )
+
+    def new_cache(self) -> MemoryCache:
+        """Empty state; each level keeps what a rollback by a segment needs."""
+        strides = tuple(stride for stride, _ in self.levels())
+        reaches = tuple(c + self.segment_len // s for s, c in self.levels())
+        return MemoryCache(self.segment_len, strides, reaches)
+
+
+class Tokens(NamedTuple):
+    """What the memory path knows of tokens: queries [b, n, s, d], keys and values [b, g, s, d], and
+    anchors, the weights of pooling before their softmax, [b, g, s]."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    anchors: Tensor
+
+
+class Slots(NamedTuple):
+    """Keys and values [b, g, m, d]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Retrieved(NamedTuple):
+    """The slots that c segments read: keys and values [b, g, c, K + 1, d], and the logits that are
+    added to the scores, fp32 [b, g, c, K + 1]. The last one is the empty slot: score 0, value 0."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+    def segments(self, start: int, stop: int) -> Retrieved:
+        return Retrieved(*(x[:, :, start:stop] for x in self))
+
+
+def memory_attention(
+    tokens: Tokens,
+    *,
+    fixed: Slots,
+    initial_query: Tensor,
+    layout: MemoryLayout,
+    cache: MemoryCache | None = None,
+) -> Tensor:
+    """The readout [b, n, s, d] of rows that are one document; with `cache` they continue it.
+
+    `fixed`: the persistent slots. `initial_query` [g, d]: what the first segment retrieves with.
+    """
+    segment, length = layout.segment_len, tokens.keys.shape[2]
+    start = 0 if cache is None else cache.length
+    first, opened = divmod(start, segment)
+    num_closed = (opened + length) // segment
+    whole = tokens if cache is None else _joined(tokens, cache, opened)
+    closed = Tokens(*(x.narrow(2, 0, num_closed * segment) for x in whole))
+    num_segments = -(-(opened + length) // segment)
+    if cache is not None and num_segments == 1 and cache.retrieved_for == first:
+        retrieved = cache.retrieved
+        if num_closed:
+            _close(closed, layout, initial_query, cache)
+    else:
+        known = _close(closed, layout, initial_query, cache)
+        queries = known.queries[:, :, :num_segments]
+        visible = _visible(known, first, num_segments, first + num_closed, layout)
+        slots = _concatenated([*known.levels, fixed])
+        visible = F.pad(visible, (0, fixed.keys.shape[2]), value=True)
+        retrieved = retrieve(queries, slots, visible, top_k=layout.top_k)
+        if cache is not None:
+            last = num_segments - 1
+            cache.retrieved, cache.retrieved_for = retrieved.segments(last, last + 1), first + last
+    assert retrieved is not None
+    parts, done = [], 0
+    for stop in _piece_ends(opened, length, segment):
+        begin, end = (opened + done) // segment, -(-(opened + stop) // segment)
+        parts.append(read(tokens.queries[:, :, done:stop], retrieved.segments(begin, end)))
+        done = stop
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def packed_memory_attention(
+    tokens: Tokens,
+    positions: Tensor,
+    *,
+    fixed: Slots,
+    initial_query: Tensor,
+    layout: MemoryLayout,
+) -> Tensor:
+    """The readout [b, n, s, d] of rows that hold several documents, each with its own memory.
+
+    `positions` [b, s] count from 0 in every document. Shapes depend on s alone: slots and segments
+    are found by where they end, and as many are computed as could possibly be complete.
+    """
+    batch, _, length, _ = tokens.queries.shape
+    segment = layout.segment_len
+    opening = initial_query.expand(batch, -1, -1).unsqueeze(2)
+    always = positions.new_ones((1, fixed.keys.shape[2]), dtype=torch.bool)
+    in_first = read(tokens.queries, retrieve(opening, fixed, always, top_k=layout.top_k))
+    if length <= segment:
+        return in_first
+    complete = _Complete.of(positions, segment)
+    blocks = complete.tokens()
+    queries = _mean_query(_take(tokens.queries, blocks), segment, fixed.keys.shape[1])
+    levels, visible = [], []
+    for stride, capacity in layout.levels():
+        slots = _Complete.of(positions, stride)
+        taken = Tokens(*(_take(x, slots.tokens()) for x in tokens))
+        levels.append(pool(taken, stride))
+        visible.append(slots.visible_at(complete.ends, positions, capacity))
+    everything = _concatenated([*levels, fixed])
+    visible.append(always.expand(batch, complete.ends.shape[1], -1))
+    seen = torch.cat(visible, dim=-1).unsqueeze(1)
+    retrieved = retrieve(queries, everything, seen, top_k=layout.top_k)
+    # The block after each complete segment; what lies beyond its document is computed in vain.
+    following = (blocks + segment).clamp(max=length - 1)
+    after = read(_take(tokens.queries, following), retrieved)
+    offset = positions.long() % segment
+    previous = complete.number_at(torch.arange(length, device=offset.device) - offset - 1)
+    after = _take(after, (previous.clamp(min=0) * segment + offset))
+    return torch.where((positions < segment)[:, None, :, None], in_first, after)
+
+
+def pool(tokens: Tokens, stride: int) -> Slots:
+    """One slot per stride: `k = sum_i w_i k_i`, `v = sum_i w_i v_i`, w = softmax(anchors)."""
+    weights = as_fp32(tokens.anchors.unflatten(2, (-1, stride))).softmax(dim=-1)
+    weights = weights.to(tokens.keys.dtype).unsqueeze(-2)
+    return Slots(
+        *(
+            torch.matmul(weights, x.unflatten(2, (-1, stride))).squeeze(-2)
+            for x in (tokens.keys, tokens.values)
+        )
+    )
+
+
+def retrieve(queries: Tensor, slots: Slots, visible: Tensor, *, top_k: int) -> Retrieved:
+    """The `top_k` visible slots for each query: [b, g, c, d] and `visible` [c, m] or [b, 1, c, m].
+
+    A slot's logit gets `max(-30, rho - max rho)`, rho = q k / sqrt(d), which is how the query
+    learns what to retrieve. Selection is in fp32, so that it is the same at any precision of k.
+    """
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    indices, found = _select(queries, slots.keys, visible, top_k)
+    keys, values = (_gather_slots(x, indices) for x in slots)
+    if indices.shape[-1] == 0:
+        bias = as_fp32(queries).new_zeros(indices.shape)
+    else:
+        scores = (as_fp32(queries).unsqueeze(-2) * as_fp32(keys)).sum(-1) * scale
+        best = scores.masked_fill(~found, -torch.inf).amax(dim=-1, keepdim=True)
+        best = best.masked_fill(~found.any(dim=-1, keepdim=True), 0.0)
+        bias = (scores - best).clamp(min=_LEAST_BIAS).masked_fill(~found, -torch.inf)
+    return Retrieved(F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1)), F.pad(bias, (0, 1)))
+
+
+def read(queries: Tensor, retrieved: Retrieved) -> Tensor:
+    """Attention of [b, n, c * l, d] queries, l for each of c segments, to what each retrieved."""
+    groups, num_segments = retrieved.keys.shape[1:3]
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    # All queries of a group and segment share their keys: [b, g, c, r * l, d].
+    q = queries.unflatten(1, (groups, -1)).unflatten(3, (num_segments, -1)).transpose(2, 3)
+    heads, per_segment = q.shape[3:5]
+    scores = torch.matmul(q.flatten(3, 4), retrieved.keys.mT)
+    scores = as_fp32(scores) * scale + retrieved.bias.unsqueeze(-2)
+    read_out = torch.matmul(scores.softmax(dim=-1).to(q.dtype), retrieved.values)
+    read_out = read_out.unflatten(3, (heads, per_segment)).transpose(2, 3)
+    return read_out.flatten(3, 4).flatten(1, 2)
+
+
+def _joined(tokens: Tokens, cache: MemoryCache, opened: int) -> Tokens:
+    """The open segment's tokens and the new ones; the cache then holds both."""
+    return Tokens(*(h.extended(x, opened) for h, x in zip(cache.tokens, tokens, strict=True)))
+
+
+class _Known(NamedTuple):
+    """What the segments of a call can use: the query of each (one more than are complete, the first
+    from before the call), and the slots of each level."""
+
+    queries: Tensor
+    levels: list[Slots]
+
+
+def _close(
+    closed: Tokens, layout: MemoryLayout, initial: Tensor, cache: MemoryCache | None
+) -> _Known:
+    """Pool the complete segments of a call; a cache then keeps what later segments can see."""
+    batch, groups = closed.keys.shape[:2]
+    queries = _mean_query(closed.queries, layout.segment_len, groups)
+    if cache is not None and cache.summaries.length:
+        before = cache.summaries.last(1).clone()
+    else:
+        before = initial.expand(batch, -1, -1).unsqueeze(2).to(queries.dtype)
+    levels = [pool(closed, stride) for stride, _ in layout.levels()]
+    if cache is not None:
+        cache.summaries.append(queries)
+        levels = [
+            Slots(*(h.extended(x, capacity) for h, x in zip(streams, slots, strict=True)))
+            for streams, slots, (_, capacity) in zip(
+                cache.levels, levels, layout.levels(), strict=True
+            )
+        ]
+    return _Known(torch.cat((before, queries), dim=2), levels)
+
+
+def _visible(
+    known: _Known, first: int, num_segments: int, num_closed: int, layout: MemoryLayout
+) -> Tensor:
+    """Which slots each segment from `first` on may see, bool [c, m]: the newest of those that were
+    complete when it began. `num_closed` segments are complete by now."""
+    device = known.queries.device
+    index = torch.arange(first, first + num_segments, device=device).unsqueeze(1)
+    visible = []
+    for slots, (stride, capacity) in zip(known.levels, layout.levels(), strict=True):
+        per_segment, count = layout.segment_len // stride, slots.keys.shape[2]
+        number = torch.arange(count, device=device) + num_closed * per_segment - count
+        stop = index * per_segment
+        visible.append((number < stop) & (number >= stop - capacity))
+    return torch.cat(visible, dim=1)
+
+
+def _mean_query(queries: Tensor, segment: int, groups: int) -> Tensor:
+    """Mean over a segment and over the heads that share keys: [b, n, c * C, d] -> [b, g, c, d]."""
+    return queries.unflatten(1, (groups, -1)).unflatten(3, (-1, segment)).mean(dim=(2, 4))
+
+
+def _concatenated(levels: list[Slots]) -> Slots:
+    batch = max(len(level.keys) for level in levels)
+    parts = zip(*(level for level in levels), strict=True)
+    return Slots(*(torch.cat([x.expand(batch, -1, -1, -1) for x in part], dim=2) for part in parts))
+
+
+@torch.no_grad()
+def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Slot numbers int64 [b, g, c, K] and whether each is really visible."""
+    batch, groups, num_segments, _ = queries.shape
+    num_slots = keys.shape[2]
+    keys = as_fp32(keys).mT
+    rows = max(1, _SCORES_AT_A_TIME // max(1, batch * groups * num_slots))
+    chosen, found = [], []
+    for start in range(0, num_segments, rows):
+        part = as_fp32(queries[:, :, start : start + rows])
+        seen = visible[..., start : start + rows, :]
+        scores = torch.matmul(part, keys).masked_fill_(~seen, -torch.inf)
+        best = scores.topk(min(top_k, num_slots), dim=-1)
+        chosen.append(best.indices)
+        found.append(best.values > -torch.inf)
+    return torch.cat(chosen, dim=2), torch.cat(found, dim=2)
+
+
+def _gather_slots(x: Tensor, indices: Tensor) -> Tensor:
+    """[b, g, m, d] at [b, g, c, K] -> [b, g, c, K, d]."""
+    x = x.expand(len(indices), -1, -1, -1)
+    flat = indices.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
+    return x.gather(2, flat).unflatten(2, indices.shape[2:])
+
+
+def _take(x: Tensor, tokens: Tensor) -> Tensor:
+    """x [b, heads, s, ...] at tokens [b, l]: [b, heads, l, ...]."""
+    index = tokens.view(len(tokens), 1, -1, *([1] * (x.dim() - 3)))
+    return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+
+
+def _piece_ends(opened: int, length: int, segment: int) -> list[int]:
+    """Where to cut `length` tokens so that a piece is part of one segment, or whole segments."""
+    head = min((-opened) % segment, length)
+    middle = head + (length - head) // segment * segment
+    return sorted({head, middle, length} - {0})
+
+
+class _Complete(NamedTuple):
+    """The complete runs of `size` tokens in packed documents, by where they end.
+
+    `ends` int64 [b, s // size]: last tokens, in order; beyond those of a row some valid token.
+    `counts` int64 [b, s]: how many runs have ended at or before a token.
+    """
+
+    size: int
+    ends: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, size: int) -> _Complete:
+        batch, length = positions.shape
+        is_end = (positions + 1) % size == 0
+        counts = is_end.long().cumsum(dim=1)
+        most = length // size
+        place = torch.where(is_end, counts - 1, most)
+        index = torch.arange(length, device=positions.device).expand(batch, -1)
+        ends = index.new_full((batch, most + 1), size - 1).scatter(1, place, index)
+        return cls(size, ends[:, :most], counts)
+
+    def tokens(self) -> Tensor:
+        """The tokens of every run, run after run: [b, (s // size) * size]."""
+        offsets = torch.arange(1 - self.size, 1, device=self.ends.device)
+        return (self.ends.unsqueeze(-1) + offsets).flatten(1)
+
+    def number_at(self, tokens: Tensor) -> Tensor:
+        """The number of the last run that ended at or before each token [b, l]; -1 for none."""
+        return self.counts.gather(1, tokens.clamp(min=0)) - 1
+
+    def visible_at(self, tokens: Tensor, positions: Tensor, capacity: int) -> Tensor:
+        """Which runs are slots of the document of each token [b, l], complete there: [b, l, m]."""
+        stop = self.counts.gather(1, tokens)
+        own = (positions.long().gather(1, tokens) + 1) // self.size
+        number = torch.arange(self.ends.shape[1], device=tokens.device)
+        first = stop - own.clamp(max=capacity)
+        return (number < stop.unsqueeze(-1)) & (number >= first.unsqueeze(-1))

@@ -1,0 +1,136 @@
+"""The Daria-Former family: its ordered layers, its carry, its loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.base import LossOutput, ModelFamily
+from models.daria_former.carry import AUX, DariaCarry, DariaOutput
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.counts import forward_flops_per_token, num_parameters
+from models.daria_former.layers import DACBlock, DariaEmbedding, DariaHead
+from models.daria_former.paths import Rotaries
+from parallel.carry import Field, LayerSpec
+from parallel.context import ParallelContext
+from parallel.cross_entropy import (
+    IGNORED_LABEL,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_entropy,
+)
+
+
+def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[LayerSpec]:
+    """`embedding`, `block_0` ... `block_{L-1}`, `head`."""
+    rotaries = Rotaries.of(config)
+    tied = {"output.weight": "embedding.tokens.weight"} if config.weight_tying else {}
+    first = {"config": config, "segmented": segmented}
+    return [
+        LayerSpec("embedding", DariaEmbedding, first, recompute=False),
+        *(
+            LayerSpec(f"block_{i}", DACBlock, {"config": config, "layer": i, "rotaries": rotaries})
+            for i in range(config.num_layers)
+        ),
+        LayerSpec("head", DariaHead, {"config": config}, tied=tied, recompute=False),
+    ]
+
+
+def carry_schema(
+    config: DariaFormerConfig,
+    ctx: ParallelContext,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    segmented: bool = False,
+    num_modality_tokens: int = 0,
+) -> DariaCarry:
+    """The shapes that cross a stage boundary on this rank.
+
+    `num_modality_tokens`: how many the encoders make of a row's images and sound.
+
+    Raises:
+        ValueError: sequence parallelism with a sequence that the tensor size does not divide.
+    """
+    local_length = seq_length
+    if ctx.sequence_parallel:
+        if seq_length % ctx.tensor.size:
+            raise ValueError(
+                f"data.sequence_length={seq_length} is not divisible by parallel.tensor="
+                f"{ctx.tensor.size}, which sequence_parallel needs; change one of them"
+            )
+        local_length = seq_length // ctx.tensor.size
+    dtype, tokens = ctx.precision.dtype, (micro_batch_size, seq_length)
+
+    def activation(*shape: int, dtype: torch.dtype = torch.float32) -> Field:
+        return Field(shape, dtype, gradient=True)
+
+    per_token = (seq_length, micro_batch_size)
+    num_slots = 2 * config.persistent_memory_slots * config.has("memory")
+    num_slots += config.persona_memory_slots * config.has("persona")
+    modality = (num_modality_tokens, micro_batch_size, config.hidden_dim)
+    return DariaCarry(
+        hidden=activation(local_length, micro_batch_size, config.hidden_dim, dtype=dtype),
+        emotion=activation(*per_token, config.emotion_dim),
+        priors=activation(*per_token, len(config.all_paths) + 1),
+        aux=activation(len(AUX)),
+        bank=activation(num_slots, 1, config.hidden_dim, dtype=dtype) if num_slots else None,
+        modality=activation(*modality, dtype=dtype) if num_modality_tokens else None,
+        positions=Field(tokens, torch.int32) if segmented else None,
+        keys=Field(tokens, torch.int64) if config.is_noisy else None,
+    )
+
+
+def token_losses(output: DariaOutput, labels: Tensor, ctx: ParallelContext) -> Tensor:
+    """Cross entropy of every position, fp32 [s, b], 0 where the label is -100."""
+    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
+
+
+def loss(
+    output: DariaOutput,
+    labels: Tensor,
+    *,
+    config: DariaFormerConfig,
+    ctx: ParallelContext,
+    num_scored: Tensor | None = None,
+) -> LossOutput:
+    """Cross entropy of the scored tokens, and the weighted losses of `aux` and of rhythm."""
+    if num_scored is None:
+        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+    lm_loss = token_losses(output, labels, ctx).sum() / num_scored
+    rhythm_loss = torch.zeros_like(lm_loss)
+    if config.rhythm_loss_weight:
+        rhythm_loss = rhythm_regularizer(output.logits, config.rhythm_target_var, ctx=ctx)
+    aux = dict(zip(AUX, output.aux.unbind(), strict=True))
+    total = (
+        lm_loss
+        + config.rhythm_loss_weight * rhythm_loss
+        + config.gate_balance_weight * aux["gate_loss"]
+        + config.memory_loss_weight * aux["memory_loss"]
+        + config.emotion_loss_weight * aux["emotion_loss"]
+        + config.repetition_loss_weight * aux["repetition_loss"]
+    )
+    terms = {"lm_loss": lm_loss, "rhythm_loss": rhythm_loss, **aux}
+    return LossOutput(total, {name: term.detach() for name, term in terms.items()})
+
+
+def rhythm_regularizer(logits: Tensor, target: float, *, ctx: ParallelContext) -> Tensor:
+    """`mean_b relu(v - Var_t(entropy_t))` in nats^2, logits [s, b, V/t].
+
+    Predictions of an even, dull rhythm are penalised up to the variance v; more is not rewarded.
+    """
+    entropies = vocab_parallel_entropy(logits, ctx=ctx)
+    return (target - entropies.var(dim=0, correction=0)).relu().mean()
+
+
+FAMILY = ModelFamily(
+    name="daria_former",
+    config_cls=DariaFormerConfig,
+    layer_specs=layer_specs,
+    carry_schema=carry_schema,
+    loss=loss,
+    loss_names=("lm_loss", "rhythm_loss", *AUX),
+    token_losses=token_losses,
+    flops=forward_flops_per_token,
+    num_parameters=num_parameters,
+    hf=None,
+)

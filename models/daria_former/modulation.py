@@ -1,0 +1,175 @@
+"""What the emotion state does to a block, and how a block writes to the residual stream.
+
+Shapes: s sequence, b batch, h hidden, E emotion, F feed-forward, R rank, t tensor size. Activations
+are [s, b, .], or [s/t, b, .] under sequence parallelism; "own" is the emotion state of just these
+tokens. Everything that depends on the state starts at zero, so that a block begins as a plain one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common.norms import RMSNorm
+from models.daria_former.config import DariaFormerConfig
+from parallel.context import ParallelContext
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.regions import enter_tensor_region
+from parallel.sharding import Constant, Init, Normal, Sharding, declare, declare_replicated
+
+ZERO = Constant(0.0)
+
+
+class AdaptiveNorm(nn.Module):
+    """`y = norm(x) * (1 + W_g e) + W_b e`, with RMSNorm or LayerNorm inside; per token."""
+
+    def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        hidden = config.hidden_dim
+        self.eps, self.kind = config.norm_eps, config.norm_type
+        self.weight = replicated((hidden,), Constant(1.0), ctx)
+        self.bias = replicated((hidden,), ZERO, ctx) if self.kind == "layer" else None
+        self.scale = replicated((hidden, config.emotion_dim), ZERO, ctx)
+        self.shift = replicated((hidden, config.emotion_dim), ZERO, ctx)
+
+    def forward(self, x: Tensor, own: Tensor) -> Tensor:
+        """x [s, b, h] and the state of its tokens [s, b, E]."""
+        if self.kind == "rms":
+            normed = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        else:
+            normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        own = own.to(x.dtype)
+        return torch.addcmul(normed + F.linear(own, self.shift), normed, F.linear(own, self.scale))
+
+
+class EmotionModulatedFFN(nn.Module):
+    """`W_down (silu(W_gate x + W_e e + b) * W_up x)`, or `W_down act(W_up x + W_e e + b)`.
+
+    x [s, b, h]; the state e [s, b, E] is whole. Tensor ranks share the intermediate dimension, that
+    of W_e too. Any module that is called as `ffn(x, emotion)` can stand in its place.
+    """
+
+    def __init__(
+        self, config: DariaFormerConfig, *, output_init: Normal, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.ctx, self.activation = ctx, config.ffn_activation
+        hidden, size, init = config.hidden_dim, config.ffn_size, Normal(config.initializer_range)
+        if self.activation == "swiglu":
+            self.gate_proj = ColumnParallelLinear(hidden, size, ctx=ctx, init=init)
+        self.up_proj = ColumnParallelLinear(hidden, size, ctx=ctx, init=init)
+        self.down_proj = RowParallelLinear(size, hidden, ctx=ctx, init=output_init)
+        local = size // ctx.tensor.size
+        self.emotion = _column((local, config.emotion_dim), size, ctx)
+        self.emotion_bias = _column((local,), size, ctx)
+
+    def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
+        emotion = enter_tensor_region(emotion.to(x.dtype), ctx=self.ctx)
+        mood = F.linear(emotion, self.emotion, self.emotion_bias)
+        if self.activation == "swiglu":
+            gate, up = project_together(x, self.gate_proj, self.up_proj)
+            return self.down_proj(F.silu(gate + mood) * up)
+        (up,) = project_together(x, self.up_proj)
+        mixed = up + mood
+        return self.down_proj(F.gelu(mixed) if self.activation == "gelu" else F.relu(mixed))
+
+
+class ResidualFusion(nn.Module):
+    """`u = g_1 a + g_2 f + g_3 norm(x)`, `g = 2 softmax(W [a; f; norm(x)] + b)`: [s, b, h] each.
+
+    W starts at 0 and b at (0, 0, -4), so that u = .99 (a + f) + .02 norm(x) at first. The skip is
+    normalised: adding x itself again would make the stream grow by a factor with every layer.
+    """
+
+    def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        hidden = config.hidden_dim
+        self.norm = RMSNorm(hidden, eps=config.norm_eps, ctx=ctx)
+        self.gate = replicated((3, 3 * hidden), ZERO, ctx)
+        self.bias = replicated((3,), _fusion_bias, ctx)
+
+    def forward(self, attended: Tensor, fed: Tensor, x: Tensor) -> Tensor:
+        parts = (attended, fed, self.norm(x))
+        logits = self.bias.to(x.dtype)
+        for part, weight in zip(parts, self.gate.chunk(3, dim=1), strict=True):
+            logits = logits + F.linear(part, weight)  # as [a; f; n], without a copy of them
+        gates = (2.0 * logits.float().softmax(dim=-1)).to(x.dtype).unsqueeze(-2).unbind(-1)
+        fused = parts[0] * gates[0]
+        for part, gate in zip(parts[1:], gates[1:], strict=True):
+            fused = torch.addcmul(fused, part, gate)
+        return fused
+
+
+class RhythmGate(nn.Module):
+    """`w = 2 sigmoid(W_2 W_1 phi + b)`, `phi = [norm(u); mean(u); log(1 + var(u))]`: [s, b, h].
+
+    The amount that a block writes, per channel; 1 at first. `rhythm_rank` 0 gives a full matrix.
+    """
+
+    def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        hidden, rank = config.hidden_dim, config.rhythm_rank
+        self.norm = RMSNorm(hidden, eps=config.norm_eps, ctx=ctx)
+        width = rank or hidden
+        first = Normal(config.initializer_range) if rank else ZERO
+        self.down = replicated((width, hidden), first, ctx)
+        self.statistics = replicated((width, 2), first, ctx)
+        self.up = replicated((hidden, rank), ZERO, ctx) if rank else None
+        self.bias = replicated((hidden,), ZERO, ctx)
+
+    def forward(self, u: Tensor) -> Tensor:
+        wide = u.float()
+        mean = wide.mean(dim=-1, keepdim=True)
+        spread = wide.var(dim=-1, keepdim=True, correction=0).log1p()
+        statistics = torch.cat((mean, spread), dim=-1).to(u.dtype)
+        features = F.linear(self.norm(u), self.down) + F.linear(statistics, self.statistics)
+        if self.up is not None:
+            features = F.linear(features, self.up)
+        return 2.0 * (features + self.bias).sigmoid()
+
+
+class ConversationRhythmLayer(nn.Module):
+    """`x + 0.1 (V_2 V_1 x) * (w_s n + b_s)` with `n = sigmoid(w_n x)`, and noise in training.
+
+    Structured variation after the last block: a projection of the state, as strong as the state
+    asks for. The noise is `sigmoid(U_2 U_1 x - 2) * N(0, rhythm_noise_std^2)`. [s, b, h].
+    """
+
+    def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        hidden, rank = config.hidden_dim, config.rhythm_rank or config.hidden_dim
+        init = Normal(config.initializer_range)
+        self.noise_std = config.rhythm_noise_std
+        self.down = replicated((rank, hidden), init, ctx)
+        self.up = replicated((hidden, rank), ZERO, ctx)
+        self.need = replicated((1, hidden), ZERO, ctx)
+        self.scale = replicated((hidden,), Constant(1.0), ctx)
+        self.bias = replicated((hidden,), ZERO, ctx)
+        if self.noise_std:
+            self.noise_down = replicated((rank, hidden), init, ctx)
+            self.noise_up = replicated((hidden, rank), ZERO, ctx)
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """`noise`: standard normal numbers of the shape of x, or None outside training."""
+        need = F.linear(x, self.need).sigmoid()
+        varied = F.linear(F.linear(x, self.down), self.up)
+        y = torch.addcmul(x, varied, torch.addcmul(self.bias, need, self.scale), value=0.1)
+        if noise is None or not self.noise_std:
+            return y
+        amount = (F.linear(F.linear(x, self.noise_down), self.noise_up) - 2.0).sigmoid()
+        return torch.addcmul(y, amount, noise.to(x.dtype), value=self.noise_std)
+
+
+def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:
+    """A parameter that every tensor rank holds whole."""
+    return declare_replicated(nn.Parameter(torch.empty(shape, device=ctx.device)), init, ctx=ctx)
+
+
+def _column(shape: tuple[int, ...], full_size: int, ctx: ParallelContext) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(shape, device=ctx.device))
+    return declare(parameter, Sharding(dim=0, full_size=full_size), ZERO)
+
+
+def _fusion_bias(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.tensor([0.0, 0.0, -4.0])

@@ -1,0 +1,69 @@
+"""Random numbers of training as a function of what a token has seen, the layer and the channel.
+
+A pseudo-random generator would give other numbers at another layout: other ranks draw, in another
+order. Here the first layer hashes every prefix of a document to an int64 key, the keys ride in the
+carry, and whoever needs noise hashes the key with its own stream number. So a step draws the same
+at any tensor, pipeline and data size, under recomputation and after a resume, and no token's noise
+depends on a later token. The same text seen again, in a later epoch, gets the same noise.
+
+Shapes: s sequence, b batch, n channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Streams of each layer: layer l draws from STREAMS * l on.
+STREAMS = 8
+
+# Multipliers of SplitMix64 (Steele, Lea and Flood 2014) and its increment, as signed integers.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
+    """A key for every token, from its document up to it: int64 [b, s] and positions -> [b, s]."""
+    length = tokens.shape[1]
+    index = torch.arange(length, device=tokens.device)
+    place = index if positions is None else positions.long()
+    total = _mix(tokens * _GAMMA + place).cumsum(dim=1)
+    if positions is not None:
+        before = torch.nn.functional.pad(total, (1, 0))
+        total = total - before.gather(1, (index - place).expand_as(total))
+    return _mix(total)
+
+
+def uniform(keys: Tensor, size: int, *, stream: int) -> Tensor:
+    """`size` numbers of [0, 1) per key: int64 [...] -> fp32 [..., size]."""
+    channels = torch.arange(size, device=keys.device) + stream * (1 << 32)
+    bits = _mix(keys.unsqueeze(-1) + channels * _GAMMA)
+    return _shift(bits, 40).float() * 2.0**-24
+
+
+def normal(keys: Tensor, size: int, *, stream: int) -> Tensor:
+    """`size` numbers of N(0, 1) per key, by Box and Muller: int64 [...] -> fp32 [..., size]."""
+    first = 1.0 - uniform(keys, size, stream=2 * stream)  # of (0, 1], so that its log is finite
+    second = uniform(keys, size, stream=2 * stream + 1)
+    return (-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()
+
+
+def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int) -> Tensor:
+    """Zero elements of x [s, b, n] with `probability` and scale the others: keys [s, b]."""
+    kept = uniform(keys, x.shape[-1], stream=stream) >= probability
+    return x * (kept.to(x.dtype) / (1.0 - probability))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser; products wrap around."""
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, count: int) -> Tensor:
+    """A logical shift to the right, which torch has for unsigned integers only."""
+    return (x >> count) & ((1 << (64 - count)) - 1)

@@ -1,0 +1,345 @@
+"""The five attention paths: what each reads, and how.
+
+Shapes: s sequence, b batch, h hidden, n query heads, g key/value heads, d head dimension, P paths,
+t tensor size (n and g are this rank's share inside a layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common.attention import (
+    causal_attention,
+    continued_attention,
+    packed_attention,
+    windowed_attention,
+)
+from models.common.cache import KVCache
+from models.common.rope import RotaryTable, Rotation, rotate
+from models.daria_former.cache import BlockCache, History, MemoryCache
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.memory import (
+    MemoryLayout,
+    Slots,
+    Tokens,
+    memory_attention,
+    packed_memory_attention,
+)
+from parallel.context import ParallelContext
+from parallel.layers import ColumnParallelLinear, project_replicated
+from parallel.precision import as_fp32
+from parallel.sharding import Constant, Init, Normal, Sharding, declare
+
+
+class Rotaries(NamedTuple):
+    """The rotary tables of the two paths that have positions, one object for all layers."""
+
+    local: RotaryTable
+    long: RotaryTable
+
+    @classmethod
+    def of(cls, config: DariaFormerConfig) -> Rotaries:
+        """Tables of a configuration; a scaling factor f stretches both bases by f^(d / (d - 2)).
+
+        The stretch (NTK-aware) is fixed. One that followed the length of the sequence would turn
+        keys that are already in a cache.
+        """
+        d = config.head_size
+        stretch = config.rope_scaling_factor ** (d / (d - 2))
+        local, long = (
+            RotaryTable(d, config.max_seq_len, theta=base * stretch)
+            for base in (config.rope_base, config.rope_base_long)
+        )
+        return cls(local, long)
+
+
+class Sources(NamedTuple):
+    """What a block's attention reads beside the hidden state; see DariaCarry for shapes."""
+
+    priors: Tensor
+    bank: Tensor | None = None
+    modality: Tensor | None = None
+    positions: Tensor | None = None
+    keys: Tensor | None = None
+
+
+class ContextPath(nn.Module):
+    """One path: `y = output_gain * norm(attention(query_gain * q, key_gain * norm(W_k z), W_v z))`.
+
+    q is shared by all paths, keys and values are not (arXiv 2502.11089). Normalising what each path
+    reads before it is mixed keeps a path of small values from losing its gate (arXiv 2411.13676).
+    Gains are per head; ranks hold those of their heads. Subclasses say what z is and how to attend.
+    """
+
+    def __init__(
+        self, config: DariaFormerConfig, *, rotaries: Rotaries, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.config, self.rotaries, self.ctx = config, rotaries, ctx
+        hidden, d = config.hidden_dim, config.head_size
+        init = Normal(config.initializer_range)
+        self.k_proj = ColumnParallelLinear(hidden, config.num_kv_heads * d, ctx=ctx, init=init)
+        self.v_proj = ColumnParallelLinear(hidden, config.num_kv_heads * d, ctx=ctx, init=init)
+        self.query_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx)
+        self.key_gain = per_head(config.num_kv_heads, (d,), Constant(1.0), ctx)
+        self.output_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx)
+
+    def token_projections(self) -> list[nn.Module]:
+        """The column-parallel layers of the path that are applied to the block's tokens."""
+        return [self.k_proj, self.v_proj]
+
+    def forward(
+        self,
+        queries: Tensor,
+        projected: Sequence[Tensor],
+        sources: Sources,
+        cache: BlockCache | None,
+    ) -> Tensor:
+        """What the path reads, [b, n, s, d]: `queries` [s, b, n, d] normalised, `projected` what
+        `token_projections` gave, [s, b, .] each."""
+        q = heads_first(queries * self.query_gain.to(queries.dtype))
+        y = self.attend(q, projected, sources, cache)
+        y = F.rms_norm(y, y.shape[-1:], eps=self.config.norm_eps)
+        return y * self.output_gain.to(y.dtype).unsqueeze(1)
+
+    def attend(
+        self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
+    ) -> Tensor:
+        """Attention of q [b, n, s, d] to what the path reads: [b, n, s, d]."""
+        raise NotImplementedError
+
+    def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected [s, b, g * d] each as keys, normalised and scaled, and values [b, g, s, d]."""
+        k = split_heads(keys, self.config) * self.key_gain.to(keys.dtype)
+        return heads_first(k), heads_first(values.unflatten(-1, (-1, self.config.head_size)))
+
+
+class LocalPath(ContextPath):
+    """The last `sliding_window_size` tokens, with rotary positions."""
+
+    def new_cache(self) -> tuple[History, History]:
+        reach = self.config.sliding_window_size - 1 + self.config.segment_len
+        return History(reach, dim=2), History(reach, dim=2)
+
+    def attend(
+        self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
+    ) -> Tensor:
+        k, v = self.keys_values(*projected)
+        rotation = _rotation(self.rotaries.local, q, sources, cache)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        window = self.config.sliding_window_size
+        if cache is not None and cache.local is not None:
+            k, v = (h.extended(x, window - 1) for h, x in zip(cache.local, (k, v), strict=True))
+        return windowed_attention(q, k, v, window=window, positions=sources.positions)
+
+
+class LongPath(ContextPath):
+    """All tokens so far, with rotary positions of a longer base, and learned keys and values
+    (sinks) that every token sees."""
+
+    def __init__(
+        self, config: DariaFormerConfig, *, rotaries: Rotaries, ctx: ParallelContext
+    ) -> None:
+        super().__init__(config, rotaries=rotaries, ctx=ctx)
+        self.num_sinks = config.num_global_tokens
+        self.sinks = None
+        if self.num_sinks:
+            shape, init = (2, self.num_sinks, config.head_size), Normal(config.initializer_range)
+            self.sinks = per_head(config.num_kv_heads, shape, init, ctx)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """A cache that holds the sinks already."""
+        cache = KVCache(
+            batch_size,
+            self.config.num_kv_heads // self.ctx.tensor.size,
+            self.num_sinks + max_length,
+            self.config.head_size,
+            dtype=self.ctx.precision.dtype,
+            device=self.ctx.device,
+        )
+        if self.sinks is not None:
+            cache.append(*self.sinks.detach().expand(batch_size, -1, -1, -1, -1).unbind(2))
+        return cache
+
+    def attend(
+        self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
+    ) -> Tensor:
+        k, v = self.keys_values(*projected)
+        rotation = _rotation(self.rotaries.long, q, sources, cache)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None and cache.long is not None:
+            return continued_attention(q, *cache.long.append(k, v))
+        if self.sinks is not None:
+            sinks = self.sinks.to(k.dtype).expand(len(k), -1, -1, -1, -1).unbind(2)
+            k, v = (torch.cat(pair, dim=2) for pair in zip(sinks, (k, v), strict=True))
+        if sources.positions is not None:
+            return packed_attention(q, k, v, sources.positions, num_sinks=self.num_sinks)
+        # As many queries in front as there are sinks make the mask that of causal attention.
+        padded = F.pad(q, (0, 0, self.num_sinks, 0))
+        return causal_attention(padded, k, v)[:, :, self.num_sinks :]
+
+
+class MemoryPath(ContextPath):
+    """Slots retrieved once per segment, see models.daria_former.memory; without positions.
+
+    Anchors weigh tokens when they are pooled: `W_a x + segment_gain * sigmoid(segment logit)`, with
+    the segment logit of the context router.
+    """
+
+    def __init__(
+        self, config: DariaFormerConfig, *, rotaries: Rotaries, ctx: ParallelContext
+    ) -> None:
+        super().__init__(config, rotaries=rotaries, ctx=ctx)
+        groups, init = config.num_kv_heads, Normal(config.initializer_range)
+        self.anchor = ColumnParallelLinear(config.hidden_dim, groups, ctx=ctx, init=init)
+        self.segment_gain = per_head(groups, (), Constant(0.0), ctx)
+        self.initial_query = None
+        if config.persistent_memory_slots:  # else the first segment has nothing to choose from
+            # Learned: with a zero query all scores of the first segment would tie.
+            self.initial_query = per_head(groups, (config.head_size,), Normal(1.0), ctx)
+        self.layout = MemoryLayout(
+            segment_len=config.segment_len,
+            working_stride=config.working_stride,
+            episodic_stride=config.episodic_stride,
+            working_slots=config.working_memory_slots,
+            episodic_slots=config.episodic_memory_slots,
+            top_k=config.memory_top_k,
+        )
+
+    def new_cache(self) -> MemoryCache:
+        return self.layout.new_cache()
+
+    def token_projections(self) -> list[nn.Module]:
+        return [self.k_proj, self.v_proj, self.anchor]
+
+    def attend(
+        self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
+    ) -> Tensor:
+        keys, values, anchor = projected
+        worth = as_fp32(self.segment_gain) * sources.priors[..., -1:].sigmoid()
+        anchors = (as_fp32(anchor) + worth).permute(1, 2, 0)
+        tokens = Tokens(q, *self.keys_values(keys, values), anchors)
+        if self.initial_query is None:
+            initial = q.new_zeros(tokens.keys.shape[1], q.shape[-1])
+        else:
+            initial = self.initial_query.to(q.dtype)
+        if cache is None and sources.positions is not None:
+            return packed_memory_attention(
+                tokens,
+                sources.positions,
+                fixed=self._persistent(sources),
+                initial_query=initial,
+                layout=self.layout,
+            )
+        return memory_attention(
+            tokens,
+            fixed=_remembered("memory", self._persistent, sources, cache),
+            initial_query=initial,
+            layout=self.layout,
+            cache=None if cache is None else cache.memory,
+        )
+
+    def _persistent(self, sources: Sources) -> Slots:
+        """Keys and values [1, g, M, d] of the persistent slots, each from a bank of its own."""
+        count = self.config.persistent_memory_slots
+        if count and sources.bank is not None:
+            bank = sources.bank[: 2 * count]
+        else:
+            bank = self.key_gain.new_zeros((0, 1, self.config.hidden_dim))
+        (keys,) = project_replicated(bank[:count], self.k_proj)
+        (values,) = project_replicated(bank[count:], self.v_proj)
+        return Slots(*self.keys_values(keys, values))
+
+
+class StaticPath(ContextPath):
+    """Something that does not grow with the tokens, and an empty slot of score and value 0."""
+
+    def token_projections(self) -> list[nn.Module]:
+        return []
+
+    def source(self, sources: Sources) -> Tensor | None:
+        """What there is to read, [m, b or 1, h]."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
+    ) -> Tensor:
+        slots = _remembered(type(self).__name__, self._slots, sources, cache)
+        k, v = (x.expand(len(q), -1, -1, -1) for x in slots)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+    def _slots(self, sources: Sources) -> Slots:
+        """Keys and values [b or 1, g, m + 1, d]."""
+        source = self.source(sources)
+        if source is None:
+            source = self.key_gain.new_zeros((0, 1, self.config.hidden_dim))
+        k, v = self.keys_values(*project_replicated(source, self.k_proj, self.v_proj))
+        return Slots(F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)))
+
+
+class PersonaPath(StaticPath):
+    """The persona's learned slots."""
+
+    def source(self, sources: Sources) -> Tensor | None:
+        return None if sources.bank is None else sources.bank[-self.config.persona_memory_slots :]
+
+
+class ModalityPath(StaticPath):
+    """Encoded images and sound."""
+
+    def source(self, sources: Sources) -> Tensor | None:
+        return sources.modality
+
+
+PATH_CLASSES: dict[str, type[ContextPath]] = {
+    "local": LocalPath,
+    "long": LongPath,
+    "memory": MemoryPath,
+    "persona": PersonaPath,
+    "modality": ModalityPath,
+}
+
+
+def split_heads(x: Tensor, config: DariaFormerConfig) -> Tensor:
+    """[s, b, heads * d] -> [s, b, heads, d], each normalised if `qk_norm` (arXiv 2010.04245)."""
+    x = x.unflatten(-1, (-1, config.head_size))
+    return F.rms_norm(x, x.shape[-1:], eps=config.norm_eps) if config.qk_norm else x
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[s, b, heads, d] -> [b, heads, s, d]."""
+    x = x.permute(1, 2, 0, 3)
+    # The attention kernel of the CPU is 15 % slower on strided heads, those of CUDA are not.
+    return x.contiguous() if x.device.type == "cpu" else x
+
+
+def per_head(
+    num_heads: int, shape: tuple[int, ...], init: Init, ctx: ParallelContext
+) -> nn.Parameter:
+    """A parameter [heads, ...] of which each tensor rank holds its own heads."""
+    local = torch.empty((num_heads // ctx.tensor.size, *shape), device=ctx.device)
+    return declare(nn.Parameter(local), Sharding(dim=0, full_size=num_heads), init)
+
+
+def _rotation(
+    table: RotaryTable, q: Tensor, sources: Sources, cache: BlockCache | None
+) -> Rotation:
+    if sources.positions is not None:
+        return table.gather(sources.positions)
+    return table.at(q.device, start=0 if cache is None else cache.length, length=q.shape[2])
+
+
+def _remembered(
+    name: str, make: Callable[[Sources], Slots], sources: Sources, cache: BlockCache | None
+) -> Slots:
+    """Slots that a generation projects once."""
+    if cache is None:
+        return make(sources)
+    if name not in cache.static:
+        cache.static[name] = make(sources)
+    return cache.static[name]
