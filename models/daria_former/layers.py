@@ -202,7 +202,7 @@ class DACBlock(nn.Module):
         a = self._dropped(attended.output * strength, carry, stream=1)
         f = self.ffn(self.ffn_norm(x + a, own), carry.emotion)
         u = self.fusion(a, self._dropped(f, carry, stream=2), x)
-        x = torch.addcmul(x, self.rhythm(u), u)
+        x = self.rhythm(x, u)
         emotion = carry.emotion
         if self.emotion is not None:
             emotion = self.emotion(
@@ -216,7 +216,7 @@ class DACBlock(nn.Module):
             aux = aux + block_measurements(
                 attended,
                 x,
-                self.attention.o_proj,
+                self.attention,
                 config=self.config,
                 is_last=self.is_last,
                 ctx=self.ctx,

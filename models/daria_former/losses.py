@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.daria_former.attention import Attended
+from models.common.norms import rms_norm
+from models.daria_former.attention import Attended, MultiContextAttention
 from models.daria_former.carry import AUX
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
@@ -37,7 +38,7 @@ def with_entries(**entries: Tensor) -> Tensor:
 def block_measurements(
     attended: Attended,
     x: Tensor,
-    output_projection: nn.Module,
+    attention: MultiContextAttention,
     *,
     config: DariaFormerConfig,
     is_last: bool,
@@ -50,8 +51,14 @@ def block_measurements(
     entries = {f"gate_{path}": share[i].detach() for i, path in enumerate(config.all_paths)}
     entries["gate_loss"] = (LEAST_GATE - gates).relu().sum() / config.num_layers
     if is_last and attended.readout is not None:
+        path = attention.paths["memory"]
+        readout = rms_norm(attended.readout, None, eps=config.norm_eps)
         entries["memory_loss"] = memory_consistency(
-            attended.readout, x, output_projection, segment_len=config.segment_len, ctx=ctx
+            readout * path.output_gain.unsqueeze(1),  # type: ignore[operator]
+            x,
+            attention.o_proj,
+            segment_len=config.segment_len,
+            ctx=ctx,
         )
     return with_entries(**entries)
 
