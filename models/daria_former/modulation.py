@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.common.norms import inverse_rms, rms_norm
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.fused import multiply_add, weighted_sum
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.regions import enter_tensor_region
@@ -42,7 +43,7 @@ class AdaptiveNorm(nn.Module):
         own = own.to(x.dtype)
         # Adding to the product costs no pass over the activations of its own.
         shifted = torch.addmm(normed.flatten(0, 1), own.flatten(0, 1), self.shift.T)
-        return torch.addcmul(shifted.view_as(normed), normed, F.linear(own, self.scale))
+        return multiply_add(shifted.view_as(normed), normed, F.linear(own, self.scale))
 
 
 class EmotionModulatedFFN(nn.Module):
@@ -102,9 +103,9 @@ class ResidualFusion(nn.Module):
         # W [a; f; norm(x)] without a copy of the three; a factor per token commutes with W.
         logits = F.linear(attended, of_attended, self.bias) + F.linear(fed, of_fed)
         logits = logits.float() + inverse * F.linear(x, of_x)
-        first, second, third = (2.0 * logits.softmax(dim=-1)).split(1, dim=-1)
-        fused = torch.addcmul(attended * first.to(x.dtype), fed, second.to(x.dtype))
-        return torch.addcmul(fused, x, (third * inverse).to(x.dtype))
+        gates = 2.0 * logits.softmax(dim=-1)
+        gates = torch.cat((gates[..., :2], gates[..., 2:] * inverse), dim=-1)
+        return weighted_sum((attended, fed, x), gates)
 
 
 class RhythmGate(nn.Module):
@@ -135,7 +136,7 @@ class RhythmGate(nn.Module):
             amount = (features + self.bias).sigmoid()
         else:
             amount = F.linear(features, self.up, self.bias).sigmoid()
-        return torch.addcmul(x, u, amount, value=2.0)
+        return multiply_add(x, u, amount, scale=2.0)
 
 
 class ConversationRhythmLayer(nn.Module):
@@ -163,11 +164,11 @@ class ConversationRhythmLayer(nn.Module):
         """`noise`: standard normal numbers of the shape of x, or None outside training."""
         need = F.linear(x, self.need).sigmoid()
         varied = F.linear(F.linear(x, self.down), self.up)
-        y = torch.addcmul(x, varied, torch.addcmul(self.bias, need, self.scale), value=0.1)
+        y = multiply_add(x, varied, need * self.scale + self.bias, scale=0.1)
         if noise is None or not self.noise_std:
             return y
         amount = (F.linear(F.linear(x, self.noise_down), self.noise_up) - 2.0).sigmoid()
-        return torch.addcmul(y, amount, noise.to(x.dtype), value=self.noise_std)
+        return multiply_add(y, amount, noise.to(x.dtype), scale=self.noise_std)
 
 
 def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:
