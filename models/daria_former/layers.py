@@ -24,6 +24,7 @@ from models.daria_former.encoders import ModalityEncoder
 from models.daria_former.losses import (
     block_measurements,
     emotion_smoothness,
+    emotion_variance,
     repetition,
     with_entries,
 )
@@ -268,7 +269,7 @@ class DariaHead(nn.Module):
             aux = aux + with_entries(
                 emotion_loss=emotion_smoothness(carry.emotion, carry.positions, ctx=self.ctx),
                 repetition_loss=repetition(y, carry.positions, ctx=self.ctx),
-                emotion_variance=carry.emotion.detach().var(dim=(0, 1), correction=0).mean(),
+                emotion_variance=emotion_variance(carry.emotion),
             )
         return DariaOutput(logits, aux, y, carry.emotion)
 

@@ -108,17 +108,25 @@ def emotion_smoothness(
     return computed_by_all(mean, ctx=ctx)
 
 
+@torch.no_grad()
+def emotion_variance(emotion: Tensor) -> Tensor:
+    """Variance over tokens, a mean over channels: [s, b, E]. Near 0 the state says nothing."""
+    tokens = emotion.flatten(0, 1)
+    return tokens.square().mean() - tokens.mean(dim=0).square().mean()
+
+
 def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> Tensor:
     """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` over neighbours of one document: y [s/t, b, h].
 
     Published relatives: SimCTG (arXiv 2202.06417). Each rank scores the pairs that its own tokens
     begin, so the result does not depend on how many ranks there are.
     """
-    directions = F.normalize(y.float(), dim=-1)
-    firsts = gather_sequence(directions[:1], ctx=ctx)  # the first token of every rank
-    rank = (ctx.tensor.rank + 1) % len(firsts)
-    following = torch.cat((directions[1:], firsts[rank : rank + 1]))
-    excess = ((directions * following).sum(dim=-1) - FREE_SIMILARITY).relu()
+    firsts = gather_sequence(y[:1], ctx=ctx)  # the first token of every rank
+    next_rank = (ctx.tensor.rank + 1) % len(firsts)
+    following = firsts[next_rank : next_rank + 1]
+    norms = torch.cat((_norms(y), _norms(following)))
+    products = torch.cat((_products(y[:-1], y[1:]), _products(y[-1:], following)))
+    excess = (products / (norms[:-1] * norms[1:]) - FREE_SIMILARITY).relu()
     length = y.shape[0] * len(firsts)
     counted = y.new_ones((length, y.shape[1]), dtype=torch.float32)
     counted[-1] = 0.0
@@ -126,3 +134,11 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
         counted[:-1] = (positions.T[1:] > 0).float()
     total = (excess * own_sequence(counted, ctx=ctx)).sum()
     return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum().clamp(min=1.0)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=-1, dtype=torch.float32)

@@ -44,11 +44,12 @@ def uniform(keys: Tensor, size: int, *, stream: int) -> Tensor:
 
 def normal(keys: Tensor, size: int, *, stream: int) -> Tensor:
     """`size` numbers of N(0, 1) per key, by Box and Muller: int64 [...] -> fp32 [..., size]."""
-    bits = _bits(keys, size, stream=stream)
-    # Both numbers from one hash; the first of (0, 1], so that its logarithm is finite.
-    first = (_shift(bits, 40).float() + 1.0) * 2.0**-24
-    second = (bits & 0xFFFFFF).float() * 2.0**-24
-    return (-2.0 * first.log()).sqrt_().mul_(second.mul_(2.0 * math.pi).cos_())
+    bits = _bits(keys, (size + 1) // 2, stream=stream)
+    # A hash gives two uniform numbers, and they two normal ones. The radius is that of a number of
+    # (0, 1], so that its logarithm is finite.
+    radius = (_shift(bits, 40).float() + 1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = (bits & 0xFFFFFF).float().mul_(2.0**-24 * 2.0 * math.pi)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)[..., :size]
 
 
 def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int) -> Tensor:
