@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_tools.batch import Batch
+from data_tools.batch import IGNORED_LABEL, Batch
 from models.base import ModelFamily, TokenInputs
 from models.registry import get_family
 from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
@@ -34,6 +35,16 @@ from pretrain.optimizers import (
     clip_gradients,
     set_learning_rate,
 )
+
+
+class Targets(NamedTuple):
+    """What an output is compared with.
+
+    `labels`: int64 [b, s], -100 = not scored. `num_scored`: scalar, see `ModelFamily.loss`.
+    """
+
+    labels: Tensor
+    num_scored: Tensor | None = None
 
 
 class StepResult(NamedTuple):
@@ -86,9 +97,10 @@ class PlainEngine:
         names = ("loss", *self.plan.family.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
+        batches, num_scored = _count_scored(batches, self.plan)
         for _ in range(self.num_micro_batches):
             inputs, labels = _to_device(next(batches), self.ctx.device)
-            total, terms = self.plan.objective(engine(inputs), labels)
+            total, terms = self.plan.objective(engine(inputs), Targets(labels, num_scored))
             engine.backward(total)
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
@@ -107,7 +119,7 @@ class PlainEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
         for batch in batches:
             inputs, labels = _to_device(batch, self.ctx.device)
-            total += self.plan.score(self.deepspeed(inputs), labels)[0].double()
+            total += self.plan.score(self.deepspeed(inputs), Targets(labels))[0].double()
         dist.all_reduce(total, group=self.ctx.data.group)
         self.deepspeed.train()
         return total.item()
@@ -129,7 +141,10 @@ class PipelineEngine:
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        loss = self.deepspeed.train_batch(self._pairs(batches))
+        num_scored = None
+        if self.ctx.is_last_stage:
+            batches, num_scored = _count_scored(batches, self.plan)
+        loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
         terms = dict(self.deepspeed.agg_additional_losses)
         return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
 
@@ -149,11 +164,14 @@ class PipelineEngine:
         ]
         return module_weights(self.module, skip=copies)
 
-    def _pairs(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """(inputs, labels) as PipelineEngine pulls them, on the first and the last stage only."""
+    def _pairs(
+        self, batches: Iterator[Batch], num_scored: Tensor | None = None
+    ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """(inputs, targets) as PipelineEngine pulls them, on the first and the last stage only."""
         for batch in batches:
             inputs = TokenInputs(batch.tokens, batch.segment_ids)
-            yield tuple(x for x in inputs if x is not None), batch.labels
+            targets = Targets(batch.labels, num_scored)
+            yield _present(inputs), _present(targets)
 
     @contextmanager
     def _objective(self, objective: Callable[..., Any]) -> Iterator[None]:
@@ -193,13 +211,19 @@ class RunPlan(NamedTuple):
             segmented=self.segmented,
         )
 
-    def objective(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What training minimises, and the terms it reports."""
-        return self.family.loss(output, labels, config=self.run.model, ctx=self.ctx)
+    def objective(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What training minimises, and the terms it reports.
 
-    def score(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        `targets`: Targets, or the tuple of its fields that PipelineEngine makes of it.
+        """
+        labels, num_scored = Targets(*targets)
+        return self.family.loss(
+            output, labels, config=self.run.model, ctx=self.ctx, num_scored=num_scored
+        )
+
+    def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What evaluation sums: the losses of the scored tokens, in nats."""
-        losses = self.family.token_losses(output, labels, ctx=self.ctx)
+        losses = self.family.token_losses(output, targets[0], ctx=self.ctx)
         zero = torch.zeros((), device=losses.device)
         return losses.sum(), dict.fromkeys(self.family.loss_names, zero)
 
@@ -335,6 +359,27 @@ def _mpu(ctx: ParallelContext) -> Any:
     from parallel.megatron import DeepSpeedTopology
 
     return DeepSpeedTopology()
+
+
+def _count_scored(batches: Iterator[Batch], plan: RunPlan) -> tuple[Iterator[Batch], Tensor | None]:
+    """The batches of a step, and how many tokens each of all data ranks' scores on average.
+
+    Counted on the host before they are moved, summed over data ranks on the device: nobody waits
+    for it. None where every token is scored. Collective over data ranks.
+    """
+    if not plan.segmented:
+        return batches, None
+    num_batches = plan.run.training.gradient_accumulation_steps
+    step = list(itertools.islice(batches, num_batches))
+    own = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in step)
+    total = torch.full((), float(own), device=plan.ctx.device)
+    if plan.ctx.data.size > 1:
+        dist.all_reduce(total, group=plan.ctx.data.group)
+    return iter(step), total.clamp(min=1) / (num_batches * plan.ctx.data.size)
+
+
+def _present(fields: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(x for x in fields if x is not None)
 
 
 def _gathered(parameter: Tensor) -> Tensor:
