@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,6 +24,11 @@ class SourceConfig(BaseModel):
     weight: float = Field(
         default=1.0, gt=0, description="Share of the samples, relative to the other sources"
     )
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Refuse a run that would read the source more often than this; null: no limit",
+    )
     name: str = Field(
         default="",
         description="Name in the ledger and part of the shuffling key, so that a corpus may move; "
@@ -36,10 +43,40 @@ class SourceConfig(BaseModel):
             value = {**value, "name": PurePath(value["path"]).name}
         return value
 
-    @field_validator("weight", mode="before")
+    @field_validator("weight", "max_epochs", mode="before")
     @classmethod
     def _accept_whole_numbers(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
+
+
+class StageConfig(BaseModel):
+    """A part of a run: what it leaves out is as the `data` section says."""
+
+    model_config = _STRICT
+
+    until_step: int | None = Field(default=None, gt=0, description="Last step of the stage")
+    until_fraction: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of the run's tokens after which it ends"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of a source of data.train -> share of the samples; null: its weights",
+    )
+    sequence_length: int | None = Field(
+        default=None, gt=0, description="A divisor of data.sequence_length; null: that length"
+    )
+    model: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of the model during the stage, of those its family lets change",
+    )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: float(x) if type(x) is int else x for key, x in value.items()}
 
 
 class DataConfig(BaseModel):
@@ -64,6 +101,11 @@ class DataConfig(BaseModel):
         "SentencePiece .model; checked against the sources",
     )
     sequence_length: int = Field(gt=0, description="Tokens per sample that the model sees")
+    stages: tuple[StageConfig, ...] = Field(
+        default=(),
+        description="A curriculum: stages with their own weights or sequence length, each but the "
+        "last `until_step` or `until_fraction`",
+    )
     reset_at_documents: bool = Field(
         default=False,
         description="Number the documents of each sample, so that attention and positions restart "
@@ -82,6 +124,17 @@ class DataConfig(BaseModel):
         if isinstance(value, (str, dict)):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _accept_a_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Every length that the model sees, the longest first."""
+        stages = {stage.sequence_length or self.sequence_length for stage in self.stages}
+        return sorted(stages | {self.sequence_length}, reverse=True)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -102,4 +155,75 @@ class DataConfig(BaseModel):
             raise ValueError(
                 f"data.tokenizer is {self.tokenizer}, but data.kind is bytes; remove it"
             )
+        if self.stages:
+            _check_ends(self.stages)
+            _check_mixes(self.stages, self.train)
+            _check_lengths(self.stages, self.sequence_length)
         return self
+
+
+def _check_ends(stages: Sequence[StageConfig]) -> None:
+    if len(stages) == 1:
+        raise ValueError(
+            "data.stages has one stage, which has no effect; set data.train and "
+            "data.sequence_length instead, or add a stage"
+        )
+    kinds = {kind for stage in stages for kind in _end_of(stage)}
+    missing = [i for i, stage in enumerate(stages[:-1]) if len(_end_of(stage)) != 1]
+    if missing or len(kinds) != 1:
+        raise ValueError(
+            f"data.stages.{missing[0] if missing else 0} needs one of until_step and "
+            "until_fraction, and all stages the same one; correct the stages"
+        )
+    if _end_of(stages[-1]):
+        raise ValueError(
+            f"data.stages.{len(stages) - 1}, the last, has an end; it lasts as long as the run: "
+            "remove it"
+        )
+    ends = [end for stage in stages for end in _end_of(stage).values()]
+    for number, (before, end) in enumerate(itertools.pairwise(ends), start=1):
+        if end <= before:
+            raise ValueError(
+                f"data.stages.{number} ends at {end}, not after {before}, the end of the stage "
+                "before it; order the stages"
+            )
+
+
+def _end_of(stage: StageConfig) -> dict[str, float]:
+    ends = {"until_step": stage.until_step, "until_fraction": stage.until_fraction}
+    return {kind: end for kind, end in ends.items() if end is not None}
+
+
+def _check_mixes(stages: Sequence[StageConfig], sources: Sequence[SourceConfig]) -> None:
+    names = [source.name for source in sources]
+    for number, stage in enumerate(stages):
+        unknown = [name for name in stage.weights or () if name not in names]
+        if unknown:
+            raise ValueError(
+                f"data.stages.{number}.weights names {unknown[0]}, which is not a source of "
+                f"data.train ({', '.join(names)}); add the source or correct the name"
+            )
+    if any(stage.weights is None for stage in stages):
+        return
+    used = {name for stage in stages for name in stage.weights or ()}
+    for source in sources:
+        if source.name not in used:
+            raise ValueError(
+                f"data.train source {source.name} is in no stage, so it has no effect; give it a "
+                "weight in data.stages or remove it"
+            )
+        if source.weight != 1.0:
+            raise ValueError(
+                f"data.train source {source.name}: weight {source.weight} has no effect, every "
+                "stage has its own weights; remove it"
+            )
+
+
+def _check_lengths(stages: Sequence[StageConfig], longest: int) -> None:
+    for number, stage in enumerate(stages):
+        length = stage.sequence_length
+        if length is not None and longest % length:
+            raise ValueError(
+                f"data.stages.{number}.sequence_length={length} does not divide "
+                f"data.sequence_length={longest}, of which a stage reads whole parts; change one"
+            )

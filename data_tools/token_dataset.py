@@ -81,12 +81,15 @@ class Windows(NamedTuple):
 
 
 class TokenDataset:
-    """Endless samples of one stream: an epoch visits each of its W = (T - 1) // s windows once.
+    """One stream in an endless shuffled order: an epoch visits its W = (T - 1) // s windows once.
 
     Window w is the tokens [w*s, (w + 1)*s + 1): neighbours share one token, so that every token but
-    the first is predicted once an epoch. Sample i is window pi(i mod W), where pi is the keyed
-    permutation of (seed, epoch i // W, name). Nothing is indexed or cached: start-up and memory do
-    not grow with the corpus.
+    the first is predicted once an epoch. The i-th window of the order is pi(i mod W), where pi is
+    the keyed permutation of (seed, epoch i // W, name). Nothing is indexed or cached: start-up and
+    memory do not grow with the corpus.
+
+    A place in the order is counted in tokens, so that samples may be shorter than a window: those
+    of length s / k are its k parts, one after the other.
 
     Raises:
         DataError: the stream has fewer than s + 1 tokens.
@@ -113,24 +116,30 @@ class TokenDataset:
                 f"{sequence_length} needs at least {sequence_length + 1}; add text or shorten it"
             )
 
-    def window_numbers(self, samples: IntArray) -> IntArray:
-        """The windows of sample numbers [n], which count from 0 over all epochs."""
-        epochs, places = np.divmod(samples, self.num_windows)
-        numbers = np.empty_like(samples)
+    def window_numbers(self, places: IntArray) -> IntArray:
+        """Window numbers of places [n] in the order, which count from 0 over all epochs."""
+        epochs, places = np.divmod(places, self.num_windows)
+        numbers = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             permutation = KeyedPermutation(self.num_windows, key=(self._seed, epoch, self.name))
             mask = epochs == epoch
             numbers[mask] = permutation(places[mask])
         return numbers
 
-    def read(self, window_numbers: IntArray) -> Windows:
-        """The tokens of windows [n]."""
+    def starts(self, positions: IntArray) -> IntArray:
+        """Where in the stream the samples at places [n] of the shuffled order start."""
+        numbers, offsets = np.divmod(positions, self.sequence_length)
+        return self.window_numbers(numbers) * self.sequence_length + offsets
+
+    def read(self, starts: IntArray, *, length: int) -> Windows:
+        """Samples of `length` tokens and the one that follows, from places [n] of the stream."""
         return read_windows(
-            self.stream,
-            starts=window_numbers * self.sequence_length,
-            length=self.sequence_length + 1,
-            with_segments=self._reset_at_documents,
+            self.stream, starts=starts, length=length + 1, with_segments=self._reset_at_documents
         )
+
+    def epochs(self, position: int) -> float:
+        """How often the windows have been visited when the order is at this place."""
+        return position / (self.num_windows * self.sequence_length)
 
 
 def read_windows(

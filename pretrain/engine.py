@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_tools.batch import IGNORED_LABEL, Batch
+from data_tools.batch import Batch
 from models.base import ModelFamily, TokenInputs
 from models.registry import get_family
 from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
@@ -26,6 +25,7 @@ from parallel.context import ParallelContext
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
+from parallel.wire import Wire
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
@@ -35,16 +35,7 @@ from pretrain.optimizers import (
     clip_gradients,
     set_learning_rate,
 )
-
-
-class Targets(NamedTuple):
-    """What an output is compared with.
-
-    `labels`: int64 [b, s], -100 = not scored. `num_scored`: scalar, see `ModelFamily.loss`.
-    """
-
-    labels: Tensor
-    num_scored: Tensor | None = None
+from pretrain.targets import Targets, count_scored
 
 
 class StepResult(NamedTuple):
@@ -64,6 +55,9 @@ class Engine(Protocol):
     ctx: ParallelContext
     deepspeed: Any
     module: nn.Module
+
+    def set_sequence_length(self, length: int) -> None:
+        """The batches from here on have sequences of this length; called on all ranks alike."""
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         """One optimizer step over `gradient_accumulation_steps` batches of this data rank."""
@@ -91,13 +85,18 @@ class PlainEngine:
             # gradients to a buffer and back. Elsewhere the call also partitions them.
             deepspeed_engine.enable_backward_allreduce = False
 
+    def set_sequence_length(self, length: int) -> None:
+        """Nothing is kept that has the length of a sequence."""
+
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
         set_learning_rate(engine.optimizer, learning_rate)
         names = ("loss", *self.plan.family.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
-        batches, num_scored = _count_scored(batches, self.plan)
+        num_scored = None
+        if self.plan.segmented:
+            batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
         for _ in range(self.num_micro_batches):
             inputs, labels = _to_device(next(batches), self.ctx.device)
             total, terms = self.plan.objective(engine(inputs), Targets(labels, num_scored))
@@ -138,12 +137,21 @@ class PipelineEngine:
         self.module: nn.Module = deepspeed_engine.module
         self.plan = plan
         self.ctx = plan.ctx
+        self.sequence_length = plan.run.data.sequence_length
+
+    def set_sequence_length(self, length: int) -> None:
+        """Another wire, and new receive buffers: DeepSpeed keeps those of the first micro-batch."""
+        if length != self.sequence_length:
+            stage: Any = self.module
+            stage.wire = Wire(self.plan.schema(self.ctx, seq_length=length))
+            self.deepspeed.reset_activation_shape()
+            self.sequence_length = length
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         num_scored = None
-        if self.ctx.is_last_stage:
-            batches, num_scored = _count_scored(batches, self.plan)
+        if self.plan.segmented and self.ctx.is_last_stage:
+            batches, num_scored = count_scored(batches, self.deepspeed.micro_batches, self.ctx)
         loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
         terms = dict(self.deepspeed.agg_additional_losses)
         return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
@@ -169,9 +177,9 @@ class PipelineEngine:
     ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """(inputs, targets) as PipelineEngine pulls them, on the first and the last stage only."""
         for batch in batches:
-            inputs = TokenInputs(batch.tokens, batch.segment_ids)
-            targets = Targets(batch.labels, num_scored)
-            yield _present(inputs), _present(targets)
+            pair = TokenInputs(batch.tokens, batch.segment_ids), Targets(batch.labels, num_scored)
+            inputs, targets = (tuple(x for x in each if x is not None) for each in pair)
+            yield inputs, targets
 
     @contextmanager
     def _objective(self, objective: Callable[..., Any]) -> Iterator[None]:
@@ -202,12 +210,12 @@ class RunPlan(NamedTuple):
     def specs(self) -> list[LayerSpec]:
         return self.family.layer_specs(self.run.model, segmented=self.segmented)
 
-    def schema(self, ctx: ParallelContext) -> Any:
+    def schema(self, ctx: ParallelContext, *, seq_length: int) -> Any:
         return self.family.carry_schema(
             self.run.model,
             ctx,
             micro_batch_size=self.run.training.batch_size,
-            seq_length=self.run.data.sequence_length,
+            seq_length=seq_length,
             segmented=self.segmented,
         )
 
@@ -283,10 +291,12 @@ def check_model(plan: RunPlan) -> None:
             "compiled layers; use training.compile=false or stage 1 or 2"
         )
     single = ParallelContext.single(device="meta")
-    shape = (plan.run.training.batch_size, plan.run.data.sequence_length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
-    segments = tokens.int() if plan.segmented else None
-    check_layers(plan.specs(), TokenInputs(tokens, segments), plan.schema(single))
+    for length in plan.run.data.sequence_lengths:
+        shape = (plan.run.training.batch_size, length)
+        tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
+        segments = tokens.int() if plan.segmented else None
+        schema = plan.schema(single, seq_length=length)
+        check_layers(plan.specs(), TokenInputs(tokens, segments), schema)
     whole = SequentialModel(plan.specs(), single)
     check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
 
@@ -328,7 +338,7 @@ def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
     return PipelineStage(
         plan.specs(),
         plan.ctx,
-        schema=plan.schema(plan.ctx),
+        schema=plan.schema(plan.ctx, seq_length=plan.run.data.sequence_length),
         inputs_type=TokenInputs,
         objective=plan.objective,
         loss_names=plan.family.loss_names,
@@ -359,27 +369,6 @@ def _mpu(ctx: ParallelContext) -> Any:
     from parallel.megatron import DeepSpeedTopology
 
     return DeepSpeedTopology()
-
-
-def _count_scored(batches: Iterator[Batch], plan: RunPlan) -> tuple[Iterator[Batch], Tensor | None]:
-    """The batches of a step, and how many tokens each of all data ranks' scores on average.
-
-    Counted on the host before they are moved, summed over data ranks on the device: nobody waits
-    for it. None where every token is scored. Collective over data ranks.
-    """
-    if not plan.segmented:
-        return batches, None
-    num_batches = plan.run.training.gradient_accumulation_steps
-    step = list(itertools.islice(batches, num_batches))
-    own = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in step)
-    total = torch.full((), float(own), device=plan.ctx.device)
-    if plan.ctx.data.size > 1:
-        dist.all_reduce(total, group=plan.ctx.data.group)
-    return iter(step), total.clamp(min=1) / (num_batches * plan.ctx.data.size)
-
-
-def _present(fields: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(x for x in fields if x is not None)
 
 
 def _gathered(parameter: Tensor) -> Tensor:

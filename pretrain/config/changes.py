@@ -21,6 +21,7 @@ RULES: dict[str, Change] = {
     "data.validation": "free",
     "data.tokenizer": "fixed",
     "data.sequence_length": "fixed",
+    "data.stages": "training",
     "data.reset_at_documents": "fixed",
     "data.num_workers": "free",
     "training.max_steps": "training",

@@ -74,7 +74,8 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
 def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
     name: str, tokens_per_step: int
 ) -> None:
-    assert check_layout(compose_config(name), _WORLD[name]).tokens_per_step == tokens_per_step
+    layout = check_layout(compose_config(name), _WORLD[name])
+    assert layout.curriculum.tokens_after(1) == tokens_per_step
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def _step(config, stage: int) -> tuple[float, float, dict[str, torch.Tensor]]:
             return take_step(*args, **kwargs)
 
         engine.deepspeed._take_model_step = capture
-        with _train_loader(config, ctx) as loader:
+        with _train_loader(config, layout, ctx) as loader:
             result = engine.train_step(loader, learning_rate=1e-3)
         return float(result.loss), float(result.grad_norm), gradients
 
@@ -105,6 +105,6 @@ def test_the_cuts_hold_different_numbers_of_scored_tokens(data):
     from parallel.context import ParallelContext
 
     config = _config(data, 1, 4)
-    with _train_loader(config, ParallelContext.single()) as loader:
+    with _train_loader(config, check_layout(config, 1), ParallelContext.single()) as loader:
         counts = [int((next(loader).labels != IGNORED_LABEL).sum()) for _ in range(4)]
     assert len(set(counts)) > 1
