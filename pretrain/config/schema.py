@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from data_tools.config import DataConfig
+from pretrain.config.aliases import resolve_aliases
 from pretrain.config.errors import config_error, show
 from pretrain.errors import ConfigError
 
@@ -243,13 +244,13 @@ class RunConfig(BaseModel):
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
-    """The typed configuration of a plain mapping, as a YAML file holds it.
+    """The typed configuration of a plain mapping, as a YAML file holds it; aliases may stand in it.
 
     Raises:
         ConfigError: an unknown, missing or unusable setting.
     """
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate(resolve_aliases(values))
     except ValidationError as error:
         raise config_error(error, RunConfig) from error
 

@@ -209,7 +209,7 @@ def test_the_resolved_configuration_composes_to_itself(tmp_path: Path) -> None:
         ("qqqqq", [], ["'qqqqq'", "known are demo, llama_125m"]),
         ("../pyproject", [], ["not a run file"]),
         ("demo", ["model=llama/126m"], ["model=llama/126m", "did you mean model=llama/125m?"]),
-        ("demo", ["data=zzz"], ["data=zzz", "known are blend, bytes, demo"]),
+        ("demo", ["data=zzz"], ["data=zzz", "known are blend, bytes, curriculum, demo, named"]),
         ("demo", ["training.lr"], ["'training.lr'", "has no value", "training.lr=VALUE"]),
         ("demo", ["training.lr="], ["training.lr=''"]),
         ("demo", ["training.lr=[1"], ["training.lr=[1", "cannot be parsed", "quote"]),
