@@ -100,6 +100,14 @@ class DataConfig(BaseModel):
         description="What the tokens were made with: `bytes`, a tokenizer.json, a directory or a "
         "SentencePiece .model; checked against the sources",
     )
+    documents: Literal["file", "blank_line", "jsonl"] | None = Field(
+        default=None,
+        description="With kind bytes, what is a document: a file (the default), text between blank "
+        "lines, or a field of each line of .jsonl files",
+    )
+    json_key: str | None = Field(
+        default=None, min_length=1, description="With documents jsonl, the field; default: text"
+    )
     sequence_length: int = Field(gt=0, description="Tokens per sample that the model sees")
     stages: tuple[StageConfig, ...] = Field(
         default=(),
@@ -155,11 +163,25 @@ class DataConfig(BaseModel):
             raise ValueError(
                 f"data.tokenizer is {self.tokenizer}, but data.kind is bytes; remove it"
             )
+        _check_documents(self)
         if self.stages:
             _check_ends(self.stages)
             _check_mixes(self.stages, self.train)
             _check_lengths(self.stages, self.sequence_length)
         return self
+
+
+def _check_documents(config: DataConfig) -> None:
+    if config.kind != "bytes" and config.documents is not None:
+        raise ValueError(
+            f"data.documents={config.documents} has no effect with data.kind={config.kind}, whose "
+            "files say what a document is; remove it or set data.kind=bytes"
+        )
+    if config.documents != "jsonl" and config.json_key is not None:
+        raise ValueError(
+            f"data.json_key={config.json_key} has no effect without data.documents=jsonl; "
+            "remove it or set that"
+        )
 
 
 def _check_ends(stages: Sequence[StageConfig]) -> None:

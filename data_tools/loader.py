@@ -272,7 +272,7 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
     tokens = windows.ids[:, :-1].astype(np.int64)
     labels = windows.ids[:, 1:].astype(np.int64)
     segments = windows.segment_ids
-    if segments is not None:
+    if segments is not None and segments[:, -1].any():
         # The first token of a document has nothing before it in its document to follow from.
         labels[segments[:, 1:] != segments[:, :-1]] = IGNORED_LABEL
     if lengths is not None:

@@ -29,6 +29,13 @@ class TokenStream(Protocol):
     def fingerprint(self) -> str:
         """Differs between any two corpora."""
 
+    @property
+    def document_end(self) -> int | None:
+        """The id that every document ends with and that is nowhere else; None: there may be none.
+
+        With one, boundaries are seen in the ids; without, `document_starts` looks them up.
+        """
+
     def read(self, starts: IntArray, length: int) -> TokenArray:
         """Ids of the spans [start, start + length), [n, length] in the dtype of the file."""
 
@@ -45,6 +52,8 @@ class NamedStream(NamedTuple):
 
 class IndexedStream:
     """The documents of a .bin/.idx corpus, one after the other."""
+
+    document_end = None
 
     def __init__(self, dataset: IndexedDataset) -> None:
         self.dataset = dataset
@@ -149,8 +158,23 @@ def read_windows(
     ids = stream.read(starts, length)
     if not with_segments:
         return Windows(ids, None)
-    is_start = np.zeros(ids.shape, dtype=np.int32)
-    document_starts = stream.document_starts(starts, length)
-    for row, begin, positions in zip(is_start, starts, document_starts, strict=True):
-        row[positions - begin] = 1
-    return Windows(ids, np.cumsum(is_start, axis=1, dtype=np.int32))
+    if stream.document_end is not None:
+        places = 1 + np.flatnonzero(ids == stream.document_end)
+        places = places[places % length > 0]  # an end in the last column starts nothing in its row
+    else:
+        found = zip(stream.document_starts(starts, length), starts.tolist(), strict=True)
+        rows = [row * length + positions - begin for row, (positions, begin) in enumerate(found)]
+        places = np.unique(np.concatenate(rows))  # an empty document starts where the next does
+    return Windows(ids, _segment_ids(places, ids.shape))
+
+
+def _segment_ids(places: IntArray, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    """Number the documents of each row, where `places` of the flattened rows start one."""
+    num_rows, length = shape
+    if len(places) == 0:
+        return np.zeros(shape, dtype=np.int32)
+    bounds = np.sort(np.concatenate([np.arange(num_rows) * length, places]))
+    rows = bounds // length
+    numbers = np.arange(len(bounds)) - np.searchsorted(rows, np.arange(num_rows))[rows]
+    counts = np.diff(bounds, append=num_rows * length)
+    return np.repeat(numbers.astype(np.int32), counts).reshape(shape)

@@ -57,6 +57,9 @@ def test_there_are_examples() -> None:
         ({"sequence_length": "8"}, "valid integer"),
         ({"num_workers": -1}, "greater than or equal to 0"),
         ({"kind": "parquet"}, "'tokens' or 'bytes'"),
+        ({"documents": "file"}, "data.documents=file has no effect with data.kind=tokens"),
+        ({"kind": "bytes", "json_key": "a"}, "data.json_key=a has no effect without"),
+        ({"kind": "bytes", "documents": "line"}, "'file', 'blank_line' or 'jsonl'"),
         ({"kind": "bytes", "tokenizer": "t.model"}, "but data.kind is bytes; remove it"),
     ],
 )
