@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data_tools.byte_dataset import BYTE_VOCAB_SIZE
 from data_tools.config import DataConfig
 from data_tools.curriculum import Curriculum
 from data_tools.errors import DataError
 from data_tools.evaluation import EvalBatches
+from data_tools.fim import FillInTheMiddle
 from data_tools.loader import TrainLoader
 from data_tools.mix import Span
+from data_tools.sentinels import find_sentinels
 from data_tools.sources import open_sources
 from data_tools.token_dataset import TokenDataset
 
@@ -50,6 +53,7 @@ def build_train_loader(
                 sequence_length=sequence_length,
                 seed=seed,
                 reset_at_documents=config.reset_at_documents,
+                fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
             )
             for name, stream in streams
         ],
@@ -65,6 +69,24 @@ def build_train_loader(
     _move_to_position(loader, state, consumed_samples)
     _check_epochs(config, curriculum, loader)
     return loader
+
+
+def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | None:
+    if config.fim is None:
+        return None
+    sentinels = find_sentinels(
+        config.fim,
+        tokenizer=config.tokenizer,
+        first_id=BYTE_VOCAB_SIZE if config.kind == "bytes" else 0,
+        vocab_size=vocab_size,
+    )
+    return FillInTheMiddle(
+        sentinels,
+        rate=config.fim.rate,
+        spm_rate=config.fim.spm_rate,
+        level=config.fim.level,
+        key=key,
+    )
 
 
 def _spans(config: DataConfig, curriculum: Curriculum | None, sequence_length: int) -> list[Span]:

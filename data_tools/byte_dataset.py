@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from data_tools.errors import DataError
 from data_tools.indexed import map_file
 from data_tools.permutation import IntArray, TokenArray
-from data_tools.token_dataset import TokenStream
+from data_tools.token_stream import Span, TokenStream
 
 BYTE_EOD = 256
 BYTE_VOCAB_SIZE = 257  # 256 byte values and the end of a document; a model may have more
@@ -23,6 +23,7 @@ _OPEN_FILES = 128  # mappings kept: each holds a file descriptor
 _FINGERPRINT_BLOCKS = 256
 _FINGERPRINT_BLOCK_SIZE = 4096  # bytes
 _SCANNED_TOKENS = 1 << 22  # read at once when documents are looked for
+_SCANNED_AROUND = 1 << 14  # and when one document is
 _CONTEXT = 2  # ids on either side that decide whether a newline ends a blank line
 _NEWLINE, _RETURN = ord("\n"), ord("\r")
 
@@ -77,7 +78,7 @@ class ByteStream:
     keeps its place and nothing is indexed. A line of "\\r\\n" is blank as well.
     """
 
-    document_end = BYTE_EOD
+    document_end = eod_id = BYTE_EOD
 
     def __init__(self, files: MappedFiles, *, blank_lines: bool = False) -> None:
         self._files = files
@@ -106,6 +107,10 @@ class ByteStream:
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return [find_document_starts(self, begin, length) for begin in begins.tolist()]
 
+    def document_at(self, place: int) -> Span:
+        file = find_span(self._ends, place)
+        return _around(self, place, file) if self._blank_lines else file
+
     def _read(self, starts: IntArray, length: int) -> TokenArray:
         """Spans that may reach over both ends of the stream, filled up with end tokens."""
         ids = np.empty((len(starts), length), dtype=np.uint16)
@@ -131,19 +136,42 @@ class ByteStream:
             file += 1
 
 
+def find_span(ends: IntArray, place: int) -> Span:
+    """Which of the spans that end at `ends`, each where the next begins, holds a place."""
+    index = int(np.searchsorted(ends, place, side="right"))
+    return Span(int(ends[index - 1]) if index else 0, int(ends[index]))
+
+
+def _around(stream: TokenStream, place: int, file: Span) -> Span:
+    """The document at a place of a file, found by reading on either side of it."""
+    begin, end = file
+    for first in range(place, file.begin, -_SCANNED_AROUND):
+        block = Span(max(file.begin, first - _SCANNED_AROUND), first)
+        found = np.flatnonzero(_ids(stream, block) == BYTE_EOD)
+        if len(found):
+            begin = block.begin + int(found[-1]) + 1
+            break
+    for first in range(place, file.end, _SCANNED_AROUND):
+        block = Span(first, min(file.end, first + _SCANNED_AROUND))
+        found = np.flatnonzero(_ids(stream, block) == BYTE_EOD)
+        if len(found):
+            end = block.begin + int(found[0]) + 1
+            break
+    return Span(begin, end)
+
+
+def _ids(stream: TokenStream, span: Span) -> TokenArray:
+    return stream.read(np.array([span.begin]), span.end - span.begin)[0]
+
+
 def find_document_starts(stream: TokenStream, begin: int, length: int) -> IntArray:
     """Positions p, begin < p < begin + length, that follow an id 256."""
-    found = [
-        first + 1 + np.flatnonzero(ids == BYTE_EOD)
-        for first, ids in _blocks(stream, begin, length - 1)
-    ]
-    return np.concatenate([np.empty(0, dtype=np.int64), *found])
-
-
-def _blocks(stream: TokenStream, begin: int, length: int) -> Iterator[tuple[int, TokenArray]]:
-    end = begin + length
+    end = begin + length - 1
+    found = [np.empty(0, dtype=np.int64)]
     for first in range(begin, end, _SCANNED_TOKENS):
-        yield first, stream.read(np.array([first]), min(_SCANNED_TOKENS, end - first))[0]
+        ids = _ids(stream, Span(first, min(end, first + _SCANNED_TOKENS)))
+        found.append(first + 1 + np.flatnonzero(ids == BYTE_EOD))
+    return np.concatenate(found)
 
 
 def _blank_line_ends(ids: TokenArray) -> IntArray:

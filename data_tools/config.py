@@ -79,6 +79,42 @@ class StageConfig(BaseModel):
         return {key: float(x) if type(x) is int else x for key, x in value.items()}
 
 
+class FimConfig(BaseModel):
+    """Fill-in-the-middle, see `data_tools/fim.py`; only training samples are rearranged."""
+
+    model_config = _STRICT
+
+    rate: float = Field(gt=0, le=1, description="Share of the documents that are rearranged")
+    spm_rate: float = Field(
+        default=0.5, ge=0, le=1, description="Share of those with the suffix first; the rest PSM"
+    )
+    level: Literal["document", "window"] = Field(
+        default="window",
+        description="Rearrange whole documents, or the part of each that a sample holds",
+    )
+    prefix: int | str | None = Field(
+        default=None,
+        description="Token or id that marks the prefix; null: what the tokenizer is known to have",
+    )
+    suffix: int | str | None = Field(default=None, description="And the suffix")
+    middle: int | str | None = Field(default=None, description="And the middle")
+
+    @field_validator("rate", "spm_rate", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _check(self) -> FimConfig:
+        kinds = {type(each) for each in (self.prefix, self.suffix, self.middle)}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"data.fim has prefix {self.prefix!r}, suffix {self.suffix!r} and middle "
+                f"{self.middle!r}; give three names, three ids or none of them"
+            )
+        return self
+
+
 class DataConfig(BaseModel):
     """Corpora of a run and how samples are cut from them."""
 
@@ -118,6 +154,9 @@ class DataConfig(BaseModel):
         default=False,
         description="Number the documents of each sample, so that attention and positions restart "
         "there, and do not score the first token of a document",
+    )
+    fim: FimConfig | None = Field(
+        default=None, description="Rearrange documents to fill in the middle; null: none"
     )
     num_workers: int = Field(
         default=1,

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.byte_dataset import BYTE_EOD, MappedFiles, find_document_starts
+from data_tools.byte_dataset import BYTE_EOD, MappedFiles, find_document_starts, find_span
 from data_tools.errors import DataError
 from data_tools.permutation import IntArray, TokenArray
+from data_tools.token_stream import Span
 
 
 class JsonlStream:
@@ -23,7 +24,7 @@ class JsonlStream:
         DataError: a line is not an object with a text under `json_key`, or there is no text.
     """
 
-    document_end = BYTE_EOD
+    document_end = eod_id = BYTE_EOD
 
     def __init__(self, files: MappedFiles, *, json_key: str) -> None:
         self._files = files
@@ -59,6 +60,9 @@ class JsonlStream:
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return [find_document_starts(self, begin, length) for begin in begins.tolist()]
+
+    def document_at(self, place: int) -> Span:
+        return find_span(self._ends, place)
 
     def _read_span(self, out: TokenArray, start: int, document: int) -> None:
         filled = 0

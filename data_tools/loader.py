@@ -20,7 +20,7 @@ from data_tools.errors import DataError
 from data_tools.loader_state import GivenState, LoaderState, MixState, SourceState
 from data_tools.mix import Leg, Mix, Span, plan_mix
 from data_tools.permutation import IntArray, TokenArray
-from data_tools.token_dataset import TokenDataset, Windows
+from data_tools.token_dataset import Places, TokenDataset, Windows
 
 _PLANNED = 64  # micro-batches whose samples are looked up at once
 
@@ -31,7 +31,7 @@ class _Plan(NamedTuple):
     block: int  # the plan is for micro-batches [64 * block, 64 * (block + 1))
     legs: list[Leg]  # of each micro-batch
     sources: IntArray  # index into the names of the leg's blend, [64, b]
-    starts: IntArray  # where in that source's stream, [64, b]
+    places: Places  # where in that source, [64, b]
 
 
 class TrainLoader:
@@ -215,14 +215,15 @@ class TrainLoader:
             # Two threads may plan the same block; both get the same plan.
             plan = self._plan = self._make_plan(number // _PLANNED)
         row = number % _PLANNED
-        leg, sources, starts = plan.legs[row], plan.sources[row], plan.starts[row]
+        leg, sources = plan.legs[row], plan.sources[row]
         rows: list[tuple[IntArray, Windows]] = []
         for source in sorted(set(sources.tolist())):
-            places = np.flatnonzero(sources == source)
+            own = np.flatnonzero(sources == source)
             name = leg.blend.names[source]
-            windows = self._datasets[name].read(starts[places], length=leg.sequence_length)
+            places = Places(*(each[row][own] for each in plan.places))
+            windows = self._datasets[name].read(places, length=leg.sequence_length)
             check_ids(windows.ids, vocab_size=self._vocab_size, name=name)
-            rows.append((places, windows))
+            rows.append((own, windows))
         return to_batch(_merge(rows), pin=self._pin)
 
     def _make_plan(self, block: int) -> _Plan:
@@ -231,21 +232,23 @@ class TrainLoader:
         firsts = (numbers * self._data_size + self._data_rank) * self._micro_batch_size
         samples = self._first_sample + firsts[:, None] + np.arange(self._micro_batch_size)
         legs = [self._mix.leg_of(first) for first in samples[:, 0].tolist()]
-        sources, starts = np.empty_like(samples), np.empty_like(samples)
+        sources = np.empty_like(samples)
+        places = Places(np.empty_like(samples), np.empty_like(samples))
         for leg in self._mix.legs:
             rows = np.flatnonzero([each is leg for each in legs])
             if len(rows):
-                sources[rows], starts[rows] = self._look_up(leg, samples[rows])
-        return _Plan(block, legs, sources, starts)
+                sources[rows], found = self._look_up(leg, samples[rows])
+                places.starts[rows], places.epochs[rows] = found
+        return _Plan(block, legs, sources, places)
 
-    def _look_up(self, leg: Leg, samples: IntArray) -> tuple[IntArray, IntArray]:
+    def _look_up(self, leg: Leg, samples: IntArray) -> tuple[IntArray, Places]:
         sources, samples_of_source = leg.blend.draw(samples)
-        starts = np.empty_like(samples)
+        places = Places(np.empty_like(samples), np.empty_like(samples))
         for source, name in enumerate(leg.blend.names):
             mask = sources == source
             positions = samples_of_source[mask] * leg.sequence_length
-            starts[mask] = self._datasets[name].starts(positions)
-        return sources, starts
+            places.starts[mask], places.epochs[mask] = self._datasets[name].places(positions)
+        return sources, places
 
 
 def check_ids(ids: TokenArray, *, vocab_size: int, name: str) -> None:

@@ -14,7 +14,8 @@ from data_tools.corpus_info import read_info
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.jsonl_stream import JsonlStream
-from data_tools.token_dataset import IndexedStream, NamedStream, TokenStream
+from data_tools.token_dataset import IndexedStream
+from data_tools.token_stream import NamedStream, TokenStream
 from data_tools.tokenizers import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)

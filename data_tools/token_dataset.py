@@ -5,49 +5,16 @@ Letters: T tokens in the stream, s sequence length, W windows, n samples asked f
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data_tools.errors import DataError
+from data_tools.fim import FillInTheMiddle
 from data_tools.indexed import IndexedDataset
 from data_tools.permutation import IntArray, KeyedPermutation, TokenArray
-
-
-class TokenStream(Protocol):
-    """One flat sequence of token ids with document boundaries; the contract of every source."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_bytes(self) -> int | None:
-        """Bytes of text behind the tokens; None when unknown."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Differs between any two corpora."""
-
-    @property
-    def document_end(self) -> int | None:
-        """The id that every document ends with and that is nowhere else; None: there may be none.
-
-        With one, boundaries are seen in the ids; without, `document_starts` looks them up.
-        """
-
-    def read(self, starts: IntArray, length: int) -> TokenArray:
-        """Ids of the spans [start, start + length), [n, length] in the dtype of the file."""
-
-    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
-        """For each begin, where documents start: positions p, begin < p < begin + length."""
-
-
-class NamedStream(NamedTuple):
-    """A stream under the name that configuration and ledger use for it."""
-
-    name: str
-    stream: TokenStream
+from data_tools.token_stream import Span, TokenStream
 
 
 class IndexedStream:
@@ -67,6 +34,10 @@ class IndexedStream:
         return None if self.dataset.info is None else self.dataset.info.num_bytes
 
     @property
+    def eod_id(self) -> int | None:
+        return None if self.dataset.info is None else self.dataset.info.eod_id
+
+    @property
     def fingerprint(self) -> str:
         return self.dataset.fingerprint
 
@@ -81,12 +52,22 @@ class IndexedStream:
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return self.dataset.document_starts(begins, length)
 
+    def document_at(self, place: int) -> Span:
+        return Span(*self.dataset.document_at(place))
+
 
 class Windows(NamedTuple):
     """Spans of s + 1 tokens: inputs are all but the last, labels all but the first."""
 
     ids: TokenArray  # [n, s + 1]
     segment_ids: npt.NDArray[np.int32] | None  # int32 [n, s + 1]
+
+
+class Places(NamedTuple):
+    """Where samples are: places [n] of the stream, and the epochs [n] they are visited in."""
+
+    starts: IntArray
+    epochs: IntArray
 
 
 class TokenDataset:
@@ -112,6 +93,7 @@ class TokenDataset:
         sequence_length: int,
         seed: int,
         reset_at_documents: bool,
+        fim: FillInTheMiddle | None = None,
     ) -> None:
         self.stream = stream
         self.name = name
@@ -119,6 +101,7 @@ class TokenDataset:
         self.num_windows = (stream.num_tokens - 1) // sequence_length
         self._seed = seed
         self._reset_at_documents = reset_at_documents
+        self._fim = fim
         if self.num_windows < 1:
             raise DataError(
                 f"data source {name}: {stream.num_tokens} tokens, but sequence_length "
@@ -135,16 +118,24 @@ class TokenDataset:
             numbers[mask] = permutation(places[mask])
         return numbers
 
-    def starts(self, positions: IntArray) -> IntArray:
-        """Where in the stream the samples at places [n] of the shuffled order start."""
+    def places(self, positions: IntArray) -> Places:
+        """Where the samples at positions [n] of the shuffled order are."""
         numbers, offsets = np.divmod(positions, self.sequence_length)
-        return self.window_numbers(numbers) * self.sequence_length + offsets
+        starts = self.window_numbers(numbers) * self.sequence_length + offsets
+        return Places(starts, numbers // self.num_windows)
 
-    def read(self, starts: IntArray, *, length: int) -> Windows:
-        """Samples of `length` tokens and the one that follows, from places [n] of the stream."""
-        return read_windows(
-            self.stream, starts=starts, length=length + 1, with_segments=self._reset_at_documents
+    def read(self, places: Places, *, length: int) -> Windows:
+        """Samples of `length` tokens and the one that follows."""
+        windows = read_windows(
+            self.stream,
+            starts=places.starts,
+            length=length + 1,
+            with_segments=self._reset_at_documents,
         )
+        if self._fim is None:
+            return windows
+        ids = self._fim.apply(windows.ids, self.stream, starts=places.starts, epochs=places.epochs)
+        return windows._replace(ids=ids)
 
     def epochs(self, position: int) -> float:
         """How often the windows have been visited when the order is at this place."""

@@ -25,6 +25,8 @@ RULES: dict[str, Change] = {
     "data.sequence_length": "fixed",
     "data.stages": "training",
     "data.reset_at_documents": "fixed",
+    "data.fim": "training",
+    "data.fim.*": "training",
     "data.num_workers": "free",
     "training.max_steps": "training",
     "training.max_tokens": "training",

@@ -65,7 +65,7 @@ def test_invalid_utf8_is_refused_with_file_and_number(tmp_path: Path) -> None:
 
 
 def test_files_without_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="0.jsonl: neither it nor the 1 files beside it have text"):
+    with pytest.raises(DataError, match=r"0.jsonl: neither it nor the 1 files beside it have text"):
         _stream(tmp_path, [{"text": ""}], [""])
 
 
