@@ -19,7 +19,8 @@ class SourceConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="tokens: PREFIX of PREFIX.bin and PREFIX.idx. bytes: a file, directory or glob",
+        description="tokens: PREFIX of PREFIX.bin and PREFIX.idx, also a URL such as "
+        "s3://bucket/train. bytes: a file, directory or glob",
     )
     weight: float = Field(
         default=1.0, gt=0, description="Share of the samples, relative to the other sources"
@@ -158,6 +159,11 @@ class DataConfig(BaseModel):
     fim: FimConfig | None = Field(
         default=None, description="Rearrange documents to fill in the middle; null: none"
     )
+    cache_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where corpora given as URLs are copied to; null: ~/.cache/manyformer",
+    )
     num_workers: int = Field(
         default=1,
         ge=0,
@@ -203,6 +209,7 @@ class DataConfig(BaseModel):
                 f"data.tokenizer is {self.tokenizer}, but data.kind is bytes; remove it"
             )
         _check_documents(self)
+        _check_urls(self)
         if self.stages:
             _check_ends(self.stages)
             _check_mixes(self.stages, self.train)
@@ -220,6 +227,19 @@ def _check_documents(config: DataConfig) -> None:
         raise ValueError(
             f"data.json_key={config.json_key} has no effect without data.documents=jsonl; "
             "remove it or set that"
+        )
+
+
+def _check_urls(config: DataConfig) -> None:
+    urls = [s.path for s in (*config.train, *config.validation) if "://" in s.path]
+    if config.kind == "bytes" and urls:
+        raise ValueError(
+            f"data.kind is bytes, but {urls[0]} is a URL; copy it here, or preprocess it and set "
+            "data.kind=tokens"
+        )
+    if config.cache_dir is not None and not urls:
+        raise ValueError(
+            f"data.cache_dir={config.cache_dir} has no effect: no source is a URL; remove it"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from data_tools.corpus_info import read_info
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.jsonl_stream import JsonlStream
+from data_tools.remote import local_prefix
 from data_tools.token_dataset import IndexedStream
 from data_tools.token_stream import NamedStream, TokenStream
 from data_tools.tokenizers import tokenizer_fingerprint
@@ -36,7 +36,9 @@ def open_sources(
     if config.kind == "bytes":
         _check_byte_vocabulary(vocab_size)
         return [NamedStream(source.name, _byte_stream(config, source.path)) for source in sources]
-    datasets = [IndexedDataset(source.path) for source in sources]
+    datasets = [
+        IndexedDataset(local_prefix(source.path, cache_dir=config.cache_dir)) for source in sources
+    ]
     _check_tokenizers(config)
     for source, dataset in zip(sources, datasets, strict=True):
         _check_vocabulary(source.name, dataset, vocab_size)
@@ -92,7 +94,7 @@ def _check_tokenizers(config: DataConfig) -> None:
     expected = config.tokenizer and tokenizer_fingerprint(config.tokenizer)
     owner = "data.tokenizer"
     for source in (*config.train, *config.validation):
-        info = read_info(Path(source.path))
+        info = read_info(local_prefix(source.path, cache_dir=config.cache_dir))
         if info is None:
             continue
         if expected is None:
