@@ -70,12 +70,16 @@ def _check_model(run: RunConfig) -> None:
 
 def _check_sequence(run: RunConfig) -> None:
     tensor = run.parallel.tensor
-    for length in run.data.sequence_lengths:
+    lengths = {"data.sequence_length": run.data.sequence_length}
+    for number, stage in enumerate(run.data.stages):
+        if stage.sequence_length is not None:
+            lengths[f"data.stages.{number}.sequence_length"] = stage.sequence_length
+    for name, length in lengths.items():
         if run.parallel.sequence_parallel and length % tensor:
             below = length // tensor * tensor
             valid = [n for n in (below, below + tensor) if n > 0]
             raise ConfigError(
-                f"data.sequence_length={length} is not a multiple of parallel.tensor={tensor}, as "
+                f"{name}={length} is not a multiple of parallel.tensor={tensor}, as "
                 f"parallel.sequence_parallel needs it; nearest lengths are {_listed(valid)}"
             )
     length = run.data.sequence_length

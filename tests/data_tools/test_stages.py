@@ -202,6 +202,16 @@ def test_stages_without_the_length_of_the_run_are_refused(corpora: Path) -> None
         )
 
 
+def test_a_source_that_only_a_later_stage_needs_is_missed_at_the_start(
+    corpora: Path, tmp_path: Path
+) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"a{suffix}").symlink_to(corpora / f"a{suffix}")
+    stages = [{"until_step": 5, "weights": {"a": 1}}, {"weights": {"b": 1}}]
+    with pytest.raises(DataError, match=r"b.idx: no such file; check the path"):
+        _loader(tmp_path, stages=stages)
+
+
 def test_a_run_that_reads_a_source_too_often_is_refused(corpora: Path) -> None:
     stages = [{"until_step": 1, "weights": {"a": 1}}, {"weights": {"b": 1}}]
     message = r"data source b: the run would read it 1.38 times, more than max_epochs 1.3;"

@@ -214,5 +214,5 @@ def test_a_stage_that_tensor_ranks_cannot_split_is_refused():
             parallel__sequence_parallel=True,
         )
     )
-    with pytest.raises(ConfigError, match=r"sequence_length=1 is not a multiple"):
+    with pytest.raises(ConfigError, match=r"data.stages.0.sequence_length=1 is not a mul"):
         check_layout(config, 2)
