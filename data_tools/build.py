@@ -12,7 +12,7 @@ from data_tools.errors import DataError
 from data_tools.evaluation import EvalBatches
 from data_tools.fim import FillInTheMiddle
 from data_tools.loader import TrainLoader
-from data_tools.mix import Span
+from data_tools.mix import Phase
 from data_tools.sentinels import find_sentinels
 from data_tools.sources import open_sources
 from data_tools.token_dataset import TokenDataset
@@ -44,20 +44,9 @@ def build_train_loader(
             the run would read one more often than its `max_epochs`, or `state` belongs to other
             data.
     """
-    streams = open_sources(config, config.train, vocab_size=vocab_size)
     loader = TrainLoader(
-        [
-            TokenDataset(
-                stream,
-                name=name,
-                sequence_length=sequence_length,
-                seed=seed,
-                reset_at_documents=config.reset_at_documents,
-                fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
-            )
-            for name, stream in streams
-        ],
-        _spans(config, curriculum, sequence_length),
+        _datasets(config, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size),
+        _phases(config, curriculum, sequence_length),
         micro_batch_size=micro_batch_size,
         micro_batches_per_step=micro_batches_per_step,
         data_rank=data_rank,
@@ -69,6 +58,22 @@ def build_train_loader(
     _move_to_position(loader, state, consumed_samples)
     _check_epochs(config, curriculum, loader)
     return loader
+
+
+def _datasets(
+    config: DataConfig, *, sequence_length: int, seed: int, vocab_size: int
+) -> list[TokenDataset]:
+    return [
+        TokenDataset(
+            stream,
+            name=name,
+            sequence_length=sequence_length,
+            seed=seed,
+            reset_at_documents=config.reset_at_documents,
+            fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
+        )
+        for name, stream in open_sources(config, config.train, vocab_size=vocab_size)
+    ]
 
 
 def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | None:
@@ -89,13 +94,15 @@ def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | 
     )
 
 
-def _spans(config: DataConfig, curriculum: Curriculum | None, sequence_length: int) -> list[Span]:
+def _phases(config: DataConfig, curriculum: Curriculum | None, sequence_length: int) -> list[Phase]:
     if curriculum is None:
         if config.stages:
             raise DataError("data.stages need the length of the run; give its curriculum")
-        return [Span(0, {source.name: source.weight for source in config.train}, sequence_length)]
+        return [Phase(0, {source.name: source.weight for source in config.train}, sequence_length)]
     return [
-        Span(stage.first_step * curriculum.sequences_per_step, stage.weights, stage.sequence_length)
+        Phase(
+            stage.first_step * curriculum.sequences_per_step, stage.weights, stage.sequence_length
+        )
         for stage in curriculum.stages
     ]
 

@@ -4,10 +4,11 @@ Bavarian et al., "Efficient Training of Language Models to Fill in the Middle" (
 a document is cut in two places into prefix, middle and suffix and becomes, with three sentinels,
 
     PSM   PRE prefix SUF suffix MID middle
-    SPM   PRE SUF suffix MID prefix middle          (their variant 2, section 3)
+    SPM   PRE SUF suffix MID prefix middle          (the second of their two variants)
 
 A rearranged piece must keep its length, so that samples are found without an index: it gives up its
-last three tokens before it is cut. Cuts are between tokens; only with bytes inside words.
+last three tokens before it is cut. The paper cuts between characters. Here cuts are between tokens,
+so that only byte sources have cuts inside words.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from data_tools.batch import IGNORED_LABEL, Batch
 from data_tools.errors import DataError
 from data_tools.loader_state import GivenState, LoaderState, MixState, SourceState
-from data_tools.mix import Leg, Mix, Span, plan_mix
+from data_tools.mix import Leg, Mix, Phase, plan_mix
 from data_tools.permutation import IntArray, TokenArray
 from data_tools.token_dataset import Places, TokenDataset, Windows
 
@@ -39,7 +39,7 @@ class TrainLoader:
 
     Micro-batch n of rank r holds the run-wide samples (n*D + r)*b + [0, b) after the first sample,
     so step t of all ranks together holds samples [t*G, (t + 1)*G) with G = b*M*D, at any D.
-    Where a span begins, weights and sequence length change with the step.
+    Where a phase begins, weights and sequence length change with the step.
     `num_workers` threads prepare the next `num_workers + 1` micro-batches; with 0 each is prepared
     when it is asked for. An error in a thread is raised by `next`.
     """
@@ -47,7 +47,7 @@ class TrainLoader:
     def __init__(
         self,
         datasets: Sequence[TokenDataset],
-        spans: Sequence[Span],
+        phases: Sequence[Phase],
         *,
         micro_batch_size: int,
         micro_batches_per_step: int,
@@ -60,7 +60,7 @@ class TrainLoader:
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} must be in [0, data_size {data_size})")
         self._datasets = {dataset.name: dataset for dataset in datasets}
-        self._spans = tuple(spans)
+        self._phases = tuple(phases)
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_step = micro_batches_per_step
         self._data_rank = data_rank
@@ -73,7 +73,7 @@ class TrainLoader:
         self._sequence_length = datasets[0].sequence_length
         self._pending: deque[Future[Batch]] = deque()
         self._executor: ThreadPoolExecutor | None = None
-        self._move_to(0, plan_mix(spans))
+        self._move_to(0, plan_mix(phases))
 
     @property
     def consumed_samples(self) -> int:
@@ -150,7 +150,7 @@ class TrainLoader:
         )
         earlier = {name: source.fingerprint for name, source in saved.sources.items()}
         self._fingerprints = {**earlier, **self._fingerprints}
-        self._move_to(saved.consumed_samples, saved.plan(self._spans))
+        self._move_to(saved.consumed_samples, saved.plan(self._phases))
 
     def close(self) -> None:
         """End the threads and drop what they prepared; a later `next` starts them again."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_tools.blend import Blend
 from data_tools.errors import DataError
-from data_tools.mix import Given, Leg, Mix, Span, plan_mix
+from data_tools.mix import Given, Leg, Mix, Phase, plan_mix
 
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -102,7 +102,7 @@ class LoaderState(BaseModel):
                     "restore it, or give the new corpus another name"
                 )
 
-    def plan(self, spans: Sequence[Span]) -> Mix:
+    def plan(self, phases: Sequence[Phase]) -> Mix:
         """The mix from here on: the saved one goes on, another one begins from the ledger."""
         saved = self.mix
         ledger, given = (
@@ -111,7 +111,7 @@ class LoaderState(BaseModel):
         )
         blend = Blend(saved.weights, start_sample=saved.start_sample, base=saved.base)
         return plan_mix(
-            spans,
+            phases,
             consumed_samples=self.consumed_samples,
             ledger=ledger,
             leg=Leg(blend, saved.sequence_length, given),

@@ -24,7 +24,7 @@ class Given(NamedTuple):
     tokens: int
 
 
-class Span(NamedTuple):
+class Phase(NamedTuple):
     """A stage as the loader needs it: from which sample on, which mix, which length."""
 
     first_sample: int
@@ -51,10 +51,10 @@ class Leg(NamedTuple):
             ledger[name] = Given(count * self.sequence_length, before + new)
         return ledger
 
-    def goes_on_in(self, span: Span) -> bool:
-        """Whether a span has the same mix and length."""
-        same_mix = dict(span.weights) == self.blend.weights
-        return same_mix and span.sequence_length == self.sequence_length
+    def goes_on_in(self, phase: Phase) -> bool:
+        """Whether a phase has the same mix and length."""
+        same_mix = dict(phase.weights) == self.blend.weights
+        return same_mix and phase.sequence_length == self.sequence_length
 
 
 class Mix:
@@ -78,7 +78,7 @@ class Mix:
 
 
 def plan_mix(
-    spans: Sequence[Span],
+    phases: Sequence[Phase],
     *,
     consumed_samples: int = 0,
     ledger: Mapping[str, Given] | None = None,
@@ -86,23 +86,23 @@ def plan_mix(
 ) -> Mix:
     """The legs from sample `consumed_samples` on, where `ledger` is what the sources have given.
 
-    `leg` is the one in force there. A span that has the mix and length of what is before it goes
+    `leg` is the one in force there. A phase that has the mix and length of what is before it goes
     on with that leg.
     """
-    starts = [span.first_sample for span in spans]
+    starts = [phase.first_sample for phase in phases]
     legs: list[Leg] = []
-    for span in spans[bisect_right(starts, consumed_samples) - 1 :]:
-        begin = max(span.first_sample, consumed_samples)
+    for phase in phases[bisect_right(starts, consumed_samples) - 1 :]:
+        begin = max(phase.first_sample, consumed_samples)
         before = legs[-1] if legs else leg
-        if before is None or not before.goes_on_in(span):
-            legs.append(_leg(span, begin, legs[-1].ledger(begin) if legs else ledger or {}))
+        if before is None or not before.goes_on_in(phase):
+            legs.append(_leg(phase, begin, legs[-1].ledger(begin) if legs else ledger or {}))
         elif not legs:
             legs.append(before)
     return Mix(legs)
 
 
-def _leg(span: Span, begin: int, given: Mapping[str, Given]) -> Leg:
-    length = span.sequence_length
+def _leg(phase: Phase, begin: int, given: Mapping[str, Given]) -> Leg:
+    length = phase.sequence_length
     # Rounded up: a longer sequence that begins inside one already read would repeat tokens.
-    base = {name: -(-given[name].position // length) for name in span.weights if name in given}
-    return Leg(Blend(span.weights, start_sample=begin, base=base), length, given)
+    base = {name: -(-given[name].position // length) for name in phase.weights if name in given}
+    return Leg(Blend(phase.weights, start_sample=begin, base=base), length, given)
