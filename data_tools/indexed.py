@@ -105,7 +105,7 @@ class IndexedDataset:
 
     def document(self, index: int) -> npt.NDArray[Any]:
         """Tokens of one document."""
-        begin, end = (self.token_offset(int(self.document_bounds[index + i])) for i in (0, 1))
+        begin, end = self._document_span(index)
         return self.tokens[begin:end]
 
     def token_offset(self, sequence: int) -> int:
@@ -124,6 +124,11 @@ class IndexedDataset:
             self.offsets[self.document_bounds[first:last]] // itemsize
             for first, last in zip(firsts, lasts, strict=True)
         ]
+
+    def document_at(self, place: int) -> tuple[int, int]:
+        """Begin and end of the document that a token belongs to."""
+        sequence = bisect_right(self.offsets, np.array([place * self.dtype.itemsize])) - 1
+        return self._document_span(int(bisect_right(self.document_bounds, sequence)[0]) - 1)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -161,6 +166,10 @@ class IndexedDataset:
                 raise DataError(
                     f"{path}: SHA-256 {found} found, {expected} expected; preprocess it again"
                 )
+
+    def _document_span(self, index: int) -> tuple[int, int]:
+        begin, end = (int(self.document_bounds[index + i]) for i in (0, 1))
+        return self.token_offset(begin), self.token_offset(end)
 
     def _read_header(self, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
         path = self.paths.idx

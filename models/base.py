@@ -60,8 +60,11 @@ class ModelFamily:
       rows hold several documents and `TokenInputs.segment_ids` is given.
     * `carry_schema(config, ctx, *, micro_batch_size, seq_length, segmented=False)`: the carry's
       class filled with `parallel.carry.Field`s of local shape.
-    * `loss(output, labels, *, config, ctx) -> LossOutput`: `labels` int64 [b, s], -100 = not
-      scored; the mean over the scored tokens of the micro-batch. Its terms are `loss_names`.
+    * `loss(output, labels, *, config, ctx, num_scored=None) -> LossOutput`: `labels` int64 [b, s],
+      -100 = not scored. The losses of the scored tokens are summed and divided by `num_scored`,
+      a scalar tensor: how many tokens a micro-batch of this step scores on average, so that the
+      mean over micro-batches is the mean over tokens however the batch is cut. None: by the number
+      in `labels`. Its terms are `loss_names`.
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
     * `flops(config, seq_length) -> float`: forward FLOPs per token.
     * `num_parameters(config) -> int`: a tied parameter counts once.

@@ -200,7 +200,8 @@ stream = IndexedStream(IndexedDataset({str(tmp_path / "c")!r}))
 dataset = TokenDataset(
     stream, name="c", sequence_length=2048, seed=0, reset_at_documents=True
 )
-print(dataset.num_windows, int(dataset.read(np.arange(100)).segment_ids.max()))
+windows = dataset.read(dataset.places(2048 * np.arange(100)), length=2048)
+print(dataset.num_windows, int(windows.segment_ids.max()))
 print(stream.fingerprint)
 # ru_maxrss would be the parent's where that is larger.
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])

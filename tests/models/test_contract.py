@@ -114,6 +114,27 @@ def test_changing_a_token_changes_no_earlier_logit_bit_for_bit(name):
 
 
 @torch.no_grad()
+def test_halves_of_a_batch_with_a_common_count_add_up_to_the_whole(name):
+    family, config = CASES[name]
+    tokens, labels = _tokens(name, batch=2)
+    labels[0, : SEQ // 2] = -100
+    num_scored = (labels != -100).sum()
+    model = _model(name)
+    whole = family.loss(model(TokenInputs(tokens)), labels, config=config, ctx=model.ctx).terms
+    halves = [
+        family.loss(
+            model(TokenInputs(tokens[i : i + 1])),
+            labels[i : i + 1],
+            config=config,
+            ctx=model.ctx,
+            num_scored=num_scored / 2,
+        ).terms
+        for i in range(2)
+    ]
+    mean = sum(half["lm_loss"] for half in halves) / 2
+    torch.testing.assert_close(mean, whole["lm_loss"])
+
+
 def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
     model = _model(name)
     tokens, _ = _tokens(name)

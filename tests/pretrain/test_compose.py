@@ -78,7 +78,8 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
 def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
     name: str, tokens_per_step: int
 ) -> None:
-    assert check_layout(compose_config(name), _WORLD[name]).tokens_per_step == tokens_per_step
+    layout = check_layout(compose_config(name), _WORLD[name])
+    assert layout.curriculum.tokens_after(1) == tokens_per_step
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_the_resolved_configuration_composes_to_itself(tmp_path: Path) -> None:
         ("qqqqq", [], ["'qqqqq'", "llama_13b, llama_1b3"]),
         ("../pyproject", [], ["not a run file"]),
         ("demo", ["model=llama/126m"], ["model=llama/126m", "did you mean model=llama/125m?"]),
-        ("demo", ["data=zzz"], ["data=zzz", "known are blend, bytes, demo"]),
+        ("demo", ["data=zzz"], ["data=zzz", "known are blend, bytes, curriculum, demo, named"]),
         ("demo", ["training.lr"], ["'training.lr'", "has no value", "training.lr=VALUE"]),
         ("demo", ["training.lr="], ["training.lr=''"]),
         ("demo", ["training.lr=[1"], ["training.lr=[1", "cannot be parsed", "quote"]),
