@@ -1,4 +1,4 @@
-"""Text to token ids and back: Hugging Face files, SentencePiece models, raw bytes.
+"""Text to token ids and back: Hugging Face, SentencePiece and tiktoken files, raw bytes.
 
 The libraries are imported when a tokenizer of their kind is loaded.
 """
@@ -13,7 +13,12 @@ from typing import Any, Protocol
 
 from data_tools.byte_dataset import BYTE_EOD, BYTE_VOCAB_SIZE
 from data_tools.errors import DataError
+from data_tools.tiktoken_files import RULES, TiktokenTokenizer, split_spec
 
+TOKENIZER_HELP = (
+    "bytes; a tokenizer.json, or a directory with one; a SentencePiece .model; or FILE:RULES, a "
+    f"file of tiktoken ranks and how text is split ({', '.join(RULES)})"
+)
 _EOD_CANDIDATES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -148,7 +153,7 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(spec: str, *, eod: str | None = None) -> Tokenizer:
-    """Load `bytes`, a tokenizer.json, a directory that holds one, or a SentencePiece .model.
+    """Load a tokenizer: see TOKENIZER_HELP for what `spec` may be.
 
     `eod` names the token that ends a document where the file does not.
 
@@ -159,6 +164,10 @@ def load_tokenizer(spec: str, *, eod: str | None = None) -> Tokenizer:
         if eod is not None:
             raise DataError(f"--eod {eod} has no effect with the tokenizer `bytes`; remove it")
         return ByteTokenizer()
+    if (ranks := split_spec(spec)) is not None:
+        if eod is not None:
+            raise DataError(f"--eod {eod} has no effect with {spec}, which names one; remove it")
+        return TiktokenTokenizer(*ranks)
     path = _tokenizer_file(Path(spec))
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eod=eod)
@@ -171,7 +180,11 @@ def tokenizer_fingerprint(spec: str) -> str:
     Raises:
         DataError: there is no such tokenizer.
     """
-    return ByteTokenizer.fingerprint if spec == "bytes" else _sha256(_tokenizer_file(Path(spec)))
+    if spec == "bytes":
+        return ByteTokenizer.fingerprint
+    if (ranks := split_spec(spec)) is not None:
+        return TiktokenTokenizer(*ranks).fingerprint
+    return _sha256(_tokenizer_file(Path(spec)))
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -185,6 +198,11 @@ def _tokenizer_file(path: Path) -> Path:
         raise DataError(
             f"tokenizer {path}: no such file; give `bytes`, a tokenizer.json, a directory or "
             "a .model"
+        )
+    if path.suffix == ".tiktoken":
+        raise DataError(
+            f"tokenizer {path}: tiktoken ranks do not say how text is split; give {path}:RULES, "
+            f"with one of {', '.join(RULES)}"
         )
     if path.suffix not in (".json", ".model"):
         raise DataError(
