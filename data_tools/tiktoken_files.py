@@ -1,7 +1,7 @@
 """Files of tiktoken ranks: a token in base64 and its rank on every line.
 
 Such a file says neither how text is split before it is encoded nor which ids are special. RULES
-holds both for the published ones. The optional package `tiktoken` is imported to load a file.
+holds both for the published ones.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools.byte_bpe import GPT2_PATTERN, LONG_SPACE
 from data_tools.errors import DataError
 
 
@@ -26,7 +27,6 @@ class Rules(NamedTuple):
     vocab_size: int
 
 
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _O200K = "|".join(
@@ -42,11 +42,12 @@ _O200K = "|".join(
         r"\s+",
     )
 )
+_LONGEST_PART = 25_000  # characters
 _END = "<|endoftext|>"
 
 # Sources: tiktoken_ext/openai_public.py, Qwen's tokenization_qwen.py, llama_models' tokenizer.py.
 RULES = {
-    "gpt2": Rules(_GPT2, 50_256, _END, 50_256, 50_257),
+    "gpt2": Rules(GPT2_PATTERN, 50_256, _END, 50_256, 50_257),
     "cl100k_base": Rules(_WORDS + r"\p{N}{1,3}" + _REST, 100_256, _END, 100_257, 100_277),
     "o200k_base": Rules(_O200K, 199_998, _END, 199_999, 200_019),
     "qwen": Rules(_WORDS + r"\p{N}" + _REST, 151_643, _END, 151_643, 151_851),
@@ -58,18 +59,12 @@ class TiktokenTokenizer:
     """A file of ranks, through the `tiktoken` library.
 
     Raises:
-        DataError: the file cannot be read, is not the one that the rules are for, or `tiktoken` is
-            not installed.
+        DataError: the file cannot be read, or is not the one that the rules are for.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise DataError(
-                f"tokenizer {path}:{name} needs the package tiktoken ({error}); pip install "
-                "'manyformer[tiktoken]'"
-            ) from error
+        import tiktoken
+
         rules = RULES[name]
         data = _read(path)
         # Other rules give other ids from the same file.
@@ -90,10 +85,14 @@ class TiktokenTokenizer:
         self.eod_id = rules.eod_id
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode_ordinary(text)
+        if not LONG_SPACE.search(text):
+            return self._backend.encode_ordinary(text)
+        # Cut as Llama 3's own code cuts long runs: on the whole, tiktoken could overflow its stack.
+        parts = (text[i : i + _LONGEST_PART] for i in range(0, len(text), _LONGEST_PART))
+        return [token for part in parts for token in self._backend.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._backend.encode_ordinary(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids if i != self.eod_id])

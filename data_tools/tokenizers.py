@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from data_tools.byte_bpe import FastByteBpe
 from data_tools.byte_dataset import BYTE_EOD, BYTE_VOCAB_SIZE
 from data_tools.errors import DataError
 from data_tools.tiktoken_files import RULES, TiktokenTokenizer, split_spec
@@ -96,11 +98,22 @@ class HuggingFaceTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        fast = self._fast
+        ids = [None if fast is None else fast.encode(text) for text in texts]
+        left = [number for number, found in enumerate(ids) if found is None]
+        encodings = self._backend.encode_batch_fast(
+            [texts[number] for number in left], add_special_tokens=False
+        )
+        for number, encoding in zip(left, encodings, strict=True):
+            ids[number] = encoding.ids
+        return cast(list[list[int]], ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def _fast(self) -> FastByteBpe | None:
+        return FastByteBpe.of(self._backend)
 
     def _find_eod(self, path: Path, eod: str | None) -> int:
         candidates = _EOD_CANDIDATES if eod is None else (eod,)
