@@ -1,8 +1,8 @@
 """Byte-level BPE as of GPT-2 and Qwen through tiktoken: several times as fast, the same ids.
 
 Merging: `tokenizers` merges the pairs of its list, tiktoken any two neighbours that together are a
-token, both by rank. They agree where every token, alone, is merged to itself: neighbours that tile a
-token have been merged as in that token alone, so they are its own last pair. This is checked.
+token, both by rank. They agree where every token, alone, is merged to itself: neighbours that tile
+a token have been merged as in that token alone, so they are its own last pair. This is checked.
 
 Cutting into words: the two regular expression engines agree where they take each character for the
 same kind (letter, number, space, other). Their Unicode tables are not of one version, so each

@@ -81,7 +81,7 @@ class PieceReader:
         if piece.format in ("parquet", "arrow"):
             yield from self._rows()
         else:
-            with open(piece.path, "rb") as raw:
+            with _open(piece.path) as raw:
                 try:
                     yield from self._text(raw)
                 except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
@@ -121,6 +121,13 @@ class PieceReader:
             self.lines_read += 1
             line = first + self.lines_read
             yield _whole_or_too_large(RawDocument(piece.path, line, data or b""))
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path") from error
 
 
 class DocumentReader:

@@ -142,10 +142,7 @@ class IndexedDatasetWriter:
             licence=licence,
             sources=tuple(sources),
         )
-        with open_partial(info_path(self.prefix)) as sidecar:
-            sidecar.write(info.model_dump_json(indent=2).encode() + b"\n")
-            flush_to_disk(sidecar)
-        self._publish()
+        self._publish(info)
         return info
 
     def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
@@ -190,7 +187,10 @@ class IndexedDatasetWriter:
             flush_to_disk(file)
         return digest.hexdigest()
 
-    def _publish(self) -> None:
+    def _publish(self, info: CorpusInfo) -> None:
+        with open_partial(info_path(self.prefix)) as sidecar:
+            sidecar.write(info.model_dump_json(indent=2).encode() + b"\n")
+            flush_to_disk(sidecar)
         flush_to_disk(self._bin)
         # Without an index no older or newer half of a pair can be opened in between.
         self.paths.idx.unlink(missing_ok=True)

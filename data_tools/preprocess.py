@@ -66,12 +66,12 @@ def preprocess_as_rank(ranks: Ranks, job: Job, *, num_workers: int) -> Report | 
 
     try:
         # A failure is told to all ranks, so that none waits for one that has given up.
-        failures = ranks.gather("begin", _failure(begin), everywhere=True)
+        failures = ranks.gather("begin", _failure(begin), last=False)
         if not any(failures) and not folder.is_published(shards):
             share = _share(shards, ranks)
             work = partial(_encode, job, share, folder, num_workers)
             failures = [_failure(work)]
-        failures = ranks.gather("end", next(filter(None, failures), ""), everywhere=False)
+        failures = ranks.gather("end", next(filter(None, failures), ""), last=True)
         if failure := next(filter(None, failures), None):
             kept = folder.num_finished(shards)
             raise DataError(failure + (_kept(kept, len(shards), folder) if kept else ""))

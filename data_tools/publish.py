@@ -55,11 +55,17 @@ def publish(
     """Join finished shards into the output, and remove the work folder.
 
     Raises:
-        DataError: no shard holds a document, or one is missing.
+        DataError: no shard holds a document, one is missing, or the disk is full.
     """
     output = Path(job.output)
     if not folder.is_published(shards):
-        _join(job, sources, shards, folder)
+        try:
+            _join(job, sources, shards, folder)
+        except OSError as error:
+            raise DataError(
+                f"{output}: cannot be written ({error.strerror}); free as much space as "
+                f"{folder.path} takes, then give the same command again"
+            ) from error
         folder.mark_published(shards)
     folder.remove()
     info = read_info(output)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +29,11 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def gather(self, name: str, text: str, *, everywhere: bool) -> list[str]:
-        """The texts of all ranks that call it, in order: on rank 0, or on every rank.
+    def gather(self, name: str, text: str, *, last: bool) -> list[str]:
+        """The texts of all ranks that call it, in order of rank.
 
-        Other ranks need not wait, and get an empty list then.
+        At the last meeting, rank 0 alone is sure to get them; others get what they can without
+        waiting.
 
         Raises:
             DataError: a rank is dead.
@@ -42,7 +45,7 @@ class OneRank:
 
     rank, size = 0, 1
 
-    def gather(self, name: str, text: str, *, everywhere: bool) -> list[str]:
+    def gather(self, name: str, text: str, *, last: bool) -> list[str]:
         return [text]
 
 
@@ -60,7 +63,7 @@ class MpiRanks:
         self._world: Any = MPI.COMM_WORLD
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
 
-    def gather(self, name: str, text: str, *, everywhere: bool) -> list[str]:
+    def gather(self, name: str, text: str, *, last: bool) -> list[str]:
         # MPI's own waiting spins on a core that another rank's workers could use.
         barrier = self._world.Ibarrier()
         while not barrier.Test():
@@ -78,12 +81,18 @@ class FolderRanks:
         self._beat()
         threading.Thread(target=self._keep_beating, daemon=True).start()
 
-    def gather(self, name: str, text: str, *, everywhere: bool) -> list[str]:
+    def gather(self, name: str, text: str, *, last: bool) -> list[str]:
         with replace_atomically(self._folder / f"{name}-{self.rank}") as file:
             file.write(text.encode("utf-8"))
-        if self.rank > 0 and not everywhere:
-            return []
-        return [self._wait_for(name, rank) for rank in range(self.size)]
+        if last and self.rank > 0:
+            return [text]
+        texts = [self._wait_for(name, rank) for rank in range(self.size)]
+        if last:
+            # A sign of life may be written while it is removed: the rest goes with what is around.
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):
+                self._folder.parent.rmdir()
+        return texts
 
     def _wait_for(self, name: str, rank: int) -> str:
         path, begin = self._folder / f"{name}-{rank}", time.monotonic()

@@ -55,18 +55,10 @@ def split(
         DataError: `share` is not between 0 and 1, the corpus has no sidecar, its tokenizer is not
             at hand, an output exists, or one half would be empty.
     """
-    if not 0 < share < 1:
-        raise DataError(f"--share {share} must be between 0 and 1: what goes to validation")
-    if len({Path(path).absolute() for path in (prefix, train, validation)}) < 3:
-        raise DataError(f"{prefix}, {train} and {validation} must be three different corpora")
+    _check(prefix, train, validation, share)
     dataset = IndexedDataset(prefix)
     info = require_info(dataset)
-    decoder = find_tokenizer(dataset, tokenizer)
-    if decoder is None:
-        raise DataError(
-            f"{prefix}: its tokenizer {info.tokenizer} is not there or has changed, so the bytes "
-            "of the two halves cannot be counted; pass --tokenizer SPEC"
-        )
+    decoder = _require_tokenizer(dataset, tokenizer)
     with (
         IndexedDatasetWriter(train, vocab_size=info.vocab_size, overwrite=overwrite) as first,
         IndexedDatasetWriter(validation, vocab_size=info.vocab_size, overwrite=overwrite) as second,
@@ -83,6 +75,26 @@ def split(
         return Split(
             _finish(first, kept, info.num_bytes - num_bytes), _finish(second, kept, num_bytes)
         )
+
+
+def _check(prefix: str, train: str, validation: str, share: float) -> None:
+    if not 0 < share < 1:
+        raise DataError(f"--share {share} must be between 0 and 1: what goes to validation")
+    if len({Path(path).absolute() for path in (prefix, train, validation)}) < 3:
+        raise DataError(
+            f"{prefix}, --train {train} and --validation {validation} must be three different "
+            "corpora; choose other outputs"
+        )
+
+
+def _require_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer:
+    tokenizer = find_tokenizer(dataset, spec)
+    if tokenizer is None:
+        raise DataError(
+            f"{dataset.prefix}: its tokenizer {require_info(dataset).tokenizer} is not there or "
+            "has changed, so the bytes of the halves cannot be counted; pass --tokenizer SPEC"
+        )
+    return tokenizer
 
 
 def goes_to_validation(document: TokenArray, *, share: float, seed: int) -> bool:

@@ -97,22 +97,32 @@ def test_error_of_one_rank_stops_all_and_publishes_nothing(tmp_path: Path) -> No
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.work"]
 
 
+def test_input_that_is_missing_leaves_nothing(tmp_path: Path) -> None:
+    arguments = ["--input", str(tmp_path / "absent.jsonl"), "--tokenizer", "bytes"]
+    processes = _srun("1", *arguments, "--output", str(tmp_path / "out"))
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2, 2], outputs
+    assert "absent.jsonl: no such file, or nothing in it" in outputs[0][1]
+    assert os.listdir(tmp_path) == []
+
+
 def test_texts_of_all_ranks_are_gathered_in_order(tmp_path: Path) -> None:
     def meet(rank: int) -> tuple[list[str], list[str]]:
         ours = FolderRanks(tmp_path / "meeting", rank=rank, size=3)
-        everywhere = ours.gather("a", f"rank {rank}", everywhere=True)
-        return everywhere, ours.gather("b", "x" * rank, everywhere=False)
+        everywhere = ours.gather("a", f"rank {rank}", last=False)
+        return everywhere, ours.gather("b", "x" * rank, last=True)
 
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(meet, range(3)))
     assert [first for first, _ in results] == [["rank 0", "rank 1", "rank 2"]] * 3
-    assert [second for _, second in results] == [["", "x", "xx"], [], []]
+    assert [second for _, second in results] == [["", "x", "xx"], ["x"], ["xx"]]
+    assert not (tmp_path / "meeting").exists()
 
 
 def test_rank_that_is_silent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_SILENT_SECONDS", 0.3)
     with pytest.raises(DataError, match=r"rank 1 of 2 has given no sign of life .* command again"):
-        FolderRanks(tmp_path / "meeting", rank=0, size=2).gather("a", "", everywhere=True)
+        FolderRanks(tmp_path / "meeting", rank=0, size=2).gather("a", "", last=False)
 
 
 def test_launcher_is_told_by_the_environment(tmp_path: Path) -> None:
