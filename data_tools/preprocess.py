@@ -60,24 +60,24 @@ def preprocess_as_rank(ranks: Ranks, job: Job, *, num_workers: int) -> Report | 
     def begin() -> None:
         sources.extend(find_inputs(job.inputs))
         shards.extend(_plan(job, sources))
+        folder.plan(_identity(job.settings), shards)
         if ranks.rank == 0:
-            identity = _identity(job.settings)
-            folder.claim(identity, shards, overwrite=job.overwrite)
+            folder.claim(overwrite=job.overwrite)
 
     try:
         # A failure is told to all ranks, so that none waits for one that has given up.
         failures = ranks.gather("begin", _failure(begin), last=False)
-        if not any(failures) and not folder.is_published(shards):
+        if not any(failures) and not folder.is_published():
             share = _share(shards, ranks)
             work = partial(_encode, job, share, folder, num_workers)
             failures = [_failure(work)]
         failures = ranks.gather("end", next(filter(None, failures), ""), last=True)
         if failure := next(filter(None, failures), None):
-            kept = folder.num_finished(shards)
+            kept = folder.num_finished()
             raise DataError(failure + (_kept(kept, len(shards), folder) if kept else ""))
         return publish(job, sources, shards, folder) if ranks.rank == 0 else None
     finally:
-        folder.release(shards)
+        folder.release()
 
 
 def _plan(job: Job, sources: Sequence[Source]) -> Iterator[Shard]:

@@ -58,7 +58,7 @@ def publish(
         DataError: no shard holds a document, one is missing, or the disk is full.
     """
     output = Path(job.output)
-    if not folder.is_published(shards):
+    if not folder.is_published():
         try:
             _join(job, sources, shards, folder)
         except OSError as error:
@@ -66,7 +66,7 @@ def publish(
                 f"{output}: cannot be written ({error.strerror}); free as much space as "
                 f"{folder.path} takes, then give the same command again"
             ) from error
-        folder.mark_published(shards)
+        folder.mark_published()
     folder.remove()
     info = read_info(output)
     assert info is not None, "publishing wrote it"

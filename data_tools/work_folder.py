@@ -31,8 +31,14 @@ class WorkFolder:
         self.path = output.with_name(output.name + ".work")
         self._output = output
         self._lock: BinaryIO | None = None
+        self._settings: Settings = {}
+        self._shards: Sequence[Shard] = ()
 
-    def claim(self, settings: Settings, shards: Sequence[Shard], *, overwrite: bool) -> None:
+    def plan(self, settings: Settings, shards: Sequence[Shard]) -> None:
+        """Say what is to be done."""
+        self._settings, self._shards = settings, shards
+
+    def claim(self, *, overwrite: bool) -> None:
         """Take the output for this process alone, and check that finished shards are this run's.
 
         Raises:
@@ -42,51 +48,58 @@ class WorkFolder:
         if not self.path.exists() and not overwrite:
             check_absent(self._output)
         self._lock = open_partial(self.path / "lock")
-        if self.is_published(shards):
+        if self.is_published():
             return
+        if self._has("published"):  # by a run of another plan, whose output is another's to us
+            self._remove_contents()
+            (self.path / "published").unlink()
         if not self._has("publishing") and not overwrite:
             check_absent(self._output)
-        self._check_settings(settings)
+        self._check_settings()
 
-    def num_finished(self, shards: Sequence[Shard]) -> int:
+    def num_finished(self) -> int:
         """How many of the shards are finished."""
-        return sum(report_path(self.path, shard).exists() for shard in shards)
+        return sum(report_path(self.path, shard).exists() for shard in self._shards)
 
     def mark_publishing(self) -> None:
         """From here on, files of the output that exist are this run's."""
         self._write("publishing", b"")
 
-    def mark_published(self, shards: Sequence[Shard]) -> None:
+    def mark_published(self) -> None:
         """The output is complete."""
-        self._write("published", _plan(shards))
+        self._write("published", self._fingerprint())
 
-    def is_published(self, shards: Sequence[Shard]) -> bool:
+    def is_published(self) -> bool:
         """Whether an earlier run of the same plan completed the output."""
-        return self._has("published") and (self.path / "published").read_bytes() == _plan(shards)
+        published = self.path / "published"
+        return self._has("published") and published.read_bytes() == self._fingerprint()
 
     def remove(self) -> None:
         """Remove it; `published` last, so that a kill in between leaves the truth."""
+        self._remove_contents()
+        shutil.rmtree(self.path)
+
+    def _remove_contents(self) -> None:
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name not in ("published", "lock.partial"):
                 path.unlink()
-        shutil.rmtree(self.path)
 
-    def release(self, shards: Sequence[Shard]) -> None:
-        """Leave finished shards to the next run, and nothing where there are none."""
+    def release(self) -> None:
+        """Leave finished shards, of whatever run, to the next one; and nothing without any."""
         if self._lock is None:
             return
-        if self.path.exists() and not self.num_finished(shards):
+        if self.path.exists() and not any(self.path.glob("*.report")):
             self.remove()
         self._lock.close()
 
-    def _check_settings(self, settings: Settings) -> None:
+    def _check_settings(self) -> None:
         if not self._has("settings.json"):
-            self._write("settings.json", json.dumps(settings).encode())
+            self._write("settings.json", json.dumps(self._settings).encode())
             return
         found = json.loads((self.path / "settings.json").read_bytes())
-        for name, value in settings.items():
+        for name, value in self._settings.items():
             if found.get(name) != value:
                 raise DataError(
                     f"{self.path} holds an unfinished run with {name} {found.get(name)}, but this "
@@ -100,6 +113,7 @@ class WorkFolder:
         with replace_atomically(self.path / name) as file:
             file.write(content)
 
-
-def _plan(shards: Sequence[Shard]) -> bytes:
-    return hashlib.sha256(" ".join(shard.name for shard in shards).encode()).hexdigest().encode()
+    def _fingerprint(self) -> bytes:
+        names = [shard.name for shard in self._shards]
+        plan = json.dumps([self._settings, names])
+        return hashlib.sha256(plan.encode()).hexdigest().encode()

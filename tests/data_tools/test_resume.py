@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +144,35 @@ def test_half_of_a_publication_is_not_taken_for_another_output(
     (tmp_path / "out.work" / "publishing").touch()
     main(stopped)
     verify(str(tmp_path / "out"))
+
+
+def test_complete_output_whose_work_folder_is_left_is_not_made_again_or_replaced(
+    stopped: list[str], tmp_path: Path
+) -> None:
+    """Killed while the work folder was being removed."""
+    work, kept = tmp_path / "out.work", tmp_path / "kept"
+    shutil.copytree(work, kept)
+    (kept / "publishing").touch()
+    main(stopped)
+    assert not work.exists()
+    kept.rename(work)
+    (work / "published").write_bytes(b"another plan")
+    with pytest.raises(DataError, match=r"out.bin exists; choose another output"):
+        main(stopped)
+    assert not work.exists()
+    verify(str(tmp_path / "out"))
+
+
+def test_mistyped_input_does_not_cost_finished_shards(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mistyped.jsonl").write_text("bad\n")
+    rest = stopped[stopped.index("--output") :]
+    mistyped = ["--input", str(tmp_path / "mistyped.jsonl"), *rest, "--on-bad-line", "error"]
+    with pytest.raises(DataError, match=r"mistyped.jsonl:1"):
+        main(mistyped)
+    main(stopped)
+    assert "6 of 7 shards were finished before" in capsys.readouterr().out
 
 
 def test_two_runs_of_one_output_do_not_mix(stopped: list[str], tmp_path: Path) -> None:
