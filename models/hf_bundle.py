@@ -63,18 +63,16 @@ class _Module:
         return found
 
     @cached_property
-    def external(self) -> dict[str, str]:
-        """Local name -> the import statement that binds it, for names of other packages."""
+    def external(self) -> dict[str, tuple[str, str]]:
+        """Local name -> (module or "", what is imported), for names of other packages."""
         found = {}
         for node in self.tree.body:
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    bound = alias.asname or alias.name.split(".")[0]
-                    found[bound] = f"import {_spelled(alias)}"
+                    found[alias.asname or alias.name.split(".")[0]] = ("", _spelled(alias))
             elif isinstance(node, ast.ImportFrom) and not _is_internal(node.module):
                 for alias in node.names:
-                    bound = alias.asname or alias.name
-                    found[bound] = f"from {node.module} import {_spelled(alias)}"
+                    found[alias.asname or alias.name] = (str(node.module), _spelled(alias))
         return found
 
     def text(self, node: ast.stmt) -> str:
@@ -113,31 +111,26 @@ def bundle(entry: str, names: Iterable[str], *, header: str) -> str:
             known.add(origin.name)
             waiting += _used(module, module.definitions[origin.name])
     _check_unique(reached)
-    ordered = _in_order(entry, modules, reached)
-    imports, body = set(), []
-    for name in ordered:
+    imports: set[tuple[str, str]] = set()
+    body: list[str] = []
+    for name in _in_order(entry, modules, reached):
         module = modules[name]
-        nodes = sorted(
-            {module.definitions[d].lineno: module.definitions[d] for d in reached[name]}.items()
-        )
-        body += [module.text(node) for _, node in nodes]
-        used = {n for _, node in nodes for n in _names(node)}
-        imports |= {text for local, text in module.external.items() if local in used}
-    return (
-        "\n".join(
-            [
-                header.rstrip(),
-                "",
-                "from __future__ import annotations",
-                "",
-                *sorted(imports),
-                "",
-                "",
-            ]
-        )
-        + "\n\n\n".join(body)
-        + "\n"
-    )
+        nodes = {module.definitions[d].lineno: module.definitions[d] for d in reached[name]}
+        for _, node in sorted(nodes.items()):
+            body.append(module.text(node))
+            imports |= {module.external[n] for n in _names(node) if n in module.external}
+    head = [header.rstrip(), "", "from __future__ import annotations", "", *_grouped(imports)]
+    return "\n".join(head) + "\n\n" + "\n\n".join(f"{text}\n" for text in body)
+
+
+def _grouped(imports: set[tuple[str, str]]) -> list[str]:
+    """Import statements, one for each module."""
+    plain = sorted(f"import {what}" for module, what in imports if not module)
+    named: dict[str, list[str]] = {}
+    for module, what in sorted(imports):
+        if module:
+            named.setdefault(module, []).append(what)
+    return plain + [f"from {module} import {', '.join(names)}" for module, names in named.items()]
 
 
 def _used(module: _Module, node: ast.stmt) -> Iterator[_Origin]:

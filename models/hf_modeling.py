@@ -118,7 +118,7 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             output = self.model(given, past_key_values.layers)
             past_key_values.length += input_ids.shape[1]
-        logits = output.logits.transpose(0, 1)
+        logits = output.logits.transpose(0, 1).contiguous()
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         loss = None

@@ -1,48 +1,27 @@
-"""Daria-Former as a transformers model: `DariaFormerForCausalLM` and its configuration.
-
-The entry of the exported `modeling_daria_former.py` (models.hf_bundle).
-"""
+"""Daria-Former in Hugging Face's form: its own names and its own modeling file."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from torch import Tensor
-
-from models.daria_former.carry import DariaInputs
+from models.base import HFModeling
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.specs import layer_specs
-from models.hf_modeling import FamilyForCausalLM, FamilyPreTrainedConfig
+from models.hf_own import own_mapping
 
-
-class DariaFormerHFConfig(FamilyPreTrainedConfig):
-    """`config.json` of a Daria-Former; `family_config` holds the settings of DariaFormerConfig."""
-
-    model_type = "daria_former"
-    family_config_class: ClassVar[Any] = DariaFormerConfig
-
-
-class DariaFormerForCausalLM(FamilyForCausalLM):
-    """Daria-Former with a language modelling head.
-
-    `forward` also takes `images` [b, c, height, width], `audio` [b, n_mels, frames], `persona`
-    [b, persona_dim] and `emotion` [b, emotion_dim].
-    """
-
-    config_class = DariaFormerHFConfig
-    base_model_prefix = ""
-    _no_split_modules: ClassVar[list[str]] = ["DACBlock"]
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "model.head.output.weight": "model.embedding.tokens.weight"
-    }
-    family_specs = staticmethod(layer_specs)
-
-    @staticmethod
-    def family_inputs(tokens: Tensor, segments: Tensor | None, **inputs: Any) -> DariaInputs:
-        return DariaInputs(tokens, segments, **inputs)
-
-    def get_input_embeddings(self) -> Any:
-        return self.model.layers[0].tokens
-
-    def set_input_embeddings(self, value: Any) -> None:
-        raise ValueError("the vocabulary of a trained Daria-Former cannot be changed")
+HF = own_mapping(
+    "daria_former",
+    config_cls=DariaFormerConfig,
+    layer_specs=layer_specs,
+    modeling=HFModeling(
+        module="models.daria_former.hf_modeling",
+        config_class="DariaFormerHFConfig",
+        model_class="DariaFormerForCausalLM",
+        settings={
+            "vocab_size": "vocab_size",
+            "hidden_size": "hidden_dim",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "num_key_value_heads": "num_kv_heads",
+            "max_position_embeddings": "max_seq_len",
+        },
+    ),
+)

@@ -9,6 +9,7 @@ from models.base import LossOutput, ModelFamily
 from models.daria_former.carry import AUX, DariaCarry, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token, num_parameters
+from models.daria_former.hf import HF
 from models.daria_former.specs import layer_specs
 from parallel.carry import Field
 from parallel.context import ParallelContext
@@ -119,5 +120,5 @@ FAMILY = ModelFamily(
     token_losses=token_losses,
     flops=forward_flops_per_token,
     num_parameters=num_parameters,
-    hf=None,
+    hf=HF,
 )

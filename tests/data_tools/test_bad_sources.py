@@ -15,6 +15,7 @@ from data_tools.errors import DataError
 from data_tools.indexed import HEADER, MAGIC, IndexedDataset
 from data_tools.loader import TrainLoader
 from data_tools.token_dataset import IndexedStream, TokenDataset
+from data_tools.verify import verify
 from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
 
 
@@ -45,8 +46,8 @@ def test_index_of_another_corpus_of_the_same_size_is_found_by_verify(tmp_path: P
     write_corpus(tmp_path / "a", counting_documents([100, 200]))
     write_corpus(tmp_path / "b", counting_documents([150, 150]))
     shutil.copy(tmp_path / "b.idx", tmp_path / "a.idx")
-    with pytest.raises(DataError, match=r"a.idx: SHA-256 .* found, .* expected"):
-        IndexedDataset(tmp_path / "a").verify()
+    with pytest.raises(DataError, match=r"a.idx: SHA-256 .*"):
+        verify(str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1999])
