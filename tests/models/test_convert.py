@@ -304,7 +304,10 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' cannot be imported; known are llama, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            "model_type='gpt2' cannot be imported; known are daria_former, llama",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),
     ],
