@@ -62,7 +62,8 @@ def _token_paths(config: DariaFormerConfig) -> int:
 def _block_matmul(config: DariaFormerConfig) -> int:
     h, e, paths = config.hidden_dim, config.emotion_dim, len(config.all_paths)
     attention = 2 * h * _width(config) + 2 * _token_paths(config) * h * _kv(config)
-    attention += h * config.num_heads * paths + h * config.num_kv_heads * config.has("memory")
+    attention += h * config.num_heads * paths * config.is_gated
+    attention += h * config.num_kv_heads * config.has("memory")
     matrices = 3 if config.ffn_activation == "swiglu" else 2
     ffn = matrices * h * config.ffn_size + (e + 1) * config.ffn_size
     rank = config.rhythm_rank or h
@@ -98,7 +99,7 @@ def _site_matmul(config: DariaFormerConfig) -> int:
 
 
 def _router_matmul(config: DariaFormerConfig) -> int:
-    return (len(config.all_paths) + 1) * config.hidden_dim
+    return config.num_priors * config.hidden_dim
 
 
 def _head_matmul(config: DariaFormerConfig) -> int:
@@ -161,7 +162,7 @@ def _site(config: DariaFormerConfig) -> int:
 
 def _embedding(config: DariaFormerConfig) -> int:
     h = config.hidden_dim
-    router = h + _router_matmul(config) + len(config.all_paths) + 1
+    router = _router_matmul(config) + (config.num_priors + h if config.num_priors else 0)
     persona = (h * config.persona_dim + config.persona_dim) * config.has("persona")
     bank = _num_slots(config) * h
     return config.vocab_size * h + router + bank + persona + _encoders(config)
@@ -172,7 +173,7 @@ def _block(config: DariaFormerConfig) -> int:
     paths = len(config.all_paths)
     slots_kv = 2 * h * kv * (paths - _token_paths(config))  # persona and modality
     slots_kv += _adapter(config)[1]
-    heads = config.num_heads * paths + paths * (2 * width + kv)
+    heads = config.num_heads * paths * config.is_gated + paths * (2 * width + kv)
     if config.has("long"):
         heads += 2 * config.num_global_tokens * kv
     if config.has("memory"):

@@ -73,7 +73,7 @@ class DariaEmbedding(nn.Module):
         self.config, self.ctx, self.segmented = config, ctx, segmented
         hidden, init = config.hidden_dim, Normal(config.initializer_range)
         self.tokens = VocabParallelEmbedding(config.vocab_size, hidden, ctx=ctx, init=init)
-        self.router = ContextRouter(config, ctx=ctx)
+        self.router = ContextRouter(config, ctx=ctx) if config.num_priors else None
         self.emotion = _emotion_site(config, ctx, is_first=True)
         if config.has("memory") and config.persistent_memory_slots:
             self.persistent = replicated((2 * config.persistent_memory_slots, hidden), init, ctx)
@@ -113,7 +113,7 @@ class DariaEmbedding(nn.Module):
                 initial=given.emotion,
                 history=None if cache is None else cache.emotion,
             ),
-            priors=self.router(hidden),
+            priors=None if self.router is None else self.router(hidden),
             aux=torch.zeros(len(AUX), device=hidden.device),
             bank=self._bank(given, cache),
             modality=self._modality(given, cache),

@@ -56,7 +56,7 @@ def carry_schema(
     return DariaCarry(
         hidden=activation(local_length, micro_batch_size, config.hidden_dim, dtype=dtype),
         emotion=activation(*per_token, config.emotion_dim),
-        priors=activation(*per_token, len(config.all_paths) + 1),
+        priors=activation(*per_token, config.num_priors) if config.num_priors else None,
         aux=activation(len(AUX)),
         bank=activation(num_slots, 1, config.hidden_dim, dtype=dtype) if num_slots else None,
         modality=activation(*modality, dtype=dtype) if num_modality_tokens else None,

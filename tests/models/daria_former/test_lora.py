@@ -150,7 +150,7 @@ def test_a_conditioned_adapter_decodes_as_in_the_full_pass(model):
     with torch.no_grad():
         for token in TOKENS.split(1, dim=1):
             parts.append(model(TokenInputs(token), cache).logits)
-        torch.testing.assert_close(torch.cat(parts), _logits(model), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts), _logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_every_target_of_every_block_is_found(model):
