@@ -104,7 +104,7 @@ class MultiContextAttention(nn.Module):
         linears = [self.q_proj, self.gate] if self.config.is_gated else [self.q_proj]
         for path in self.paths.values():
             linears += path.token_projections()  # type: ignore[operator]
-        projected = iter(project_together(x, *linears))
+        projected = iter(project_together(x, *linears, joined=True))
         if sources.priors is not None:
             sources = sources._replace(priors=enter_tensor_region(sources.priors, ctx=self.ctx))
         queries = split_heads(next(projected), self.config)
