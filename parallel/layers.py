@@ -30,19 +30,22 @@ def ColumnParallelLinear(
     ctx: ParallelContext,
     bias: bool = False,
     init: Init = Normal(0.02),
+    fp8: bool = True,
 ) -> nn.Module:
     """`y = x W^T + b` with W [out, in] cut over its rows: rank r computes columns r of y.
 
     Input [s, b, in] (or [s/t, b, in] under sequence parallelism), output [s, b, out/t].
     Forward: no collective, or an all-gather over the sequence. Backward: an all-reduce of the
-    input gradient, or a reduce-scatter, overlapped with the weight gradient.
+    input gradient, or a reduce-scatter, overlapped with the weight gradient. With `fp8=False` it
+    stays in bf16 under FP8: gates and scores, which are narrow and decide.
 
     Raises:
         ValueError: the tensor size does not divide `out_features`.
     """
     _check_divides("out_features", out_features, ctx)
     shape = (out_features // ctx.tensor.size, in_features)
-    return _linear("column", in_features, out_features, shape, ctx=ctx, bias=bias, init=init)
+    options = {"ctx": ctx, "bias": bias, "init": init, "fp8": fp8 and ctx.precision.is_fp8}
+    return _linear("column", in_features, out_features, shape, **options)  # type: ignore[arg-type]
 
 
 def RowParallelLinear(
@@ -64,7 +67,8 @@ def RowParallelLinear(
     """
     _check_divides("in_features", in_features, ctx)
     shape = (out_features, in_features // ctx.tensor.size)
-    return _linear("row", in_features, out_features, shape, ctx=ctx, bias=bias, init=init)
+    options = {"ctx": ctx, "bias": bias, "init": init, "fp8": ctx.precision.is_fp8}
+    return _linear("row", in_features, out_features, shape, **options)  # type: ignore[arg-type]
 
 
 def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tuple[Tensor, ...]:
@@ -246,10 +250,11 @@ def _linear(
     ctx: ParallelContext,
     bias: bool,
     init: Init,
+    fp8: bool,
 ) -> nn.Module:
     column = mode == "column"
     layer: nn.Module
-    if ctx.precision.is_fp8:
+    if fp8:
         layer = fp8_linear(
             in_features,
             out_features,

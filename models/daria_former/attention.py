@@ -74,7 +74,9 @@ class MultiContextAttention(nn.Module):
         self.o_proj = RowParallelLinear(width, hidden, ctx=ctx, init=output_init)
         if config.is_gated:
             num_gates = heads * len(names)
-            self.gate = ColumnParallelLinear(hidden, num_gates, ctx=ctx, init=Constant(0.0))
+            self.gate = ColumnParallelLinear(
+                hidden, num_gates, ctx=ctx, init=Constant(0.0), fp8=False
+            )
             start = partial(_initial_gates, paths=names)
             self.gate_bias = per_head(heads, (len(names),), start, ctx)
         self.paths = nn.ModuleDict(

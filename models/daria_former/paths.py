@@ -196,7 +196,7 @@ class MemoryPath(ContextPath):
     ) -> None:
         super().__init__(config, rotaries=rotaries, ctx=ctx)
         groups, init = config.num_kv_heads, Normal(config.initializer_range)
-        self.anchor = ColumnParallelLinear(config.hidden_dim, groups, ctx=ctx, init=init)
+        self.anchor = ColumnParallelLinear(config.hidden_dim, groups, ctx=ctx, init=init, fp8=False)
         self.segment_gain = per_head(groups, (), Constant(0.0), ctx)
         self.initial_query = None
         if config.persistent_memory_slots:  # else the first segment has nothing to choose from
