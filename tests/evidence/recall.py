@@ -1,0 +1,189 @@
+"""Recall from beyond the attention window: what the memory path and the long path add to a window.
+
+A row of 512 tokens names 16 pairs of a key and a value, among fillers, and later shows each key
+again: what comes next is its value. The pair stands 129 to 447 tokens before its question, the
+window is 32 tokens, and nothing else tells the value, so that chance is 1 of 32. Every arm trains
+on shorter rows first (64 to 190 tokens between pair and question, still beyond the window), and is
+scored on the full ones alone. The arms have the same number of parameters, by the size of the FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models.base import TokenInputs
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.model import FAMILY
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from tests.benchmarks.timing import Table
+from tests.evidence.training import (
+    IGNORED,
+    Batch,
+    future_leak,
+    logits_of,
+    over_seeds,
+    train,
+    with_parameters,
+)
+
+KEYS, VALUES, FILLERS, PAIRS = 64, 32, 32, 16
+VOCAB = KEYS + VALUES + FILLERS
+# Tokens between the beginnings of two pairs are at least 4, so that one stride of tokens, wherever
+# it begins, never holds two values.
+SLACK = 5
+
+ARMS: dict[str, dict[str, Any]] = {
+    "local": {"paths": ("local",)},
+    "local + memory": {"paths": ("local", "memory")},
+    "local + long": {"paths": ("local", "long")},
+}
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_dim": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_seq_len": 8192,
+    "sliding_window_size": 32,
+    "num_global_tokens": 4,
+    "working_memory_slots": 128,
+    "episodic_memory_slots": 8,
+    "persistent_memory_slots": 4,
+    "emotion_dim": 8,
+    "esv_sites": 1,
+    "rhythm_rank": 16,
+}
+PARAMETERS = 400_000
+LR, TEST_SEED, TEST_ROWS = 2e-3, 10_000, 128
+
+
+class Layout(NamedTuple):
+    """Where a row of `length` tokens holds pairs, from when on it asks, one per `cell` tokens."""
+
+    length: int
+    pairs: tuple[int, int]
+    first_question: int
+    cell: int
+
+
+class Stage(NamedTuple):
+    layout: Layout
+    steps: int
+    rows: int
+
+
+FULL = Layout(512, (64, 256), 384, 8)
+SHORT = Layout(192, (0, 64), 128, 4)
+STAGES = (Stage(SHORT, 220, 16), Stage(FULL, 200, 8))
+
+
+def draw(layout: Layout, rows: int, generator: torch.Generator) -> Batch:
+    """Random rows; only the tokens after a repeated key are scored."""
+    size = (rows, layout.length + 1)
+    stream = torch.randint(KEYS + VALUES, VOCAB, size, generator=generator)
+    labels = torch.full((rows, layout.length), IGNORED)
+    row = torch.arange(rows).unsqueeze(1)
+    keys = torch.rand(rows, KEYS, generator=generator).argsort(dim=1)[:, :PAIRS]
+    values = KEYS + torch.randint(VALUES, keys.shape, generator=generator)
+    asked = _places(layout.first_question, layout.length, layout, rows, generator)
+    for places in (_places(*layout.pairs, layout, rows, generator), asked):
+        stream[row, places], stream[row, places + 1] = keys, values
+    labels[row, asked] = values
+    return Batch(stream[:, :-1], labels)
+
+
+def _places(start: int, stop: int, layout: Layout, rows: int, generator: torch.Generator) -> Tensor:
+    """Where in [start, stop) each pair stands, each in a cell of its own: [rows, PAIRS]."""
+    num_cells = (stop - start) // layout.cell
+    cells = torch.rand(rows, num_cells, generator=generator).argsort(dim=1)[:, :PAIRS]
+    offsets = torch.randint(min(SLACK, layout.cell - 1), cells.shape, generator=generator)
+    return start + cells * layout.cell + offsets
+
+
+def batches(stages: tuple[Stage, ...], *, seed: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    for stage in stages:
+        for _ in range(stage.steps):
+            yield draw(stage.layout, stage.rows, generator)
+
+
+class Result(NamedTuple):
+    """Share of right answers, nats per answer, largest future leak, mean gate of the far path."""
+
+    recall: float
+    loss: float
+    leak: float
+    gate: float
+
+
+def config_of(arm: str) -> DariaFormerConfig:
+    """The configuration of an arm, as large as the others."""
+    return with_parameters(DariaFormerConfig, SHAPE | ARMS[arm], FAMILY, PARAMETERS)
+
+
+def run(
+    arm: str, *, seed: int, stages: tuple[Stage, ...] = STAGES, rows: int = TEST_ROWS
+) -> Result:
+    """Train one arm and score it on rows of FULL that it has not seen."""
+    config = config_of(arm)
+    steps = sum(stage.steps for stage in stages)
+    trained = train(FAMILY, config, batches(stages, seed=seed), steps=steps, lr=LR, seed=seed)
+    test = draw(FULL, rows, torch.Generator().manual_seed(TEST_SEED))
+    logits = torch.cat([logits_of(trained.model, t) for t in test.tokens.split(16)], dim=1)
+    scored = test.labels.T != IGNORED
+    chosen, answers = logits[scored], test.labels.T[scored]
+    return Result(
+        recall=float((chosen.argmax(dim=-1) == answers).float().mean()),
+        loss=float(cross_entropy(chosen, answers)),
+        leak=future_leak(trained.model, test.tokens[:2], vocab_size=VOCAB),
+        gate=trained.terms["gate_memory"] + trained.terms["gate_long"],
+    )
+
+
+@torch.no_grad()
+def cache_bytes(config: DariaFormerConfig, length: int) -> int:
+    """What the blocks keep after `length` tokens of one row."""
+    model = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).eval()
+    cache = model.new_cache(1, length)
+    for chunk in torch.zeros(1, length, dtype=torch.long).split(512, dim=1):
+        model(TokenInputs(chunk), cache)
+    return sum(part.num_bytes for name, part in cache.items() if name.startswith("block"))
+
+
+def tables(num_seeds: int) -> Iterator[Table]:
+    """The arms over seeds, and what each keeps per token."""
+    rows = []
+    for arm in ARMS:
+        results = [run(arm, seed=seed) for seed in range(num_seeds)]
+        print(f"{arm}: {results}", flush=True)
+        rows.append(
+            (
+                arm,
+                f"{FAMILY.num_parameters(config_of(arm)):,}",
+                over_seeds([100 * r.recall for r in results], digits=1),
+                over_seeds([r.loss for r in results]),
+                over_seeds([r.gate for r in results], digits=2),
+                f"{max(r.leak for r in results):g}",
+            )
+        )
+    header = ("paths", "parameters", "recall %", "nats per answer", "gate of the far path", "leak")
+    yield Table(
+        f"Recall of pairs 129 to 447 tokens back, window 32; chance {100 / VALUES:.1f} %",
+        header,
+        rows,
+    )
+    yield _cache_table()
+
+
+def _cache_table() -> Table:
+    rows = []
+    for arm in ARMS:
+        sizes = [cache_bytes(config_of(arm), length) / length for length in (512, 8192)]
+        rows.append((arm, *(f"{size:,.0f}" for size in sizes)))
+    return Table("Cache, bytes per token of one row (fp32)", ("paths", "512", "8192"), rows)
