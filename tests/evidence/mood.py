@@ -27,7 +27,7 @@ from tests.benchmarks.timing import Table
 from tests.evidence.training import Batch, future_leak, logits_of, over_seeds, train
 
 MOODS, VOCAB, STAY, CONTRAST = 8, 16, 0.99, 0.7
-LENGTH, ROWS, STEPS, LR = 256, 16, 500, 3e-3
+LENGTH, ROWS, STEPS, LR = 256, 16, 400, 3e-3
 TEST_SEED, TEST_ROWS, BURN_IN = 10_000, 64, 64
 WINDOW, LAYERS = 4, 2
 REACH = LAYERS * (WINDOW - 1) + 1  # tokens that decide a prediction through windows alone
@@ -132,11 +132,13 @@ def run(source: Source, *, with_state: bool, seed: int, steps: int = STEPS) -> R
     )
     test = held_out(source)
     logits = logits_of(trained.model, test.tokens)[BURN_IN:]
-    return Result(
+    result = Result(
         loss=float(cross_entropy(logits.flatten(0, 1), test.labels.T[BURN_IN:].flatten())),
         leak=future_leak(trained.model, test.tokens[:4], vocab_size=VOCAB),
         influence=influence(trained.model, test.tokens[:4]),
     )
+    print(f"with_state={with_state}, seed {seed}: {result}", flush=True)
+    return result
 
 
 def held_out(source: Source) -> Batch:
@@ -162,7 +164,6 @@ def tables(num_seeds: int) -> Iterator[Table]:
     ]
     for name, with_state in (("emotion state off", False), ("emotion state on", True)):
         results = [run(source, with_state=with_state, seed=seed) for seed in range(num_seeds)]
-        print(f"{name}: {results}", flush=True)
         closed = [100 * (short - r.loss) / (short - whole) for r in results]
         rows.append(
             (

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from models.base import TokenInputs
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.model import FAMILY
+from models.daria_former.paths import MemoryPath
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from tests.benchmarks.timing import Table
@@ -39,9 +40,9 @@ VOCAB = KEYS + VALUES + FILLERS
 SLACK = 5
 
 ARMS: dict[str, dict[str, Any]] = {
-    "local": {"paths": ("local",)},
     "local + memory": {"paths": ("local", "memory")},
     "local + long": {"paths": ("local", "long")},
+    "local": {"paths": ("local",)},
 }
 SHAPE = {
     "vocab_size": VOCAB,
@@ -55,12 +56,14 @@ SHAPE = {
     "working_memory_slots": 128,
     "episodic_memory_slots": 8,
     "persistent_memory_slots": 4,
+    "memory_top_k": 32,
     "emotion_dim": 8,
     "esv_sites": 1,
     "rhythm_rank": 16,
 }
 PARAMETERS = 400_000
 LR, TEST_SEED, TEST_ROWS = 2e-3, 10_000, 128
+FEWER_SLOTS = (16, 8, 4)
 
 
 class Layout(NamedTuple):
@@ -114,12 +117,15 @@ def batches(stages: tuple[Stage, ...], *, seed: int) -> Iterator[Batch]:
 
 
 class Result(NamedTuple):
-    """Share of right answers, nats per answer, largest future leak, mean gate of the far path."""
+    """Share of right answers, nats per answer, largest future leak, mean gate of the far path, and
+    for the memory path the share of right answers when it retrieves fewer slots than in training.
+    """
 
     recall: float
     loss: float
     leak: float
     gate: float
+    by_top_k: dict[int, float]
 
 
 def config_of(arm: str) -> DariaFormerConfig:
@@ -135,15 +141,36 @@ def run(
     steps = sum(stage.steps for stage in stages)
     trained = train(FAMILY, config, batches(stages, seed=seed), steps=steps, lr=LR, seed=seed)
     test = draw(FULL, rows, torch.Generator().manual_seed(TEST_SEED))
-    logits = torch.cat([logits_of(trained.model, t) for t in test.tokens.split(16)], dim=1)
-    scored = test.labels.T != IGNORED
-    chosen, answers = logits[scored], test.labels.T[scored]
-    return Result(
-        recall=float((chosen.argmax(dim=-1) == answers).float().mean()),
-        loss=float(cross_entropy(chosen, answers)),
+    recall, loss = score(trained.model, test)
+    result = Result(
+        recall=recall,
+        loss=loss,
         leak=future_leak(trained.model, test.tokens[:2], vocab_size=VOCAB),
         gate=trained.terms["gate_memory"] + trained.terms["gate_long"],
+        by_top_k=_by_top_k(trained.model, test) if config.has("memory") else {},
     )
+    print(f"{arm}, seed {seed}: {result}", flush=True)
+    return result
+
+
+def score(model: SequentialModel, test: Batch) -> tuple[float, float]:
+    """Share of right answers, and nats per answer."""
+    logits = torch.cat([logits_of(model, tokens) for tokens in test.tokens.split(16)], dim=1)
+    scored = test.labels.T != IGNORED
+    chosen, answers = logits[scored], test.labels.T[scored]
+    right = chosen.argmax(dim=-1) == answers
+    return float(right.float().mean()), float(cross_entropy(chosen, answers))
+
+
+def _by_top_k(model: SequentialModel, test: Batch) -> dict[int, float]:
+    """Share of right answers when every block retrieves so many slots; the last one stays set."""
+    found = {}
+    for top_k in FEWER_SLOTS:
+        for path in model.modules():
+            if isinstance(path, MemoryPath):
+                path.layout = path.layout._replace(top_k=top_k)
+        found[top_k] = score(model, test)[0]
+    return found
 
 
 @torch.no_grad()
@@ -158,10 +185,9 @@ def cache_bytes(config: DariaFormerConfig, length: int) -> int:
 
 def tables(num_seeds: int) -> Iterator[Table]:
     """The arms over seeds, and what each keeps per token."""
-    rows = []
+    rows, fewer = [], []
     for arm in ARMS:
         results = [run(arm, seed=seed) for seed in range(num_seeds)]
-        print(f"{arm}: {results}", flush=True)
         rows.append(
             (
                 arm,
@@ -172,11 +198,19 @@ def tables(num_seeds: int) -> Iterator[Table]:
                 f"{max(r.leak for r in results):g}",
             )
         )
+        if results[0].by_top_k:
+            shares = ([100 * r.by_top_k[k] for r in results] for k in FEWER_SLOTS)
+            fewer.append((arm, *(over_seeds(share, digits=1) for share in shares)))
     header = ("paths", "parameters", "recall %", "nats per answer", "gate of the far path", "leak")
     yield Table(
         f"Recall of pairs 129 to 447 tokens back, window 32; chance {100 / VALUES:.1f} %",
         header,
         rows,
+    )
+    yield Table(
+        f"Recall % of the same models when they retrieve fewer slots than {SHAPE['memory_top_k']}",
+        ("paths", *(f"top {k}" for k in FEWER_SLOTS)),
+        fewer,
     )
     yield _cache_table()
 
