@@ -2,8 +2,8 @@
 
 The text is the source of Python's standard library (the demo corpus): one module of 20 is scored,
 another of 20 decides the learning rate of each family (in half as many steps), the rest is trained
-on. Both families have
-the same optimizer and schedule; llama sees more tokens, by the ratio of forward FLOPs.
+on. Both families have the same optimizer and schedule; llama sees more tokens, by the ratio of
+forward FLOPs.
 """
 
 from __future__ import annotations
