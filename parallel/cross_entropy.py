@@ -40,6 +40,21 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: Paralle
     return losses.masked_fill(ignored, 0.0)
 
 
+def cross_entropy_and_entropy(
+    logits: Tensor, labels: Tensor, *, ctx: ParallelContext
+) -> tuple[Tensor, Tensor]:
+    """`vocab_parallel_cross_entropy` and `vocab_parallel_entropy` of the same logits.
+
+    At tensor size 1 both come from one pass over the logits, and their gradient from another.
+    """
+    if ctx.tensor.size > 1:
+        losses = vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
+        return losses, vocab_parallel_entropy(logits, ctx=ctx)
+    labels = labels.transpose(0, 1)
+    both = _ChunkedBoth.apply(logits.flatten(0, 1), labels.flatten())
+    return both[0].view(labels.shape), both[1].view(labels.shape)
+
+
 def vocab_parallel_entropy(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Entropy in nats of every predicted distribution, fp32: [s, b, V/t] -> [s, b].
 
@@ -115,6 +130,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             difference = (x - normalizer).exp_()  # fp32: the normalizers are
             difference.scatter_add_(-1, target, -torch.ones_like(normalizer))
             out.copy_(difference.mul_(scale))
+        return gradient, None
+
+
+class _ChunkedBoth(torch.autograd.Function):
+    """`dx_j = p_j (dloss - (log p_j + H) dH) - [j = y] dloss`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = _rows_per_chunk(logits)
+        normalizers, expected = [], []
+        for x in logits.split(rows):
+            normalizer = as_fp32(x).logsumexp(dim=-1, keepdim=True)
+            probabilities = (x - normalizer).exp_()
+            expected.append(torch.linalg.vecdot(probabilities, as_fp32(x)))
+            normalizers.append(normalizer.squeeze(-1))
+        normalizer, entropies = torch.cat(normalizers), torch.cat(normalizers) - torch.cat(expected)
+        scored = labels != IGNORED_LABEL
+        targets = labels.clamp(min=0)
+        ctx.save_for_backward(logits, targets, scored, normalizer, entropies)
+        own = as_fp32(logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+        return (normalizer - own).masked_fill(~scored, 0.0), entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_losses: Tensor, of_entropies: Tensor) -> tuple[Tensor, None]:
+        logits, targets, scored, normalizers, entropies = ctx.saved_tensors
+        rows = _rows_per_chunk(logits)
+        gradient = torch.empty_like(logits)
+        columns = (targets, normalizers, entropies, of_losses.masked_fill(~scored, 0.0))
+        chunks = zip(
+            gradient.split(rows),
+            logits.split(rows),
+            *(column.unsqueeze(-1).split(rows) for column in (*columns, of_entropies)),
+            strict=True,
+        )
+        for out, x, target, normalizer, entropy, of_loss, of_entropy in chunks:
+            log_p = x - normalizer
+            # p (dloss - H dH) - p log p dH
+            factor = torch.addcmul(of_loss - entropy * of_entropy, log_p, of_entropy, value=-1.0)
+            out.copy_(log_p.exp_().mul_(factor).scatter_add_(-1, target, -of_loss))
         return gradient, None
 
 

@@ -6,10 +6,11 @@ Shapes: s sequence, b batch, n heads, d head dimension.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.common.config import RopeScaling
 
@@ -86,8 +87,27 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     to the dtype of x. The pairing is Hugging Face's, not the interleaved one of the paper.
     Source: arXiv 2104.09864.
     """
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return x * rotation.cos.to(x.dtype) + swapped * rotation.sin.to(x.dtype)
+    turned: Tensor = _Rotate.apply(x, rotation.cos.to(x.dtype), rotation.sin.to(x.dtype))
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is turned back by the same angle; nothing but the table is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (
+            torch.addcmul(g * cos, g.roll(g.shape[-1] // 2, dims=-1), sin, value=-1.0),
+            None,
+            None,
+        )
 
 
 def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.daria_former.cache import BlockCache, History
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.fused import mix_paths
 from models.daria_former.noise import STREAMS, uniform
 from models.daria_former.paths import PATH_CLASSES, Rotaries, Sources, per_head, split_heads
 from parallel.context import ParallelContext
@@ -35,11 +36,12 @@ class Attended(NamedTuple):
 
 
 class MultiContextAttention(nn.Module):
-    """`W_o sum_p gate_p * path_p(x)`, with a gate per head and token over the active paths.
+    """`W_o sum_p gate_p * gain_p * norm(path_p(x))`, a gate per head and token over the paths.
 
     The paths are those of models.daria_former.paths. `gate = softmax_p(W_g x + b_g + prior)`, or a
     sigmoid of each; gates come from the input, so tensor ranks need no collective for them
-    (arXiv 2505.06708).
+    (arXiv 2505.06708). Normalising what each path reads, per head, before it is mixed keeps a path
+    of small values from losing its gate (arXiv 2411.13676).
 
     Input [s/t, b, h]. Tensor ranks share the heads; the collectives are those of the first
     projection (one for all projections of x) and of `o_proj`.
@@ -110,9 +112,11 @@ class MultiContextAttention(nn.Module):
             readouts[name] = path(queries, own, sources, cache)
         if cache is not None:
             cache.length += len(queries)
-        mixed = _mixed(list(readouts.values()), gates)
-        output = self.o_proj(mixed.permute(2, 0, 1, 3).flatten(2))
-        return Attended(output, gates, readouts.get("memory"))
+        gains: list[Any] = [path.output_gain for path in self.paths.values()]
+        mixed = mix_paths(
+            list(readouts.values()), gates.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps
+        )
+        return Attended(self.o_proj(mixed.flatten(2)), gates, readouts.get("memory"))
 
     def _gates(self, x: Tensor, sources: Sources) -> Tensor:
         """fp32 [s, b, n, P]; a path that is switched off or dropped gets none."""
@@ -145,12 +149,3 @@ def _initial_gates(
     shape: torch.Size, generator: torch.Generator, *, paths: tuple[str, ...]
 ) -> Tensor:
     return torch.tensor([_INITIAL_GATE[path] for path in paths]).expand(shape)
-
-
-def _mixed(outputs: list[Tensor], gates: Tensor) -> Tensor:
-    """`sum_p gate_p y_p`: [b, n, s, d] each and gates fp32 [s, b, n, P]."""
-    weights = gates.permute(3, 1, 2, 0).to(outputs[0].dtype).unsqueeze(-1).unbind(0)
-    mixed = outputs[0] * weights[0]
-    for output, weight in zip(outputs[1:], weights[1:], strict=True):
-        mixed = torch.addcmul(mixed, output, weight)
-    return mixed

@@ -64,7 +64,7 @@ def _block_matmul(config: DariaFormerConfig) -> int:
     attention = 2 * h * _width(config) + 2 * _token_paths(config) * h * _kv(config)
     attention += h * config.num_heads * paths + h * config.num_kv_heads * config.has("memory")
     matrices = 3 if config.ffn_activation == "swiglu" else 2
-    ffn = matrices * h * config.ffn_size + e * config.ffn_size
+    ffn = matrices * h * config.ffn_size + (e + 1) * config.ffn_size
     rank = config.rhythm_rank or h
     rhythm = (h + 2) * rank + h * config.rhythm_rank
     return attention + ffn + rhythm + 9 * h + 4 * h * e + e
@@ -155,9 +155,9 @@ def _block(config: DariaFormerConfig) -> int:
     if config.has("memory"):
         heads += config.num_kv_heads + (kv if config.persistent_memory_slots else 0)
     norms = 2 * h * (2 if config.norm_type == "layer" else 1)
-    fusion = h + 3
-    rhythm = h + h
-    return _block_matmul(config) + slots_kv + heads + norms + fusion + rhythm + config.ffn_size
+    fusion_bias, rhythm_bias = 3, h
+    biases = fusion_bias + rhythm_bias
+    return _block_matmul(config) + slots_kv + heads + norms + biases
 
 
 def _head(config: DariaFormerConfig) -> int:

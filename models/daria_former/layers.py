@@ -24,6 +24,7 @@ from models.daria_former.encoders import ModalityEncoder
 from models.daria_former.losses import (
     block_measurements,
     emotion_smoothness,
+    emotion_variance,
     repetition,
     with_entries,
 )
@@ -202,7 +203,7 @@ class DACBlock(nn.Module):
         a = self._dropped(attended.output * strength, carry, stream=1)
         f = self.ffn(self.ffn_norm(x + a, own), carry.emotion)
         u = self.fusion(a, self._dropped(f, carry, stream=2), x)
-        x = torch.addcmul(x, self.rhythm(u), u)
+        x = self.rhythm(x, u)
         emotion = carry.emotion
         if self.emotion is not None:
             emotion = self.emotion(
@@ -216,7 +217,7 @@ class DACBlock(nn.Module):
             aux = aux + block_measurements(
                 attended,
                 x,
-                self.attention.o_proj,
+                self.attention,
                 config=self.config,
                 is_last=self.is_last,
                 ctx=self.ctx,
@@ -268,7 +269,7 @@ class DariaHead(nn.Module):
             aux = aux + with_entries(
                 emotion_loss=emotion_smoothness(carry.emotion, carry.positions, ctx=self.ctx),
                 repetition_loss=repetition(y, carry.positions, ctx=self.ctx),
-                emotion_variance=carry.emotion.detach().var(dim=(0, 1), correction=0).mean(),
+                emotion_variance=emotion_variance(carry.emotion),
             )
         return DariaOutput(logits, aux, y, carry.emotion)
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.daria_former.attention import Attended
+from models.common.norms import rms_norm
+from models.daria_former.attention import Attended, MultiContextAttention
 from models.daria_former.carry import AUX
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
@@ -37,7 +38,7 @@ def with_entries(**entries: Tensor) -> Tensor:
 def block_measurements(
     attended: Attended,
     x: Tensor,
-    output_projection: nn.Module,
+    attention: MultiContextAttention,
     *,
     config: DariaFormerConfig,
     is_last: bool,
@@ -50,8 +51,14 @@ def block_measurements(
     entries = {f"gate_{path}": share[i].detach() for i, path in enumerate(config.all_paths)}
     entries["gate_loss"] = (LEAST_GATE - gates).relu().sum() / config.num_layers
     if is_last and attended.readout is not None:
+        path = attention.paths["memory"]
+        readout = rms_norm(attended.readout, None, eps=config.norm_eps)
         entries["memory_loss"] = memory_consistency(
-            attended.readout, x, output_projection, segment_len=config.segment_len, ctx=ctx
+            readout * path.output_gain.unsqueeze(1),  # type: ignore[operator]
+            x,
+            attention.o_proj,
+            segment_len=config.segment_len,
+            ctx=ctx,
         )
     return with_entries(**entries)
 
@@ -101,17 +108,25 @@ def emotion_smoothness(
     return computed_by_all(mean, ctx=ctx)
 
 
+@torch.no_grad()
+def emotion_variance(emotion: Tensor) -> Tensor:
+    """Variance over tokens, a mean over channels: [s, b, E]. Near 0 the state says nothing."""
+    tokens = emotion.flatten(0, 1)
+    return tokens.square().mean() - tokens.mean(dim=0).square().mean()
+
+
 def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> Tensor:
     """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` over neighbours of one document: y [s/t, b, h].
 
     Published relatives: SimCTG (arXiv 2202.06417). Each rank scores the pairs that its own tokens
     begin, so the result does not depend on how many ranks there are.
     """
-    directions = F.normalize(y.float(), dim=-1)
-    firsts = gather_sequence(directions[:1], ctx=ctx)  # the first token of every rank
-    rank = (ctx.tensor.rank + 1) % len(firsts)
-    following = torch.cat((directions[1:], firsts[rank : rank + 1]))
-    excess = ((directions * following).sum(dim=-1) - FREE_SIMILARITY).relu()
+    firsts = gather_sequence(y[:1], ctx=ctx)  # the first token of every rank
+    next_rank = (ctx.tensor.rank + 1) % len(firsts)
+    following = firsts[next_rank : next_rank + 1]
+    norms = torch.cat((_norms(y), _norms(following)))
+    products = torch.cat((_products(y[:-1], y[1:]), _products(y[-1:], following)))
+    excess = (products / (norms[:-1] * norms[1:]) - FREE_SIMILARITY).relu()
     length = y.shape[0] * len(firsts)
     counted = y.new_ones((length, y.shape[1]), dtype=torch.float32)
     counted[-1] = 0.0
@@ -119,3 +134,11 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
         counted[:-1] = (positions.T[1:] > 0).float()
     total = (excess * own_sequence(counted, ctx=ctx)).sum()
     return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum().clamp(min=1.0)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dim=-1, dtype=torch.float32)

@@ -15,8 +15,8 @@ from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import (
     IGNORED_LABEL,
+    cross_entropy_and_entropy,
     vocab_parallel_cross_entropy,
-    vocab_parallel_entropy,
 )
 
 
@@ -96,10 +96,13 @@ def loss(
     """Cross entropy of the scored tokens, and the weighted losses of `aux` and of rhythm."""
     if num_scored is None:
         num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
-    lm_loss = token_losses(output, labels, ctx).sum() / num_scored
-    rhythm_loss = torch.zeros_like(lm_loss)
+    rhythm_loss = output.aux.new_zeros(())
     if config.rhythm_loss_weight:
-        rhythm_loss = rhythm_regularizer(output.logits, config.rhythm_target_var, ctx=ctx)
+        losses, entropies = cross_entropy_and_entropy(output.logits, labels, ctx=ctx)
+        rhythm_loss = rhythm_regularizer(entropies, config.rhythm_target_var)
+    else:
+        losses = token_losses(output, labels, ctx)
+    lm_loss = losses.sum() / num_scored
     aux = dict(zip(AUX, output.aux.unbind(), strict=True))
     total = (
         lm_loss
@@ -113,13 +116,13 @@ def loss(
     return LossOutput(total, {name: term.detach() for name, term in terms.items()})
 
 
-def rhythm_regularizer(logits: Tensor, target: float, *, ctx: ParallelContext) -> Tensor:
-    """`mean_b relu(v - Var_t(entropy_t))` in nats^2, logits [s, b, V/t].
+def rhythm_regularizer(entropies: Tensor, target: float) -> Tensor:
+    """`mean_b relu(v - Var_t(entropy_t))` in nats^2, entropies [s, b] of the predictions.
 
     Predictions of an even, dull rhythm are penalised up to the variance v; more is not rewarded.
     """
-    entropies = vocab_parallel_entropy(logits, ctx=ctx)
-    return (target - entropies.var(dim=0, correction=0)).relu().mean()
+    variances = (entropies - entropies.mean(dim=0)).square().mean(dim=0)
+    return (target - variances).relu().mean()
 
 
 FAMILY = ModelFamily(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common.norms import RMSNorm
+from models.common.norms import inverse_rms, rms_norm
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.fused import multiply_add, weighted_sum
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.regions import enter_tensor_region
@@ -36,11 +37,13 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x: Tensor, own: Tensor) -> Tensor:
         """x [s, b, h] and the state of its tokens [s, b, E]."""
         if self.kind == "rms":
-            normed = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            normed = rms_norm(x, self.weight, eps=self.eps)
         else:
             normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         own = own.to(x.dtype)
-        return torch.addcmul(normed + F.linear(own, self.shift), normed, F.linear(own, self.scale))
+        # Adding to the product costs no pass over the activations of its own.
+        shifted = torch.addmm(normed.flatten(0, 1), own.flatten(0, 1), self.shift.T)
+        return multiply_add(shifted.view_as(normed), normed, F.linear(own, self.scale))
 
 
 class EmotionModulatedFFN(nn.Module):
@@ -66,13 +69,19 @@ class EmotionModulatedFFN(nn.Module):
 
     def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
         emotion = enter_tensor_region(emotion.to(x.dtype), ctx=self.ctx)
-        mood = F.linear(emotion, self.emotion, self.emotion_bias)
+        emotion = F.pad(emotion, (0, 1), value=1.0)  # the bias as one more column
+        weight = torch.cat((self.emotion, self.emotion_bias.unsqueeze(1)), dim=1)
+
+        def moved(hidden: Tensor) -> Tensor:
+            added = torch.addmm(hidden.flatten(0, 1), emotion.flatten(0, 1), weight.T)
+            return added.view_as(hidden)
+
         if self.activation == "swiglu":
             gate, up = project_together(x, self.gate_proj, self.up_proj)
-            return self.down_proj(F.silu(gate + mood) * up)
+            return self.down_proj(F.silu(moved(gate)) * up)
         (up,) = project_together(x, self.up_proj)
-        mixed = up + mood
-        return self.down_proj(F.gelu(mixed) if self.activation == "gelu" else F.relu(mixed))
+        act = F.gelu if self.activation == "gelu" else F.relu
+        return self.down_proj(act(moved(up)))
 
 
 class ResidualFusion(nn.Module):
@@ -84,33 +93,31 @@ class ResidualFusion(nn.Module):
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
-        hidden = config.hidden_dim
-        self.norm = RMSNorm(hidden, eps=config.norm_eps, ctx=ctx)
-        self.gate = replicated((3, 3 * hidden), ZERO, ctx)
+        self.eps = config.norm_eps
+        self.gate = replicated((3, 3 * config.hidden_dim), ZERO, ctx)
         self.bias = replicated((3,), _fusion_bias, ctx)
 
     def forward(self, attended: Tensor, fed: Tensor, x: Tensor) -> Tensor:
-        parts = (attended, fed, self.norm(x))
-        logits = self.bias.to(x.dtype)
-        for part, weight in zip(parts, self.gate.chunk(3, dim=1), strict=True):
-            logits = logits + F.linear(part, weight)  # as [a; f; n], without a copy of them
-        gates = (2.0 * logits.float().softmax(dim=-1)).to(x.dtype).unsqueeze(-2).unbind(-1)
-        fused = parts[0] * gates[0]
-        for part, gate in zip(parts[1:], gates[1:], strict=True):
-            fused = torch.addcmul(fused, part, gate)
-        return fused
+        inverse = inverse_rms(x, eps=self.eps)
+        of_attended, of_fed, of_x = self.gate.chunk(3, dim=1)
+        # W [a; f; norm(x)] without a copy of the three; a factor per token commutes with W.
+        logits = F.linear(attended, of_attended, self.bias) + F.linear(fed, of_fed)
+        logits = logits.float() + inverse * F.linear(x, of_x)
+        gates = 2.0 * logits.softmax(dim=-1)
+        gates = torch.cat((gates[..., :2], gates[..., 2:] * inverse), dim=-1)
+        return weighted_sum((attended, fed, x), gates)
 
 
 class RhythmGate(nn.Module):
-    """`w = 2 sigmoid(W_2 W_1 phi + b)`, `phi = [norm(u); mean(u); log(1 + var(u))]`: [s, b, h].
+    """`x + 2 sigmoid(W_2 W_1 phi + b) * u`, `phi = [norm(u); mean(u); log(1 + var(u))]`: [s, b, h].
 
-    The amount that a block writes, per channel; 1 at first. `rhythm_rank` 0 gives a full matrix.
+    How much of u a block writes, per channel; all at first. `rhythm_rank` 0 gives a full matrix.
     """
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
         hidden, rank = config.hidden_dim, config.rhythm_rank
-        self.norm = RMSNorm(hidden, eps=config.norm_eps, ctx=ctx)
+        self.eps = config.norm_eps
         width = rank or hidden
         first = Normal(config.initializer_range) if rank else ZERO
         self.down = replicated((width, hidden), first, ctx)
@@ -118,15 +125,18 @@ class RhythmGate(nn.Module):
         self.up = replicated((hidden, rank), ZERO, ctx) if rank else None
         self.bias = replicated((hidden,), ZERO, ctx)
 
-    def forward(self, u: Tensor) -> Tensor:
-        wide = u.float()
-        mean = wide.mean(dim=-1, keepdim=True)
-        spread = wide.var(dim=-1, keepdim=True, correction=0).log1p()
-        statistics = torch.cat((mean, spread), dim=-1).to(u.dtype)
-        features = F.linear(self.norm(u), self.down) + F.linear(statistics, self.statistics)
-        if self.up is not None:
-            features = F.linear(features, self.up)
-        return 2.0 * (features + self.bias).sigmoid()
+    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        inverse = inverse_rms(u, eps=self.eps)
+        mean = u.mean(dim=-1, keepdim=True, dtype=torch.float32)
+        variance = (inverse.pow(-2) - self.eps - mean.square()).clamp(min=0.0)
+        statistics = torch.cat((mean, variance.log1p()), dim=-1).to(u.dtype)
+        features = inverse.to(u.dtype) * F.linear(u, self.down)
+        features = features + F.linear(statistics, self.statistics)
+        if self.up is None:
+            amount = (features + self.bias).sigmoid()
+        else:
+            amount = F.linear(features, self.up, self.bias).sigmoid()
+        return multiply_add(x, u, amount, scale=2.0)
 
 
 class ConversationRhythmLayer(nn.Module):
@@ -154,11 +164,11 @@ class ConversationRhythmLayer(nn.Module):
         """`noise`: standard normal numbers of the shape of x, or None outside training."""
         need = F.linear(x, self.need).sigmoid()
         varied = F.linear(F.linear(x, self.down), self.up)
-        y = torch.addcmul(x, varied, torch.addcmul(self.bias, need, self.scale), value=0.1)
+        y = multiply_add(x, varied, need * self.scale + self.bias, scale=0.1)
         if noise is None or not self.noise_std:
             return y
         amount = (F.linear(F.linear(x, self.noise_down), self.noise_up) - 2.0).sigmoid()
-        return torch.addcmul(y, amount, noise.to(x.dtype), value=self.noise_std)
+        return multiply_add(y, amount, noise.to(x.dtype), scale=self.noise_std)
 
 
 def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:

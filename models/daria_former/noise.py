@@ -39,22 +39,29 @@ def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
 
 def uniform(keys: Tensor, size: int, *, stream: int) -> Tensor:
     """`size` numbers of [0, 1) per key: int64 [...] -> fp32 [..., size]."""
-    channels = torch.arange(size, device=keys.device) + stream * (1 << 32)
-    bits = _mix(keys.unsqueeze(-1) + channels * _GAMMA)
-    return _shift(bits, 40).float() * 2.0**-24
+    return _shift(_bits(keys, size, stream=stream), 40).float() * 2.0**-24
 
 
 def normal(keys: Tensor, size: int, *, stream: int) -> Tensor:
     """`size` numbers of N(0, 1) per key, by Box and Muller: int64 [...] -> fp32 [..., size]."""
-    first = 1.0 - uniform(keys, size, stream=2 * stream)  # of (0, 1], so that its log is finite
-    second = uniform(keys, size, stream=2 * stream + 1)
-    return (-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()
+    bits = _bits(keys, (size + 1) // 2, stream=stream)
+    # A hash gives two uniform numbers, and they two normal ones. The radius is that of a number of
+    # (0, 1], so that its logarithm is finite.
+    radius = (_shift(bits, 40).float() + 1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = (bits & 0xFFFFFF).float().mul_(2.0**-24 * 2.0 * math.pi)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)[..., :size]
 
 
 def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int) -> Tensor:
     """Zero elements of x [s, b, n] with `probability` and scale the others: keys [s, b]."""
     kept = uniform(keys, x.shape[-1], stream=stream) >= probability
     return x * (kept.to(x.dtype) / (1.0 - probability))
+
+
+def _bits(keys: Tensor, size: int, *, stream: int) -> Tensor:
+    """`size` hashes per key: int64 [...] -> int64 [..., size]."""
+    channels = torch.arange(size, device=keys.device) + stream * (1 << 32)
+    return _mix(keys.unsqueeze(-1) + channels * _GAMMA)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -20,9 +20,11 @@ from models.common.attention import (
     windowed_attention,
 )
 from models.common.cache import KVCache
+from models.common.norms import inverse_rms
 from models.common.rope import RotaryTable, Rotation, rotate
 from models.daria_former.cache import BlockCache, History, MemoryCache
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.fused import scaled_heads
 from models.daria_former.memory import (
     MemoryLayout,
     Slots,
@@ -69,11 +71,11 @@ class Sources(NamedTuple):
 
 
 class ContextPath(nn.Module):
-    """One path: `y = output_gain * norm(attention(query_gain * q, key_gain * norm(W_k z), W_v z))`.
+    """One path: `attention(query_gain * q, key_gain * norm(W_k z), W_v z)`.
 
-    q is shared by all paths, keys and values are not (arXiv 2502.11089). Normalising what each path
-    reads before it is mixed keeps a path of small values from losing its gate (arXiv 2411.13676).
-    Gains are per head; ranks hold those of their heads. Subclasses say what z is and how to attend.
+    q is shared by all paths, keys and values are not (arXiv 2502.11089). Gains are per head, also
+    `output_gain`, by which what was read is scaled when it is mixed; ranks hold those of their
+    heads. Subclasses say what z is and how to attend.
     """
 
     def __init__(
@@ -102,10 +104,8 @@ class ContextPath(nn.Module):
     ) -> Tensor:
         """What the path reads, [b, n, s, d]: `queries` [s, b, n, d] normalised, `projected` what
         `token_projections` gave, [s, b, .] each."""
-        q = heads_first(queries * self.query_gain.to(queries.dtype))
-        y = self.attend(q, projected, sources, cache)
-        y = F.rms_norm(y, y.shape[-1:], eps=self.config.norm_eps)
-        return y * self.output_gain.to(y.dtype).unsqueeze(1)
+        q = scaled_heads(queries, self.query_gain)
+        return self.attend(q, projected, sources, cache)
 
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
@@ -115,8 +115,8 @@ class ContextPath(nn.Module):
 
     def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Projected [s, b, g * d] each as keys, normalised and scaled, and values [b, g, s, d]."""
-        k = split_heads(keys, self.config) * self.key_gain.to(keys.dtype)
-        return heads_first(k), heads_first(values.unflatten(-1, (-1, self.config.head_size)))
+        k = scaled_heads(split_heads(keys, self.config), self.key_gain)
+        return k, heads_first(values.unflatten(-1, (-1, self.config.head_size)))
 
 
 class LocalPath(ContextPath):
@@ -308,7 +308,9 @@ PATH_CLASSES: dict[str, type[ContextPath]] = {
 def split_heads(x: Tensor, config: DariaFormerConfig) -> Tensor:
     """[s, b, heads * d] -> [s, b, heads, d], each normalised if `qk_norm` (arXiv 2010.04245)."""
     x = x.unflatten(-1, (-1, config.head_size))
-    return F.rms_norm(x, x.shape[-1:], eps=config.norm_eps) if config.qk_norm else x
+    if not config.qk_norm:
+        return x
+    return x * inverse_rms(x, eps=config.norm_eps).to(x.dtype)
 
 
 def heads_first(x: Tensor) -> Tensor:
