@@ -22,7 +22,7 @@ from models.daria_former.model import FAMILY as DARIA_FORMER
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from tests.benchmarks.timing import Table
-from tests.evidence.training import Batch, Trained, future_leak, over_seeds, train
+from tests.evidence.training import NO_AUX, Batch, Trained, future_leak, over_seeds, train
 
 VOCAB, LENGTH, ROWS, STEPS = 256, 256, 8, 250
 RATES = (2e-3, 4e-3, 8e-3)
@@ -47,16 +47,6 @@ DARIA = {
     "emotion_dim": 16,
     "rhythm_rank": 16,
 }
-NO_AUX = dict.fromkeys(
-    (
-        "emotion_loss_weight",
-        "repetition_loss_weight",
-        "rhythm_loss_weight",
-        "memory_loss_weight",
-        "gate_balance_weight",
-    ),
-    0.0,
-)
 
 
 class Arm(NamedTuple):

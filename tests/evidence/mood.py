@@ -24,7 +24,15 @@ from models.daria_former.config import DariaFormerConfig
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from tests.benchmarks.timing import Table
-from tests.evidence.training import Batch, future_leak, logits_of, over_seeds, train
+from tests.evidence.training import (
+    NO_AUX,
+    NO_NOISE,
+    Batch,
+    future_leak,
+    logits_of,
+    over_seeds,
+    train,
+)
 
 MOODS, VOCAB, STAY, CONTRAST = 8, 16, 0.99, 0.7
 LENGTH, ROWS, STEPS, LR = 256, 16, 400, 3e-3
@@ -102,12 +110,9 @@ def config() -> DariaFormerConfig:
         emotion_dim=32,
         esv_sites=LAYERS,
         rhythm_rank=16,
-        # Nothing but cross entropy, because that is what the floors bound.
-        emotion_loss_weight=0.0,
-        repetition_loss_weight=0.0,
-        rhythm_loss_weight=0.0,
-        memory_loss_weight=0.0,
-        gate_balance_weight=0.0,
+        initializer_range=0.1,  # 0.02 suits widths of a thousand
+        **NO_AUX,  # the floors bound cross entropy
+        **NO_NOISE,
     )
 
 

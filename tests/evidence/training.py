@@ -15,6 +15,18 @@ from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 
 IGNORED = -100
+# Settings of a Daria-Former that is trained on cross entropy alone.
+NO_AUX = dict.fromkeys(
+    (
+        "emotion_loss_weight",
+        "repetition_loss_weight",
+        "rhythm_loss_weight",
+        "memory_loss_weight",
+        "gate_balance_weight",
+    ),
+    0.0,
+)
+NO_NOISE = {"path_dropout": 0.0, "rhythm_noise_std": 0.0}
 WARMUP_SHARE, LAST_SHARE = 0.1, 0.1
 
 
