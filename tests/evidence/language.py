@@ -24,7 +24,7 @@ from models.llama.model import FAMILY as LLAMA
 from tests.benchmarks.timing import Table
 from tests.evidence.training import NO_AUX, Batch, Trained, future_leak, over_seeds, train
 
-VOCAB, LENGTH, ROWS, STEPS = 256, 256, 8, 250
+VOCAB, LENGTH, ROWS, STEPS = 256, 256, 8, 200
 RATES = (2e-3, 4e-3, 8e-3)
 SWEEP_SEED, TEST_ROWS = 100, 256
 
