@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-FAMILY ?= llama
+FAMILY ?= daria_former
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := runs/demo

@@ -45,7 +45,7 @@ class Blend:
         self.weights = dict(sorted(weights.items()))  # the order of listing has no effect
         self.names = list(self.weights)
         self.start_sample = start_sample
-        self.base = {**dict.fromkeys(self.names, 0), **(base or {})}
+        self.base = {name: (base or {}).get(name, 0) for name in self.names}
         self._base = np.array([self.base[name] for name in self.names], dtype=np.int64)
         self._counts = _integer_shares(self.weights)
         self._pattern = _spread(self._counts)
@@ -60,14 +60,11 @@ class Blend:
         return Draws(sources, self._base[sources] + periods * self._counts[sources] + ranks)
 
     def ledger(self, consumed_samples: int) -> dict[str, int]:
-        """Samples that each source has given once the run has used `consumed_samples`.
-
-        Sources of earlier mixes stay listed, so that one that comes back goes on where it was.
-        """
+        """Samples that each source has given once the run has used `consumed_samples`."""
         periods, rest = divmod(consumed_samples - self.start_sample, PERIOD)
         partial = np.bincount(self._pattern[:rest], minlength=len(self.names))
         counts = self._base + periods * self._counts + partial
-        return {**self.base, **dict(zip(self.names, counts.tolist(), strict=True))}
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 def _integer_shares(weights: Mapping[str, float]) -> IntArray:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data_tools.byte_dataset import BYTE_VOCAB_SIZE
 from data_tools.config import DataConfig
+from data_tools.curriculum import Curriculum
 from data_tools.errors import DataError
 from data_tools.evaluation import EvalBatches
+from data_tools.fim import FillInTheMiddle
 from data_tools.loader import TrainLoader
+from data_tools.mix import Phase
+from data_tools.sentinels import find_sentinels
 from data_tools.sources import open_sources
 from data_tools.token_dataset import TokenDataset
 
@@ -23,32 +28,25 @@ def build_train_loader(
     data_size: int,
     seed: int,
     vocab_size: int,
+    curriculum: Curriculum | None = None,
     consumed_samples: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> TrainLoader:
     """The endless training micro-batches of one data-parallel rank.
 
     The order of samples depends on the seed, the names, weights and contents of the sources and
-    the sequence length; not on the batch size, `data_size`, the workers or restarts. `state` is
-    what `state_dict` gave; without one the run's first `consumed_samples` samples are skipped.
+    the sequence length; not on the batch size, `data_size`, the workers or restarts. `curriculum`
+    is the run's, which stages and `max_epochs` need. `state` is what `state_dict` gave; without one
+    the run's first `consumed_samples` samples are skipped.
 
     Raises:
         DataError: a source is missing, damaged, too short or of another vocabulary or tokenizer,
-            or `state` belongs to other data.
+            the run would read one more often than its `max_epochs`, or `state` belongs to other
+            data.
     """
-    streams = open_sources(config, config.train, vocab_size=vocab_size)
     loader = TrainLoader(
-        [
-            TokenDataset(
-                stream,
-                name=name,
-                sequence_length=sequence_length,
-                seed=seed,
-                reset_at_documents=config.reset_at_documents,
-            )
-            for name, stream in streams
-        ],
-        {source.name: source.weight for source in config.train},
+        _datasets(config, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size),
+        _phases(config, curriculum, sequence_length),
         micro_batch_size=micro_batch_size,
         micro_batches_per_step=micro_batches_per_step,
         data_rank=data_rank,
@@ -58,7 +56,70 @@ def build_train_loader(
         num_workers=config.num_workers,
     )
     _move_to_position(loader, state, consumed_samples)
+    _check_epochs(config, curriculum, loader)
     return loader
+
+
+def _datasets(
+    config: DataConfig, *, sequence_length: int, seed: int, vocab_size: int
+) -> list[TokenDataset]:
+    return [
+        TokenDataset(
+            stream,
+            name=name,
+            sequence_length=sequence_length,
+            seed=seed,
+            reset_at_documents=config.reset_at_documents,
+            fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
+        )
+        for name, stream in open_sources(config, config.train, vocab_size=vocab_size)
+    ]
+
+
+def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | None:
+    if config.fim is None:
+        return None
+    sentinels = find_sentinels(
+        config.fim,
+        tokenizer=config.tokenizer,
+        first_id=BYTE_VOCAB_SIZE if config.kind == "bytes" else 0,
+        vocab_size=vocab_size,
+    )
+    return FillInTheMiddle(
+        sentinels,
+        rate=config.fim.rate,
+        spm_rate=config.fim.spm_rate,
+        level=config.fim.level,
+        key=key,
+    )
+
+
+def _phases(config: DataConfig, curriculum: Curriculum | None, sequence_length: int) -> list[Phase]:
+    if curriculum is None:
+        if config.stages:
+            raise DataError("data.stages need the length of the run; give its curriculum")
+        return [Phase(0, {source.name: source.weight for source in config.train}, sequence_length)]
+    return [
+        Phase(
+            stage.first_step * curriculum.sequences_per_step, stage.weights, stage.sequence_length
+        )
+        for stage in curriculum.stages
+    ]
+
+
+def _check_epochs(config: DataConfig, curriculum: Curriculum | None, loader: TrainLoader) -> None:
+    limits = {s.name: s.max_epochs for s in config.train if s.max_epochs is not None}
+    if not limits:
+        return
+    if curriculum is None:
+        raise DataError("max_epochs needs the length of the run; give its curriculum")
+    epochs = loader.epochs_at(curriculum.total_steps * curriculum.sequences_per_step)
+    for name, limit in limits.items():
+        if epochs.get(name, 0.0) > limit:
+            raise DataError(
+                f"data source {name}: the run would read it {epochs[name]:.3g} times, more than "
+                f"max_epochs {limit:g}; lower its weight, shorten the run or raise max_epochs"
+            )
 
 
 def _move_to_position(

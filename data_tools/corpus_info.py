@@ -9,6 +9,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_tools.errors import DataError
 
 
+class SourceInfo(BaseModel):
+    """What one `--input` argument gave."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: str
+    num_files: int
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    num_with_null_bytes: int
+    """Documents with a null byte, which is text like any other and kept."""
+    left_out: dict[str, int]
+    """Documents that are not in the corpus, by the kind of problem."""
+
+
 class CorpusInfo(BaseModel):
     """Counts and provenance of one .bin/.idx pair; the two files are complete without it."""
 
@@ -33,6 +49,9 @@ class CorpusInfo(BaseModel):
     idx_sha256: str
     command: str
     """The command line that wrote the corpus."""
+    licence: str | None = None
+    """What `--licence` said of the text."""
+    sources: tuple[SourceInfo, ...] = ()
 
 
 def info_path(prefix: Path) -> Path:

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.cli import run_command, usable_cpus
+from data_tools.encoding import EncodingSettings
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.indexed import IndexedDataset
-from data_tools.preprocess import EncodingSettings, preprocess, summary
+from data_tools.preprocess import preprocess
+from data_tools.publish import Job, summary
 from data_tools.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import train_tokenizer
 
@@ -81,15 +83,17 @@ def build_demo_corpus(output: Path, *, vocab_size: int = 4096, num_workers: int 
         skip_bad_lines=False,
     )
     for split in _SPLITS:
-        report = preprocess(
-            [str(output / "text" / split)],
-            str(output / split),
+        job = Job(
+            inputs=[str(output / "text" / split)],
+            output=str(output / split),
             settings=settings,
-            num_workers=num_workers if split == "train" else 1,
             overwrite=True,
+            licence="PSF-2.0",
             command=f"python -m data_tools.demo_corpus --output {output}",
         )
-        lines.append(summary(str(output / split), report))
+        workers = num_workers if split == "train" else 1
+        info = preprocess(job, num_workers=workers).info
+        lines.append(summary(str(output / split), info))
     _write_marker(output, {**recipe, "complete": True})
     return lines
 

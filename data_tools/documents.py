@@ -1,4 +1,4 @@
-"""Text documents of input files, streamed: .jsonl (one object a line) and .txt (one a file)."""
+"""Text documents of input files, streamed with bounded memory."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import zstandard
 
-from data_tools.byte_dataset import expand_paths
+from data_tools.arrow_files import read_rows
 from data_tools.errors import DataError
+from data_tools.inputs import Piece, count_lines
 
-_FORMATS = (".jsonl", ".txt")
-SUFFIXES = tuple(kind + packing for kind in _FORMATS for packing in ("", ".gz", ".zst"))
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 16 << 20
+"""Hugging Face tokenizers take about 130 bytes of memory for each byte of a document."""
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
 _ZSTD_CHUNK = 1 << 14
 
 
 class RawDocument(NamedTuple):
-    """One undecoded document: a line of a .jsonl file, or a whole .txt file (`line` is None)."""
+    """One undecoded document: a line, a row, or a whole .txt file (`line` is None)."""
 
     path: str
     line: int | None
     data: bytes
+    is_json: bool = False
+    too_large: bool = False
+    """`data` is empty: the document was passed over in the file."""
 
     @property
     def place(self) -> str:
@@ -37,80 +40,145 @@ class RawDocument(NamedTuple):
 
 
 class BadDocumentError(DataError):
-    """A document that is not what its file's suffix promises; `--on-bad-line skip` passes it."""
+    """A document that is not what its file promises; `--on-bad-line skip` passes it.
 
-
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of paths, directories and globs, in the order given and sorted inside each.
-
-    Raises:
-        DataError: nothing is found, a file has another suffix, or one is named twice.
-    """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        for file in expand_paths(pattern, suffixes=SUFFIXES):
-            if not file.name.endswith(SUFFIXES):
-                raise DataError(
-                    f"{file}: suffix not known; {', '.join(_FORMATS)} expected, plain or with .gz "
-                    "or .zst"
-                )
-            if file in files:
-                raise DataError(f"{file} is named twice by --input; leave one out")
-            files[file] = None
-    return list(files)
-
-
-class DocumentReader:
-    """Iterate over the documents of files with bounded memory.
-
-    `total_bytes` and `bytes_read` count bytes of the files as they lie on disk.
+    `problem` is the kind of problem, the same for all documents that have it.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = list(files)
-        self.total_bytes = sum(file.stat().st_size for file in self._files)
+    def __init__(self, document: RawDocument, problem: str, *, detail: str, remedy: str) -> None:
+        super().__init__(f"{document.place}: {detail}; {remedy}, or pass --on-bad-line skip")
+        self.document = document
+        self.problem = problem
+        self.detail = detail
+        self._remedy = remedy
+
+    def at(self, document: RawDocument) -> BadDocumentError:
+        """The same problem, of a document whose line is known."""
+        return BadDocumentError(document, self.problem, detail=self.detail, remedy=self._remedy)
+
+
+class PieceReader:
+    """Iterate over the documents of a piece.
+
+    `bytes_read` counts bytes of the file as it lies on disk, about, and `lines_read` the lines
+    or rows passed. Where a piece does not know its first line, lines are numbered from its begin.
+    """
+
+    def __init__(self, piece: Piece, *, json_key: str) -> None:
+        self._piece = piece
+        self._json_key = json_key
         self.bytes_read = 0
+        self.lines_read = 0
 
     def __iter__(self) -> Iterator[RawDocument]:
         """Yield documents; blank lines of .jsonl files are no documents.
 
         Raises:
-            DataError: a file is damaged, or a document is larger than 64 MiB.
+            DataError: the file is damaged.
         """
-        self.bytes_read = 0
-        for file in self._files:
-            before = self.bytes_read
-            with open(file, "rb") as raw:
+        piece = self._piece
+        self.bytes_read = self.lines_read = 0
+        if piece.format in ("parquet", "arrow"):
+            yield from self._rows()
+        else:
+            with _open(piece.path) as raw:
                 try:
-                    for document in _read_file(file, raw):
-                        self.bytes_read = before + raw.tell()
-                        yield document
+                    yield from self._text(raw)
                 except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
                     raise DataError(
-                        f"{file}: cannot be read to its end near byte {raw.tell()} ({error}); it "
-                        "is truncated or damaged: get it again"
+                        f"{piece.path}: cannot be read to its end near byte {raw.tell()} "
+                        f"({error}); it is truncated or damaged: get it again"
                     ) from error
-                self.bytes_read = before + file.stat().st_size
+        self.bytes_read = piece.size
+
+    def _text(self, raw: BinaryIO) -> Iterator[RawDocument]:
+        piece = self._piece
+        stream = _unpack(Path(piece.path), raw)
+        if piece.format == "txt":
+            data = stream.read(MAX_DOCUMENT_BYTES + 1)
+            yield _whole_or_too_large(RawDocument(piece.path, None, data))
+            return
+        first = piece.first_line or 0
+        if piece.begin > 0:
+            raw.seek(piece.begin - 1)
+            _finish_line(raw)
+        # Only plain files are cut: in others the end is the end of the stream.
+        end = piece.end if stream is raw else None
+        for data in _lines(stream, end):
+            self.lines_read += 1
+            self.bytes_read = raw.tell() - piece.begin
+            if data.strip():
+                line = first + self.lines_read
+                yield _whole_or_too_large(RawDocument(piece.path, line, data, is_json=True))
+
+    def _rows(self) -> Iterator[RawDocument]:
+        piece = self._piece
+        first = piece.first_line or 0
+        rows = read_rows(
+            Path(piece.path), piece.format, self._json_key, begin=piece.begin, end=piece.end
+        )
+        for data in rows:
+            self.lines_read += 1
+            line = first + self.lines_read
+            yield _whole_or_too_large(RawDocument(piece.path, line, data or b""))
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path") from error
+
+
+class DocumentReader:
+    """Iterate over the documents of pieces, one after the other, as `PieceReader` does."""
+
+    def __init__(self, pieces: Iterable[Piece], *, json_key: str) -> None:
+        self._pieces = list(pieces)
+        self._json_key = json_key
+        self.total_bytes = sum(piece.size for piece in self._pieces)
+        self.bytes_read = 0
+
+    def __iter__(self) -> Iterator[RawDocument]:
+        done = 0
+        for piece in self._pieces:
+            reader = PieceReader(piece, json_key=self._json_key)
+            for document in reader:
+                self.bytes_read = done + reader.bytes_read
+                yield document
+            done += piece.size
+        self.bytes_read = done
 
 
 def extract_text(document: RawDocument, *, json_key: str) -> str:
     """Decode a document.
 
     Raises:
-        BadDocumentError: it is not UTF-8 or not a JSON object with a text under `json_key`.
+        BadDocumentError: it is too large, not UTF-8, or not a JSON object with a text under
+            `json_key`.
     """
+    if document.too_large:
+        limit = f"{MAX_DOCUMENT_BYTES >> 20} MiB"
+        raise BadDocumentError(
+            document,
+            f"larger than {limit}",
+            detail=f"a document of more than {limit}, which a tokenizer would need gigabytes for",
+            remedy="split it",
+        )
     try:
         text = document.data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadDocumentError(
-            f"{document.place}: byte {error.start} is not valid UTF-8; convert the file, or pass "
-            "--on-bad-line skip"
+            document,
+            "not UTF-8",
+            detail=f"byte {error.start} is not valid UTF-8",
+            remedy="convert the file",
         ) from error
-    return text if document.line is None else _json_text(document, text, json_key)
+    return _json_text(document, text, json_key) if document.is_json else text
 
 
 def batch_documents(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    """Group documents to about a MiB, so that handing them to a process costs little."""
+    """Group documents to about a MiB, so that a call of a tokenizer costs little."""
     batch: list[RawDocument] = []
     size = 0
     for document in documents:
@@ -123,26 +191,36 @@ def batch_documents(documents: Iterable[RawDocument]) -> Iterator[list[RawDocume
         yield batch
 
 
+def locate(document: RawDocument, piece: Piece) -> RawDocument:
+    """The document with its line counted from the begin of the file, which may take a while."""
+    if piece.first_line is not None or document.line is None:
+        return document
+    with open(piece.path, "rb") as file:
+        file.seek(piece.begin - 1)
+        begin = piece.begin - 1 + _finish_line(file)
+    return document._replace(line=document.line + count_lines(piece.path, end=begin))
+
+
 def _json_text(document: RawDocument, line: str, json_key: str) -> str:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON ({error})"
+        problem, detail = "not valid JSON", f"not valid JSON ({error})"
     else:
         text = record.get(json_key) if isinstance(record, dict) else None
         if isinstance(text, str) and _is_encodable(text):
             return text
+        problem = f"no text under {json_key!r}"
         if not isinstance(record, dict):
-            reason = f"a JSON {type(record).__name__} found, an object expected"
+            detail = f"a JSON {type(record).__name__} found, an object expected"
         elif json_key not in record:
-            reason = f"no key {json_key!r} (keys: {', '.join(map(repr, list(record)[:5]))})"
+            detail = f"no key {json_key!r} (keys: {', '.join(map(repr, list(record)[:5]))})"
         elif not isinstance(text, str):
-            reason = f"{json_key!r} is a {type(text).__name__}, not text"
+            detail = f"{json_key!r} is a {type(text).__name__}, not text"
         else:
-            reason = f"{json_key!r} holds a lone surrogate, which is no text"
+            detail = f"{json_key!r} holds a lone surrogate, which is no text"
     raise BadDocumentError(
-        f"{document.place}: {reason}; repair the line, choose --json-key, or pass "
-        "--on-bad-line skip"
+        document, problem, detail=detail, remedy="repair the line, choose --json-key"
     )
 
 
@@ -154,26 +232,33 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _read_file(file: Path, raw: BinaryIO) -> Iterator[RawDocument]:
-    stream = _unpack(file, raw)
-    if file.name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
-        data = stream.read(MAX_DOCUMENT_BYTES + 1)
-        yield _checked(RawDocument(str(file), None, data))
-        return
-    number = 0
-    while data := stream.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if data.strip():
-            yield _checked(RawDocument(str(file), number, data))
+def _whole_or_too_large(document: RawDocument) -> RawDocument:
+    if len(document.data) <= MAX_DOCUMENT_BYTES:
+        return document
+    return document._replace(data=b"", too_large=True)
 
 
-def _checked(document: RawDocument) -> RawDocument:
-    if len(document.data) > MAX_DOCUMENT_BYTES:
-        raise DataError(
-            f"{document.place}: a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB; split it, "
-            "or train on the raw file with data.kind=bytes"
-        )
-    return document
+def _lines(stream: IO[bytes], end: int | None) -> Iterator[bytes]:
+    """Lines that start before `end`; of one that is too long, a little more than is allowed."""
+    position = stream.tell() if end is not None else 0
+    while end is None or position < end:
+        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+        if not line:
+            return
+        position += len(line)
+        if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+            position += _finish_line(stream)
+        yield line
+
+
+def _finish_line(stream: IO[bytes]) -> int:
+    """Read to the end of a line of any length; the bytes that were left of it."""
+    count = 0
+    while data := stream.readline(_BATCH_BYTES):
+        count += len(data)
+        if data.endswith(b"\n"):
+            break
+    return count
 
 
 def _unpack(file: Path, raw: BinaryIO) -> IO[bytes]:

@@ -9,7 +9,8 @@ import numpy as np
 from data_tools.batch import Batch
 from data_tools.loader import check_ids, has_pinned_memory, to_batch
 from data_tools.permutation import IntArray
-from data_tools.token_dataset import NamedStream, Windows, read_windows
+from data_tools.token_dataset import Windows, read_windows
+from data_tools.token_stream import NamedStream
 
 
 class EvalBatches:

@@ -21,6 +21,7 @@ import hashlib
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ DTYPES: dict[int, str] = {
 }
 TOKEN_DTYPES = ("uint8", "uint16", "int32", "int64")
 _PROBES = 1024  # places of the index that opening looks at
+_CHUNK_DOCUMENTS = 1 << 16
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_SIZE = 4096  # bytes
 
@@ -62,6 +64,14 @@ class IndexPaths(NamedTuple):
         return cls(
             bin=prefix.with_name(prefix.name + ".bin"), idx=prefix.with_name(prefix.name + ".idx")
         )
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents."""
+
+    first_document: int
+    ids: npt.NDArray[Any]
+    lengths: IntArray
 
 
 class IndexedDataset:
@@ -105,7 +115,7 @@ class IndexedDataset:
 
     def document(self, index: int) -> npt.NDArray[Any]:
         """Tokens of one document."""
-        begin, end = (self.token_offset(int(self.document_bounds[index + i])) for i in (0, 1))
+        begin, end = self._document_span(index)
         return self.tokens[begin:end]
 
     def token_offset(self, sequence: int) -> int:
@@ -125,11 +135,34 @@ class IndexedDataset:
             for first, last in zip(firsts, lasts, strict=True)
         ]
 
+    def document_at(self, place: int) -> tuple[int, int]:
+        """Begin and end of the document that a token belongs to."""
+        sequence = bisect_right(self.offsets, np.array([place * self.dtype.itemsize])) - 1
+        return self._document_span(int(bisect_right(self.document_bounds, sequence)[0]) - 1)
+
+    def document_ends(self, begin: int, end: int) -> IntArray:
+        """Where documents [begin, end) end in `tokens`."""
+        sequences = np.asarray(self.document_bounds[begin + 1 : end + 1])
+        is_last = sequences == self.num_sequences
+        starts = np.asarray(self.offsets[np.where(is_last, 0, sequences)]) // self.dtype.itemsize
+        return np.where(is_last, self.num_tokens, starts)
+
+    def chunks(self, *, num_tokens: int = 1 << 22) -> Iterator[Chunk]:
+        """All documents in order, in chunks of about `num_tokens` or one longer document."""
+        first = begin = 0
+        while first < self.num_documents:
+            ends = self.document_ends(first, min(first + _CHUNK_DOCUMENTS, self.num_documents))
+            count = max(1, int(np.searchsorted(ends, begin + num_tokens, side="right")))
+            lengths = np.diff(ends[:count], prepend=begin)
+            end = int(ends[count - 1])
+            yield Chunk(first, self.tokens[begin:end], lengths)
+            first, begin = first + count, end
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of sizes, dtype and 64 blocks spread over .bin: one for each corpus, at any size.
 
-        It tells corpora apart; `verify` finds damage.
+        It tells corpora apart; `python -m data_tools.verify` finds damage.
         """
         shape = (self.dtype.name, self.num_tokens, self.num_sequences, self.num_documents)
         digest = hashlib.sha256(repr(shape).encode())
@@ -139,28 +172,9 @@ class IndexedDataset:
             digest.update(data[start : start + _FINGERPRINT_BLOCK_SIZE].tobytes())
         return digest.hexdigest()
 
-    def verify(self) -> None:
-        """Read both files whole: every length, offset and bound, and the sidecar's checksums.
-
-        Raises:
-            DataError: the first disagreement.
-        """
-        offsets = np.concatenate([self.offsets, [self.tokens.nbytes]])
-        if not np.array_equal(np.diff(offsets), self.lengths * np.int64(self.dtype.itemsize)):
-            raise self._damaged("an offset that is not the end of the sequence before it")
-        if (self.lengths < 0).any() or (np.diff(self.document_bounds) < 0).any():
-            raise self._damaged("a negative sequence length or document bounds that go backwards")
-        if self.info is None:
-            return
-        for path, expected in zip(
-            self.paths, (self.info.bin_sha256, self.info.idx_sha256), strict=True
-        ):
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                raise DataError(
-                    f"{path}: SHA-256 {found} found, {expected} expected; preprocess it again"
-                )
+    def _document_span(self, index: int) -> tuple[int, int]:
+        begin, end = (int(self.document_bounds[index + i]) for i in (0, 1))
+        return self.token_offset(begin), self.token_offset(end)
 
     def _read_header(self, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
         path = self.paths.idx

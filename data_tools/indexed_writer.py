@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -11,7 +13,7 @@ from typing import BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.corpus_info import CorpusInfo, info_path
+from data_tools.corpus_info import CorpusInfo, SourceInfo, info_path
 from data_tools.errors import DataError
 from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
 from data_tools.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexPaths
@@ -31,6 +33,19 @@ def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedin
     return np.dtype(np.int32)
 
 
+def check_absent(prefix: Path) -> None:
+    """Refuse an output that exists.
+
+    Raises:
+        DataError: one of its three files does.
+    """
+    existing = [path for path in (*IndexPaths.of(prefix), info_path(prefix)) if path.exists()]
+    if existing:
+        raise DataError(
+            f"{existing[0]} exists; choose another output or pass --overwrite to replace it"
+        )
+
+
 class IndexedDatasetWriter:
     """Write documents one batch after the other, then `finish`.
 
@@ -48,18 +63,15 @@ class IndexedDatasetWriter:
         self.vocab_size = vocab_size
         self.dtype = smallest_dtype(vocab_size)
         self.paths = IndexPaths.of(self.prefix)
-        existing = [path for path in (*self.paths, info_path(self.prefix)) if path.exists()]
-        if existing and not overwrite:
-            raise DataError(
-                f"{existing[0]} exists; choose another output or pass --overwrite to replace it"
-            )
+        if not overwrite:
+            check_absent(self.prefix)
         # The lock on .bin.partial guards the other two files as well.
         self._bin = open_partial(self.paths.bin)
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
         self._bin_digest = hashlib.sha256()
         self._num_tokens = 0
-        self._num_documents = 0
+        self.num_documents = 0
         self._max_token_id = -1
 
     def add_document(self, ids: npt.ArrayLike) -> None:
@@ -90,7 +102,7 @@ class IndexedDatasetWriter:
         self._bin_digest.update(data)
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._num_tokens += len(tokens)
-        self._num_documents += len(lengths)
+        self.num_documents += len(lengths)
         self._max_token_id = max(self._max_token_id, int(tokens.max()))
 
     def finish(
@@ -101,13 +113,15 @@ class IndexedDatasetWriter:
         eod_id: int | None,
         num_bytes: int,
         command: str,
+        licence: str | None = None,
+        sources: Sequence[SourceInfo] = (),
     ) -> CorpusInfo:
         """Write the index and the sidecar, and publish the three files.
 
         Raises:
             DataError: no document was added.
         """
-        if self._num_documents == 0:
+        if self.num_documents == 0:
             raise DataError(
                 f"{self.prefix}: the input holds no documents with text; nothing was written"
             )
@@ -119,17 +133,16 @@ class IndexedDatasetWriter:
             eod_id=eod_id,
             dtype=self.dtype.name,
             num_tokens=self._num_tokens,
-            num_documents=self._num_documents,
+            num_documents=self.num_documents,
             num_bytes=num_bytes,
             max_token_id=self._max_token_id,
             bin_sha256=self._bin_digest.hexdigest(),
             idx_sha256=self._write_index(),
             command=command,
+            licence=licence,
+            sources=tuple(sources),
         )
-        with open_partial(info_path(self.prefix)) as sidecar:
-            sidecar.write(info.model_dump_json(indent=2).encode() + b"\n")
-            flush_to_disk(sidecar)
-        self._publish()
+        self._publish(info)
         return info
 
     def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
@@ -143,7 +156,7 @@ class IndexedDatasetWriter:
         offset = position - int(ends[document] - lengths[document])
         raise DataError(
             f"{self.prefix}: token id {tokens[position]} at token {offset} of document "
-            f"{self._num_documents + document} is outside [0, {self.vocab_size}); use the "
+            f"{self.num_documents + document} is outside [0, {self.vocab_size}); use the "
             "vocabulary size of the tokenizer that made it"
         )
 
@@ -157,7 +170,7 @@ class IndexedDatasetWriter:
                 file.write(data)
                 digest.update(data)
 
-            count = self._num_documents
+            count = self.num_documents
             write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype.name], count, count + 1))
             chunks = [slice(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
             for chunk in chunks:
@@ -174,7 +187,10 @@ class IndexedDatasetWriter:
             flush_to_disk(file)
         return digest.hexdigest()
 
-    def _publish(self) -> None:
+    def _publish(self, info: CorpusInfo) -> None:
+        with open_partial(info_path(self.prefix)) as sidecar:
+            sidecar.write(info.model_dump_json(indent=2).encode() + b"\n")
+            flush_to_disk(sidecar)
         flush_to_disk(self._bin)
         # Without an index no older or newer half of a pair can be opened in between.
         self.paths.idx.unlink(missing_ok=True)
@@ -186,7 +202,9 @@ class IndexedDatasetWriter:
     def _close(self) -> None:
         files: tuple[BinaryIO, ...] = (self._bin, self._lengths)
         for file in files:
-            file.close()
+            # On a full disk closing fails as well: what it would flush is of no use here.
+            with suppress(OSError):
+                file.close()
         for path in (*self.paths, info_path(self.prefix), self._lengths_path):
             partial_path(path).unlink(missing_ok=True)
 

@@ -6,17 +6,19 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data_tools.cli import run_command
 from data_tools.errors import DataError
+from data_tools.files import replace_atomically
 from data_tools.indexed import IndexedDataset
 from data_tools.permutation import IntArray
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 
 _EXAMPLE = """example:
-  python -m data_tools.inspect_corpus data/demo/train --samples 3 --verify
+  python -m data_tools.inspect_corpus data/demo/train --samples 3 --histogram lengths.png
 """
 _SHOWN_CHARACTERS = 200
 
@@ -40,7 +42,14 @@ def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
             f"end of document {info.eod_id}",
             f"tokenizer     {info.tokenizer} (SHA-256 {info.tokenizer_fingerprint[:16]})",
             f"written by    {info.command or 'unknown'}",
+            f"licence       {info.licence or 'not noted'}",
         ]
+        for source in info.sources:
+            problems = "".join(f", {n:,} left out: {what}" for what, n in source.left_out.items())
+            lines.append(
+                f"source        {source.name}: {source.num_documents:,} documents, "
+                f"{source.num_tokens:,} tokens{problems}"
+            )
     else:
         lines.append("no .json beside it: bytes and tokenizer are not known")
     looked_at = min(max_documents, dataset.num_documents)
@@ -51,8 +60,29 @@ def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
 
 def document_lengths(dataset: IndexedDataset) -> IntArray:
     """Tokens of each document."""
-    ends = np.append(dataset.offsets // dataset.dtype.itemsize, dataset.num_tokens)
-    return np.diff(ends[np.asarray(dataset.document_bounds)])
+    return np.diff(dataset.document_ends(0, dataset.num_documents), prepend=0)
+
+
+def draw_histogram(lengths: IntArray, path: Path, *, title: str) -> None:
+    """Draw how many documents have which length, on a logarithmic axis, as a PNG.
+
+    Raises:
+        DataError: the path does not end in .png.
+    """
+    if path.suffix != ".png":
+        raise DataError(f"--histogram {path} must end in .png; that is what is written")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(lengths, bins=np.geomspace(1, max(2, lengths.max()), 60).tolist())
+    axes.set(xscale="log", xlabel="tokens", ylabel="documents", title=title)
+    for name, value in (("median", np.median(lengths)), ("mean", lengths.mean())):
+        axes.axvline(value, linestyle=":" if name == "mean" else "--", color="black")
+        axes.annotate(f"{name} {value:,.0f}", (value, 1), xycoords=("data", "axes fraction"))
+    with replace_atomically(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def duplicate_share(dataset: IndexedDataset, num_documents: int) -> float:
@@ -82,22 +112,24 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     options = _parser().parse_args(arguments)
     dataset = IndexedDataset(options.prefix)
-    if options.verify:
-        dataset.verify()
     print("\n".join(describe(dataset, max_documents=options.max_documents)))
     if options.samples:
-        tokenizer = _find_tokenizer(dataset, options.tokenizer)
+        tokenizer = find_tokenizer(dataset, options.tokenizer)
         if tokenizer is None:
             print("samples       as ids, its tokenizer is not at hand: pass --tokenizer SPEC")
         texts = sample_texts(dataset, tokenizer, num_samples=options.samples, seed=options.seed)
         print("\n".join(texts))
-    if options.verify:
-        checked = "checksums" if dataset.info else "no checksums are known: only the index"
-        print(f"verified      every offset; {checked}")
+    if options.histogram:
+        draw_histogram(document_lengths(dataset), Path(options.histogram), title=options.prefix)
+        print(f"histogram     {options.histogram}")
 
 
-def _find_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer | None:
-    """The tokenizer asked for, or else the one that the corpus names, where it is still there."""
+def find_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer | None:
+    """The tokenizer asked for, or else the one that the corpus names, where it is still there.
+
+    Raises:
+        DataError: the one asked for is not the one that made the corpus.
+    """
     info = dataset.info
     if spec is None:
         if info is None:
@@ -130,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-documents", type=int, default=1_000_000, help="documents compared for duplicates"
     )
-    parser.add_argument("--verify", action="store_true", help="read all, check sums and offsets")
+    parser.add_argument("--histogram", metavar="FILE.png", help="draw document lengths")
     return parser
 
 

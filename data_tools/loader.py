@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 
 from data_tools.batch import IGNORED_LABEL, Batch
-from data_tools.blend import Blend
 from data_tools.errors import DataError
-from data_tools.loader_state import LoaderState, MixState, SourceState
+from data_tools.loader_state import GivenState, LoaderState, MixState, SourceState
+from data_tools.mix import Leg, Mix, Phase, plan_mix
 from data_tools.permutation import IntArray, TokenArray
-from data_tools.token_dataset import TokenDataset, Windows
+from data_tools.token_dataset import Places, TokenDataset, Windows
 
 _PLANNED = 64  # micro-batches whose samples are looked up at once
 
@@ -29,8 +29,9 @@ class _Plan(NamedTuple):
     """What 64 micro-batches read."""
 
     block: int  # the plan is for micro-batches [64 * block, 64 * (block + 1))
-    sources: IntArray  # index into Blend.names, [64, b]
-    windows: IntArray  # window number within that source, [64, b]
+    legs: list[Leg]  # of each micro-batch
+    sources: IntArray  # index into the names of the leg's blend, [64, b]
+    places: Places  # where in that source, [64, b]
 
 
 class TrainLoader:
@@ -38,6 +39,7 @@ class TrainLoader:
 
     Micro-batch n of rank r holds the run-wide samples (n*D + r)*b + [0, b) after the first sample,
     so step t of all ranks together holds samples [t*G, (t + 1)*G) with G = b*M*D, at any D.
+    Where a phase begins, weights and sequence length change with the step.
     `num_workers` threads prepare the next `num_workers + 1` micro-batches; with 0 each is prepared
     when it is asked for. An error in a thread is raised by `next`.
     """
@@ -45,7 +47,7 @@ class TrainLoader:
     def __init__(
         self,
         datasets: Sequence[TokenDataset],
-        weights: Mapping[str, float],
+        phases: Sequence[Phase],
         *,
         micro_batch_size: int,
         micro_batches_per_step: int,
@@ -58,7 +60,7 @@ class TrainLoader:
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} must be in [0, data_size {data_size})")
         self._datasets = {dataset.name: dataset for dataset in datasets}
-        self._weights = dict(weights)
+        self._phases = tuple(phases)
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_step = micro_batches_per_step
         self._data_rank = data_rank
@@ -71,7 +73,7 @@ class TrainLoader:
         self._sequence_length = datasets[0].sequence_length
         self._pending: deque[Future[Batch]] = deque()
         self._executor: ThreadPoolExecutor | None = None
-        self._move_to(0, Blend(weights))
+        self._move_to(0, plan_mix(phases))
 
     @property
     def consumed_samples(self) -> int:
@@ -83,8 +85,8 @@ class TrainLoader:
     @property
     def tokens_per_source(self) -> dict[str, int]:
         """The ledger: tokens that each source has given to the run."""
-        ledger = self._blend.ledger(self.consumed_samples)
-        return {name: samples * self._sequence_length for name, samples in ledger.items()}
+        ledger = self._mix.ledger(self.consumed_samples)
+        return {name: given.tokens for name, given in ledger.items()}
 
     def skip_to(self, consumed_samples: int) -> None:
         """Go on after the first `consumed_samples` samples of the run.
@@ -92,12 +94,22 @@ class TrainLoader:
         Raises:
             DataError: that is before the current mix began.
         """
-        if consumed_samples < self._blend.start_sample:
+        begin = self._mix.first_samples[0]
+        if consumed_samples < begin:
             raise DataError(
-                f"sample {consumed_samples} is before {self._blend.start_sample}, where the "
-                "current mix of sources began; resume from an earlier checkpoint"
+                f"sample {consumed_samples} is before {begin}, where the current mix of sources "
+                "began; resume from an earlier checkpoint"
             )
-        self._move_to(consumed_samples, self._blend)
+        self._move_to(consumed_samples, self._mix)
+
+    def epochs_at(self, consumed_samples: int) -> dict[str, float]:
+        """How often each source of the run will have been read after so many samples."""
+        ledger = self._mix.ledger(consumed_samples)
+        return {
+            name: dataset.epochs(ledger[name].position)
+            for name, dataset in self._datasets.items()
+            if name in ledger
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Position and ledger at the last whole step, as plain JSON; the same on all ranks.
@@ -106,23 +118,21 @@ class TrainLoader:
         Ask a rank that draws: under pipelines the stages between the first and the last do not.
         """
         consumed = self.consumed_samples
-        sources = {
-            name: SourceState(
-                samples=samples,
-                tokens=samples * self._sequence_length,
-                fingerprint=self._fingerprints[name],
-            )
-            for name, samples in self._blend.ledger(consumed).items()
-        }
+        leg = self._mix.leg_before(consumed)
         return LoaderState(
             consumed_samples=consumed,
             seed=self._seed,
             sequence_length=self._sequence_length,
-            sources=sources,
+            sources={
+                name: SourceState(**given._asdict(), fingerprint=self._fingerprints[name])
+                for name, given in leg.ledger(consumed).items()
+            },
             mix=MixState(
-                weights=self._blend.weights,
-                start_sample=self._blend.start_sample,
-                base=self._blend.base,
+                weights=leg.blend.weights,
+                sequence_length=leg.sequence_length,
+                start_sample=leg.blend.start_sample,
+                base=leg.blend.base,
+                given={name: GivenState(**each._asdict()) for name, each in leg.given.items()},
             ),
         ).model_dump()
 
@@ -140,7 +150,7 @@ class TrainLoader:
         )
         earlier = {name: source.fingerprint for name, source in saved.sources.items()}
         self._fingerprints = {**earlier, **self._fingerprints}
-        self._move_to(saved.consumed_samples, saved.blend(self._weights))
+        self._move_to(saved.consumed_samples, saved.plan(self._phases))
 
     def close(self) -> None:
         """End the threads and drop what they prepared; a later `next` starts them again."""
@@ -168,12 +178,19 @@ class TrainLoader:
     ) -> None:
         self.close()
 
-    def _move_to(self, first_sample: int, blend: Blend) -> None:
+    def _move_to(self, first_sample: int, mix: Mix) -> None:
         self.close()
-        self._blend = blend
+        self._mix = mix
         self._first_sample = first_sample
         self._num_drawn = 0  # micro-batches handed out since `_first_sample`
         self._plan: _Plan | None = None
+        per_step = self._micro_batch_size * self._micro_batches_per_step * self._data_size
+        for begin in mix.first_samples:
+            if begin > first_sample and (begin - first_sample) % per_step:
+                raise DataError(
+                    f"a stage begins at sample {begin}, inside a step: steps of {per_step} samples "
+                    f"go on from {first_sample}; keep the number of samples of a step"
+                )
 
     def _prefetched(self) -> Batch:
         if self._executor is None:
@@ -197,14 +214,16 @@ class TrainLoader:
         if plan is None or number // _PLANNED != plan.block:
             # Two threads may plan the same block; both get the same plan.
             plan = self._plan = self._make_plan(number // _PLANNED)
-        sources, window_numbers = plan.sources[number % _PLANNED], plan.windows[number % _PLANNED]
+        row = number % _PLANNED
+        leg, sources = plan.legs[row], plan.sources[row]
         rows: list[tuple[IntArray, Windows]] = []
         for source in sorted(set(sources.tolist())):
-            places = np.flatnonzero(sources == source)
-            name = self._blend.names[source]
-            windows = self._datasets[name].read(window_numbers[places])
+            own = np.flatnonzero(sources == source)
+            name = leg.blend.names[source]
+            places = Places(*(each[row][own] for each in plan.places))
+            windows = self._datasets[name].read(places, length=leg.sequence_length)
             check_ids(windows.ids, vocab_size=self._vocab_size, name=name)
-            rows.append((places, windows))
+            rows.append((own, windows))
         return to_batch(_merge(rows), pin=self._pin)
 
     def _make_plan(self, block: int) -> _Plan:
@@ -212,12 +231,24 @@ class TrainLoader:
         numbers = np.arange(block * _PLANNED, (block + 1) * _PLANNED)
         firsts = (numbers * self._data_size + self._data_rank) * self._micro_batch_size
         samples = self._first_sample + firsts[:, None] + np.arange(self._micro_batch_size)
-        sources, samples_of_source = self._blend.draw(samples)
-        windows = np.empty_like(samples)
-        for source, name in enumerate(self._blend.names):
+        legs = [self._mix.leg_of(first) for first in samples[:, 0].tolist()]
+        sources = np.empty_like(samples)
+        places = Places(np.empty_like(samples), np.empty_like(samples))
+        for leg in self._mix.legs:
+            rows = np.flatnonzero([each is leg for each in legs])
+            if len(rows):
+                sources[rows], found = self._look_up(leg, samples[rows])
+                places.starts[rows], places.epochs[rows] = found
+        return _Plan(block, legs, sources, places)
+
+    def _look_up(self, leg: Leg, samples: IntArray) -> tuple[IntArray, Places]:
+        sources, samples_of_source = leg.blend.draw(samples)
+        places = Places(np.empty_like(samples), np.empty_like(samples))
+        for source, name in enumerate(leg.blend.names):
             mask = sources == source
-            windows[mask] = self._datasets[name].window_numbers(samples_of_source[mask])
-        return _Plan(block, sources, windows)
+            positions = samples_of_source[mask] * leg.sequence_length
+            places.starts[mask], places.epochs[mask] = self._datasets[name].places(positions)
+        return sources, places
 
 
 def check_ids(ids: TokenArray, *, vocab_size: int, name: str) -> None:
@@ -244,7 +275,7 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
     tokens = windows.ids[:, :-1].astype(np.int64)
     labels = windows.ids[:, 1:].astype(np.int64)
     segments = windows.segment_ids
-    if segments is not None:
+    if segments is not None and segments[:, -1].any():
         # The first token of a document has nothing before it in its document to follow from.
         labels[segments[:, 1:] != segments[:, :-1]] = IGNORED_LABEL
     if lengths is not None:

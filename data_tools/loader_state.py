@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_tools.blend import Blend
 from data_tools.errors import DataError
+from data_tools.mix import Given, Leg, Mix, Phase, plan_mix
 
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class SourceState(BaseModel):
-    """The ledger's line of one source, also of one that an earlier mix had."""
+class GivenState(BaseModel):
+    """`data_tools.mix.Given` as JSON."""
 
     model_config = _STRICT
 
-    samples: int
+    position: int
     tokens: int
+
+
+class SourceState(GivenState):
+    """The ledger's line of one source, also of one that an earlier mix had."""
+
     fingerprint: str
 
 
 class MixState(BaseModel):
-    """The blend in force: its weights, where it began, and the counts it began from."""
+    """The mix in force: weights and length, where it began, and the ledger it began from."""
 
     model_config = _STRICT
 
     weights: dict[str, float]
+    sequence_length: int
     start_sample: int
     base: dict[str, int]
+    """Samples of `sequence_length` that lie before the first of each source."""
+    given: dict[str, GivenState]
+    """The ledger before the mix."""
 
 
 class LoaderState(BaseModel):
     """Position and ledger of a training loader; plain JSON.
 
     `consumed_samples` counts whole optimizer steps of all data-parallel ranks, so it does not
-    depend on the batch size or the number of ranks.
+    depend on the batch size or the number of ranks. `sequence_length` is the longest of the run.
     """
 
     model_config = _STRICT
 
-    version: int = 1
+    version: Literal[2] = 2
     consumed_samples: int
     seed: int
     sequence_length: int
@@ -92,9 +102,17 @@ class LoaderState(BaseModel):
                     "restore it, or give the new corpus another name"
                 )
 
-    def blend(self, weights: Mapping[str, float]) -> Blend:
-        """The saved blend, or with other weights a new one that goes on from the ledger."""
-        if dict(weights) == self.mix.weights:
-            return Blend(weights, start_sample=self.mix.start_sample, base=self.mix.base)
-        ledger = {name: source.samples for name, source in self.sources.items()}
-        return Blend(weights, start_sample=self.consumed_samples, base=ledger)
+    def plan(self, phases: Sequence[Phase]) -> Mix:
+        """The mix from here on: the saved one goes on, another one begins from the ledger."""
+        saved = self.mix
+        ledger, given = (
+            {name: Given(each.position, each.tokens) for name, each in states.items()}
+            for states in (self.sources, saved.given)
+        )
+        blend = Blend(saved.weights, start_sample=saved.start_sample, base=saved.base)
+        return plan_mix(
+            phases,
+            consumed_samples=self.consumed_samples,
+            ledger=ledger,
+            leg=Leg(blend, saved.sequence_length, given),
+        )

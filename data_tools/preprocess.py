@@ -1,201 +1,206 @@
-"""Tokenize text into a .bin/.idx corpus: `python -m data_tools.preprocess --help`."""
+"""Tokenize text into a .bin/.idx corpus: `python -m data_tools.preprocess --help`.
+
+The input is cut into shards (inputs.py, shards.py). Every process takes some of them, in
+OUTPUT.work; the first process joins what all have finished and publishes it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import closing
-from functools import lru_cache, partial
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
-import numpy as np
-
-from data_tools.cli import add_text_arguments, map_in_order, progress_bar, run_command, usable_cpus
-from data_tools.corpus_info import CorpusInfo
-from data_tools.documents import (
-    BadDocumentError,
-    DocumentReader,
-    RawDocument,
-    batch_documents,
-    extract_text,
-    find_inputs,
-)
+from data_tools.cli import add_text_arguments, progress_bar, run_command, usable_cpus
+from data_tools.encoding import EncodingSettings
 from data_tools.errors import DataError
-from data_tools.indexed_writer import IndexedDatasetWriter
-from data_tools.permutation import IntArray
-from data_tools.tokenizers import Tokenizer, load_tokenizer
+from data_tools.inputs import Source, cut_pieces, find_inputs, total_size
+from data_tools.publish import MAX_LISTED, Job, Report, left_out_list, publish, summary
+from data_tools.ranks import OneRank, Ranks, find_ranks
+from data_tools.shards import Shard, encode_shard, plan_shards, read_report, shard_bytes
+from data_tools.tokenizers import TOKENIZER_HELP
+from data_tools.work_folder import WorkFolder
+from data_tools.workers import run_tasks
 
 _EXAMPLE = """example:
   python -m data_tools.preprocess --input corpus/ more.jsonl.zst --output data/train \\
       --tokenizer data/tokenizer.model --workers 8
+  srun --nodes 4 python -m data_tools.preprocess ...   # on many machines; or mpirun, with mpi4py
 """
-_MAX_LISTED = 10
 
 
-class EncodingSettings(NamedTuple):
-    """How a document becomes tokens."""
-
-    tokenizer: str
-    eod: str | None
-    append_eod: bool
-    json_key: str
-    skip_bad_lines: bool
-
-
-class EncodedDocuments(NamedTuple):
-    """A batch of documents as tokens; empty documents have length 0."""
-
-    ids: IntArray
-    lengths: IntArray
-    num_bytes: int
-    bad_documents: list[str]
-
-
-class Report(NamedTuple):
-    """What a run of `preprocess` wrote and left out."""
-
-    info: CorpusInfo
-    num_empty: int
-    num_bad: int
-    first_bad: list[str]
-
-
-def preprocess(
-    inputs: Sequence[str],
-    output: str,
-    *,
-    settings: EncodingSettings,
-    num_workers: int = 1,
-    overwrite: bool = False,
-    command: str = "",
-) -> Report:
-    """Tokenize documents into OUTPUT.bin, .idx and .json; the same files at any `num_workers`.
+def preprocess(job: Job, *, num_workers: int = 1) -> Report:
+    """Tokenize documents into OUTPUT.bin, .idx and .json, as the only rank.
 
     Raises:
-        DataError: an input or the tokenizer cannot be used, or the output exists. Nothing is
-            written then.
+        DataError: see `preprocess_as_rank`.
     """
-    tokenizer = _tokenizer(settings.tokenizer, settings.eod)
-    reader = DocumentReader(find_inputs(inputs))
-    encode = partial(encode_documents, settings=settings)
-    num_documents = num_empty = num_bytes = num_bad = 0
-    first_bad: list[str] = []
-    with (
-        IndexedDatasetWriter(
-            output, vocab_size=tokenizer.vocab_size, overwrite=overwrite
-        ) as writer,
-        progress_bar("tokenizing", reader.total_bytes) as report,
-        closing(map_in_order(encode, batch_documents(reader), num_workers=num_workers)) as batches,
-    ):
-        for encoded in batches:
-            writer.add_documents(encoded.ids, encoded.lengths)
-            num_empty += int((encoded.lengths == 0).sum())
-            num_bytes += encoded.num_bytes
-            num_documents += len(encoded.lengths)
-            num_bad += len(encoded.bad_documents)
-            first_bad += encoded.bad_documents[: _MAX_LISTED - len(first_bad)]
-            report(num_documents, reader.bytes_read)
-        info = writer.finish(
-            tokenizer=settings.tokenizer,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            eod_id=tokenizer.eod_id if settings.append_eod else None,
-            num_bytes=num_bytes,
-            command=command,
-        )
-    return Report(info, num_empty, num_bad, first_bad)
+    report = preprocess_as_rank(OneRank(), job, num_workers=num_workers)
+    assert report is not None, "rank 0 has one"
+    return report
 
 
-def encode_documents(
-    documents: Sequence[RawDocument], *, settings: EncodingSettings
-) -> EncodedDocuments:
-    """Tokenize a batch; runs in worker processes.
+def preprocess_as_rank(ranks: Ranks, job: Job, *, num_workers: int) -> Report | None:
+    """Do this rank's share of a job; rank 0 publishes the output and has the report.
+
+    The same files come out at any number of workers and ranks. A run that was killed goes on from
+    its finished shards.
 
     Raises:
-        BadDocumentError: a document is not what its file promises, and bad ones are not skipped.
+        DataError: an input or the tokenizer cannot be used, or the output exists. There is no
+            output then.
     """
-    texts, bad_documents = [], []
-    for document in documents:
-        try:
-            texts.append(extract_text(document, json_key=settings.json_key))
-        except BadDocumentError as error:
-            if not settings.skip_bad_lines:
-                raise
-            bad_documents.append(str(error))
-    tokenizer = _tokenizer(settings.tokenizer, settings.eod)
-    end = [tokenizer.eod_id] if settings.append_eod else []
-    encoded = [ids + end if ids else [] for ids in tokenizer.encode_batch(texts)]
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-    return EncodedDocuments(
-        ids=np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum())),
-        lengths=lengths,
-        num_bytes=sum(len(text.encode("utf-8")) for text in texts),
-        bad_documents=bad_documents,
-    )
+    folder = WorkFolder(Path(job.output))
+    sources: list[Source] = []
+    shards: list[Shard] = []
+
+    def begin() -> None:
+        sources.extend(find_inputs(job.inputs))
+        shards.extend(_plan(job, sources))
+        folder.plan(_identity(job.settings), shards)
+        if ranks.rank == 0:
+            folder.claim(overwrite=job.overwrite)
+
+    try:
+        # A failure is told to all ranks, so that none waits for one that has given up.
+        failures = ranks.gather("begin", _failure(begin), last=False)
+        if not any(failures) and not folder.is_published():
+            share = _share(shards, ranks)
+            work = partial(_encode, job, share, folder, num_workers)
+            failures = [_failure(work)]
+        failures = ranks.gather("end", next(filter(None, failures), ""), last=True)
+        if failure := next(filter(None, failures), None):
+            kept = folder.num_finished()
+            raise DataError(failure + (_kept(kept, len(shards), folder) if kept else ""))
+        return publish(job, sources, shards, folder) if ranks.rank == 0 else None
+    finally:
+        folder.release()
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(spec: str, eod: str | None) -> Tokenizer:
-    return load_tokenizer(spec, eod=eod)
+def _plan(job: Job, sources: Sequence[Source]) -> Iterator[Shard]:
+    num_bytes = job.shard_bytes or shard_bytes(total_size(sources))
+    pieces = cut_pieces(sources, piece_bytes=num_bytes, json_key=job.settings.json_key)
+    return plan_shards(pieces, num_bytes=num_bytes)
 
 
-def summary(output: str, report: Report) -> str:
-    """What was written, in one line."""
-    info = report.info
-    return (
-        f"{output}.bin/.idx: {info.num_documents:,} documents, {info.num_tokens:,} tokens "
-        f"({info.dtype}), {info.num_bytes / info.num_tokens:.2f} bytes per token"
-    )
+def _identity(settings: EncodingSettings) -> dict[str, str | int | None]:
+    """What the contents of a shard depend on beside its pieces."""
+    tokenizer = settings.load_tokenizer()
+    return {
+        "version": 1,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id if settings.append_eod else None,
+        "json_key": settings.json_key,
+    }
+
+
+def _share(shards: Sequence[Shard], ranks: Ranks) -> list[Shard]:
+    """Shards of this rank: the large ones dealt out first, and each rank's large ones first.
+
+    Finished ones are dealt out as well: ranks may not see each other's latest files alike.
+    """
+    by_size = sorted(shards, key=lambda shard: shard.size, reverse=True)
+    return by_size[ranks.rank :: ranks.size]
+
+
+def _failure(work: Callable[[], None]) -> str:
+    try:
+        work()
+    except (DataError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _kept(finished: int, total: int, folder: WorkFolder) -> str:
+    return f" ({finished} of {total} shards are done and kept in {folder.path} for the next run)"
+
+
+def _encode(job: Job, share: Sequence[Shard], folder: WorkFolder, num_workers: int) -> None:
+    left = [shard for shard in share if read_report(folder.path, shard) is None]
+    if len(left) < len(share):
+        print(f"{len(share) - len(left)} of {len(share)} shards were finished before")
+    encode = partial(encode_shard, settings=job.settings, folder=folder.path)
+    with progress_bar("tokenizing", sum(shard.size for shard in left)) as report:
+        run_tasks(encode, left, num_workers=min(num_workers, max(1, len(left))), report=report)
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     options = _parser().parse_args(arguments)
-    if options.workers < 1:
-        raise DataError(f"--workers {options.workers} must be 1 or more")
+    # Workers are the parallelism: a tokenizer's threads would fight them for the same CPUs.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    settings = EncodingSettings(
+        tokenizer=options.tokenizer,
+        eod=options.eod,
+        append_eod=options.append_eod,
+        json_key=options.json_key,
+        skip_bad_lines=options.on_bad_line == "skip",
+    )
+    _check_options(options, settings)
+    job = Job(
+        inputs=options.input,
+        output=options.output,
+        settings=settings,
+        overwrite=options.overwrite,
+        licence=options.licence,
+        command=shlex.join(["python", "-m", "data_tools.preprocess", *arguments]),
+        shard_bytes=options.shard_megabytes and options.shard_megabytes << 20,
+    )
+    meeting_place = WorkFolder(Path(options.output)).path.joinpath
+    report = preprocess_as_rank(find_ranks(meeting_place), job, num_workers=options.workers)
+    if report is not None:
+        _print_report(options.output, report)
+
+
+def _check_options(options: argparse.Namespace, settings: EncodingSettings) -> None:
+    for name in ("workers", "shard_megabytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more")
     if options.eod is not None and not options.append_eod:
         raise DataError(f"--eod {options.eod} has no effect with --no-append-eod; remove one")
-    report = preprocess(
-        options.input,
-        options.output,
-        settings=EncodingSettings(
-            tokenizer=options.tokenizer,
-            eod=options.eod,
-            append_eod=options.append_eod,
-            json_key=options.json_key,
-            skip_bad_lines=options.on_bad_line == "skip",
-        ),
-        num_workers=options.workers,
-        overwrite=options.overwrite,
-        command=shlex.join(["python", "-m", "data_tools.preprocess", *arguments]),
-    )
-    print(summary(options.output, report))
-    if report.num_empty:
-        print(f"{report.num_empty:,} empty documents left out")
-    for reason in report.first_bad:
-        print(f"skipped: {reason}", file=sys.stderr)
-    if report.num_bad:
-        print(f"{report.num_bad:,} bad documents skipped", file=sys.stderr)
+    if options.vocab_size is not None:
+        found = settings.load_tokenizer().vocab_size
+        if found > options.vocab_size:
+            raise DataError(
+                f"--vocab-size {options.vocab_size}: {options.tokenizer} has ids up to "
+                f"{found - 1}; a model needs {found} or more for it"
+            )
+
+
+def _print_report(output: str, report: Report) -> None:
+    print(summary(output, report.info))
+    for source in report.info.sources:
+        parts = [f"{source.num_documents:,} documents", f"{source.num_tokens:,} tokens"]
+        parts += [f"{count:,} left out: {what}" for what, count in source.left_out.items()]
+        if source.num_with_null_bytes:
+            parts.append(f"{source.num_with_null_bytes:,} with null bytes (kept)")
+        print(f"  {source.name}: {', '.join(parts)}")
+    for entry in report.first_left_out:
+        place = entry.file if entry.line is None else f"{entry.file}:{entry.line}"
+        print(f"left out: {place}: {entry.detail}", file=sys.stderr)
+    if len(report.first_left_out) == MAX_LISTED:
+        print(f"left out: all of them are in {left_out_list(Path(output))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.preprocess",
-        description="Tokenize text into a memory-mapped corpus in Megatron's .bin/.idx format.",
+        description="Tokenize text into a memory-mapped corpus in Megatron's .bin/.idx format. "
+        "A run that was killed goes on when the same command is given again.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_text_arguments(parser)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin ...")
+    parser.add_argument("--tokenizer", required=True, metavar="SPEC", help=TOKENIZER_HELP)
     parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="SPEC",
-        help="bytes, a tokenizer.json, a directory with one, or a SentencePiece .model",
+        "--workers", type=int, default=usable_cpus(), help="worker processes of each rank"
     )
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help="worker processes")
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -203,6 +208,13 @@ def _parser() -> argparse.ArgumentParser:
         help="end every document with the tokenizer's end token",
     )
     parser.add_argument("--eod", metavar="TOKEN", help="end token, when the tokenizer names none")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="refuse a tokenizer with more ids than a model"
+    )
+    parser.add_argument("--licence", metavar="TEXT", help="a note on the text, kept in PREFIX.json")
+    parser.add_argument(
+        "--shard-megabytes", type=int, metavar="N", help="input that a kill may cost, per worker"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from data_tools.byte_dataset import BYTE_VOCAB_SIZE, ByteStream, expand_paths
+from data_tools.byte_dataset import BYTE_VOCAB_SIZE, ByteStream, MappedFiles, expand_paths
 from data_tools.config import DataConfig, SourceConfig
 from data_tools.corpus_info import read_info
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
-from data_tools.token_dataset import IndexedStream, NamedStream
+from data_tools.jsonl_stream import JsonlStream
+from data_tools.remote import local_prefix
+from data_tools.token_dataset import IndexedStream
+from data_tools.token_stream import NamedStream, TokenStream
 from data_tools.tokenizers import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,10 @@ def open_sources(
     """
     if config.kind == "bytes":
         _check_byte_vocabulary(vocab_size)
-        return [NamedStream(s.name, ByteStream(expand_paths(s.path))) for s in sources]
-    datasets = [IndexedDataset(source.path) for source in sources]
+        return [NamedStream(source.name, _byte_stream(config, source.path)) for source in sources]
+    datasets = [
+        IndexedDataset(local_prefix(source.path, cache_dir=config.cache_dir)) for source in sources
+    ]
     _check_tokenizers(config)
     for source, dataset in zip(sources, datasets, strict=True):
         _check_vocabulary(source.name, dataset, vocab_size)
@@ -42,6 +46,14 @@ def open_sources(
         NamedStream(source.name, IndexedStream(dataset))
         for source, dataset in zip(sources, datasets, strict=True)
     ]
+
+
+def _byte_stream(config: DataConfig, path: str) -> TokenStream:
+    if config.documents == "jsonl":
+        files = MappedFiles(expand_paths(path, suffixes=(".jsonl",)))
+        return JsonlStream(files, json_key=config.json_key or "text")
+    files = MappedFiles(expand_paths(path))
+    return ByteStream(files, blank_lines=config.documents == "blank_line")
 
 
 def _check_byte_vocabulary(vocab_size: int) -> None:
@@ -82,7 +94,7 @@ def _check_tokenizers(config: DataConfig) -> None:
     expected = config.tokenizer and tokenizer_fingerprint(config.tokenizer)
     owner = "data.tokenizer"
     for source in (*config.train, *config.validation):
-        info = read_info(Path(source.path))
+        info = read_info(local_prefix(source.path, cache_dir=config.cache_dir))
         if info is None:
             continue
         if expected is None:

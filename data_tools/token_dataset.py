@@ -5,46 +5,22 @@ Letters: T tokens in the stream, s sequence length, W windows, n samples asked f
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data_tools.errors import DataError
+from data_tools.fim import FillInTheMiddle
 from data_tools.indexed import IndexedDataset
 from data_tools.permutation import IntArray, KeyedPermutation, TokenArray
-
-
-class TokenStream(Protocol):
-    """One flat sequence of token ids with document boundaries; the contract of every source."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_bytes(self) -> int | None:
-        """Bytes of text behind the tokens; None when unknown."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Differs between any two corpora."""
-
-    def read(self, starts: IntArray, length: int) -> TokenArray:
-        """Ids of the spans [start, start + length), [n, length] in the dtype of the file."""
-
-    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
-        """For each begin, where documents start: positions p, begin < p < begin + length."""
-
-
-class NamedStream(NamedTuple):
-    """A stream under the name that configuration and ledger use for it."""
-
-    name: str
-    stream: TokenStream
+from data_tools.token_stream import Span, TokenStream
 
 
 class IndexedStream:
     """The documents of a .bin/.idx corpus, one after the other."""
+
+    document_end = None
 
     def __init__(self, dataset: IndexedDataset) -> None:
         self.dataset = dataset
@@ -56,6 +32,10 @@ class IndexedStream:
     @property
     def num_bytes(self) -> int | None:
         return None if self.dataset.info is None else self.dataset.info.num_bytes
+
+    @property
+    def eod_id(self) -> int | None:
+        return None if self.dataset.info is None else self.dataset.info.eod_id
 
     @property
     def fingerprint(self) -> str:
@@ -72,6 +52,9 @@ class IndexedStream:
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return self.dataset.document_starts(begins, length)
 
+    def document_at(self, place: int) -> Span:
+        return Span(*self.dataset.document_at(place))
+
 
 class Windows(NamedTuple):
     """Spans of s + 1 tokens: inputs are all but the last, labels all but the first."""
@@ -80,13 +63,23 @@ class Windows(NamedTuple):
     segment_ids: npt.NDArray[np.int32] | None  # int32 [n, s + 1]
 
 
+class Places(NamedTuple):
+    """Where samples are: places [n] of the stream, and the epochs [n] they are visited in."""
+
+    starts: IntArray
+    epochs: IntArray
+
+
 class TokenDataset:
-    """Endless samples of one stream: an epoch visits each of its W = (T - 1) // s windows once.
+    """One stream in an endless shuffled order: an epoch visits its W = (T - 1) // s windows once.
 
     Window w is the tokens [w*s, (w + 1)*s + 1): neighbours share one token, so that every token but
-    the first is predicted once an epoch. Sample i is window pi(i mod W), where pi is the keyed
-    permutation of (seed, epoch i // W, name). Nothing is indexed or cached: start-up and memory do
-    not grow with the corpus.
+    the first is predicted once an epoch. The i-th window of the order is pi(i mod W), where pi is
+    the keyed permutation of (seed, epoch i // W, name). Nothing is indexed or cached: start-up and
+    memory do not grow with the corpus.
+
+    A place in the order is counted in tokens, so that samples may be shorter than a window: those
+    of length s / k are its k parts, one after the other.
 
     Raises:
         DataError: the stream has fewer than s + 1 tokens.
@@ -100,6 +93,7 @@ class TokenDataset:
         sequence_length: int,
         seed: int,
         reset_at_documents: bool,
+        fim: FillInTheMiddle | None = None,
     ) -> None:
         self.stream = stream
         self.name = name
@@ -107,30 +101,45 @@ class TokenDataset:
         self.num_windows = (stream.num_tokens - 1) // sequence_length
         self._seed = seed
         self._reset_at_documents = reset_at_documents
+        self._fim = fim
         if self.num_windows < 1:
             raise DataError(
                 f"data source {name}: {stream.num_tokens} tokens, but sequence_length "
                 f"{sequence_length} needs at least {sequence_length + 1}; add text or shorten it"
             )
 
-    def window_numbers(self, samples: IntArray) -> IntArray:
-        """The windows of sample numbers [n], which count from 0 over all epochs."""
-        epochs, places = np.divmod(samples, self.num_windows)
-        numbers = np.empty_like(samples)
+    def window_numbers(self, places: IntArray) -> IntArray:
+        """Window numbers of places [n] in the order, which count from 0 over all epochs."""
+        epochs, places = np.divmod(places, self.num_windows)
+        numbers = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             permutation = KeyedPermutation(self.num_windows, key=(self._seed, epoch, self.name))
             mask = epochs == epoch
             numbers[mask] = permutation(places[mask])
         return numbers
 
-    def read(self, window_numbers: IntArray) -> Windows:
-        """The tokens of windows [n]."""
-        return read_windows(
+    def places(self, positions: IntArray) -> Places:
+        """Where the samples at positions [n] of the shuffled order are."""
+        numbers, offsets = np.divmod(positions, self.sequence_length)
+        starts = self.window_numbers(numbers) * self.sequence_length + offsets
+        return Places(starts, numbers // self.num_windows)
+
+    def read(self, places: Places, *, length: int) -> Windows:
+        """Samples of `length` tokens and the one that follows."""
+        windows = read_windows(
             self.stream,
-            starts=window_numbers * self.sequence_length,
-            length=self.sequence_length + 1,
+            starts=places.starts,
+            length=length + 1,
             with_segments=self._reset_at_documents,
         )
+        if self._fim is None:
+            return windows
+        ids = self._fim.apply(windows.ids, self.stream, starts=places.starts, epochs=places.epochs)
+        return windows._replace(ids=ids)
+
+    def epochs(self, position: int) -> float:
+        """How often the windows have been visited when the order is at this place."""
+        return position / (self.num_windows * self.sequence_length)
 
 
 def read_windows(
@@ -140,8 +149,23 @@ def read_windows(
     ids = stream.read(starts, length)
     if not with_segments:
         return Windows(ids, None)
-    is_start = np.zeros(ids.shape, dtype=np.int32)
-    document_starts = stream.document_starts(starts, length)
-    for row, begin, positions in zip(is_start, starts, document_starts, strict=True):
-        row[positions - begin] = 1
-    return Windows(ids, np.cumsum(is_start, axis=1, dtype=np.int32))
+    if stream.document_end is not None:
+        places = 1 + np.flatnonzero(ids == stream.document_end)
+        places = places[places % length > 0]  # an end in the last column starts nothing in its row
+    else:
+        found = zip(stream.document_starts(starts, length), starts.tolist(), strict=True)
+        rows = [row * length + positions - begin for row, (positions, begin) in enumerate(found)]
+        places = np.unique(np.concatenate(rows))  # an empty document starts where the next does
+    return Windows(ids, _segment_ids(places, ids.shape))
+
+
+def _segment_ids(places: IntArray, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    """Number the documents of each row, where `places` of the flattened rows start one."""
+    num_rows, length = shape
+    if len(places) == 0:
+        return np.zeros(shape, dtype=np.int32)
+    bounds = np.sort(np.concatenate([np.arange(num_rows) * length, places]))
+    rows = bounds // length
+    numbers = np.arange(len(bounds)) - np.searchsorted(rows, np.arange(num_rows))[rows]
+    counts = np.diff(bounds, append=num_rows * length)
+    return np.repeat(numbers.astype(np.int32), counts).reshape(shape)

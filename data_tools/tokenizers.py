@@ -1,4 +1,4 @@
-"""Text to token ids and back: Hugging Face files, SentencePiece models, raw bytes.
+"""Text to token ids and back: Hugging Face, SentencePiece and tiktoken files, raw bytes.
 
 The libraries are imported when a tokenizer of their kind is loaded.
 """
@@ -8,12 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from data_tools.byte_bpe import FastByteBpe
 from data_tools.byte_dataset import BYTE_EOD, BYTE_VOCAB_SIZE
 from data_tools.errors import DataError
+from data_tools.tiktoken_files import RULES, TiktokenTokenizer, split_spec
 
+TOKENIZER_HELP = (
+    "bytes; a tokenizer.json, or a directory with one; a SentencePiece .model; or FILE:RULES, a "
+    f"file of tiktoken ranks and how text is split ({', '.join(RULES)})"
+)
 _EOD_CANDIDATES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -91,11 +98,22 @@ class HuggingFaceTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        fast = self._fast
+        ids = [None if fast is None else fast.encode(text) for text in texts]
+        left = [number for number, found in enumerate(ids) if found is None]
+        encodings = self._backend.encode_batch_fast(
+            [texts[number] for number in left], add_special_tokens=False
+        )
+        for number, encoding in zip(left, encodings, strict=True):
+            ids[number] = encoding.ids
+        return cast(list[list[int]], ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def _fast(self) -> FastByteBpe | None:
+        return FastByteBpe.of(self._backend)
 
     def _find_eod(self, path: Path, eod: str | None) -> int:
         candidates = _EOD_CANDIDATES if eod is None else (eod,)
@@ -148,7 +166,7 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(spec: str, *, eod: str | None = None) -> Tokenizer:
-    """Load `bytes`, a tokenizer.json, a directory that holds one, or a SentencePiece .model.
+    """Load a tokenizer: see TOKENIZER_HELP for what `spec` may be.
 
     `eod` names the token that ends a document where the file does not.
 
@@ -159,6 +177,10 @@ def load_tokenizer(spec: str, *, eod: str | None = None) -> Tokenizer:
         if eod is not None:
             raise DataError(f"--eod {eod} has no effect with the tokenizer `bytes`; remove it")
         return ByteTokenizer()
+    if (ranks := split_spec(spec)) is not None:
+        if eod is not None:
+            raise DataError(f"--eod {eod} has no effect with {spec}, which names one; remove it")
+        return TiktokenTokenizer(*ranks)
     path = _tokenizer_file(Path(spec))
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eod=eod)
@@ -171,7 +193,11 @@ def tokenizer_fingerprint(spec: str) -> str:
     Raises:
         DataError: there is no such tokenizer.
     """
-    return ByteTokenizer.fingerprint if spec == "bytes" else _sha256(_tokenizer_file(Path(spec)))
+    if spec == "bytes":
+        return ByteTokenizer.fingerprint
+    if (ranks := split_spec(spec)) is not None:
+        return TiktokenTokenizer(*ranks).fingerprint
+    return _sha256(_tokenizer_file(Path(spec)))
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -185,6 +211,11 @@ def _tokenizer_file(path: Path) -> Path:
         raise DataError(
             f"tokenizer {path}: no such file; give `bytes`, a tokenizer.json, a directory or "
             "a .model"
+        )
+    if path.suffix == ".tiktoken":
+        raise DataError(
+            f"tokenizer {path}: tiktoken ranks do not say how text is split; give {path}:RULES, "
+            f"with one of {', '.join(RULES)}"
         )
     if path.suffix not in (".json", ".model"):
         raise DataError(

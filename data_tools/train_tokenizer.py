@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_tools.cli import add_text_arguments, progress_bar, run_command
-from data_tools.documents import BadDocumentError, DocumentReader, extract_text, find_inputs
+from data_tools.documents import BadDocumentError, DocumentReader, extract_text
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
+from data_tools.inputs import cut_pieces, find_inputs, total_size
 from data_tools.tokenizers import SentencePieceTokenizer
 
 _EXAMPLE = """example:
@@ -50,7 +51,9 @@ def train_tokenizer(
         raise DataError(f"--output {output} must end in .model; that suffix tells what it is")
     if path.exists() and not overwrite:
         raise DataError(f"{output} exists; choose another output or pass --overwrite to replace it")
-    reader = DocumentReader(find_inputs(inputs))
+    sources = find_inputs(inputs)
+    pieces = cut_pieces(sources, piece_bytes=max(1, total_size(sources)), json_key=json_key)
+    reader = DocumentReader(pieces, json_key=json_key)
     keep = min(1.0, max_megabytes * 1e6 / max(1, reader.total_bytes))
     lines = _lines(reader, json_key=json_key, keep=keep, skip_bad_lines=skip_bad_lines)
     with replace_atomically(path) as file:

@@ -30,6 +30,26 @@ class LossOutput(NamedTuple):
     terms: dict[str, Tensor]
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits [s, b, V/t] in what a family's last layer returns: them alone, or a field."""
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
+
+
+@dataclass(frozen=True)
+class HFModeling:
+    """The code that is exported with a family which transformers does not have.
+
+    `module` defines `config_class` and `model_class` on top of models.hf_modeling; `settings`:
+    what transformers calls a setting -> what the family calls it.
+    """
+
+    module: str
+    config_class: str
+    model_class: str
+    settings: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class HFMapping:
     """How a family is written in Hugging Face's names, as data.
@@ -40,6 +60,7 @@ class HFMapping:
     * `names(config)`: our parameter name -> theirs, one to one.
     * `tied(config)`: their second name of a tied tensor -> the first one.
     * `derived`: regular expression of their tensors that hold nothing learnt.
+    * `modeling`: the code of the model, where transformers does not have it.
     """
 
     model_types: tuple[str, ...]
@@ -48,6 +69,7 @@ class HFMapping:
     names: Callable[[Any], dict[str, str]]
     tied: Callable[[Any], dict[str, str]]
     derived: str
+    modeling: HFModeling | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +82,16 @@ class ModelFamily:
       rows hold several documents and `TokenInputs.segment_ids` is given.
     * `carry_schema(config, ctx, *, micro_batch_size, seq_length, segmented=False)`: the carry's
       class filled with `parallel.carry.Field`s of local shape.
-    * `loss(output, labels, *, config, ctx) -> LossOutput`: `labels` int64 [b, s], -100 = not
-      scored; the mean over the scored tokens of the micro-batch. Its terms are `loss_names`.
+    * `loss(output, labels, *, config, ctx, num_scored=None) -> LossOutput`: `labels` int64 [b, s],
+      -100 = not scored. The losses of the scored tokens are summed and divided by `num_scored`,
+      a scalar tensor: how many tokens a micro-batch of this step scores on average, so that the
+      mean over micro-batches is the mean over tokens however the batch is cut. None: by the number
+      in `labels`. Its terms are `loss_names`.
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
     * `flops(config, seq_length) -> float`: forward FLOPs per token.
     * `num_parameters(config) -> int`: a tied parameter counts once.
 
-    `hf` is None for a family that transformers has no equal of.
+    `hf` is None for a family that cannot be converted.
     """
 
     name: str
@@ -88,6 +113,6 @@ class ModelFamily:
         """
         if self.hf is None:
             raise ValueError(
-                f"the {self.name} family has no equal in transformers, so it cannot be converted"
+                f"the {self.name} family has no Hugging Face form, so it cannot be converted"
             )
         return self.hf

@@ -58,6 +58,8 @@ def to_hf(
             max_shard_size=max_shard_size,
             special_tokens=special_tokens,
         )
+    if stored.family.require_hf().modeling is not None:
+        remarks.append("the model's code is exported with it: load it with trust_remote_code=True")
     return remarks
 
 

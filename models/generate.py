@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.base import TokenInputs
+from models.base import TokenInputs, logits_of
 from parallel.carry import SequentialModel
 from parallel.layers import gather_logits
 
@@ -50,7 +50,7 @@ def generate(
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
     new: list[Tensor] = []
     for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-        logits = model(TokenInputs(chunk), cache)
+        logits = logits_of(model(TokenInputs(chunk), cache))
     while True:
         last = gather_logits(logits[-1], ctx=model.ctx)
         token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -60,7 +60,7 @@ def generate(
         new.append(token)
         if len(new) == max_new_tokens or bool(ended.all()):
             return torch.cat((tokens, torch.stack(new, dim=1)), dim=1)
-        logits = model(TokenInputs(token.unsqueeze(1)), cache)
+        logits = logits_of(model(TokenInputs(token.unsqueeze(1)), cache))
 
 
 def sample(

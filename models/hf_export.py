@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import StoredModel, check_names, check_shape, parameter_table
+from models.hf_own import modeling_source
 from parallel.weights_io import ShardedWeightsReader
 
 
@@ -31,7 +33,8 @@ def export_model(
         ValueError: the weights are not those of the configuration, are of several dtypes and
             `dtype` is None, or the model has no equal in transformers.
     """
-    contents = stored.family.require_hf().to_config(stored.config)
+    hf = stored.family.require_hf()
+    contents = hf.to_config(stored.config)
     with ShardedWeightsReader(stored.weights) as reader:
         table = parameter_table(stored.family, stored.config)
         check_names(reader.names(), table, source=stored.weights)
@@ -42,6 +45,9 @@ def export_model(
     contents |= special_tokens | {"dtype": str(target).removeprefix("torch.")}
     _write_json(output / "config.json", contents)
     _write_json(output / "generation_config.json", special_tokens)
+    if hf.modeling is not None:
+        source = modeling_source(hf.modeling, version=version("manyformer"))
+        (output / f"modeling_{contents['model_type']}.py").write_text(source, encoding="utf-8")
 
 
 def _write_weights(

@@ -25,8 +25,8 @@ from parallel.carry import AfterEach, LayerSpec, build_layers, run_layers, ties
 from parallel.context import ParallelContext
 from parallel.wire import Wire
 
-# (output of the last layer, labels) -> (loss to minimise, named terms to report)
-Objective = Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# (output of the last layer, targets as loaded) -> (loss to minimise, named terms to report)
+Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TiedParameter(NamedTuple):
@@ -89,7 +89,7 @@ class PipelineStage(PipelineModule):
     """The layers of this rank's stage, as DeepSpeed's PipelineEngine drives them.
 
     The first stage receives the tuple of input tensors (`inputs_type` rebuilds the NamedTuple), the
-    last returns what the last layer returns, and `objective` turns that and the labels into the
+    last returns what the last layer returns, and `objective` turns that and the targets into the
     loss. `boundaries` overrides where stages are cut.
     """
 
@@ -144,8 +144,8 @@ class PipelineStage(PipelineModule):
         """The named terms of the last loss; PipelineEngine averages them over micro-batches."""
         return self._terms
 
-    def _loss(self, output: Any, labels: Tensor) -> Tensor:
-        total, self._terms = self.objective(output, labels)
+    def _loss(self, output: Any, targets: Any) -> Tensor:
+        total, self._terms = self.objective(output, targets)
         return total
 
     # What PipelineModule calls while it is initialised.

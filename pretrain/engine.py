@@ -25,6 +25,7 @@ from parallel.context import ParallelContext
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
+from parallel.wire import Wire
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
@@ -34,6 +35,7 @@ from pretrain.optimizers import (
     clip_gradients,
     set_learning_rate,
 )
+from pretrain.targets import Targets, count_scored
 
 
 class StepResult(NamedTuple):
@@ -53,6 +55,9 @@ class Engine(Protocol):
     ctx: ParallelContext
     deepspeed: Any
     module: nn.Module
+
+    def set_sequence_length(self, length: int) -> None:
+        """The batches from here on have sequences of this length; called on all ranks alike."""
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         """One optimizer step over `gradient_accumulation_steps` batches of this data rank."""
@@ -80,15 +85,21 @@ class PlainEngine:
             # gradients to a buffer and back. Elsewhere the call also partitions them.
             deepspeed_engine.enable_backward_allreduce = False
 
+    def set_sequence_length(self, length: int) -> None:
+        """Nothing is kept that has the length of a sequence."""
+
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
         set_learning_rate(engine.optimizer, learning_rate)
         names = ("loss", *self.plan.family.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
+        num_scored = None
+        if self.plan.segmented:
+            batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
         for _ in range(self.num_micro_batches):
             inputs, labels = _to_device(next(batches), self.ctx.device)
-            total, terms = self.plan.objective(engine(inputs), labels)
+            total, terms = self.plan.objective(engine(inputs), Targets(labels, num_scored))
             engine.backward(total)
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
@@ -107,7 +118,7 @@ class PlainEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
         for batch in batches:
             inputs, labels = _to_device(batch, self.ctx.device)
-            total += self.plan.score(self.deepspeed(inputs), labels)[0].double()
+            total += self.plan.score(self.deepspeed(inputs), Targets(labels))[0].double()
         dist.all_reduce(total, group=self.ctx.data.group)
         self.deepspeed.train()
         return total.item()
@@ -126,10 +137,22 @@ class PipelineEngine:
         self.module: nn.Module = deepspeed_engine.module
         self.plan = plan
         self.ctx = plan.ctx
+        self.sequence_length = plan.run.data.sequence_length
+
+    def set_sequence_length(self, length: int) -> None:
+        """Another wire, and new receive buffers: DeepSpeed keeps those of the first micro-batch."""
+        if length != self.sequence_length:
+            stage: Any = self.module
+            stage.wire = Wire(self.plan.schema(self.ctx, seq_length=length))
+            self.deepspeed.reset_activation_shape()
+            self.sequence_length = length
 
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
-        loss = self.deepspeed.train_batch(self._pairs(batches))
+        num_scored = None
+        if self.plan.segmented and self.ctx.is_last_stage:
+            batches, num_scored = count_scored(batches, self.deepspeed.micro_batches, self.ctx)
+        loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
         terms = dict(self.deepspeed.agg_additional_losses)
         return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
 
@@ -149,11 +172,14 @@ class PipelineEngine:
         ]
         return module_weights(self.module, skip=copies)
 
-    def _pairs(self, batches: Iterator[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """(inputs, labels) as PipelineEngine pulls them, on the first and the last stage only."""
+    def _pairs(
+        self, batches: Iterator[Batch], num_scored: Tensor | None = None
+    ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """(inputs, targets) as PipelineEngine pulls them, on the first and the last stage only."""
         for batch in batches:
-            inputs = TokenInputs(batch.tokens, batch.segment_ids)
-            yield tuple(x for x in inputs if x is not None), batch.labels
+            pair = TokenInputs(batch.tokens, batch.segment_ids), Targets(batch.labels, num_scored)
+            inputs, targets = (tuple(x for x in each if x is not None) for each in pair)
+            yield inputs, targets
 
     @contextmanager
     def _objective(self, objective: Callable[..., Any]) -> Iterator[None]:
@@ -184,22 +210,28 @@ class RunPlan(NamedTuple):
     def specs(self) -> list[LayerSpec]:
         return self.family.layer_specs(self.run.model, segmented=self.segmented)
 
-    def schema(self, ctx: ParallelContext) -> Any:
+    def schema(self, ctx: ParallelContext, *, seq_length: int) -> Any:
         return self.family.carry_schema(
             self.run.model,
             ctx,
             micro_batch_size=self.run.training.batch_size,
-            seq_length=self.run.data.sequence_length,
+            seq_length=seq_length,
             segmented=self.segmented,
         )
 
-    def objective(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What training minimises, and the terms it reports."""
-        return self.family.loss(output, labels, config=self.run.model, ctx=self.ctx)
+    def objective(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What training minimises, and the terms it reports.
 
-    def score(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        `targets`: Targets, or the tuple of its fields that PipelineEngine makes of it.
+        """
+        labels, num_scored = Targets(*targets)
+        return self.family.loss(
+            output, labels, config=self.run.model, ctx=self.ctx, num_scored=num_scored
+        )
+
+    def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What evaluation sums: the losses of the scored tokens, in nats."""
-        losses = self.family.token_losses(output, labels, ctx=self.ctx)
+        losses = self.family.token_losses(output, targets[0], ctx=self.ctx)
         zero = torch.zeros((), device=losses.device)
         return losses.sum(), dict.fromkeys(self.family.loss_names, zero)
 
@@ -259,10 +291,12 @@ def check_model(plan: RunPlan) -> None:
             "compiled layers; use training.compile=false or stage 1 or 2"
         )
     single = ParallelContext.single(device="meta")
-    shape = (plan.run.training.batch_size, plan.run.data.sequence_length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
-    segments = tokens.int() if plan.segmented else None
-    check_layers(plan.specs(), TokenInputs(tokens, segments), plan.schema(single))
+    for length in plan.run.data.sequence_lengths:
+        shape = (plan.run.training.batch_size, length)
+        tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
+        segments = tokens.int() if plan.segmented else None
+        schema = plan.schema(single, seq_length=length)
+        check_layers(plan.specs(), TokenInputs(tokens, segments), schema)
     whole = SequentialModel(plan.specs(), single)
     check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
 
@@ -304,7 +338,7 @@ def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
     return PipelineStage(
         plan.specs(),
         plan.ctx,
-        schema=plan.schema(plan.ctx),
+        schema=plan.schema(plan.ctx, seq_length=plan.run.data.sequence_length),
         inputs_type=TokenInputs,
         objective=plan.objective,
         loss_names=plan.family.loss_names,

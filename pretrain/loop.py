@@ -74,7 +74,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         ctx = build_context(config, precision=precision, device=device)
         plan = RunPlan.of(config, zero, ctx)
         ranks.together(lambda: check_model(plan))
-        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, ctx)))
+        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
         evaluation = ranks.together(lambda: _eval_batches(config, ctx))
         store = CheckpointStore(
             Path(config.run_dir),
@@ -117,20 +117,15 @@ class TrainLoop:
         self.store = store
         self.ranks = ranks
         self.step = 0
-        family = get_family(config.model.family)
+        self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
-        self.throughput = Throughput(
-            flops_per_token=training_flops_per_token(
-                family, config.model, config.data.sequence_length
-            ),
-            peak=None if peak is None else peak * ranks.size,
-        )
-        self.num_parameters = family.num_parameters(config.model)
+        self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
+        self.num_parameters = self.family.num_parameters(config.model)
 
     @property
     def tokens(self) -> int:
         """Tokens seen by all ranks so far."""
-        return self.step * self.layout.tokens_per_step
+        return self.layout.curriculum.tokens_after(self.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
@@ -150,9 +145,9 @@ class TrainLoop:
     def _steps(self, writers: Writers, stop: GracefulStop) -> int:
         total, training = self.layout.total_steps, self.config.training
         first, stopping = self.step + 1, False
-        self.throughput.start(step=self.step, tokens=self.tokens)
         gc.freeze()  # what start-up has built lives as long as the run
         for step in range(first, total + 1):
+            self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
             result = self.engine.train_step(self.loader, learning_rate=rate)
             self.step, last = step, step == total
@@ -171,6 +166,15 @@ class TrainLoop:
                 return EXIT_STOPPED
         return EXIT_COMPLETED
 
+    def _prepare(self, *, first: bool) -> None:
+        """Ready the engine for the stage of the next step, and where one begins measure anew."""
+        stage = self.layout.curriculum.stage_after(self.step)
+        length = stage.sequence_length
+        self.engine.set_sequence_length(length)
+        if first or stage.first_step == self.step:
+            flops = training_flops_per_token(self.family, self.config.model, length)
+            self.throughput.start(step=self.step, tokens=self.tokens, flops_per_token=flops)
+
     def _log(self, writers: Writers, values: Values, rate: float) -> None:
         speed = self.throughput.measure(step=self.step, tokens=self.tokens)
         writers.write(
@@ -188,6 +192,7 @@ class TrainLoop:
     def _evaluate(self, writers: Writers) -> None:
         if self.evaluation is None:
             return
+        self.engine.set_sequence_length(self.config.data.sequence_length)
         nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(
@@ -235,7 +240,8 @@ class TrainLoop:
             f"{self.config.model.family}, {self.num_parameters / 1e6:.1f}M parameters, "
             f"{training.precision}, on {self.ranks.size} x {device}\n"
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
-            f"{layout.tokens_per_step:,} tokens a step, {layout.total_steps:,} steps, {start}\n"
+            f"{layout.total_steps:,} steps, {start}\n"
+            f"{layout.curriculum.describe()}\n"
             f"run directory {self.config.run_dir}"
         )
 
@@ -270,7 +276,7 @@ def _write_config(config: RunConfig) -> None:
     Storage().replace_file(path, to_yaml(config).encode("ascii"))
 
 
-def _train_loader(config: RunConfig, ctx: ParallelContext) -> TrainLoader:
+def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
     return build_train_loader(
         config.data,
         sequence_length=config.data.sequence_length,
@@ -280,6 +286,7 @@ def _train_loader(config: RunConfig, ctx: ParallelContext) -> TrainLoader:
         data_size=ctx.data.size,
         seed=config.training.seed,
         vocab_size=config.model.vocab_size,
+        curriculum=layout.curriculum,
     )
 
 

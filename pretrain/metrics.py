@@ -29,7 +29,6 @@ class Throughput:
     that window is not part of any later figure. Evaluation and saving are taken out by `paused`.
 
     Args:
-        flops_per_token: of training, from `flops.training_flops_per_token`.
         peak: FLOP/s of all devices together; None: unknown.
         clock: seconds; read after the device has been synchronised.
     """
@@ -37,20 +36,23 @@ class Throughput:
     def __init__(
         self,
         *,
-        flops_per_token: float = 0.0,
         peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._flops_per_token = flops_per_token
+        self._flops_per_token = 0.0
         self._peak = peak
         self._clock = clock
         self._start = clock()
         self._step = self._tokens = 0
         self._last = Rate(0.0, 0.0, None)
 
-    def start(self, *, step: int, tokens: int) -> None:
-        """Begin a window: `step` steps and `tokens` tokens are done."""
+    def start(self, *, step: int, tokens: int, flops_per_token: float) -> None:
+        """Begin a window: `step` steps and `tokens` tokens are done.
+
+        `flops_per_token`: of training, from `flops.training_flops_per_token`.
+        """
         self._start, self._step, self._tokens = self._clock(), step, tokens
+        self._flops_per_token = flops_per_token
 
     def measure(self, *, step: int, tokens: int) -> Rate:
         """The speed since the last call, and begin the next window.
@@ -65,7 +67,7 @@ class Throughput:
         if self._peak is not None:
             mfu = tokens_per_second * self._flops_per_token / self._peak
         self._last = Rate(tokens_per_second, seconds / (step - self._step), mfu)
-        self.start(step=step, tokens=tokens)
+        self.start(step=step, tokens=tokens, flops_per_token=self._flops_per_token)
         return self._last
 
     @contextmanager

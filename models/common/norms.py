@@ -61,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         products = g * x
-        weight_gradient = inverse.flatten() @ products.flatten(0, -2)
+        weight_gradient = torch.mv(products.flatten(0, -2).T, inverse.flatten())
         along = (products @ weight).unsqueeze(-1)
         gradient = (g * weight).mul_(inverse)
         gradient.addcmul_(x, along * inverse.pow(3), value=-1.0 / x.shape[-1])

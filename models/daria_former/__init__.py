@@ -7,6 +7,8 @@ from typing import Any
 
 _HOMES = {
     "DariaFormerConfig": "config",
+    "DariaFormerForCausalLM": "hf_modeling",
+    "DariaFormerHFConfig": "hf_modeling",
     "FAMILY": "model",
 }
 

@@ -135,7 +135,8 @@ class MultiContextAttention(nn.Module):
         """
         names, closed = list(self.paths), None
         if "modality" in names and sources.modality is None:
-            closed = torch.tensor([name == "modality" for name in names], device=self.ctx.device)
+            device = sources.priors.device
+            closed = torch.tensor([name == "modality" for name in names], device=device)
         if self.training and sources.keys is not None and self.config.path_dropout > 0:
             numbers = uniform(sources.keys.T, len(names), stream=STREAMS * self.layer)
             dropped = numbers < self.config.path_dropout

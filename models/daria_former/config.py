@@ -183,17 +183,17 @@ class DariaFormerConfig(BaseModel):
 
     @classmethod
     def small(cls, **changes: Any) -> DariaFormerConfig:
-        """121M parameters, context 8K."""
-        return cls(**changes)
+        """122M parameters, context 8K."""
+        return cls(**(_SMALL | changes))
 
     @classmethod
     def base(cls, **changes: Any) -> DariaFormerConfig:
-        """352M parameters, context 16K."""
+        """351M parameters, context 16K."""
         return cls(**(_BASE | changes))
 
     @classmethod
     def large(cls, **changes: Any) -> DariaFormerConfig:
-        """1.34B parameters, context 32K."""
+        """1.33B parameters, context 32K."""
         return cls(**(_LARGE | changes))
 
     @classmethod
@@ -208,7 +208,7 @@ class DariaFormerConfig(BaseModel):
 
     @classmethod
     def b70(cls, **changes: Any) -> DariaFormerConfig:
-        """74B parameters, context 8K."""
+        """73B parameters, context 8K."""
         return cls(**(_70B | changes))
 
     def num_parameters_estimate(self) -> int:
@@ -238,6 +238,7 @@ def _size(layers: int, hidden: int, heads: int, kv: int, ffn: int, emotion: int)
     }
 
 
+_SMALL = _size(12, 768, 12, 4, 2048, 64)
 _BASE = _size(24, 1024, 16, 4, 2560, 128) | {"max_seq_len": 16_384}
 _LARGE = _size(24, 2048, 32, 8, 5120, 256) | {"max_seq_len": 32_768}
 _WIDE = {"vocab_size": 128_256, "weight_tying": False}

@@ -14,7 +14,6 @@ from models.base import TokenInputs
 from models.common.init import residual_output
 from models.common.norms import RMSNorm
 from models.common.rope import positions_in_segments
-from models.daria_former import noise
 from models.daria_former.attention import MultiContextAttention
 from models.daria_former.cache import BlockCache, EmbeddingCache, History
 from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
@@ -37,6 +36,7 @@ from models.daria_former.modulation import (
     RhythmGate,
     replicated,
 )
+from models.daria_former.noise import STREAMS, dropout, normal, prefix_keys
 from models.daria_former.paths import Rotaries, Sources
 from models.daria_former.router import ContextRouter
 from parallel.context import ParallelContext
@@ -116,7 +116,7 @@ class DariaEmbedding(nn.Module):
             bank=self._bank(given, cache),
             modality=self._modality(given, cache),
             positions=positions,
-            keys=noise.prefix_keys(given.tokens, positions) if noisy else None,
+            keys=prefix_keys(given.tokens, positions) if noisy else None,
         )
 
     def _bank(self, given: DariaInputs, cache: EmbeddingCache | None) -> Tensor | None:
@@ -228,8 +228,8 @@ class DACBlock(nn.Module):
         if not self.training or self.config.dropout == 0 or carry.keys is None:
             return x
         keys = own_sequence(carry.keys.T, ctx=self.ctx)
-        stream += noise.STREAMS * self.layer
-        return noise.dropout(x, keys, self.config.dropout, stream=stream)
+        stream += STREAMS * self.layer
+        return dropout(x, keys, self.config.dropout, stream=stream)
 
 
 class DariaHead(nn.Module):
@@ -277,8 +277,8 @@ class DariaHead(nn.Module):
         if not self.training or self.config.rhythm_noise_std == 0 or carry.keys is None:
             return None
         keys = own_sequence(carry.keys.T, ctx=self.ctx)
-        stream = noise.STREAMS * self.config.num_layers
-        return noise.normal(keys, self.config.hidden_dim, stream=stream)
+        stream = STREAMS * self.config.num_layers
+        return normal(keys, self.config.hidden_dim, stream=stream)
 
 
 def document_starts(positions: Tensor | None) -> Tensor | None:

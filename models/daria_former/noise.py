@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Streams of each layer: layer l draws from STREAMS * l on.
@@ -32,7 +33,7 @@ def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
     place = index if positions is None else positions.long()
     total = _mix(tokens * _GAMMA + place).cumsum(dim=1)
     if positions is not None:
-        before = torch.nn.functional.pad(total, (1, 0))
+        before = F.pad(total, (1, 0))
         total = total - before.gather(1, (index - place).expand_as(total))
     return _mix(total)
 

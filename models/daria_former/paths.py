@@ -159,8 +159,8 @@ class LongPath(ContextPath):
             self.config.num_kv_heads // self.ctx.tensor.size,
             self.num_sinks + max_length,
             self.config.head_size,
-            dtype=self.ctx.precision.dtype,
-            device=self.ctx.device,
+            dtype=self.key_gain.dtype,
+            device=self.key_gain.device,
         )
         if self.sinks is not None:
             cache.append(*self.sinks.detach().expand(batch_size, -1, -1, -1, -1).unbind(2))

@@ -75,10 +75,16 @@ def token_losses(output: Tensor, labels: Tensor, ctx: ParallelContext) -> Tensor
 
 
 def loss(
-    output: Tensor, labels: Tensor, *, config: LlamaConfig, ctx: ParallelContext
+    output: Tensor,
+    labels: Tensor,
+    *,
+    config: LlamaConfig,
+    ctx: ParallelContext,
+    num_scored: Tensor | None = None,
 ) -> LossOutput:
-    """Mean cross entropy over the scored tokens of the micro-batch; 0 when there are none."""
-    num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+    """Sum of the cross entropy over `num_scored`, the mean when None; 0 where nothing is scored."""
+    if num_scored is None:
+        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
     total = token_losses(output, labels, ctx).sum() / num_scored
     return LossOutput(total, {"lm_loss": total.detach()})
 

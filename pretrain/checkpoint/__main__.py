@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_tools.loader_state import LoaderState
 from pretrain.checkpoint.manifest import read_manifest, step_of_name, verify_content, verify_listing
-from pretrain.checkpoint.resume import steps_in
+from pretrain.checkpoint.resume import TRAINER_NAME, steps_in
 from pretrain.errors import EXIT_USER_ERROR, CheckpointError, one_line
 
 EXIT_DAMAGED = 3
@@ -20,16 +22,28 @@ def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
         problem = verify_listing(path, manifest)
         if verify and problem is None:
             problem = verify_content(path, manifest, manifest.files)
-    except (CheckpointError, OSError) as error:
+        ledger = "" if problem else _ledger(path)
+    except (CheckpointError, OSError, ValueError) as error:
         return f"{path.name}: DAMAGED {one_line(error)}", False
     if problem is not None:
         return f"{path.name}: DAMAGED {problem}", False
     size = sum(entry.size for entry in manifest.files.values()) / 1e9
     state = "verified" if verify else "complete"
     return (
-        f"{path.name}: {state}, {len(manifest.files)} files, {size:.2f} GB, {manifest.layout}",
+        f"{path.name}: {state}, {len(manifest.files)} files, {size:.2f} GB, {manifest.layout}"
+        f"{ledger}",
         True,
     )
+
+
+def _ledger(path: Path) -> str:
+    """Tokens that each source has given, from the position in the data."""
+    trainer = json.loads((path / TRAINER_NAME).read_bytes())
+    if "data" not in trainer:
+        return ""
+    sources = LoaderState.parse(trainer["data"]).sources
+    given = ", ".join(f"{name} {source.tokens:,}" for name, source in sources.items())
+    return f", tokens: {given}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,8 +20,13 @@ RULES: dict[str, Change] = {
     "data.train": "training",  # the loader continues each source where its ledger stands
     "data.validation": "free",
     "data.tokenizer": "fixed",
+    "data.documents": "fixed",
+    "data.json_key": "fixed",
     "data.sequence_length": "fixed",
+    "data.stages": "training",
     "data.reset_at_documents": "fixed",
+    "data.fim.*": "training",
+    "data.cache_dir": "free",
     "data.num_workers": "free",
     "training.max_steps": "training",
     "training.max_tokens": "training",

@@ -15,6 +15,7 @@ _LONGEST_VALUE = 80
 # What other trainers call our settings: spelling distance alone does not find them.
 _SYNONYMS = {
     "accumulation_steps": "gradient_accumulation_steps",
+    "block_size": "sequence_length",
     "clip_grad": "grad_clip",
     "dropout_seed": "seed",
     "ffn_hidden_size": "intermediate_size",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from data_tools.curriculum import Curriculum, plan_curriculum
+from data_tools.errors import DataError
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 
@@ -12,25 +14,26 @@ _MOST_LISTED = 8
 
 
 class RunLayout(NamedTuple):
-    """Sizes of the axes, and what one optimizer step consumes over all data ranks."""
+    """Sizes of the axes, and what the steps of the run consume over all data ranks."""
 
     tensor: int
     pipeline: int
     data: int
-    sequences_per_step: int
-    tokens_per_step: int
-    total_steps: int
+    curriculum: Curriculum
+
+    @property
+    def total_steps(self) -> int:
+        return self.curriculum.total_steps
 
 
 def check_layout(run: RunConfig, world_size: int) -> RunLayout:
     """Lay `run` out over `world_size` processes.
 
-    `data = world_size / (tensor * pipeline)`;
-    `total_steps = min(max_steps, ceil(max_tokens / tokens_per_step))`.
+    `data = world_size / (tensor * pipeline)`; how many steps it has is up to `plan_curriculum`.
 
     Raises:
-        ConfigError: the layout does not divide the world, the model or the sequence, or the
-            sequence is longer than the model's positions.
+        ConfigError: the layout does not divide the world, the model or a sequence, a sequence is
+            longer than the model's positions, or a stage of the curriculum gets no step.
     """
     _check_model(run)
     _check_sequence(run)
@@ -66,14 +69,20 @@ def _check_model(run: RunConfig) -> None:
 
 
 def _check_sequence(run: RunConfig) -> None:
-    length, tensor = run.data.sequence_length, run.parallel.tensor
-    if run.parallel.sequence_parallel and length % tensor:
-        below = length // tensor * tensor
-        valid = [n for n in (below, below + tensor) if n > 0]
-        raise ConfigError(
-            f"data.sequence_length={length} is not a multiple of parallel.tensor={tensor}, as "
-            f"parallel.sequence_parallel needs it; nearest lengths are {_listed(valid)}"
-        )
+    tensor = run.parallel.tensor
+    lengths = {"data.sequence_length": run.data.sequence_length}
+    for number, stage in enumerate(run.data.stages):
+        if stage.sequence_length is not None:
+            lengths[f"data.stages.{number}.sequence_length"] = stage.sequence_length
+    for name, length in lengths.items():
+        if run.parallel.sequence_parallel and length % tensor:
+            below = length // tensor * tensor
+            valid = [n for n in (below, below + tensor) if n > 0]
+            raise ConfigError(
+                f"{name}={length} is not a multiple of parallel.tensor={tensor}, as "
+                f"parallel.sequence_parallel needs it; nearest lengths are {_listed(valid)}"
+            )
+    length = run.data.sequence_length
     if length > run.model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={length} is longer than "
@@ -103,27 +112,27 @@ def _check_world(run: RunConfig, world_size: int) -> None:
 def _layout(run: RunConfig, world_size: int) -> RunLayout:
     training, parallel = run.training, run.parallel
     data = world_size // (parallel.tensor * parallel.pipeline)
-    sequences = training.batch_size * training.gradient_accumulation_steps * data
-    tokens = sequences * run.data.sequence_length
-    limits = []
-    if training.max_steps is not None:
-        limits.append(training.max_steps)
-    if training.max_tokens is not None:
-        limits.append(-(-training.max_tokens // tokens))
-    total = min(limits)
+    try:
+        curriculum = plan_curriculum(
+            run.data,
+            sequences_per_step=training.batch_size * training.gradient_accumulation_steps * data,
+            max_steps=training.max_steps,
+            max_tokens=training.max_tokens,
+        )
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    total = curriculum.total_steps
     ramps = training.warmup_steps + training.decay_steps
     if ramps >= total:
         raise ConfigError(
-            f"training.max_tokens={training.max_tokens} is {total} steps of {tokens} tokens, not "
-            f"more than warmup_steps + decay_steps = {ramps}; shorten the ramps or train longer"
+            f"training.max_tokens={training.max_tokens} is {total} steps, not more than "
+            f"warmup_steps + decay_steps = {ramps}; shorten the ramps or train longer"
         )
     return RunLayout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=data,
-        sequences_per_step=sequences,
-        tokens_per_step=tokens,
-        total_steps=total,
+        curriculum=curriculum,
     )
 
 

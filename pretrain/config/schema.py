@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from data_tools.config import DataConfig
+from pretrain.config.aliases import resolve_aliases
 from pretrain.config.errors import config_error, show
 from pretrain.errors import ConfigError
 
@@ -227,6 +228,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        _check_stages(self)
         if self.training.optimizer == "muon" and self.parallel.tensor > 1:
             raise ValueError(
                 f"training.optimizer=muon with parallel.tensor={self.parallel.tensor}: Muon "
@@ -242,13 +244,13 @@ class RunConfig(BaseModel):
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
-    """The typed configuration of a plain mapping, as a YAML file holds it.
+    """The typed configuration of a plain mapping, as a YAML file holds it; aliases may stand in it.
 
     Raises:
         ConfigError: an unknown, missing or unusable setting.
     """
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate(resolve_aliases(values))
     except ValidationError as error:
         raise config_error(error, RunConfig) from error
 
@@ -292,6 +294,22 @@ def _pair(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers such as [0.9, 0.95]")
     return tuple(value)
+
+
+def _check_stages(run: RunConfig) -> None:
+    for number, stage in enumerate(run.data.stages):
+        changeable = _changeable(run.model)
+        for name in stage.model:
+            if name not in changeable:
+                raise ValueError(
+                    f"data.stages.{number}.model.{name}: the {run.model.family} family lets "
+                    f"{', '.join(sorted(changeable)) or 'no setting'} change in a run; remove it"
+                )
+
+
+def _changeable(model: ModelConfig) -> frozenset[str]:
+    """Settings that a stage may change; a family that has some names them in its configuration."""
+    return getattr(model, "changeable_settings", frozenset())
 
 
 def _check_length(training: TrainingConfig) -> None:

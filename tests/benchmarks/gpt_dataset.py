@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ def gpt_dataset(prefix: Path, *, seq_length: int, vocab_size: int) -> Any:
     indexed = GPTDataset.build_low_level_dataset(str(prefix), config)
     documents = np.arange(GPTDataset.numel_low_level_dataset(indexed), dtype=np.int32)
     return GPTDataset(indexed, str(prefix), documents, None, Split.train, config)
+
+
+def blended_dataset(prefixes: Sequence[Path], *, seq_length: int, vocab_size: int) -> Any:
+    """Megatron's blend of GPTDatasets in equal parts, nearly an epoch of each."""
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+
+    datasets = [gpt_dataset(p, seq_length=seq_length, vocab_size=vocab_size) for p in prefixes]
+    size = int(0.9 * sum(map(len, datasets)))
+    return BlendedDataset(datasets, [1.0] * len(datasets), size, datasets[0].config)
 
 
 def samples(dataset: Any, *, batch_size: int) -> Iterator[list[dict[str, torch.Tensor]]]:

@@ -42,11 +42,13 @@ def counting_documents(lengths: Iterable[int], *, first: int = 0) -> list[IntArr
     return documents
 
 
-def write_counting_corpus(prefix: Path, num_tokens: int, *, first: int = 0) -> Path:
+def write_counting_corpus(
+    prefix: Path, num_tokens: int, *, first: int = 0, vocab_size: int = 1 << 20
+) -> Path:
     """A corpus of documents of 1 to 40 tokens, every token its own position plus `first`."""
     generator = np.random.default_rng(num_tokens)
     lengths: list[int] = []
     while sum(lengths) < num_tokens:
         lengths.append(min(int(generator.integers(1, 41)), num_tokens - sum(lengths)))
-    write_corpus(prefix, counting_documents(lengths, first=first))
+    write_corpus(prefix, counting_documents(lengths, first=first), vocab_size=vocab_size)
     return prefix

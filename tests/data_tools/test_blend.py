@@ -52,14 +52,15 @@ def test_ledger_equals_a_count_of_the_draws(consumed: int) -> None:
 def test_changed_mix_goes_on_where_each_source_was() -> None:
     first = Blend({"a": 0.5, "b": 0.5})
     second = Blend({"a": 0.1, "c": 0.9}, start_sample=1000, base=first.ledger(1000))
-    third = Blend({"b": 1.0, "a": 1.0}, start_sample=2500, base=second.ledger(2500))
+    ledger = first.ledger(1000) | second.ledger(2500)
+    third = Blend({"b": 1.0, "a": 1.0}, start_sample=2500, base=ledger)
     given: dict[str, list[int]] = {"a": [], "b": [], "c": []}
     for blend, begin, end in ((first, 0, 1000), (second, 1000, 2500), (third, 2500, 4000)):
         draws = blend.draw(np.arange(begin, end))
         for source, sample in zip(draws.sources, draws.samples, strict=True):
             given[blend.names[source]].append(int(sample))
     assert all(samples == list(range(len(samples))) for samples in given.values())
-    assert third.ledger(4000) == {name: len(samples) for name, samples in given.items()}
+    assert ledger | third.ledger(4000) == {name: len(samples) for name, samples in given.items()}
 
 
 def test_order_in_which_sources_are_listed_has_no_effect() -> None:

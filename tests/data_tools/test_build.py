@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,57 @@ def test_bytes_are_trained_on_without_preprocessing(tmp_path: Path) -> None:
     assert held_out.num_bytes == round(len(text) * (len(stream) - 1) / len(stream))
     labels = torch.cat([batch.labels.flatten() for batch in held_out])
     assert labels[labels != -100].tolist() == stream[1:].tolist()
+
+
+@pytest.mark.parametrize("documents", ["blank_line", "jsonl"])
+def test_documents_inside_files_are_kept_apart(tmp_path: Path, documents: str) -> None:
+    texts = [f"document {i} " * (3 + i) for i in range(20)]
+    if documents == "jsonl":
+        lines = "".join(json.dumps({"content": text}) + "\n" for text in texts)
+        (tmp_path / "a.jsonl").write_text(lines)
+        (tmp_path / "notes.txt").write_text("not a jsonl file: left out of a directory")
+        changes = {"json_key": "content"}
+        separator = 1
+    else:
+        (tmp_path / "a.txt").write_text("\n\n".join(texts))
+        changes = {}
+        separator = 2
+    section = {
+        "train": str(tmp_path),
+        "validation": str(tmp_path),
+        "kind": "bytes",
+        "documents": documents,
+        "reset_at_documents": True,
+        "sequence_length": 64,
+        **changes,
+    }
+    config = DataConfig.model_validate(section)
+    held_out = build_eval_batches(
+        config, sequence_length=64, micro_batch_size=4, data_rank=0, data_size=1, vocab_size=257
+    )
+    total = sum(map(len, texts)) + separator * (len(texts) - 1) + 1
+    assert held_out.num_tokens == total - len(texts)  # but the first token of each
+    assert sum(int((batch.labels != -100).sum()) for batch in held_out) == held_out.num_tokens
+    with _loader(section, vocab_size=257) as loader:
+        batch = next(loader)
+    assert batch.segment_ids is not None
+    ends = batch.tokens[:, :-1] == 256
+    assert ends.any()
+    assert torch.equal(batch.segment_ids.diff(dim=1) == 1, ends)
+
+
+def test_a_source_that_vanished_between_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100))
+    section = {"train": str(tmp_path / "file"), "kind": "bytes"}
+    with _loader(section, vocab_size=257) as loader:
+        next(loader)
+        state = loader.state_dict()
+    (tmp_path / "file").write_bytes(bytes(99) + b"x")
+    with pytest.raises(DataError, match="data source file is not the corpus that the checkpoint"):
+        _loader(section, vocab_size=257).load_state_dict(state)
+    (tmp_path / "file").unlink()
+    with pytest.raises(DataError, match=r"file: no such file.*; check the path"):
+        _loader(section, vocab_size=257)
 
 
 def test_byte_vocabulary_without_room_for_the_end_token_is_refused(tmp_path: Path) -> None:

@@ -4,40 +4,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-
-import pytest
-
-from data_tools.cli import map_in_order
-from data_tools.errors import DataError
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_results_come_in_order_and_items_are_taken_a_few_ahead(num_workers: int) -> None:
-    taken = 0
-
-    def items() -> Iterator[int]:
-        nonlocal taken
-        for taken in range(1, 1001):
-            yield -taken
-
-    with closing(map_in_order(abs, items(), num_workers=num_workers)) as results:
-        for number in range(1, 101):
-            assert next(results) == number
-            assert taken - number < 10
-    assert taken < 200
-
-
-def test_error_in_a_worker_is_raised_here() -> None:
-    with pytest.raises(ValueError, match="invalid literal for int"):
-        list(map_in_order(int, ["1", "one"], num_workers=2))
-
-
-def test_worker_that_dies_is_reported_in_one_line() -> None:
-    with pytest.raises(DataError, match=r"one of 2 worker processes died, .* smaller --workers"):
-        list(map_in_order(os._exit, [1], num_workers=2))
 
 
 def test_progress_shows_rates_on_a_terminal_and_only_there(tmp_path: Path) -> None:

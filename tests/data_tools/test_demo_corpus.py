@@ -10,6 +10,7 @@ from data_tools.demo_corpus import build_demo_corpus, standard_library_modules
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.tokenizers import load_tokenizer
+from data_tools.verify import verify
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_demo_corpus_is_complete_and_the_splits_share_no_module(tmp_path: Path) 
     texts: dict[str, set[str]] = {}
     for split in ("train", "validation"):
         dataset = IndexedDataset(tmp_path / "demo" / split)
-        dataset.verify()
+        verify(str(dataset.prefix))
         files = sorted((tmp_path / "demo" / "text" / split).iterdir())
         texts[split] = {path.read_bytes().decode() for path in files}
         assert dataset.num_documents == len(files)

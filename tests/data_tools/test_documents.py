@@ -16,15 +16,20 @@ from data_tools.documents import (
     RawDocument,
     batch_documents,
     extract_text,
-    find_inputs,
 )
 from data_tools.errors import DataError
+from data_tools.inputs import Source, cut_pieces
 
 _PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor().compress,
 }
+
+
+def _reader(*files: Path, piece_bytes: int = 1 << 30) -> DocumentReader:
+    pieces = cut_pieces([Source("", list(files))], piece_bytes=piece_bytes, json_key="text")
+    return DocumentReader(pieces, json_key="text")
 
 
 def _lines(count: int) -> bytes:
@@ -37,7 +42,7 @@ def test_packed_files_hold_the_same_documents(tmp_path: Path, packing: str) -> N
     files = [tmp_path / f"a.jsonl{packing}", tmp_path / f"b.txt{packing}"]
     files[0].write_bytes(pack(_lines(2000)))
     files[1].write_bytes(pack(b"one\ntwo\n"))
-    reader = DocumentReader(files)
+    reader = _reader(*files)
     found = list(reader)
     texts = [extract_text(document, json_key="text") for document in found]
     assert texts == [*(f"document {i}" for i in range(2000)), "one\ntwo\n"]
@@ -51,7 +56,7 @@ def test_files_of_several_frames_are_read_to_their_end(tmp_path: Path, packing: 
     pack = _PACKINGS[packing]
     path = tmp_path / f"a.jsonl{packing}"
     path.write_bytes(pack(_lines(3)) + pack(b"") + pack(_lines(2)))
-    assert len(list(DocumentReader([path]))) == 5
+    assert len(list(_reader(path))) == 5
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
@@ -69,13 +74,13 @@ def test_damaged_packed_file_is_an_error_never_a_shorter_corpus(
     path = tmp_path / f"a.jsonl{packing}"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"cannot be read to its end near byte .* get it again"):
-        list(DocumentReader([path]))
+        list(_reader(path))
 
 
 def test_blank_lines_are_no_documents_and_the_last_line_needs_no_end(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\r\n\n  \n{"text": "b"}')
-    found = list(DocumentReader([path]))
+    found = list(_reader(path))
     assert [extract_text(document, json_key="text") for document in found] == ["a", "b"]
     assert [document.line for document in found] == [1, 4]
 
@@ -95,7 +100,7 @@ def test_blank_lines_are_no_documents_and_the_last_line_needs_no_end(tmp_path: P
 )
 def test_bad_line_is_refused_with_file_and_line(data: bytes, reason: str) -> None:
     with pytest.raises(BadDocumentError, match=f"^a.jsonl:7: {reason}.*--on-bad-line") as caught:
-        extract_text(RawDocument("a.jsonl", 7, data), json_key="text")
+        extract_text(RawDocument("a.jsonl", 7, data, is_json=True), json_key="text")
     assert "\n" not in str(caught.value)
 
 
@@ -104,16 +109,33 @@ def test_text_file_that_is_not_utf8_is_refused() -> None:
         extract_text(RawDocument("a.txt", None, b"a\xff"), json_key="text")
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz"])
-def test_document_larger_than_the_limit_is_refused(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("piece_bytes", [1 << 30, 1 << 18])
+def test_line_larger_than_the_limit_is_passed_over(
+    tmp_path: Path, suffix: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / f"a{suffix}"
-    data = b'{"text": "ok"}\n' + b"x" * (1 << 21)
+    data = b'{"text": "one"}\n' + b"x" * (5 << 20) + b'\n{"text": "three"}\n'
     path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
-    with pytest.raises(DataError, match="a document of more than 1 MiB; split it"):
-        list(DocumentReader([path]))
+    one, two, three = _reader(path, piece_bytes=piece_bytes)
+    assert [extract_text(document, json_key="text") for document in (one, three)] == [
+        "one",
+        "three",
+    ]
+    assert (two.data, two.too_large) == (b"", True)
+    with pytest.raises(BadDocumentError, match=r"a document of more than 1 MiB.*split it, or pass"):
+        extract_text(two, json_key="text")
+
+
+def test_text_file_larger_than_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "a.txt").write_bytes(b"x" * 101)
+    [document] = _reader(tmp_path / "a.txt")
+    with pytest.raises(BadDocumentError, match=r"a.txt: a document of more than"):
+        extract_text(document, json_key="text")
 
 
 def test_batches_keep_order_and_bound_their_size() -> None:
@@ -123,19 +145,6 @@ def test_batches_keep_order_and_bound_their_size() -> None:
     assert [document for batch in batches for document in batch] == [*small, *large]
     assert max(map(len, batches)) == 1024
     assert max(sum(len(document.data) for document in batch) for batch in batches) < 1_700_000
-
-
-def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
-    for name in ("z.txt", "folder/b.jsonl", "folder/a.txt.gz", "folder/image.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    patterns = [str(tmp_path / "z.txt"), str(tmp_path / "folder")]
-    names = [file.name for file in find_inputs(patterns)]
-    assert names == ["z.txt", "a.txt.gz", "b.jsonl"]
-    with pytest.raises(DataError, match=r"z.txt is named twice by --input"):
-        find_inputs([*patterns, str(tmp_path / "*.txt")])
-    with pytest.raises(DataError, match=r"image.png: suffix not known; .jsonl, .txt expected"):
-        find_inputs([str(tmp_path / "folder" / "image.png")])
 
 
 def test_memory_of_a_packed_file_does_not_grow_with_its_size() -> None:

@@ -169,8 +169,8 @@ def test_ledger_counts_the_tokens_that_were_really_given(corpora: Path) -> None:
             "b": from_b * _SEQUENCE_LENGTH,
         }
         sources = loader.state_dict()["sources"]
-        assert sources["b"]["samples"] == from_b
         assert sources["b"]["tokens"] == from_b * _SEQUENCE_LENGTH
+        assert sources["b"]["position"] == from_b * _SEQUENCE_LENGTH
 
 
 def test_changed_mix_repeats_no_sample_of_any_source(corpora: Path) -> None:
@@ -188,12 +188,13 @@ def test_changed_mix_repeats_no_sample_of_any_source(corpora: Path) -> None:
     assert len(set(firsts)) == len(firsts)  # less than an epoch of every source
     assert state is not None
     assert set(state["sources"]) == {"a", "b", "c"}
-    assert sum(source["samples"] for source in state["sources"].values()) == len(firsts)
+    given = sum(source["tokens"] for source in state["sources"].values())
+    assert given == len(firsts) * _SEQUENCE_LENGTH
     # The source that came back is where an unbroken run of it would be.
     with _loader(corpora, train=[{"path": "b"}], micro_batch_size=64) as alone:
         order = next(alone).tokens[:, 0].tolist()
-    given = [first for first in firsts if _FIRST_OF_B <= first < 2 * _FIRST_OF_B]
-    assert given == order[: len(given)]
+    of_b = [first for first in firsts if _FIRST_OF_B <= first < 2 * _FIRST_OF_B]
+    assert of_b == order[: len(of_b)]
 
 
 @pytest.mark.parametrize(

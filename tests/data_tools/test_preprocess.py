@@ -13,6 +13,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.preprocess import main
+from data_tools.verify import verify
 
 _TEXTS = [f"document number {i} " + "word " * (i % 50) + "\u00e9\n" for i in range(3000)]
 
@@ -30,7 +31,7 @@ def _preprocess(source: Path, output: Path, *options: str) -> IndexedDataset:
 
 def test_corpus_holds_every_text_and_an_end_token(tmp_path: Path) -> None:
     dataset = _preprocess(_write_jsonl(tmp_path / "in.jsonl"), tmp_path / "out")
-    dataset.verify()
+    verify(str(tmp_path / "out"))
     assert dataset.num_documents == len(_TEXTS)
     for index in (0, 1, 1500, 2999):
         assert dataset.document(index).tolist() == [*_TEXTS[index].encode(), 256]
@@ -62,7 +63,7 @@ def test_text_files_are_one_document_each_and_empty_ones_are_left_out(
     assert dataset.num_documents == 2
     assert dataset.info is not None
     assert dataset.info.eod_id is None
-    assert "1 empty documents left out" in capsys.readouterr().out
+    assert "1 left out: empty" in capsys.readouterr().out
 
 
 def test_another_json_key_can_be_chosen(tmp_path: Path) -> None:
@@ -88,10 +89,13 @@ def test_bad_lines_can_be_skipped_and_are_counted(
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     dataset = _preprocess(tmp_path / "in.jsonl", tmp_path / "out", "--on-bad-line", "skip")
     assert dataset.num_documents == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[-1] == "22 bad documents skipped"
-    assert errors[0].startswith(f"skipped: {tmp_path}/in.jsonl:2: not valid JSON")
-    assert len(errors) == 11
+    shown = capsys.readouterr()
+    assert "1 left out: not valid JSON, 1 left out: not UTF-8, 20 left out: no text" in shown.out
+    errors = shown.err.splitlines()
+    assert errors[0].startswith(f"left out: {tmp_path}/in.jsonl:2: not valid JSON")
+    assert errors[-1] == f"left out: all of them are in {tmp_path}/out.left_out.jsonl"
+    listed = (tmp_path / "out.left_out.jsonl").read_text().splitlines()
+    assert [json.loads(entry)["line"] for entry in listed] == [2, 3, *range(5, 25)]
 
 
 def test_existing_output_is_kept_unless_overwritten(tmp_path: Path) -> None:
@@ -139,6 +143,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     program = f"""
 import re
 from data_tools.preprocess import main
+from data_tools.verify import verify
 main(["--input", {str(tmp_path / "in.jsonl")!r}, "--output", {str(tmp_path / "out")!r},
       "--tokenizer", "bytes", "--workers", "1"])
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
@@ -162,7 +167,8 @@ def test_command_line_reports_an_error_in_one_line_and_exits_with_2(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "module", ["preprocess", "train_tokenizer", "inspect_corpus", "demo_corpus"]
+    "module",
+    ["preprocess", "train_tokenizer", "inspect_corpus", "demo_corpus", "merge", "split", "verify"],
 )
 def test_help_shows_an_example(module: str) -> None:
     done = subprocess.run(

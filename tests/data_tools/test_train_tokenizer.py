@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.documents import DocumentReader, find_inputs
+from data_tools.documents import DocumentReader
 from data_tools.errors import DataError
+from data_tools.inputs import cut_pieces, find_inputs
 from data_tools.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import _lines, main, train_tokenizer
 
@@ -87,7 +88,8 @@ def test_bad_line_is_refused_or_skipped(text_file: Path, tmp_path: Path) -> None
 def test_large_inputs_are_thinned_by_whole_documents(tmp_path: Path) -> None:
     for number in range(400):
         (tmp_path / f"{number}.txt").write_text(f"first {number}\nlast {number}")
-    reader = DocumentReader(find_inputs([str(tmp_path)]))
+    pieces = cut_pieces(find_inputs([str(tmp_path)]), piece_bytes=1 << 30, json_key="text")
+    reader = DocumentReader(pieces, json_key="text")
     lines = list(_lines(reader, json_key="text", keep=0.25))
     assert 60 < len(lines) / 2 < 140
     assert [line.replace("first", "last") for line in lines[::2]] == lines[1::2]

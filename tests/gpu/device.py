@@ -7,7 +7,6 @@ that the tests are sound, not that CUDA is right.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,3 @@ def tokens_of(name: str, device: torch.device) -> tuple[TokenInputs, Tensor]:
     shape = (BATCH, SEQ + 1)
     stream = torch.randint(CASES[name].config.vocab_size, shape, generator=generator).to(device)
     return TokenInputs(stream[:, :-1].contiguous()), stream[:, 1:].contiguous()
-
-
-def logits_of(output: Any) -> Tensor:
-    return getattr(output, "logits", output)

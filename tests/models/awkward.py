@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.base import LossOutput, ModelFamily, TokenInputs
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import vocab_parallel_cross_entropy
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -161,9 +161,16 @@ def token_losses(output: Output, labels: Tensor, ctx: ParallelContext) -> Tensor
 
 
 def loss(
-    output: Output, labels: Tensor, *, config: AwkwardConfig, ctx: ParallelContext
+    output: Output,
+    labels: Tensor,
+    *,
+    config: AwkwardConfig,
+    ctx: ParallelContext,
+    num_scored: Tensor | None = None,
 ) -> LossOutput:
-    lm_loss = token_losses(output, labels, ctx).mean()
+    if num_scored is None:
+        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+    lm_loss = token_losses(output, labels, ctx).sum() / num_scored
     weights = torch.tensor(AUX_WEIGHTS, device=output.aux.device)
     terms = {"lm_loss": lm_loss.detach(), "aux_loss": output.aux.sum().detach()}
     return LossOutput(lm_loss + (weights * output.aux).sum(), terms)

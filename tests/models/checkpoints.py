@@ -1,4 +1,4 @@
-"""Checkpoints of a small llama, written at any layout without training."""
+"""Checkpoints of a small model, written at any layout without training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from models.base import ModelFamily
 from models.checkpoint import StoredModel, parameter_table, write_manifest
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY
@@ -15,6 +16,7 @@ from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.sharding import split
 from parallel.weights_io import ShardPosition, Weight, write_shard
+from pretrain.equivalence import build
 
 VOCAB_SIZE = 301  # not divisible by 2: tensor ranks pad it
 
@@ -33,22 +35,24 @@ def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(sizes | changes))
 
 
-def model(of: LlamaConfig) -> SequentialModel:
-    return SequentialModel(FAMILY.layer_specs(of), ParallelContext.single(), seed=11)
+def model(of: Any, family: ModelFamily = FAMILY) -> SequentialModel:
+    """In evaluation, away from where gates and gains start."""
+    return build(family.layer_specs(of), ParallelContext.single(), seed=11, noise=0.1).eval()
 
 
 def write_checkpoint(
     directory: Path,
-    of: LlamaConfig,
+    of: Any,
     *,
+    family: ModelFamily = FAMILY,
     pipeline: int = 1,
     tensor: int = 1,
     tokenizer: str | None = "bytes",
     dtype: torch.dtype = torch.float32,
 ) -> SequentialModel:
     """Cut a model's layers into stages and its weights into tensor ranks; returns the model."""
-    whole = model(of)
-    table = parameter_table(FAMILY, of)
+    whole = model(of, family)
+    table = parameter_table(family, of)
     parameters = dict(whole.named_parameters())
     layers = [spec.name for spec in whole.specs]
     (directory / "weights").mkdir(parents=True)
@@ -66,7 +70,7 @@ def write_checkpoint(
                     )
             with (directory / "weights" / position.file_name).open("wb") as file:
                 write_shard(file, weights, position=position)
-    write_manifest(directory, StoredModel(directory / "weights", FAMILY, of, tokenizer))
+    write_manifest(directory, StoredModel(directory / "weights", family, of, tokenizer))
     return whole
 
 

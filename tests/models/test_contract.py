@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
-from models.base import TokenInputs
+from models.base import TokenInputs, logits_of
 from models.registry import family_names
 from parallel.carry import SequentialModel, check_layers
 from parallel.context import ParallelContext
@@ -34,10 +34,6 @@ def _model(name: str, *, segmented: bool = False, device: str = "cpu") -> Sequen
     family, config = CASES[name]
     ctx = ParallelContext.single(device=device)
     return build(family.layer_specs(config, segmented=segmented), ctx, seed=SEED, noise=NOISE)
-
-
-def _logits(output) -> torch.Tensor:
-    return getattr(output, "logits", output)
 
 
 def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **options) -> Measured:
@@ -104,22 +100,43 @@ def test_every_layer_keeps_the_declared_carry_on_the_meta_device(name):
 def test_changing_a_token_changes_no_earlier_logit_bit_for_bit(name):
     model = _model(name)
     tokens, _ = _tokens(name)
-    before = _logits(model(TokenInputs(tokens)))
+    before = logits_of(model(TokenInputs(tokens)))
     for position in range(1, SEQ):
         changed = tokens.clone()
         changed[:, position:] = (changed[:, position:] + 1) % CASES[name].config.vocab_size
-        after = _logits(model(TokenInputs(changed)))
+        after = logits_of(model(TokenInputs(changed)))
         assert torch.equal(before[:position], after[:position]), position
         assert not torch.equal(before[position], after[position]), position
 
 
 @torch.no_grad()
+def test_halves_of_a_batch_with_a_common_count_add_up_to_the_whole(name):
+    family, config = CASES[name]
+    tokens, labels = _tokens(name, batch=2)
+    labels[0, : SEQ // 2] = -100
+    num_scored = (labels != -100).sum()
+    model = _model(name)
+    whole = family.loss(model(TokenInputs(tokens)), labels, config=config, ctx=model.ctx).terms
+    halves = [
+        family.loss(
+            model(TokenInputs(tokens[i : i + 1])),
+            labels[i : i + 1],
+            config=config,
+            ctx=model.ctx,
+            num_scored=num_scored / 2,
+        ).terms
+        for i in range(2)
+    ]
+    mean = sum(half["lm_loss"] for half in halves) / 2
+    torch.testing.assert_close(mean, whole["lm_loss"])
+
+
 def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
     model = _model(name)
     tokens, _ = _tokens(name)
-    whole = _logits(model(TokenInputs(tokens)))
+    whole = logits_of(model(TokenInputs(tokens)))
     for length in range(1, SEQ + 1):
-        alone = _logits(model(TokenInputs(tokens[:, :length].contiguous())))
+        alone = logits_of(model(TokenInputs(tokens[:, :length].contiguous())))
         torch.testing.assert_close(alone[-1], whole[length - 1], rtol=1e-4, atol=1e-5)
 
 
@@ -127,9 +144,9 @@ def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
 def test_a_row_alone_equals_the_row_in_a_batch(name):
     model = _model(name)
     tokens, _ = _tokens(name)
-    together = _logits(model(TokenInputs(tokens)))
+    together = logits_of(model(TokenInputs(tokens)))
     for row in range(BATCH):
-        alone = _logits(model(TokenInputs(tokens[row : row + 1])))
+        alone = logits_of(model(TokenInputs(tokens[row : row + 1])))
         torch.testing.assert_close(alone[:, 0], together[:, row], rtol=1e-4, atol=1e-5)
 
 
@@ -140,9 +157,9 @@ def test_packed_documents_equal_separate_ones(name, lengths):
     tokens, _ = _tokens(name)
     segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     inputs = TokenInputs(tokens, segments.int().expand(BATCH, -1).contiguous())
-    together = _logits(packed(inputs)).split(list(lengths))
+    together = logits_of(packed(inputs)).split(list(lengths))
     for document, logits in zip(tokens.split(list(lengths), dim=1), together, strict=True):
-        separate = _logits(alone(TokenInputs(document.contiguous())))
+        separate = logits_of(alone(TokenInputs(document.contiguous())))
         torch.testing.assert_close(logits, separate, rtol=1e-4, atol=1e-5)
 
 
@@ -151,10 +168,10 @@ def test_packed_documents_equal_separate_ones(name, lengths):
 def test_cached_decoding_equals_the_full_forward_pass_in_any_chunks(name, chunks):
     model = _model(name).eval()
     tokens, _ = _tokens(name)
-    whole = _logits(model(TokenInputs(tokens)))
+    whole = logits_of(model(TokenInputs(tokens)))
     cache = model.new_cache(BATCH, SEQ)
     parts = [
-        _logits(model(TokenInputs(part.contiguous()), cache))
+        logits_of(model(TokenInputs(part.contiguous()), cache))
         for part in tokens.split(list(chunks), dim=1)
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)

@@ -361,10 +361,14 @@ def test_command_line_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFi
     assert "complete, 4 files" in lines[0]
     assert "verified, 4 files" in lines[2]
 
-    flip_bit(run_dir / "checkpoints" / "step_9" / "trainer.json", 0)
+    directory = run_dir / "checkpoints" / "step_9"
+    weights = next(path for path in files_of(directory) if path.suffix == ".safetensors")
+    flip_bit(weights, 0)
     assert main(["list", str(run_dir)]) == 0  # sizes only
     assert main(["verify", str(run_dir)]) == 3
     assert "step_9: DAMAGED" in capsys.readouterr().out
+    flip_bit(directory / "trainer.json", 0)
+    assert main(["list", str(run_dir)]) == 3  # it shows the ledger
     assert main(["list", str(run_dir / "nothing")]) == 2
     assert "no checkpoint in" in capsys.readouterr().err
 

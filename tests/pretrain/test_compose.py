@@ -21,8 +21,8 @@ SIZES = sorted(path.stem for path in (CONFIGS / "model" / "llama").glob("*.yaml"
 LAYOUTS = sorted(path.stem for path in (CONFIGS / "parallel").glob("*.yaml"))
 
 # Processes that each run file is meant for, as its first line says.
-_WORLD = {"llama_125m": 8, "llama_350m": 8, "llama_1b3": 8}
-_WORLD |= {"llama_7b": 64, "llama_13b": 128, "llama_70b": 512}
+_SIZES = {"125m": 8, "350m": 8, "1b3": 8, "7b": 64, "13b": 128, "70b": 512}
+_WORLD = {f"{name}_{size}": world for name in ("llama", "daria") for size, world in _SIZES.items()}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _model(**changes: Any) -> str:
-    values = resolved(compose_config("demo"))["model"] | changes
+    values = resolved(compose_config("demo", overrides=["model=llama/demo"]))["model"] | changes
     return "".join(f"{key}: {value}\n" for key, value in values.items() if value is not None)
 
 
@@ -63,18 +63,23 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "tokens_per_step"),
     [
-        ("llama_125m", 2**19),
-        ("llama_350m", 2**19),
-        ("llama_1b3", 2**20),
-        ("llama_7b", 2**22),
-        ("llama_13b", 2**22),
-        ("llama_70b", 2**22),
+        (f"{name}_{size}", tokens)
+        for name in ("llama", "daria")
+        for size, tokens in {
+            "125m": 2**19,
+            "350m": 2**19,
+            "1b3": 2**20,
+            "7b": 2**22,
+            "13b": 2**22,
+            "70b": 2**22,
+        }.items()
     ],
 )
 def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
     name: str, tokens_per_step: int
 ) -> None:
-    assert check_layout(compose_config(name), _WORLD[name]).tokens_per_step == tokens_per_step
+    layout = check_layout(compose_config(name), _WORLD[name])
+    assert layout.curriculum.tokens_after(1) == tokens_per_step
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,7 @@ def test_files_of_the_user_are_found_beside_ours(user_dir: Path) -> None:
 
 def test_files_of_the_user_win_over_ours(user_dir: Path) -> None:
     _write(user_dir / "model/llama/demo.yaml", _model(hidden_size=128))
-    run = compose_config("demo", config_dir=user_dir)
+    run = compose_config("demo", config_dir=user_dir, overrides=["model=llama/demo"])
     assert run.model.model_dump(mode="json")["hidden_size"] == 128
     _write(user_dir / "demo.yaml", "defaults: [/llama_125m, _self_]\nrun_dir: theirs\n")
     assert compose_config("demo", config_dir=user_dir).run_dir == "theirs"
@@ -205,10 +210,10 @@ def test_the_resolved_configuration_composes_to_itself(tmp_path: Path) -> None:
     ("name", "overrides", "parts"),
     [
         ("demmo", [], ["'demmo'", "did you mean 'demo'?"]),
-        ("qqqqq", [], ["'qqqqq'", "known are demo, llama_125m"]),
+        ("qqqqq", [], ["'qqqqq'", "llama_13b, llama_1b3"]),
         ("../pyproject", [], ["not a run file"]),
         ("demo", ["model=llama/126m"], ["model=llama/126m", "did you mean model=llama/125m?"]),
-        ("demo", ["data=zzz"], ["data=zzz", "known are blend, bytes, demo"]),
+        ("demo", ["data=zzz"], ["data=zzz", "known are blend, bytes, curriculum, demo, named"]),
         ("demo", ["training.lr"], ["'training.lr'", "has no value", "training.lr=VALUE"]),
         ("demo", ["training.lr="], ["training.lr=''"]),
         ("demo", ["training.lr=[1"], ["training.lr=[1", "cannot be parsed", "quote"]),

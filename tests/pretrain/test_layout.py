@@ -119,8 +119,8 @@ def test_counts_of_a_step_follow_from_the_layout() -> None:
     run = parse_config(run_values(parallel__pipeline=2, training__gradient_accumulation_steps=3))
     layout = check_layout(run, 8)
     assert layout.data == 4
-    assert layout.sequences_per_step == 2 * 3 * 4
-    assert layout.tokens_per_step == 2 * 3 * 4 * 128
+    assert layout.curriculum.sequences_per_step == 2 * 3 * 4
+    assert layout.curriculum.tokens_after(1) == 2 * 3 * 4 * 128
     assert layout.total_steps == 10
 
 
@@ -139,4 +139,4 @@ def test_a_warmup_longer_than_the_tokens_allow_is_refused() -> None:
     message = _error(
         training__max_tokens=256 * 7, training__max_steps=None, training__warmup_steps=7
     )
-    assert "training.max_tokens=1792 is 7 steps of 256 tokens" in message
+    assert "training.max_tokens=1792 is 7 steps, not more than" in message

@@ -18,7 +18,7 @@ class Clock:
 def test_the_first_step_is_in_no_later_figure() -> None:
     clock = Clock()
     throughput = Throughput(clock=clock)
-    throughput.start(step=0, tokens=0)
+    throughput.start(step=0, tokens=0, flops_per_token=1.0)
     clock.now += 60  # compiling
     assert throughput.measure(step=1, tokens=1000) == Rate(1000 / 60, 60.0, None)
     clock.now += 4
@@ -30,7 +30,7 @@ def test_the_first_step_is_in_no_later_figure() -> None:
 def test_measuring_twice_after_one_step_repeats_the_answer() -> None:
     clock = Clock()
     throughput = Throughput(clock=clock)
-    throughput.start(step=7, tokens=700)
+    throughput.start(step=7, tokens=700, flops_per_token=1.0)
     clock.now += 2
     first = throughput.measure(step=8, tokens=800)
     clock.now += 5
@@ -40,7 +40,7 @@ def test_measuring_twice_after_one_step_repeats_the_answer() -> None:
 def test_paused_time_is_not_training_time() -> None:
     clock = Clock()
     throughput = Throughput(clock=clock)
-    throughput.start(step=0, tokens=0)
+    throughput.start(step=0, tokens=0, flops_per_token=1.0)
     clock.now += 1
     with throughput.paused():
         clock.now += 1000
@@ -50,8 +50,8 @@ def test_paused_time_is_not_training_time() -> None:
 
 def test_mfu_is_model_flops_over_the_peak_of_all_devices() -> None:
     clock = Clock()
-    throughput = Throughput(flops_per_token=6e9, peak=8 * 1e15, clock=clock)
-    throughput.start(step=0, tokens=0)
+    throughput = Throughput(peak=8 * 1e15, clock=clock)
+    throughput.start(step=0, tokens=0, flops_per_token=6e9)
     clock.now += 10
     rate = throughput.measure(step=1, tokens=5_000_000)
     assert rate.mfu == pytest.approx(500_000 * 6e9 / 8e15)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.base import TokenInputs
+from models.base import TokenInputs, logits_of
 from parallel.carry import check_carry
 from parallel.wire import Wire
 from pretrain.equivalence import Measured, measure
-from tests.gpu.device import BATCH, DEVICE, SEED, SEQ, context, logits_of, model_of, tokens_of
+from tests.gpu.device import BATCH, DEVICE, SEED, SEQ, context, model_of, tokens_of
 from tests.models.families import CASES
 
 CPU = torch.device("cpu")

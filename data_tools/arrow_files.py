@@ -1,0 +1,151 @@
+"""Text columns of Parquet files and of Hugging Face data sets (Arrow files), read in batches.
+
+pyarrow and `datasets` are imported when a file of their kind is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.errors import DataError
+
+_BATCH_ROWS = 256  # rows that are turned into Python objects at once
+
+
+class RowGroup(NamedTuple):
+    """A part of a file that can be read on its own."""
+
+    num_rows: int
+    num_bytes: int
+
+
+def row_groups(path: Path, kind: str, column: str) -> list[RowGroup]:
+    """Row groups of a Parquet file, or record batches of an Arrow file.
+
+    Raises:
+        DataError: the file is damaged, or has no such column of text.
+    """
+    with _readable(path):
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                _check_column(path, file.schema_arrow, column)
+                parts = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                return [RowGroup(part.num_rows, part.total_byte_size) for part in parts]
+        with _open_arrow(path) as reader:
+            _check_column(path, reader.schema, column)
+            return [RowGroup(batch.num_rows, batch.column(column).nbytes) for batch in reader]
+
+
+def read_rows(
+    path: Path, kind: str, column: str, *, begin: int, end: int
+) -> Iterator[bytes | None]:
+    """The column's values in row groups [begin, end) as UTF-8 bytes, or None where there is none.
+
+    Raises:
+        DataError: the file is damaged, or has no such column of text.
+    """
+    import pyarrow
+
+    with _readable(path):
+        batches = _parquet_batches if kind == "parquet" else _arrow_batches
+        for values in batches(path, column, begin, end):
+            # As bytes: undecodable text is then one bad document and not a bad batch.
+            yield from values.cast(pyarrow.large_binary()).to_pylist()
+
+
+def of_dataset(spec: str) -> list[Path]:
+    """The Arrow files of NAME[:CONFIG][@SPLIT], a saved directory or a data set of the hub.
+
+    Raises:
+        DataError: there is no such data set, it has several splits and none is named, or the
+            split is a slice.
+    """
+    import datasets
+
+    name, _, split = spec.partition("@")
+    try:
+        if _is_saved(Path(name)):
+            found: Any = datasets.load_from_disk(name)
+        else:
+            name, _, config = name.partition(":")
+            found = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the library and the hub raise dozens of kinds
+        raise DataError(
+            f"--input hf:{spec}: {' '.join(str(error).split())[:200]}; give hf:NAME[:CONFIG]"
+            "[@SPLIT] of the hub, or hf:DIRECTORY written by save_to_disk"
+        ) from error
+    if not isinstance(found, datasets.DatasetDict):
+        found = {str(found.split or "train"): found}
+    split = split or (next(iter(found)) if len(found) == 1 else "")
+    if split not in found:
+        raise DataError(
+            f"--input hf:{spec}: split {split or 'not given'}; name one of "
+            f"{', '.join(found)} as hf:{name}@SPLIT"
+        )
+    return [Path(file["filename"]) for file in found[split].cache_files]
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _parquet_batches(path: Path, column: str, begin: int, end: int) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        batches = file.iter_batches(
+            _BATCH_ROWS, row_groups=range(begin, end), columns=[column], use_threads=False
+        )
+        for batch in batches:
+            yield batch.column(0)
+
+
+def _arrow_batches(path: Path, column: str, begin: int, end: int) -> Iterator[Any]:
+    with _open_arrow(path) as reader:
+        for number, batch in enumerate(reader):
+            if number >= end:
+                return
+            for row in range(0, batch.num_rows if number >= begin else 0, _BATCH_ROWS):
+                yield batch.column(column).slice(row, _BATCH_ROWS)
+
+
+@contextmanager
+def _open_arrow(path: Path) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
+        yield reader
+
+
+def _check_column(path: Path, schema: Any, column: str) -> None:
+    import pyarrow
+
+    if column not in schema.names:
+        raise DataError(
+            f"{path}: no column {column!r} (columns: {', '.join(schema.names[:8])}); choose one "
+            "with --json-key"
+        )
+    kind = schema.field(column).type
+    texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+    if kind not in texts:
+        raise DataError(
+            f"{path}: column {column!r} is {kind}, not text; choose another with --json-key"
+        )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read to its end ({' '.join(str(error).split())[:200]}); it is "
+            "truncated or damaged: get it again"
+        ) from error

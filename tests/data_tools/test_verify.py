@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.errors import DataError
+from data_tools.indexed_writer import IndexedDatasetWriter
+from data_tools.verify import main, verify
+from tests.data_tools.corpora import counting_documents, write_corpus
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_verify_finds_every_flipped_bit(tmp_path: Path, suffix: str) -> None:
+    prefix = tmp_path / "corpus"
+    write_corpus(prefix, counting_documents([3, 4, 5]), vocab_size=60_000)
+    path = prefix.with_suffix(suffix)
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DataError):
+            verify(str(prefix))
+
+
+def test_id_outside_the_vocabulary_is_found_with_its_place(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c", counting_documents([30, 40, 50]), vocab_size=1000)
+    assert verify(str(tmp_path / "c"), vocab_size=120)[1] == "ids in [0, 120), largest 119"
+    message = r"c.bin: id 100 at token 30 of document 2 is outside \[0, 100\)"
+    with pytest.raises(DataError, match=message):
+        verify(str(tmp_path / "c"), vocab_size=100)
+
+
+def test_corpus_without_a_sidecar_says_what_was_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path / "c", counting_documents([3]))
+    (tmp_path / "c.json").unlink()
+    main([str(tmp_path / "c")])
+    shown = capsys.readouterr().out
+    assert "no vocabulary is known to compare with: --vocab-size N" in shown
+    assert "no .json beside it: no checksums to compare with" in shown
+    np.memmap(tmp_path / "c.bin", dtype="<i4", mode="r+")[1] = -7
+    with pytest.raises(DataError, match="id -7 at token 1 of document 0 is outside"):
+        main([str(tmp_path / "c")])
+
+
+def test_sidecar_that_lies_about_the_largest_id_is_found(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c", counting_documents([3]))
+    sidecar = tmp_path / "c.json"
+    sidecar.write_text(sidecar.read_text().replace('"max_token_id": 2', '"max_token_id": 1'))
+    with pytest.raises(DataError, match=r"c.json: largest id 1 found, 2 expected"):
+        verify(str(tmp_path / "c"))
+
+
+def test_documents_of_any_size_are_read_in_chunks(tmp_path: Path) -> None:
+    lengths = [1, 6_000_000, 2, 3, 5_000_000, *([1] * 70_000)]
+    with IndexedDatasetWriter(tmp_path / "c", vocab_size=2) as writer:
+        writer.add_documents(np.ones(sum(lengths), dtype=np.uint8), np.array(lengths))
+        writer.finish(
+            tokenizer="t", tokenizer_fingerprint="f", eod_id=None, num_bytes=1, command=""
+        )
+    assert "checksums equal" in verify(str(tmp_path / "c"))

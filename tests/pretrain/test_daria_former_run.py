@@ -1,0 +1,72 @@
+"""Complete runs of a family with state in its carry: the same at every layout, and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import parallel.megatron
+import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from pretrain.loop import run as run_training
+from tests.distributed import run_ranks
+from tests.models.families import CASES
+from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+
+MODEL = CASES["daria_former"].config.model_dump()
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "data 2, ZeRO-3": (2, 3, {"training__batch_size": 2}),
+    "tensor 2, sequence parallel": (
+        2, 1, {"parallel__tensor": 2, "parallel__sequence_parallel": True},
+    ),
+    "pipeline 4, recomputed": (
+        4, 1, {"parallel__pipeline": 4, "training__activation_recomputation": "full"},
+    ),
+    "pipeline 2 x tensor 2 x data 2": (
+        8, 1, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__batch_size": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    write_data(directory)
+    return directory
+
+
+def _train(data: Path, directory: Path, world_size: int, stage: int, **changes: Any):
+    config = tiny_run(data, run_dir=str(directory / "run"), model=MODEL, **changes)
+    codes = run_ranks(run_training, world_size, config, f"configs/ds/zero{stage}.json", init=False)
+    assert codes == [0] * world_size
+    return metrics(config)
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    return _train(data, tmp_path_factory.mktemp("reference"), 1, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_the_same_at_any_layout(layout, data, reference, tmp_path):
+    world_size, stage, changes = LAYOUTS[layout]
+    trained, evaluated = _train(data, tmp_path, world_size, stage, **changes)
+    for name, tolerance in (("loss", 1e-5), ("memory_loss", 1e-4), ("grad_norm", 1e-4)):
+        expected = [record[name] for record in reference[0]]
+        assert [record[name] for record in trained] == pytest.approx(expected, rel=tolerance)
+    assert evaluated[-1]["eval_loss"] == pytest.approx(reference[1][-1]["eval_loss"], rel=1e-5)
+
+
+def test_bf16_follows_fp32(data, reference, tmp_path):
+    trained, _ = _train(data, tmp_path, 2, 1, parallel__pipeline=2, training__precision="bf16")
+    expected = [record["loss"] for record in reference[0]]
+    assert [record["loss"] for record in trained] == pytest.approx(expected, rel=1e-2)
+
+
+def test_packed_documents_train_in_a_pipeline(data, tmp_path):
+    apart = {"data__reset_at_documents": True}
+    whole, _ = _train(data, tmp_path / "whole", 1, 0, **apart)
+    cut, _ = _train(data, tmp_path / "cut", 2, 1, parallel__pipeline=2, **apart)
+    expected = [record["loss"] for record in whole]
+    assert [record["loss"] for record in cut] == pytest.approx(expected, rel=1e-5)
