@@ -23,7 +23,7 @@ from tests.evidence.training import Batch, future_leak, optimizer_of, train_step
 
 LAYERS, VOCAB = 2, 4096
 STEP_SHAPES = ((512, 512), (512, 1024), (768, 512), (768, 1024))  # hidden size, tokens of a row
-TOKENS_PER_STEP, ROUNDS, WARMUP = 2048, 7, 1
+TOKENS_PER_STEP, ROUNDS, WARMUP = 1024, 7, 1
 CONTEXTS, CONTEXT_HIDDEN, CONTEXT_WINDOW, CONTEXT_ROUNDS = (1024, 4096, 16_384), 256, 512, 3
 
 

@@ -2,7 +2,7 @@
 
 Tokens come from a hidden Markov model. A mood lasts 100 tokens on average and decides the table
 `p(next token | token)`. Best possible losses are exact, by the forward algorithm: with the whole
-past, and with as much of it as stacked windows reach. The model sees a window of 4 tokens in each
+past, and with as much of it as stacked windows reach. The model sees a window of 2 tokens in each
 of 2 layers and has neither a long nor a memory path, so only its emotion state can reach further.
 
 In the arm without it every weight that reads the state (adaptive norms, the FFN's bias, attention
@@ -37,7 +37,7 @@ from tests.evidence.training import (
 MOODS, VOCAB, STAY, CONTRAST = 8, 16, 0.99, 0.7
 LENGTH, ROWS, STEPS, LR = 256, 16, 400, 3e-3
 TEST_SEED, TEST_ROWS, BURN_IN = 10_000, 64, 64
-WINDOW, LAYERS = 4, 2
+WINDOW, LAYERS = 2, 2
 REACH = LAYERS * (WINDOW - 1) + 1  # tokens that decide a prediction through windows alone
 
 # The last component of every parameter through which the state acts.
