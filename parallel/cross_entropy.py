@@ -139,13 +139,13 @@ class _ChunkedBoth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = _rows_per_chunk(logits)
-        normalizers, expected = [], []
+        normalizers, sums = [], []
         for x in logits.split(rows):
             normalizer = as_fp32(x).logsumexp(dim=-1, keepdim=True)
-            probabilities = (x - normalizer).exp_()
-            expected.append(torch.linalg.vecdot(probabilities, as_fp32(x)))
+            log_p = x - normalizer
+            sums.append(torch.linalg.vecdot(log_p.exp(), log_p))
             normalizers.append(normalizer.squeeze(-1))
-        normalizer, entropies = torch.cat(normalizers), torch.cat(normalizers) - torch.cat(expected)
+        normalizer, entropies = torch.cat(normalizers), -torch.cat(sums)
         scored = labels != IGNORED_LABEL
         targets = labels.clamp(min=0)
         ctx.save_for_backward(logits, targets, scored, normalizer, entropies)

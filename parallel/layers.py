@@ -11,6 +11,8 @@ scatters the sum.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ def project_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         x = megatron.gather_from_sequence_region(x, group=group)
     else:
         x = megatron.copy_to_tensor_region(x, group=group)
-    return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
+    return tuple(linear.local(x) for linear in linears)  # type: ignore[operator]
 
 
 def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
@@ -91,10 +93,10 @@ def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     Forward: no collective. Backward: that of `parallel.regions.enter_tensor_region`.
     """
     first = linears[0]
-    if not isinstance(first, _ColumnParallelLinear) or first.ctx.tensor.size == 1:
+    if not isinstance(first, _ColumnParallelLinear):
         return tuple(linear(x) for linear in linears)
     x = enter_tensor_region(x, ctx=first.ctx)
-    return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
+    return tuple(linear.local(x, has_tokens=False) for linear in linears)  # type: ignore[operator]
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -178,21 +180,32 @@ def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-class _ShardedLinear(nn.Linear):
-    """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random."""
+class ShardedLinear(nn.Linear):
+    """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random.
+
+    `lora`: a module whose output for the same input is added to the product; None in most layers.
+    """
 
     def __init__(self, shape: tuple[int, int], *, ctx: ParallelContext, bias: bool) -> None:
         super().__init__(shape[1], shape[0], bias=bias, device=ctx.device)
         self.ctx = ctx
+        self.lora: Any = None
 
     def reset_parameters(self) -> None:
         """Left to parallel.random.initialize, which knows the parameter's name."""
 
 
-class _ColumnParallelLinear(_ShardedLinear):
+class _ColumnParallelLinear(ShardedLinear):
+    def local(self, x: Tensor, *, has_tokens: bool = True) -> Tensor:
+        """This rank's columns from an input that is whole; no collective."""
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.lora is None else y + self.lora(x, has_tokens=has_tokens)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.ctx.tensor.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return self.local(x)
+        if self.lora is not None:
+            return project_together(x, self)[0]
         from parallel import megatron
 
         return megatron.column_linear(
@@ -204,13 +217,16 @@ class _ColumnParallelLinear(_ShardedLinear):
         )
 
 
-class _RowParallelLinear(_ShardedLinear):
+class _RowParallelLinear(ShardedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.ctx.tensor.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            y = F.linear(x, self.weight, self.bias)
+            return y if self.lora is None else y + self.lora(x)
         from parallel import megatron
 
         y = F.linear(x, self.weight)
+        if self.lora is not None:
+            y = y + self.lora(x)
         if self.ctx.sequence_parallel:
             y = megatron.reduce_scatter_to_sequence_region(y, group=self.ctx.tensor.group)
         else:

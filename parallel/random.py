@@ -37,7 +37,7 @@ def initialize(
         if parameter.is_meta:
             continue
         canonical = (names or {}).get(name, f"{prefix}.{name}")
-        drawn = _Drawn(canonical, init_of(name, parameter), sharding_of(name, parameter))
+        drawn = _Drawn(canonical, init_of(canonical, parameter), sharding_of(canonical, parameter))
         with torch.no_grad():
             _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank)
 

@@ -23,6 +23,22 @@ from torch import Tensor
 from parallel.context import ParallelContext
 
 
+def own_length(seq_length: int, *, ctx: ParallelContext) -> int:
+    """How many of the tokens of a sequence this rank has between layers.
+
+    Raises:
+        ValueError: sequence parallelism with a length that the tensor size does not divide.
+    """
+    if not ctx.sequence_parallel:
+        return seq_length
+    if seq_length % ctx.tensor.size:
+        raise ValueError(
+            f"data.sequence_length={seq_length} is not divisible by parallel.tensor="
+            f"{ctx.tensor.size}, which sequence_parallel needs; change one of them"
+        )
+    return seq_length // ctx.tensor.size
+
+
 def gather_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """This rank's tokens [s/t, ...] to those of all ranks [s, ...]: all-gather, and in backward a
     reduce-scatter of the partial gradients. Without sequence parallelism they are there already."""

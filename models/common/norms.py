@@ -39,8 +39,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
 
 
 def inverse_rms(x: Tensor, *, eps: float) -> Tensor:
-    """`1 / sqrt(mean(x^2) + eps)` over the last dimension, which stays with size 1, in fp32."""
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
+    """`1 / sqrt(mean(x^2) + eps)` over the last dimension, kept with size 1, in fp32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square()
     return (squares / x.shape[-1] + eps).rsqrt()
 
 

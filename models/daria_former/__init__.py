@@ -7,6 +7,7 @@ from typing import Any
 
 _HOMES = {
     "DariaFormerConfig": "config",
+    "DariaFormerModel": "single",
     "DariaFormerForCausalLM": "hf_modeling",
     "DariaFormerHFConfig": "hf_modeling",
     "FAMILY": "model",

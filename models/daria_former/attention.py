@@ -72,9 +72,11 @@ class MultiContextAttention(nn.Module):
         names = config.all_paths
         self.q_proj = ColumnParallelLinear(hidden, width, ctx=ctx, init=init)
         self.o_proj = RowParallelLinear(width, hidden, ctx=ctx, init=output_init)
-        self.gate = ColumnParallelLinear(hidden, heads * len(names), ctx=ctx, init=Constant(0.0))
-        start = partial(_initial_gates, paths=names)
-        self.gate_bias = per_head(heads, (len(names),), start, ctx)
+        if config.is_gated:
+            num_gates = heads * len(names)
+            self.gate = ColumnParallelLinear(hidden, num_gates, ctx=ctx, init=Constant(0.0))
+            start = partial(_initial_gates, paths=names)
+            self.gate_bias = per_head(heads, (len(names),), start, ctx)
         self.paths = nn.ModuleDict(
             {name: PATH_CLASSES[name](config, rotaries=rotaries, ctx=ctx) for name in names}
         )
@@ -99,13 +101,17 @@ class MultiContextAttention(nn.Module):
 
     def forward(self, x: Tensor, sources: Sources, cache: BlockCache | None = None) -> Attended:
         """x [s/t, b, h]; with `cache` it continues the tokens already seen."""
-        linears = [self.q_proj, self.gate]
+        linears = [self.q_proj, self.gate] if self.config.is_gated else [self.q_proj]
         for path in self.paths.values():
             linears += path.token_projections()  # type: ignore[operator]
         projected = iter(project_together(x, *linears))
-        sources = sources._replace(priors=enter_tensor_region(sources.priors, ctx=self.ctx))
+        if sources.priors is not None:
+            sources = sources._replace(priors=enter_tensor_region(sources.priors, ctx=self.ctx))
         queries = split_heads(next(projected), self.config)
-        gates = self._gates(next(projected), sources)
+        if self.config.is_gated:
+            gates = self._gates(next(projected), sources)
+        else:
+            gates = queries.new_ones((*queries.shape[:3], 1), dtype=torch.float32)
         readouts = {}
         for name, path in self.paths.items():
             own = [next(projected) for _ in path.token_projections()]  # type: ignore[operator]
@@ -122,6 +128,7 @@ class MultiContextAttention(nn.Module):
         """fp32 [s, b, n, P]; a path that is switched off or dropped gets none."""
         num_paths = len(self.paths)
         logits = as_fp32(x.unflatten(-1, (-1, num_paths))) + as_fp32(self.gate_bias)
+        assert sources.priors is not None
         logits = logits + sources.priors[..., :num_paths].unsqueeze(-2)
         closed = self._closed(sources)
         if closed is not None:
@@ -135,7 +142,7 @@ class MultiContextAttention(nn.Module):
         """
         names, closed = list(self.paths), None
         if "modality" in names and sources.modality is None:
-            device = sources.priors.device
+            device = self.gate_bias.device
             closed = torch.tensor([name == "modality" for name in names], device=device)
         if self.training and sources.keys is not None and self.config.path_dropout > 0:
             numbers = uniform(sources.keys.T, len(names), stream=STREAMS * self.layer)

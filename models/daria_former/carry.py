@@ -33,7 +33,8 @@ class DariaCarry(NamedTuple):
 
     `hidden` [s/t, b, h] in the precision of the run (s/t under sequence parallelism, else s).
     `emotion` fp32 [s, b, E]: the state after the latest update site, whole on every rank.
-    `priors` fp32 [s, b, P + 1]: gate priors and segment logit of the context router.
+    `priors` fp32 [s, b, num_priors]: gate priors and segment logit of the context router; None
+    where a block has one path and so no gates.
     `aux` fp32 [len(AUX)]: losses and measurements, see AUX.
     `bank` [m, b or 1, h]: persistent keys, persistent values, persona slots; None without them.
     `modality` [m, b, h]: encoded images and sound.

@@ -166,6 +166,16 @@ class DariaFormerConfig(BaseModel):
     def has(self, path: str) -> bool:
         return path in self.all_paths
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether the gates of a block can differ from 1: a softmax over one path cannot."""
+        return len(self.all_paths) > 1 or self.gate_type == "sigmoid"
+
+    @property
+    def num_priors(self) -> int:
+        """Channels of the context router: a gate prior per path, and the segment logit."""
+        return len(self.all_paths) * self.is_gated + self.has("memory")
+
     def updates_emotion_after(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) ends with an update of the emotion state.
 

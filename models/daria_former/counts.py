@@ -62,12 +62,34 @@ def _token_paths(config: DariaFormerConfig) -> int:
 def _block_matmul(config: DariaFormerConfig) -> int:
     h, e, paths = config.hidden_dim, config.emotion_dim, len(config.all_paths)
     attention = 2 * h * _width(config) + 2 * _token_paths(config) * h * _kv(config)
-    attention += h * config.num_heads * paths + h * config.num_kv_heads * config.has("memory")
+    attention += h * config.num_heads * paths * config.is_gated
+    attention += h * config.num_kv_heads * config.has("memory")
     matrices = 3 if config.ffn_activation == "swiglu" else 2
     ffn = matrices * h * config.ffn_size + (e + 1) * config.ffn_size
     rank = config.rhythm_rank or h
     rhythm = (h + 2) * rank + h * config.rhythm_rank
-    return attention + ffn + rhythm + 9 * h + 4 * h * e + e
+    return attention + ffn + rhythm + 9 * h + 4 * h * e + e + _adapter(config)[0]
+
+
+def _adapter(config: DariaFormerConfig) -> tuple[int, int]:
+    """Parameters of a block's native adapters: those that tokens meet, those that slots meet."""
+    h, width, kv, f = config.hidden_dim, _width(config), _kv(config), config.ffn_size
+    sizes = {"q_proj": h + width, "o_proj": h + width, "up_proj": h + f, "down_proj": h + f}
+    if config.ffn_activation == "swiglu":
+        sizes["gate_proj"] = h + f
+    tokens = sum(size for name, size in sizes.items() if name in config.lora_targets)
+    per_path = (h + kv) * len({"k_proj", "v_proj"} & set(config.lora_targets))
+    tokens += per_path * _token_paths(config)
+    slots = per_path * (len(config.all_paths) - _token_paths(config))
+    return config.lora_rank * tokens, config.lora_rank * slots
+
+
+def _adapter_slots(config: DariaFormerConfig) -> int:
+    """Multiply-adds of adapters on learned slots, once per row."""
+    h, kv, rank, targets = config.hidden_dim, _kv(config), config.lora_rank, config.lora_targets
+    persistent = config.persistent_memory_slots * config.has("memory")
+    slots = ("k_proj" in targets) + ("v_proj" in targets)
+    return rank * (h + kv) * slots * (persistent + _persona(config))
 
 
 def _site_matmul(config: DariaFormerConfig) -> int:
@@ -77,7 +99,7 @@ def _site_matmul(config: DariaFormerConfig) -> int:
 
 
 def _router_matmul(config: DariaFormerConfig) -> int:
-    return (len(config.all_paths) + 1) * config.hidden_dim
+    return config.num_priors * config.hidden_dim
 
 
 def _head_matmul(config: DariaFormerConfig) -> int:
@@ -89,7 +111,8 @@ def _head_matmul(config: DariaFormerConfig) -> int:
 def _slots_matmul(config: DariaFormerConfig) -> int:
     """Keys and values of the learned slots, once per row; of the modality path nothing is counted
     when nothing is given."""
-    return config.hidden_dim * _kv(config) * (_num_slots(config) + _persona(config))
+    projected = config.hidden_dim * _kv(config) * (_num_slots(config) + _persona(config))
+    return projected + _adapter_slots(config)
 
 
 def _persona(config: DariaFormerConfig) -> int:
@@ -139,7 +162,7 @@ def _site(config: DariaFormerConfig) -> int:
 
 def _embedding(config: DariaFormerConfig) -> int:
     h = config.hidden_dim
-    router = h + _router_matmul(config) + len(config.all_paths) + 1
+    router = _router_matmul(config) + (config.num_priors + h if config.num_priors else 0)
     persona = (h * config.persona_dim + config.persona_dim) * config.has("persona")
     bank = _num_slots(config) * h
     return config.vocab_size * h + router + bank + persona + _encoders(config)
@@ -149,7 +172,8 @@ def _block(config: DariaFormerConfig) -> int:
     h, width, kv = config.hidden_dim, _width(config), _kv(config)
     paths = len(config.all_paths)
     slots_kv = 2 * h * kv * (paths - _token_paths(config))  # persona and modality
-    heads = config.num_heads * paths + paths * (2 * width + kv)
+    slots_kv += _adapter(config)[1]
+    heads = config.num_heads * paths * config.is_gated + paths * (2 * width + kv)
     if config.has("long"):
         heads += 2 * config.num_global_tokens * kv
     if config.has("memory"):

@@ -19,20 +19,20 @@ from models.common.norms import inverse_rms
 
 def scaled_heads(x: Tensor, gain: Tensor) -> Tensor:
     """`y = gain * x` with heads first: [s, b, n, d] and [n, d] -> contiguous [b, n, s, d]."""
-    y: Tensor = _ScaledHeads.apply(x, gain)
+    y: Tensor = _ScaledHeads.apply(x, gain.to(x.dtype))
     return y
 
 
 def multiply_add(a: Tensor, b: Tensor, c: Tensor, *, scale: float = 1.0) -> Tensor:
     """`y = a + scale * b * c`, three tensors of one shape."""
     # torch.addcmul reads as little in forward, and twice as much in backward.
-    y: Tensor = _MultiplyAdd.apply(a, b, c, scale)
+    y: Tensor = _MultiplyAdd.apply(*_alike(a, b, c), scale)
     return y
 
 
 def weighted_sum(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
     """`y = sum_i weights_i * parts_i`: [s, b, h] each and one number per token, [s, b, parts]."""
-    y: Tensor = _WeightedSum.apply(weights, *parts)
+    y: Tensor = _WeightedSum.apply(weights, *_alike(*parts))
     return y
 
 
@@ -44,8 +44,15 @@ def mix_paths(
     `readouts`: P of [b, n, s, d]; `gates` fp32 [b, n, s, P]; `gains`: P of [n, d].
     Returns [s, b, n, d].
     """
+    gains = [gain.to(readouts[0].dtype) for gain in gains]
     y: Tensor = _MixPaths.apply(eps, gates, *readouts, *gains)
     return y
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the widest of their dtypes; torch.autocast mixes them."""
+    widest = max((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+    return tuple(x.to(widest) for x in tensors)
 
 
 class _ScaledHeads(torch.autograd.Function):

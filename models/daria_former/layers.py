@@ -20,6 +20,7 @@ from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.encoders import ModalityEncoder
+from models.daria_former.lora import LoRACondition, build_native_adapters
 from models.daria_former.losses import (
     block_measurements,
     emotion_smoothness,
@@ -72,7 +73,7 @@ class DariaEmbedding(nn.Module):
         self.config, self.ctx, self.segmented = config, ctx, segmented
         hidden, init = config.hidden_dim, Normal(config.initializer_range)
         self.tokens = VocabParallelEmbedding(config.vocab_size, hidden, ctx=ctx, init=init)
-        self.router = ContextRouter(config, ctx=ctx)
+        self.router = ContextRouter(config, ctx=ctx) if config.num_priors else None
         self.emotion = _emotion_site(config, ctx, is_first=True)
         if config.has("memory") and config.persistent_memory_slots:
             self.persistent = replicated((2 * config.persistent_memory_slots, hidden), init, ctx)
@@ -82,6 +83,7 @@ class DariaEmbedding(nn.Module):
             self.persona_projection = replicated((hidden, config.persona_dim), ZERO, ctx)
         if config.modality_enabled:
             self.encoder = ModalityEncoder(config, ctx=ctx)
+        self.condition: LoRACondition | None = None
 
     def new_cache(self, batch_size: int, max_length: int) -> EmbeddingCache:
         """Empty state for generation."""
@@ -111,7 +113,7 @@ class DariaEmbedding(nn.Module):
                 initial=given.emotion,
                 history=None if cache is None else cache.emotion,
             ),
-            priors=self.router(hidden),
+            priors=None if self.router is None else self.router(hidden),
             aux=torch.zeros(len(AUX), device=hidden.device),
             bank=self._bank(given, cache),
             modality=self._modality(given, cache),
@@ -127,6 +129,8 @@ class DariaEmbedding(nn.Module):
             parts.append(self.persistent.unsqueeze(1))
         if hasattr(self, "persona_slots"):
             persona = self.persona.unsqueeze(0) if given.persona is None else given.persona
+            if self.condition is not None:
+                self.condition.persona = persona
             offset = F.linear(persona.to(self.persona_slots.dtype), self.persona_projection)
             parts.append(self.persona_slots.unsqueeze(1) + offset)
         elif given.persona is not None:
@@ -189,6 +193,9 @@ class DACBlock(nn.Module):
         self.emotion = None
         if config.updates_emotion_after(layer):
             self.emotion = _emotion_site(config, ctx)
+        self.condition: LoRACondition | None = None
+        if config.lora_rank:
+            build_native_adapters(self, config)
 
     def new_cache(self, batch_size: int, max_length: int) -> BlockCache:
         """Empty state for generation."""
@@ -197,6 +204,8 @@ class DACBlock(nn.Module):
 
     def forward(self, carry: DariaCarry, cache: BlockCache | None = None) -> DariaCarry:
         x, own = carry.hidden, own_sequence(carry.emotion, ctx=self.ctx)
+        if self.condition is not None:
+            self.condition.emotion = carry.emotion
         sources = Sources(carry.priors, carry.bank, carry.modality, carry.positions, carry.keys)
         attended = self.attention(self.attention_norm(x, own), sources, cache)
         strength = 1.0 + F.linear(own.to(x.dtype), self.attention_scale).tanh()

@@ -18,6 +18,7 @@ from parallel.cross_entropy import (
     cross_entropy_and_entropy,
     vocab_parallel_cross_entropy,
 )
+from parallel.regions import own_length
 
 
 def carry_schema(
@@ -36,14 +37,7 @@ def carry_schema(
     Raises:
         ValueError: sequence parallelism with a sequence that the tensor size does not divide.
     """
-    local_length = seq_length
-    if ctx.sequence_parallel:
-        if seq_length % ctx.tensor.size:
-            raise ValueError(
-                f"data.sequence_length={seq_length} is not divisible by parallel.tensor="
-                f"{ctx.tensor.size}, which sequence_parallel needs; change one of them"
-            )
-        local_length = seq_length // ctx.tensor.size
+    local_length = own_length(seq_length, ctx=ctx)
     dtype, tokens = ctx.precision.dtype, (micro_batch_size, seq_length)
 
     def activation(*shape: int, dtype: torch.dtype = torch.float32) -> Field:
@@ -56,7 +50,7 @@ def carry_schema(
     return DariaCarry(
         hidden=activation(local_length, micro_batch_size, config.hidden_dim, dtype=dtype),
         emotion=activation(*per_token, config.emotion_dim),
-        priors=activation(*per_token, len(config.all_paths) + 1),
+        priors=activation(*per_token, config.num_priors) if config.num_priors else None,
         aux=activation(len(AUX)),
         bank=activation(num_slots, 1, config.hidden_dim, dtype=dtype) if num_slots else None,
         modality=activation(*modality, dtype=dtype) if num_modality_tokens else None,

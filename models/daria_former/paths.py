@@ -63,7 +63,7 @@ class Rotaries(NamedTuple):
 class Sources(NamedTuple):
     """What a block's attention reads beside the hidden state; see DariaCarry for shapes."""
 
-    priors: Tensor
+    priors: Tensor | None = None
     bank: Tensor | None = None
     modality: Tensor | None = None
     positions: Tensor | None = None
@@ -221,6 +221,7 @@ class MemoryPath(ContextPath):
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
         keys, values, anchor = projected
+        assert sources.priors is not None
         worth = as_fp32(self.segment_gain) * sources.priors[..., -1:].sigmoid()
         anchors = (as_fp32(anchor) + worth).permute(1, 2, 0)
         tokens = Tokens(q, *self.keys_values(keys, values), anchors)

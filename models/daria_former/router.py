@@ -17,14 +17,15 @@ class ContextRouter(nn.Module):
     """`W norm(x) + b` per token of the embedding: a prior for every path's gate in every block, and
     the logit of being worth remembering, which weighs the token when it is pooled into memory.
 
-    [s/t, b, h] -> fp32 [s, b, P + 1], whole on every tensor rank; the last channel is the segment
-    logit. Causal by construction: no token looks at another. Starts at 0.
+    [s/t, b, h] -> fp32 [s, b, num_priors], whole on every tensor rank; with the memory path the
+    last channel is the segment logit. Causal by construction: no token looks at another. It starts
+    at 0.
     """
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
         self.ctx = ctx
-        size = len(config.all_paths) + 1
+        size = config.num_priors
         self.norm = RMSNorm(config.hidden_dim, eps=config.norm_eps, ctx=ctx)
         self.weight = replicated((size, config.hidden_dim), ZERO, ctx)
         self.bias = replicated((size,), ZERO, ctx)

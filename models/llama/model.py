@@ -14,6 +14,7 @@ from models.llama.layers import LlamaBlock, LlamaCarry, LlamaEmbedding, LlamaHea
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.regions import own_length
 
 
 def layer_specs(config: LlamaConfig, *, segmented: bool = False) -> list[LayerSpec]:
@@ -53,14 +54,7 @@ def carry_schema(
     Raises:
         ValueError: sequence parallelism with a sequence that the tensor size does not divide.
     """
-    local_length = seq_length
-    if ctx.sequence_parallel:
-        if seq_length % ctx.tensor.size:
-            raise ValueError(
-                f"data.sequence_length={seq_length} is not divisible by parallel.tensor="
-                f"{ctx.tensor.size}, which sequence_parallel needs; change one of them"
-            )
-        local_length = seq_length // ctx.tensor.size
+    local_length = own_length(seq_length, ctx=ctx)
     shape = (local_length, micro_batch_size, config.hidden_size)
     positions = Field((micro_batch_size, seq_length), torch.int32) if segmented else None
     return LlamaCarry(Field(shape, ctx.precision.dtype, gradient=True), positions)

@@ -58,6 +58,26 @@ _DARIA_FORMER = {
 
 CASES = {
     "daria_former": Case(DARIA_FORMER, DariaFormerConfig(**_DARIA_FORMER)),
+    "daria_former_lora": Case(
+        DARIA_FORMER,
+        DariaFormerConfig(
+            **_DARIA_FORMER
+            | {
+                "num_layers": 4,
+                "lora_rank": 3,
+                "lora_alpha": 1.0,
+                "lora_targets": (
+                    "q_proj",
+                    "k_proj",
+                    "v_proj",
+                    "o_proj",
+                    "gate_proj",
+                    "up_proj",
+                    "down_proj",
+                ),
+            }
+        ),
+    ),
     "daria_former_variant": Case(
         DARIA_FORMER,
         DariaFormerConfig(

@@ -88,7 +88,7 @@ def test_a_model_of_transformers_gives_the_same_logits_here(shape, tmp_path):
     convert.from_hf(tmp_path / "changed", tmp_path / "back")
     ours = load_model(open_checkpoint(tmp_path / "back"), device="cpu")
     logits = ours(TokenInputs(TOKENS)).transpose(0, 1)
-    torch.testing.assert_close(logits, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, theirs(TOKENS).logits, rtol=1e-4, atol=5e-5)
 
 
 def test_export_and_import_give_back_every_bit(tmp_path):
@@ -304,7 +304,10 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' cannot be imported; known are llama, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            "model_type='gpt2' cannot be imported; known are daria_former, llama",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),
     ],

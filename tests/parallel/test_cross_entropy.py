@@ -6,7 +6,12 @@ import torch.nn.functional as F
 
 from parallel import cross_entropy
 from parallel.context import ParallelContext
-from parallel.cross_entropy import vocab_parallel_cross_entropy
+from parallel.cross_entropy import (
+    cross_entropy_and_entropy,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_entropy,
+)
+from tests.distributed import run_ranks
 
 CTX = ParallelContext.single()
 
@@ -71,3 +76,51 @@ def test_a_label_beyond_the_vocabulary_is_an_error():
     labels[0, 0] = 50
     with pytest.raises(RuntimeError, match="out of bounds"):
         vocab_parallel_cross_entropy(logits, labels, ctx=CTX)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    log_p = logits.log_softmax(dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 200, 1 << 20])
+def test_entropies_and_losses_together_equal_their_equations(chunk_size, monkeypatch):
+    monkeypatch.setitem(cross_entropy._CHUNK_SIZE, "cpu", chunk_size)
+    logits, labels = _inputs(torch.float32)
+    exact = logits.detach().double().requires_grad_()
+    upstream = torch.randn(2, 7, 3)
+    losses, entropies = cross_entropy_and_entropy(logits, labels, ctx=CTX)
+    wide = F.cross_entropy(exact.permute(1, 2, 0), labels, reduction="none", ignore_index=-100).T
+    torch.testing.assert_close(losses.double(), wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), _entropy(exact), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vocab_parallel_entropy(logits, ctx=CTX), entropies)
+    (found,) = torch.autograd.grad((losses * upstream[0] + entropies * upstream[1]).sum(), logits)
+    total = (wide * upstream[0] + _entropy(exact) * upstream[1]).sum()
+    (expected,) = torch.autograd.grad(total, exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    alone = vocab_parallel_entropy(logits, ctx=CTX)
+    (found,) = torch.autograd.grad((alone * upstream[1]).sum(), logits)
+    (expected,) = torch.autograd.grad((_entropy(exact) * upstream[1]).sum(), exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def _rank_entropy() -> tuple[torch.Tensor, torch.Tensor]:
+    ctx = ParallelContext.from_world(tensor=2)
+    logits, _ = _inputs(torch.float32)
+    padded = F.pad(logits.detach(), (0, 2), value=-torch.inf)  # columns that pad the vocabulary
+    own = padded.chunk(2, dim=-1)[ctx.tensor.rank].contiguous().requires_grad_()
+    entropies = vocab_parallel_entropy(own, ctx=ctx)
+    entropies.square().sum().backward()
+    return entropies.detach(), own.grad
+
+
+def test_ranks_that_share_a_vocabulary_find_its_entropy():
+    logits, _ = _inputs(torch.float32)
+    expected = _entropy(logits)
+    expected.square().sum().backward()
+    results = run_ranks(_rank_entropy, 2)
+    for entropies, _ in results:
+        torch.testing.assert_close(entropies, expected.detach(), rtol=1e-5, atol=1e-5)
+    gradient = torch.cat([own for _, own in results], dim=-1)
+    torch.testing.assert_close(gradient[..., :50], logits.grad, rtol=1e-4, atol=1e-5)
+    assert (gradient[..., 50:] == 0).all()

@@ -11,6 +11,7 @@ from models.common.attention import (
     causal_attention,
     continued_attention,
     packed_attention,
+    windowed_attention,
 )
 from models.common.rope import RotaryTable, positions_in_segments
 from parallel.context import Axis, ParallelContext
@@ -110,3 +111,38 @@ def test_heads_that_the_tensor_size_does_not_divide_are_refused(num_heads, num_k
             init=Normal(0.02),
             output_init=Normal(0.02),
         )
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 64, 70, 200])
+@pytest.mark.parametrize(("length", "earlier"), [(1, 0), (1, 30), (9, 4), (150, 0), (150, 40)])
+def test_windowed_attention_sees_the_last_positions(length, earlier, window):
+    earlier = min(earlier, window - 1)
+    q, k, v = _qkv(4, 2, length, length + earlier)
+    distance = torch.arange(earlier, earlier + length).unsqueeze(1) - torch.arange(length + earlier)
+    allowed = (distance >= 0) & (distance < window)
+    actual = windowed_attention(q, k, v, window=window)
+    _assert_values_and_gradients_equal(actual, _eager(q, k, v, allowed), (q, k, v))
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 200])
+def test_windowed_attention_ends_at_the_beginning_of_a_document(window):
+    q, k, v = _qkv(4, 2, 90)
+    lengths = torch.tensor([7, 1, 70, 12])
+    segments = torch.repeat_interleave(torch.arange(4), lengths).int().expand(2, -1).contiguous()
+    index = torch.arange(90)
+    distance = index.unsqueeze(1) - index
+    same = segments[0].unsqueeze(1) == segments[0]
+    allowed = (distance >= 0) & (distance < window) & same
+    actual = windowed_attention(q, k, v, window=window, positions=positions_in_segments(segments))
+    _assert_values_and_gradients_equal(actual, _eager(q, k, v, allowed), (q, k, v))
+
+
+def test_every_document_sees_the_sinks():
+    q, k, v = _qkv(4, 2, 20, 23)
+    segments = torch.repeat_interleave(torch.arange(2), torch.tensor([7, 13])).int()
+    segments = segments.expand(2, -1).contiguous()
+    index = torch.arange(20)
+    same = (segments[0].unsqueeze(1) == segments[0]) & (index.unsqueeze(1) >= index)
+    allowed = torch.cat((torch.ones(20, 3, dtype=torch.bool), same), dim=1)
+    actual = packed_attention(q, k, v, positions_in_segments(segments), num_sinks=3)
+    _assert_values_and_gradients_equal(actual, _eager(q, k, v, allowed), (q, k, v))

@@ -1,0 +1,287 @@
+"""The published command lines: daria-train, daria-generate, daria-export.
+
+`daria-train` translates its options to a run file and becomes `python -m pretrain.train`, the
+engine of every run; under torchrun each rank does so (`torchrun -m models.daria_former.cli train`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.daria_former.config import DariaFormerConfig
+
+_SIZES = ("small", "base", "large", "b7", "b13", "b70")
+_WAIT_SECONDS = 24 * 3600
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`daria-train`: does not return when everything is right, but becomes the training run."""
+    return _guarded(lambda: _train(_train_parser().parse_args(argv)))
+
+
+def generate(argv: Sequence[str] | None = None) -> int:
+    """`daria-generate`: prints the prompt and its continuation."""
+    return _guarded(lambda: _generate(_generate_parser().parse_args(argv)))
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """`daria-export`: writes a Hugging Face directory."""
+    return _guarded(lambda: _export(_export_parser().parse_args(argv)))
+
+
+def _train(options: argparse.Namespace) -> None:
+    folder = Path(options.save_dir).absolute()
+    if options.resume is not None and folder not in (
+        Path(options.resume).absolute(),
+        *Path(options.resume).absolute().parents,
+    ):
+        raise ValueError(
+            f"--resume {options.resume} is not in --save_dir {options.save_dir}; a run goes on in "
+            "its own directory"
+        )
+    if options.wandb_project is not None and not options.wandb:
+        raise ValueError(f"--wandb_project {options.wandb_project} has no effect without --wandb")
+    values = run_values(options, _config(options.config), folder)
+    if int(os.environ.get("RANK", "0")) == 0:
+        (folder / "run_file").mkdir(parents=True, exist_ok=True)
+        (folder / "run_file" / "daria.yaml").write_text(yaml.safe_dump(values))
+    else:
+        _wait_for(folder / "run_file" / "daria.yaml")
+    command = [sys.executable, "-m", "pretrain.train", "--config-name", "daria"]
+    os.execv(sys.executable, [*command, "--config-dir", str(folder / "run_file")])
+
+
+def run_values(
+    options: argparse.Namespace, config: DariaFormerConfig, folder: Path
+) -> dict[str, Any]:
+    """The run file of these options; text is tokenized first, once.
+
+    Raises:
+        ValueError: text or tokenizer cannot be used, or an option of no effect.
+    """
+    texts = {"train": options.train_data, "validation": options.eval_data}
+    texts = {name: path for name, path in texts.items() if path is not None}
+    data: dict[str, Any] = {"sequence_length": min(options.seq_len, config.max_seq_len)}
+    model = config.to_dict()
+    if options.tokenizer == "bytes":
+        data |= {"kind": "bytes", **{k: str(Path(p).absolute()) for k, p in texts.items()}}
+        model["vocab_size"] = max(257, model["vocab_size"])
+    else:
+        tokenizer = _local_tokenizer(options.tokenizer)
+        data |= {k: _tokenized(p, folder / "data" / k, tokenizer) for k, p in texts.items()}
+        data |= {"tokenizer": tokenizer}
+        model["vocab_size"] = max(_vocab_size(tokenizer), model["vocab_size"])
+    if options.num_workers is not None:
+        data["num_workers"] = options.num_workers
+    values: dict[str, Any] = {
+        "run_dir": str(folder),
+        "resume": "auto" if options.resume is None else "must",
+        "model": model,
+        "data": data,
+        "training": {
+            "max_steps": options.max_steps,
+            "warmup_steps": options.warmup_steps,
+            "batch_size": options.batch_size,
+            "gradient_accumulation_steps": options.grad_accum,
+            "lr": options.lr,
+            "weight_decay": options.weight_decay,
+            "grad_clip": options.max_grad_norm,
+            "log_interval": options.log_every,
+            "precision": "bf16" if options.use_amp else "fp32",
+        },
+        "checkpoint": {"interval": options.save_every},
+    }
+    if "validation" in texts:
+        values["evaluation"] = {"interval": options.eval_every}
+    if options.wandb:
+        wandb = {"mode": "online", "project": options.wandb_project or "daria-former"}
+        values["logging"] = {"wandb": wandb}
+    return values
+
+
+def _config(given: str) -> DariaFormerConfig:
+    if given in _SIZES:
+        config: DariaFormerConfig = getattr(DariaFormerConfig, given)()
+        return config
+    path = Path(given)
+    if not path.is_file():
+        raise ValueError(f"--config {given} is no file and none of {', '.join(_SIZES)}")
+    return DariaFormerConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
+def _local_tokenizer(given: str) -> str:
+    """A path, or where transformers keeps the tokenizer of this name.
+
+    Raises:
+        ValueError: it is neither here nor to be had.
+    """
+    if Path(given).exists():
+        return str(Path(given).absolute())
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(given, allow_patterns=["tokenizer*", "special_tokens_map.json"])
+    except Exception as error:  # of many types: no network, no such name, not allowed
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"--tokenizer {given} is no path and cannot be had by its name ({reason}); give a "
+            "tokenizer.json, a SentencePiece .model, or bytes"
+        ) from None
+
+
+def _tokenized(text: str, prefix: Path, tokenizer: str) -> str:
+    """The corpus of a text, made by the first rank unless it is there and newer than the text."""
+    done = prefix.with_name(prefix.name + ".json")
+    fresh = done.is_file() and done.stat().st_mtime >= Path(text).stat().st_mtime
+    if not fresh and int(os.environ.get("RANK", "0")) == 0:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "data_tools.preprocess", "--input", text, "--overwrite"]
+        command += ["--output", str(prefix), "--tokenizer", tokenizer]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"{text} could not be tokenized; see the line before this one")
+    elif not fresh:
+        _wait_for(done)
+    return str(prefix)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(f"{path} was not written by the first rank; see its messages")
+        time.sleep(0.2)
+
+
+def _vocab_size(tokenizer: str) -> int:
+    from data_tools.tokenizers import load_tokenizer
+
+    return load_tokenizer(tokenizer).vocab_size
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from data_tools.tokenizers import load_tokenizer
+    from models.daria_former.generation import DariaGenerator
+    from models.daria_former.stored import load_checkpoint
+
+    model, spec = load_checkpoint(Path(options.checkpoint), device=options.device)
+    spec = options.tokenizer or spec
+    if spec is None:
+        raise ValueError(f"{options.checkpoint} names no tokenizer; give one with --tokenizer")
+    tokenizer = load_tokenizer(spec if spec == "bytes" else _local_tokenizer(spec))
+    ids = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
+    rows = DariaGenerator(model).generate(
+        torch.tensor([ids], device=options.device),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        top_p=options.top_p,
+        do_sample=not options.greedy,
+        eos_token_id=tokenizer.eod_id,
+        use_variability=not options.no_variability,
+    )
+    print(tokenizer.decode([i for i in rows[0].tolist() if i != tokenizer.eod_id]))
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from models.convert import to_hf
+    from models.daria_former.stored import is_run, load_checkpoint, write_checkpoint
+
+    source, dtype = Path(options.checkpoint), torch.float16 if options.half else None
+    with tempfile.TemporaryDirectory() as folder:
+        if options.merge_lora or not is_run(source):
+            model, tokenizer = load_checkpoint(source, device="cpu")
+            source = Path(folder) / "step_0"
+            write_checkpoint(model, source, tokenizer=tokenizer, merge=options.merge_lora)
+        for line in to_hf(source, Path(options.output), dtype=dtype):
+            print(line)
+    print(f"wrote {options.output}")
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = _parser("daria-train", "Pretrain a Daria-Former on text.")
+    add = parser.add_argument
+    add("--config", default="small", help=f"YAML of settings, or one of {', '.join(_SIZES)}")
+    add("--train_data", required=True, help="text file, directory or glob")
+    add("--eval_data", help="held-out text")
+    add("--tokenizer", default="bytes", help="bytes, a path, or a name of the Hugging Face hub")
+    add("--seq_len", type=int, default=1024, help="tokens of a training sample")
+    add("--lr", type=float, default=1e-4)
+    add("--weight_decay", type=float, default=0.01)
+    add("--batch_size", type=int, default=4, help="samples per micro-batch and rank")
+    add("--max_steps", type=int, default=100_000)
+    add("--warmup_steps", type=int, default=1000)
+    add("--grad_accum", type=int, default=1, help="micro-batches per step")
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--save_dir", default="checkpoints", help="directory of the run")
+    add("--save_every", type=int, default=1000)
+    add("--eval_every", type=int, default=1000)
+    add("--log_every", type=int, default=10)
+    add("--use_amp", action=argparse.BooleanOptionalAction, default=False, help="bf16")
+    add("--no_amp", dest="use_amp", action="store_false", help="fp32")
+    add("--wandb", action="store_true", help="log to Weights & Biases")
+    add("--wandb_project", help="default: daria-former")
+    add("--resume", help="a checkpoint of --save_dir: continue it, or fail")
+    add("--num_workers", type=int, help="threads that prepare samples")
+    return parser
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = _parser("daria-generate", "Sample text from a Daria-Former.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run, a step_N of it, or a Trainer's checkpoint-N")
+    add("--tokenizer", help="instead of the one that the checkpoint names")
+    add("--prompt", required=True)
+    add("--max_new_tokens", type=int, default=256)
+    add("--temperature", type=float, default=1.0)
+    add("--top_k", type=int, default=50, help="0: all")
+    add("--top_p", type=float, default=0.9)
+    add("--greedy", action="store_true", help="the most probable token every time")
+    add("--no_variability", action="store_true", help="no penalties for repetition")
+    add("--device", default="cpu")
+    return parser
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser("daria-export", "Write a Hugging Face directory.")
+    parser.add_argument("--checkpoint", required=True, help="as for daria-generate")
+    parser.add_argument("--output", required=True, help="a new directory")
+    parser.add_argument("--merge_lora", action="store_true", help="adapters into the weights")
+    parser.add_argument("--half", action="store_true", help="fp16")
+    parser.add_argument("--hf", action="store_true", help="the only format, so already chosen")
+    return parser
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    """Run a command; what a user can mend is one line on standard error and exit status 2."""
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        first = " ".join(str(error).split())
+        print(f"error: {first}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    commands = {"train": train, "generate": generate, "export": export}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(f"usage: python -m models.daria_former.cli {{{','.join(commands)}}} ...")
+    sys.exit(commands[sys.argv[1]](sys.argv[2:]))

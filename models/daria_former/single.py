@@ -1,0 +1,148 @@
+"""The model in one process, with the interface that was published."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import LossOutput
+from models.daria_former.carry import DariaInputs, DariaOutput
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.model import FAMILY
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+
+Cache = dict[str, Any]
+
+
+class Outputs(TypedDict, total=False):
+    """What a call returns, batch first: `logits` [b, s, V], `hidden_states` [b, s, h], `kv_cache`
+    as it was given; on demand `emotion_state` [b, E] and `emotion_logits` [b, categories] after
+    the last token."""
+
+    logits: Tensor
+    hidden_states: Tensor
+    kv_cache: Cache | None
+    emotion_state: Tensor
+    emotion_logits: Tensor
+
+
+class DariaFormerModel(nn.Module):
+    """Every layer of the family in one process.
+
+    Weights are drawn from torch's seed; names of parameters are those of a training run behind
+    `body.`.
+    """
+
+    def __init__(self, config: DariaFormerConfig, *, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        seed = torch.initial_seed() % (1 << 31)
+        ctx = ParallelContext.single(device=device)
+        self.body = SequentialModel(FAMILY.layer_specs(config), ctx, seed=seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        audio: Tensor | None = None,
+        emotion_state: Tensor | None = None,
+        kv_cache: Cache | None = None,
+        return_emotion: bool = False,
+        persona: Tensor | None = None,
+    ) -> Outputs:
+        """Logits of `input_ids` int64 [b, s], which continue those that `kv_cache` has seen.
+
+        `images` [b, c, height, width], `audio` log-mel [b, n_mels, frames], `persona`
+        [b, persona_dim]; with a cache they are given once. `emotion_state` [b, E]: what the first
+        update site continues.
+
+        Raises:
+            ValueError: an input that the model does not have or of a wrong shape, or a context
+                beyond `max_seq_len`.
+        """
+        inputs = DariaInputs(
+            input_ids, images=images, audio=audio, persona=persona, emotion=emotion_state
+        )
+        output = self.run(inputs, kv_cache)
+        outputs: Outputs = {
+            "logits": output.logits.transpose(0, 1),
+            "hidden_states": output.hidden.transpose(0, 1),
+            "kv_cache": kv_cache,
+        }
+        if return_emotion:
+            outputs["emotion_state"] = output.emotion[-1]
+            outputs["emotion_logits"] = F.linear(output.emotion[-1], self.head.category)
+        return outputs
+
+    def run(self, inputs: DariaInputs, kv_cache: Cache | None = None) -> DariaOutput:
+        """The family's own output, sequence first, with what its losses need."""
+        return self.body(inputs) if kv_cache is None else self.body(inputs, kv_cache)
+
+    def loss(self, input_ids: Tensor, labels: Tensor, **inputs: Any) -> LossOutput:
+        """What a training run minimises, and its terms; `labels` int64 [b, s], -100: not scored."""
+        output = self.run(DariaInputs(input_ids, **inputs))
+        return FAMILY.loss(output, labels, config=self.config, ctx=self.body.ctx)
+
+    def count_parameters(self, trainable_only: bool = True) -> int:
+        """How many numbers the model has; a tied head counts once."""
+        counted = (p for p in self.parameters() if p.requires_grad or not trainable_only)
+        return sum(parameter.numel() for parameter in counted)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute the blocks again in backward instead of keeping their activations."""
+        self.body.recompute = True
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """Empty state for a generation of up to `max_length` tokens, prompt included."""
+        return self.body.new_cache(batch_size, max_length)
+
+    def rollback(self, kv_cache: Cache, length: int) -> None:
+        """Forget the tokens from number `length` on, as when a draft was refused.
+
+        Raises:
+            ValueError: more than `segment_len` tokens are taken back.
+        """
+        for layer in kv_cache.values():
+            layer.rollback(length)
+
+    # Parts, by their published names.
+
+    @property
+    def embedding(self) -> Any:
+        return self.body.layers[0]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.body.layers[1:-1]
+
+    @property
+    def head(self) -> Any:
+        return self.body.layers[-1]
+
+    @property
+    def context_router(self) -> nn.Module:
+        return self.embedding.router
+
+    @property
+    def image_encoder(self) -> nn.Module | None:
+        return self.embedding.encoder.image if self.config.image_enabled else None
+
+    @property
+    def audio_encoder(self) -> nn.Module | None:
+        return self.embedding.encoder.audio if self.config.audio_enabled else None
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.head.norm
+
+    @property
+    def rhythm(self) -> nn.Module:
+        return self.head.rhythm
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.head.output
