@@ -1,0 +1,28 @@
+"""`python -m tests.evidence NAME [--seeds N]`: run one study and print its tables."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from tests.benchmarks.timing import machine
+
+NAMES = ("recall", "mood", "language", "cost")
+
+
+def main() -> int:
+    """The tables of one study, ready for RESULTS.md."""
+    parser = argparse.ArgumentParser(prog="python -m tests.evidence", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default 3)")
+    options = parser.parse_args()
+    study = importlib.import_module(f"tests.evidence.{options.name}")
+    print(f"## {options.name}\n\n{machine()}, seeds 0 to {options.seeds - 1}\n", flush=True)
+    for table in study.tables(options.seeds):
+        print(f"{table}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

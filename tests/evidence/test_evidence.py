@@ -1,0 +1,76 @@
+"""Each study runs, on a few steps, and its yardsticks are right."""
+
+from __future__ import annotations
+
+import torch
+
+from models.daria_former.model import FAMILY
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from tests.evidence import cost, language, mood, recall
+from tests.evidence.training import IGNORED, future_leak
+
+
+def test_every_question_is_answered_once_and_only_beyond_the_window():
+    tokens, labels = recall.draw(recall.FULL, 4, torch.Generator().manual_seed(0))
+    for row, answers in zip(tokens, labels, strict=True):
+        questions = (answers != IGNORED).nonzero().flatten()
+        assert len(questions) == recall.PAIRS
+        for question in questions:
+            (stored,) = (row[:question] == row[question]).nonzero().flatten()
+            assert row[stored + 1] == answers[question]
+            assert 128 <= question - stored <= 448
+
+
+def test_arms_of_recall_have_equal_parameters():
+    counts = [FAMILY.num_parameters(recall.config_of(arm)) for arm in recall.ARMS]
+    assert max(counts) < 1.02 * min(counts)
+
+
+def test_recall_runs():
+    stages = (recall.Stage(recall.SHORT, 2, 2), recall.Stage(recall.FULL, 1, 2))
+    result = recall.run("local + memory", seed=0, stages=stages, rows=4)
+    assert result.leak == 0.0
+
+
+def test_floor_of_the_mood_falls_with_reach_to_that_of_plain_enumeration():
+    source = mood.Source.random(0)
+    batch = source.draw(4, torch.Generator().manual_seed(0))
+    floors = [source.floor(batch, reach=reach) for reach in (1, 7, mood.LENGTH)]
+    assert floors == sorted(floors, reverse=True)
+    # With the last token alone, the prediction is the mean of the tables.
+    chances = source.tables.mean(dim=0)[batch.tokens, batch.labels][:, mood.BURN_IN :]
+    torch.testing.assert_close(floors[0], float(-chances.log().mean()))
+
+
+def test_without_its_readers_the_emotion_state_has_no_influence():
+    source = mood.Source.random(0)
+    on, off = (mood.run(source, with_state=state, seed=0, steps=2) for state in (True, False))
+    assert on.influence > 0.0 == off.influence
+    assert on.leak == off.leak == 0.0
+
+
+def test_language_sees_tokens_by_the_ratio_of_flops():
+    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    llama, ours = language.ARMS["llama"], language.ARMS["daria_former"]
+    assert 1000 < language.steps_of(llama, 1000) < 2000
+    trained = language.fit(ours, corpus, lr=1e-3, seed=0, steps=2)
+    assert 7.0 < language.bits_per_byte(trained, ours, corpus.test, rows=16) < 9.0
+
+
+def test_cost_prints_its_tables():
+    assert cost.step_table(shapes=((256, 64),), rounds=2).rows
+    assert cost.context_table(contexts=(128,), rounds=1).rows
+    assert cost.cache_table(contexts=(128,)).rows
+
+
+def test_future_leak_sees_one():
+    class Peeking(SequentialModel):
+        def forward(self, inputs, cache=None):
+            logits = super().forward(inputs, cache).logits
+            return logits + inputs.tokens.float().mean()
+
+    config = mood.config()
+    model = Peeking(FAMILY.layer_specs(config), ParallelContext.single()).eval()
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    assert future_leak(model, tokens, vocab_size=mood.VOCAB) > 0.1
