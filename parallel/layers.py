@@ -93,6 +93,16 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     return tuple(linear.local(x) for linear in linears)  # type: ignore[operator]
 
 
+def project_part(x: Tensor, linear: nn.Module) -> Tensor:
+    """What this rank adds to the product of a row-parallel layer, for an input without tokens.
+
+    x [m, b, in/t]; no collective: the parts are to be summed over tensor ranks.
+    """
+    if isinstance(linear, _RowParallelLinear):
+        return linear.local(x, has_tokens=False)
+    return F.linear(x, linear.get_parameter("weight"))
+
+
 def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Apply column-parallel layers to an input that every rank holds whole, whatever its length.
 
@@ -225,15 +235,17 @@ class _ColumnParallelLinear(ShardedLinear):
 
 
 class _RowParallelLinear(ShardedLinear):
+    def local(self, x: Tensor, *, has_tokens: bool = True) -> Tensor:
+        """What this rank adds to the product, before the sum and the bias; no collective."""
+        y = F.linear(x, self.weight)
+        return y if self.lora is None else y + self.lora(x, has_tokens=has_tokens)
+
     def forward(self, x: Tensor) -> Tensor:
+        y = self.local(x)
         if self.ctx.tensor.size == 1:
-            y = F.linear(x, self.weight, self.bias)
-            return y if self.lora is None else y + self.lora(x)
+            return y if self.bias is None else y + self.bias
         from parallel import megatron
 
-        y = F.linear(x, self.weight)
-        if self.lora is not None:
-            y = y + self.lora(x)
         if self.ctx.sequence_parallel:
             y = megatron.reduce_scatter_to_sequence_region(y, group=self.ctx.tensor.group)
         else:
