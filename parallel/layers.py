@@ -11,13 +11,15 @@ scatters the sum.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.precision import fp8_linear
-from parallel.regions import enter_tensor_region
+from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
 from parallel.sharding import Constant, Init, Normal, Sharding, declare, local_extent
 
 
@@ -71,17 +73,11 @@ def project_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     Query, key and value (or gate and up) projections share their input: it is gathered once in
     forward, and the sum of their input gradients is reduced once in backward.
     """
-    first = linears[0]
-    if not isinstance(first, _ColumnParallelLinear) or first.ctx.tensor.size == 1:
+    first: Any = linears[0]
+    if not _has_local(first) or first.ctx.tensor.size == 1:
         return tuple(linear(x) for linear in linears)
-    from parallel import megatron
-
-    group = first.ctx.tensor.group
-    if first.ctx.sequence_parallel:
-        x = megatron.gather_from_sequence_region(x, group=group)
-    else:
-        x = megatron.copy_to_tensor_region(x, group=group)
-    return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
+    x = enter_tensor_region(gather_sequence(x, ctx=first.ctx), ctx=first.ctx)
+    return tuple(linear.local(x) for linear in linears)  # type: ignore[operator]
 
 
 def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
@@ -90,11 +86,22 @@ def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     For what has no tokens to share under sequence parallelism: memory slots, encoded images.
     Forward: no collective. Backward: that of `parallel.regions.enter_tensor_region`.
     """
-    first = linears[0]
-    if not isinstance(first, _ColumnParallelLinear) or first.ctx.tensor.size == 1:
+    first: Any = linears[0]
+    if not _has_local(first):
         return tuple(linear(x) for linear in linears)
     x = enter_tensor_region(x, ctx=first.ctx)
-    return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)  # type: ignore[arg-type]
+    calls: Any = linears if first.ctx.tensor.size == 1 else [linear.local for linear in linears]
+    return tuple(call(x, per_token=False) for call in calls)
+
+
+def project_part(x: Tensor, linear: nn.Module) -> Tensor:
+    """What this rank adds to the product of a row-parallel layer, before the sum and the bias.
+
+    For what has no tokens, as in `project_replicated`: x [m, b, in/t].
+    """
+    if _has_local(linear):
+        return linear.local(x, per_token=False)  # type: ignore[operator]
+    return F.linear(x, linear.weight)  # type: ignore[arg-type]
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -120,15 +127,11 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.ctx.tensor.size == 1:
             return super().forward(tokens).transpose(0, 1).contiguous()
-        from parallel import megatron
-
         local = tokens - self.first_id
         foreign = (local < 0) | (local >= self.num_embeddings)
         rows = super().forward(local.masked_fill(foreign, 0))
         rows = rows.masked_fill(foreign.unsqueeze(-1), 0.0).transpose(0, 1)
-        if self.ctx.sequence_parallel:
-            return megatron.reduce_scatter_to_sequence_region(rows, group=self.ctx.tensor.group)
-        return megatron.reduce_from_tensor_region(rows, group=self.ctx.tensor.group)
+        return leave_tensor_region(rows, ctx=self.ctx)
 
 
 class VocabParallelHead(nn.Module):
@@ -179,7 +182,11 @@ def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
 
 
 class _ShardedLinear(nn.Linear):
-    """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random."""
+    """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random.
+
+    `local` is the product without collectives. What stands in for such a layer has it, too, and
+    `ctx`; `per_token` tells it whether x holds tokens or, for instance, memory slots.
+    """
 
     def __init__(self, shape: tuple[int, int], *, ctx: ParallelContext, bias: bool) -> None:
         super().__init__(shape[1], shape[0], bias=bias, device=ctx.device)
@@ -190,9 +197,12 @@ class _ShardedLinear(nn.Linear):
 
 
 class _ColumnParallelLinear(_ShardedLinear):
-    def forward(self, x: Tensor) -> Tensor:
+    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor, *, per_token: bool = True) -> Tensor:
         if self.ctx.tensor.size == 1:
-            return F.linear(x, self.weight, self.bias)
+            return self.local(x)
         from parallel import megatron
 
         return megatron.column_linear(
@@ -205,17 +215,19 @@ class _ColumnParallelLinear(_ShardedLinear):
 
 
 class _RowParallelLinear(_ShardedLinear):
+    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.ctx.tensor.size == 1:
             return F.linear(x, self.weight, self.bias)
-        from parallel import megatron
-
-        y = F.linear(x, self.weight)
-        if self.ctx.sequence_parallel:
-            y = megatron.reduce_scatter_to_sequence_region(y, group=self.ctx.tensor.group)
-        else:
-            y = megatron.reduce_from_tensor_region(y, group=self.ctx.tensor.group)
+        y = leave_tensor_region(self.local(x), ctx=self.ctx)
         return y if self.bias is None else y + self.bias
+
+
+def _has_local(linear: nn.Module) -> bool:
+    """False for the layers of Transformer Engine, which do their own collectives."""
+    return hasattr(linear, "local")
 
 
 def _linear(

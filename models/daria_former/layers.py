@@ -14,6 +14,7 @@ from models.base import TokenInputs
 from models.common.init import residual_output
 from models.common.norms import RMSNorm
 from models.common.rope import positions_in_segments
+from models.daria_former.adapters import adapted_block
 from models.daria_former.attention import MultiContextAttention
 from models.daria_former.cache import BlockCache, EmbeddingCache, History
 from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
@@ -189,6 +190,7 @@ class DACBlock(nn.Module):
         self.emotion = None
         if config.updates_emotion_after(layer):
             self.emotion = _emotion_site(config, ctx)
+        self.lora = adapted_block(self) if config.lora_rank else None
 
     def new_cache(self, batch_size: int, max_length: int) -> BlockCache:
         """Empty state for generation."""

@@ -15,6 +15,7 @@ from models.daria_former.attention import Attended, MultiContextAttention
 from models.daria_former.carry import AUX
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
+from parallel.layers import project_part
 from parallel.regions import (
     computed_by_all,
     gather_sequence,
@@ -86,7 +87,7 @@ def memory_consistency(
         return x.new_zeros((), dtype=torch.float32)
     complete = num_segments * segment_len
     means = readout[:, :, :complete].unflatten(2, (num_segments, segment_len)).mean(dim=3)
-    written = F.linear(means.permute(2, 0, 1, 3).flatten(2), output_projection.weight)  # type: ignore[arg-type]
+    written = project_part(means.permute(2, 0, 1, 3).flatten(2), output_projection)
     written = sum_over_tensor_ranks(written, ctx=ctx).float()
     with torch.no_grad():
         target = gather_sequence(x, ctx=ctx)[:complete].float()
