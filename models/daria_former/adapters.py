@@ -54,12 +54,16 @@ class LowRank(nn.Module):
         self.A = declare(nn.Parameter(A), first, _kaiming_uniform)
         self.B = declare(nn.Parameter(B), second, Constant(0.0))
 
-    def forward(self, x: Tensor, weight: float | Tensor) -> Tensor:
-        """x [s, b, in] (or [..., in] with a number); a weight fp32 [s or 1, b or 1, 1]."""
+    def forward(self, x: Tensor, weight: float | Tensor, onto: Tensor) -> Tensor:
+        """Added to `onto` [s, b, out] of x [s, b, in] (or [..., in] with a number as weight); a
+        weight fp32 [s or 1, b or 1, 1]."""
         inner = F.linear(x, self.A)
         scale = self.alpha / self.rank * weight
         inner = inner * (scale.to(inner.dtype) if isinstance(scale, Tensor) else scale)
-        return F.linear(inner, self.B)
+        if inner.shape[:-1] != onto.shape[:-1]:  # slots without rows, a weight for each row
+            return onto + F.linear(inner, self.B)
+        # One pass over the output instead of three.
+        return torch.addmm(onto.flatten(0, -2), inner.flatten(0, -2), self.B.T).view_as(onto)
 
     def product(self) -> Tensor:
         """`(alpha / r) B A` in fp32 or better: what the adapter adds to W at weight 1."""
@@ -140,7 +144,7 @@ class LoRALinear(nn.Module):
                 continue
             known = self.conditions.weights[name] if isinstance(weight, str) else weight
             given = self._dropped(x, per_token) if name == PRIMARY else x
-            y = y + self.lora[name](given, known)
+            y = self.lora[name](given, known, y)
         return y
 
     def _dropped(self, x: Tensor, per_token: bool) -> Tensor:
