@@ -32,7 +32,14 @@ from models.daria_former.adapters import (
 )
 from models.daria_former.config import LORA_TARGETS
 from models.daria_former.layers import DACBlock, DariaEmbedding
-from models.daria_former.lora_state import SETTINGS, SETTINGS_KEY, merged_state_dict, nearest
+from models.daria_former.lora_state import (
+    SETTINGS,
+    SETTINGS_KEY,
+    merged_state_dict,
+    nearest,
+    read_settings,
+    written_settings,
+)
 from parallel.random import initialize
 
 __all__ = ["LoRALinear", "LoRAManager", "merged_state_dict"]
@@ -113,7 +120,7 @@ class LoRAManager:
             raise ValueError(
                 f"the state dict has no {SETTINGS_KEY}; save that of a model with a LoRAManager"
             )
-        values = state[SETTINGS_KEY]
+        values = read_settings(state[SETTINGS_KEY])
         names = ("rank", "alpha", "targets", "dropout", "seed")
         manager = cls(model, **{name: values[name] for name in names})
         manager.inject()
@@ -378,8 +385,8 @@ class _Settings(nn.Module):
         super().__init__()
         self.manager = manager
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.manager.settings()
+    def get_extra_state(self) -> Tensor:
+        return written_settings(self.manager.settings())
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.manager.restore(state)
+    def set_extra_state(self, state: Tensor) -> None:
+        self.manager.restore(read_settings(state))

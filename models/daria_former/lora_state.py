@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -28,7 +29,9 @@ def merged_state_dict(state: Mapping[str, Any], *, alpha: float | None = None) -
     Raises:
         ValueError: an active adapter follows a state; or nothing says what an alpha is.
     """
-    settings = state.get(SETTINGS_KEY, {"alpha": alpha, "adapters": {}})
+    settings: dict[str, Any] = {"alpha": alpha, "adapters": {}}
+    if SETTINGS_KEY in state:
+        settings = read_settings(state[SETTINGS_KEY])
     if settings["alpha"] is None:
         raise ValueError(
             "alpha=None for a model without a LoRAManager; give the lora_alpha of its configuration"
@@ -55,6 +58,16 @@ def merged_state_dict(state: Mapping[str, Any], *, alpha: float | None = None) -
             product = state[f"{found[1]}.lora.{name}.B"].to(wide) @ A.to(wide)
             merged[target] = merged[target].to(wide) + scale * product
     return {key: value.to(state[key].dtype) for key, value in merged.items()}
+
+
+def written_settings(settings: Mapping[str, Any]) -> Tensor:
+    """JSON as bytes, since files of tensors hold nothing else: uint8 [n]."""
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def read_settings(written: Tensor) -> dict[str, Any]:
+    """The reverse of `written_settings`."""
+    return json.loads(bytes(written.to(torch.uint8).tolist()))
 
 
 def nearest(name: str, known: Collection[str]) -> str:
