@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.precision import fp8_linear
-from parallel.regions import enter_tensor_region, gather_sequence
+from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
 from parallel.sharding import Constant, Init, Normal, Sharding, declare, local_extent
 
 
@@ -79,41 +79,45 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     one product with the weights one after another: for many narrow layers that is faster than many
     products and the sum of as many input gradients. Results are then views of one tensor.
     """
-    first = linears[0]
-    if not isinstance(first, _ColumnParallelLinear):
+    first: Any = linears[0]
+    if not _has_local(first):
         return tuple(linear(x) for linear in linears)
-    if first.ctx.sequence_parallel:
-        x = gather_sequence(x, ctx=first.ctx)
-    else:
-        x = enter_tensor_region(x, ctx=first.ctx)
-    if joined and all(linear.lora is None and linear.bias is None for linear in linears):
+    x = enter_tensor_region(gather_sequence(x, ctx=first.ctx), ctx=first.ctx)
+    plain = (type(linear) is _ColumnParallelLinear for linear in linears)
+    if joined and all(plain) and first.bias is None:
         weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
         y = F.linear(x, torch.cat(weights))
         return y.split([len(weight) for weight in weights], dim=-1)
-    return tuple(linear.local(x) for linear in linears)  # type: ignore[operator]
+    calls: Any = linears if first.ctx.tensor.size == 1 else [linear.local for linear in linears]
+    return tuple(call(x) for call in calls)
 
 
-def project_part(x: Tensor, linear: nn.Module) -> Tensor:
-    """What this rank adds to the product of a row-parallel layer, for an input without tokens.
-
-    x [m, b, in/t]; no collective: the parts are to be summed over tensor ranks.
-    """
-    if isinstance(linear, _RowParallelLinear):
-        return linear.local(x, has_tokens=False)
-    return F.linear(x, linear.get_parameter("weight"))
-
-
-def project_replicated(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+def project_replicated(x: Tensor, *linears: nn.Module, ctx: ParallelContext) -> tuple[Tensor, ...]:
     """Apply column-parallel layers to an input that every rank holds whole, whatever its length.
 
     For what has no tokens to share under sequence parallelism: memory slots, encoded images.
     Forward: no collective. Backward: that of `parallel.regions.enter_tensor_region`.
     """
-    first = linears[0]
-    if not isinstance(first, _ColumnParallelLinear):
-        return tuple(linear(x) for linear in linears)
-    x = enter_tensor_region(x, ctx=first.ctx)
-    return tuple(linear.local(x, has_tokens=False) for linear in linears)  # type: ignore[operator]
+    x = enter_tensor_region(x, ctx=ctx)
+    return tuple(_without_tokens(x, linear) for linear in linears)
+
+
+def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
+    if not _has_local(linear):  # Transformer Engine's would gather x as if it were tokens
+        return F.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
+    sharded: Any = linear
+    call = sharded if sharded.ctx.tensor.size == 1 else sharded.local
+    return call(x, per_token=False)
+
+
+def project_part(x: Tensor, linear: nn.Module) -> Tensor:
+    """What this rank adds to the product of a row-parallel layer, before the sum and the bias.
+
+    For what has no tokens, as in `project_replicated`: x [m, b, in/t].
+    """
+    if _has_local(linear):
+        return linear.local(x, per_token=False)  # type: ignore[operator]
+    return F.linear(x, linear.weight)  # type: ignore[arg-type]
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -139,15 +143,11 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.ctx.tensor.size == 1:
             return super().forward(tokens).transpose(0, 1).contiguous()
-        from parallel import megatron
-
         local = tokens - self.first_id
         foreign = (local < 0) | (local >= self.num_embeddings)
         rows = super().forward(local.masked_fill(foreign, 0))
         rows = rows.masked_fill(foreign.unsqueeze(-1), 0.0).transpose(0, 1)
-        if self.ctx.sequence_parallel:
-            return megatron.reduce_scatter_to_sequence_region(rows, group=self.ctx.tensor.group)
-        return megatron.reduce_from_tensor_region(rows, group=self.ctx.tensor.group)
+        return leave_tensor_region(rows, ctx=self.ctx)
 
 
 class VocabParallelHead(nn.Module):
@@ -197,10 +197,11 @@ def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-class ShardedLinear(nn.Linear):
+class _ShardedLinear(nn.Linear):
     """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random.
 
-    `lora`: a module whose output for the same input is added to the product; None in most layers.
+    `local` is the product without collectives. What stands in for such a layer has it, too, and
+    `ctx`; `per_token` tells it whether x holds tokens or, for instance, memory slots.
     """
 
     def __init__(self, shape: tuple[int, int], *, ctx: ParallelContext, bias: bool) -> None:
@@ -212,17 +213,13 @@ class ShardedLinear(nn.Linear):
         """Left to parallel.random.initialize, which knows the parameter's name."""
 
 
-class _ColumnParallelLinear(ShardedLinear):
-    def local(self, x: Tensor, *, has_tokens: bool = True) -> Tensor:
-        """This rank's columns from an input that is whole; no collective."""
-        y = F.linear(x, self.weight, self.bias)
-        return y if self.lora is None else y + self.lora(x, has_tokens=has_tokens)
+class _ColumnParallelLinear(_ShardedLinear):
+    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, per_token: bool = True) -> Tensor:
         if self.ctx.tensor.size == 1:
             return self.local(x)
-        if self.lora is not None:
-            return project_together(x, self)[0]
         from parallel import megatron
 
         return megatron.column_linear(
@@ -234,23 +231,20 @@ class _ColumnParallelLinear(ShardedLinear):
         )
 
 
-class _RowParallelLinear(ShardedLinear):
-    def local(self, x: Tensor, *, has_tokens: bool = True) -> Tensor:
-        """What this rank adds to the product, before the sum and the bias; no collective."""
-        y = F.linear(x, self.weight)
-        return y if self.lora is None else y + self.lora(x, has_tokens=has_tokens)
+class _RowParallelLinear(_ShardedLinear):
+    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
+        return F.linear(x, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.local(x)
         if self.ctx.tensor.size == 1:
-            return y if self.bias is None else y + self.bias
-        from parallel import megatron
-
-        if self.ctx.sequence_parallel:
-            y = megatron.reduce_scatter_to_sequence_region(y, group=self.ctx.tensor.group)
-        else:
-            y = megatron.reduce_from_tensor_region(y, group=self.ctx.tensor.group)
+            return F.linear(x, self.weight, self.bias)
+        y = leave_tensor_region(self.local(x), ctx=self.ctx)
         return y if self.bias is None else y + self.bias
+
+
+def _has_local(linear: nn.Module) -> bool:
+    """False for the layers of Transformer Engine, which do their own collectives."""
+    return hasattr(linear, "local")
 
 
 def _linear(

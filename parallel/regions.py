@@ -69,6 +69,20 @@ def enter_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return megatron.copy_to_tensor_region(x, group=ctx.tensor.group)
 
 
+def leave_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Parts [s, ...] that each rank computed, summed: whole, or [s/t, ...] of own tokens.
+
+    Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an all-gather.
+    """
+    if ctx.tensor.size == 1:
+        return x
+    from parallel import megatron
+
+    if ctx.sequence_parallel:
+        return megatron.reduce_scatter_to_sequence_region(x, group=ctx.tensor.group)
+    return megatron.reduce_from_tensor_region(x, group=ctx.tensor.group)
+
+
 def sum_over_tensor_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Parts that each rank computed, summed on every rank. Backward: the same gradient to all."""
     if ctx.tensor.size == 1:

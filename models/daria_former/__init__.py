@@ -11,6 +11,9 @@ _HOMES = {
     "DariaFormerForCausalLM": "hf_modeling",
     "DariaFormerHFConfig": "hf_modeling",
     "FAMILY": "model",
+    "LoRALinear": "adapters",
+    "LoRAManager": "lora",
+    "merged_state_dict": "lora_state",
 }
 
 __all__ = list(_HOMES)

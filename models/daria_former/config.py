@@ -187,7 +187,7 @@ class DariaFormerConfig(BaseModel):
     @property
     def is_noisy(self) -> bool:
         """Whether training draws random numbers."""
-        return max(self.path_dropout, self.rhythm_noise_std, self.dropout) > 0
+        return max(self.path_dropout, self.rhythm_noise_std, self.dropout, self.lora_dropout) > 0
 
     # Published sizes. Context and vocabulary are part of a size.
 
@@ -314,4 +314,10 @@ def _check_adapters(config: DariaFormerConfig) -> None:
         raise ValueError(
             f"lora_dropout={config.lora_dropout} has no effect with lora_rank=0; "
             "set a rank or remove it"
+        )
+    gated = config.ffn_activation == "swiglu"
+    if config.lora_rank and "gate_proj" in config.lora_targets and not gated:
+        raise ValueError(
+            f"lora_targets={list(config.lora_targets)}: gate_proj exists with ffn_activation="
+            f"swiglu only, not with {config.ffn_activation}; remove it"
         )

@@ -64,32 +64,14 @@ def _block_matmul(config: DariaFormerConfig) -> int:
     attention = 2 * h * _width(config) + 2 * _token_paths(config) * h * _kv(config)
     attention += h * config.num_heads * paths * config.is_gated
     attention += h * config.num_kv_heads * config.has("memory")
+    attention += _adapted(config, "q_proj") + _adapted(config, "o_proj")
+    attention += _token_paths(config) * (_adapted(config, "k_proj") + _adapted(config, "v_proj"))
     matrices = 3 if config.ffn_activation == "swiglu" else 2
     ffn = matrices * h * config.ffn_size + (e + 1) * config.ffn_size
+    ffn += sum(_adapted(config, name) for name in ("gate_proj", "up_proj", "down_proj"))
     rank = config.rhythm_rank or h
     rhythm = (h + 2) * rank + h * config.rhythm_rank
-    return attention + ffn + rhythm + 9 * h + 4 * h * e + e + _adapter(config)[0]
-
-
-def _adapter(config: DariaFormerConfig) -> tuple[int, int]:
-    """Parameters of a block's native adapters: those that tokens meet, those that slots meet."""
-    h, width, kv, f = config.hidden_dim, _width(config), _kv(config), config.ffn_size
-    sizes = {"q_proj": h + width, "o_proj": h + width, "up_proj": h + f, "down_proj": h + f}
-    if config.ffn_activation == "swiglu":
-        sizes["gate_proj"] = h + f
-    tokens = sum(size for name, size in sizes.items() if name in config.lora_targets)
-    per_path = (h + kv) * len({"k_proj", "v_proj"} & set(config.lora_targets))
-    tokens += per_path * _token_paths(config)
-    slots = per_path * (len(config.all_paths) - _token_paths(config))
-    return config.lora_rank * tokens, config.lora_rank * slots
-
-
-def _adapter_slots(config: DariaFormerConfig) -> int:
-    """Multiply-adds of adapters on learned slots, once per row."""
-    h, kv, rank, targets = config.hidden_dim, _kv(config), config.lora_rank, config.lora_targets
-    persistent = config.persistent_memory_slots * config.has("memory")
-    slots = ("k_proj" in targets) + ("v_proj" in targets)
-    return rank * (h + kv) * slots * (persistent + _persona(config))
+    return attention + ffn + rhythm + 9 * h + 4 * h * e + e
 
 
 def _site_matmul(config: DariaFormerConfig) -> int:
@@ -111,8 +93,19 @@ def _head_matmul(config: DariaFormerConfig) -> int:
 def _slots_matmul(config: DariaFormerConfig) -> int:
     """Keys and values of the learned slots, once per row; of the modality path nothing is counted
     when nothing is given."""
-    projected = config.hidden_dim * _kv(config) * (_num_slots(config) + _persona(config))
-    return projected + _adapter_slots(config)
+    keys = config.hidden_dim * _kv(config) + _adapted(config, "k_proj")
+    values = config.hidden_dim * _kv(config) + _adapted(config, "v_proj")
+    persistent = (_num_slots(config) - _persona(config)) // 2
+    return (keys + values) * (persistent + _persona(config))
+
+
+def _adapted(config: DariaFormerConfig, target: str) -> int:
+    """Elements of A and B at one linear layer of that name."""
+    if target not in config.lora_targets:
+        return 0
+    inner = {"q_proj": _width, "k_proj": _kv, "v_proj": _kv, "o_proj": _width}
+    width = inner[target](config) if target in inner else config.ffn_size
+    return config.lora_rank * (config.hidden_dim + width)
 
 
 def _persona(config: DariaFormerConfig) -> int:
@@ -171,8 +164,8 @@ def _embedding(config: DariaFormerConfig) -> int:
 def _block(config: DariaFormerConfig) -> int:
     h, width, kv = config.hidden_dim, _width(config), _kv(config)
     paths = len(config.all_paths)
-    slots_kv = 2 * h * kv * (paths - _token_paths(config))  # persona and modality
-    slots_kv += _adapter(config)[1]
+    slots_kv = 2 * h * kv + _adapted(config, "k_proj") + _adapted(config, "v_proj")
+    slots_kv *= paths - _token_paths(config)  # persona and modality
     heads = config.num_heads * paths * config.is_gated + paths * (2 * width + kv)
     if config.has("long"):
         heads += 2 * config.num_global_tokens * kv

@@ -14,13 +14,13 @@ from models.base import TokenInputs
 from models.common.init import residual_output
 from models.common.norms import RMSNorm
 from models.common.rope import positions_in_segments
+from models.daria_former.adapters import adapted_block
 from models.daria_former.attention import MultiContextAttention
 from models.daria_former.cache import BlockCache, EmbeddingCache, History
 from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.encoders import ModalityEncoder
-from models.daria_former.lora import LoRACondition, build_native_adapters
 from models.daria_former.losses import (
     block_measurements,
     emotion_smoothness,
@@ -83,7 +83,6 @@ class DariaEmbedding(nn.Module):
             self.persona_projection = replicated((hidden, config.persona_dim), ZERO, ctx)
         if config.modality_enabled:
             self.encoder = ModalityEncoder(config, ctx=ctx)
-        self.condition: LoRACondition | None = None
 
     def new_cache(self, batch_size: int, max_length: int) -> EmbeddingCache:
         """Empty state for generation."""
@@ -129,8 +128,6 @@ class DariaEmbedding(nn.Module):
             parts.append(self.persistent.unsqueeze(1))
         if hasattr(self, "persona_slots"):
             persona = self.persona.unsqueeze(0) if given.persona is None else given.persona
-            if self.condition is not None:
-                self.condition.persona = persona
             offset = F.linear(persona.to(self.persona_slots.dtype), self.persona_projection)
             parts.append(self.persona_slots.unsqueeze(1) + offset)
         elif given.persona is not None:
@@ -193,9 +190,7 @@ class DACBlock(nn.Module):
         self.emotion = None
         if config.updates_emotion_after(layer):
             self.emotion = _emotion_site(config, ctx)
-        self.condition: LoRACondition | None = None
-        if config.lora_rank:
-            build_native_adapters(self, config)
+        self.lora = adapted_block(self) if config.lora_rank else None
 
     def new_cache(self, batch_size: int, max_length: int) -> BlockCache:
         """Empty state for generation."""
@@ -204,8 +199,6 @@ class DACBlock(nn.Module):
 
     def forward(self, carry: DariaCarry, cache: BlockCache | None = None) -> DariaCarry:
         x, own = carry.hidden, own_sequence(carry.emotion, ctx=self.ctx)
-        if self.condition is not None:
-            self.condition.emotion = carry.emotion
         sources = Sources(carry.priors, carry.bank, carry.modality, carry.positions, carry.keys)
         attended = self.attention(self.attention_norm(x, own), sources, cache)
         strength = 1.0 + F.linear(own.to(x.dtype), self.attention_scale).tanh()

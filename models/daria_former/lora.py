@@ -1,176 +1,60 @@
-"""Low-rank adapters, several at once, switched while the model runs.
+"""Adapters of a whole model: built in, added, stacked, switched, trained alone, merged.
 
-    y = W x + sum over active n of  weight_n * alpha_n / r_n * B_n A_n x
+    manager = LoRAManager(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])
+    manager.inject()
+    manager.freeze_base()
+    manager.add_adapter("persona_style", rank=8)
+    manager.activate_adapter("persona_style")
 
-A linear layer holds its adapters as a child (`q_proj.lora`), so the names of the weights they adapt
-do not change. A starts uniform in +-1/sqrt(in) and B at 0: a new adapter changes nothing. Source:
-arXiv 2106.09685. With `lora_rank` in the configuration every layer is built with the adapter
-`default`, which trains at any layout: ranks share B of a column-parallel layer as they share W, and
-A of a row-parallel one; the other matrix is whole, and each rank has a part of its gradient.
-
-A weight is a number, or a function of the state: "esv", `sigmoid(kappa . e_t)` of each token's
-emotion state, or "persona", `sigmoid(kappa . p)` of the row's persona; kappa is learned.
+Works on any nn.Module that holds the layers of a Daria-Former. The weights of a model with adapters
+are those of the model and `*.lora.*`; `merged_state_dict` makes one of the other.
 """
 
 from __future__ import annotations
 
-import difflib
+import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
-from parallel.layers import ShardedLinear
+from models.daria_former.adapters import (
+    FOLLOWED,
+    PRIMARY,
+    BlockAdapters,
+    LoRALinear,
+    LowRank,
+    named_targets,
+    wrap,
+)
+from models.daria_former.config import LORA_TARGETS
+from models.daria_former.layers import DACBlock, DariaEmbedding
+from models.daria_former.lora_state import (
+    SETTINGS,
+    SETTINGS_KEY,
+    merged_state_dict,
+    nearest,
+    read_settings,
+    written_settings,
+)
 from parallel.random import initialize
-from parallel.sharding import Constant, Sharding, declare, sharding_of
 
-DEFAULT = "default"
-CONDITIONS = ("esv", "persona")
-
-
-class LoRACondition:
-    """What conditioned adapters look at: the first layer and the blocks keep it up to date."""
-
-    def __init__(self) -> None:
-        self.emotion: Tensor | None = None  # fp32 [s, b, E]
-        self.persona: Tensor | None = None  # [b or 1, persona_dim]
-
-    def value(self, kind: str) -> Tensor:
-        """[s, b, E] or [1, b, persona_dim].
-
-        Raises:
-            ValueError: the model has nothing of the kind.
-        """
-        found = self.emotion if kind == "esv" else self.persona
-        if found is None:
-            raise ValueError(f"an adapter has weight={kind!r}, and the model was given no {kind}")
-        return found if kind == "esv" else found.unsqueeze(0)
-
-
-class LoRAAdapter(nn.Module):
-    """A [r, in] and B [out, r] of one adapter of one linear layer, as this tensor rank holds it."""
-
-    def __init__(
-        self, linear: ShardedLinear, *, rank: int, alpha: float, condition_size: dict[str, int]
-    ) -> None:
-        super().__init__()
-        sharding = sharding_of("weight", linear.get_parameter("weight"))
-        weight, size = linear.weight, linear.ctx.tensor.size
-        whole = Sharding(partial_gradient=size > 1)
-        self.scale = alpha / rank
-        self.a = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
-        self.b = nn.Parameter(weight.new_empty(weight.shape[0], rank))
-        column = sharding.dim == 0
-        declare(self.a, whole if column else Sharding(1, sharding.extent), _uniform)
-        declare(self.b, Sharding(0, sharding.extent) if column else whole, Constant(0.0))
-        for kind, width in condition_size.items():
-            kappa = nn.Parameter(weight.new_empty(width))
-            self.register_parameter(f"kappa_{kind}", declare(kappa, whole, Constant(0.0)))
-
-    def delta(self) -> Tensor:
-        """What the adapter adds to W at weight 1."""
-        return self.scale * (self.b @ self.a)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.a), self.b)
-
-
-class LoRAAdapters(nn.Module):
-    """All adapters of one linear layer, and how much each counts."""
-
-    def __init__(self, *, dropout: float = 0.0, condition: LoRACondition | None = None) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.condition = condition or LoRACondition()
-        self.adapters = nn.ModuleDict()
-        self.weights: dict[str, float | str] = {}  # of the active ones
-
-    def forward(self, x: Tensor, *, has_tokens: bool = True) -> Tensor:
-        """The sum of what the active adapters add to `W x`.
-
-        Without tokens (slots of memory) a conditioned adapter adds nothing.
-        """
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        total = x.new_zeros(())
-        for name, weight in self.weights.items():
-            if isinstance(weight, str):
-                if not has_tokens:
-                    continue
-                kappa = self.adapters[name].get_parameter(f"kappa_{weight}")
-                logit = (self.condition.value(weight).to(x.dtype) * kappa).sum(-1, keepdim=True)
-                total = total + logit.sigmoid() * self.adapters[name](x)
-            else:
-                total = total + weight * self.adapters[name](x)
-        return total
-
-
-def add_adapter(
-    linear: ShardedLinear,
-    name: str,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    condition: LoRACondition | None = None,
-    condition_size: dict[str, int] | None = None,
-) -> LoRAAdapter:
-    """Give a linear layer one more adapter, not active yet; its values are not drawn.
-
-    Raises:
-        ValueError: dropout where tensor ranks share the layer: each would drop other inputs.
-    """
-    if dropout and linear.ctx.tensor.size > 1:
-        raise ValueError(
-            f"lora_dropout={dropout} with parallel.tensor={linear.ctx.tensor.size}: tensor ranks "
-            "would drop different inputs; set lora_dropout to 0 or parallel.tensor to 1"
-        )
-    if linear.lora is None:
-        linear.lora = LoRAAdapters(dropout=dropout, condition=condition)
-    adapter = LoRAAdapter(linear, rank=rank, alpha=alpha, condition_size=condition_size or {})
-    linear.lora.adapters[name] = adapter
-    return adapter
-
-
-def build_native_adapters(module: nn.Module, config: DariaFormerConfig) -> None:
-    """Add the adapter `default` of a configuration with `lora_rank` to a block's targets.
-
-    Raises:
-        ValueError: FP8, whose linear layers take no adapters.
-    """
-    found = False
-    for _, linear in target_layers(module, config.lora_targets):
-        options = {"rank": config.lora_rank, "alpha": config.lora_alpha}
-        add_adapter(linear, DEFAULT, dropout=config.lora_dropout, **options)  # type: ignore[arg-type]
-        linear.lora.weights[DEFAULT] = 1.0
-        found = True
-    if not found:
-        raise ValueError(
-            f"lora_rank={config.lora_rank}: no layer takes adapters (those of precision=fp8 do "
-            "not); set lora_rank=0 or precision=bf16"
-        )
-
-
-def target_layers(module: nn.Module, targets: Sequence[str]) -> Iterator[tuple[str, ShardedLinear]]:
-    """Name and layer of every linear layer whose last name is one of `targets`."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, ShardedLinear) and name.rpartition(".")[2] in targets:
-            yield name, layer
+__all__ = ["LoRALinear", "LoRAManager", "merged_state_dict"]
 
 
 class LoRAManager:
-    """Adapters of a whole model in one process: added, stacked, switched, merged.
+    """The adapters of `model`: the primary one, which is always on, and named ones.
 
-    `inject` adds and activates the adapter `default`. The published interface.
+    `rank`, `alpha` and `dropout` are those of the primary adapter; `targets` are last names of
+    linear layers (models.daria_former.config.LORA_TARGETS), each in every block and, for k_proj and
+    v_proj, in every path. A model built with `lora_rank` has its primary adapter already and is
+    given the same settings. `seed`: of the A matrices, which also depend on the layer's name.
 
     Raises:
-        ValueError: a target that is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
-            down_proj.
+        ValueError: an unknown target, with the nearest known ones.
     """
 
     def __init__(
@@ -180,184 +64,329 @@ class LoRAManager:
         alpha: float = 32,
         targets: Sequence[str] = ("q_proj", "v_proj"),
         dropout: float = 0.0,
+        *,
+        seed: int = 0,
     ) -> None:
         for target in targets:
             if target not in LORA_TARGETS:
-                raise ValueError(f"target {target!r} is {_nearest(target, LORA_TARGETS)}")
-        if rank < 1:
-            raise ValueError(f"rank={rank} must be 1 or more")
-        self.model, self.rank, self.alpha, self.dropout = model, rank, alpha, dropout
-        self.layers = dict(target_layers(model, targets))
-        self.condition = LoRACondition()
-        self._merged: dict[str, float | str] | None = None
+                known = nearest(target, LORA_TARGETS)
+                raise ValueError(f"LoRA target {target!r} is unknown; {known}")
+        if not targets:
+            raise ValueError(f"LoRA targets={list(targets)} is empty; name some of {LORA_TARGETS}")
+        self.model, self.rank, self.alpha, self.dropout = model, rank, float(alpha), dropout
+        self.targets, self.seed = tuple(targets), seed
+        self._adapters: dict[str, dict[str, Any]] = {}  # name -> rank, alpha, weight (None: off)
+        self._frozen: list[nn.Parameter] = []
+        self._hooks: list[Any] = []
+        self._personas: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+
+    # Building.
 
     def inject(self) -> None:
-        """Add the adapter `default` to every target and activate it."""
-        self.add_adapter(DEFAULT)
-        self.activate_adapter(DEFAULT)
-        for module in self.model.modules():
-            if hasattr(module, "condition") and not isinstance(module, LoRAAdapters):
-                module.condition = self.condition  # type: ignore[assignment]
+        """Put the primary adapter around every target; the model computes what it did.
+
+        Raises:
+            ValueError: a target is in no layer, or the model was built with other adapters.
+        """
+        if hasattr(self.model, SETTINGS):
+            raise ValueError("the model has a LoRAManager already; use that one, or strip() first")
+        present = {t.name.rpartition(".")[2] for t in named_targets(self.model, LORA_TARGETS)}
+        for target in self.targets:
+            if target not in present:
+                known = nearest(target, present)
+                raise ValueError(f"LoRA target {target!r} is in no layer of the model; {known}")
+        for name, layer in self._named_layers():
+            self._check_native(name, layer)
+        new = wrap(self.model, self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+        for name, layer in new:
+            self._initialize(f"{name}.lora.{PRIMARY}", layer.lora[PRIMARY])
+        for _, block in self._blocks():
+            if block.lora is None:
+                block.lora = BlockAdapters(block)
+            block.lora.bind(block)
+        for module in list(self.model.modules()):
+            if isinstance(module, DariaEmbedding) and hasattr(module, "persona"):
+                self._hooks.append(module.register_forward_pre_hook(self._watch_persona))
+        self.model.add_module(SETTINGS, _Settings(self))
+
+    @classmethod
+    def from_state_dict(cls, model: nn.Module, state: Mapping[str, Any]) -> LoRAManager:
+        """Build the adapters that a state dict holds into a plain model, and load it.
+
+        Raises:
+            ValueError: it was not saved from a model with a manager.
+        """
+        if SETTINGS_KEY not in state:
+            raise ValueError(
+                f"the state dict has no {SETTINGS_KEY}; save that of a model with a LoRAManager"
+            )
+        values = read_settings(state[SETTINGS_KEY])
+        names = ("rank", "alpha", "targets", "dropout", "seed")
+        manager = cls(model, **{name: values[name] for name in names})
+        manager.inject()
+        for name, adapter in values["adapters"].items():
+            manager.add_adapter(name, adapter["rank"], adapter["alpha"])
+            for kind in adapter["follows"]:
+                manager._learn_to_follow(name, kind)
+        model.load_state_dict(state)
+        return manager
+
+    def strip(self) -> nn.Module:
+        """Remove every adapter, added or built in, and return the model; what is merged stays."""
+        self._injected()
+        for name, layer in self._named_layers():
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, layer.unwrapped())
+        for _, block in self._blocks():
+            block.lora.detach()
+            block.lora = None
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self.model, SETTINGS)
+        return self.model
+
+    # Named adapters.
 
     def add_adapter(self, name: str, rank: int | None = None, alpha: float | None = None) -> None:
-        """Add an adapter that changes nothing yet, to be trained or loaded.
+        """Add an adapter that is not active yet; B is 0, so that it changes nothing until trained.
+
+        By default it has the rank and the scale alpha / rank of the primary one.
 
         Raises:
-            ValueError: it exists already.
+            ValueError: the name is taken, or no identifier.
         """
-        if name in self.names():
-            raise ValueError(
-                f"adapter {name!r} exists already; activate it, or choose another name"
-            )
-        sizes = self._condition_sizes()
-        for path, linear in self.layers.items():
-            adapter = add_adapter(
-                linear,
-                name,
-                rank=rank or self.rank,
-                alpha=self.alpha if alpha is None else alpha,
-                dropout=self.dropout,
-                condition=self.condition,
-                condition_size=sizes,
-            )
-            seed, ctx = torch.initial_seed() % (1 << 31), linear.ctx
-            initialize(adapter, seed=seed, prefix=f"{path}.{name}", tensor_rank=ctx.tensor.rank)
+        self._switchable()
+        if not name.isidentifier() or name == PRIMARY or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"adapter name {name!r} must be an identifier and not {PRIMARY!r}")
+        if name in self._adapters:
+            raise ValueError(f"adapter {name!r} exists already; choose another name")
+        rank = self.rank if rank is None else rank
+        alpha = rank * self.alpha / self.rank if alpha is None else float(alpha)
+        for path, layer in self._named_layers():
+            adapter = LowRank(layer.weight, rank=rank, alpha=alpha).train(layer.training)
+            layer.lora[name] = adapter
+            self._initialize(f"{path}.lora.{name}", adapter)
+        self._adapters[name] = {"rank": rank, "alpha": alpha, "weight": None, "follows": []}
 
     def activate_adapter(self, name: str, weight: float | str = 1.0) -> None:
-        """Let an adapter count with `weight`: a number, "esv" or "persona".
+        """Switch an adapter on, beside those that are.
 
-        One that does not exist is added: it changes nothing before it is trained, which a warning
-        says.
+        `weight`: a number; "esv" for `clamp(kappa . e_t, 0, 1)` of every token's emotion state e_t
+        (Emotion-LoRA); "persona" for `sigmoid(kappa . p)` of the persona p (Persona-LoRA). kappa is
+        learned. An unknown adapter is added, with a warning.
 
         Raises:
-            ValueError: another weight, or weights are merged.
+            ValueError: a weight that is none of these.
         """
-        if isinstance(weight, str) and weight not in CONDITIONS:
-            raise ValueError(f"weight={weight!r} is {_nearest(weight, CONDITIONS)}, or a number")
-        self._refuse_merged()
-        if name not in self.names():
-            warnings.warn(f"adapter {name!r} is new and changes nothing yet", stacklevel=2)
+        self._switchable()
+        kind = self._checked_weight(weight)
+        if name not in self._adapters:
             self.add_adapter(name)
-        for linear in self.layers.values():
-            linear.lora.weights[name] = weight
+            others = nearest(name, [other for other in self._adapters if other != name])
+            warnings.warn(
+                f"adapter {name!r} did not exist and was added: it changes nothing until it is "
+                f"trained; use add_adapter to choose its rank; {others}",
+                stacklevel=2,
+            )
+        if kind is not None:
+            self._learn_to_follow(name, kind)
+        self._set(name, weight)
 
     def deactivate_adapter(self, name: str) -> None:
-        """Let an adapter not count, and keep it.
+        """Switch an adapter off; what it has learned stays.
 
         Raises:
-            ValueError: there is no such adapter, or weights are merged.
+            ValueError: there is none of this name, with the nearest ones.
         """
-        self._refuse_merged()
-        if name not in self.names():
-            raise ValueError(f"adapter {name!r} is {_nearest(name, self.names())}")
-        for linear in self.layers.values():
-            linear.lora.weights.pop(name, None)
+        self._switchable()
+        if name not in self._adapters:
+            raise ValueError(f"adapter {name!r} does not exist; {nearest(name, self._adapters)}")
+        self._set(name, None)
 
     def deactivate_all_extras(self) -> None:
-        """Deactivate every adapter but `default`."""
-        for name in self.names():
-            if name != DEFAULT:
-                self.deactivate_adapter(name)
+        """Switch every adapter but the primary one off."""
+        for name in self._adapters:
+            self.deactivate_adapter(name)
 
-    def names(self) -> list[str]:
-        """All adapters, active or not."""
-        first = next(iter(self.layers.values()))
-        return [] if first.lora is None else list(first.lora.adapters)
+    @property
+    def active(self) -> dict[str, float | str]:
+        """The named adapters that are on, with their weights."""
+        on = {name: a["weight"] for name, a in self._adapters.items()}
+        return {name: weight for name, weight in on.items() if weight is not None}
 
-    def freeze_base(self) -> None:
-        """Train the adapters alone."""
-        adapters = {id(parameter) for parameter in self.lora_parameters()}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in adapters)
+    # Training.
 
-    def unfreeze_base(self) -> None:
-        """Train everything."""
-        self.model.requires_grad_(True)
-
-    def lora_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all adapters."""
-        for linear in self.layers.values():
-            if linear.lora is not None:
-                yield from linear.lora.parameters()
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """Every A, B and kappa, of active adapters and of others."""
+        self._injected()
+        owners = [layer.lora for _, layer in self._named_layers()]
+        owners += [block.lora for _, block in self._blocks()]
+        return [parameter for owner in owners for parameter in owner.parameters()]
 
     def num_lora_parameters(self) -> int:
+        """Elements of `lora_parameters`."""
         return sum(parameter.numel() for parameter in self.lora_parameters())
 
-    @torch.no_grad()
+    def freeze_base(self) -> None:
+        """Leave exactly the adapters trainable: every other parameter of the model is frozen."""
+        own = set(map(id, self.lora_parameters()))
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        self._frozen += frozen
+
+    def unfreeze_base(self) -> None:
+        """Make trainable again what `freeze_base` froze."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+
+    # Merging.
+
     def merge_all(self) -> None:
-        """Add the active adapters to the weights, so that they cost nothing.
+        """Add the primary and the active adapters to the weights, so that they cost nothing.
+
+        A copy of the weights is kept for `unmerge_all`; `strip()` lets go of it.
 
         Raises:
-            ValueError: a conditioned adapter is active, or they are merged already.
+            ValueError: they are merged already, or an active one follows a state.
         """
-        self._refuse_merged()
-        weights = dict(next(iter(self.layers.values())).lora.weights)
-        for linear in self.layers.values():
-            linear.weight += merged_delta(linear)
-            linear.lora.weights.clear()
-        self._merged = weights
+        self._switchable()
+        for _, layer in self._named_layers():
+            layer.merge()
 
-    @torch.no_grad()
     def unmerge_all(self) -> None:
-        """Take them out again; weights are what they were up to rounding.
+        """Give the weights back the bits they had before `merge_all`.
 
         Raises:
-            ValueError: nothing is merged.
+            ValueError: nothing is merged, or a merged weight was changed since.
         """
-        if self._merged is None:
-            raise ValueError("nothing is merged; call merge_all first")
-        for linear in self.layers.values():
-            linear.lora.weights.update(self._merged)
-            linear.weight -= merged_delta(linear)
-        self._merged = None
+        self._injected()
+        if not self._is_merged():
+            raise ValueError("no adapters are merged; call merge_all() first")
+        for _, layer in self._named_layers():
+            layer.unmerge()
 
-    def _refuse_merged(self) -> None:
-        if self._merged is not None:
-            raise ValueError("the adapters are merged; call unmerge_all first")
+    # State.
 
-    def _condition_sizes(self) -> dict[str, int]:
-        config = next(m.config for m in self.model.modules() if hasattr(m, "config"))
-        assert isinstance(config, DariaFormerConfig)
-        return {"esv": config.emotion_dim, "persona": config.persona_dim}
+    def settings(self) -> dict[str, Any]:
+        """What `from_state_dict` needs beside the tensors; JSON types."""
+        self._switchable()
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "targets": list(self.targets),
+            "dropout": self.dropout,
+            "seed": self.seed,
+            "adapters": copy.deepcopy(self._adapters),
+        }
 
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Switch adapters as `settings` of the same adapters says.
 
-def merged_delta(linear: ShardedLinear) -> Tensor:
-    """What the active adapters add to a layer's weight.
+        Raises:
+            ValueError: they are of other adapters.
+        """
+        self._switchable()
+        for name, theirs in values["adapters"].items():
+            ours = self._adapters.get(name)
+            if ours is None or (ours["rank"], ours["alpha"]) != (theirs["rank"], theirs["alpha"]):
+                raise ValueError(
+                    f"adapter {name!r} of the state dict is not in the model with rank="
+                    f"{theirs['rank']} and alpha={theirs['alpha']}; use LoRAManager.from_state_dict"
+                )
+            self._set(name, theirs["weight"])
 
-    Raises:
-        ValueError: one of them depends on the state.
-    """
-    total = torch.zeros_like(linear.weight)
-    for name, weight in linear.lora.weights.items():
-        if isinstance(weight, str):
+    # Inside.
+
+    def _named_layers(self) -> Iterator[tuple[str, LoRALinear]]:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, LoRALinear):
+                yield name, module
+
+    def _blocks(self) -> Iterator[tuple[str, Any]]:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, DACBlock):
+                yield name, module
+
+    def _initialize(self, name: str, module: nn.Module) -> None:
+        rank = next(layer for _, layer in self._named_layers()).ctx.tensor.rank
+        initialize(module, seed=self.seed, prefix=name, tensor_rank=rank)
+
+    def _check_native(self, name: str, layer: LoRALinear) -> None:
+        primary: Any = layer.lora[PRIMARY]
+        built = (primary.rank, primary.alpha, layer.dropout)
+        if built != (self.rank, self.alpha, self.dropout):
             raise ValueError(
-                f"adapter {name!r} has weight={weight!r}, which changes with the text and cannot "
-                "be merged; deactivate it or give it a number"
+                f"{name} was built with LoRA rank, alpha and dropout {built}, the manager has "
+                f"{(self.rank, self.alpha, self.dropout)}; give it those of the configuration"
             )
-        total += weight * linear.lora.adapters[name].delta()
-    return total
+
+    def _injected(self) -> None:
+        if getattr(getattr(self.model, SETTINGS, None), "manager", None) is not self:
+            raise ValueError("the model does not have these adapters; call inject() first")
+
+    def _is_merged(self) -> bool:
+        return any(layer.is_merged for _, layer in self._named_layers())
+
+    def _switchable(self) -> None:
+        self._injected()
+        if self._is_merged():
+            raise ValueError("adapters are merged into the weights; call unmerge_all() or strip()")
+
+    def _set(self, name: str, weight: float | str | None) -> None:
+        self._adapters[name]["weight"] = weight
+        for _, layer in self._named_layers():
+            layer.active.pop(name, None)
+            if weight is not None:
+                layer.active[name] = weight
+        for _, block in self._blocks():
+            block.lora.following.pop(name, None)
+            if isinstance(weight, str):
+                block.lora.following[name] = weight
+
+    def _checked_weight(self, weight: float | str) -> str | None:
+        """What a weight follows; None for a number."""
+        if not isinstance(weight, str):
+            if not math.isfinite(weight):
+                raise ValueError(f"adapter weight={weight} is not finite; choose a number")
+            return None
+        if weight not in FOLLOWED:
+            raise ValueError(f"adapter weight={weight!r} is unknown; {nearest(weight, FOLLOWED)}")
+        if not any(True for _ in self._blocks()):
+            raise ValueError(f"adapter weight={weight!r} needs the blocks of a Daria-Former")
+        if weight == "persona" and not self._hooks:
+            raise ValueError("adapter weight='persona' needs a model with the persona path")
+        return weight
+
+    def _learn_to_follow(self, name: str, kind: str) -> None:
+        for path, block in self._blocks():
+            kappa = block.lora.learn_to_follow(name, kind, like=block.attention.q_proj.weight)
+            if kappa is not None:
+                holder = nn.ParameterDict({name: kappa})
+                self._initialize(f"{path}.lora.{kind}", holder)
+        if kind not in self._adapters[name]["follows"]:
+            self._adapters[name]["follows"].append(kind)
+
+    def _watch_persona(self, embedding: Any, args: tuple[Any, ...]) -> None:
+        """Let the blocks know the persona of every call, of a generation that of its first one."""
+        given = getattr(args[0], "persona", None)
+        persona = embedding.persona.unsqueeze(0) if given is None else given
+        if len(args) > 1 and args[1] is not None:
+            persona = self._personas.setdefault(args[1], persona)
+        for _, block in self._blocks():
+            block.lora.given_persona = persona
 
 
-@torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model without adapters that computes what `model` does with its active ones.
+class _Settings(nn.Module):
+    """Carries the manager's settings in the state dict of the model."""
 
-    Raises:
-        ValueError: an active adapter depends on the state.
-    """
-    state = {k: v for k, v in model.state_dict().items() if ".lora." not in k}
-    for name, layer in model.named_modules():
-        if isinstance(layer, ShardedLinear) and layer.lora is not None:
-            state[f"{name}.weight"] = layer.weight + merged_delta(layer)
-    return state
+    def __init__(self, manager: LoRAManager) -> None:
+        super().__init__()
+        self.manager = manager
 
+    def get_extra_state(self) -> Tensor:
+        return written_settings(self.manager.settings())
 
-def _uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    bound = 1.0 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _nearest(name: str, known: Sequence[Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-    return f"not known; {hint}"
+    def set_extra_state(self, state: Tensor) -> None:
+        self.manager.restore(read_settings(state))

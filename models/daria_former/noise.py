@@ -38,9 +38,9 @@ def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
     return _mix(total)
 
 
-def uniform(keys: Tensor, size: int, *, stream: int) -> Tensor:
-    """`size` numbers of [0, 1) per key: int64 [...] -> fp32 [..., size]."""
-    return _shift(_bits(keys, size, stream=stream), 40).float() * 2.0**-24
+def uniform(keys: Tensor, size: int, *, stream: int, first: int = 0) -> Tensor:
+    """`size` numbers of [0, 1) per key, from channel `first`: int64 [...] -> fp32 [..., size]."""
+    return _shift(_bits(keys, size, stream=stream, first=first), 40).float() * 2.0**-24
 
 
 def normal(keys: Tensor, size: int, *, stream: int) -> Tensor:
@@ -53,15 +53,15 @@ def normal(keys: Tensor, size: int, *, stream: int) -> Tensor:
     return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)[..., :size]
 
 
-def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int) -> Tensor:
+def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int, first: int = 0) -> Tensor:
     """Zero elements of x [s, b, n] with `probability` and scale the others: keys [s, b]."""
-    kept = uniform(keys, x.shape[-1], stream=stream) >= probability
+    kept = uniform(keys, x.shape[-1], stream=stream, first=first) >= probability
     return x * (kept.to(x.dtype) / (1.0 - probability))
 
 
-def _bits(keys: Tensor, size: int, *, stream: int) -> Tensor:
+def _bits(keys: Tensor, size: int, *, stream: int, first: int = 0) -> Tensor:
     """`size` hashes per key: int64 [...] -> int64 [..., size]."""
-    channels = torch.arange(size, device=keys.device) + stream * (1 << 32)
+    channels = torch.arange(size, device=keys.device) + (stream * (1 << 32) + first)
     return _mix(keys.unsqueeze(-1) + channels * _GAMMA)
 
 

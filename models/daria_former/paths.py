@@ -252,8 +252,8 @@ class MemoryPath(ContextPath):
             bank = sources.bank[: 2 * count]
         else:
             bank = self.key_gain.new_zeros((0, 1, self.config.hidden_dim))
-        (keys,) = project_replicated(bank[:count], self.k_proj)
-        (values,) = project_replicated(bank[count:], self.v_proj)
+        (keys,) = project_replicated(bank[:count], self.k_proj, ctx=self.ctx)
+        (values,) = project_replicated(bank[count:], self.v_proj, ctx=self.ctx)
         return Slots(*self.keys_values(keys, values))
 
 
@@ -279,7 +279,7 @@ class StaticPath(ContextPath):
         source = self.source(sources)
         if source is None:
             source = self.key_gain.new_zeros((0, 1, self.config.hidden_dim))
-        k, v = self.keys_values(*project_replicated(source, self.k_proj, self.v_proj))
+        k, v = self.keys_values(*project_replicated(source, self.k_proj, self.v_proj, ctx=self.ctx))
         return Slots(F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import load_file
+from torch import Tensor
 
 from models.checkpoint import (
     StoredModel,
@@ -16,7 +17,8 @@ from models.checkpoint import (
     write_manifest,
 )
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.lora import merged_state_dict
+from models.daria_former.lora import LoRAManager
+from models.daria_former.lora_state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.model import FAMILY
 from models.daria_former.single import DariaFormerModel
 from parallel.weights_io import ShardPosition, Weight, write_shard
@@ -36,7 +38,7 @@ def load_checkpoint(path: Path, *, device: str) -> tuple[DariaFormerModel, str |
     if not is_run(path):
         values = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         model = DariaFormerModel(DariaFormerConfig.from_dict(values), device=device)
-        load_safetensors(model, str(path / "model.safetensors"))
+        _load(model, load_file(path / "model.safetensors"))
         return model.eval(), None
     stored = open_checkpoint(path)
     if stored.family.name != FAMILY.name:
@@ -46,26 +48,41 @@ def load_checkpoint(path: Path, *, device: str) -> tuple[DariaFormerModel, str |
     return model.eval(), stored.tokenizer
 
 
+def _load(model: DariaFormerModel, state: dict[str, Tensor]) -> None:
+    """Load a state dict whose tied tensors are there once, adapters of a LoRAManager too."""
+    if model.config.weight_tying:
+        first, second = "body.embedding.tokens.weight", "body.head.output.weight"
+        state = {first: state[first if first in state else second], **state}
+        state[second] = state[first]
+    if SETTINGS_KEY in state:
+        LoRAManager.from_state_dict(model, state)
+    else:
+        model.load_state_dict(state)
+
+
 def write_checkpoint(
     model: DariaFormerModel, folder: Path, *, tokenizer: str | None, merge: bool
 ) -> None:
     """Write a model as the checkpoint of a run at step 0; `merge` puts adapters into the weights.
 
     Raises:
-        ValueError: `merge` of a model without adapters.
+        ValueError: `merge` of a model without adapters, or added adapters without `merge`.
     """
-    config, state = model.config, model.body.state_dict()
+    config, state = model.config, model.state_dict()
+    has_adapters = any(".lora." in name for name in state)
+    if merge != has_adapters and not (has_adapters and config.lora_rank):
+        raise ValueError(
+            "the checkpoint has no adapters: leave --merge_lora out"
+            if merge
+            else "the checkpoint has adapters that its configuration does not: use --merge_lora"
+        )
     if merge:
-        if config.lora_rank == 0:
-            raise ValueError(
-                "--merge_lora has no effect: the checkpoint has no adapters (lora_rank=0)"
-            )
-        state = merged_state_dict(model.body)
+        state = merged_state_dict(state, alpha=config.lora_alpha if config.lora_rank else None)
         plain = {"lora_rank": 0, "lora_dropout": 0.0}
         config = DariaFormerConfig.from_dict(config.to_dict() | plain)
     weights = []
     for name, (shape, sharding) in parameter_table(FAMILY, config).items():
-        tensor = state[name].detach().to(torch.device("cpu"))
+        tensor = state[f"body.{name}"].detach().to(torch.device("cpu"))
         weights.append(Weight(name, tuple(shape), tensor.dtype, sharding, tensor.detach))
     (folder / "weights").mkdir(parents=True)
     position = ShardPosition()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from models.base import ModelFamily
-from models.daria_former.config import DariaFormerConfig
+from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
 from models.daria_former.model import FAMILY as DARIA_FORMER
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
@@ -58,26 +58,6 @@ _DARIA_FORMER = {
 
 CASES = {
     "daria_former": Case(DARIA_FORMER, DariaFormerConfig(**_DARIA_FORMER)),
-    "daria_former_lora": Case(
-        DARIA_FORMER,
-        DariaFormerConfig(
-            **_DARIA_FORMER
-            | {
-                "num_layers": 4,
-                "lora_rank": 3,
-                "lora_alpha": 1.0,
-                "lora_targets": (
-                    "q_proj",
-                    "k_proj",
-                    "v_proj",
-                    "o_proj",
-                    "gate_proj",
-                    "up_proj",
-                    "down_proj",
-                ),
-            }
-        ),
-    ),
     "daria_former_variant": Case(
         DARIA_FORMER,
         DariaFormerConfig(
@@ -93,6 +73,16 @@ CASES = {
                 "qk_norm": False,
                 "rhythm_rank": 0,
             }
+        ),
+    ),
+    "daria_former_lora": Case(
+        DARIA_FORMER,
+        DariaFormerConfig(
+            **_DARIA_FORMER,
+            lora_rank=3,
+            lora_alpha=2.0,
+            lora_dropout=0.2,
+            lora_targets=LORA_TARGETS,
         ),
     ),
     "llama": Case(LLAMA, LlamaConfig(**_LLAMA)),

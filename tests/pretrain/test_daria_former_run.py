@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from models.checkpoint import load_model, open_checkpoint
+from parallel.carry import SequentialModel
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
@@ -37,7 +40,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def _train(data: Path, directory: Path, world_size: int, stage: int, **changes: Any):
-    config = tiny_run(data, run_dir=str(directory / "run"), model=MODEL, **changes)
+    changes = {"model": MODEL, **changes}
+    config = tiny_run(data, run_dir=str(directory / "run"), **changes)
     codes = run_ranks(run_training, world_size, config, f"configs/ds/zero{stage}.json", init=False)
     assert codes == [0] * world_size
     return metrics(config)
@@ -70,3 +74,14 @@ def test_packed_documents_train_in_a_pipeline(data, tmp_path):
     cut, _ = _train(data, tmp_path / "cut", 2, 1, parallel__pipeline=2, **apart)
     expected = [record["loss"] for record in whole]
     assert [record["loss"] for record in cut] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_can_train_adapters_alone(data, tmp_path):
+    model = CASES["daria_former_lora"].config.model_dump()
+    frozen = {"model": model, "training__lr_multipliers": {"": 0.0, ".lora.": 1.0}}
+    _train(data, tmp_path, 4, 1, parallel__pipeline=2, parallel__tensor=2, **frozen)
+    trained = load_model(open_checkpoint(tmp_path / "run"), device="cpu")
+    before = SequentialModel(trained.specs, trained.ctx, seed=tiny_run(data).training.seed)
+    initial = dict(before.named_parameters())
+    moved = {name for name, p in trained.named_parameters() if not torch.equal(p, initial[name])}
+    assert moved == {name for name in initial if ".lora." in name}

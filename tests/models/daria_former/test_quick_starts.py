@@ -56,7 +56,7 @@ def test_lora_injection():
 
     # Runtime switching
     manager.deactivate_adapter("persona_style")
-    with pytest.warns(UserWarning, match="new"):
+    with pytest.warns(UserWarning, match="was added"):
         manager.activate_adapter("emotion_intense", weight=0.5)
     model(torch.tensor([[1, 2, 3]]))
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from models.daria_former import DariaFormerModel
 from models.daria_former.lora import LoRAManager
+from models.daria_former.stored import load_checkpoint, write_checkpoint
 from models.daria_former.training import (
     DariaFormerLoss,
     Trainer,
@@ -105,6 +106,25 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[20] == pytest.approx(0.1)
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_adapters_is_read_and_merged(tmp_path):
+    trainer = _trainer(save_dir=tmp_path / "run", max_steps=2)
+    manager = LoRAManager(trainer.model, rank=2)
+    manager.inject()
+    for parameter in manager.lora_parameters():
+        parameter += 0.05
+    trainer.save(tmp_path / "checkpoint-0")
+    expected = trainer.model.eval()(STREAM)["logits"]
+    model, _ = load_checkpoint(tmp_path / "checkpoint-0", device="cpu")
+    torch.testing.assert_close(model(STREAM)["logits"], expected)
+    with pytest.raises(ValueError, match="use --merge_lora"):
+        write_checkpoint(model, tmp_path / "step_0", tokenizer=None, merge=False)
+    write_checkpoint(model, tmp_path / "step_1", tokenizer=None, merge=True)
+    merged, _ = load_checkpoint(tmp_path / "step_1", device="cpu")
+    assert not any(".lora." in name for name in merged.state_dict())
+    torch.testing.assert_close(merged(STREAM)["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_settings_and_data_are_refused(tmp_path):
