@@ -57,7 +57,7 @@ def measure(
     schema = family.carry_schema(
         config, ctx, micro_batch_size=batch_size, seq_length=seq_length, segmented=segmented
     )
-    output = _run_cut(specs, model, inputs, Wire(schema), cuts)
+    output = run_cut(specs, model, inputs, Wire(schema), cuts)
     total, terms = family.loss(output, labels, config=config, ctx=ctx)
     total.backward()
     return Measured(total.detach(), terms, full_gradients(model, ctx))
@@ -95,13 +95,14 @@ def full_gradients(model: nn.Module, ctx: ParallelContext) -> dict[str, Tensor]:
     return gradients
 
 
-def _run_cut(
+def run_cut(
     specs: Sequence[LayerSpec],
     model: SequentialModel,
     carry: Any,
     wire: Wire,
     cuts: Sequence[int],
 ) -> Any:
+    """What the last layer returns when the carry crosses the wire before the layers `cuts`."""
     bounds = [0, *sorted(cuts), len(specs)]
     for start, stop in itertools.pairwise(bounds):
         if start:

@@ -35,8 +35,15 @@ def carry_schema(
     `num_modality_tokens`: how many the encoders make of a row's images and sound.
 
     Raises:
-        ValueError: sequence parallelism with a sequence that the tensor size does not divide.
+        ValueError: sequence parallelism with a sequence that the tensor size does not divide, or
+            encoders without anything to encode, which would never learn.
     """
+    if config.modality_enabled and not num_modality_tokens:
+        raise ValueError(
+            f"image_enabled={config.image_enabled}, audio_enabled={config.audio_enabled}, and the "
+            "data has neither images nor sound; set both to false, or train with "
+            "models.daria_former.training on batches that have them"
+        )
     local_length = own_length(seq_length, ctx=ctx)
     dtype, tokens = ctx.precision.dtype, (micro_batch_size, seq_length)
 

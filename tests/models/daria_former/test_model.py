@@ -13,7 +13,8 @@ from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.sharding import Constant
-from pretrain.equivalence import build
+from parallel.wire import Wire
+from pretrain.equivalence import build, run_cut
 from tests.models.daria_former import oracle
 from tests.models.families import CASES
 
@@ -89,6 +90,28 @@ def test_images_and_a_persona_are_read_as_the_equations_say(given):
         config, dict(model.named_parameters()), tokens[0], modality=encoded, persona=persona[0]
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_cross_the_wire_bit_for_bit_and_their_gradient_comes_back():
+    config = _config(image_enabled=True, image_size=8, image_patch_size=4)
+    inputs = DariaInputs(_tokens(11, batch=2), images=torch.randn(2, 3, 8, 8))
+    gradients = []
+    for cuts in ((), (1, 2, 3, 4, 5)):
+        model = _build(config).train()
+        schema = FAMILY.carry_schema(
+            config, model.ctx, micro_batch_size=2, seq_length=11, num_modality_tokens=4
+        )
+        output = run_cut(model.specs, model, inputs, Wire(schema), cuts)
+        FAMILY.loss(output, inputs.tokens, config=config, ctx=model.ctx).total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[1][name], g) for name, g in gradients[0].items())
+    assert gradients[0]["embedding.encoder.image.projection"].abs().max() > 0
+
+
+def test_encoders_without_images_are_refused_before_a_run():
+    config = _config(image_enabled=True, image_size=8, image_patch_size=4)
+    with pytest.raises(ValueError, match=r"image_enabled=True.* neither images nor sound"):
+        FAMILY.carry_schema(config, ParallelContext.single(), micro_batch_size=2, seq_length=8)
 
 
 @torch.no_grad()
