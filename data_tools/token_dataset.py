@@ -61,6 +61,7 @@ class Windows(NamedTuple):
 
     ids: TokenArray  # [n, s + 1]
     segment_ids: npt.NDArray[np.int32] | None  # int32 [n, s + 1]
+    starts: IntArray | None = None  # where, in the flattened rows, segment_ids goes up; if known
 
 
 class Places(NamedTuple):
@@ -156,7 +157,7 @@ def read_windows(
         found = zip(stream.document_starts(starts, length), starts.tolist(), strict=True)
         rows = [row * length + positions - begin for row, (positions, begin) in enumerate(found)]
         places = np.unique(np.concatenate(rows))  # an empty document starts where the next does
-    return Windows(ids, _segment_ids(places, ids.shape))
+    return Windows(ids, _segment_ids(places, ids.shape), places)
 
 
 def _segment_ids(places: IntArray, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
@@ -167,5 +168,5 @@ def _segment_ids(places: IntArray, shape: tuple[int, ...]) -> npt.NDArray[np.int
     bounds = np.sort(np.concatenate([np.arange(num_rows) * length, places]))
     rows = bounds // length
     numbers = np.arange(len(bounds)) - np.searchsorted(rows, np.arange(num_rows))[rows]
-    counts = np.diff(bounds, append=num_rows * length)
+    counts = np.concatenate([bounds[1:], [num_rows * length]]) - bounds
     return np.repeat(numbers.astype(np.int32), counts).reshape(shape)
