@@ -99,6 +99,10 @@ class ByteStream:
         return self._files.fingerprint + ("-blank_lines" if self._blank_lines else "")
 
     def read(self, starts: IntArray, length: int) -> TokenArray:
+        return self.read_with_ends(starts, length)[0]
+
+    def read_with_ends(self, starts: IntArray, length: int) -> tuple[TokenArray, IntArray]:
+        """What `read` gives, and the places of id 256 in its flattened rows, in any order."""
         context = _CONTEXT if self._blank_lines else 0
         wide, ends = self._read(starts - context, length + 2 * context)
         if self._blank_lines:
@@ -109,7 +113,7 @@ class ByteStream:
             ends = (rows * length + columns)[within]
         ids = wide[:, context : context + length].astype(np.uint16, order="C")
         ids.reshape(-1)[ends] = BYTE_EOD
-        return ids
+        return ids, ends
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return [find_document_starts(self, begin, length) for begin in begins.tolist()]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.byte_dataset import ByteStream
 from data_tools.errors import DataError
 from data_tools.fim import FillInTheMiddle
 from data_tools.indexed import IndexedDataset
@@ -147,11 +148,17 @@ def read_windows(
     stream: TokenStream, *, starts: IntArray, length: int, with_segments: bool
 ) -> Windows:
     """Read spans, and with `with_segments` number the documents inside each from 0."""
-    ids = stream.read(starts, length)
     if not with_segments:
-        return Windows(ids, None)
-    if stream.document_end is not None:
-        places = 1 + np.flatnonzero(ids == stream.document_end)
+        return Windows(stream.read(starts, length), None)
+    ends: IntArray | None
+    if isinstance(stream, ByteStream):
+        ids, ends = stream.read_with_ends(starts, length)  # no need to look for them
+    else:
+        ids, ends = stream.read(starts, length), None
+        if stream.document_end is not None:
+            ends = np.flatnonzero(ids == stream.document_end)
+    if ends is not None:
+        places = 1 + ends
         places = places[places % length > 0]  # an end in the last column starts nothing in its row
     else:
         found = zip(stream.document_starts(starts, length), starts.tolist(), strict=True)
