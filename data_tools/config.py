@@ -162,7 +162,8 @@ class DataConfig(BaseModel):
     cache_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Where corpora given as URLs are copied to; null: ~/.cache/manyformer",
+        description="Where corpora given as URLs and the text of .jsonl files are copied to; null: "
+        "~/.cache/manyformer",
     )
     num_workers: int = Field(
         default=1,
@@ -237,7 +238,7 @@ def _check_urls(config: DataConfig) -> None:
             f"data.kind is bytes, but {urls[0]} is a URL; copy it here, or preprocess it and set "
             "data.kind=tokens"
         )
-    if config.cache_dir is not None and not urls:
+    if config.cache_dir is not None and not urls and config.documents != "jsonl":
         raise ValueError(
             f"data.cache_dir={config.cache_dir} has no effect: no source is a URL; remove it"
         )

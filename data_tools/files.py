@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from data_tools.errors import DataError
 
@@ -51,7 +51,7 @@ def _lock(file: BinaryIO, partial: Path) -> bool:
         return False
 
 
-def flush_to_disk(file: BinaryIO) -> None:
+def flush_to_disk(file: IO[bytes]) -> None:
     """Make the contents of an open file survive a power loss."""
     file.flush()
     os.fsync(file.fileno())
@@ -80,3 +80,15 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The ranks of a machine fill a folder one after the other: the first does, the others find it.
+
+    The folder is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class JsonlStream:
     """UTF-8 bytes of the text under `json_key` of every line, each document ending with id 256.
 
     Opening parses every line once, to know how long its text is without the escapes of JSON; a
-    line is parsed again when it is read. Blank lines and empty texts are left out.
+    line is parsed again when it is read. Blank lines and empty texts are left out. `JsonlImage` is
+    the same without parsing again, where its file can be kept.
 
     Raises:
         DataError: a line is not an object with a text under `json_key`, or there is no text.
@@ -33,10 +35,7 @@ class JsonlStream:
         self._files_of = np.repeat(np.arange(len(lines)), [len(each) for each in lines])
         self._begins, self._line_sizes, self._text_sizes = np.concatenate(lines).T
         if len(self._begins) == 0:
-            raise DataError(
-                f"{files.paths[0]}: neither it nor the {len(lines) - 1} files beside it have text "
-                f"under {json_key!r}; check data.train and data.json_key"
-            )
+            raise no_text(files, json_key)
         self._ends = np.cumsum(self._text_sizes + 1)
 
     @property
@@ -90,16 +89,40 @@ class JsonlStream:
         return text
 
 
-def _scan(path: Path, json_key: str) -> IntArray:
-    """Begin and size of every line that has text, and the size of the text, [lines, 3]."""
-    found, begin = [], 0
+class Line(NamedTuple):
+    """A line that has text, and the text."""
+
+    begin: int
+    size: int
+    text: bytes
+
+
+def lines_of(path: Path, json_key: str) -> Iterator[Line]:
+    """The lines of a file that have text.
+
+    Raises:
+        DataError: a line is not an object with a text under `json_key`.
+    """
+    begin = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 text = _text_of(line, json_key, f"{path}:{number}")
                 if text:
-                    found.append((begin, len(line), len(text)))
+                    yield Line(begin, len(line), text)
             begin += len(line)
+
+
+def no_text(files: MappedFiles, json_key: str) -> DataError:
+    return DataError(
+        f"{files.paths[0]}: neither it nor the {len(files.paths) - 1} files beside it have text "
+        f"under {json_key!r}; check data.train and data.json_key"
+    )
+
+
+def _scan(path: Path, json_key: str) -> IntArray:
+    """Begin and size of every line that has text, and the size of the text, [lines, 3]."""
+    found = [(line.begin, line.size, len(line.text)) for line in lines_of(path, json_key)]
     return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 

@@ -275,9 +275,11 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
     tokens = windows.ids[:, :-1].astype(np.int64)
     labels = windows.ids[:, 1:].astype(np.int64)
     segments = windows.segment_ids
-    if segments is not None and segments[:, -1].any():
-        # The first token of a document has nothing before it in its document to follow from.
-        labels[segments[:, 1:] != segments[:, :-1]] = IGNORED_LABEL
+    if segments is not None:
+        starts = _starts(segments) if windows.starts is None else windows.starts
+        # The first token of a document has nothing before it in its document to follow from. Its
+        # label is one place before it, and rows of labels are one shorter.
+        labels.reshape(-1)[starts - 1 - starts // segments.shape[1]] = IGNORED_LABEL
     if lengths is not None:
         labels[np.arange(1, windows.ids.shape[1]) >= lengths[:, None]] = IGNORED_LABEL
     return Batch(
@@ -285,6 +287,13 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
         labels=_tensor(labels, pin=pin),
         segment_ids=None if segments is None else _tensor(segments[:, :-1], pin=pin),
     )
+
+
+def _starts(segments: npt.NDArray[np.int32]) -> IntArray:
+    """Where, in the flattened rows, a document begins inside a row."""
+    flat = segments.reshape(-1)
+    places = 1 + np.flatnonzero(flat[1:] != flat[:-1])
+    return places[places % segments.shape[1] > 0]
 
 
 def has_pinned_memory() -> bool:

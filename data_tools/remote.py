@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
-from data_tools.files import partial_path
+from data_tools.files import locked, partial_path
 
 _SUFFIXES = (".json", ".idx", ".bin")  # .bin last: with it a copy is complete
 
@@ -61,7 +58,7 @@ def _copy(url: str, folder: Path) -> Path:
     versions = [system.ukey(path + suffix) for suffix in suffixes]
     key = hashlib.sha256("\0".join([url, *versions]).encode()).hexdigest()[:32]
     prefix = folder / key / path.rstrip("/").rpartition("/")[2]
-    with _locked(folder / key):
+    with locked(folder / key):
         for suffix in suffixes:
             _fetch(system, path + suffix, prefix.with_name(prefix.name + suffix))
     return prefix
@@ -78,12 +75,3 @@ def _fetch(system: Any, source: str, target: Path) -> None:
             f"{source}: {size} bytes of {expected} arrived at {partial}; start again to copy it"
         )
     os.replace(partial, target)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The ranks of a machine copy one after the other: the first fetches, the others find it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

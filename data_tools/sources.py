@@ -12,7 +12,7 @@ from data_tools.config import DataConfig, SourceConfig
 from data_tools.corpus_info import read_info
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
-from data_tools.jsonl_stream import JsonlStream
+from data_tools.jsonl_image import open_jsonl
 from data_tools.remote import local_prefix
 from data_tools.token_dataset import IndexedStream
 from data_tools.token_stream import NamedStream, TokenStream
@@ -51,7 +51,7 @@ def open_sources(
 def _byte_stream(config: DataConfig, path: str) -> TokenStream:
     if config.documents == "jsonl":
         files = MappedFiles(expand_paths(path, suffixes=(".jsonl",)))
-        return JsonlStream(files, json_key=config.json_key or "text")
+        return open_jsonl(files, json_key=config.json_key or "text", cache_dir=config.cache_dir)
     files = MappedFiles(expand_paths(path))
     return ByteStream(files, blank_lines=config.documents == "blank_line")
 

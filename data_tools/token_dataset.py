@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.byte_dataset import ByteStream
 from data_tools.errors import DataError
 from data_tools.fim import FillInTheMiddle
 from data_tools.indexed import IndexedDataset
@@ -61,6 +62,7 @@ class Windows(NamedTuple):
 
     ids: TokenArray  # [n, s + 1]
     segment_ids: npt.NDArray[np.int32] | None  # int32 [n, s + 1]
+    starts: IntArray | None = None  # where, in the flattened rows, segment_ids goes up; if known
 
 
 class Places(NamedTuple):
@@ -146,17 +148,23 @@ def read_windows(
     stream: TokenStream, *, starts: IntArray, length: int, with_segments: bool
 ) -> Windows:
     """Read spans, and with `with_segments` number the documents inside each from 0."""
-    ids = stream.read(starts, length)
     if not with_segments:
-        return Windows(ids, None)
-    if stream.document_end is not None:
-        places = 1 + np.flatnonzero(ids == stream.document_end)
+        return Windows(stream.read(starts, length), None)
+    ends: IntArray | None
+    if isinstance(stream, ByteStream):
+        ids, ends = stream.read_with_ends(starts, length)  # no need to look for them
+    else:
+        ids, ends = stream.read(starts, length), None
+        if stream.document_end is not None:
+            ends = np.flatnonzero(ids == stream.document_end)
+    if ends is not None:
+        places = 1 + ends
         places = places[places % length > 0]  # an end in the last column starts nothing in its row
     else:
         found = zip(stream.document_starts(starts, length), starts.tolist(), strict=True)
         rows = [row * length + positions - begin for row, (positions, begin) in enumerate(found)]
         places = np.unique(np.concatenate(rows))  # an empty document starts where the next does
-    return Windows(ids, _segment_ids(places, ids.shape))
+    return Windows(ids, _segment_ids(places, ids.shape), places)
 
 
 def _segment_ids(places: IntArray, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
@@ -167,5 +175,5 @@ def _segment_ids(places: IntArray, shape: tuple[int, ...]) -> npt.NDArray[np.int
     bounds = np.sort(np.concatenate([np.arange(num_rows) * length, places]))
     rows = bounds // length
     numbers = np.arange(len(bounds)) - np.searchsorted(rows, np.arange(num_rows))[rows]
-    counts = np.diff(bounds, append=num_rows * length)
+    counts = np.concatenate([bounds[1:], [num_rows * length]]) - bounds
     return np.repeat(numbers.astype(np.int32), counts).reshape(shape)

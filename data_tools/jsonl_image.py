@@ -1,0 +1,139 @@
+"""The text of .jsonl files without JSON around it, kept in a file that later runs map.
+
+uint8 [tokens]      UTF-8 text of every document, each followed by 255, which UTF-8 never has
+uint8               zeros up to a multiple of 8
+int64 [documents]   where documents end in the first part, the 255 included
+int64               number of documents
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from array import array
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from data_tools.byte_dataset import BYTE_EOD, MappedFiles, find_document_starts
+from data_tools.errors import DataError
+from data_tools.files import flush_to_disk, locked
+from data_tools.indexed import bisect_right, map_file
+from data_tools.jsonl_stream import JsonlStream, lines_of, no_text
+from data_tools.permutation import IntArray, TokenArray
+from data_tools.remote import default_cache_dir
+from data_tools.token_stream import Span, TokenStream
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of the layout above
+_END = b"\xff"
+_WORD = 8  # bytes of an int64
+_NEEDED_SPACE = 2  # times the size of the files: an image must not fill a disk
+
+
+class JsonlImage:
+    """The tokens of `JsonlStream`, read from the image of its files: nothing is parsed."""
+
+    document_end = eod_id = BYTE_EOD
+
+    def __init__(self, image: Path, *, fingerprint: str) -> None:
+        data = np.frombuffer(map_file(image), dtype=np.uint8)
+        words = data[len(data) % _WORD :].view("<i8")
+        num_documents = int(words[-1])
+        self._ends = words[-1 - num_documents : -1]
+        self._bytes = data[: int(self._ends[-1])]
+        self.fingerprint = fingerprint
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._bytes) - len(self._ends)
+
+    def read(self, starts: IntArray, length: int) -> TokenArray:
+        found = np.empty((len(starts), length), dtype=np.uint8)
+        for row, start in zip(found, starts.tolist(), strict=True):
+            row[:] = self._bytes[start : start + length]
+        return np.add(found, found == _END[0], dtype=np.uint16)  # 255 becomes BYTE_EOD
+
+    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
+        return [find_document_starts(self, begin, length) for begin in begins.tolist()]
+
+    def document_at(self, place: int) -> Span:
+        index = int(bisect_right(self._ends, np.array([place]))[0])
+        return Span(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+
+
+def open_jsonl(files: MappedFiles, *, json_key: str, cache_dir: str | None) -> TokenStream:
+    """The image of the files, made by the first of a machine's processes that needs it.
+
+    Where none can be kept, lines are parsed whenever they are read.
+
+    Raises:
+        DataError: a line is not an object with a text under `json_key`, or there is no text.
+    """
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    try:
+        image = _find_or_make(files, json_key, folder)
+    except OSError as error:
+        logger.warning(
+            "%s: %s; lines are parsed whenever they are read, which is slower: set data.cache_dir",
+            folder,
+            error.strerror or error,
+        )
+        return JsonlStream(files, json_key=json_key)
+    return JsonlImage(image, fingerprint=f"{files.fingerprint}-jsonl-{json_key}")
+
+
+def _find_or_make(files: MappedFiles, json_key: str, folder: Path) -> Path:
+    key = _key(files, json_key)
+    image = folder / key / "text"
+    with locked(folder / key):
+        if image.exists():
+            return image
+        needed = _NEEDED_SPACE * int(files.sizes.sum())
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, f"less than {needed / 1e9:.1f} GB free")
+        # Not `replace_atomically`: where a file system does not lock, each machine writes its own.
+        with tempfile.NamedTemporaryFile(dir=image.parent, delete=False) as file:
+            try:
+                _write(files, json_key, file)
+                flush_to_disk(file)
+                if _key(files, json_key) != key:
+                    raise DataError(
+                        f"{files.paths[0]} or a file beside it has changed while it was read; do "
+                        "not change files that are in use"
+                    )
+                os.replace(file.name, image)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    return image
+
+
+def _key(files: MappedFiles, json_key: str) -> str:
+    """Names an image after the files, as they are now, that it is made of."""
+    stats = [(os.path.abspath(path), os.stat(path)) for path in files.paths]
+    identity = [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256(repr((_VERSION, json_key, identity)).encode()).hexdigest()[:32]
+
+
+def _write(files: MappedFiles, json_key: str, file: IO[bytes]) -> None:
+    ends, end = array("q"), 0
+    for path in files.paths:
+        for line in lines_of(path, json_key):
+            file.write(line.text + _END)
+            end += len(line.text) + 1
+            ends.append(end)
+    if not ends:
+        raise no_text(files, json_key)
+    file.write(bytes(-end % _WORD))
+    file.write(np.array([*ends, len(ends)], dtype="<i8").tobytes())
