@@ -1,4 +1,4 @@
-"""The text of one field of .jsonl files as a byte stream; nothing is written."""
+"""The text of one field of .jsonl files as a byte stream, parsed whenever it is read."""
 
 from __future__ import annotations
 

@@ -66,6 +66,8 @@ def _row(
     label: str, path: Path, settings: dict[str, Any], length: int, data: np.ndarray
 ) -> tuple[str, ...]:
     rows = BATCH_TOKENS // length
+    if settings.get("documents") == "jsonl":
+        settings = {**settings, "cache_dir": str(path.parent / "cache")}
     config = DataConfig.model_validate(
         {
             "kind": "bytes",
