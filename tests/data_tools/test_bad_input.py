@@ -115,7 +115,8 @@ def test_vocabulary_with_holes_gets_a_dtype_for_its_largest_id(tmp_path: Path) -
     ("workers", "megabytes", "message"),
     [
         ("1", "3", r"cannot write shard .*No space left on device.*free space.*are done and kept"),
-        ("2", "3", r"cannot write shard .*No space left on device.*free space.*are done and kept"),
+        # Of two shards at a time none may be finished when the disk is full.
+        ("2", "3", r"cannot write shard .*No space left on device.*free space"),
         ("1", "20", r"out: cannot be written .No space left on device.; free as much .*same comma"),
     ],
 )
