@@ -25,7 +25,6 @@ with warnings.catch_warnings():
         vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy,
     )
 
-copy_to_tensor_region = _mappings.copy_to_tensor_model_parallel_region
 gather_from_sequence_region = _mappings.gather_from_sequence_parallel_region
 scatter_to_sequence_region = _mappings.scatter_to_sequence_parallel_region
 
@@ -61,8 +60,30 @@ def column_linear(
     )
 
 
+def copy_to_tensor_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """The same tensor; in backward the sum of its gradients over tensor ranks.
+
+    Megatron-Core 0.16.1 (mappings.py, `_reduce`) returns a non-contiguous gradient unreduced, and
+    reduces others in place, which autograd may have given to another operation as well.
+    """
+    return _CopyToTensorRegion.apply(x, group)
+
+
+class _CopyToTensorRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
 def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum partial results over tensor ranks; identity in backward.
+    """Sum partial results over tensor ranks, overwriting a contiguous x; identity in backward.
 
     Megatron-Core 0.16.1 returns a non-contiguous input unreduced (mappings.py, `_reduce`).
     """

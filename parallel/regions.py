@@ -89,7 +89,8 @@ def sum_over_tensor_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
         return x
     from parallel import megatron
 
-    return megatron.reduce_from_tensor_region(x, group=ctx.tensor.group)
+    own = x.clone(memory_format=torch.contiguous_format)  # it is overwritten
+    return megatron.reduce_from_tensor_region(own, group=ctx.tensor.group)
 
 
 def sum_over_sequence_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:

@@ -66,7 +66,15 @@ class RotaryTable:
         return Rotation(*(table[start : start + length] for table in self.on(device)))
 
     def gather(self, positions: Tensor) -> Rotation:
-        """Rotation of the given positions [b, s]: [b, 1, s, d]."""
+        """Rotation of the given positions [b, s]: [b, 1, s, d].
+
+        Raises:
+            ValueError: a position is not in the table.
+        """
+        # Positions count tokens of a row, so only a longer row than the table can leave it: the
+        # look at the numbers, for which a GPU has to wait, is rare.
+        if positions.shape[1] > self.max_positions and not positions.is_meta:
+            self.at(positions.device, start=int(positions.max()), length=1)
         return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
 
     def _compute(self, device: torch.device) -> Rotation:

@@ -144,6 +144,24 @@ class MemoryCache:
         yield self.summaries
 
 
+class _RollbackLimit:
+    """How far back a cache may be taken: `max_rollback` tokens from the most that it has ever held,
+    in however many steps. What has been dropped for those tokens does not come back."""
+
+    def __init__(self, max_rollback: int) -> None:
+        self.max_rollback = max_rollback
+        self._most = 0
+
+    def check(self, current: int, length: int) -> None:
+        """Raises ValueError where a cache of `current` tokens cannot be taken back to `length`."""
+        self._most = max(self._most, current)
+        if not max(0, self._most - self.max_rollback) <= length <= current:
+            raise ValueError(
+                f"cannot roll a cache of length {current} back to {length}; at most segment_len="
+                f"{self.max_rollback} tokens can be taken back, and it has held {self._most}"
+            )
+
+
 class BlockCache:
     """Everything one block keeps: a member is None where the block has no such path or state."""
 
@@ -157,23 +175,19 @@ class BlockCache:
         max_rollback: int,
     ) -> None:
         self.length = 0
-        self.max_rollback = max_rollback
+        self._limit = _RollbackLimit(max_rollback)
         self.long, self.local, self.memory, self.emotion = long, local, memory, emotion
         # Keys and values of what does not grow, by path; made by the first call.
         self.static: dict[str, Slots] = {}
         self.num_sinks = 0 if long is None else long.length
 
     def rollback(self, length: int) -> None:
-        """Forget every token from `length` on; at most `max_rollback` tokens.
+        """Forget every token from `length` on.
 
         Raises:
-            ValueError: that is further back than what is kept.
+            ValueError: that is more than `max_rollback` tokens before the most that it has held.
         """
-        if not 0 <= self.length - length <= self.max_rollback or length < 0:
-            raise ValueError(
-                f"cannot roll a cache of length {self.length} back to {length}; at most "
-                f"segment_len={self.max_rollback} tokens can be taken back"
-            )
+        self._limit.check(self.length, length)
         if self.long is not None:
             self.long.rollback(self.num_sinks + length)
         for history in (*(self.local or ()), self.emotion):
@@ -201,7 +215,24 @@ class EmbeddingCache:
         self.emotion = History(max_rollback + 1)
         self.bank: Tensor | None = None
         self.modality: Tensor | None = None
+        self._limit = _RollbackLimit(max_rollback)
+        self._given: frozenset[str] | None = None  # beside tokens, with the first of them
+
+    def check_given(self, names: frozenset[str]) -> None:
+        """Refuse inputs that a generation began without; those of its first call may come again.
+
+        Raises:
+            ValueError: `names` has one that was not there in the first call.
+        """
+        if self._given is None:
+            self._given = names
+        if late := sorted(names - self._given):
+            raise ValueError(
+                f"{', '.join(late)} came after the first tokens of a generation, which has begun "
+                "without; give it with the first tokens, to a new cache"
+            )
 
     def rollback(self, length: int) -> None:
-        """Forget every token from `length` on."""
+        """Forget every token from `length` on, with the limit of `BlockCache.rollback`."""
+        self._limit.check(self.emotion.length, length)
         self.emotion.rollback(length)

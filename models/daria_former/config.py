@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from models.common.config import PositiveFloat, PositiveInt
 
@@ -105,6 +112,15 @@ class DariaFormerConfig(BaseModel):
     audio_max_len: PositiveInt = 3000
     audio_conv_channels: PositiveInt = 256
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.copy()
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:
+            # pydantic (2.14) runs the check below on the changed object and leaves it changed.
+            self.__dict__.update(before)
+            raise
+
     @model_validator(mode="after")
     def _check(self) -> DariaFormerConfig:
         _check_heads(self)
@@ -181,8 +197,8 @@ class DariaFormerConfig(BaseModel):
 
         `esv_sites` updates are spread evenly over the layers, the last one after the last layer.
         """
-        interval = max(1, self.num_layers // self.esv_sites)
-        return (layer + 1) % interval == 0 or layer + 1 == self.num_layers
+        sites, layers = self.esv_sites, self.num_layers
+        return (layer + 1) * sites // layers > layer * sites // layers
 
     @property
     def is_noisy(self) -> bool:

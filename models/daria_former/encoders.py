@@ -45,7 +45,7 @@ class ImageEncoder(nn.Module):
                 f"images of shape {list(images.shape)} must be [batch, {self.channels}, height, "
                 "width] (image_channels); convert them first"
             )
-        if images.shape[2] % self.patch or images.shape[3] % self.patch:
+        if any(side == 0 or side % self.patch for side in images.shape[2:]):
             raise ValueError(
                 f"images of shape {list(images.shape)}: height and width must be multiples of "
                 f"image_patch_size={self.patch}; resize or crop them"

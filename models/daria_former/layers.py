@@ -98,6 +98,10 @@ class DariaEmbedding(nn.Module):
                 f"{'None' if given.segment_ids is None else 'a tensor'}; "
                 "build the model as the data is"
             )
+        _check_vectors(given, self.config)
+        if cache is not None:
+            optional = ("images", "audio", "persona", "emotion")
+            cache.check_given(frozenset(x for x in optional if getattr(given, x) is not None))
         hidden = self.tokens(given.tokens)
         positions = None
         if given.segment_ids is not None:
@@ -281,6 +285,17 @@ class DariaHead(nn.Module):
         keys = own_sequence(carry.keys.T, ctx=self.ctx)
         stream = STREAMS * self.config.num_layers
         return normal(keys, self.config.hidden_dim, stream=stream)
+
+
+def _check_vectors(given: DariaInputs, config: DariaFormerConfig) -> None:
+    """Refuse a persona or an emotion state that is not one vector for every row, or for all."""
+    for name, size in (("persona", config.persona_dim), ("emotion", config.emotion_dim)):
+        value, rows = getattr(given, name), len(given.tokens)
+        if value is not None and tuple(value.shape) not in ((rows, size), (1, size)):
+            raise ValueError(
+                f"{name} of shape {list(value.shape)} with {rows} rows of tokens must be "
+                f"[{rows}, {size}] ({name}_dim); give one vector for every row"
+            )
 
 
 def document_starts(positions: Tensor | None) -> Tensor | None:

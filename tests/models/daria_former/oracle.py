@@ -37,15 +37,16 @@ def logits(
     *,
     modality: Tensor | None = None,
     persona: Tensor | None = None,
+    initial: Tensor | None = None,
 ) -> Tensor:
-    """Logits [s, V] of one document `tokens` [s]."""
+    """Logits [s, V] of one document `tokens` [s]; `initial` [E]: the emotion state before it."""
     p = _Scope(parameters)
     e = p.below("embedding")
     x = e("tokens.weight")[tokens]
     router, priors = e.below("router"), x.new_zeros(len(x), 1)
     if router.has("weight"):
         priors = _rms(x, router("norm.weight"), config) @ router("weight").T + router("bias")
-    emotion = _site(config, e.below("emotion"), x, None)
+    emotion = _site(config, e.below("emotion"), x, None, initial)
     bank = {}
     if config.has("memory") and config.persistent_memory_slots:
         bank["keys"], bank["values"] = e("persistent").chunk(2)
@@ -88,12 +89,19 @@ def _adaptive(config: DariaFormerConfig, p: _Scope, x: Tensor, emotion: Tensor) 
     return y * (1 + emotion @ p("scale").T) + emotion @ p("shift").T
 
 
-def _site(config: DariaFormerConfig, p: _Scope, x: Tensor, previous: Tensor | None) -> Tensor:
+def _site(
+    config: DariaFormerConfig,
+    p: _Scope,
+    x: Tensor,
+    previous: Tensor | None,
+    initial: Tensor | None = None,
+) -> Tensor:
     gates = _rms(x, p("norm.weight"), config) @ p("input").T
     gates = gates + torch.cat((p("write_bias"), p("bias")))
     if previous is not None:
         gates = gates + previous @ p("previous").T
-    size, state, states = config.emotion_dim, x.new_zeros(config.emotion_dim), []
+    size, states = config.emotion_dim, []
+    state = x.new_zeros(size) if initial is None else initial.double()
     for row in gates:
         if config.esv_mode == "mingru":
             z, c = torch.sigmoid(row[:size]), torch.tanh(row[size:])
