@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 
+from parallel.cpu import prepare_environment
 from tests.benchmarks.timing import machine
 
 NAMES = ("recall", "mood", "language", "cost")
@@ -17,6 +18,7 @@ def main() -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default 3)")
     options = parser.parse_args()
+    prepare_environment()  # as a run does
     study = importlib.import_module(f"tests.evidence.{options.name}")
     print(f"## {options.name}\n\n{machine()}, seeds 0 to {options.seeds - 1}\n", flush=True)
     for table in study.tables(options.seeds):
