@@ -13,6 +13,9 @@ from parallel.precision import as_fp32
 from parallel.regions import all_reduced
 
 IGNORED_LABEL = -100
+# A log-probability whose exponential is 0 in fp32, and which times 0 is 0, unlike that of a column
+# of -inf.
+_LEAST_LOG = -1e4
 
 # Logits that are in fp32 at a time: what the cache of a CPU core holds, or enough to fill a GPU.
 _CHUNK_SIZE = {"cpu": 1 << 19, "cuda": 1 << 25}
@@ -142,7 +145,7 @@ class _ChunkedBoth(torch.autograd.Function):
         normalizers, sums = [], []
         for x in logits.split(rows):
             normalizer = as_fp32(x).logsumexp(dim=-1, keepdim=True)
-            log_p = x - normalizer
+            log_p = (x - normalizer).clamp_(min=_LEAST_LOG)
             sums.append(torch.linalg.vecdot(log_p.exp(), log_p))
             normalizers.append(normalizer.squeeze(-1))
         normalizer, entropies = torch.cat(normalizers), -torch.cat(sums)
@@ -166,7 +169,7 @@ class _ChunkedBoth(torch.autograd.Function):
             strict=True,
         )
         for out, x, target, normalizer, entropy, of_loss, of_entropy in chunks:
-            log_p = x - normalizer
+            log_p = (x - normalizer).clamp_(min=_LEAST_LOG)
             # p (dloss - H dH) - p log p dH
             factor = torch.addcmul(of_loss - entropy * of_entropy, log_p, of_entropy, value=-1.0)
             out.copy_(log_p.exp_().mul_(factor).scatter_add_(-1, target, -of_loss))

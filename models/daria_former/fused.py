@@ -145,7 +145,7 @@ class _MixPaths(torch.autograd.Function):
         for p, (x, gain, inverse) in enumerate(zip(readouts, gains, inverses, strict=True)):
             weight = gates[..., p : p + 1] * inverse
             products = g * x
-            along = torch.matmul(products, gain.unsqueeze(-1)).float()
+            along = torch.matmul(products, gain.unsqueeze(-1)).to(weight.dtype)
             per_head = torch.matmul(weight.to(x.dtype).mT, products)  # [b, n, 1, d]
             gain_gradients.append(per_head.sum(dim=0).squeeze(1))
             gate_gradients.append(along * inverse)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from parallel import cross_entropy
 from parallel.context import ParallelContext
 from parallel.cross_entropy import (
@@ -78,49 +81,89 @@ def test_a_label_beyond_the_vocabulary_is_an_error():
         vocab_parallel_cross_entropy(logits, labels, ctx=CTX)
 
 
-def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    log_p = logits.log_softmax(dim=-1)
-    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+def _both_in_fp64(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, entropies, and the logits that autograd differentiates."""
+    x = logits.detach().double().requires_grad_()
+    log_p = x.log_softmax(dim=-1)
+    scored = labels.T != -100
+    own = -log_p.gather(-1, labels.T.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
+    return own.masked_fill(~scored, 0.0), -(log_p.exp() * finite).sum(dim=-1), x
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True], ids=["all columns", "columns of -inf"])
 @pytest.mark.parametrize("chunk_size", [1, 200, 1 << 20])
-def test_entropies_and_losses_together_equal_their_equations(chunk_size, monkeypatch):
+def test_cross_entropy_and_entropy_equal_the_equations_alone_and_together(
+    chunk_size, masked, dtype, monkeypatch
+):
     monkeypatch.setitem(cross_entropy._CHUNK_SIZE, "cpu", chunk_size)
-    logits, labels = _inputs(torch.float32)
-    exact = logits.detach().double().requires_grad_()
-    upstream = torch.randn(2, 7, 3)
-    losses, entropies = cross_entropy_and_entropy(logits, labels, ctx=CTX)
-    wide = F.cross_entropy(exact.permute(1, 2, 0), labels, reduction="none", ignore_index=-100).T
-    torch.testing.assert_close(losses.double(), wide, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropies.double(), _entropy(exact), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(vocab_parallel_entropy(logits, ctx=CTX), entropies)
-    (found,) = torch.autograd.grad((losses * upstream[0] + entropies * upstream[1]).sum(), logits)
-    total = (wide * upstream[0] + _entropy(exact) * upstream[1]).sum()
-    (expected,) = torch.autograd.grad(total, exact)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    alone = vocab_parallel_entropy(logits, ctx=CTX)
-    (found,) = torch.autograd.grad((alone * upstream[1]).sum(), logits)
-    (expected,) = torch.autograd.grad((_entropy(exact) * upstream[1]).sum(), exact)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    logits, labels = _inputs(dtype)
+    if masked:
+        logits = logits.detach().clone()
+        logits[..., 43:] = -torch.inf
+        logits.requires_grad_()
+        labels = labels.clamp(max=42)
+    of_losses, of_entropies = torch.randn(7, 3), torch.randn(7, 3)
+    losses, entropies, x = _both_in_fp64(logits, labels)
+    (expected,) = torch.autograd.grad(
+        (losses * of_losses).sum() + (entropies * of_entropies).sum(), x
+    )
+    together = cross_entropy_and_entropy(logits, labels, ctx=CTX)
+    alone = (
+        vocab_parallel_cross_entropy(logits, labels, ctx=CTX),
+        vocab_parallel_entropy(logits, ctx=CTX),
+    )
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for found in (together, alone):
+        assert found[0].dtype == found[1].dtype == torch.float32
+        torch.testing.assert_close(found[0].double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1].double(), entropies, rtol=1e-5, atol=1e-5)
+        total = (found[0] * of_losses).sum() + (found[1] * of_entropies).sum()
+        (gradient,) = torch.autograd.grad(total, logits)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def _rank_entropy() -> tuple[torch.Tensor, torch.Tensor]:
+def test_the_entropy_of_certain_and_of_even_predictions():
+    certain = torch.tensor([[[1e4, 0.0, -1e4]], [[0.0, 0.0, 0.0]]], requires_grad=True)
+    for entropies in (
+        vocab_parallel_entropy(certain, ctx=CTX),
+        cross_entropy_and_entropy(certain, torch.zeros(1, 2, dtype=torch.int64), ctx=CTX)[1],
+    ):
+        torch.testing.assert_close(entropies, torch.tensor([[0.0], [math.log(3)]]))
+        (gradient,) = torch.autograd.grad(entropies.sum(), certain)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0.0, atol=1e-6)
+
+
+def _shared_vocabulary(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two ranks with 25 columns and 25, of which the last 7 only pad."""
     ctx = ParallelContext.from_world(tensor=2)
-    logits, _ = _inputs(torch.float32)
-    padded = F.pad(logits.detach(), (0, 2), value=-torch.inf)  # columns that pad the vocabulary
-    own = padded.chunk(2, dim=-1)[ctx.tensor.rank].contiguous().requires_grad_()
-    entropies = vocab_parallel_entropy(own, ctx=ctx)
-    entropies.square().sum().backward()
-    return entropies.detach(), own.grad
+    logits, labels = _inputs(dtype)
+    logits = logits.detach().clone()
+    logits[..., 43:] = -torch.inf
+    own = logits.chunk(2, dim=-1)[ctx.tensor.rank].contiguous().requires_grad_()
+    before = own.detach().clone()
+    losses, entropies = cross_entropy_and_entropy(own, labels.clamp(max=42), ctx=ctx)
+    (losses.square().sum() + entropies.square().sum()).backward()
+    assert torch.equal(own, before)
+    return losses.detach(), entropies.detach(), own.grad
 
 
-def test_ranks_that_share_a_vocabulary_find_its_entropy():
-    logits, _ = _inputs(torch.float32)
-    expected = _entropy(logits)
-    expected.square().sum().backward()
-    results = run_ranks(_rank_entropy, 2)
-    for entropies, _ in results:
-        torch.testing.assert_close(entropies, expected.detach(), rtol=1e-5, atol=1e-5)
-    gradient = torch.cat([own for _, own in results], dim=-1)
-    torch.testing.assert_close(gradient[..., :50], logits.grad, rtol=1e-4, atol=1e-5)
-    assert (gradient[..., 50:] == 0).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_that_share_the_vocabulary_get_the_values_and_gradients_of_the_whole(dtype):
+    logits, labels = _inputs(dtype)
+    logits = logits.detach().clone()
+    logits[..., 43:] = -torch.inf
+    losses, entropies, x = _both_in_fp64(logits, labels.clamp(max=42))
+    (losses.square().sum() + entropies.square().sum()).backward()
+    results = run_ranks(_shared_vocabulary, 2, dtype)
+    for found in results:
+        torch.testing.assert_close(found[0].double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1].double(), entropies, rtol=1e-5, atol=1e-5)
+    gradient = torch.cat([found[2] for found in results], dim=-1)
+    assert gradient.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
+    torch.testing.assert_close(gradient.double(), x.grad, rtol=tolerance, atol=tolerance)

@@ -146,3 +146,13 @@ def test_every_document_sees_the_sinks():
     allowed = torch.cat((torch.ones(20, 3, dtype=torch.bool), same), dim=1)
     actual = packed_attention(q, k, v, positions_in_segments(segments), num_sinks=3)
     _assert_values_and_gradients_equal(actual, _eager(q, k, v, allowed), (q, k, v))
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 63, 65])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 90), (2, 90), (70, 90), (130, 400)])
+def test_keys_far_before_the_window_are_not_seen(queries, keys, window):
+    q, k, v = _qkv(4, 2, queries, keys)
+    distance = torch.arange(keys - queries, keys).unsqueeze(1) - torch.arange(keys)
+    allowed = (distance >= 0) & (distance < window)
+    actual = windowed_attention(q, k, v, window=window)
+    _assert_values_and_gradients_equal(actual, _eager(q, k, v, allowed), (q, k, v))

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 
-from models.common.norms import RMSNorm
+from models.common.norms import RMSNorm, _RMSNorm, rms_norm
 from parallel.context import ParallelContext
 
 
@@ -50,3 +51,23 @@ def test_bf16_input_is_squared_and_summed_in_fp32():
     x[..., 0] = 30.0
     expected = x.float() / x.float().square().mean(-1, keepdim=True).add(1e-5).sqrt()
     assert torch.equal(norm(x), expected.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 2, 8), (2, 3, 4, 8)])
+def test_the_gradients_of_its_own_pass_the_numerical_check(shape):
+    x = torch.randn(*shape, 2, dtype=torch.float64)[..., 0].requires_grad_()  # strided
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-3), (x, weight))
+    expected = weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-3), expected)
+
+
+def test_a_norm_without_weight_is_one_with_ones():
+    x = torch.randn(4, 3, 8)
+    torch.testing.assert_close(rms_norm(x, None, eps=1e-5), rms_norm(x, torch.ones(8), eps=1e-5))
+
+
+def test_zeros_have_a_finite_gradient():
+    x = torch.zeros(2, 8, requires_grad=True)
+    rms_norm(x, torch.ones(8), eps=1e-6).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((2, 8), 1e3))

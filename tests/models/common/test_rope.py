@@ -115,3 +115,20 @@ def test_positions_begin_anew_wherever_the_segment_id_changes():
     positions = positions_in_segments(segments)
     assert positions.dtype == torch.int32
     assert positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+
+
+def test_the_gradient_passes_the_numerical_check_for_strided_heads():
+    table = RotaryTable(8, 16, theta=100.0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    for rotation in (
+        table.at(CPU, start=2, length=5),
+        table.gather(torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])),
+    ):
+        assert torch.autograd.gradcheck(lambda x, r=rotation: rotate(x, r), (x,))
+
+
+def test_packed_rows_may_be_longer_than_the_table_but_not_their_documents():
+    table = RotaryTable(8, 16, theta=100.0)
+    table.gather(torch.arange(10).repeat(2).view(1, 20))
+    with pytest.raises(ValueError, match="position 19 is beyond max_position_embeddings=16"):
+        table.gather(torch.arange(20).view(1, 20))

@@ -1,4 +1,4 @@
-"""The parts of a block and of the loss, each against its equation."""
+"""Emotion, noise and losses, each against its equation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from models.common.norms import rms_norm
 from models.daria_former.emotion import scan
-from models.daria_former.fused import mix_paths, multiply_add, scaled_heads, weighted_sum
 from models.daria_former.losses import (
     emotion_smoothness,
     emotion_variance,
@@ -35,59 +33,6 @@ def _doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def test_scaled_heads():
-    x, gain = _doubles((5, 2, 3, 4), (3, 4))
-    assert torch.equal(scaled_heads(x, gain), (x * gain).permute(1, 2, 0, 3))
-    assert gradcheck(scaled_heads, (x, gain))
-
-
-def test_multiply_add():
-    tensors = _doubles((3, 2, 4), (3, 2, 4), (3, 2, 4))
-    a, b, c = tensors
-    torch.testing.assert_close(multiply_add(a, b, c, scale=0.3), a + 0.3 * b * c)
-    assert gradcheck(lambda *t: multiply_add(*t, scale=0.3), tensors)
-
-
-def test_weighted_sum():
-    weights, *parts = _doubles((3, 2, 3), (3, 2, 4), (3, 2, 4), (3, 2, 4))
-    expected = sum(weights[..., i : i + 1] * part for i, part in enumerate(parts))
-    torch.testing.assert_close(weighted_sum(parts, weights), expected)
-    assert gradcheck(lambda w, *p: weighted_sum(p, w), (weights, *parts))
-
-
-def test_mixing_of_paths():
-    gates, x, y, g, h = _doubles((2, 3, 4, 2), (2, 3, 4, 6), (2, 3, 4, 6), (3, 6), (3, 6))
-
-    def eager(gates, x, y, g, h):
-        parts = zip(gates.unbind(-1), (x, y), (g, h), strict=True)
-        mixed = sum(w.unsqueeze(-1) * _rms(z, 1e-2) * gain.unsqueeze(1) for w, z, gain in parts)
-        return mixed.permute(2, 0, 1, 3)
-
-    inputs = (gates, x, y, g, h)
-    upstream = torch.randn(4, 2, 3, 6, dtype=torch.float64)
-    mixed, expected = mix_paths([x, y], gates, [g, h], eps=1e-2), eager(*inputs)
-    # 1 / rms is rounded to fp32, in which activations are at most.
-    torch.testing.assert_close(mixed, expected, rtol=1e-6, atol=1e-6)
-    found = torch.autograd.grad(mixed, inputs, upstream)
-    for gradient, wanted in zip(
-        found, torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_rms_norm_and_its_gradients_are_those_of_torch():
-    x, weight = (t.detach().float().requires_grad_() for t in _doubles((3, 2, 8), (8,)))
-    upstream = torch.randn(3, 2, 8)
-    ours, theirs = rms_norm(x, weight, eps=1e-5), F.rms_norm(x, (8,), weight, 1e-5)
-    torch.testing.assert_close(ours, theirs)
-    for a, b in zip(
-        torch.autograd.grad(ours, (x, weight), upstream),
-        torch.autograd.grad(theirs, (x, weight), upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 50])

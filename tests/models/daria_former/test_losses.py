@@ -1,0 +1,177 @@
+"""The losses beside the cross entropy, at every layout as their equations in fp64 say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
+from models.base import TokenInputs
+from models.daria_former.losses import (
+    emotion_smoothness,
+    mean_gates,
+    memory_consistency,
+    repetition,
+)
+from models.daria_former.model import FAMILY
+from parallel.context import ParallelContext
+from parallel.regions import own_sequence
+from tests.distributed import run_ranks
+from tests.models.daria_former.test_model import _build, _config, _tokens
+
+S, B, H, HEADS, D, E, PATHS = 12, 2, 6, 4, 3, 5, 3
+POSITIONS = torch.tensor([[*range(5), *range(7)], [0, *range(11)]], dtype=torch.int32)
+# The dimension that tensor ranks share: heads, the columns of W_o, and of y and x the tokens.
+SHARED = {"gates": 2, "readout": 1, "weight": 1}
+TOKENS = ("x", "y")
+
+
+def _inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = {
+        "gates": (S, B, HEADS, PATHS), "readout": (B, HEADS, S, D), "x": (S, B, H),
+        "weight": (H, HEADS * D), "y": (S, B, H), "emotion": (S, B, E),
+    }  # fmt: skip
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    found["y"][:, 0] = 1.0 + 0.2 * found["y"][:, 0]  # neighbours are alike
+    return found
+
+
+def _losses(t: dict[str, Tensor], positions: Tensor | None, ctx: ParallelContext) -> Tensor:
+    projection = SimpleNamespace(weight=t["weight"])
+    return torch.stack(
+        [
+            mean_gates(t["gates"], HEADS, ctx=ctx).square().sum(),
+            memory_consistency(t["readout"], t["x"], projection, segment_len=5, ctx=ctx),
+            repetition(t["y"], positions, ctx=ctx),
+            emotion_smoothness(t["emotion"], positions, ctx=ctx),
+        ]
+    )
+
+
+def _equations(t: dict[str, Tensor], positions: Tensor | None) -> Tensor:
+    memory, alike, steps = [], [], []
+    for b in range(B):
+        for c in (slice(0, 5), slice(5, 10)):
+            written = t["weight"] @ t["readout"][b, :, c].mean(dim=1).flatten()
+            x = t["x"][c, b].detach()
+            target = (x / x.square().mean(-1, keepdim=True).sqrt()).mean(dim=0)
+            memory.append(1 - F.cosine_similarity(written, target, dim=0))
+        for i in range(S - 1):
+            if positions is None or positions[b, i + 1] > 0:
+                y, e = t["y"][i : i + 2, b], t["emotion"][i : i + 2, b]
+                alike.append((F.cosine_similarity(y[0], y[1], dim=0) - 0.9).relu())
+                steps.append((e[1] - e[0]).square().sum())
+    gates = t["gates"].mean(dim=(0, 1, 2)).square().sum()
+    return torch.stack([gates, *(torch.stack(x).mean() for x in (memory, alike, steps))])
+
+
+def _local(tensors: dict[str, Tensor], ctx: ParallelContext) -> dict[str, Tensor]:
+    size, rank, local = ctx.tensor.size, ctx.tensor.rank, {}
+    for name, value in tensors.items():
+        if name in SHARED:
+            value = value.chunk(size, dim=SHARED[name])[rank]
+        elif name in TOKENS:
+            value = own_sequence(value, ctx=ctx)
+        local[name] = value.clone().requires_grad_()
+    return local
+
+
+def _measure(
+    positions: Tensor | None, tensor: int, sequence_parallel: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    ctx = ParallelContext.single()
+    if tensor > 1:
+        ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
+    local = _local(_inputs(), ctx)
+    losses = _losses(local, positions, ctx)
+    losses.sum().backward()
+    return losses.detach(), {n: t.grad for n, t in local.items() if t.grad is not None}
+
+
+def _merged(gradients: list[dict[str, Tensor]], sequence_parallel: bool) -> dict[str, Tensor]:
+    """By the conventions of parallel.regions."""
+    merged = {}
+    for name in gradients[0]:
+        parts = [g[name] for g in gradients]
+        if name in SHARED:
+            merged[name] = torch.cat(parts, dim=SHARED[name])
+        elif name in TOKENS and sequence_parallel:
+            merged[name] = torch.cat(parts)
+        else:
+            merged[name] = sum(parts) if sequence_parallel else parts[0]
+    return merged
+
+
+@pytest.mark.parametrize("positions", [None, POSITIONS], ids=["one document", "documents"])
+@pytest.mark.parametrize(
+    ("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2+SP"]
+)
+def test_values_and_gradients_are_those_of_the_equations_at_every_layout(
+    tensor, sequence_parallel, positions
+):
+    whole = {name: x.double().requires_grad_() for name, x in _inputs().items()}
+    expected = _equations(whole, positions)
+    assert (expected > 0.01).all()
+    expected.sum().backward()
+    options = (positions, tensor, sequence_parallel)
+    results = [_measure(*options)] if tensor == 1 else run_ranks(_measure, tensor, *options)
+    for losses, _ in results:
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = _merged([g for _, g in results], sequence_parallel)
+    assert gradients.keys() == {name for name, x in whole.items() if x.grad is not None}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.double(), whole[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_to_compare_costs_nothing():
+    ctx = ParallelContext.single()
+    inputs = _inputs()
+    starts = torch.zeros(B, S, dtype=torch.int32)  # every token is a document
+    assert repetition(inputs["y"], starts, ctx=ctx) == 0
+    assert emotion_smoothness(inputs["emotion"], starts, ctx=ctx) == 0
+    assert repetition(inputs["y"][:1], None, ctx=ctx) == 0
+    assert repetition(torch.randn(S, B, 64), None, ctx=ctx) == 0  # no neighbours are alike
+    still = torch.ones(S, B, 4, requires_grad=True)
+    assert repetition(still, None, ctx=ctx).item() == pytest.approx(0.1)
+    assert emotion_smoothness(still, None, ctx=ctx) == 0
+
+
+def test_hidden_states_of_zeros_have_finite_gradients():
+    y = torch.zeros(S, B, H, requires_grad=True)
+    repetition(y, None, ctx=ParallelContext.single()).backward()
+    assert (y.grad == 0).all()
+
+
+def test_the_total_is_the_weighted_sum_and_the_measurements_are_not_in_it():
+    weights = {
+        "emotion_loss": 0.3, "repetition_loss": 0.2, "rhythm_loss": 0.5, "memory_loss": 0.7,
+        "gate_loss": 0.9,
+    }  # fmt: skip
+    settings = {name + "_weight": w for name, w in weights.items() if name != "gate_loss"}
+    config = _config(gate_balance_weight=0.9, **settings)
+    model, tokens = _build(config).train(), _tokens(21, batch=2)
+    labels = tokens[:, 1:].clone()
+    labels[0, :7] = -100
+    output = model(TokenInputs(tokens[:, :-1]))
+    total, terms = FAMILY.loss(output, labels, config=config, ctx=model.ctx)
+    nats = F.cross_entropy(output.logits.flatten(0, 1), labels.T.flatten())
+    log_p = output.logits.double().log_softmax(dim=-1)
+    spread = (log_p.exp() * log_p).sum(dim=-1).var(dim=0, correction=0)
+    assert terms["lm_loss"].item() == pytest.approx(nats.item(), rel=1e-5)
+    assert terms["rhythm_loss"].item() == pytest.approx((1 - spread).relu().mean().item(), rel=1e-4)
+    expected = terms["lm_loss"] + sum(w * terms[name] for name, w in weights.items())
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert set(terms) == set(FAMILY.loss_names)
+    gates = sum(terms[f"gate_{path}"] for path in config.all_paths)
+    assert gates.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_evaluation_reports_no_loss_but_those_of_predictions():
+    model, tokens = _build(_config()).eval(), _tokens(9)
+    output = model(TokenInputs(tokens))
+    assert (output.aux == 0).all()
