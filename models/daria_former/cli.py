@@ -7,8 +7,11 @@ engine of every run; under torchrun each rank does so (`torchrun -m models.daria
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
-import subprocess
+import re
+import shlex
 import sys
 import tempfile
 import time
@@ -22,6 +25,7 @@ from models.daria_former.config import DariaFormerConfig
 
 _SIZES = ("small", "base", "large", "b7", "b13", "b70")
 _WAIT_SECONDS = 24 * 3600
+_SEQUENCE_LENGTH = 1024  # or what the model can see, if that is less
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -41,24 +45,51 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> None:
     folder = Path(options.save_dir).absolute()
-    if options.resume is not None and folder not in (
-        Path(options.resume).absolute(),
-        *Path(options.resume).absolute().parents,
-    ):
-        raise ValueError(
-            f"--resume {options.resume} is not in --save_dir {options.save_dir}; a run goes on in "
-            "its own directory"
-        )
+    if options.resume is not None:
+        _check_resume(options.resume, folder)
     if options.wandb_project is not None and not options.wandb:
         raise ValueError(f"--wandb_project {options.wandb_project} has no effect without --wandb")
     values = run_values(options, _config(options.config), folder)
-    if int(os.environ.get("RANK", "0")) == 0:
-        (folder / "run_file").mkdir(parents=True, exist_ok=True)
-        (folder / "run_file" / "daria.yaml").write_text(yaml.safe_dump(values))
+    # Its name says what is in it, so no rank can take that of an earlier start for this one.
+    texts = [values["data"].get(split) for split in ("train", "validation")]
+    name = f"daria-{_digest(vars(options), values['model'], texts)}.yaml"
+    run_file = folder / "run_file" / name
+    if _is_first_rank():
+        run_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = run_file.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(values), encoding="utf-8")
+        partial.replace(run_file)
     else:
-        _wait_for(folder / "run_file" / "daria.yaml")
-    command = [sys.executable, "-m", "pretrain.train", "--config-name", "daria"]
-    os.execv(sys.executable, [*command, "--config-dir", str(folder / "run_file")])
+        _wait_for(run_file)
+    command = [sys.executable, "-m", "pretrain.train", "--config-name", run_file.stem]
+    os.execv(sys.executable, [*command, "--config-dir", str(run_file.parent)])
+
+
+def _check_resume(given: str, folder: Path) -> None:
+    """Training goes on from the newest checkpoint of its own directory, so only that can be asked
+    for.
+
+    Raises:
+        ValueError: the directory has none, or another one is named.
+    """
+    from parallel.weights_io import find_weights
+
+    newest = find_weights(folder).parent
+    if _checkpoint(given).absolute() not in (folder, newest):
+        raise ValueError(
+            f"--resume {given} is not the newest checkpoint of --save_dir {folder}, which is "
+            f"{newest}; name that one, or a new --save_dir"
+        )
+
+
+def _checkpoint(given: str) -> Path:
+    """The checkpoint that `RUN/checkpoint-N` means: the Trainer's of that name, or a run's."""
+    path = Path(given)
+    step = re.fullmatch(r"checkpoint-([0-9]+)", path.name)
+    if path.exists() or step is None:
+        return path
+    of_run = path.parent / "checkpoints" / f"step_{step[1]}"
+    return of_run if of_run.exists() else path
 
 
 def run_values(
@@ -71,14 +102,14 @@ def run_values(
     """
     texts = {"train": options.train_data, "validation": options.eval_data}
     texts = {name: path for name, path in texts.items() if path is not None}
-    data: dict[str, Any] = {"sequence_length": min(options.seq_len, config.max_seq_len)}
+    data: dict[str, Any] = {"sequence_length": _sequence_length(options.seq_len, config)}
     model = config.to_dict()
     if options.tokenizer == "bytes":
         data |= {"kind": "bytes", **{k: str(Path(p).absolute()) for k, p in texts.items()}}
         model["vocab_size"] = max(257, model["vocab_size"])
     else:
         tokenizer = _local_tokenizer(options.tokenizer)
-        data |= {k: _tokenized(p, folder / "data" / k, tokenizer) for k, p in texts.items()}
+        data |= {k: _tokenized(p, folder / "data", k, tokenizer) for k, p in texts.items()}
         data |= {"tokenizer": tokenizer}
         model["vocab_size"] = max(_vocab_size(tokenizer), model["vocab_size"])
     if options.num_workers is not None:
@@ -109,11 +140,23 @@ def run_values(
     return values
 
 
+def _sequence_length(given: int | None, config: DariaFormerConfig) -> int:
+    if given is None:
+        return min(_SEQUENCE_LENGTH, config.max_seq_len)
+    if not 1 <= given <= config.max_seq_len:
+        raise ValueError(
+            f"--seq_len {given} must be 1 to max_seq_len={config.max_seq_len} of --config"
+        )
+    return given
+
+
 def _config(given: str) -> DariaFormerConfig:
-    if given in _SIZES:
-        config: DariaFormerConfig = getattr(DariaFormerConfig, given)()
-        return config
     path = Path(given)
+    # The published files of the sizes held nothing else than these.
+    size = path.stem.removeprefix("daria_former_")
+    if not path.is_file() and size in _SIZES:
+        config: DariaFormerConfig = getattr(DariaFormerConfig, size)()
+        return config
     if not path.is_file():
         raise ValueError(f"--config {given} is no file and none of {', '.join(_SIZES)}")
     return DariaFormerConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
@@ -139,19 +182,52 @@ def _local_tokenizer(given: str) -> str:
         ) from None
 
 
-def _tokenized(text: str, prefix: Path, tokenizer: str) -> str:
-    """The corpus of a text, made by the first rank unless it is there and newer than the text."""
-    done = prefix.with_name(prefix.name + ".json")
-    fresh = done.is_file() and done.stat().st_mtime >= Path(text).stat().st_mtime
-    if not fresh and int(os.environ.get("RANK", "0")) == 0:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "data_tools.preprocess", "--input", text, "--overwrite"]
-        command += ["--output", str(prefix), "--tokenizer", tokenizer]
-        if subprocess.run(command, check=False).returncode:
-            raise ValueError(f"{text} could not be tokenized; see the line before this one")
-    elif not fresh:
-        _wait_for(done)
+def _tokenized(text: str, folder: Path, split: str, tokenizer: str) -> str:
+    """The corpus of these very files and tokenizer; the first rank makes it if it is not there.
+
+    Raises:
+        ValueError: there is no such text, or it cannot be tokenized.
+    """
+    from data_tools.inputs import find_inputs
+    from data_tools.tokenizers import tokenizer_fingerprint
+
+    files = [file.absolute() for source in find_inputs([text]) for file in source.files]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    prefix = folder / f"{split}-{_digest(tokenizer_fingerprint(tokenizer), stamps)}"
+    parts = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json")]
+    if not _is_first_rank():
+        for part in parts:
+            _wait_for(part)
+    elif not all(part.is_file() for part in parts):
+        folder.mkdir(parents=True, exist_ok=True)
+        _tokenize(text, prefix, tokenizer)
     return str(prefix)
+
+
+def _tokenize(text: str, prefix: Path, tokenizer: str) -> None:
+    """Alone, whatever launcher started this process: the other ranks take no part in it."""
+    from data_tools.cli import usable_cpus
+    from data_tools.encoding import EncodingSettings
+    from data_tools.preprocess import preprocess, summary
+    from data_tools.publish import Job
+
+    command = ["python", "-m", "data_tools.preprocess", "--input", text]
+    command += ["--output", str(prefix), "--tokenizer", tokenizer]
+    settings = EncodingSettings(
+        tokenizer=tokenizer, eod=None, append_eod=True, json_key="text", skip_bad_lines=False
+    )
+    job = Job([text], str(prefix), settings, overwrite=True, command=shlex.join(command))
+    # Workers are the parallelism: a tokenizer's threads would fight them for the same CPUs.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    print(summary(str(prefix), preprocess(job, num_workers=usable_cpus()).info), flush=True)
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _wait_for(path: Path) -> None:
@@ -175,7 +251,7 @@ def _generate(options: argparse.Namespace) -> None:
     from models.daria_former.generation import DariaGenerator
     from models.daria_former.stored import load_checkpoint
 
-    model, spec = load_checkpoint(Path(options.checkpoint), device=options.device)
+    model, spec = load_checkpoint(_checkpoint(options.checkpoint), device=options.device)
     spec = options.tokenizer or spec
     if spec is None:
         raise ValueError(f"{options.checkpoint} names no tokenizer; give one with --tokenizer")
@@ -200,7 +276,7 @@ def _export(options: argparse.Namespace) -> None:
     from models.convert import to_hf
     from models.daria_former.stored import is_run, load_checkpoint, write_checkpoint
 
-    source, dtype = Path(options.checkpoint), torch.float16 if options.half else None
+    source, dtype = _checkpoint(options.checkpoint), torch.float16 if options.half else None
     with tempfile.TemporaryDirectory() as folder:
         if options.merge_lora or not is_run(source):
             model, tokenizer = load_checkpoint(source, device="cpu")
@@ -218,7 +294,7 @@ def _train_parser() -> argparse.ArgumentParser:
     add("--train_data", required=True, help="text file, directory or glob")
     add("--eval_data", help="held-out text")
     add("--tokenizer", default="bytes", help="bytes, a path, or a name of the Hugging Face hub")
-    add("--seq_len", type=int, default=1024, help="tokens of a training sample")
+    add("--seq_len", type=int, help="tokens of a training sample; default: 1024 or max_seq_len")
     add("--lr", type=float, default=1e-4)
     add("--weight_decay", type=float, default=0.01)
     add("--batch_size", type=int, default=4, help="samples per micro-batch and rank")
@@ -234,7 +310,7 @@ def _train_parser() -> argparse.ArgumentParser:
     add("--no_amp", dest="use_amp", action="store_false", help="fp32")
     add("--wandb", action="store_true", help="log to Weights & Biases")
     add("--wandb_project", help="default: daria-former")
-    add("--resume", help="a checkpoint of --save_dir: continue it, or fail")
+    add("--resume", help="--save_dir or its newest checkpoint: continue it, or fail")
     add("--num_workers", type=int, help="threads that prepare samples")
     return parser
 
@@ -242,7 +318,7 @@ def _train_parser() -> argparse.ArgumentParser:
 def _generate_parser() -> argparse.ArgumentParser:
     parser = _parser("daria-generate", "Sample text from a Daria-Former.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run, a step_N of it, or a Trainer's checkpoint-N")
+    add("--checkpoint", required=True, help="a run, a step_N of it, or checkpoint-N")
     add("--tokenizer", help="instead of the one that the checkpoint names")
     add("--prompt", required=True)
     add("--max_new_tokens", type=int, default=256)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_tools.indexed import IndexedDataset
+from models.daria_former import cli
 from models.daria_former.cli import generate, train
 from tests.models.daria_former.shrunk import shrunk
 
@@ -50,8 +52,9 @@ def test_training_goes_on_where_it_was(trained):
     assert any("eval_loss" in line for line in lines)
 
 
-def test_text_is_generated(trained):
-    done = _call("generate", "--checkpoint", trained, "--prompt", "One word", "--max_new_tokens", 9)
+def test_text_is_generated_from_a_checkpoint_by_its_published_name(trained):
+    options = ["--prompt", "One word", "--max_new_tokens", 9]
+    done = _call("generate", "--checkpoint", trained / "checkpoint-3", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("One word")
 
@@ -69,7 +72,8 @@ def test_an_export_with_merged_adapters_has_none(trained, folder):
     [
         (train, ["--train_data", "x.txt", "--config", "tiny"], "none of small, base"),
         (train, ["--train_data", "x.txt", "--wandb_project", "p"], "no effect without --wandb"),
-        (train, ["--train_data", "x.txt", "--resume", "elsewhere"], "its own directory"),
+        (train, ["--train_data", "x.txt", "--resume", "elsewhere"], "no weights in"),
+        (train, ["--train_data", "x.txt", "--seq_len", "9999"], "1 to max_seq_len=8192"),
         (train, ["--train_data", "x.txt", "--tokenizer", "/nowhere/t.json"], "--tokenizer"),
         (generate, ["--checkpoint", "/nowhere", "--prompt", "a"], "/nowhere"),
     ],
@@ -81,3 +85,66 @@ def test_mistakes_are_one_line(command, arguments, message, capsys, tmp_path, mo
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_training_goes_on_from_the_newest_checkpoint_only(trained, capsys):
+    older = str(trained / "checkpoint-2")
+    options = ["--train_data", "x.txt", "--save_dir", str(trained), "--resume", older]
+    assert train(options) == 2
+    assert "is not the newest checkpoint" in capsys.readouterr().err
+
+
+def test_another_start_in_the_same_directory_has_a_run_file_of_its_own(
+    trained, folder, capsys, monkeypatch
+):
+    assert len(list((trained / "run_file").iterdir())) == 2
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "_WAIT_SECONDS", 0)
+    options = ["--train_data", str(folder / "text.txt"), "--save_dir", str(trained), "--lr", "1"]
+    assert train(options) == 2
+    assert "was not written by the first rank" in capsys.readouterr().err
+
+
+def _tokenizer(path: Path, words: str) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["<eos>", "[UNK]", *words.split()]
+    backend = Tokenizer(
+        models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(path))
+    return path
+
+
+def _corpus(folder: Path, text: object, tokenizer: Path) -> list[int]:
+    options = ["--train_data", str(text), "--tokenizer", str(tokenizer), "--config", "small"]
+    parsed = cli._train_parser().parse_args([*options, "--save_dir", str(folder / "run")])
+    values = cli.run_values(parsed, cli._config("small"), folder / "run")
+    corpus = IndexedDataset(values["data"]["train"])
+    return corpus.document(0).tolist()
+
+
+def test_a_corpus_is_that_of_the_text_as_it_is_and_of_the_tokenizer(tmp_path, monkeypatch):
+    # Other ranks take no part in it, whoever started them.
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # restored, since tokenizing changes it
+    texts, first = tmp_path / "texts", _tokenizer(tmp_path / "first.json", "a b")
+    texts.mkdir()
+    (texts / "1.txt").write_text("a b a")
+    (tmp_path / "older.txt").write_text("b b")
+    os.utime(tmp_path / "older.txt", (0, 0))
+    assert _corpus(tmp_path, texts, first) == [2, 3, 2, 0]
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "data").iterdir()}
+    assert _corpus(tmp_path, f"{texts}/*.txt", first) == [2, 3, 2, 0]
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    assert _corpus(tmp_path, tmp_path / "older.txt", first) == [3, 3, 0]
+    (texts / "1.txt").write_text("b a")
+    assert _corpus(tmp_path, texts, first) == [3, 2, 0]
+    assert _corpus(tmp_path, texts, _tokenizer(tmp_path / "second.json", "b a")) == [2, 3, 0]
+
+
+def test_the_published_names_of_the_size_files_are_the_sizes():
+    published = cli._config("configs/daria_former_small.yaml")
+    assert published == cli._config("small")
+    assert published != cli._config("configs/daria_former_base.yaml")
