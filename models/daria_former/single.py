@@ -39,10 +39,10 @@ class DariaFormerModel(nn.Module):
 
     def __init__(self, config: DariaFormerConfig, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.config = config
+        self.config = config.model_copy()  # which may be changed for the next model
         seed = torch.initial_seed() % (1 << 31)
         ctx = ParallelContext.single(device=device)
-        self.body = SequentialModel(FAMILY.layer_specs(config), ctx, seed=seed)
+        self.body = SequentialModel(FAMILY.layer_specs(self.config), ctx, seed=seed)
 
     def forward(
         self,
