@@ -131,6 +131,7 @@ def test_halves_of_a_batch_with_a_common_count_add_up_to_the_whole(name):
     torch.testing.assert_close(mean, whole["lm_loss"])
 
 
+@torch.no_grad()
 def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
     model = _model(name)
     tokens, _ = _tokens(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 
 from models.daria_former.emotion import EmotionExpressionLayer, scan
 from parallel.context import ParallelContext
@@ -28,6 +29,25 @@ def _sequential(keep: Tensor, write: Tensor) -> Tensor:
         state = a * state + b
         states.append(state)
     return torch.stack(states)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 50])
+def test_the_scan_is_the_recurrence(length):
+    generator = torch.Generator().manual_seed(length)
+    raw, write = (
+        torch.randn(length, 2, 3, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    )
+    torch.testing.assert_close(scan(raw.sigmoid(), write), _sequential(raw.sigmoid(), write))
+    assert gradcheck(lambda r, w: scan(r.sigmoid(), w), (raw, write))
+
+
+def test_the_scan_keeps_its_precision_over_long_sequences():
+    """H12."""
+    keep = torch.full((32768, 1, 2), 0.999)
+    write = torch.rand(32768, 1, 2, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = _sequential(keep.double(), write.double())
+    assert ((scan(keep, write).double() - exact).abs() / exact).max() < 1e-4
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.999, 1.0])
@@ -85,6 +105,7 @@ def test_channels_begin_with_lifetimes_from_e_to_e5_tokens():
 
 
 def test_a_gradient_reaches_the_first_token_through_a_thousand():
+    torch.manual_seed(0)
     x = torch.randn(1000, 1, H, requires_grad=True)
     site = _site("mingru", is_first=True)
     with torch.no_grad():

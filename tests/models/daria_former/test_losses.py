@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,12 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from models.base import TokenInputs
 from models.daria_former.losses import (
     emotion_smoothness,
+    emotion_variance,
     mean_gates,
     memory_consistency,
     repetition,
 )
-from models.daria_former.model import FAMILY
+from models.daria_former.model import FAMILY, rhythm_regularizer
 from parallel.context import ParallelContext
 from parallel.regions import own_sequence
 from tests.distributed import run_ranks
@@ -136,6 +138,9 @@ def test_nothing_to_compare_costs_nothing():
     assert emotion_smoothness(inputs["emotion"], starts, ctx=ctx) == 0
     assert repetition(inputs["y"][:1], None, ctx=ctx) == 0
     assert repetition(torch.randn(S, B, 64), None, ctx=ctx) == 0  # no neighbours are alike
+    projection = SimpleNamespace(weight=inputs["weight"])  # no segment is complete
+    short = inputs["readout"][:, :, :4], inputs["x"][:4], projection
+    assert memory_consistency(*short, segment_len=5, ctx=ctx) == 0
     still = torch.ones(S, B, 4, requires_grad=True)
     assert repetition(still, None, ctx=ctx).item() == pytest.approx(0.1)
     assert emotion_smoothness(still, None, ctx=ctx) == 0
@@ -175,3 +180,13 @@ def test_an_evaluation_reports_no_loss_but_those_of_predictions():
     model, tokens = _build(_config()).eval(), _tokens(9)
     output = model(TokenInputs(tokens))
     assert (output.aux == 0).all()
+
+
+def test_rhythm_and_emotion_variance():
+    entropies = torch.tensor([[1.0, 1.0], [3.0, 1.0]])
+    assert rhythm_regularizer(entropies, 3.0).item() == pytest.approx((2.0 + 3.0) / 2)
+    assert rhythm_regularizer(entropies, 0.5).item() == pytest.approx(0.25)
+    e = torch.randn(40, 2, 5)
+    expected = e.flatten(0, 1).var(dim=0, correction=0).mean().item()
+    assert emotion_variance(e).item() == pytest.approx(expected, rel=1e-4)
+    assert not math.isnan(emotion_variance(e[:1, :1]).item())

@@ -12,7 +12,6 @@ from models.daria_former.layers import DACBlock
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.sharding import Constant
 from parallel.wire import Wire
 from pretrain.equivalence import build, run_cut
 from tests.models.daria_former import oracle
@@ -148,14 +147,6 @@ def test_the_window_ends_where_it_says():
 
 
 @torch.no_grad()
-def test_a_segment_without_any_slot_reads_nothing_and_is_finite():
-    """H10."""
-    config = _config(persistent_memory_slots=0, paths=("local", "memory"))
-    logits = _build(config)(TokenInputs(_tokens(3))).logits
-    assert logits.isfinite().all()
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("prompt", [1, 4, 6, 9, 12, 17])
 @pytest.mark.parametrize("taken_back", [1, 3, 4])
 def test_a_rollback_is_as_if_the_tokens_had_never_been_seen(prompt, taken_back):
@@ -175,15 +166,6 @@ def test_a_rollback_is_as_if_the_tokens_had_never_been_seen(prompt, taken_back):
 
 
 @torch.no_grad()
-def test_a_rollback_beyond_what_is_kept_is_refused():
-    model = _build(_config())
-    cache = model.new_cache(1, 64)
-    model(TokenInputs(_tokens(30)), cache)
-    with pytest.raises(ValueError, match="at most segment_len=4"):
-        cache["block_0"].rollback(20)
-
-
-@torch.no_grad()
 def test_random_chunks_decode_to_the_full_pass():
     """H3."""
     model, tokens = _build(_config()), _tokens(61, batch=2)
@@ -197,32 +179,6 @@ def test_random_chunks_decode_to_the_full_pass():
         cache = model.new_cache(2, 61)
         parts = [model(TokenInputs(t), cache).logits for t in tokens.split(sizes, dim=1)]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_block_at_its_initial_gates_is_a_plain_pre_norm_block():
-    config = _config(initializer_range=0.02)
-    block = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).layers[1].eval()
-    model = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).eval()
-    carry = model.layers[0](TokenInputs(_tokens(20)))
-    x = torch.randn_like(carry.hidden)
-    carry = carry._replace(hidden=x, emotion=torch.rand_like(carry.emotion))
-    attended = block.attention(
-        block.attention_norm(x, carry.emotion),
-        _sources(carry),
-    ).output
-    plain = x + attended + block.ffn(block.ffn_norm(x + attended, carry.emotion), carry.emotion)
-    written = block(carry).hidden - x
-    error = (written - (plain - x)).norm() / (plain - x).norm()
-    # u has .99 of both parts and .02 of norm(x), which is large beside what fresh layers write.
-    assert error < 0.02 + 0.04 * x.norm() / (plain - x).norm()
-    torch.testing.assert_close(block(carry).hidden, plain, rtol=0.05, atol=0.05)
-
-
-def _sources(carry):
-    from models.daria_former.paths import Sources
-
-    return Sources(carry.priors, carry.bank, carry.modality, carry.positions, carry.keys)
 
 
 @torch.no_grad()
@@ -240,22 +196,6 @@ def test_the_stream_of_a_deep_model_does_not_explode():
     assert model.bfloat16()(TokenInputs(_tokens(16))).logits.isfinite().all()
 
 
-def test_what_must_start_at_zero_does():
-    """H13."""
-    model = SequentialModel(FAMILY.layer_specs(BASE), ParallelContext.single())
-    zeros = {
-        name for name, p in model.named_parameters()
-        if isinstance(p.init, Constant) and p.init.value == 0
-    }  # fmt: skip
-    for part in ("attention_norm.scale", "ffn_norm.shift", "ffn.emotion", "fusion.gate",
-                 "rhythm.up", "attention.gate.weight", "attention_scale"):  # fmt: skip
-        assert f"block_2.{part}" in zeros
-    for part in ("style", "category_style", "temperature", "rhythm.up", "rhythm.need"):
-        assert f"head.{part}" in zeros
-    assert {"embedding.router.weight", "embedding.persona_projection"} <= zeros
-    assert all((model.get_parameter(name) == 0).all() for name in zeros)
-
-
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_every_parameter_learns_in_every_subset(subset):
     """H15."""
@@ -268,21 +208,6 @@ def test_every_parameter_learns_in_every_subset(subset):
     total.backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent
-
-
-@torch.no_grad()
-def test_selection_is_the_same_in_bf16():
-    """H2: slots are scored in fp32 whatever the precision."""
-    from models.daria_former.memory import Slots, retrieve
-
-    torch.manual_seed(0)
-    keys = torch.randn(2, 2, 200, 16).bfloat16()
-    queries = torch.randn(2, 2, 50, 16).bfloat16()
-    visible = torch.ones(50, 200, dtype=torch.bool)
-    half = retrieve(queries, Slots(keys, keys), visible, top_k=8)
-    full = retrieve(queries.float(), Slots(keys.float(), keys.float()), visible, top_k=8)
-    same = (half.keys.float() == full.keys).all(dim=-1).float().mean()
-    assert same == 1.0
 
 
 @torch.no_grad()

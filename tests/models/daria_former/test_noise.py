@@ -70,3 +70,17 @@ def test_dropout_scales_what_it_keeps_and_its_gradient_likewise():
     torch.testing.assert_close(gradient, torch.where(dropped, 0.0, 4 / 3))
     torch.testing.assert_close(y, x * gradient)
     assert dropout(x.bfloat16(), keys, 0.25, stream=2).dtype == torch.bfloat16
+
+
+def test_keys_depend_on_the_document_up_to_the_token():
+    tokens = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+    keys = prefix_keys(tokens, None)
+    changed = tokens.clone()
+    changed[:, 7] += 1
+    same = prefix_keys(changed, None) == keys
+    assert same[:, :7].all()
+    assert not same[:, 7:].any()
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], dtype=torch.int32).expand(2, -1)
+    packed = prefix_keys(tokens, positions)
+    assert torch.equal(packed[:, :5], prefix_keys(tokens[:, :5], None))
+    assert torch.equal(packed[:, 5:], prefix_keys(tokens[:, 5:], None))
