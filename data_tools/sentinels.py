@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 from data_tools.config import FimConfig
 from data_tools.errors import DataError
 from data_tools.fim import Sentinels
+from data_tools.tokenizers import token_finder
 
 # Prefix, suffix and middle of Qwen2.5 and CodeGemma, StarCoder, Code Llama.
 _KNOWN_NAMES = (
@@ -47,7 +45,7 @@ def _look_up(names: list[str], tokenizer: str | None) -> list[int]:
             "data.fim names its tokens, but there is no tokenizer to look them up in; set "
             "data.tokenizer, or give ids as data.fim.prefix, suffix and middle"
         )
-    find = _vocabulary(Path(tokenizer))
+    find = token_finder(tokenizer)
     candidates = (tuple(names),) if names else _KNOWN_NAMES
     for candidate in candidates:
         ids = [find(name) for name in candidate]
@@ -59,29 +57,3 @@ def _look_up(names: list[str], tokenizer: str | None) -> list[int]:
         f"{tokenizer}: its vocabulary does not have all of {tried}; give the tokens' names or ids "
         "as data.fim.prefix, suffix and middle"
     )
-
-
-def _vocabulary(path: Path) -> Callable[[str], int | None]:
-    """Token -> id of a tokenizer.json, a directory that holds one, or a SentencePiece .model."""
-    if path.is_dir():
-        files = [path / name for name in ("tokenizer.json", "tokenizer.model")]
-        path = next((file for file in files if file.is_file()), path)
-    try:
-        if path.suffix == ".json":
-            from tokenizers import Tokenizer
-
-            return Tokenizer.from_file(str(path)).token_to_id
-        from sentencepiece import SentencePieceProcessor
-
-        pieces = SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(
-            f"data.tokenizer {path}: {' '.join(str(error).split())[:120]}; to read data.fim's "
-            "tokens from it, it must be a tokenizer.json or a SentencePiece .model"
-        ) from error
-
-    def piece_id(name: str) -> int | None:
-        token: int = pieces.piece_to_id(name)
-        return token if pieces.id_to_piece(token) == name else None
-
-    return piece_id

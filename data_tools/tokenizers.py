@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -78,15 +78,8 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: Path, *, eod: str | None) -> None:
-        from tokenizers import Tokenizer as Backend
-
         self.fingerprint = _sha256(path)
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                f"{path}: not a tokenizer.json ({_one_line(error)}); give the path of one"
-            ) from error
+        self._backend = _open_hugging_face(path)
         # Text that spells a special token must not become that token.
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
@@ -133,15 +126,8 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: Path, *, eod: str | None) -> None:
-        import sentencepiece
-
         self.fingerprint = _sha256(path)
-        try:
-            self._backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"{path}: not a SentencePiece model ({_one_line(error)}); give the path of one"
-            ) from error
+        self._backend = _open_sentencepiece(path)
         self.vocab_size: int = self._backend.get_piece_size()
         self.eod_id = self._find_eod(path, eod)
 
@@ -159,8 +145,8 @@ class SentencePieceTokenizer:
             return self._backend.eos_id()
         candidates = _EOD_CANDIDATES if eod is None else (eod,)
         for candidate in candidates:
-            token = self._backend.piece_to_id(candidate)
-            if self._backend.id_to_piece(token) == candidate:
+            token = _piece_id(self._backend, candidate)
+            if token is not None:
                 return token
         raise _no_eod(path, candidates)
 
@@ -187,6 +173,20 @@ def load_tokenizer(spec: str, *, eod: str | None = None) -> Tokenizer:
     return SentencePieceTokenizer(path, eod=eod)
 
 
+def token_finder(spec: str) -> Callable[[str], int | None]:
+    """Token -> id of a tokenizer.json or a SentencePiece .model, None for what it does not have.
+
+    Unlike `load_tokenizer` it needs no end-of-document token.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    path = _tokenizer_file(Path(spec))
+    if path.suffix == ".json":
+        return _open_hugging_face(path).token_to_id
+    return partial(_piece_id, _open_sentencepiece(path))
+
+
 def tokenizer_fingerprint(spec: str) -> str:
     """The fingerprint of a tokenizer, without loading it.
 
@@ -198,6 +198,34 @@ def tokenizer_fingerprint(spec: str) -> str:
     if (ranks := split_spec(spec)) is not None:
         return TiktokenTokenizer(*ranks).fingerprint
     return _sha256(_tokenizer_file(Path(spec)))
+
+
+def _open_hugging_face(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"{path}: not a tokenizer.json ({_one_line(error)}); give the path of one"
+        ) from error
+
+
+def _open_sentencepiece(path: Path) -> Any:
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{path}: not a SentencePiece model ({_one_line(error)}); give the path of one"
+        ) from error
+
+
+def _piece_id(backend: Any, piece: str) -> int | None:
+    """The id of a piece; the library gives that of the unknown piece for what it does not have."""
+    token: int = backend.piece_to_id(piece)
+    return token if backend.id_to_piece(token) == piece else None
 
 
 def _tokenizer_file(path: Path) -> Path:

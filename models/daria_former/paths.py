@@ -6,6 +6,7 @@ t tensor size (n and g are this rank's share inside a layer).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class Sources(NamedTuple):
     keys: Tensor | None = None
 
 
-class ContextPath(nn.Module):
+class ContextPath(nn.Module, ABC):
     """One path: `attention(query_gain * q, key_gain * norm(W_k z), W_v z)`.
 
     q is shared by all paths, keys and values are not (arXiv 2502.11089). Gains are per head, also
@@ -107,11 +108,11 @@ class ContextPath(nn.Module):
         q = scaled_heads(queries, self.query_gain)
         return self.attend(q, projected, sources, cache)
 
+    @abstractmethod
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
         """Attention of q [b, n, s, d] to what the path reads: [b, n, s, d]."""
-        raise NotImplementedError
 
     def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Projected [s, b, g * d] each as keys, normalised and scaled, and values [b, g, s, d]."""
@@ -263,9 +264,9 @@ class StaticPath(ContextPath):
     def token_projections(self) -> list[nn.Module]:
         return []
 
+    @abstractmethod
     def source(self, sources: Sources) -> Tensor | None:
         """What there is to read, [m, b or 1, h]."""
-        raise NotImplementedError
 
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None

@@ -8,7 +8,7 @@ import torch
 from models.base import TokenInputs
 from models.daria_former.cache import History
 from models.daria_former.carry import DariaInputs
-from tests.models.daria_former.test_model import BASE, SUBSETS, _build, _config, _tokens
+from tests.models.daria_former.cases import BASE, SUBSETS, config_of, model_of, tokens_of
 
 DECODED = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -62,11 +62,15 @@ def test_a_history_refuses_what_it_does_not_keep():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "subset", ["gru", "no persistent slots", "local and memory", "long only, no sinks"]
+    "subset",
+    ["all text paths", "gru", "no persistent slots", "local and memory", "long only, no sinks"],
 )
 def test_a_rollback_leaves_no_trace_in_any_subset(subset):
     """H16, by every number of tokens from behind, at and before the end of a segment."""
-    model, tokens = _build(_config(num_layers=2, **{"esv_sites": 1} | SUBSETS[subset])), _tokens(24)
+    model, tokens = (
+        model_of(config_of(num_layers=2, **{"esv_sites": 1} | SUBSETS[subset])),
+        tokens_of(24),
+    )
     whole = model(TokenInputs(tokens)).logits
     for seen in (5, 8, 15, 16, 21):
         for taken_back in range(1, 5):
@@ -83,7 +87,7 @@ def test_a_rollback_leaves_no_trace_in_any_subset(subset):
 @torch.no_grad()
 def test_drafts_that_are_partly_refused_again_and_again_decode_to_the_full_pass():
     """H16 as speculative decoding does it: four tokens at a time, of which some are taken back."""
-    model, tokens = _build(_config()), _tokens(60)
+    model, tokens = model_of(config_of()), tokens_of(60)
     whole = model(TokenInputs(tokens)).logits
     generator = torch.Generator().manual_seed(2)
     cache, length = model.new_cache(1, 64), 0
@@ -100,7 +104,7 @@ def test_drafts_that_are_partly_refused_again_and_again_decode_to_the_full_pass(
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [(5,), (4, 1), (4, 4), (1, 1, 1, 1, 1), (-1,)])
 def test_more_than_a_segment_is_not_taken_back_in_any_number_of_steps(steps):
-    model, tokens = _build(_config()), _tokens(40)
+    model, tokens = model_of(config_of()), tokens_of(40)
     cache, length = model.new_cache(1, 64), 30
     _feed(model, tokens[:, :length], cache)
     *fine, last = steps
@@ -116,7 +120,7 @@ def test_more_than_a_segment_is_not_taken_back_in_any_number_of_steps(steps):
 
 @torch.no_grad()
 def test_a_generation_may_be_taken_back_to_its_beginning():
-    model, tokens = _build(_config()), _tokens(10)
+    model, tokens = model_of(config_of()), tokens_of(10)
     cache = model.new_cache(1, 16)
     _feed(model, (tokens[:, :4] + 1) % BASE.vocab_size, cache)
     _back(cache, 0)
@@ -128,13 +132,13 @@ def test_a_generation_may_be_taken_back_to_its_beginning():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["images", "persona", "emotion"])
 def test_an_input_that_a_generation_began_without_is_refused(name):
-    config = _config(num_layers=2, image_enabled=True, image_size=8, image_patch_size=4)
+    config = config_of(num_layers=2, image_enabled=True, image_size=8, image_patch_size=4)
     values = {
         "images": torch.randn(1, 3, 8, 8),
         "persona": torch.randn(1, config.persona_dim),
         "emotion": torch.rand(1, config.emotion_dim),
     }
-    model, tokens, given = _build(config), _tokens(9), {name: values[name]}
+    model, tokens, given = model_of(config), tokens_of(9), {name: values[name]}
     cache = model.new_cache(1, 16)
     model(DariaInputs(tokens[:, :4]), cache)
     with pytest.raises(ValueError, match=f"{name} came after the first tokens of a generation"):
@@ -152,12 +156,12 @@ def test_bytes_of_a_cache_grow_with_the_context_in_the_long_path_alone():
 
     def bytes_at(length: int) -> tuple[int, int]:
         model, cache = shared, shared.new_cache(1, length)
-        _feed(model, _tokens(length), cache, chunk=16)
+        _feed(model, tokens_of(length), cache, chunk=16)
         blocks = [cache[f"block_{i}"] for i in range(2)]
         return sum(b.num_bytes for b in blocks), sum(b.long.num_bytes for b in blocks)
 
-    config = _config(num_layers=2)
-    shared = _build(config)
+    config = config_of(num_layers=2)
+    shared = model_of(config)
     (total, long), (twice_total, twice_long) = bytes_at(96), bytes_at(192)
     per_token = 2 * 2 * config.num_kv_heads * config.head_size * 4  # layers, keys and values, fp32
     assert twice_long - long == 96 * per_token

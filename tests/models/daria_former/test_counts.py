@@ -10,8 +10,7 @@ from models.checkpoint import parameter_table
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token
 from models.daria_former.model import FAMILY
-from tests.models.daria_former.test_equations import MODALITIES
-from tests.models.daria_former.test_model import SUBSETS, _config
+from tests.models.daria_former.cases import MODALITIES, SUBSETS, config_of
 
 # Products with what is not a weight aside, a matrix costs a token one product per entry, but for
 # those that learned slots meet once per row, and tables that are looked up.
@@ -77,7 +76,7 @@ def _attention(config: DariaFormerConfig, length: int) -> int:
 @pytest.mark.parametrize("length", [1, 3, 40, 301])
 @pytest.mark.parametrize("subset", [*SUBSETS, "modalities"])
 def test_flops_are_those_of_every_product_at_any_length(subset, length):
-    config = _config(**SUBSETS.get(subset, MODALITIES))
+    config = config_of(**SUBSETS.get(subset, MODALITIES))
     tokens, row = _weights(config)
     products = length * tokens + row + config.num_layers * _attention(config, length)
     found = forward_flops_per_token(config, length)
@@ -85,9 +84,9 @@ def test_flops_are_those_of_every_product_at_any_length(subset, length):
 
 
 def test_flops_per_token_grow_with_the_long_path_alone():
-    with_long = [forward_flops_per_token(_config(), n) for n in (8192, 16_384, 32_768)]
+    with_long = [forward_flops_per_token(config_of(), n) for n in (8192, 16_384, 32_768)]
     without = [
-        forward_flops_per_token(_config(paths=("local", "memory")), n) for n in (8192, 16_384)
+        forward_flops_per_token(config_of(paths=("local", "memory")), n) for n in (8192, 16_384)
     ]
     width = 4 * 4 * 8  # layers, heads, dimensions
     for shorter, longer in pairwise(with_long):

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from models.daria_former.encoders import AudioEncoder, ImageEncoder, ModalityEncoder
 from parallel.context import ParallelContext
 from parallel.random import initialize, perturb
-from tests.models.daria_former.test_equations import MODALITIES
-from tests.models.daria_former.test_model import _config
+from tests.models.daria_former.cases import MODALITIES, config_of
 
-CONFIG = _config(**MODALITIES)
+CONFIG = config_of(**MODALITIES)
 
 
 def _encoder(kind: type) -> torch.nn.Module:

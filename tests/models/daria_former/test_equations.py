@@ -12,15 +12,12 @@ from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.equivalence import build
 from tests.models.daria_former import oracle
-from tests.models.daria_former.test_model import SUBSETS, _config, _tokens
+from tests.models.daria_former.cases import MODALITIES, SUBSETS, config_of, model_of, tokens_of
 
 # The model keeps gates, scores of memory, rotary angles and the emotion state in fp32 even where
 # its parameters are fp64; everything else must not add to that.
 FP64 = {"rtol": 2e-6, "atol": 2e-6}
-MODALITIES = {
-    "image_enabled": True, "image_size": 8, "image_patch_size": 4,
-    "audio_enabled": True, "audio_n_mels": 4, "audio_max_len": 9, "audio_conv_channels": 6,
-}  # fmt: skip
+FP32 = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def _double(config, *, segmented: bool = False) -> SequentialModel:
@@ -51,17 +48,40 @@ def _assert_gradients_equal(model, found, expected) -> None:
 
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_logits_and_every_gradient_are_those_of_the_equations_in_fp64(subset):
-    config = _config(**{"num_layers": 2, "esv_sites": 2} | SUBSETS[subset])
-    model, tokens = _double(config), _tokens(19)
+    config = config_of(**{"num_layers": 2, "esv_sites": 2} | SUBSETS[subset])
+    model, tokens = _double(config), tokens_of(19)
     found = model(TokenInputs(tokens)).logits[:, 0]
     expected = oracle.logits(config, dict(model.named_parameters()), tokens[0])
     torch.testing.assert_close(found, expected, **FP64)
     _assert_gradients_equal(model, found, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_logits_in_fp32_are_those_of_the_equations(subset):
+    config = config_of(**SUBSETS[subset])
+    model = model_of(config)
+    parameters = dict(model.named_parameters())
+    # Around the window (6), the stride (2), segments (4), and the capacity of both levels (10, 12).
+    for length in (1, 4, 7, 23):
+        tokens = tokens_of(length)
+        found = model(TokenInputs(tokens)).logits[:, 0].double()
+        expected = oracle.logits(config, parameters, tokens[0])
+        torch.testing.assert_close(found, expected, **FP32)
+
+
+@torch.no_grad()
+def test_a_model_with_an_image_path_and_no_image_reads_the_others():
+    config = config_of(image_enabled=True, image_size=8, image_patch_size=4)
+    model, tokens = model_of(config), tokens_of(11)
+    found = model(TokenInputs(tokens)).logits[:, 0].double()
+    expected = oracle.logits(config, dict(model.named_parameters()), tokens[0])
+    torch.testing.assert_close(found, expected, **FP32)
+
+
 def test_gradients_of_packed_documents_are_the_sum_over_documents():
-    config = _config(num_layers=2)
-    model, tokens, lengths = _double(config, segmented=True), _tokens(26), [1, 14, 4, 7]
+    config = config_of(num_layers=2)
+    model, tokens, lengths = _double(config, segmented=True), tokens_of(26), [1, 14, 4, 7]
     segments = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).int().unsqueeze(0)
     found = model(TokenInputs(tokens, segments)).logits[:, 0]
     parameters = dict(model.named_parameters())
@@ -72,8 +92,8 @@ def test_gradients_of_packed_documents_are_the_sum_over_documents():
 
 
 def test_gradients_of_what_is_given_beside_tokens_are_those_of_the_equations():
-    config = _config(num_layers=2, **MODALITIES)
-    model, tokens = _double(config), _tokens(9)
+    config = config_of(num_layers=2, **MODALITIES)
+    model, tokens = _double(config), tokens_of(9)
     images = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     audio = torch.randn(1, 4, 7, dtype=torch.float64)
     persona = torch.randn(1, config.persona_dim, dtype=torch.float64, requires_grad=True)
@@ -101,10 +121,10 @@ def test_gradients_of_what_is_given_beside_tokens_are_those_of_the_equations():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_length_up_to_beyond_all_boundaries_is_that_of_the_equations(dtype):
     """Window 6, strides 2 and 4, segments of 4, capacities of 10 and 12 tokens, 3 slots read."""
-    config = _config(num_layers=2)
-    model, tokens = _double(config).to(dtype), _tokens(34)
+    config = config_of(num_layers=2)
+    model, tokens = _double(config).to(dtype), tokens_of(34)
     expected = oracle.logits(config, dict(model.named_parameters()), tokens[0])
-    tolerance = FP64 if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    tolerance = FP64 if dtype == torch.float64 else FP32
     for length in range(1, 35):
         found = model(TokenInputs(tokens[:, :length])).logits[:, 0]
         torch.testing.assert_close(found.double(), expected[:length], **tolerance)
@@ -126,8 +146,8 @@ def test_every_length_up_to_beyond_all_boundaries_is_that_of_the_equations(dtype
     ids=str,
 )
 def test_sizes_at_their_ends_are_those_of_the_equations(changes):
-    config = _config(**{"num_layers": 2} | changes)
-    model, tokens = _double(config), _tokens(27)
+    config = config_of(**{"num_layers": 2} | changes)
+    model, tokens = _double(config), tokens_of(27)
     found = model(TokenInputs(tokens)).logits[:, 0]
     expected = oracle.logits(config, dict(model.named_parameters()), tokens[0])
     torch.testing.assert_close(found, expected, **FP64)
@@ -135,8 +155,8 @@ def test_sizes_at_their_ends_are_those_of_the_equations(changes):
 
 @torch.no_grad()
 def test_rows_with_their_own_persona_image_and_state_do_not_mix():
-    config = _config(num_layers=2, image_enabled=True, image_size=8, image_patch_size=4)
-    model, tokens = _double(config), _tokens(14, batch=3)
+    config = config_of(num_layers=2, image_enabled=True, image_size=8, image_patch_size=4)
+    model, tokens = _double(config), tokens_of(14, batch=3)
     given = {
         "images": torch.randn(3, 3, 8, 8, dtype=torch.float64),
         "persona": torch.randn(3, config.persona_dim, dtype=torch.float64),

@@ -13,9 +13,7 @@ from parallel.carry import SequentialModel
 from parallel.context import Axis, ParallelContext
 from parallel.random import initialize
 from parallel.sharding import Constant, init_of
-from pretrain.equivalence import build
-from tests.models.daria_former.test_equations import MODALITIES
-from tests.models.daria_former.test_model import _build, _config, _tokens
+from tests.models.daria_former.cases import MODALITIES, SUBSETS, config_of, model_of, tokens_of
 
 # What makes a block a plain one at first: whatever state, router and gates scale or add.
 STARTS_AT_ZERO = (
@@ -25,7 +23,7 @@ STARTS_AT_ZERO = (
     "style", "category_style", "temperature", "rhythm.need", "rhythm.noise_up",
     "router.weight", "router.bias", "persona_projection", "image.bias", "first_bias", "second_bias",
 )  # fmt: skip
-SUBSETS = {
+TRAINED = SUBSETS | {
     "images and sound": MODALITIES,
     "adapters": {"lora_rank": 2, "lora_targets": ("q_proj", "k_proj", "o_proj", "down_proj")},
     "dropout": {"dropout": 0.2, "path_dropout": 0.3},
@@ -45,7 +43,7 @@ def _at_zero(name: str) -> bool:
 @pytest.mark.parametrize(("tensor", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_what_must_start_at_zero_does_at_any_layout_and_whatever_memory_held_before(tensor, rank):
     """H13."""
-    config = _config(**MODALITIES, esv_sites=4)
+    config = config_of(**MODALITIES, esv_sites=4)
     ctx = ParallelContext(tensor=Axis(size=tensor, rank=rank))
     found = set()
     for spec in FAMILY.layer_specs(config):
@@ -64,7 +62,7 @@ def test_what_must_start_at_zero_does_at_any_layout_and_whatever_memory_held_bef
 
 def test_a_model_on_the_meta_device_declares_the_same_starts():
     """H13."""
-    config = _config(**MODALITIES)
+    config = config_of(**MODALITIES)
     for spec in FAMILY.layer_specs(config):
         real = spec.module(ctx=ParallelContext.single(), **spec.kwargs)
         meta = dict(
@@ -80,11 +78,11 @@ def test_a_model_on_the_meta_device_declares_the_same_starts():
 @torch.no_grad()
 def test_a_block_whose_fusion_skips_nothing_is_exactly_a_plain_pre_norm_block():
     """x + a + ffn(norm(x + a)), written with nothing of the block but its matrices."""
-    config = _config(
+    config = config_of(
         paths=("long",), num_global_tokens=0, num_layers=1, esv_sites=1, num_kv_heads=4
     )
     model = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).eval()
-    block, carry = model.layers[1], model.layers[0](TokenInputs(_tokens(20)))
+    block, carry = model.layers[1], model.layers[0](TokenInputs(tokens_of(20)))
     x, p = torch.randn(20, 1, 32), dict(block.named_parameters())
     carry = carry._replace(hidden=x, emotion=torch.rand_like(carry.emotion))
 
@@ -114,9 +112,9 @@ def test_a_block_whose_fusion_skips_nothing_is_exactly_a_plain_pre_norm_block():
 @torch.no_grad()
 def test_the_stream_of_eighty_layers_grows_less_than_its_bound_and_is_finite_in_half_precision():
     """H8: RMS(x_L) / RMS(x_0) < 3 sqrt(L) from a stream of size 1."""
-    config = _config(num_layers=80, hidden_dim=64, initializer_range=0.02)
+    config = config_of(num_layers=80, hidden_dim=64, initializer_range=0.02)
     model = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).eval()
-    inputs = TokenInputs(_tokens(12))
+    inputs = TokenInputs(tokens_of(12))
     carry = model.layers[0](inputs)
     carry = carry._replace(hidden=F.rms_norm(torch.randn_like(carry.hidden), (64,)))
     for layer in model.layers[1:-1]:
@@ -127,12 +125,12 @@ def test_the_stream_of_eighty_layers_grows_less_than_its_bound_and_is_finite_in_
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("subset", TRAINED)
 def test_every_parameter_learns_whatever_is_switched_on(subset, segmented):
     """H15, of training with what it draws and in packed rows."""
-    config = _config(num_layers=2, **{"esv_sites": 2} | SUBSETS[subset])
-    specs = FAMILY.layer_specs(config, segmented=segmented)
-    model, tokens = build(specs, ParallelContext.single(), seed=5, noise=0.2), _tokens(25, batch=2)
+    config = config_of(num_layers=2, **{"esv_sites": 2} | TRAINED[subset])
+    model = model_of(config, segmented=segmented).train()
+    tokens = tokens_of(25, batch=2)
     given = DariaInputs(tokens[:, :-1])
     if segmented:
         given = given._replace(segment_ids=(torch.arange(24) >= 13).int().expand(2, -1))
@@ -147,7 +145,7 @@ def test_every_parameter_learns_whatever_is_switched_on(subset, segmented):
 
 def test_no_path_is_given_up_without_what_protects_it():
     """H9: 300 steps on text that the window alone explains, no dropped paths and no balance."""
-    config = _config(
+    config = config_of(
         num_layers=1, esv_sites=1, path_dropout=0.0, dropout=0.0, gate_balance_weight=0.0
     )
     model = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single())
@@ -185,23 +183,23 @@ def test_no_path_is_given_up_without_what_protects_it():
     ],
 )
 def test_inputs_of_a_wrong_shape_are_refused(given, message):
-    model = _build(_config(num_layers=1, esv_sites=1, **MODALITIES))
+    model = model_of(config_of(num_layers=1, esv_sites=1, **MODALITIES))
     with pytest.raises(ValueError, match=message):
-        model(DariaInputs(_tokens(5, batch=2), **given))
+        model(DariaInputs(tokens_of(5, batch=2), **given))
 
 
 @pytest.mark.parametrize("name", ["images", "audio", "persona"])
 def test_inputs_that_a_model_does_not_have_are_refused(name):
-    model = _build(_config(num_layers=1, esv_sites=1, paths=("local",)))
+    model = model_of(config_of(num_layers=1, esv_sites=1, paths=("local",)))
     with pytest.raises(ValueError, match=f"{name}.* (was|were) given to a model with"):
-        model(DariaInputs(_tokens(5), **{name: torch.zeros(1, 3, 8, 8)[:, 0, 0]}))
+        model(DariaInputs(tokens_of(5), **{name: torch.zeros(1, 3, 8, 8)[:, 0, 0]}))
 
 
 @pytest.mark.parametrize("name", ["image", "audio"])
 def test_a_modality_that_an_encoder_was_built_without_is_refused(name):
     other = {"image": "audio", "audio": "image"}[name]
     changes = {key: value for key, value in MODALITIES.items() if key.startswith(other)}
-    model = _build(_config(num_layers=1, esv_sites=1, **changes))
+    model = model_of(config_of(num_layers=1, esv_sites=1, **changes))
     with pytest.raises(ValueError, match=f"{name} input was given to a model with {name}_enabled"):
         model.layers[0].encoder(
             images=torch.zeros(1, 3, 8, 8) if name == "image" else None,
@@ -212,8 +210,8 @@ def test_a_modality_that_an_encoder_was_built_without_is_refused(name):
 
 def test_a_document_beyond_the_range_is_refused_in_a_packed_row_and_a_longer_row_is_not():
     """H7."""
-    model = _build(_config(num_layers=1, esv_sites=1, max_seq_len=16), segmented=True)
-    tokens, whole = _tokens(20), torch.zeros(1, 20, dtype=torch.int32)
+    model = model_of(config_of(num_layers=1, esv_sites=1, max_seq_len=16), segmented=True)
+    tokens, whole = tokens_of(20), torch.zeros(1, 20, dtype=torch.int32)
     halves = (torch.arange(20) >= 10).int().view(1, 20)
     assert model(TokenInputs(tokens, halves)).logits.isfinite().all()
     with pytest.raises(ValueError, match="position 19 is beyond max_position_embeddings=16"):

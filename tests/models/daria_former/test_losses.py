@@ -23,7 +23,7 @@ from models.daria_former.model import FAMILY, rhythm_regularizer
 from parallel.context import ParallelContext
 from parallel.regions import own_sequence
 from tests.distributed import run_ranks
-from tests.models.daria_former.test_model import _build, _config, _tokens
+from tests.models.daria_former.cases import config_of, model_of, tokens_of
 
 S, B, H, HEADS, D, E, PATHS = 12, 2, 6, 4, 3, 5, 3
 POSITIONS = torch.tensor([[*range(5), *range(7)], [0, *range(11)]], dtype=torch.int32)
@@ -158,8 +158,8 @@ def test_the_total_is_the_weighted_sum_and_the_measurements_are_not_in_it():
         "gate_loss": 0.9,
     }  # fmt: skip
     settings = {name + "_weight": w for name, w in weights.items() if name != "gate_loss"}
-    config = _config(gate_balance_weight=0.9, **settings)
-    model, tokens = _build(config).train(), _tokens(21, batch=2)
+    config = config_of(gate_balance_weight=0.9, **settings)
+    model, tokens = model_of(config).train(), tokens_of(21, batch=2)
     labels = tokens[:, 1:].clone()
     labels[0, :7] = -100
     output = model(TokenInputs(tokens[:, :-1]))
@@ -177,7 +177,7 @@ def test_the_total_is_the_weighted_sum_and_the_measurements_are_not_in_it():
 
 
 def test_an_evaluation_reports_no_loss_but_those_of_predictions():
-    model, tokens = _build(_config()).eval(), _tokens(9)
+    model, tokens = model_of(config_of()).eval(), tokens_of(9)
     output = model(TokenInputs(tokens))
     assert (output.aux == 0).all()
 

@@ -21,7 +21,7 @@ from models.daria_former.memory import (
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.models.daria_former.test_model import _config, _tokens
+from tests.models.daria_former.cases import config_of, tokens_of
 
 LAYOUT = MemoryLayout(
     segment_len=4, working_stride=2, episodic_stride=4, working_slots=3, episodic_slots=2, top_k=3
@@ -121,13 +121,13 @@ def test_a_model_in_bf16_retrieves_the_slots_that_it_retrieves_in_fp32(monkeypat
         return chosen[-1]
 
     monkeypatch.setattr(memory, "_select", record)
-    config = _config(
+    config = config_of(
         num_layers=2, hidden_dim=128, head_dim=32, initializer_range=0.02, segment_len=16,
         working_stride=4, episodic_stride=16, working_memory_slots=64, episodic_memory_slots=16,
         persistent_memory_slots=8, memory_top_k=8,
     )  # fmt: skip
     model = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).eval()
-    tokens = _tokens(256, batch=2)
+    tokens = tokens_of(256, batch=2)
     model(TokenInputs(tokens))
     whole = model.bfloat16()(TokenInputs(tokens)).logits.float()
     cache = model.new_cache(2, 256)
