@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -37,20 +37,6 @@ def logits_of(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HFModeling:
-    """The code that is exported with a family which transformers does not have.
-
-    `module` defines `config_class` and `model_class` on top of models.hf_modeling; `settings`:
-    what transformers calls a setting -> what the family calls it.
-    """
-
-    module: str
-    config_class: str
-    model_class: str
-    settings: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class HFMapping:
     """How a family is written in Hugging Face's names, as data.
 
@@ -60,7 +46,8 @@ class HFMapping:
     * `names(config)`: our parameter name -> theirs, one to one.
     * `tied(config)`: their second name of a tied tensor -> the first one.
     * `derived`: regular expression of their tensors that hold nothing learnt.
-    * `modeling`: the code of the model, where transformers does not have it.
+    * `code`: for a model that transformers does not have, the files that an exported directory
+      holds -> the modules that models.hf_bundle generates them from.
     """
 
     model_types: tuple[str, ...]
@@ -69,7 +56,7 @@ class HFMapping:
     names: Callable[[Any], dict[str, str]]
     tied: Callable[[Any], dict[str, str]]
     derived: str
-    modeling: HFModeling | None = None
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@
 `to-hf` reads a checkpoint (`step_N`) of any layout, or the newest one of a run directory, and
 writes a directory that transformers loads. `from-hf` writes a checkpoint from which training can
 start and text be generated. Both need memory for about one shard, and neither writes into a
-directory that holds anything.
+directory that holds anything. A model that transformers does not have is exported with its code;
+code that a directory brings is never run here.
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ def to_hf(
             max_shard_size=max_shard_size,
             special_tokens=special_tokens,
         )
-    if stored.family.require_hf().modeling is not None:
-        remarks.append("the model's code is exported with it: load it with trust_remote_code=True")
+    if stored.family.require_hf().code:
+        remarks.append(
+            "the directory holds the model's code: load it with from_pretrained(..., "
+            "trust_remote_code=True), which needs transformers, torch and pydantic"
+        )
     return remarks
 
 

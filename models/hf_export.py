@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import StoredModel, check_names, check_shape, parameter_table
-from models.hf_own import modeling_source
+from models.hf_bundle import bundle
 from parallel.weights_io import ShardedWeightsReader
 
 
@@ -25,13 +24,14 @@ def export_model(
     max_shard_size: str,
     special_tokens: dict[str, int],
 ) -> None:
-    """Write config.json, generation_config.json and the weights into the directory `output`.
+    """Write config.json, generation_config.json, the weights and, for a model that transformers
+    does not have, its code into the directory `output`.
 
     `dtype` None keeps that of the weights. `special_tokens`: `eos_token_id` and the like.
 
     Raises:
         ValueError: the weights are not those of the configuration, are of several dtypes and
-            `dtype` is None, or the model has no equal in transformers.
+            `dtype` is None, or transformers has no model of this shape.
     """
     hf = stored.family.require_hf()
     contents = hf.to_config(stored.config)
@@ -45,9 +45,8 @@ def export_model(
     contents |= special_tokens | {"dtype": str(target).removeprefix("torch.")}
     _write_json(output / "config.json", contents)
     _write_json(output / "generation_config.json", special_tokens)
-    if hf.modeling is not None:
-        source = modeling_source(hf.modeling, version=version("manyformer"))
-        (output / f"modeling_{contents['model_type']}.py").write_text(source, encoding="utf-8")
+    for name, text in bundle(hf.code).items():
+        (output / name).write_text(text, encoding="utf-8")
 
 
 def _write_weights(

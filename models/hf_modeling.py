@@ -1,168 +1,256 @@
-"""A family of this project as a transformers model, for families that transformers does not have.
+"""A family's layers as a causal language model of transformers.
 
-`models.hf_bundle` writes this module, a family's own entry and what they reach into the exported
-`modeling_*.py`, so it must not depend on a cluster.
+Shapes: b batch, s tokens of a call, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from models.base import logits_of
+from models.hf_cache import FamilyCache, row_bounds
+from models.hf_config import FamilyPreTrainedConfig
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 
-
-class FamilyPreTrainedConfig(PreTrainedConfig):
-    """A family's configuration, whole, under `family_config`, beside what transformers reads."""
-
-    family_config: dict | None = None
-    family_config_class: ClassVar[Any] = None
-
-    def parsed(self) -> Any:
-        """The family's own configuration class.
-
-        Raises:
-            ValueError: a setting is missing, unknown or out of its range.
-        """
-        return type(self).family_config_class.model_validate(self.family_config or {})
-
-
-class FamilyCache:
-    """The state of a generation: what every layer keeps, and how many tokens it has seen."""
-
-    is_compileable = False
-
-    def __init__(self, layers: dict[str, Any]) -> None:
-        self.layers = layers
-        self.length = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def crop(self, max_length: int) -> None:
-        """Forget the tokens from `max_length` on, or the last -`max_length` ones.
-
-        Raises:
-            ValueError: the layers do not keep enough to go back that far.
-        """
-        length = max_length if max_length >= 0 else self.length + max_length
-        if length < self.length:
-            for layer in self.layers.values():
-                layer.rollback(length)
-            self.length = length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("the cache of this model has no beams; use num_beams=1 or use_cache=False")
+# Tokens of a prompt that go through the layers at a time.
+PREFILL_CHUNK = 512
 
 
 class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
-    """A SequentialModel behind the interface of transformers' causal language models.
+    """The layers of a family, `model`, behind the interface of transformers.
 
-    Rows may be padded on the left in a call without cache; the padding is then a document of its
-    own, and nothing of it is seen. With a cache rows must have equal lengths.
+    Subclasses say which layers and what the first one takes, and define `forward`, whose signature
+    transformers reads, by means of `run`.
     """
 
+    config: FamilyPreTrainedConfig
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # the cache cannot be taken back token by token for contrastive search
-    family_specs: ClassVar[Callable[..., list[LayerSpec]]]
+    accepts_loss_kwargs = True  # the Trainer then gives `num_items_in_batch`
+    gradient_checkpointing = False
+    _supports_sdpa = True
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: FamilyPreTrainedConfig) -> None:
         super().__init__(config)
-        device = torch.get_default_device()
-        # Weights that are about to be loaded are not drawn.
-        seed = None if device.type == "meta" else torch.initial_seed() % (1 << 31)
-        specs = type(self).family_specs(config.parsed())
-        self.model = SequentialModel(specs, ParallelContext.single(device=device), seed=seed)
+        # from_pretrained builds the model on the meta device and in the dtype of its weights.
+        ctx = ParallelContext.single(device=torch.get_default_device())
+        specs = self.layer_specs(config.settings())
+        self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
         self.post_init()
 
-    def _init_weights(self, module: Any) -> None:
-        """Every parameter is drawn by the layers themselves."""
+    def layer_specs(self, settings: Any) -> list[LayerSpec]:
+        """The family's layers."""
+        raise NotImplementedError
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:
-        self.model.recompute = enable
+    def inputs(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Any:
+        """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows."""
+        raise NotImplementedError
 
-    def new_cache(self, batch_size: int, max_length: int) -> FamilyCache:
-        """Empty state for rows of up to `max_length` tokens."""
-        return FamilyCache(self.model.new_cache(batch_size, max_length))
+    def new_cache(self, max_length: int) -> FamilyCache:
+        """An empty cache for at most `max_length` tokens, padding included.
 
-    def forward(
+        `generate` makes its own; make one here to continue it in later calls.
+        """
+        return FamilyCache(max_length)
+
+    def run(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: FamilyCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool | None = None,
-        **inputs: Any,
+        tokens: Tensor,
+        given: Mapping[str, Tensor | None],
+        *,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
     ) -> CausalLMOutputWithPast:
-        """Logits [b, s, V] of `input_ids` [b, s]; `labels` as in transformers, shifted inside.
+        """`forward` for tokens [b, s] and whatever else the first layer takes.
 
-        `inputs`: what else the family's first layer takes, by its names.
+        `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
+        cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
+        A call with a cache has no gradient. The loss is the mean cross entropy of each token from
+        those before it, without a family's other losses.
 
         Raises:
-            ValueError: padding that cannot be left out exactly.
+            ValueError: a mask, a cache or labels that do not fit, or too many tokens.
         """
-        segments = _padding_as_document(attention_mask, input_ids, past_key_values)
-        first = self.model.layers[0]
-        first.segmented = segments is not None  # type: ignore[assignment]
-        given = type(self).family_inputs(input_ids, segments, **inputs)
-        if past_key_values is None:
-            output = self.model(given)
+        present = {name: value for name, value in given.items() if value is not None}
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.new_cache(self.config.max_position_embeddings)
+        if cache is None:
+            logits = self._whole(tokens, present, attention_mask)[:, _kept(logits_to_keep)]
         else:
-            output = self.model(given, past_key_values.layers)
-            past_key_values.length += input_ids.shape[1]
-        logits = output.logits.transpose(0, 1).contiguous()
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
+            logits = self._continued(tokens, present, attention_mask, cache, logits_to_keep)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            loss = self._loss(logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _whole(
+        self, tokens: Tensor, given: Mapping[str, Tensor], attention_mask: Tensor | None
+    ) -> Tensor:
+        """Logits [b, s, V] without a cache.
+
+        Rows are turned until they begin at column 0, and their logits are turned back: the layers
+        are causal, so that padding after a row's tokens does not reach them.
+        """
+        back = None
+        if attention_mask is not None:
+            if attention_mask.shape != tokens.shape:
+                raise ValueError(
+                    f"attention_mask of shape {list(attention_mask.shape)} must be "
+                    f"{list(tokens.shape)}, as input_ids"
+                )
+            starts, _ = row_bounds(attention_mask)
+            if bool(starts.any()):
+                columns = torch.arange(tokens.shape[1], device=tokens.device)
+                tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
+                back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
+        logits = logits_of(self.model(self.inputs(tokens, given))).transpose(0, 1)
+        if back is None:
+            return logits
+        return logits.gather(1, back.unsqueeze(-1).expand_as(logits))
+
+    @torch.no_grad()
+    def _continued(
+        self,
+        tokens: Tensor,
+        given: Mapping[str, Tensor],
+        attention_mask: Tensor | None,
+        cache: FamilyCache,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        """Logits [b, kept, V] of tokens after those in the cache; 0 where a row has padding."""
+        if not isinstance(cache, FamilyCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; this model needs the cache that its "
+                "new_cache(max_length) makes"
+            )
+        batch_size, length = tokens.shape
+        chosen = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
+        count = length if chosen is not None else min(int(logits_to_keep) or length, length)
+        parts = cache.extend(length, attention_mask, self.model.new_cache, batch_size=batch_size)
+        logits: Tensor | None = None
+        for group, first in parts:
+            if group.rows is None:
+                logits = self._extended(tokens, given, group.layers, count)
+                continue
+            own = {n: x[group.rows] if len(x) > 1 else x for n, x in given.items()}
+            rows = tokens[group.rows, first:]
+            last = self._extended(rows, own, group.layers, min(count, rows.shape[1]))
+            if logits is None:
+                logits = last.new_zeros(batch_size, count, last.shape[-1])
+            logits[group.rows, count - last.shape[1] :] = last
+        assert logits is not None
+        return logits if chosen is None else logits[:, chosen]
+
+    def _extended(
+        self, tokens: Tensor, given: Mapping[str, Tensor], layers: dict[str, Any], count: int
+    ) -> Tensor:
+        """The last `count` logits [b, count, V] of tokens that continue the layers' caches."""
+        parts, to_come = [], tokens.shape[1]
+        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+            logits = logits_of(self.model(self.inputs(chunk, given), layers)).transpose(0, 1)
+            given, to_come = {}, to_come - chunk.shape[1]
+            if count > to_come:
+                parts.append(logits[:, max(0, chunk.shape[1] - (count - to_come)) :])
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None
+    ) -> Tensor:
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels of shape {list(labels.shape)} with logits of {list(logits.shape[:2])} "
+                "positions; give a label for every token, and no logits_to_keep"
+            )
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        losses = vocab_parallel_cross_entropy(
+            logits.transpose(0, 1), following.to(logits.device), ctx=self.model.ctx
+        )
+        count = num_items_in_batch
+        if count is None:
+            count = (following != IGNORED_LABEL).sum().clamp(min=1)
+        return losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
+
+    # What transformers asks of a model.
 
     def _prepare_cache_for_generation(
         self,
-        generation_config: Any,
+        generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Called by `generate`: the family's own cache in place of transformers'."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} has no effect: "
-                "this model has its own cache; remove it"
+                f"cache_implementation={generation_config.cache_implementation!r} cannot be chosen:"
+                " this model has a cache of its own; leave it out"
             )
-        if generation_config.num_beams > 1:
+        given = model_kwargs.get("past_key_values") is not None
+        if given or generation_config.use_cache is False:
+            return
+        longest = self.config.max_position_embeddings
+        if generation_config.is_assistant:  # called again and again with the same cache
+            max_cache_length = longest
+        # What is looked up in the prompt may reach beyond the last token that is asked for.
+        drafted = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
+        room = max(max_cache_length, min(drafted, longest))
+        model_kwargs["past_key_values"] = self.new_cache(room)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] | None = None,
+        every_n_layers: int = 1,
+    ) -> None:
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if options.get("use_reentrant") or every_n_layers != 1:
             raise ValueError(
-                f"num_beams={generation_config.num_beams}: the cache of this model has no beams; "
-                "use num_beams=1 or use_cache=False"
+                f"gradient checkpointing with {options} and every_n_layers={every_n_layers}: this "
+                "model recomputes every block, without reentrance; leave the options out"
             )
-        rows = batch_size * generation_config.num_return_sequences
-        model_kwargs["past_key_values"] = self.new_cache(rows, max_cache_length + 1)
+        self.model.recompute = self.gradient_checkpointing = enable
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: parallel.random has initialised what is new.
 
-def _padding_as_document(
-    attention_mask: Tensor | None, input_ids: Tensor, cache: FamilyCache | None
-) -> Tensor | None:
-    """Segment ids int32 [b, s] that put left padding into a document of its own; None without."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    mask = attention_mask.bool()
-    if mask.shape != input_ids.shape or cache is not None:
+        Raises:
+            ValueError: weights that were loaded lack a parameter of the model.
+        """
+        for name, parameter in module.named_parameters(recurse=False):
+            # A parameter from the layers says how it starts; one that loading has put in does not.
+            if not hasattr(parameter, "init") and not getattr(
+                parameter, "_is_hf_initialized", False
+            ):
+                path = next(path for path, other in self.named_modules() if other is module)
+                raise ValueError(
+                    f"the weights lack {path}.{name}: they are not of this configuration"
+                )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the vocabulary is a setting of the layers.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
-            "attention_mask has padding, which a generation with a cache cannot leave out exactly; "
-            "generate rows of one length together, or use use_cache=False"
+            f"the vocabulary of this model is fixed at vocab_size={self.config.vocab_size}; use a "
+            "tokenizer of at most that size"
         )
-    if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError("attention_mask has padding on the right; pad on the left")
-    return mask.int()
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -77,6 +77,7 @@ class RotaryTable:
             self.at(positions.device, start=int(positions.max()), length=1)
         return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
 
+    @torch.inference_mode(False)  # a table first asked for by a generation serves training, too
     def _compute(self, device: torch.device) -> Rotation:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / self.theta ** (exponents / self.head_dim)

@@ -8,8 +8,8 @@ from typing import Any
 _HOMES = {
     "DariaFormerConfig": "config",
     "DariaFormerModel": "single",
-    "DariaFormerForCausalLM": "hf_modeling",
-    "DariaFormerHFConfig": "hf_modeling",
+    "DariaFormerForCausalLM": "hf_auto",
+    "DariaFormerHFConfig": "hf_auto",
     "FAMILY": "model",
     "LoRALinear": "adapters",
     "LoRAManager": "lora",

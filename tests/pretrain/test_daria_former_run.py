@@ -10,7 +10,10 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
+from models.convert import to_hf
+from models.daria_former import DariaFormerForCausalLM
 from parallel.carry import SequentialModel
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
@@ -60,6 +63,17 @@ def test_a_run_is_the_same_at_any_layout(layout, data, reference, tmp_path):
         expected = [record[name] for record in reference[0]]
         assert [record[name] for record in trained] == pytest.approx(expected, rel=tolerance)
     assert evaluated[-1]["eval_loss"] == pytest.approx(reference[1][-1]["eval_loss"], rel=1e-5)
+    _check_export(tmp_path)
+
+
+@torch.no_grad()
+def _check_export(directory: Path) -> None:
+    """A checkpoint of any layout gives the same logits in transformers."""
+    to_hf(directory / "run", directory / "hf", with_tokenizer=False)
+    exported = DariaFormerForCausalLM.from_pretrained(directory / "hf")
+    model = load_model(open_checkpoint(directory / "run"), device="cpu")
+    tokens = torch.arange(40).reshape(2, 20) % model.specs[0].kwargs["config"].vocab_size
+    assert torch.equal(exported(tokens).logits, model(TokenInputs(tokens)).logits.transpose(0, 1))
 
 
 def test_bf16_follows_fp32(data, reference, tmp_path):

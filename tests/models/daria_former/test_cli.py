@@ -63,7 +63,7 @@ def test_an_export_with_merged_adapters_has_none(trained, folder):
     done = _call("export", "--checkpoint", trained, "--output", folder / "hf", "--merge_lora")
     assert done.returncode == 0, done.stderr
     config = json.loads((folder / "hf" / "config.json").read_text())
-    assert config["family_config"]["lora_rank"] == 0
+    assert config["lora_rank"] == 0
     assert (folder / "hf" / "modeling_daria_former.py").is_file()
 
 

@@ -1,9 +1,10 @@
-"""The exported model, in transformers alone: this project is not on the path of those processes."""
+"""The exported model: in a process with transformers alone, and in this one."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from models import convert
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
-from models.daria_former import DariaFormerForCausalLM, DariaFormerHFConfig
+from models.daria_former import DariaFormerConfig, DariaFormerForCausalLM, DariaFormerHFConfig
 from models.daria_former.model import FAMILY
 from models.generate import generate
 from tests.models.checkpoints import write_checkpoint
@@ -23,21 +25,28 @@ from tests.models.families import CASES
 
 CONFIG = CASES["daria_former"].config.model_copy(update={"vocab_size": 301})
 TOKENS = torch.randint(0, 301, (2, 21), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(TOKENS)
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+# 51 tokens: over windows, segments and the capacity of both levels of memory.
+NEW = 30
 _SCRIPT = """
 import sys
+# The project is installed in editable form: take its finder away.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-directory, inputs, outputs = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+directory, inputs, outputs, new = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 tokens = load_file(inputs)["tokens"]
+options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
 with torch.no_grad():
     result = {"logits": model(tokens).logits.contiguous()}
     result["loss"] = model(tokens, labels=tokens).loss
-    result["greedy"] = model.generate(tokens, max_new_tokens=30, do_sample=False)
+    result["greedy"] = model.generate(tokens, max_new_tokens=int(new), **options)
 model.save_pretrained(outputs + ".saved")
-again = AutoModelForCausalLM.from_pretrained(outputs + ".saved", trust_remote_code=True).eval()
+again = AutoModelForCausalLM.from_pretrained(outputs + ".saved", trust_remote_code=True)
 with torch.no_grad():
     result["again"] = again(tokens).logits.contiguous()
 try:
@@ -56,20 +65,21 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-def _ours(folder: Path):
-    return load_model(open_checkpoint(folder / "step_1"), device="cpu")
+@pytest.fixture(scope="module")
+def theirs(exported) -> DariaFormerForCausalLM:
+    return DariaFormerForCausalLM.from_pretrained(exported / "hf")
 
 
-def _theirs(folder: Path) -> DariaFormerForCausalLM:
-    return DariaFormerForCausalLM.from_pretrained(folder / "hf").eval()
+def _ours(folder: Path, **options):
+    return load_model(open_checkpoint(folder / "step_1"), device="cpu", **options)
 
 
 @torch.no_grad()
 def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path):
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    arguments = [exported / "hf", tmp_path / "tokens", tmp_path / "out"]
+    arguments = [exported / "hf", tmp_path / "tokens", tmp_path / "out", NEW]
     subprocess.run(
-        [sys.executable, "-I", "-c", _SITE + _SCRIPT, *map(str, arguments)],
+        [sys.executable, "-I", "-c", _SCRIPT, *map(str, arguments)],
         cwd=tmp_path,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         check=True,
@@ -79,90 +89,286 @@ def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path)
     output = model(TokenInputs(TOKENS))
     assert torch.equal(result["logits"], output.logits.transpose(0, 1))
     assert torch.equal(result["again"], result["logits"])
-    shifted = FAMILY.token_losses(
-        output._replace(logits=output.logits[:-1]), TOKENS[:, 1:].contiguous(), model.ctx
+    assert torch.equal(result["greedy"], generate(model, TOKENS, max_new_tokens=NEW))
+    following = torch.nn.functional.pad(TOKENS[:, 1:], (0, 1), value=-100)
+    terms = FAMILY.loss(output, following, config=CONFIG, ctx=model.ctx).terms
+    assert result["loss"] == terms["lm_loss"]
+    names = {path.name for path in (tmp_path / "out.saved").iterdir()}
+    assert {"modeling_daria_former.py", "configuration_daria_former.py"} <= names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["daria_former_variant", "daria_former_lora"])
+def test_every_feature_is_exported(case, tmp_path):
+    of = CASES[case].config
+    whole = write_checkpoint(tmp_path / "step_1", of, family=FAMILY, tensor=2, tokenizer=None)
+    convert.to_hf(tmp_path / "step_1", tmp_path / "hf", max_shard_size="40KB")
+    model, loaded = DariaFormerForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
     )
-    assert result["loss"].item() == pytest.approx(shifted.mean().item(), rel=1e-5)
-    # 51 tokens: over windows, segments and the capacity of both levels of memory.
-    assert torch.equal(result["greedy"], generate(model, TOKENS, max_new_tokens=30))
+    assert not any(loaded.values())
+    tokens = TOKENS % of.vocab_size
+    assert torch.equal(model(tokens).logits, whole(TokenInputs(tokens)).logits.transpose(0, 1))
+    continued = model.generate(tokens, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(continued, generate(whole, tokens, max_new_tokens=NEW))
 
 
-# The project is installed in editable form: take its finder away.
-_SITE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
-
-
-@torch.no_grad()
-def test_padding_on_the_left_changes_nothing(exported):
-    model = _theirs(exported)
-    padded = torch.cat((torch.zeros(2, 5, dtype=torch.int64), TOKENS), dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :5] = 0
-    logits = model(padded, attention_mask=mask).logits[:, 5:]
-    torch.testing.assert_close(logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_generation_with_the_cache_equals_generation_without(exported):
-    model = _theirs(exported)
-    options = {"max_new_tokens": 15, "do_sample": False}
-    cached = model.generate(TOKENS, **options)
-    assert torch.equal(cached, model.generate(TOKENS, use_cache=False, **options))
+def test_an_export_comes_back_bit_for_bit(exported, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "saved")
+    for name, directory in (("from_export", exported / "hf"), ("from_saved", tmp_path / "saved")):
+        convert.from_hf(directory, tmp_path / name)
+        stored = open_checkpoint(tmp_path / name)
+        assert stored.config == CONFIG
+        back = load_model(stored, device="cpu").state_dict()
+        for key, tensor in _ours(exported).state_dict().items():
+            assert torch.equal(back[key], tensor), key
 
 
 @torch.no_grad()
-def test_a_cropped_cache_goes_on_as_if_the_tokens_had_not_been_seen(exported):
-    model = _theirs(exported)
-    cache = model.new_cache(2, 64)
-    model(TOKENS, past_key_values=cache)
-    cache.crop(-3)
-    assert cache.get_seq_length() == 18
-    again = model(TOKENS[:, 18:], past_key_values=cache).logits
-    torch.testing.assert_close(again, model(TOKENS).logits[:, 18:], rtol=1e-4, atol=1e-5)
+def test_a_model_of_this_process_is_saved_with_its_code(exported, tmp_path):
+    torch.manual_seed(5)
+    model = DariaFormerForCausalLM(DariaFormerHFConfig.from_settings(CONFIG)).eval()
+    model.save_pretrained(tmp_path)
+    for name in ("modeling_daria_former.py", "configuration_daria_former.py"):
+        assert (tmp_path / name).read_bytes() == (exported / "hf" / name).read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)  # known here: no remote code
+    assert type(again) is DariaFormerForCausalLM
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert head.weight is embedding.weight
+    torch.manual_seed(5)
+    same = DariaFormerForCausalLM(DariaFormerHFConfig.from_settings(CONFIG))
+    torch.manual_seed(6)
+    other = DariaFormerForCausalLM(DariaFormerHFConfig.from_settings(CONFIG))
+    assert torch.equal(same.get_input_embeddings().weight, embedding.weight)
+    assert not torch.equal(other.get_input_embeddings().weight, embedding.weight)
 
 
-def test_gradient_checkpointing_changes_no_gradient(exported):
-    model = _theirs(exported)
+@torch.no_grad()
+def test_weights_may_be_loaded_in_bf16(exported):
+    model = DariaFormerForCausalLM.from_pretrained(
+        exported / "hf", dtype=torch.bfloat16, device_map="cpu"
+    )
+    logits = _ours(exported, precision="bf16")(TokenInputs(TOKENS)).logits.transpose(0, 1)
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(model(TOKENS).logits, logits)
+
+
+# Padding.
+
+_COLUMNS = torch.arange(26).expand(2, -1)
+_STARTS, _STOPS = torch.tensor([[5], [2]]), torch.tensor([[26], [20]])
+
+
+def _padded(stops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of 26 columns that begin at column 5 and 2, and their mask."""
+    mask = ((_COLUMNS >= _STARTS) & (stops > _COLUMNS)).long()
+    tokens = torch.randint(0, 301, (2, 26), generator=torch.Generator().manual_seed(1))
+    return tokens * mask, mask
+
+
+@torch.no_grad()
+def test_padding_on_either_side_changes_nothing(theirs):
+    tokens, mask = _padded(_STOPS)
+    logits = theirs(tokens, attention_mask=mask).logits
+    for row, (start, stop) in enumerate(((5, 26), (2, 20))):
+        alone = theirs(tokens[row : row + 1, start:stop]).logits[0]
+        torch.testing.assert_close(logits[row, start:stop], alone, rtol=1e-5, atol=1e-5)
+    other = torch.where(mask == 1, tokens, 300)  # what stands in the padding is not seen
+    again = theirs(other, attention_mask=mask).logits
+    assert torch.equal(again[mask == 1], logits[mask == 1])
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_are_generated_as_if_alone(theirs):
+    tokens, mask = _padded(torch.tensor([[26], [26]]))
+    options = {"max_new_tokens": NEW, **GREEDY}
+    together = theirs.generate(tokens, attention_mask=mask, **options)
+    in_chunks = theirs.generate(tokens, attention_mask=mask, prefill_chunk_size=8, **options)
+    assert torch.equal(together, in_chunks)
+    for row, start in enumerate((5, 2)):
+        own = tokens[row : row + 1, start:]
+        alone = theirs.generate(own, attention_mask=torch.ones_like(own), **options)
+        assert torch.equal(together[row, start:], alone[0])
+
+
+# Generation.
+
+
+@torch.no_grad()
+def test_generation_with_the_cache_equals_generation_without(theirs):
+    options = {"attention_mask": MASK, "max_new_tokens": 15, **GREEDY}
+    given = {"emotion_state": torch.full((2, 8), 0.5), "persona": torch.ones(2, 8)}
+    cached = theirs.generate(TOKENS, **options, **given)
+    assert torch.equal(cached, theirs.generate(TOKENS, use_cache=False, **options, **given))
+    assert not torch.equal(cached, theirs.generate(TOKENS, **options))
+
+
+@torch.no_grad()
+def test_drafts_that_are_refused_leave_no_trace(theirs):
+    options = {"max_new_tokens": NEW, "attention_mask": MASK[:1], "do_sample": False}
+    expected = theirs.generate(TOKENS[:1], **options)
+    drafts = theirs.generate(TOKENS[:1], prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(drafts, expected)
+    torch.manual_seed(1)
+    assistant = DariaFormerForCausalLM(theirs.config).eval()
+    assistant.generation_config.num_assistant_tokens = 3
+    assert torch.equal(theirs.generate(TOKENS[:1], assistant_model=assistant, **options), expected)
+
+
+@torch.no_grad()
+def test_a_generation_ends_at_its_end_token_and_may_go_on_later(theirs):
+    options = {"attention_mask": MASK, **GREEDY}
+    expected = theirs.generate(TOKENS, max_new_tokens=12, **options)
+    end = int(expected[0, 25])
+    ended = theirs.generate(TOKENS, max_new_tokens=12, eos_token_id=end, **options)
+    first = 21 + int((expected[0, 21:] == end).nonzero()[0])
+    assert torch.equal(ended[0, : first + 1], expected[0, : first + 1])
+    assert not ended[0, first + 1 :].any()
+    cache = theirs.new_cache(40)
+    half = theirs.generate(TOKENS, max_new_tokens=5, past_key_values=cache, **options)
+    assert cache.get_seq_length() == 25  # the last token has not been put in yet
+    mask = torch.ones_like(half)
+    more = {"max_new_tokens": 7, "past_key_values": cache, **GREEDY}
+    assert torch.equal(theirs.generate(half, attention_mask=mask, **more), expected)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_worked_off_in_parts_and_only_the_asked_for_logits_are_kept(
+    theirs, monkeypatch
+):
+    whole = theirs(TOKENS).logits
+    monkeypatch.setattr("models.hf_modeling.PREFILL_CHUNK", 8)
+    for count in (1, 6, 21):
+        output = theirs(TOKENS, use_cache=True, logits_to_keep=count)
+        assert output.past_key_values.get_seq_length() == 21
+        torch.testing.assert_close(output.logits, whole[:, -count:], rtol=1e-4, atol=1e-5)
+
+
+# Training.
+
+
+def test_recomputing_changes_no_gradient(exported):
+    model = DariaFormerForCausalLM.from_pretrained(exported / "hf").train()
     gradients = []
     for enable in (False, True):
         if enable:
             model.gradient_checkpointing_enable()
+        assert model.model.recompute is enable
         model.zero_grad()
         model(TOKENS, labels=TOKENS).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert gradients[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_an_export_comes_back_bit_for_bit(exported, tmp_path):
-    convert.from_hf(exported / "hf", tmp_path / "back")
-    back = load_model(open_checkpoint(tmp_path / "back"), device="cpu").state_dict()
-    for name, tensor in _ours(exported).state_dict().items():
-        assert torch.equal(back[name], tensor), name
+def test_a_model_that_has_generated_in_inference_mode_can_be_trained(exported):
+    model = DariaFormerForCausalLM.from_pretrained(exported / "hf")
+    with torch.inference_mode():
+        model.generate(TOKENS, attention_mask=MASK, max_new_tokens=3, **GREEDY)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad is not None for p in model.get_input_embeddings().parameters())
+
+
+@torch.no_grad()
+def test_a_loss_is_divided_by_the_number_that_the_trainer_counts(theirs):
+    labels = TOKENS.clone()
+    labels[0, :9] = -100
+    mean = theirs(TOKENS, labels=labels).loss
+    half = theirs(TOKENS, labels=labels, num_items_in_batch=torch.tensor(2 * 32)).loss
+    torch.testing.assert_close(half, mean / 2)  # 20 + 12 labels have a token before them
+
+
+# What cannot be done.
+
+
+def _call(**options):
+    return lambda model: model(TOKENS, **options)
+
+
+def _continue_with_other_padding(model):
+    cache, (tokens, mask) = model.new_cache(40), _padded(torch.tensor([[26], [26]]))
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    model(tokens[:, :1], attention_mask=torch.ones(2, 27), past_key_values=cache)
+
+
+def _continue_with_fewer_rows(model):
+    cache = model.new_cache(40)
+    model(TOKENS, past_key_values=cache)
+    model(TOKENS[:1], past_key_values=cache)
+
+
+def _take_back_too_much(model):
+    cache = model.new_cache(40)
+    model(TOKENS, past_key_values=cache)
+    cache.crop(-5)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(TOKENS, attention_mask=TOKENS.ne(TOKENS[0, -1])), "on the right|cannot leave"),
+        (_call(attention_mask=MASK.index_fill(1, torch.tensor([7]), 0)), "padding between them"),
+        (_call(attention_mask=torch.zeros_like(TOKENS)), "a row without tokens"),
+        (_call(attention_mask=MASK[:, :20]), r"shape \[2, 20\] must be \[2, 21\]"),
         (
-            lambda m: m(
-                TOKENS, attention_mask=torch.arange(21).expand(2, -1) > 2,
-                past_key_values=m.new_cache(2, 30),
-            ),
-            "rows of one length",
+            _call(attention_mask=MASK.index_fill(1, torch.tensor([20]), 0), use_cache=True),
+            "padding on the right of a call with a cache.*padding_side",
         ),
-        (lambda m: m.generate(TOKENS, num_beams=2, max_new_tokens=2), "num_beams=2"),
-        (lambda m: m(TOKENS.repeat(1, 13)), "max_position_embeddings=256"),
-        (lambda m: m(TOKENS, images=torch.zeros(2, 3, 32, 32)), "image_enabled"),
+        (_continue_with_other_padding, "other padding than in the first call"),
+        (_take_back_too_much, "at most segment_len=4 tokens"),
+        (_continue_with_fewer_rows, "1 rows with a cache of 2 rows"),
+        (_call(past_key_values=DynamicCache()), "is a DynamicCache; .* new_cache"),
+        (_call(labels=TOKENS, logits_to_keep=1), "no logits_to_keep"),
+        (lambda model: model(TOKENS.repeat(1, 13)), "max_position_embeddings=256"),
+        (lambda model: model.generate(TOKENS, max_new_tokens=300), "max_position_embeddings=256"),
+        (lambda model: model.generate(TOKENS, num_beams=2, max_new_tokens=2), "num_beams=1"),
+        (
+            lambda model: model.generate(TOKENS, cache_implementation="static", max_new_tokens=2),
+            "cache_implementation='static' cannot be chosen",
+        ),
+        (_call(images=torch.zeros(2, 3, 32, 32)), "image_enabled"),
+        (lambda model: model.resize_token_embeddings(400), "vocab_size=301"),
+        (
+            lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+            "without reentrance",
+        ),
     ],
-    ids=["padding on the right", "padding with a cache", "beams", "too long", "image"],
-)  # fmt: skip
-def test_what_the_model_cannot_do_it_says(exported, call, message):
+)
+def test_what_the_model_cannot_do_it_says(call, message, theirs):
     with pytest.raises(ValueError, match=message):
-        call(_theirs(exported))
+        call(theirs)
 
 
-def test_an_unknown_setting_in_config_json_is_refused(exported):
-    contents = json.loads((exported / "hf" / "config.json").read_text())
-    contents["family_config"]["num_layerz"] = 3
-    with pytest.raises(ValueError, match="num_layerz"):
-        DariaFormerForCausalLM(DariaFormerHFConfig(**contents))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_layerz": 3}, "num_layerz=3 is no setting of .*; did you mean 'num_layers'"),
+        ({"num_layers": -3}, "daria_former: num_layers=-3: "),
+        ({"num_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads"),
+    ],
+)
+def test_a_wrong_setting_is_refused_wherever_it_is_read(values, message, exported, tmp_path):
+    directory = shutil.copytree(exported / "hf", tmp_path / "hf")
+    contents = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(contents | {"num_kv_heads": 4} | values))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(directory)
+    with pytest.raises(ValueError, match=message):
+        convert.from_hf(directory, tmp_path / "back")
+
+
+def test_a_configuration_has_the_names_of_both_sides():
+    config = DariaFormerHFConfig(hidden_size=1536, tie_word_embeddings=False)
+    assert (config.hidden_dim, config.weight_tying) == (1536, False)
+    assert config.settings() == DariaFormerConfig(hidden_dim=1536, weight_tying=False)
+    config.num_layers = 5
+    assert DariaFormerHFConfig.from_dict(config.to_dict()).num_hidden_layers == 5
+
+
+def test_weights_that_lack_a_parameter_are_not_made_up(exported, tmp_path):
+    directory = shutil.copytree(exported / "hf", tmp_path / "hf")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.block_2.ffn.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the weights lack model\.block_2\.ffn\.up_proj\.weight"):
+        DariaFormerForCausalLM.from_pretrained(directory)
