@@ -1,4 +1,4 @@
-"""What every parameter says about itself: how tensor ranks share it and how it starts.
+"""What every parameter says about itself: how ranks share it and how it starts.
 
 A model is initialised, merged for export, split for import and reduced from these declarations
 alone, so a parameter that declares nothing is an error.
@@ -19,18 +19,21 @@ from parallel.context import ParallelContext
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the tensor ranks hold one parameter.
+    """How the tensor ranks, and the expert ranks, hold one parameter.
 
     `dim`: the dimension that is cut into equal parts, rank by rank, or None when every rank holds
     all of it. `full_size`: the extent of the whole tensor along `dim`; when the number of ranks
     does not divide it, the last ranks hold padding rows that merging drops.
     `partial_gradient`: the parameter is replicated but each rank sees only a part of the tokens
     (sequence parallelism), so that its gradient must be summed over tensor ranks.
+    `experts`: the parameter stacks the matrices of so many experts along dimension 0, which expert
+    ranks share in equal parts, rank by rank; None for all others, which every data rank holds.
     """
 
     dim: int | None = None
     full_size: int | None = None
     partial_gradient: bool = False
+    experts: int | None = None
 
     @property
     def extent(self) -> int:
