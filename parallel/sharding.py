@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.context import ParallelContext
+from parallel.context import Axis, ParallelContext
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,28 @@ def merge(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
     return torch.cat(list(shards), dim=sharding.dim).narrow(sharding.dim, 0, sharding.extent)
 
 
-def split(full: Tensor, sharding: Sharding, *, size: int, rank: int) -> Tensor:
+def all_experts(shard: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """A parameter with the experts of all expert ranks, in order (collective over them)."""
+    sharding: Sharding = getattr(shard, "sharding", Sharding())
+    if sharding.experts is None or ctx.expert.size == 1:
+        return shard
+    parts = [torch.empty_like(shard) for _ in range(ctx.expert.size)]
+    dist.all_gather(parts, shard.detach().contiguous(), group=ctx.expert.group)
+    return torch.cat(parts)
+
+
+def split(
+    full: Tensor, sharding: Sharding, *, size: int, rank: int, expert: Axis | None = None
+) -> Tensor:
     """The shard of `full` that `rank` of `size` holds, padded with zeros to an equal extent.
+
+    With `expert` that of an expert rank, too, where the parameter stacks experts.
 
     Raises:
         ValueError: the full tensor is not of the declared extent.
     """
+    if expert is not None and sharding.experts is not None:
+        full = full.chunk(expert.size)[expert.rank]
     if sharding.dim is None:
         return full
     if full.shape[sharding.dim] != sharding.extent:

@@ -11,6 +11,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,12 +24,13 @@ from models.registry import get_family
 from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
 from parallel.precision import Precision
-from parallel.sharding import sharding_table, sum_partial_gradients
+from parallel.sharding import all_experts, sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
 from parallel.wire import Wire
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
+from pretrain.experts import experts_found, register_experts
 from pretrain.optimizers import (
     build_optimizer,
     check_multipliers,
@@ -125,7 +127,7 @@ class PlainEngine:
 
     def weights(self) -> list[Weight]:
         if self.plan.resolved.zero_stage < 3:
-            return module_weights(self.module)
+            return module_weights(self.module, read=partial(all_experts, ctx=self.ctx))
         return module_weights(self.module, read=_gathered)
 
 
@@ -170,7 +172,8 @@ class PipelineEngine:
             for name, parameter in self.module.named_parameters()
             if parameter.ds_pipe_replicated  # type: ignore[attr-defined]
         ]
-        return module_weights(self.module, skip=copies)
+        read = partial(all_experts, ctx=self.ctx)
+        return module_weights(self.module, read=read, skip=copies)
 
     def _pairs(
         self, batches: Iterator[Batch], num_scored: Tensor | None = None
@@ -271,6 +274,7 @@ def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engin
     build = _build_stage if ctx.pipeline.size > 1 else _build_whole
     module = build(plan, _after_each(plan, load_layer))
     sharding_table(module)
+    register_experts(module, ctx)
     sum_partial_gradients(module, ctx)
     if run.training.compile:
         for layer in module.children():  # equal layers share their code, start-up stays short
@@ -352,7 +356,8 @@ def _initialize(module: nn.Module, plan: RunPlan) -> Any:
     import deepspeed
 
     optimizer = build_optimizer(module, plan.run.training, plan.ctx)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its use of memory in bf16
+    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
+    with quiet, experts_found(plan.ctx):
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

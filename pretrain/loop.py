@@ -239,7 +239,8 @@ class TrainLoop:
         self._say(
             f"{self.config.model.family}, {self.num_parameters / 1e6:.1f}M parameters, "
             f"{training.precision}, on {self.ranks.size} x {device}\n"
-            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+            f"{f' (expert {layout.expert})' * (layout.expert > 1)}, "
             f"{layout.total_steps:,} steps, {start}\n"
             f"{layout.curriculum.describe()}\n"
             f"run directory {self.config.run_dir}"
@@ -310,6 +311,7 @@ def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> 
             tensor=layout.tensor,
             pipeline=layout.pipeline,
             data=layout.data,
+            expert=layout.expert,
             zero_stage=zero.zero_stage,
             precision=config.training.precision,
         ),

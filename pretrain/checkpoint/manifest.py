@@ -38,12 +38,14 @@ class Layout(_Record):
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    expert: int = 1
     zero_stage: int = 0
     precision: str = "fp32"
 
     def __str__(self) -> str:
         return (
-            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, "
+            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+            f"{f' (expert {self.expert})' * (self.expert > 1)}, "
             f"ZeRO-{self.zero_stage}, {self.precision}"
         )
 

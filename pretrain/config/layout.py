@@ -19,6 +19,7 @@ class RunLayout(NamedTuple):
     tensor: int
     pipeline: int
     data: int
+    expert: int
     curriculum: Curriculum
 
     @property
@@ -112,6 +113,12 @@ def _check_world(run: RunConfig, world_size: int) -> None:
 def _layout(run: RunConfig, world_size: int) -> RunLayout:
     training, parallel = run.training, run.parallel
     data = world_size // (parallel.tensor * parallel.pipeline)
+    if data % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} does not divide the {data} data ranks, which are "
+            f"the world size {world_size} over parallel.tensor x parallel.pipeline; set it to "
+            f"{_listed([n for n in range(1, data + 1) if data % n == 0])}"
+        )
     try:
         curriculum = plan_curriculum(
             run.data,
@@ -132,6 +139,7 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=data,
+        expert=parallel.expert,
         curriculum=curriculum,
     )
 

@@ -121,20 +121,18 @@ class ParallelConfig(BaseModel):
     tensor: int = Field(default=1, gt=0, description="Ranks that share each matrix")
     pipeline: int = Field(default=1, gt=0, description="Stages that share the layers")
     context: int = Field(default=1, gt=0, description="Reserved: 1")
-    expert: int = Field(default=1, gt=0, description="Reserved: 1")
+    expert: int = Field(default=1, gt=0, description="Data ranks that share the experts of a layer")
     sequence_parallel: bool = Field(
         default=False, description="Split the sequence over tensor ranks between the matrices"
     )
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        for axis in ("context", "expert"):
-            size = getattr(self, axis)
-            if size != 1:
-                raise ValueError(
-                    f"parallel.{axis}={size}: this axis is reserved and not implemented; "
-                    f"set parallel.{axis}=1"
-                )
+        if self.context != 1:
+            raise ValueError(
+                f"parallel.context={self.context}: this axis is reserved and not implemented; "
+                "set parallel.context=1"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel=true has no effect with parallel.tensor=1; "
@@ -229,6 +227,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         _check_stages(self)
+        _check_expert(self)
         if self.training.optimizer == "muon" and self.parallel.tensor > 1:
             raise ValueError(
                 f"training.optimizer=muon with parallel.tensor={self.parallel.tensor}: Muon "
@@ -294,6 +293,26 @@ def _pair(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers such as [0.9, 0.95]")
     return tuple(value)
+
+
+def _check_expert(run: RunConfig) -> None:
+    size, family = run.parallel.expert, run.model.family
+    num_experts = getattr(run.model, "num_experts", None)  # of a family that has experts
+    if num_experts is None and size > 1:
+        raise ValueError(
+            f"parallel.expert={size}: the {family} family has no experts to share; "
+            "set parallel.expert=1"
+        )
+    if num_experts is not None and num_experts % size:
+        raise ValueError(
+            f"parallel.expert={size} does not divide model.num_experts={num_experts}; "
+            "choose an expert size that does"
+        )
+    if size > 1 and run.training.optimizer == "muon":
+        raise ValueError(
+            f"training.optimizer=muon with parallel.expert={size}: DeepSpeed's Muon knows no "
+            "expert ranks; set parallel.expert=1 or training.optimizer=adamw"
+        )
 
 
 def _check_stages(run: RunConfig) -> None:

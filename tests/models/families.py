@@ -10,6 +10,8 @@ from models.daria_former.model import FAMILY as DARIA_FORMER
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from tests.models import awkward
+from tests.models.mixture.config import MixtureConfig
+from tests.models.mixture.model import FAMILY as MIXTURE
 
 
 class Case(NamedTuple):
@@ -90,4 +92,5 @@ CASES = {
         LLAMA, LlamaConfig(**_LLAMA, qkv_bias=True, tie_embeddings=True, rope_theta=1e6)
     ),
     "awkward": Case(awkward.FAMILY, awkward.AwkwardConfig(num_layers=4)),
+    "mixture": Case(MIXTURE, MixtureConfig()),
 }
