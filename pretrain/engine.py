@@ -32,6 +32,7 @@ from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
 from pretrain.experts import experts_found, register_experts
 from pretrain.optimizers import (
+    add_norms_at_once,
     build_optimizer,
     check_multipliers,
     clip_gradients,
@@ -364,6 +365,8 @@ def _initialize(module: nn.Module, plan: RunPlan) -> Any:
             config=plan.resolved.config,
             mpu=None if plan.ctx.pipeline.size > 1 else _mpu(plan.ctx),
         )
+    if plan.ctx.pipeline.size > 1:
+        add_norms_at_once(engine.optimizer)
     return engine
 
 

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from parallel.context import ParallelContext
 from parallel.sharding import sharding_of
+from pretrain.errors import ConfigError
 
 
 def group_name(ctx: ParallelContext) -> str:
@@ -28,6 +31,9 @@ def register_experts(module: nn.Module, ctx: ParallelContext) -> None:
     Its gradients then are summed over the data ranks that hold the same experts and divided by the
     number of all data ranks, whose tokens came to them; its optimizer state is partitioned over the
     former. At expert size 1 they are parameters like any other.
+
+    Raises:
+        ConfigError: a pipeline stage has no experts (on every rank).
     """
     if ctx.expert.size == 1:
         return
@@ -38,10 +44,22 @@ def register_experts(module: nn.Module, ctx: ParallelContext) -> None:
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = ctx.expert_data.group
     # Otherwise the norm of bf16 gradients leaves out all tensor ranks but one's columns.
     groups.expert_tensor_parallel_world_size = ctx.tensor.size
-    for parameter_name, parameter in module.named_parameters():
-        if sharding_of(parameter_name, parameter).experts is not None:
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = name  # type: ignore[attr-defined]
+    experts = [p for n, p in module.named_parameters() if sharding_of(n, p).experts is not None]
+    _check_stages(len(experts), ctx)
+    for parameter in experts:
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = name  # type: ignore[attr-defined]
+
+
+def _check_stages(num_parameters: int, ctx: ParallelContext) -> None:
+    """DeepSpeed adds the norms of experts up over stages: one that has none would not take part."""
+    fewest = torch.tensor(num_parameters, device=ctx.device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=ctx.pipeline.group)
+    if fewest == 0:
+        raise ConfigError(
+            f"parallel.expert={ctx.expert.size} with parallel.pipeline={ctx.pipeline.size}: "
+            "a stage has no layer with experts; use fewer stages or parallel.expert=1"
+        )
 
 
 def is_shared_by_expert_ranks(parameter: nn.Parameter) -> bool:

@@ -120,6 +120,27 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
     return norm
 
 
+def add_norms_at_once(optimizer: Any) -> None:
+    """Let ZeRO-1 in fp32 compute the norm of all parameter groups together, under a pipeline.
+
+    DeepSpeed (0.19.8, zero/stage_1_and_2.py, `scaled_global_norm`) adds up over stages group by
+    group: where a stage has more groups than another, as with the multiplier of a layer that only
+    one of them has, the run stands still.
+    """
+    if not hasattr(optimizer, "get_grad_norm_direct"):  # BF16_Optimizer does it right
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        groups = range(len(optimizer.bit16_groups))
+        parameters = [p for i in groups for p in optimizer.params_in_partition[i]]
+        if optimizer.cpu_offload:
+            return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
+        gradients = [g for i in groups for g in optimizer.averaged_gradients[i]]
+        return optimizer.get_grad_norm_direct(gradients, parameters, norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
 def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)

@@ -173,11 +173,16 @@ def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Pa
             f"{file}: zero_optimization.stage={stage} with parallel.expert={size}: {why}; "
             "use configs/ds/zero1.json or zero2.json, or parallel.expert=1"
         )
-    for name in ("reduce_scatter", "contiguous_gradients"):
+    needed = {
+        "reduce_scatter": "DeepSpeed reduces the gradients of experts only with it",
+        "contiguous_gradients": "DeepSpeed reduces the gradients of experts only with it",
+        "load_from_fp32_weights": "a resumed rank finds its experts in their fp32 weights alone",
+    }
+    for name, why in needed.items():
         if flat.get(f"zero_optimization.{name}", True) is False:
             raise ConfigError(
-                f"{file}: zero_optimization.{name}=false with parallel.expert={size}: DeepSpeed "
-                "reduces the gradients of experts only with it; remove the key"
+                f"{file}: zero_optimization.{name}=false with parallel.expert={size}: {why}; "
+                "remove the key"
             )
 
 

@@ -231,6 +231,13 @@ def test_in_evaluation_no_token_is_dropped():
     assert torch.equal(limited.eval()(x).hidden, expected)
 
 
+def test_with_capacity_a_step_asks_the_device_for_no_value():
+    layer = _layer(ParallelContext.single(device="meta"), **SETTINGS["capacity"])
+    x = torch.zeros(SEQ, ROWS, HIDDEN, device="meta", requires_grad=True)
+    sum(output.sum() for output in layer(x)).backward()
+    assert x.grad.shape == x.shape
+
+
 @torch.no_grad()
 def test_equal_scores_go_to_the_lower_number_and_an_even_spread_costs_1():
     layer = _layer(ParallelContext.single(), **SETTINGS["dropless"])
