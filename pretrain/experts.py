@@ -92,9 +92,9 @@ def experts_found(ctx: ParallelContext) -> Iterator[None]:
 def files_without_experts(engine: Any) -> Iterator[None]:
     """While its state is saved or loaded, an engine takes the experts for ordinary parameters.
 
-    For experts it writes files of its own layer class. Without them the file of weights has those
-    of the first expert rank alone; what a rank holds is in its optimizer shard, from where
-    `restore_experts` puts it back.
+    DeepSpeed's files of experts are those of its own layer class. The file of weights now has the
+    experts of the first expert rank alone; those of each rank are in its optimizer shard, from
+    where `restore_experts` puts them back.
     """
     found, engine.has_moe_layers = engine.has_moe_layers, False
     try:

@@ -114,7 +114,7 @@ class TrainingConfig(BaseModel):
 
 
 class ParallelConfig(BaseModel):
-    """Ranks per axis; the data axis is what the world leaves over tensor x pipeline."""
+    """Ranks per axis; data is what the world leaves over tensor x pipeline, expert a part of it."""
 
     model_config = _STRICT
 
