@@ -21,6 +21,7 @@ from models.daria_former.lora import LoRAManager
 from models.daria_former.lora_state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.model import FAMILY
 from models.daria_former.single import DariaFormerModel
+from models.daria_former.variability import ReactionVariabilitySystem
 from parallel.weights_io import ShardPosition, Weight, write_shard
 
 
@@ -45,6 +46,7 @@ def load_checkpoint(path: Path, *, device: str) -> tuple[DariaFormerModel, str |
         raise ValueError(f"{path} is a checkpoint of {stored.family.name}, not of {FAMILY.name}")
     model = DariaFormerModel(stored.config, device="meta")
     model.body = load_model(stored, device=device)
+    model.variability = ReactionVariabilitySystem(stored.config).to(device)
     return model.eval(), stored.tokenizer
 
 
