@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,13 +14,13 @@ from models.checkpoint import (
     load_model,
     open_checkpoint,
     parameter_table,
-    parse_config,
     write_manifest,
 )
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.lora import LoRAManager
 from models.daria_former.lora_state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.model import FAMILY
+from models.daria_former.settings_file import read_config
 from models.daria_former.single import DariaFormerModel
 from models.daria_former.variability import ReactionVariabilitySystem
 from parallel.weights_io import ShardPosition, Weight, write_shard
@@ -64,23 +63,6 @@ def read_trainer_config(folder: Path) -> DariaFormerConfig:
             "and model.safetensors"
         )
     return read_config(path)
-
-
-def read_config(path: Path) -> DariaFormerConfig:
-    """A YAML file of settings.
-
-    Raises:
-        ValueError: not YAML, or the first setting that is unknown or out of its range.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is not a YAML file of settings: {reason}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings; write `name: value` lines")
-    config: DariaFormerConfig = parse_config({"family": FAMILY.name, **values}, source=path)
-    return config
 
 
 def load_trainer_weights(model: DariaFormerModel, folder: Path, *, add_adapters: bool) -> None:
