@@ -14,6 +14,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -52,6 +53,11 @@ class TrainingConfig(BaseModel):
     max_steps: int | None = Field(default=None, gt=0, description="Stop after so many steps")
     max_tokens: Annotated[int | None, BeforeValidator(lambda value: _whole(value))] = Field(
         default=None, gt=0, description="Stop at the first step that has seen so many tokens"
+    )
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when as many tokens were seen as data.train holds, times this",
     )
     batch_size: int = Field(gt=0, description="Sequences per micro-batch and data rank")
     gradient_accumulation_steps: int = Field(
@@ -104,6 +110,11 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(default=False, description="torch.compile the layers")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
     log_interval: int = Field(default=10, gt=0, description="Steps between two logged lines")
+
+    @field_validator("max_epochs", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -313,8 +324,11 @@ def _changeable(model: ModelConfig) -> frozenset[str]:
 
 
 def _check_length(training: TrainingConfig) -> None:
-    if training.max_steps is None and training.max_tokens is None:
-        raise ValueError("training has no end; set training.max_steps or training.max_tokens")
+    if training.max_steps is None and training.max_tokens is None and training.max_epochs is None:
+        raise ValueError(
+            "training has no end; set training.max_steps, training.max_tokens or "
+            "training.max_epochs"
+        )
     ramps = training.warmup_steps + training.decay_steps
     if training.max_steps is not None and ramps >= training.max_steps:
         name = "training.warmup_steps"
