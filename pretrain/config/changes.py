@@ -56,6 +56,7 @@ RULES: dict[str, Change] = {
     "parallel.*": "layout",
     "checkpoint.*": "free",
     "evaluation.*": "free",
+    "watchdog.*": "free",
     "logging.*": "free",
 }
 
