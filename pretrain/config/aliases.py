@@ -1,6 +1,7 @@
 """Other spellings of settings: each stands for one setting of the schema, its owner.
 
-Only owners are in a resolved configuration. Corpora by name are in pretrain.config.corpora.
+Only owners are in a resolved configuration. What is chosen by name, corpora and the sizes of
+published models, is in pretrain.config.corpora and pretrain.config.base_models.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pretrain.config.base_models import resolve_model
 from pretrain.config.corpora import resolve_corpora
 from pretrain.config.errors import show
 from pretrain.errors import ConfigError
@@ -52,6 +54,7 @@ def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
         name: dict(section) if isinstance(section, Mapping) else section
         for name, section in values.items()
     }
+    resolve_model(resolved)
     for name, alias in ALIASES.items():
         _rename(resolved, name, alias)
     for name in _ALWAYS_TRUE:

@@ -110,6 +110,12 @@ def test_datasets_are_mixed_by_weight(mixed: dict[str, Any]) -> None:
     assert [s.weight for s in equal.train] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("mixed", "names"), [(True, ["a", "b"]), (False, ["b"])])
+def test_the_switch_says_which_of_two_choices_counts(mixed: bool, names: list[str]) -> None:
+    choices = {"dataset_name": "b", "dataset_names": ["a", "b"], "dataset_weights": [0.7, 0.3]}
+    assert [s.name for s in parse_config(_values(**choices, mixed=mixed)).data.train] == names
+
+
 def test_the_spelling_works_on_the_command_line() -> None:
     overrides = [
         "data=named",
@@ -137,11 +143,7 @@ def test_the_spelling_works_on_the_command_line() -> None:
         ({"dataset_name": "web", "corpora": {}}, "set data.corpora.web.train=PATH"),
         (
             {"dataset_name": "a", "dataset_names": ["b"]},
-            "data.dataset_name='a' has no effect with data.mixed=true",
-        ),
-        (
-            {"dataset_name": "a", "mixed": False, "dataset_names": ["b"]},
-            r"data.dataset_names=\['b'\] has no effect with data.mixed=false",
+            "data.dataset_name='a' has no effect beside data.dataset_names; remove it or set",
         ),
         ({"dataset_name": "a", "dataset_weights": [1.0]}, "dataset_weights=.* has no effect"),
         ({"dataset_names": "a"}, "data.dataset_names='a' must be a list"),
