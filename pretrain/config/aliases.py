@@ -26,9 +26,12 @@ _PRECISIONS = {"bf16": "bf16", "fp8": "fp8", "no": "fp32"}
 ALIASES = {
     "data.block_size": Alias("data.sequence_length"),
     "data.max_length": Alias("data.sequence_length"),
+    "model.capacity": Alias("model.capacity_gamma"),
+    "model.m_cu_init": Alias("model.cu_detection_multiplier_init"),
     "model.num_attention_heads": Alias("model.num_heads"),
     "model.num_hidden_layers": Alias("model.num_layers"),
     "model.num_key_value_heads": Alias("model.num_kv_heads"),
+    "model.o_ce_init": Alias("model.ce_criterion_offset_init"),
     "system.compile": Alias("training.compile"),
     "system.mixed_precision": Alias("training.precision", _PRECISIONS),
     "training.compile_model": Alias("training.compile"),
@@ -54,9 +57,11 @@ def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
         name: dict(section) if isinstance(section, Mapping) else section
         for name, section in values.items()
     }
-    resolve_model(resolved)
+    if isinstance(resolved.get("training"), dict):
+        _flatten_optimizer(resolved["training"])
     for name, alias in ALIASES.items():
         _rename(resolved, name, alias)
+    resolve_model(resolved)  # after: what is said under another name wins over a base model's size
     for name in _ALWAYS_TRUE:
         _drop_if_true(resolved, name)
     if not resolved.get("system", True):
@@ -98,6 +103,20 @@ def _drop_if_true(values: dict[str, Any], name: str) -> None:
             f"{name}={show(given)} has no effect: attention always runs in a fused kernel; "
             f"remove it or set {name}=true"
         )
+
+
+def _flatten_optimizer(training: dict[str, Any]) -> None:
+    """`training.optimizer` as a section of numbers stands for settings of `training`."""
+    section = training.get("optimizer")
+    if not isinstance(section, Mapping):
+        return
+    del training["optimizer"]
+    for key, value in section.items():
+        if training.setdefault(key, value) != value:
+            raise ConfigError(
+                f"training.optimizer.{key}={show(value)} is another spelling of training.{key}, "
+                f"which is {show(training[key])}; remove one of them"
+            )
 
 
 def _name_the_rest(training: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from models.dynamic.config import DTFConfig
 from models.llama.config import LlamaConfig
 from pretrain.config import parse_config, resolved
 from pretrain.config.aliases import ALIASES
@@ -27,7 +28,8 @@ def _values(**data: Any) -> dict[str, Any]:
 def test_every_owner_is_a_setting_of_the_schema_and_no_alias_is() -> None:
     known = schema_paths(RunConfig)
     owners = {alias.owner for alias in ALIASES.values()}
-    known = {*known, *(f"model.{name}" for name in LlamaConfig.model_fields)}
+    families = (LlamaConfig, DTFConfig)
+    known = {*known, *(f"model.{name}" for family in families for name in family.model_fields)}
     assert owners <= known
     assert not ALIASES.keys() & known
 
