@@ -93,6 +93,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
+    parser.add_argument(
+        "--print-run-dir",
+        action="store_true",
+        help="check the settings for WORLD_SIZE processes, print the run directory and exit",
+    )
     # The deepspeed launcher adds it; LOCAL_RANK says the same everywhere.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -120,6 +125,9 @@ def _configure(arguments: argparse.Namespace) -> RunConfig | None:
         return None
     layout = check_layout(config, _environment_int("WORLD_SIZE", 1))
     resolve_ds_config(arguments.ds_config, config, data_size=layout.data)
+    if arguments.print_run_dir:
+        sys.stdout.write(f"{Path(config.run_dir).absolute()}\n")
+        return None
     return config
 
 
