@@ -22,6 +22,7 @@ if not __package__:
 from pretrain.errors import (
     EXIT_COMPLETED,
     EXIT_NOT_FINITE,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     AgreedError,
     ConfigError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
 DEBUG_VARIABLE = "MANYFORMER_DEBUG"
+MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
 
 _EXAMPLE = """\
 example:
@@ -61,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_COMPLETED
         from pretrain.loop import run
 
-        return run(config, arguments.ds_config)
+        code = run(config, arguments.ds_config)
+        # A job script reads the marker file; torchrun would report 75 as the failure of a rank.
+        if code == EXIT_STOPPED and os.environ.get(MARKERS_VARIABLE) == "1":
+            return EXIT_COMPLETED
+        return code
     except TrainingError as error:
         _report(error)
         return EXIT_NOT_FINITE

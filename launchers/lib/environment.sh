@@ -12,7 +12,7 @@ prepare_environment() {
   choose_container
   hide_other_variables
   use_fabric
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE))}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
   export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

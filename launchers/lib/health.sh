@@ -9,7 +9,7 @@ fail() {
 
 if command -v nvidia-smi > /dev/null; then
   found=$(nvidia-smi --list-gpus | wc -l)
-  (( found >= GPUS_PER_NODE )) || fail "$found GPUs of $GPUS_PER_NODE"
+  (( found >= RANKS_PER_NODE )) || fail "$found GPUs of $RANKS_PER_NODE"
   errors=$(nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total --format=csv,noheader,nounits)
   ! grep -q '[1-9]' <<< "$errors" || fail "uncorrected memory errors: $(paste -sd ' ' <<< "$errors")"
 fi

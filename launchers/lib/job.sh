@@ -2,6 +2,7 @@
 #
 # Settings, from the environment of sbatch:
 #   TRAIN_NODES           nodes that train (default: all of the job); those beyond are spares
+#   RANKS_PER_NODE        (default: the GPUs of a node)
 #   MAX_STALLED_LAUNCHES  launches in a row that bring no new checkpoint before giving up (default: 3)
 #   FABRIC                a file of launchers/lib/fabric, without .sh (default: NCCL decides alone)
 #   HEALTH_CHECK          a program of the site that fails on a node that must not train
@@ -29,6 +30,7 @@ run_job() {
   local config=$1
   shift
   cd "$ROOT" || exit
+  check_size
   prepare_environment
   prepare_run --config-name "$config" "$@"
   refuse_finished_run
@@ -52,15 +54,19 @@ check_count() {  # name of a variable
   [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || give_up 2 "$1=${!1} must be a whole number from 1"
 }
 
-# Check every setting for the number of ranks before a GPU is used, find the run directory, and
-# print what is about to run.
-prepare_run() {
+check_size() {
   TRAIN_NODES=${TRAIN_NODES:-$SLURM_NNODES}
   check_count TRAIN_NODES
   (( TRAIN_NODES <= SLURM_NNODES )) ||
     give_up 2 "TRAIN_NODES=$TRAIN_NODES are more than the $SLURM_NNODES nodes of the job"
-  GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
-  export TRAIN_NODES GPUS_PER_NODE LAUNCH PYTHON
+  RANKS_PER_NODE=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
+  check_count RANKS_PER_NODE
+}
+
+# Check every setting for the number of ranks before a GPU is used, find the run directory, and
+# print what is about to run.
+prepare_run() {
+  export TRAIN_NODES RANKS_PER_NODE LAUNCH PYTHON
   # The dot keeps a newline at the end of a path, which $(...) would strip.
   RUN_DIR=$(
     srun --nodes=1 --ntasks=1 --export="$(visible)" ${CONTAINER[@]+"${CONTAINER[@]}"} \
@@ -73,7 +79,7 @@ prepare_run() {
   cat "$LOG_DIR/start.txt"
 }
 
-# One launcher per node, which starts one rank per GPU.
+# One launcher per node, which starts its ranks.
 train() {
   local tick
   export MASTER_ADDR=${NODES[0]}

@@ -5,12 +5,12 @@
 # ignored is inherited, until the ranks set their own handlers.
 trap "" USR1 TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT
+export MANYFORMER_READS_MARKERS=1  # how a run ended is read from its directory
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID}
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$LOG_DIR/nccl_trace_rank_
+export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$LOG_DIR/nccl_trace_rank_
 
 exec "$PYTHON" -m torch.distributed.run \
-  --nnodes="$TRAIN_NODES" --nproc-per-node="$GPUS_PER_NODE" --node-rank="$SLURM_PROCID" \
+  --nnodes="$TRAIN_NODES" --nproc-per-node="$RANKS_PER_NODE" --node-rank="$SLURM_PROCID" \
   --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
   --log-dir="$LOG_DIR/$SLURMD_NODENAME" --redirects=3 --tee=3 \
   pretrain/train.py "$@"

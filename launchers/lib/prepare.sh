@@ -1,6 +1,6 @@
 # On one node before each launch: standard output is the run directory and nothing else.
 
-run_dir=$(WORLD_SIZE=$((TRAIN_NODES * GPUS_PER_NODE)) \
+run_dir=$(WORLD_SIZE=$((TRAIN_NODES * RANKS_PER_NODE)) \
   "$PYTHON" pretrain/train.py "$@" --print-run-dir && printf .) || exit
 run_dir=${run_dir%$'\n.'}
 log_dir=$run_dir/logs/job_$SLURM_JOB_ID/launch_$LAUNCH

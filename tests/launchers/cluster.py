@@ -94,7 +94,7 @@ class Cluster:
     def wait(
         self, job: str, states: Sequence[str] = FINAL_STATES, *, timeout: float = 60.0
     ) -> dict[str, str]:
-        """The job's fields once it is in one of `states`; queued again, it need not wait there."""
+        """The job's fields once it is in one of `states`."""
         deadline = time.monotonic() + timeout
         while True:
             fields = self.job(job)
@@ -102,8 +102,6 @@ class Cluster:
                 return fields
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {fields['JobState']}: {self.output(job)}")
-            if fields["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.2)
 
     def output(self, job: str) -> str:
