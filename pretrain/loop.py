@@ -43,6 +43,7 @@ from pretrain.engine import (
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
 from pretrain.initial_weights import initial_weights
+from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
 from pretrain.schedule import learning_rate
@@ -88,6 +89,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         if checkpoint is not None:
             ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
         ranks.on_first(lambda: _write_config(config))
+        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
         watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
@@ -96,7 +98,10 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         )
         if checkpoint is not None:
             loop.restore(checkpoint)
-        return loop.run(stack.enter_context(GracefulStop()))
+        code = loop.run(stack.enter_context(GracefulStop()))
+        # Every rank has saved: a launcher that reads the marker may end all of them.
+        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
+        return code
 
 
 class TrainLoop:
