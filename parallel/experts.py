@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from parallel.context import Axis, ParallelContext
 from parallel.precision import as_fp32
+from parallel.recompute import once
 from parallel.regions import (
     computed_by_all,
     enter_tensor_region,
@@ -135,7 +136,8 @@ class TopKRouter(nn.Module):
     by row so that it does not matter how rows are spread over ranks and micro-batches.
 
     Every tensor rank makes the same choice: under sequence parallelism each scores its own tokens
-    and the scores are gathered, otherwise the first rank's choice is sent to the others.
+    and the scores are gathered, otherwise the first rank's choice is sent to the others. A repeated
+    forward pass keeps the choice of the first.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class TopKRouter(nn.Module):
         logits = F.linear(as_fp32(x), as_fp32(self.weight))
         logits = gather_sequence(logits, ctx=self.ctx)
         probabilities = logits.softmax(dim=-1)
-        experts = self._choose(logits.detach())
+        experts = once(lambda: self._choose(logits.detach()))
         weights = probabilities.gather(-1, experts)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -280,22 +282,30 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
     """The slots [n k, h] to their experts' ranks, and the results back. The host reads counts."""
     if x.is_meta:  # shapes alone are asked for
         return torch.empty_like(x)
+    leaving, arriving = once(lambda: _read_counts(counts, axis))
     if axis.size == 1:
-        return experts.ragged(x, counts.tolist())
-    arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=axis.group)
-    both = torch.stack([counts, arriving]).view(2, axis.size, -1)
-    sent, received = both.sum(dim=-1).tolist()
-    sizes = both[1].flatten().tolist()
+        return experts.ragged(x, leaving[0])
+    sent, received = ([sum(of_rank) for of_rank in each] for each in (leaving, arriving))
+    sizes = [size for of_rank in arriving for size in of_rank]
     parts = _all_to_all(x, axis=axis, sent=sent, received=received).split(sizes)
     # They arrive by rank and then expert; each expert needs its own together.
     num_local = len(experts.gate)
     order = [rank * num_local + expert for expert in range(num_local) for rank in range(axis.size)]
-    totals = both[1].sum(dim=0).tolist()
+    totals = [sum(of_expert) for of_expert in zip(*arriving, strict=True)]
     y = experts.ragged(torch.cat([parts[i] for i in order]), totals)
     results = dict(zip(order, y.split([sizes[i] for i in order]), strict=True))
     y = torch.cat([results[i] for i in range(len(order))])
     return _all_to_all(y, axis=axis, sent=received, received=sent)
+
+
+def _read_counts(counts: Tensor, axis: Axis) -> list[list[list[int]]]:
+    """Rows for each rank's experts that leave this rank, and rows for its own from each rank."""
+    arriving = counts
+    if axis.size > 1:
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=axis.group)
+    both: list[list[list[int]]] = torch.stack([counts, arriving]).view(2, axis.size, -1).tolist()
+    return both
 
 
 def _all_to_all(

@@ -33,12 +33,14 @@ def check_layout(run: RunConfig, world_size: int) -> RunLayout:
     `data = world_size / (tensor * pipeline)`; how many steps it has is up to `plan_curriculum`.
 
     Raises:
-        ConfigError: the layout does not divide the world, the model or a sequence, a sequence is
-            longer than the model's positions, or a stage of the curriculum gets no step.
+        ConfigError: the layout does not divide the world, the model or a sequence, it has expert
+            ranks and the model no experts, a sequence is longer than the model's positions, or a
+            stage of the curriculum gets no step.
     """
     _check_model(run)
     _check_sequence(run)
     _check_world(run, world_size)
+    _check_expert(run, world_size)
     return _layout(run, world_size)
 
 
@@ -110,21 +112,40 @@ def _check_world(run: RunConfig, world_size: int) -> None:
     )
 
 
+def _check_expert(run: RunConfig, world_size: int) -> None:
+    size, family = run.parallel.expert, run.model.family
+    if size == 1:
+        return
+    num_experts = getattr(run.model, "num_experts", None)  # of a family that has experts
+    if num_experts is None:
+        raise ConfigError(
+            f"parallel.expert={size}: the {family} family has no experts to share; "
+            "set parallel.expert=1"
+        )
+    data = world_size // (run.parallel.tensor * run.parallel.pipeline)
+    if num_experts % size or data % size:
+        fitting = [n for n in range(1, data + 1) if num_experts % n == data % n == 0]
+        raise ConfigError(
+            f"parallel.expert={size} must divide model.num_experts={num_experts} and the {data} "
+            "data ranks, which are the world size over parallel.tensor x parallel.pipeline; "
+            f"set it to {_listed(fitting)}"
+        )
+    if run.training.optimizer == "muon":
+        raise ConfigError(
+            f"training.optimizer=muon with parallel.expert={size}: DeepSpeed's Muon knows no "
+            "expert ranks; set parallel.expert=1 or training.optimizer=adamw"
+        )
+
+
 def _layout(run: RunConfig, world_size: int) -> RunLayout:
     training, parallel = run.training, run.parallel
     data = world_size // (parallel.tensor * parallel.pipeline)
-    if data % parallel.expert:
-        raise ConfigError(
-            f"parallel.expert={parallel.expert} does not divide the {data} data ranks, which are "
-            f"the world size {world_size} over parallel.tensor x parallel.pipeline; set it to "
-            f"{_listed([n for n in range(1, data + 1) if data % n == 0])}"
-        )
     try:
         curriculum = plan_curriculum(
             run.data,
             sequences_per_step=training.batch_size * training.gradient_accumulation_steps * data,
             max_steps=training.max_steps,
-            max_tokens=training.max_tokens,
+            max_tokens=_max_tokens(run),
         )
     except DataError as error:
         raise ConfigError(str(error)) from error
@@ -132,8 +153,8 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
     ramps = training.warmup_steps + training.decay_steps
     if ramps >= total:
         raise ConfigError(
-            f"training.max_tokens={training.max_tokens} is {total} steps, not more than "
-            f"warmup_steps + decay_steps = {ramps}; shorten the ramps or train longer"
+            f"the run has {total} steps, not more than training.warmup_steps + "
+            f"training.decay_steps = {ramps}; shorten the ramps or train longer"
         )
     return RunLayout(
         tensor=parallel.tensor,
@@ -142,6 +163,17 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
         expert=parallel.expert,
         curriculum=curriculum,
     )
+
+
+def _max_tokens(run: RunConfig) -> int | None:
+    """The least of what max_tokens and max_epochs allow; opens the data for the latter."""
+    limits = [run.training.max_tokens]
+    if run.training.max_epochs is not None:
+        from data_tools.build import count_training_tokens
+
+        tokens = count_training_tokens(run.data, vocab_size=run.model.vocab_size)
+        limits.append(round(run.training.max_epochs * tokens))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _listed(values: Sequence[object]) -> str:

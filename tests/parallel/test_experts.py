@@ -14,8 +14,10 @@ from torch import Tensor
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from parallel.context import ParallelContext
 from parallel.experts import MoELayer, MoEOutput
+from parallel.gathered import Selection, add_tokens, gather_tokens, whole_tokens
 from parallel.random import initialize
 from parallel.regions import own_sequence
+from parallel.routing import agreed, top_k
 from parallel.sharding import Normal, merge, sharding_of, sum_partial_gradients
 from tests.distributed import run_ranks
 
@@ -118,14 +120,23 @@ def _gathered(x: Tensor, group: dist.ProcessGroup | None, size: int) -> list[Ten
     return parts
 
 
-def _measure(settings: dict, **layout) -> Measured:
+def _of_chosen_tokens(layer: MoELayer, x: Tensor, ctx: ParallelContext) -> MoEOutput:
+    """The layer for the half of each row's tokens that score best, added to x."""
+    scores = x[..., 1:].sum(-1)
+    selection = Selection(top_k(agreed(scores, ctx=ctx), SEQ // 2))
+    output = layer(gather_tokens(x, selection, ctx=ctx))
+    hidden = add_tokens(x, output.hidden, scores.sigmoid(), selection, ctx=ctx)
+    return output._replace(hidden=hidden)
+
+
+def _measure(settings: dict, *, chosen: bool = False, **layout) -> Measured:
     """One step of this rank's rows, and what all ranks together have computed."""
     ctx = ParallelContext.from_world(**layout)
-    layer = _layer(ctx, **settings)
+    layer = _layer(whole_tokens(ctx) if chosen else ctx, **settings)
     sum_partial_gradients(layer, ctx)
     x, targets = (each.chunk(ctx.data.size, dim=1)[ctx.data.rank] for each in _data())
     x = own_sequence(x, ctx=ctx).clone().requires_grad_()
-    output = layer(x)
+    output = _of_chosen_tokens(layer, x, ctx) if chosen else layer(x)
     of_tokens, of_router = _objective(output, own_sequence(targets, ctx=ctx))
     (of_tokens + of_router).backward()
     total = of_tokens.detach()
@@ -204,6 +215,15 @@ def test_any_layout_equals_a_loop_over_tokens_in_loss_and_every_gradient(name, l
     world_size, sizes = LAYOUTS[layout]
     for measured in run_ranks(_measure, world_size, SETTINGS[name], **sizes):
         _assert_equal(measured, expected)
+
+
+@pytest.mark.parametrize("name", ["dropless", "capacity"])
+def test_experts_of_chosen_tokens_are_equal_at_any_layout(name):
+    (expected,) = run_ranks(_measure, 1, SETTINGS[name], chosen=True)
+    for layout in ("expert 4", "tensor 2 x expert 2, sequence parallel"):
+        world_size, sizes = LAYOUTS[layout]
+        for measured in run_ranks(_measure, world_size, SETTINGS[name], chosen=True, **sizes):
+            _assert_equal(measured, expected)
 
 
 @torch.no_grad()

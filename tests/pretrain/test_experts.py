@@ -160,15 +160,20 @@ def test_another_expert_size_begins_with_the_weights_but_does_not_continue(data,
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"parallel__expert": 3}, ["parallel.expert=3", "model.num_experts=4"]),
+        ({"parallel__expert": 4}, ["parallel.expert=4", "the 6 data ranks", "set it to 1, 2"]),
+        ({"parallel__expert": 3}, ["parallel.expert=3", "num_experts=4", "set it to 1, 2"]),
         ({"training__optimizer": "muon"}, ["training.optimizer=muon", "parallel.expert=2"]),
-        ({"parallel__expert": 4}, ["parallel.expert=4", "2 data ranks", "set it to 1, 2"]),
     ],
 )
 def test_a_layout_that_experts_do_not_fit_is_refused(changes, parts, data, tmp_path):
     with pytest.raises(ConfigError) as error:
-        check_layout(_config(data, tmp_path, **EXPERT_2 | changes), 2)
+        check_layout(_config(data, tmp_path, **EXPERT_2 | changes), 6)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_expert_ranks_for_a_family_without_experts_are_refused(data):
+    with pytest.raises(ConfigError, match=r"parallel.expert=2: the llama family has no experts"):
+        check_layout(tiny_run(data, parallel__expert=2), 2)
 
 
 @pytest.mark.parametrize(
