@@ -46,7 +46,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def _config(data: Path, run_dir: Path, *, factor: float | None = None, **changes) -> RunConfig:
-    model = {"family": "mixture", "max_position_embeddings": SEQ, "init_std": 0.1}
+    model = {"family": "mixture", "max_position_embeddings": SEQ, "init_std": 0.2}
     values = {
         "run_dir": str(run_dir), "model": model | {"capacity_factor": factor},
         "training__max_steps": STEPS, "training__grad_clip": CLIP,
@@ -62,11 +62,15 @@ def _train(config: RunConfig, world_size: int, *, stage: int = 1) -> list[dict[s
     return trained + evaluated
 
 
-def _assert_equal(records, expected, *, rel: float = 1e-5) -> None:
+NAMES = ("loss", "balance_loss", "z_loss", "eval_loss", "grad_norm")
+
+
+def _assert_equal(records, expected, *, rel: float = 1e-5, names=NAMES) -> None:
     for record, reference in zip(records, expected, strict=True):
-        for name in ("loss", "balance_loss", "z_loss", "eval_loss", "grad_norm"):
+        for name in names:
             if name in reference:
-                assert record[name] == pytest.approx(reference[name], rel=rel), name
+                bound = 10 * rel if name == "grad_norm" else rel
+                assert record[name] == pytest.approx(reference[name], rel=bound), name
 
 
 def _weights(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -108,7 +112,7 @@ def test_a_run_at_any_expert_size_equals_one_process(layout, data, reference, tm
     _assert_equal(_train(config, world_size, stage=stage), records)
     for name, weight in _weights(config).items():
         torch.testing.assert_close(
-            weight, weights[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            weight, weights[name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -126,7 +130,8 @@ def test_bf16_follows_fp32_in_loss_and_norm_as_far_as_bf16_allows(
     changes = EXPERT_2 | BF16 | changes | {"training__max_steps": 2}
     records = _train(_config(data, tmp_path / "run", **changes), world_size)
     first = [record for record in reference[None][0] if record["step"] <= 2]
-    _assert_equal(records, first, rel=1e-2)
+    # A tenth of the squared norm is that of experts: to leave out half of them would show.
+    _assert_equal(records, first, rel=2e-3, names=("loss", "grad_norm"))
 
 
 @pytest.mark.parametrize(

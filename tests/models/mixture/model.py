@@ -78,7 +78,9 @@ class Head(nn.Module):
     def __init__(self, config: MixtureConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, eps=1e-5, ctx=ctx)
-        self.output = VocabParallelHead(config.vocab_size, config.hidden_size, ctx=ctx)
+        self.output = VocabParallelHead(
+            config.vocab_size, config.hidden_size, ctx=ctx, init=Normal(config.init_std)
+        )
 
     def forward(self, carry: MixtureCarry) -> Output:
         return Output(self.output(self.norm(carry.hidden)), carry.losses)
