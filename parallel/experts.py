@@ -202,23 +202,26 @@ class Experts(nn.Module):
         output_init: Init,
     ) -> None:
         super().__init__()
-        local, inner = num_experts // ctx.expert.size, intermediate_size // ctx.tensor.size
+        self.num_local = num_experts // ctx.expert.size
+        inner = intermediate_size // ctx.tensor.size
 
         def stacked(shape: tuple[int, int], dim: int, start: Init) -> nn.Parameter:
-            parameter = nn.Parameter(torch.empty(local, *shape, device=ctx.device))
+            parameter = nn.Parameter(torch.empty(self.num_local, *shape, device=ctx.device))
             return declare(parameter, Sharding(dim, intermediate_size, experts=num_experts), start)
 
         self.gate = stacked((inner, hidden_size), 1, init)
         self.up = stacked((inner, hidden_size), 1, init)
         self.down = stacked((hidden_size, inner), 2, output_init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As many tokens for each expert: [E/p, m, h] -> [E/p, m, h], to be summed over t."""
-        inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
-        return inner @ self.down.mT
+    def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        """What the experts make of x, to be summed over tensor ranks.
 
-    def ragged(self, x: Tensor, counts: list[int]) -> Tensor:
-        """`counts[e]` tokens for expert e, one expert after another: [m, h] -> [m, h]."""
+        x: [E/p, m, h], as many tokens for each expert; with `counts` [m, h], `counts[e]` tokens for
+        expert e, one expert after another.
+        """
+        if counts is None:
+            inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
+            return inner @ self.down.mT
         computed = [
             F.linear(F.silu(F.linear(tokens, gate)) * F.linear(tokens, up), down)
             for tokens, gate, up, down in zip(
@@ -273,7 +276,7 @@ def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
 def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
     """Equal parts of the slots [E b C, h] to their experts' ranks, and the results back."""
     parts = _all_to_all(x, axis=axis)
-    parts = parts.view(axis.size, len(experts.gate), -1, x.shape[-1]).transpose(0, 1)
+    parts = parts.view(axis.size, experts.num_local, -1, x.shape[-1]).transpose(0, 1)
     y = experts(parts.flatten(1, 2))
     return _all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
 
@@ -284,15 +287,15 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
         return torch.empty_like(x)
     leaving, arriving = once(lambda: _read_counts(counts, axis))
     if axis.size == 1:
-        return experts.ragged(x, leaving[0])
+        return experts(x, leaving[0])
     sent, received = ([sum(of_rank) for of_rank in each] for each in (leaving, arriving))
     sizes = [size for of_rank in arriving for size in of_rank]
     parts = _all_to_all(x, axis=axis, sent=sent, received=received).split(sizes)
     # They arrive by rank and then expert; each expert needs its own together.
-    num_local = len(experts.gate)
-    order = [rank * num_local + expert for expert in range(num_local) for rank in range(axis.size)]
+    local, ranks = range(experts.num_local), range(axis.size)
+    order = [rank * len(local) + expert for expert in local for rank in ranks]
     totals = [sum(of_expert) for of_expert in zip(*arriving, strict=True)]
-    y = experts.ragged(torch.cat([parts[i] for i in order]), totals)
+    y = experts(torch.cat([parts[i] for i in order]), totals)
     results = dict(zip(order, y.split([sizes[i] for i in order]), strict=True))
     y = torch.cat([results[i] for i in range(len(order))])
     return _all_to_all(y, axis=axis, sent=received, received=sent)

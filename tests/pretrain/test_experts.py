@@ -93,6 +93,8 @@ def reference(data, tmp_path_factory):
 LAYOUTS = {
     "expert 2, ZeRO-1": (2, 1, None, {}),
     "expert 2, ZeRO-2": (2, 2, 0.75, {}),
+    "expert 1 of data 2, ZeRO-3": (2, 3, None, {"parallel__expert": 1}),
+    "expert 1 of data 2, ZeRO-3, capacity": (2, 3, 0.75, {"parallel__expert": 1}),
     "expert 2 of data 4, recomputed": (
         4, 1, 0.75, {"training__batch_size": 1, "training__activation_recomputation": "full"},
     ),
