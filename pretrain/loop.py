@@ -25,7 +25,13 @@ from pretrain.checkpoint import (
     RunIdentity,
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
-from pretrain.checkpoint.rng_state import restore_rng_state
+from pretrain.checkpoint.optimizer_state import (
+    layout_bound_by,
+    publish_weights,
+    restore_optimizer_state,
+    save_optimizer_state,
+)
+from pretrain.checkpoint.rng_state import restore_rng_state, seed_rng
 from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
@@ -129,8 +135,16 @@ class TrainLoop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
-        load_engine_state(self.engine.deepspeed, checkpoint.path)
-        restore_rng_state(checkpoint.rng_path(self.ranks.rank))
+        engine, path, rank = self.engine.deepspeed, checkpoint.path, self.ranks.rank
+        if checkpoint.any_layout:
+            self.ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+            publish_weights(engine, step=checkpoint.step)
+        else:
+            load_engine_state(engine, path)
+        if checkpoint.layout.grid == self.layout.grid:
+            restore_rng_state(checkpoint.rng_path(rank))
+        else:
+            seed_rng(seed=self.config.training.seed, step=checkpoint.step, rank=rank)
         self.step = checkpoint.step
 
     def run(self, stop: GracefulStop) -> int:
@@ -204,12 +218,17 @@ class TrainLoop:
             )
         )
 
-    def _save(self) -> None:
+    def _save_optimizer(self, directory: Path) -> list[Path]:
         engine = self.engine.deepspeed
+        if self.store.identity.layout_bound_by is not None:
+            return save_engine_state(engine, directory)
+        return save_optimizer_state(engine, directory, ctx=self.ctx, rank=self.ranks.rank)
+
+    def _save(self) -> None:
         self.store.save(
             CheckpointContents(
                 step=self.step,
-                write_engine=lambda directory: save_engine_state(engine, directory),
+                write_engine=self._save_optimizer,
                 weights=self.engine.weights(),
                 trainer={
                     "step": self.step,
@@ -315,4 +334,5 @@ def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> 
         ),
         config=resolved(config),
         fingerprints={},  # the loader compares those of its sources when its state is loaded
+        layout_bound_by=layout_bound_by(config, zero),
     )
