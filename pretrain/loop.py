@@ -26,8 +26,8 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
 from pretrain.checkpoint.optimizer_state import (
+    finish_restore,
     layout_bound_by,
-    publish_weights,
     restore_optimizer_state,
     save_optimizer_state,
 )
@@ -138,7 +138,7 @@ class TrainLoop:
         engine, path, rank = self.engine.deepspeed, checkpoint.path, self.ranks.rank
         if checkpoint.any_layout:
             self.ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
-            publish_weights(engine, step=checkpoint.step)
+            finish_restore(engine, step=checkpoint.step)
         else:
             load_engine_state(engine, path)
         if checkpoint.layout.grid == self.layout.grid:

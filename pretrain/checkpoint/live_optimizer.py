@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps this rank's master weights and moments, parameter by parameter.
 
-The only reader of DeepSpeed's optimizers (0.19.8). Under ZeRO they step a few long vectors, of which
-every data rank holds a part; here each part is told as runs of elements of named parameters.
+The only reader of DeepSpeed's optimizers (0.19.8). Under ZeRO they step a few long vectors, each
+cut over data ranks; here every part is told as runs of elements of named parameters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Fragment(NamedTuple):
 
     `shape`: of the slice that this tensor rank holds, whole over data ranks; the elements begin at
     `start` of it, flattened. `master` (fp32) and `weight` (what forward reads) are those elements,
-    as views. They lie at `offset` of `flat`, the tensor that the optimizer steps. `copies`: how many
-    data ranks hold the same fragment. `is_tied_copy`: an earlier pipeline stage owns the parameter.
+    as views. They lie at `offset` of `flat`, the tensor that the optimizer steps. `copies`: how
+    many data ranks hold the same. `is_tied_copy`: an earlier pipeline stage owns the parameter.
     """
 
     name: str
@@ -78,14 +78,6 @@ class LiveOptimizer:
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
         self._optimizer.state[flat] = {"step": count, **moments}
 
-    def publish_weights(self) -> None:
-        """Collective: hand what the data ranks have written to their fragments to each other."""
-        if hasattr(self._wrapper, "update_lp_params"):  # ZeRO 1 and 2
-            self._wrapper.update_lp_params()
-        elif hasattr(self._wrapper, "grad_position"):  # ZeRO-3 keeps small parameters gathered
-            self._wrapper.checkpoint_event_prologue()
-            self._wrapper.checkpoint_event_epilogue()
-
     def _fragments(self, data_size: int) -> Iterator[Fragment]:
         for name, parameter in self.parameters.items():
             place = self._place(parameter, data_size)
@@ -102,7 +94,7 @@ class LiveOptimizer:
         self, parameter: nn.Parameter, data_size: int
     ) -> tuple[int, Tensor, Tensor, Tensor, int, int] | None:
         """Fields `start` to `copies`; None when other data ranks hold all of the parameter."""
-        if hasattr(self._wrapper, "grad_position"):
+        if _is_stage_3(self._wrapper):
             return self._place_of_stage_3(parameter)
         elements = parameter.detach().view(-1)
         if self._wrapper is self._optimizer:
@@ -128,6 +120,22 @@ class LiveOptimizer:
         flat = zero.fp32_partitioned_groups_flat[group]
         weight = parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)
         return start, flat.detach().narrow(0, offset, length), weight, flat, offset, 1
+
+
+def publish_weights(engine: Any) -> None:
+    """Collective: hand what each data rank has written to its fragments to the other ones."""
+    zero = engine.optimizer
+    if _is_stage_3(zero):
+        # Drops what is gathered; the next forward gathers what it needs. The epilogue that belongs
+        # to this call gathers small parameters at once, and a backward then finds some of them
+        # empty (DeepSpeed 0.19.8).
+        zero.checkpoint_event_prologue()
+    elif hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+
+
+def _is_stage_3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "grad_position") and hasattr(optimizer, "fp16_groups")
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:

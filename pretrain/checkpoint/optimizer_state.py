@@ -20,6 +20,7 @@ from pretrain.checkpoint.live_optimizer import (
     LiveOptimizer,
     canonical_names,
     local_shape,
+    publish_weights,
 )
 from pretrain.checkpoint.stored_optimizer import FOLDER, HEADER, Run, StoredOptimizer
 from pretrain.config import RunConfig
@@ -118,7 +119,7 @@ def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
 def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContext) -> None:
     """Fill this rank's weights, masters, moments and step counts from a checkpoint of any layout.
 
-    Not collective; `publish_weights` follows once every rank has succeeded.
+    Not collective; `finish_restore` follows once every rank has succeeded.
 
     Raises:
         CheckpointError: a parameter, or an element of one, that is missing or of another shape.
@@ -142,9 +143,9 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
     _restore_untrained(engine.module, directory, ctx)
 
 
-def publish_weights(engine: Any, *, step: int) -> None:
-    """Collective: complete what `restore_optimizer_state` has begun on every data rank."""
-    LiveOptimizer(engine, data_size=1).publish_weights()
+def finish_restore(engine: Any, *, step: int) -> None:
+    """Collective: complete what `restore_optimizer_state` has begun on every rank."""
+    publish_weights(engine)
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
 
@@ -159,9 +160,9 @@ def _check_parameter(
         shape[sharding.dim] = sharding.extent
     if (tuple(shape), sharding.dim) != (found.shape, found.sharding.dim):
         raise CheckpointError(
-            f"{str(stored.directory)!r}: parameter {name!r} has shape {list(found.shape)}, cut along "
-            f"{found.sharding.dim}, the model {shape}, cut along {sharding.dim}: it is of another "
-            "model; resume with the configuration that wrote it"
+            f"{str(stored.directory)!r}: parameter {name!r} has shape {list(found.shape)}, cut "
+            f"along {found.sharding.dim}, the model {shape}, cut along {sharding.dim}: it is of "
+            "another model; resume with the configuration that wrote it"
         )
 
 

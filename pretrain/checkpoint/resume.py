@@ -181,10 +181,11 @@ def _refuse_another_layout(
             "cannot take over: resume without that setting"
         )
     if not any_layout and old != new:
-        why = f"with {bound}" if bound else "before checkpoints fitted any layout"
+        why = f" ({bound})" if bound else ""
         raise CheckpointError(
-            f"{str(directory)!r} was written at {old}; this run is at {new}: the optimizer state "
-            f"is in DeepSpeed's files, written {why}; resume at the layout of the checkpoint"
+            f"{str(directory)!r} was written at {old}; this run is at {new}: its optimizer state "
+            f"is in DeepSpeed's own files, which fit only the layout that wrote them{why}; resume "
+            "at the layout of the checkpoint"
         )
     before = samples_per_step(manifest.config, data_size=old.data)
     now = samples_per_step(identity.config, data_size=new.data)

@@ -51,8 +51,9 @@ class CheckpointContents(NamedTuple):
     """What one rank contributes to a checkpoint.
 
     `write_engine` is collective and returns the files that this rank wrote below the directory it
-    is given (`optimizer_state.save_optimizer_state`). `weights` are loaded by every rank, and written by
-    the one of each (pipeline, tensor) place that has `writes_weights`. `trainer` is rank 0's.
+    is given (`save_optimizer_state`, `save_engine_state`). `weights` are loaded by every rank, and
+    written by the one of each (pipeline, tensor) place that has `writes_weights`. `trainer` is
+    rank 0's.
     """
 
     step: int
