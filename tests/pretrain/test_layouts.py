@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -173,17 +174,20 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
         return {name: weight.float() for name, weight in reader.items()}
 
 
+def assert_same_state(found: Path, expected: Path) -> None:
+    restored, saved = dict(state(found)), dict(state(expected))
+    assert saved.keys() == restored.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(restored[name], tensor), name
+
+
 def assert_continues(runs: Runs, run_dir: Path, pair: Pair) -> None:
     origin = runs.origin(pair.family, pair.precision, pair.old)
     begin_at_checkpoint(origin, run_dir)
     config = runs.config(pair.family, pair.precision, pair.new, run_dir)
     train(config, PLACES[pair.new], saved_again)
 
-    saved = dict(state(run_dir / "checkpoints" / f"step_{SAVED}"))
-    restored = dict(state(run_dir / "copy"))
-    assert saved.keys() == restored.keys()
-    for name, tensor in saved.items():
-        assert torch.equal(restored[name], tensor), name
+    assert_same_state(run_dir / "copy", run_dir / "checkpoints" / f"step_{SAVED}")
     curve, evaluation = tail(config)
     for expected, found in zip(origin.curve, curve, strict=True):
         assert found["step"] == expected["step"]
@@ -362,6 +366,20 @@ def test_what_only_deepspeed_can_restore_goes_on_at_its_layout_alone(runs, tmp_p
     message = refusal(other, PLACES["ZeRO-1"])
     assert "is in DeepSpeed's own files, which fit only the layout that wrote them" in message
     assert "resume at the layout of the checkpoint" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_moves_into_host_memory(stage, runs, tmp_path):
+    json_file = tmp_path / "offload.json"
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    json_file.write_text(json.dumps({"zero_optimization": zero}))
+    origin = runs.origin("llama", "bf16", "ZeRO-1")
+    begin_at_checkpoint(origin, tmp_path / "offloaded")
+    offloaded = runs.config("llama", "bf16", "ZeRO-1 DP2", tmp_path / "offloaded")
+    train(offloaded, PLACES["ZeRO-1 DP2"], saved_again, ds_config_path=str(json_file))
+    assert_same_state(tmp_path / "offloaded" / "copy", origin.run_dir / "checkpoints" / "step_4")
+    losses = [record["loss"] for record in tail(offloaded)[0]]
+    assert losses == pytest.approx([record["loss"] for record in origin.curve], rel=1e-2)
 
 
 def spoiled_master(config, ds_config_path: str) -> str:
