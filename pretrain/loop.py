@@ -46,6 +46,7 @@ from pretrain.initial_weights import initial_weights
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
+from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
 from pretrain.watchdog import Watchdog
@@ -168,6 +169,9 @@ class TrainLoop:
             if saving or step == first or step % training.log_interval == 0:
                 values = _read(result, step)
                 self._log(writers, values, rate)
+            interval = self.config.watchdog.replica_interval
+            if interval is not None and (saving or step % interval == 0):
+                check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
             with self.throughput.paused():
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
