@@ -34,7 +34,7 @@ from tests.evidence.language import (
 )
 from tests.evidence.training import Trained, future_leak, over_seeds, train
 
-STEPS, RATES, SWEEP_SEED, TEST_ROWS = 300, (4e-3, 8e-3), 100, 128
+STEPS, RATES, SWEEP_SEED, TEST_ROWS = 300, (1e-3, 2e-3, 4e-3), 100, 128
 GAMMAS = (0.5, 0.25, 0.125)
 _SIZES = {
     "vocab_size": VOCAB,
