@@ -49,10 +49,13 @@ from pretrain.engine import (
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
 from pretrain.initial_weights import initial_weights
+from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
+from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
+from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
 
 
@@ -93,12 +96,19 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         if checkpoint is not None:
             ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
         ranks.on_first(lambda: _write_config(config))
+        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks)
+        watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
+        loop = TrainLoop(
+            config, layout, engine, loader, evaluation, store, ranks, stack.enter_context(watchdog)
+        )
         if checkpoint is not None:
             loop.restore(checkpoint)
-        return loop.run(stack.enter_context(GracefulStop()))
+        code = loop.run(stack.enter_context(GracefulStop()))
+        # Every rank has saved: a launcher that reads the marker may end all of them.
+        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
+        return code
 
 
 class TrainLoop:
@@ -113,6 +123,7 @@ class TrainLoop:
         evaluation: EvalBatches | None,
         store: CheckpointStore,
         ranks: Ranks,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -122,6 +133,7 @@ class TrainLoop:
         self.evaluation = evaluation
         self.store = store
         self.ranks = ranks
+        self.watchdog = watchdog
         self.step = 0
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
@@ -163,6 +175,7 @@ class TrainLoop:
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
+            self.watchdog.moved(f"step {step}")
             result = self.engine.train_step(self.loader, learning_rate=rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
@@ -170,6 +183,9 @@ class TrainLoop:
             if saving or step == first or step % training.log_interval == 0:
                 values = _read(result, step)
                 self._log(writers, values, rate)
+            interval = self.config.watchdog.replica_interval
+            if interval is not None and (saving or step % interval == 0):
+                check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
             with self.throughput.paused():
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
@@ -207,6 +223,7 @@ class TrainLoop:
         if self.evaluation is None:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
+        self.watchdog.moved(f"the evaluation after step {self.step}")
         nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(
@@ -225,6 +242,7 @@ class TrainLoop:
         return save_optimizer_state(engine, directory, ctx=self.ctx, rank=self.ranks.rank)
 
     def _save(self) -> None:
+        self.watchdog.moved(f"the save of step {self.step}")
         self.store.save(
             CheckpointContents(
                 step=self.step,

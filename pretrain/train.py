@@ -22,6 +22,7 @@ if not __package__:
 from pretrain.errors import (
     EXIT_COMPLETED,
     EXIT_NOT_FINITE,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     AgreedError,
     ConfigError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
 DEBUG_VARIABLE = "MANYFORMER_DEBUG"
+MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
 
 _EXAMPLE = """\
 example:
@@ -61,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_COMPLETED
         from pretrain.loop import run
 
-        return run(config, arguments.ds_config)
+        code = run(config, arguments.ds_config)
+        # A job script reads the marker file; torchrun would report 75 as the failure of a rank.
+        if code == EXIT_STOPPED and os.environ.get(MARKERS_VARIABLE) == "1":
+            return EXIT_COMPLETED
+        return code
     except TrainingError as error:
         _report(error)
         return EXIT_NOT_FINITE
@@ -79,7 +85,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config-name", required=True, metavar="NAME", help="run file in configs/, without .yaml"
+        "--config-name",
+        default="base",
+        metavar="NAME",
+        help="run file in configs/, without .yaml (default: base, chosen by model_type=mod|dtf)",
     )
     parser.add_argument(
         "--config-dir", metavar="DIR", help="folder of your own run files and groups; it wins"
@@ -92,6 +101,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument(
+        "--print-run-dir",
+        action="store_true",
+        help="check the settings for WORLD_SIZE processes, print the run directory and exit",
     )
     # The deepspeed launcher adds it; LOCAL_RANK says the same everywhere.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -120,6 +134,9 @@ def _configure(arguments: argparse.Namespace) -> RunConfig | None:
         return None
     layout = check_layout(config, _environment_int("WORLD_SIZE", 1))
     resolve_ds_config(arguments.ds_config, config, data_size=layout.data)
+    if arguments.print_run_dir:
+        sys.stdout.write(f"{Path(config.run_dir).absolute()}\n")
+        return None
     return config
 
 

@@ -1,6 +1,7 @@
 """Other spellings of settings: each stands for one setting of the schema, its owner.
 
-Only owners are in a resolved configuration. Corpora by name are in pretrain.config.corpora.
+Only owners are in a resolved configuration. What is chosen by name, corpora and the sizes of
+published models, is in pretrain.config.corpora and pretrain.config.base_models.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pretrain.config.base_models import resolve_model
 from pretrain.config.corpora import resolve_corpora
 from pretrain.config.errors import show
 from pretrain.errors import ConfigError
@@ -24,9 +26,12 @@ _PRECISIONS = {"bf16": "bf16", "fp8": "fp8", "no": "fp32"}
 ALIASES = {
     "data.block_size": Alias("data.sequence_length"),
     "data.max_length": Alias("data.sequence_length"),
+    "model.capacity": Alias("model.capacity_gamma"),
+    "model.m_cu_init": Alias("model.cu_detection_multiplier_init"),
     "model.num_attention_heads": Alias("model.num_heads"),
     "model.num_hidden_layers": Alias("model.num_layers"),
     "model.num_key_value_heads": Alias("model.num_kv_heads"),
+    "model.o_ce_init": Alias("model.ce_criterion_offset_init"),
     "system.compile": Alias("training.compile"),
     "system.mixed_precision": Alias("training.precision", _PRECISIONS),
     "training.compile_model": Alias("training.compile"),
@@ -52,8 +57,11 @@ def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
         name: dict(section) if isinstance(section, Mapping) else section
         for name, section in values.items()
     }
+    if isinstance(resolved.get("training"), dict):
+        _flatten_optimizer(resolved["training"])
     for name, alias in ALIASES.items():
         _rename(resolved, name, alias)
+    resolve_model(resolved)  # after: what is said under another name wins over a base model's size
     for name in _ALWAYS_TRUE:
         _drop_if_true(resolved, name)
     if not resolved.get("system", True):
@@ -95,6 +103,20 @@ def _drop_if_true(values: dict[str, Any], name: str) -> None:
             f"{name}={show(given)} has no effect: attention always runs in a fused kernel; "
             f"remove it or set {name}=true"
         )
+
+
+def _flatten_optimizer(training: dict[str, Any]) -> None:
+    """`training.optimizer` as a section of numbers stands for settings of `training`."""
+    section = training.get("optimizer")
+    if not isinstance(section, Mapping):
+        return
+    del training["optimizer"]
+    for key, value in section.items():
+        if training.setdefault(key, value) != value:
+            raise ConfigError(
+                f"training.optimizer.{key}={show(value)} is another spelling of training.{key}, "
+                f"which is {show(training[key])}; remove one of them"
+            )
 
 
 def _name_the_rest(training: dict[str, Any]) -> None:

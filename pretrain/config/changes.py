@@ -58,6 +58,7 @@ RULES: dict[str, Change] = {
     "parallel.*": "layout",
     "checkpoint.*": "free",
     "evaluation.*": "free",
+    "watchdog.*": "free",
     "logging.*": "free",
 }
 

@@ -68,16 +68,16 @@ def _catalogue(corpora: Any) -> dict[str, dict[str, Any]]:
 
 
 def _chosen(data: Mapping[str, Any], known: list[str]) -> tuple[list[str], list[float]]:
-    """Names and weights of the chosen corpora."""
+    """Names and weights of the chosen corpora. A run file may hold both: `mixed` says which."""
     mixed = data.get("mixed", "dataset_names" in data)
     if not isinstance(mixed, bool):
         raise ConfigError(f"data.mixed={show(mixed)} must be true or false; correct it")
     wanted = "dataset_names" if mixed else "dataset_name"
     for key in ("dataset_name",) if mixed else ("dataset_names", "dataset_weights"):
-        if key in data:
+        if key in data and "mixed" not in data:
             raise ConfigError(
-                f"data.{key}={show(data[key])} has no effect with data.mixed={str(mixed).lower()}; "
-                "remove it or change data.mixed"
+                f"data.{key}={show(data[key])} has no effect beside data.{wanted}; "
+                "remove it or set data.mixed"
             )
     if wanted not in data:
         raise ConfigError(

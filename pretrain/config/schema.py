@@ -163,6 +163,29 @@ class CheckpointConfig(BaseModel):
     keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
 
 
+class WatchdogConfig(BaseModel):
+    """What ends a run that stands still, or whose ranks have come to train different models."""
+
+    model_config = _STRICT
+
+    timeout: float | None = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds in which every rank must finish a step, an evaluation or a save, the "
+        "first step and its compilation included; null: wait for ever",
+    )
+    replica_interval: int | None = Field(
+        default=100,
+        gt=0,
+        description="Steps after which ranks compare what they hold in common; null: never",
+    )
+
+    @field_validator("timeout", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+
 class EvaluationConfig(BaseModel):
     """When held-out text is scored and how much of it."""
 
@@ -235,6 +258,7 @@ class RunConfig(BaseModel):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
     @model_validator(mode="after")

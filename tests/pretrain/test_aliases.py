@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from models.dynamic.config import DTFConfig
 from models.llama.config import LlamaConfig
 from pretrain.config import parse_config, resolved
 from pretrain.config.aliases import ALIASES
@@ -27,7 +28,8 @@ def _values(**data: Any) -> dict[str, Any]:
 def test_every_owner_is_a_setting_of_the_schema_and_no_alias_is() -> None:
     known = schema_paths(RunConfig)
     owners = {alias.owner for alias in ALIASES.values()}
-    known = {*known, *(f"model.{name}" for name in LlamaConfig.model_fields)}
+    families = (LlamaConfig, DTFConfig)
+    known = {*known, *(f"model.{name}" for family in families for name in family.model_fields)}
     assert owners <= known
     assert not ALIASES.keys() & known
 
@@ -110,6 +112,12 @@ def test_datasets_are_mixed_by_weight(mixed: dict[str, Any]) -> None:
     assert [s.weight for s in equal.train] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("mixed", "names"), [(True, ["a", "b"]), (False, ["b"])])
+def test_the_switch_says_which_of_two_choices_counts(mixed: bool, names: list[str]) -> None:
+    choices = {"dataset_name": "b", "dataset_names": ["a", "b"], "dataset_weights": [0.7, 0.3]}
+    assert [s.name for s in parse_config(_values(**choices, mixed=mixed)).data.train] == names
+
+
 def test_the_spelling_works_on_the_command_line() -> None:
     overrides = [
         "data=named",
@@ -137,11 +145,7 @@ def test_the_spelling_works_on_the_command_line() -> None:
         ({"dataset_name": "web", "corpora": {}}, "set data.corpora.web.train=PATH"),
         (
             {"dataset_name": "a", "dataset_names": ["b"]},
-            "data.dataset_name='a' has no effect with data.mixed=true",
-        ),
-        (
-            {"dataset_name": "a", "mixed": False, "dataset_names": ["b"]},
-            r"data.dataset_names=\['b'\] has no effect with data.mixed=false",
+            "data.dataset_name='a' has no effect beside data.dataset_names; remove it or set",
         ),
         ({"dataset_name": "a", "dataset_weights": [1.0]}, "dataset_weights=.* has no effect"),
         ({"dataset_names": "a"}, "data.dataset_names='a' must be a list"),

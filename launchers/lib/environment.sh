@@ -1,0 +1,65 @@
+# What the ranks of a job may see of the environment that sbatch was called in, and what they need.
+
+# Names that ranks inherit; everything else stays in the batch shell, keys and tokens above all.
+readonly INHERITED='PATH|HOME|USER|LOGNAME|SHELL|PWD|LANG|LC_*|TZ|TERM|TMPDIR|LD_LIBRARY_PATH|XDG_CACHE_HOME
+|SLURM*|CUDA*|NVIDIA_*|NCCL_*|GLOO_*|UCX_*|FI_*|OMP_*|MKL_*|TORCH*|PYTORCH_*|PET_*|TRITON_*|DS_*|PYTHON*
+|VIRTUAL_ENV|HF_HOME|HF_HUB_OFFLINE|HF_HUB_CACHE|WANDB_MODE|WANDB_DIR|WANDB_PROJECT|MANYFORMER_*'
+readonly SECRET='*KEY*|*TOKEN*|*SECRET*|*PASSW*|*CREDENTIAL*|*JWT*'
+
+prepare_environment() {
+  ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
+  choose_python
+  choose_container
+  hide_other_variables
+  use_fabric
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))}
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+}
+
+choose_python() {
+  if [[ -z ${PYTHON:-} && -z ${CONTAINER_IMAGE:-} && -x $ROOT/.venv/bin/python ]]; then
+    PYTHON=$ROOT/.venv/bin/python
+  fi
+  PYTHON=${PYTHON:-python}
+}
+
+choose_container() {
+  CONTAINER=()
+  [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
+  [[ $ROOT != *[:,]* ]] ||
+    give_up 2 "the path $ROOT has a colon or a comma and cannot be mounted; move the project"
+  CONTAINER=(
+    "--container-image=$CONTAINER_IMAGE"
+    "--container-mounts=$ROOT:$ROOT${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    "--container-workdir=$ROOT"
+    --no-container-mount-home
+  )
+}
+
+hide_other_variables() {
+  local name kept=,${KEEP_ENV:-},
+  shopt -s extglob
+  for name in $(compgen -e); do
+    [[ $kept != *",$name,"* ]] || continue
+    # shellcheck disable=SC2053 - the right side is a pattern
+    if [[ $name != @(${INHERITED//$'\n'/}) || $name == @($SECRET) ]]; then
+      export -n "$name"
+    fi
+  done
+}
+
+# The names for srun --export. Bash would also hand on what it cannot name, such as a.b.
+visible() { compgen -e | paste -sd ,; }
+
+use_fabric() {
+  [[ -n ${FABRIC:-} ]] || return 0
+  local file=$LIB/fabric/$FABRIC.sh
+  [[ $FABRIC != */* && -f $file ]] ||
+    give_up 2 "FABRIC=$FABRIC is unknown; it can be $(basename -as .sh "$LIB"/fabric/*.sh | paste -sd ' ')"
+  set -a
+  . "$file"
+  set +a
+}

@@ -1,0 +1,107 @@
+# The life of a batch job; a job script sources this file and calls `run_job RUN_FILE ARGUMENT...`.
+#
+# Settings, from the environment of sbatch:
+#   TRAIN_NODES           nodes that train (default: all of the job); those beyond are spares
+#   RANKS_PER_NODE        (default: the GPUs of a node)
+#   MAX_STALLED_LAUNCHES  launches in a row that bring no new checkpoint before giving up (default: 3)
+#   FABRIC                a file of launchers/lib/fabric, without .sh (default: NCCL decides alone)
+#   HEALTH_CHECK          a program of the site that fails on a node that must not train
+#   HEALTH_TIMEOUT        seconds after which a node that has not answered is left out (default: 300)
+#   CONTAINER_IMAGE, CONTAINER_MOUNTS   as pyxis takes them (default: no container)
+#   KEEP_ENV              names of further variables that ranks may see, separated by commas
+#   PYTHON                the interpreter (default: .venv/bin/python if there is one, else python)
+#
+# How a launch ended is read from files in the run directory and not from exit codes, which torchrun
+# reduces to 0 and 1: DONE (trained to the end) and REQUEUE (saved because asked) are the trainer's,
+# STOP is the user's.
+
+set -uo pipefail  # not -e: most commands here may fail and say how the job goes on
+umask 027
+ROOT=${MANYFORMER_ROOT:-$SLURM_SUBMIT_DIR}
+LIB=$ROOT/launchers/lib
+LAUNCH=${SLURM_RESTART_COUNT:-0}
+. "$LIB/environment.sh"
+. "$LIB/nodes.sh"
+. "$LIB/requeue.sh"
+
+readonly EXIT_GAVE_UP=93 EXIT_STOPPED=75
+
+run_job() {
+  local config=$1
+  shift
+  cd "$ROOT" || exit
+  check_size
+  prepare_environment
+  prepare_run --config-name "$config" "$@"
+  refuse_finished_run
+  refuse_stalled_run
+  choose_nodes
+  train --config-name "$config" "$@"
+  decide_what_follows
+}
+
+say() { printf '[%(%F %T)T launch %s] %s\n' -1 "$LAUNCH" "$*"; }
+
+give_up() {  # exit code, reason
+  local code=$1
+  shift
+  say "$*" >&2
+  exit "$code"
+}
+
+# Bash evaluates what stands in a variable that it takes for a number, commands included.
+check_count() {  # name of a variable
+  [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || give_up 2 "$1=${!1} must be a whole number from 1"
+}
+
+check_size() {
+  TRAIN_NODES=${TRAIN_NODES:-$SLURM_NNODES}
+  check_count TRAIN_NODES
+  (( TRAIN_NODES <= SLURM_NNODES )) ||
+    give_up 2 "TRAIN_NODES=$TRAIN_NODES are more than the $SLURM_NNODES nodes of the job"
+  RANKS_PER_NODE=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
+  check_count RANKS_PER_NODE
+}
+
+# Check every setting for the number of ranks before a GPU is used, find the run directory, and
+# print what is about to run.
+prepare_run() {
+  export TRAIN_NODES RANKS_PER_NODE LAUNCH PYTHON
+  # The dot keeps a newline at the end of a path, which $(...) would strip.
+  RUN_DIR=$(
+    srun --nodes=1 --ntasks=1 --export="$(visible)" ${CONTAINER[@]+"${CONTAINER[@]}"} \
+      bash "$LIB/prepare.sh" "$@" && printf .
+  ) || give_up "$?" "nothing was started"
+  RUN_DIR=${RUN_DIR%.}
+  LOG_DIR=$RUN_DIR/logs/job_$SLURM_JOB_ID/launch_$LAUNCH
+  export RUN_DIR LOG_DIR
+  say "run directory $RUN_DIR"
+  cat "$LOG_DIR/start.txt"
+}
+
+# One launcher per node, which starts its ranks.
+train() {
+  local tick
+  export MASTER_ADDR=${NODES[0]}
+  # Below the ports that the kernel gives to clients; another one for every job and launch.
+  export MASTER_PORT=$((10000 + (SLURM_JOB_ID + LAUNCH) % 20000))
+  say "training on ${NODES[*]}, rendezvous $MASTER_ADDR:$MASTER_PORT"
+  rm -f "$RUN_DIR/REQUEUE"
+  srun --nodes="$TRAIN_NODES" --ntasks="$TRAIN_NODES" --ntasks-per-node=1 \
+    --nodelist="$(IFS=,; echo "${NODES[*]}")" --kill-on-bad-exit=1 --wait=60 --cpu-bind=none \
+    --label --export="$(visible)" ${CONTAINER[@]+"${CONTAINER[@]}"} bash "$LIB/node.sh" "$@" &
+  STEP=$!
+  ASKED=
+  trap 'ASKED="the end of the time limit is near"' USR1
+  while kill -0 "$STEP" 2> /dev/null; do
+    [[ ! -e $RUN_DIR/STOP ]] || ASKED="$RUN_DIR/STOP exists"
+    # Said again and again: ranks that are still starting up do not listen yet.
+    [[ -z $ASKED ]] || { say "asking the ranks to save and stop: $ASKED"; kill -USR1 "$STEP"; }
+    sleep 5 &
+    tick=$!
+    wait -n "$STEP" "$tick"  # or until the end of the time limit is near
+    kill "$tick" 2> /dev/null
+  done
+  wait "$STEP"
+  say "the step ended with code $?"
+}

@@ -1,0 +1,52 @@
+# Whether a run goes on: its marker files, and a bound on launches that bring nothing.
+
+refuse_finished_run() {
+  [[ ! -e $RUN_DIR/DONE ]] || { say "$RUN_DIR/DONE exists: trained to the end"; exit 0; }
+  [[ ! -e $RUN_DIR/STOP ]] ||
+    give_up "$EXIT_STOPPED" "$RUN_DIR/STOP exists: remove it and submit again to continue"
+}
+
+# Counted when a launch begins, so that it does not matter what ended the last one.
+refuse_stalled_run() {
+  local file=$RUN_DIR/logs/job_$SLURM_JOB_ID/progress
+  local step last=-1 stalled=0
+  MAX_STALLED_LAUNCHES=${MAX_STALLED_LAUNCHES:-3}
+  check_count MAX_STALLED_LAUNCHES
+  step=$(newest_step)
+  if [[ $(cat "$file" 2> /dev/null) =~ ^([0-9]+)\ ([0-9]+)$ ]]; then
+    last=${BASH_REMATCH[1]} stalled=${BASH_REMATCH[2]}
+  fi
+  if (( step > last )); then stalled=0; else stalled=$((stalled + 1)); fi
+  echo "$step $stalled" > "$file.new" && mv "$file.new" "$file"
+  (( stalled < MAX_STALLED_LAUNCHES )) ||
+    give_up "$EXIT_GAVE_UP" "$stalled launches in a row brought no checkpoint after step $step;" \
+      "see $RUN_DIR/logs/job_$SLURM_JOB_ID"
+}
+
+newest_step() {
+  local path step newest=0
+  for path in "$RUN_DIR"/checkpoints/step_*; do
+    step=${path##*/step_}
+    if [[ $step =~ ^[0-9]{1,15}$ ]] && (( 10#$step > newest )); then newest=$((10#$step)); fi
+  done
+  echo "$newest"
+}
+
+decide_what_follows() {
+  if [[ -e $RUN_DIR/DONE ]]; then
+    say "trained to the end"
+    exit 0
+  fi
+  [[ ! -e $RUN_DIR/STOP ]] || give_up "$EXIT_STOPPED" "stopped at step $(newest_step) as asked"
+  # After scancel or at the time limit it is not RUNNING any more, and must not come back.
+  local state
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  [[ $state == RUNNING ]] || give_up 1 "the job is $state: not queued again"
+  if [[ -e $RUN_DIR/REQUEUE ]]; then
+    say "saved step $(newest_step) and stopped as asked; into the queue again"
+  else
+    say "failed after step $(newest_step); into the queue again"
+  fi
+  scontrol requeue "$SLURM_JOB_ID" || give_up 1 "the job cannot be queued again; submit it again"
+  sleep 600  # Slurm ends this script
+}

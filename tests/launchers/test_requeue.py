@@ -1,0 +1,97 @@
+"""A tiny model trained by real jobs on two nodes: stopped, queued again, continued to the bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import to_yaml
+from tests.launchers.cluster import ROOT, Cluster, wait_until
+from tests.pretrain.tiny_run import tiny_run, write_data
+
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the run file `tiny` and its corpus."""
+    directory = tmp_path_factory.mktemp("requeue")
+    write_data(directory)
+    run = tiny_run(
+        directory,
+        training__max_steps=STEPS,
+        training__batch_size=2,
+        checkpoint__interval=1000,
+        evaluation__interval=1000,
+    )
+    (directory / "tiny.yaml").write_text(to_yaml(run))
+    return directory
+
+
+def submit(
+    cluster: Cluster,
+    configs: Path,
+    run_dir: Path,
+    *options: str,
+    arguments: tuple[str, ...] = (),
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """A job of two nodes with a rank each."""
+    return cluster.submit(
+        *("--nodes=2", f"--output={cluster.directory}/slurm-%j.out"),
+        *(*options, ROOT / "launchers/llama_125m.slurm"),
+        *("--config-name", "tiny", "--config-dir", configs, f"run_dir={run_dir}", *arguments),
+        variables={
+            "PYTHON": sys.executable,
+            "RANKS_PER_NODE": "1",
+            "OMP_NUM_THREADS": "1",
+            **(variables or {}),
+        },
+    )
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> loss of all launches together; a step that was trained twice must agree."""
+    found: dict[int, float] = {}
+    path = run_dir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        record = json.loads(line)
+        if "loss" in record:
+            assert found.setdefault(record["step"], record["loss"]) == record["loss"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, configs: Path) -> dict[int, float]:
+    """The losses of a run that nothing happens to."""
+    run_dir = configs / "undisturbed"
+    job = submit(cluster, configs, run_dir)
+    fields = cluster.wait(job, timeout=240)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0"), cluster.output(job)
+    assert sorted(losses(run_dir)) == list(range(1, STEPS + 1))
+    return losses(run_dir)
+
+
+def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_undisturbed_run(
+    cluster: Cluster, configs: Path, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, configs, run_dir)
+    wait_until(lambda: len(losses(run_dir)) >= 3, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", 120)
+    [stopped] = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*")]
+    assert 3 <= stopped < STEPS
+    assert (run_dir / "REQUEUE").exists()
+    fields = cluster.wait(job, timeout=240)
+    output = cluster.output(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
+    assert f"saved step {stopped} and stopped as asked; into the queue again" in output
+    assert f"continuing after step {stopped}" in output
+    assert losses(run_dir) == undisturbed
+    assert (run_dir / "DONE").exists()
+    assert not (run_dir / "REQUEUE").exists()
