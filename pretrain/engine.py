@@ -323,6 +323,9 @@ def _after_each(plan: RunPlan, load_layer: AfterEach | None) -> AfterEach:
         if plan.resolved.zero_stage == 3:
             import deepspeed
 
+            # DeepSpeed casts the module later, but by then the parameters are elsewhere: they would
+            # stay in fp32 (0.19.8).
+            layer.to(plan.ctx.precision.dtype)
             # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
             # one's shards to the others: training then runs, with wrong weights.
             deepspeed.zero.Init(

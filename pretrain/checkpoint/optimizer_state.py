@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
 from parallel.sharding import Sharding, sharding_of, split
 from parallel.weights_io import ShardedWeightsReader, ShardPosition, Weight, write_shard
 from pretrain.checkpoint.live_optimizer import (
@@ -185,17 +186,13 @@ def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
 def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
     """Buffers and frozen parameters, which no optimizer knows, from the weights."""
     names = canonical_names(module)
-    tensors = {
-        names.get(name, name): tensor
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not tensor.requires_grad
-    }
-    tensors = {n: t for n, t in tensors.items() if not n.endswith("_extra_state")}
+    frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    tensors = {**persistent_buffers(module), **frozen}
     if not tensors:
         return
     with ShardedWeightsReader(directory) as reader:
         for name, tensor in tensors.items():
-            _copy_weight(name, tensor, reader, ctx)
+            _copy_weight(names.get(name, name), tensor, reader, ctx)
 
 
 def _copy_weight(
