@@ -104,6 +104,10 @@ class Cluster:
                 raise TimeoutError(f"job {job} is {fields['JobState']}: {self.output(job)}")
             time.sleep(0.2)
 
+    def hosts(self, job: str) -> list[str]:
+        """The nodes of a job that runs or has run."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).stdout.split()
+
     def output(self, job: str) -> str:
         """What the batch script has printed so far."""
         path = Path(self.job(job)["StdOut"])
