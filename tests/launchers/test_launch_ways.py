@@ -106,8 +106,12 @@ def test_four_ranks_on_two_nodes_know_their_places(
 
 def test_what_a_launcher_has_set_is_left_alone() -> None:
     environment = {
-        **{"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "1"},
-        **{"SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
     }
     before = dict(environment)
     adopt_launcher(environment)
@@ -126,9 +130,14 @@ def test_a_process_that_is_alone_stays_alone(size: str | None) -> None:
 
 def test_an_address_that_is_given_needs_neither_mpi4py_nor_slurm() -> None:
     environment = {
-        **{"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-        **{"OMPI_COMM_WORLD_SIZE": "8", "MASTER_ADDR": "gpu-01", "MASTER_PORT": "2000"},
-        **{"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu-01",
+        "MASTER_PORT": "2000",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
     }
     adopt_launcher(environment)
     assert (environment["RANK"], environment["LOCAL_RANK"]) == ("5", "1")
@@ -138,8 +147,12 @@ def test_an_address_that_is_given_needs_neither_mpi4py_nor_slurm() -> None:
 def test_without_scontrol_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     environment = {
-        **{"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"},
-        **{"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"},
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
     }
     with pytest.raises(ConfigError, match=r"cannot list n\[1-2\].*export MASTER_ADDR"):
         adopt_launcher(environment)
