@@ -61,7 +61,8 @@ class HFMapping:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family; one instance per family, `FAMILY` in its `model.py`.
+    """One family; one instance per family, `FAMILY` in its `model.py`,
+    or what the registry names where a package holds several.
 
     The functions, with the family's configuration as first argument where there is one:
 
@@ -78,7 +79,9 @@ class ModelFamily:
     * `flops(config, seq_length) -> float`: forward FLOPs per token.
     * `num_parameters(config) -> int`: a tied parameter counts once.
 
-    `hf` is None for a family that cannot be converted.
+    `hf` is None for a family that cannot be converted. `causal_in_training` is False where a layer
+    in training mode (`module.training`) compares a token with later ones; in evaluation mode every
+    family is causal.
     """
 
     name: str
@@ -91,6 +94,7 @@ class ModelFamily:
     flops: Callable[[Any, int], float]
     num_parameters: Callable[[Any], int]
     hf: HFMapping | None
+    causal_in_training: bool = True
 
     def require_hf(self) -> HFMapping:
         """`hf` for a conversion.

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 class _Entry(NamedTuple):
-    """`package.config` holds `config_class` (no torch), `package.model` holds `FAMILY`."""
+    """`package.config` holds `config_class` (no torch), `package.model` the family, `instance`."""
 
     package: str
     config_class: str
+    instance: str = "FAMILY"
 
 
 _FAMILIES = {
     "daria_former": _Entry("models.daria_former", "DariaFormerConfig"),
+    "dtf": _Entry("models.dynamic", "DTFConfig", "DTF"),
     "llama": _Entry("models.llama", "LlamaConfig"),
+    "mod": _Entry("models.dynamic", "MoDConfig", "MOD"),
 }
 
 
@@ -46,7 +49,9 @@ def get_family(name: str) -> ModelFamily:
     Raises:
         ValueError: no family has this name.
     """
-    return importlib.import_module(f"{_entry(name).package}.model").FAMILY
+    entry = _entry(name)
+    family: ModelFamily = getattr(importlib.import_module(f"{entry.package}.model"), entry.instance)
+    return family
 
 
 def _entry(name: str) -> _Entry:

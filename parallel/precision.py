@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.recompute import decision_contexts
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -61,13 +63,15 @@ class Precision:
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` without keeping its activations and again in backward.
 
-        Non-reentrant, so integer inputs and inputs without gradient are fine. Random numbers are
-        replayed. Under FP8 Transformer Engine's own version also replays the scaling state.
+        Non-reentrant, so integer inputs and inputs without gradient are fine. Random numbers and
+        decisions (parallel.recompute) are replayed. Under FP8 Transformer Engine's own version also
+        replays the scaling state.
         """
+        options: dict[str, Any] = {"use_reentrant": False, "context_fn": decision_contexts}
         if self.is_fp8:
             engine = require_transformer_engine()
-            return engine.pytorch.checkpoint(function, *args, use_reentrant=False)
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+            return engine.pytorch.checkpoint(function, *args, **options)
+        return torch.utils.checkpoint.checkpoint(function, *args, **options)
 
 
 def require_transformer_engine() -> Any:
@@ -143,6 +147,11 @@ def _recipe(name: str | None) -> Any:
         "blockwise": lambda: recipe.Float8BlockScaling(),
         "mxfp8": lambda: recipe.MXFP8BlockScaling(),
     }[str(name)]()
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is where that is wider; no copy then."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def as_fp32(x: Tensor) -> Tensor:

@@ -46,8 +46,10 @@ from pretrain.initial_weights import initial_weights
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
+from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
+from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
 
 
@@ -91,7 +93,10 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks)
+        watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
+        loop = TrainLoop(
+            config, layout, engine, loader, evaluation, store, ranks, stack.enter_context(watchdog)
+        )
         if checkpoint is not None:
             loop.restore(checkpoint)
         code = loop.run(stack.enter_context(GracefulStop()))
@@ -112,6 +117,7 @@ class TrainLoop:
         evaluation: EvalBatches | None,
         store: CheckpointStore,
         ranks: Ranks,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -121,6 +127,7 @@ class TrainLoop:
         self.evaluation = evaluation
         self.store = store
         self.ranks = ranks
+        self.watchdog = watchdog
         self.step = 0
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
@@ -154,6 +161,7 @@ class TrainLoop:
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
+            self.watchdog.moved(f"step {step}")
             result = self.engine.train_step(self.loader, learning_rate=rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
@@ -161,6 +169,9 @@ class TrainLoop:
             if saving or step == first or step % training.log_interval == 0:
                 values = _read(result, step)
                 self._log(writers, values, rate)
+            interval = self.config.watchdog.replica_interval
+            if interval is not None and (saving or step % interval == 0):
+                check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
             with self.throughput.paused():
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
@@ -198,6 +209,7 @@ class TrainLoop:
         if self.evaluation is None:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
+        self.watchdog.moved(f"the evaluation after step {self.step}")
         nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(
@@ -211,6 +223,7 @@ class TrainLoop:
 
     def _save(self) -> None:
         engine = self.engine.deepspeed
+        self.watchdog.moved(f"the save of step {self.step}")
         self.store.save(
             CheckpointContents(
                 step=self.step,

@@ -88,7 +88,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config-name", required=True, metavar="NAME", help="run file in configs/, without .yaml"
+        "--config-name",
+        default="base",
+        metavar="NAME",
+        help="run file in configs/, without .yaml (default: base, chosen by model_type=mod|dtf)",
     )
     parser.add_argument(
         "--config-dir", metavar="DIR", help="folder of your own run files and groups; it wins"

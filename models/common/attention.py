@@ -5,6 +5,9 @@ Shapes: s sequence, b batch, n query heads, g key/value heads, d head dimension,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,6 +151,17 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
     return q.shape[1] != k.shape[1]
 
 
+class Gathered(NamedTuple):
+    """Where tokens come from that are computed without those between them.
+
+    `positions`: int32 [b, s], what their queries and keys are turned by. `attend(q, k, v)`: what
+    mixes them, [b, n, s, d] and [b, g, s, d] to [b, n, s, d]; it knows which may see which.
+    """
+
+    positions: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class CausalSelfAttention(nn.Module):
     """`y = W_output attention(rotate(W_query x), rotate(W_key x), W_value x)`.
 
@@ -212,20 +226,30 @@ class CausalSelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        gathered: Gathered | None = None,
     ) -> Tensor:
-        """`positions` [b, s] where documents are packed; `cache` where x continues a sequence."""
+        """`positions` [b, s] where documents are packed; `cache` where x continues a sequence;
+        `gathered`, alone, where x are tokens out of a sequence."""
         q, k, v = (
             self._split_heads(projected)
             for projected in project_together(x, self.query, self.key, self.value)
         )
-        if positions is None:
+        if gathered is not None:
+            rotation = self.rotary.gather(gathered.positions)
+        elif positions is None:
             start = 0 if cache is None else cache.length
             rotation = self.rotary.at(x.device, start=start, length=q.shape[2])
         else:
             rotation = self.rotary.gather(positions)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
+        if gathered is not None:
+            mixed = gathered.attend(q, k, v)
+        elif cache is not None:
             mixed = continued_attention(q, *cache.append(k, v))
         elif positions is not None:
             mixed = packed_attention(q, k, v, positions)

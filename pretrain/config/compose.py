@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from pretrain.config.base_models import CONFIGS
 from pretrain.config.errors import nearest
 from pretrain.config.schema import RunConfig, parse_config
 from pretrain.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 
 
@@ -124,17 +126,32 @@ def _no_option(group: str, option: str, options: list[str]) -> str:
 def _compose(source: _Source, overrides: list[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     with tempfile.TemporaryDirectory() as entry:
         # Hydra prefers groups beside the run file to those of the search path. Alone in a
         # directory of its own, the run file leaves the order of ours as it is.
         try:
-            shutil.copyfile(source.file, Path(entry, source.file.name))
+            text = source.file.read_text(encoding="utf-8")
+            Path(entry, source.file.name).write_text(_defaults(text) + text, encoding="utf-8")
             return _run_hydra(entry, source, overrides)
-        except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            OSError,
+            ValueError,
+        ) as error:
             message = str(error).replace(entry, str(source.file.parent))
             raise ConfigError(_one_line(message, source)) from error
+
+
+def _defaults(text: str) -> str:
+    """What a run file that names a model type and nothing to go on from goes on from."""
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict) or "model_type" not in values or "defaults" in values:
+        return ""
+    chosen = json.dumps({"override model_type": str(values["model_type"])})
+    return f"defaults: [base, {chosen}, _self_]\n"
 
 
 def _run_hydra(entry: str, source: _Source, overrides: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.evidence import cost, language, mood, recall
+from tests.evidence import cost, depth, depth_cost, language, mood, recall
 from tests.evidence.training import IGNORED, future_leak
 
 
@@ -74,3 +74,24 @@ def test_future_leak_sees_one():
     model = Peeking(FAMILY.layer_specs(config), ParallelContext.single()).eval()
     tokens = torch.zeros(2, 32, dtype=torch.long)
     assert future_leak(model, tokens, vocab_size=mood.VOCAB) > 0.1
+
+
+def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
+    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    arm = depth.ARMS["mod, gamma 0.25"]
+    assert depth.steps_of(depth.ARMS[depth.REFERENCE], 10) == 10 < depth.steps_of(arm, 10)
+    found = depth.score(depth.fit(arm, corpus, lr=1e-3, seed=0, steps=2), arm, corpus, rows=16)
+    assert found.leak == 0.0 < found.oracle_leak
+    assert 0.0 < found.share < 1.0
+    assert 7.0 < found.causal < 9.0
+
+
+def test_the_cost_of_depth_is_measured():
+    steps = depth_cost.step_table(widths=(128,), gammas=(0.5,), length=64, rounds=2)
+    assert [row[0] for row in steps.rows] == [
+        f"{name}, hidden 128, gamma 0.5" for name in ("mod", "dtf")
+    ]
+    decode = depth_cost.decode_table(hidden=128, gammas=(0.5,), batch_sizes=(1,), rounds=2)
+    assert decode.rows[-1][1] == "0.75"
+    sizes = {row[0]: float(row[1].replace(",", "")) for row in depth_cost.cache_table().rows}
+    assert sizes["mod, gamma 0.125"] < sizes["mod, gamma 0.5"] < sizes["llama"]

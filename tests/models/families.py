@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from models.base import ModelFamily
 from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
 from models.daria_former.model import FAMILY as DARIA_FORMER
+from models.dynamic.config import DTFConfig, MoDConfig
+from models.dynamic.model import DTF, MOD
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from tests.models import awkward
@@ -56,6 +58,8 @@ _DARIA_FORMER = {
     "dropout": 0.1,
 }
 
+_DYNAMIC = _LLAMA | {"capacity_gamma": 0.5, "router_init_std": 0.3}
+
 CASES = {
     "daria_former": Case(DARIA_FORMER, DariaFormerConfig(**_DARIA_FORMER)),
     "daria_former_variant": Case(
@@ -88,6 +92,36 @@ CASES = {
     "llama": Case(LLAMA, LlamaConfig(**_LLAMA)),
     "llama_qwen2_shape": Case(
         LLAMA, LlamaConfig(**_LLAMA, qkv_bias=True, tie_embeddings=True, rope_theta=1e6)
+    ),
+    "mod": Case(MOD, MoDConfig(**_DYNAMIC)),
+    "mod_variant": Case(
+        MOD,
+        MoDConfig(
+            **_DYNAMIC | {"capacity_gamma": 0.25},
+            gate_fn="raw",
+            router_input="raw",
+            capacity_multiple=3,
+            mod_offset=0,
+            force_first=True,
+            tie_embeddings=True,
+            qkv_bias=False,
+        ),
+    ),
+    "dtf": Case(DTF, DTFConfig(**_DYNAMIC)),
+    "dtf_variant": Case(
+        DTF,
+        DTFConfig(
+            **_DYNAMIC | {"num_layers": 5, "capacity_gamma": 0.25},
+            gate_fn="st",
+            surprise="kl",
+            surprise_norm="none",
+            prior_type="swiglu",
+            router_detach=False,
+            prior_detach_input=False,
+            ma_skip_first=False,
+            force_first=False,
+            tie_embeddings=True,
+        ),
     ),
     "awkward": Case(awkward.FAMILY, awkward.AwkwardConfig(num_layers=4)),
 }

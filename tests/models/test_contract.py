@@ -12,6 +12,7 @@ from models.base import TokenInputs, logits_of
 from models.registry import family_names
 from parallel.carry import SequentialModel, check_layers
 from parallel.context import ParallelContext
+from parallel.layer_state import update_layer_states
 from parallel.sharding import sharding_table
 from pretrain.equivalence import Measured, build, measure
 from tests.distributed import run_ranks
@@ -34,6 +35,25 @@ def _model(name: str, *, segmented: bool = False, device: str = "cpu") -> Sequen
     family, config = CASES[name]
     ctx = ParallelContext.single(device=device)
     return build(family.layer_specs(config, segmented=segmented), ctx, seed=SEED, noise=NOISE)
+
+
+def _causal_model(name: str, *, segmented: bool = False) -> SequentialModel:
+    """The model in the mode in which it is causal: any, or as it is evaluated after a step on the
+    tokens of the test, from which its layers take what they learn beside their parameters."""
+    if CASES[name].family.causal_in_training:
+        return _model(name, segmented=segmented)
+    return _evaluated(name, _tokens(name)[0], segmented=segmented)
+
+
+@torch.no_grad()
+def _evaluated(name: str, tokens: torch.Tensor, *, segmented: bool = False) -> SequentialModel:
+    model = _model(name)
+    model(TokenInputs(tokens))
+    update_layer_states(model, ctx=model.ctx)
+    if segmented:
+        model, alone = _model(name, segmented=True), model
+        model.load_state_dict(alone.state_dict())
+    return model.eval()
 
 
 def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **options) -> Measured:
@@ -98,7 +118,7 @@ def test_every_layer_keeps_the_declared_carry_on_the_meta_device(name):
 
 @torch.no_grad()
 def test_changing_a_token_changes_no_earlier_logit_bit_for_bit(name):
-    model = _model(name)
+    model = _causal_model(name)
     tokens, _ = _tokens(name)
     before = logits_of(model(TokenInputs(tokens)))
     for position in range(1, SEQ):
@@ -133,7 +153,7 @@ def test_halves_of_a_batch_with_a_common_count_add_up_to_the_whole(name):
 
 @torch.no_grad()
 def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
-    model = _model(name)
+    model = _causal_model(name)
     tokens, _ = _tokens(name)
     whole = logits_of(model(TokenInputs(tokens)))
     for length in range(1, SEQ + 1):
@@ -143,7 +163,7 @@ def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
 
 @torch.no_grad()
 def test_a_row_alone_equals_the_row_in_a_batch(name):
-    model = _model(name)
+    model = _causal_model(name)
     tokens, _ = _tokens(name)
     together = logits_of(model(TokenInputs(tokens)))
     for row in range(BATCH):
@@ -154,7 +174,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(name):
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(10, 22), (1, 30, 1), (7, 9, 16)])
 def test_packed_documents_equal_separate_ones(name, lengths):
-    packed, alone = _model(name, segmented=True), _model(name)
+    packed, alone = _causal_model(name, segmented=True), _causal_model(name)
     tokens, _ = _tokens(name)
     segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     inputs = TokenInputs(tokens, segments.int().expand(BATCH, -1).contiguous())
@@ -167,8 +187,8 @@ def test_packed_documents_equal_separate_ones(name, lengths):
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [(SEQ,), (1,) * SEQ, (5, 1, 1, 9, 16), (31, 1)])
 def test_cached_decoding_equals_the_full_forward_pass_in_any_chunks(name, chunks):
-    model = _model(name).eval()
     tokens, _ = _tokens(name)
+    model = _evaluated(name, tokens)
     whole = logits_of(model(TokenInputs(tokens)))
     cache = model.new_cache(BATCH, SEQ)
     parts = [
@@ -195,9 +215,9 @@ def test_the_model_overfits_one_batch(name):
 
 def test_parameters_and_flops_equal_their_formulas(name):
     family, config = CASES[name]
-    model = _model(name)
-    assert family.num_parameters(config) == sum(p.numel() for p in model.parameters())
     tokens, _ = _tokens(name, batch=1)
+    model = _evaluated(name, tokens)
+    assert family.num_parameters(config) == sum(p.numel() for p in model.parameters())
     # Token by token, attention meets exactly the keys that causality allows, as formulas count it.
     # The counter knows the plain attention kernels, not those for the CPU.
     cache = model.new_cache(1, SEQ)

@@ -69,7 +69,7 @@ def _script(*argv: str, cwd: Path) -> Outcome:
         (["--config-name", "demo", "--config-dir", "nowhere"], ["nowhere", "not a directory"]),
         (["--config-name", "demo", "--lr", "3"], ["--lr", "--help"]),
         (["--config-name"], ["--config-name", "--help"]),
-        ([], ["--config-name", "--help"]),
+        ([], ["data/wikitext/train.idx: no such file", "preprocess it first"]),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(

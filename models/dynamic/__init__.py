@@ -1,0 +1,1 @@
+"""Decoders whose layers compute only some tokens: mixture of depths, and surprise-based routing."""

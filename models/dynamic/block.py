@@ -1,0 +1,160 @@
+"""The block of both families, and its application to some tokens of a sequence.
+
+Shapes: s sequence, b batch, h hidden, k chosen tokens of a row, t tensor size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.common.attention import (
+    CausalSelfAttention,
+    Gathered,
+    causal_attention,
+    packed_attention,
+)
+from models.common.cache import KVCache
+from models.common.init import residual_output
+from models.common.mlp import SwiGLU
+from models.common.norms import RMSNorm
+from models.common.rope import RotaryTable, positions_in_segments
+from models.dynamic.cache import RaggedKVCache
+from models.dynamic.config import DynamicConfig
+from parallel.context import ParallelContext
+from parallel.gathered import Selection, add_tokens, gather_tokens, whole_tokens
+from parallel.sharding import Normal
+
+
+class Block(nn.Module):
+    """What a pre-norm block adds to x: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
+
+    The sum itself, not block(x) - x, in which bf16 would cancel. [s, b, h], or [s/t, b, h].
+    """
+
+    def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
+        super().__init__()
+        init = Normal(config.init_std)
+        output_init = residual_output(config.init_std, num_layers=config.num_layers)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
+        self.attention = CausalSelfAttention(
+            config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_size,
+            rotary=rotary,
+            ctx=ctx,
+            init=init,
+            output_init=output_init,
+            qkv_bias=config.qkv_bias,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.intermediate_size,
+            ctx=ctx,
+            init=init,
+            output_init=output_init,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        gathered: Gathered | None = None,
+    ) -> Tensor:
+        a = self.attention(
+            self.attention_norm(x), positions=positions, cache=cache, gathered=gathered
+        )
+        return a + self.mlp(self.mlp_norm(x + a))
+
+
+class Places(NamedTuple):
+    """Where the tokens of a call are. `positions`: int32 [b, s], in their documents. `packed`:
+    whether rows hold several documents."""
+
+    positions: Tensor
+    packed: bool
+
+    @property
+    def firsts(self) -> Tensor:
+        """Tokens that begin a document: bool [b, s]."""
+        return self.positions == 0
+
+
+class SomeTokens(nn.Module):
+    """A block that computes chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
+
+    Attention sees only chosen tokens, at their positions in the sequence, of the same document.
+    Under sequence parallelism tensor ranks bring the chosen tokens together (parallel.gathered).
+    """
+
+    def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.share = config.capacity_gamma
+        self.block = Block(config, rotary=rotary, ctx=whole_tokens(ctx))
+
+    def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
+        """Empty state for generation."""
+        attention = self.block.attention
+        return RaggedKVCache(
+            batch_size,
+            attention.num_local_kv_heads,
+            max_length,
+            attention.head_dim,
+            share=self.share,
+            dtype=self.ctx.precision.dtype,
+            device=self.ctx.device,
+        )
+
+    def places(self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None) -> Places:
+        """Where the tokens of x [s/t, b, h] are; `positions` of packed documents.
+
+        Raises:
+            ValueError: there are no rotary angles for that many positions.
+        """
+        if positions is not None:
+            return Places(positions, packed=True)
+        start = 0 if cache is None else cache.length
+        length = x.shape[0] * (self.ctx.tensor.size if self.ctx.sequence_parallel else 1)
+        self.block.attention.rotary.at(x.device, start=start, length=length)
+        index = torch.arange(start, start + length, dtype=torch.int32, device=x.device)
+        return Places(index.expand(x.shape[1], -1), packed=False)
+
+    def forward(self, x: Tensor, gate: Tensor, selection: Selection, places: Places) -> Tensor:
+        """x [s/t, b, h], gate fp32 [s/t, b] -> y [s/t, b, h]."""
+        chosen = gather_tokens(x, selection, ctx=self.ctx)
+        delta = self.block(chosen, gathered=_gathered(selection, places))
+        return add_tokens(x, delta, gate, selection, ctx=self.ctx)
+
+    def continued(self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache) -> Tensor:
+        """The same for tokens that continue a sequence: `chosen` bool [b, s]."""
+        step = cache.begin(chosen)
+        if step is None:
+            return x
+        tokens = step.selection.indices.T  # [m, r]
+        gathered = Gathered(step.positions, partial(cache.attend, step=step))
+        delta = self.block(x[tokens, step.rows], gathered=gathered)
+        valid = step.selection.valid
+        assert valid is not None
+        weights = (gate[tokens, step.rows] * valid.T).unsqueeze(-1)
+        y = x.clone()
+        y[tokens, step.rows] += (weights * delta).to(x.dtype)
+        return y
+
+
+def _gathered(selection: Selection, places: Places) -> Gathered:
+    positions = places.positions.gather(1, selection.indices)
+    if not places.packed:
+        return Gathered(positions, causal_attention)
+    index = torch.arange(places.positions.shape[1], device=positions.device)
+    documents = (index - places.positions).gather(1, selection.indices)
+    # Chosen tokens counted from 0 in every document say where attention ends.
+    order = positions_in_segments(documents)
+    return Gathered(positions, partial(packed_attention, positions=order))

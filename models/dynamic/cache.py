@@ -1,0 +1,179 @@
+"""What a routed layer keeps between the calls of a generation: only tokens that it computed.
+
+Shapes: b batch, r rows that take part in a call, m computed tokens of a row, c tokens of a call,
+n query heads, g key and value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.common.attention import QUERY_BLOCK, continued_attention
+from models.common.cache import KVCache
+from parallel.gathered import Selection, chosen_first
+
+# Room at first, over the share of tokens that is expected; it grows when it is used up.
+FIRST_ROOM, LEAST_ROOM = 1.25, 64
+
+
+class Step(NamedTuple):
+    """The computed tokens of one call. `rows`: int64 [r], rows that have any; `selection`: theirs
+    among the c tokens of the call [r, m]; `positions`: int32 [r, m], theirs in the sequence."""
+
+    rows: Tensor
+    selection: Selection
+    positions: Tensor
+
+
+class RaggedKVCache:
+    """Keys and values of the computed tokens, another number in every row: [b, g, room, d].
+
+    `length` counts the tokens of the sequence, computed or not. Nothing is ever dropped: `room`
+    doubles when a row needs more.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        *,
+        share: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.max_length = max_length
+        self.length = 0
+        room = min(max_length, math.ceil(FIRST_ROOM * share * max_length) + LEAST_ROOM)
+        # Zeros: where rows differ in length, attention multiplies what is beyond a row by 0.
+        shape = (batch_size, num_kv_heads, room, head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._chosen = torch.zeros((batch_size, max_length), dtype=torch.bool, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole cache, filled or not."""
+        return self._keys.nbytes + self._values.nbytes + self._chosen.nbytes
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens kept of every row: int64 [b]."""
+        return self._chosen[:, : self.length].sum(dim=1)
+
+    def begin(self, chosen: Tensor) -> Step | None:
+        """Append c tokens, of which `chosen` bool [b, c] will be computed; None where none is.
+
+        Raises:
+            ValueError: the cache has no room left.
+        """
+        start, stop = self.length, self.length + chosen.shape[1]
+        if stop > self.max_length:
+            raise ValueError(
+                f"cache of max_length={self.max_length} cannot hold {stop} positions; "
+                "make it with a larger max_length"
+            )
+        self._chosen[:, start:stop] = chosen
+        self.length = stop
+        # .tolist() waits for the device: what is not computed is not even started.
+        numbers = chosen.sum(dim=1).tolist()
+        if not any(numbers):
+            return None
+        rows = torch.tensor([i for i, n in enumerate(numbers) if n], device=chosen.device)
+        selection = chosen_first(chosen[rows], max(numbers))
+        return Step(rows, selection, (selection.indices + start).int())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: Step) -> Tensor:
+        """Store keys and values of a step and attend to those up to each query, its own included.
+
+        q [r, n, m, d], k and v [r, g, m, d] -> [r, n, m, d].
+        """
+        valid = step.selection.valid
+        assert valid is not None
+        after = self.counts[step.rows]
+        before = after - valid.sum(dim=1)
+        total = int(after.max())
+        self._make_room(total)
+        offsets = torch.arange(q.shape[2], device=q.device)
+        slots = (before[:, None] + offsets)[valid]
+        owners = step.rows[:, None].expand_as(valid)[valid]
+        self._keys[owners, :, slots] = k.transpose(1, 2)[valid]
+        self._values[owners, :, slots] = v.transpose(1, 2)[valid]
+        keys, values = (self._rows(x, step.rows, total) for x in (self._keys, self._values))
+        if len(step.rows) == 1:
+            return continued_attention(q, keys, values)
+        # The last key of a query; what fills a row up sees those of the row.
+        last = torch.minimum(before[:, None] + offsets, after[:, None] - 1)
+        return _attend_up_to(q, keys, values, last)
+
+    def rollback(self, length: int) -> None:
+        """Forget every token from `length` on.
+
+        Raises:
+            ValueError: the cache is shorter than that.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll a cache of length {self.length} back to {length}")
+        self.length = length
+
+    def _rows(self, x: Tensor, rows: Tensor, total: int) -> Tensor:
+        return x[:, :, :total] if len(rows) == len(x) else x[rows, :, :total]
+
+    def _make_room(self, total: int) -> None:
+        room = self._keys.shape[2]
+        if total > room:
+            more = min(self.max_length, max(2 * room, total)) - room
+            self._keys = F.pad(self._keys, (0, 0, 0, more))
+            self._values = F.pad(self._values, (0, 0, 0, more))
+
+
+def _attend_up_to(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
+    """Attention of query j of row i over the keys 0 .. last[i, j], in blocks of queries."""
+    index = torch.arange(k.shape[2], device=q.device)
+    blocks = []
+    for start in range(0, q.shape[2], QUERY_BLOCK):
+        part = slice(start, start + QUERY_BLOCK)
+        mask = (index <= last[:, part, None]).unsqueeze(1)
+        blocks.append(
+            F.scaled_dot_product_attention(
+                q[:, :, part], k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+class PairCache:
+    """What a pair keeps: its decision layer's keys and values, those of its dynamic layer, and the
+    surprise of every token, fp32 [b, max_length], of which the moving average is made."""
+
+    def __init__(self, decision: KVCache, dynamic: RaggedKVCache, *, batch_size: int) -> None:
+        self.decision, self.dynamic = decision, dynamic
+        shape = (batch_size, dynamic.max_length)
+        self._surprise = torch.zeros(shape, device=dynamic.counts.device)
+
+    @property
+    def length(self) -> int:
+        return self.decision.length
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything that is kept, reserved room included."""
+        return self.decision.num_bytes + self.dynamic.num_bytes + self._surprise.nbytes
+
+    def with_surprise(self, surprise: Tensor) -> Tensor:
+        """Append the newest tokens' surprise [b, c]; all so far [b, length]. The decision layer
+        has counted these tokens already."""
+        stop = self.decision.length
+        self._surprise[:, stop - surprise.shape[1] : stop] = surprise
+        return self._surprise[:, :stop]
+
+    def rollback(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        self.decision.rollback(length)
+        self.dynamic.rollback(length)

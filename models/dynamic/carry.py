@@ -1,0 +1,53 @@
+"""What the layers of both families hand each other.
+
+Shapes: s sequence, b batch, h hidden, V vocabulary, t tensor size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DynamicCarry(NamedTuple):
+    """`hidden`: the residual stream, [s/t, b, h] under sequence parallelism, else [s, b, h].
+
+    `aux`: fp32 vector of losses and measurements, named by MOD_AUX or DTF_AUX.
+    `positions`: int32 [b, s], from 0 in every document; None where a row is one document.
+    `tokens`: int64 [b, s], where the scores are random numbers that depend on them; else None.
+    """
+
+    hidden: Any
+    aux: Any
+    positions: Any = None
+    tokens: Any = None
+
+
+class DynamicOutput(NamedTuple):
+    """`logits` [s, b, V/t]; `aux` as in the carry."""
+
+    logits: Tensor
+    aux: Tensor
+
+
+# Entries of `aux`, means over the routed layers. Losses, unweighted: of large scores, and of the
+# predictor or of scores as logits. Measurements: the share of tokens that the causal rule chooses,
+# the share of the k best that are among them, the spread of a row's scores, the mean gate.
+MOD_AUX = (
+    "router_z_loss",
+    "router_loss",
+    "causal_fraction",
+    "causal_recall",
+    "score_std",
+    "gate_mean",
+)
+# In addition the loss of the prior and the mean of each criterion.
+DTF_AUX = (*MOD_AUX, "prior_loss", "s_ce", "s_cu")
+
+
+def with_entries(names: tuple[str, ...], entries: dict[str, Tensor]) -> Tensor:
+    """fp32 [len(names)] with the given entries and 0 elsewhere."""
+    zero = torch.zeros((), device=next(iter(entries.values())).device)
+    return torch.stack([entries.get(name, zero).float() for name in names])

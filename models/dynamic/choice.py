@@ -1,0 +1,90 @@
+"""Which tokens a routed layer computes, and what the choice costs and tells in training.
+
+Shapes: s sequence, b batch, t tensor size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.dynamic.config import DynamicConfig
+from models.dynamic.scores import Predictor, Scored
+from parallel.context import ParallelContext
+from parallel.gathered import Selection
+from parallel.regions import own_sequence, sum_over_sequence_ranks
+from parallel.routing import Routed, TokenRouter
+
+
+class Chosen(NamedTuple):
+    """`selection`: the tokens to compute. `aux`: named entries, empty outside of training."""
+
+    selection: Selection
+    aux: dict[str, Tensor]
+
+
+class Choice(nn.Module):
+    """Chooses tokens by score with `parallel.routing.TokenRouter`, and trains what will choose
+    outside of training.
+
+        z     = mean(r^2)                       of a linear score
+        loss  = BCE(p, chosen)                  of the predictor's logit p, or of p = r (aux)
+
+    Only the loss of the rule `aux` reaches the model; the predictor sees x without gradient.
+    """
+
+    def __init__(
+        self, config: DynamicConfig, *, is_linear: bool, num_routed: int, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.rule, self.is_linear, self.ctx = config.causal_router, is_linear, ctx
+        self.num_routed = num_routed  # layers that the entries of aux are means over
+        least = config.causal_threshold
+        self.tokens = TokenRouter(
+            config.capacity_gamma,
+            rule=config.causal_router,
+            train_rule=config.routing_train,
+            least_logit=math.log(least / (1.0 - least)),
+            multiple=config.capacity_multiple,
+            momentum=config.tau_momentum,
+            ctx=ctx,
+        )
+        self.predictor = Predictor(config, ctx=ctx) if config.has_predictor else None
+
+    def forward(self, x: Tensor, scored: Scored, forced: Tensor | None) -> Chosen:
+        """x [s/t, b, h], scores and gate [s/t, b], `forced` bool [b, s]."""
+        logits = None if self.predictor is None else self.predictor(x)
+        routed = self.tokens(scored.scores, logits=logits, forced=forced)
+        aux = self._aux(scored, logits, routed) if self.training else {}
+        return Chosen(routed.selection, aux)
+
+    def decide(self, x: Tensor, scored: Scored, forced: Tensor | None) -> Tensor:
+        """The choice among tokens that continue a sequence: bool [b, s]."""
+        logits = None if self.predictor is None else self.predictor(x)
+        return self.tokens.decide(scored.scores, logits=logits, forced=forced)
+
+    def _aux(self, scored: Scored, logits: Tensor | None, routed: Routed) -> dict[str, Tensor]:
+        entries = {
+            "causal_fraction": routed.fraction,
+            "causal_recall": routed.recall,
+            "score_std": routed.spread,
+            "gate_mean": mean_over_tokens(scored.gate.detach(), ctx=self.ctx),
+        }
+        if self.is_linear:
+            entries["router_z_loss"] = mean_over_tokens(scored.scores.square(), ctx=self.ctx)
+        if self.rule == "aux":
+            logits = scored.scores
+        if logits is not None:
+            targets = own_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            entries["router_loss"] = mean_over_tokens(losses, ctx=self.ctx)
+        return {name: entry / self.num_routed for name, entry in entries.items()}
+
+
+def mean_over_tokens(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """The mean over all tokens of what each rank has of its own, [s/t, b], on every rank."""
+    ranks = ctx.tensor.size if ctx.sequence_parallel else 1
+    return sum_over_sequence_ranks(x.mean() / ranks, ctx=ctx)

@@ -1,0 +1,147 @@
+"""Layers that both families have, and those of `mod`.
+
+Shapes: s sequence, b batch, h hidden, V vocabulary, t tensor size. Between layers activations are
+[s, b, h], or [s/t, b, h] under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.base import TokenInputs
+from models.common.cache import KVCache
+from models.common.norms import RMSNorm
+from models.common.rope import RotaryTable, positions_in_segments
+from models.dynamic.block import Block, Places, SomeTokens
+from models.dynamic.cache import RaggedKVCache
+from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput, with_entries
+from models.dynamic.choice import Choice
+from models.dynamic.config import DTFConfig, MoDConfig
+from models.dynamic.scores import LinearScore, Scored, random_scores, through
+from parallel.context import ParallelContext
+from parallel.layers import VocabParallelEmbedding, VocabParallelHead
+from parallel.regions import own_sequence
+from parallel.sharding import Normal
+
+
+class DynamicEmbedding(nn.Module):
+    """Token ids to the residual stream, and segment ids to positions."""
+
+    def __init__(
+        self, config: MoDConfig | DTFConfig, *, segmented: bool, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.segmented = segmented
+        self.num_aux = len(MOD_AUX if isinstance(config, MoDConfig) else DTF_AUX)
+        self.hands_on_tokens = config.num_routed > 0 and config.router_score == "random"
+        self.tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, ctx=ctx, init=Normal(config.init_std)
+        )
+
+    def forward(self, inputs: TokenInputs) -> DynamicCarry:
+        if self.segmented != (inputs.segment_ids is not None):
+            raise ValueError(
+                f"a model with segmented={self.segmented} was given segment_ids="
+                f"{'None' if inputs.segment_ids is None else 'a tensor'}; "
+                "build the model as the data is"
+            )
+        hidden = self.tokens(inputs.tokens)
+        positions = None
+        if inputs.segment_ids is not None:
+            positions = positions_in_segments(inputs.segment_ids)
+        return DynamicCarry(
+            hidden,
+            torch.zeros(self.num_aux, device=hidden.device),
+            positions,
+            inputs.tokens if self.hands_on_tokens else None,
+        )
+
+
+class DenseLayer(nn.Module):
+    """`x = x + block(x)` for every token."""
+
+    def __init__(
+        self, config: MoDConfig | DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.block = Block(config, rotary=rotary, ctx=ctx)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """Empty state for generation."""
+        return self.block.attention.new_cache(batch_size, max_length)
+
+    def forward(self, carry: DynamicCarry, cache: KVCache | None = None) -> DynamicCarry:
+        x = carry.hidden
+        return carry._replace(hidden=x + self.block(x, positions=carry.positions, cache=cache))
+
+
+class MoDRouter(nn.Module):
+    """Scores, gates and chooses the tokens of a routed layer.
+
+    `r = w . x / rms(x)`, `gate = sigmoid(r)`, r or 1; with router_score=random r is a fixed random
+    number and the gate 1.
+    """
+
+    def __init__(self, config: MoDConfig, *, layer: int, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.gate_fn, self.layer, self.ctx = config.gate_fn, layer, ctx
+        is_linear = config.router_score == "linear"
+        self.score = LinearScore(config, ctx=ctx) if is_linear else None
+        self.choice = Choice(config, is_linear=is_linear, num_routed=config.num_routed, ctx=ctx)
+
+    def scored(self, x: Tensor, tokens: Tensor | None, places: Places) -> Scored:
+        """Scores and gates of own tokens x [s/t, b, h]."""
+        if self.score is None:
+            assert tokens is not None
+            numbers = random_scores(tokens, places.positions, layer=self.layer)
+            own = own_sequence(numbers.T, ctx=self.ctx)
+            return Scored(own, torch.ones_like(own))
+        scores = self.score(x)
+        if self.gate_fn == "raw":
+            return Scored(scores, scores)
+        gate = scores.sigmoid()
+        return Scored(scores, through(gate) if self.gate_fn == "st" else gate)
+
+
+class MoDLayer(nn.Module):
+    """A routed layer: `x_t = x_t + gate_t block(x)_t` for chosen tokens t, x_t for the others."""
+
+    def __init__(
+        self, config: MoDConfig, *, layer: int, rotary: RotaryTable, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.force_first = config.force_first
+        self.router = MoDRouter(config, layer=layer, ctx=ctx)
+        self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
+
+    def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
+        """Empty state for generation: of computed tokens only."""
+        return self.dynamic.new_cache(batch_size, max_length)
+
+    def forward(self, carry: DynamicCarry, cache: RaggedKVCache | None = None) -> DynamicCarry:
+        x = carry.hidden
+        places = self.dynamic.places(x, carry.positions, cache)
+        forced = places.firsts if self.force_first else None
+        scored = self.router.scored(x, carry.tokens, places)
+        if cache is not None:
+            chosen = self.router.choice.decide(x, scored, forced)
+            return carry._replace(hidden=self.dynamic.continued(x, scored.gate, chosen, cache))
+        selection, aux = self.router.choice(x, scored, forced)
+        y = self.dynamic(x, scored.gate, selection, places)
+        total = carry.aux + with_entries(MOD_AUX, aux) if aux else carry.aux
+        return carry._replace(hidden=y, aux=total)
+
+
+class DynamicHead(nn.Module):
+    """Logits `W norm(x)` over this rank's part of the vocabulary: [s, b, ceil(V/t)]."""
+
+    def __init__(self, config: MoDConfig | DTFConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
+        self.output = VocabParallelHead(
+            config.vocab_size, config.hidden_size, ctx=ctx, init=Normal(config.init_std)
+        )
+
+    def forward(self, carry: DynamicCarry) -> DynamicOutput:
+        return DynamicOutput(self.output(self.norm(carry.hidden)), carry.aux)

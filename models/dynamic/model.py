@@ -1,0 +1,167 @@
+"""The families `mod` and `dtf`: their ordered layers, carry and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.base import LossOutput, ModelFamily
+from models.common.rope import RotaryTable
+from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
+from models.dynamic.config import DTFConfig, MoDConfig
+from models.dynamic.counts import forward_flops_per_token, num_parameters
+from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoDLayer
+from models.dynamic.pair import DTFPair
+from parallel.carry import Field, LayerSpec
+from parallel.context import ParallelContext
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.regions import own_length
+
+
+def mod_layer_specs(config: MoDConfig, *, segmented: bool = False) -> list[LayerSpec]:
+    """`embedding`, `layer_0` ... `layer_{L-1}`, `head`."""
+    rotary = _rotary(config)
+    layers = []
+    for i in range(config.num_layers):
+        kwargs = {"config": config, "rotary": rotary}
+        if config.is_routed_layer(i):
+            layers.append(LayerSpec(f"layer_{i}", MoDLayer, {**kwargs, "layer": i}))
+        else:
+            layers.append(LayerSpec(f"layer_{i}", DenseLayer, kwargs))
+    return _between_embedding_and_head(config, layers, segmented=segmented)
+
+
+def dtf_layer_specs(config: DTFConfig, *, segmented: bool = False) -> list[LayerSpec]:
+    """`embedding`, `pair_0` ..., a last `layer_{L-1}` where L is odd, `head`.
+
+    At capacity_gamma=1 it is the plain stack, `layer_0` ... `layer_{L-1}`.
+    """
+    rotary = _rotary(config)
+    kwargs = {"config": config, "rotary": rotary}
+    layers = [
+        LayerSpec(f"pair_{i}", DTFPair, {**kwargs, "pair": i}) for i in range(config.num_routed)
+    ]
+    layers += [
+        LayerSpec(f"layer_{i}", DenseLayer, kwargs)
+        for i in range(2 * config.num_routed, config.num_layers)
+    ]
+    return _between_embedding_and_head(config, layers, segmented=segmented)
+
+
+def carry_schema(
+    config: MoDConfig | DTFConfig,
+    ctx: ParallelContext,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    segmented: bool = False,
+) -> DynamicCarry:
+    """The shapes that cross a stage boundary on this rank.
+
+    Raises:
+        ValueError: sequence parallelism with a sequence that the tensor size does not divide.
+    """
+    local_length = own_length(seq_length, ctx=ctx)
+    shape = (local_length, micro_batch_size, config.hidden_size)
+    tokens = (micro_batch_size, seq_length)
+    takes_tokens = config.num_routed > 0 and config.router_score == "random"
+    return DynamicCarry(
+        hidden=Field(shape, ctx.precision.dtype, gradient=True),
+        aux=Field((len(_aux_names(config)),), torch.float32, gradient=True),
+        positions=Field(tokens, torch.int32) if segmented else None,
+        tokens=Field(tokens, torch.int64) if takes_tokens else None,
+    )
+
+
+def token_losses(output: DynamicOutput, labels: Tensor, ctx: ParallelContext) -> Tensor:
+    """Cross entropy of every position, fp32 [s, b], 0 where the label is -100."""
+    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
+
+
+def loss(
+    output: DynamicOutput,
+    labels: Tensor,
+    *,
+    config: MoDConfig | DTFConfig,
+    ctx: ParallelContext,
+    num_scored: Tensor | None = None,
+) -> LossOutput:
+    """Cross entropy of the scored tokens and the weighted losses of `aux`."""
+    if num_scored is None:
+        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+    lm_loss = token_losses(output, labels, ctx).sum() / num_scored
+    aux = dict(zip(_aux_names(config), output.aux.unbind(), strict=True))
+    total = lm_loss
+    for name, weight in loss_weights(config).items():
+        total = total + weight * aux[name]
+    terms = {"lm_loss": lm_loss, **aux}
+    return LossOutput(total, {name: term.detach() for name, term in terms.items()})
+
+
+def loss_weights(config: MoDConfig | DTFConfig) -> Mapping[str, float]:
+    """Entry of `aux` -> its weight in the loss."""
+    weights = {
+        "router_z_loss": config.router_z_loss_weight,
+        "router_loss": config.causal_router_loss_weight,
+    }
+    if isinstance(config, DTFConfig):
+        return weights | {"prior_loss": config.prior_loss_weight}
+    if config.causal_router == "aux":
+        weights["router_loss"] = config.router_aux_loss_weight
+    return weights
+
+
+def _aux_names(config: MoDConfig | DTFConfig) -> tuple[str, ...]:
+    return DTF_AUX if isinstance(config, DTFConfig) else MOD_AUX
+
+
+def _rotary(config: MoDConfig | DTFConfig) -> RotaryTable:
+    return RotaryTable(
+        config.head_size,
+        config.max_position_embeddings,
+        theta=config.rope_theta,
+        scaling=config.rope_scaling,
+    )
+
+
+def _between_embedding_and_head(
+    config: MoDConfig | DTFConfig, layers: list[LayerSpec], *, segmented: bool
+) -> list[LayerSpec]:
+    tied = {"output.weight": "embedding.tokens.weight"} if config.tie_embeddings else {}
+    first = {"config": config, "segmented": segmented}
+    return [
+        LayerSpec("embedding", DynamicEmbedding, first, recompute=False),
+        *layers,
+        LayerSpec("head", DynamicHead, {"config": config}, tied=tied, recompute=False),
+    ]
+
+
+MOD = ModelFamily(
+    name="mod",
+    config_cls=MoDConfig,
+    layer_specs=mod_layer_specs,
+    carry_schema=carry_schema,
+    loss=loss,
+    loss_names=("lm_loss", *MOD_AUX),
+    token_losses=token_losses,
+    flops=forward_flops_per_token,
+    num_parameters=num_parameters,
+    hf=None,
+    causal_in_training=False,
+)
+
+DTF = ModelFamily(
+    name="dtf",
+    config_cls=DTFConfig,
+    layer_specs=dtf_layer_specs,
+    carry_schema=carry_schema,
+    loss=loss,
+    loss_names=("lm_loss", *DTF_AUX),
+    token_losses=token_losses,
+    flops=forward_flops_per_token,
+    num_parameters=num_parameters,
+    hf=None,
+    causal_in_training=False,
+)

@@ -1,0 +1,127 @@
+"""The pair of layers of `dtf`: a decision layer for every token, a dynamic one for some.
+
+Shapes: s sequence, b batch, h hidden, t tensor size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.common.norms import RMSNorm
+from models.common.rope import RotaryTable
+from models.dynamic.block import Block, Places, SomeTokens
+from models.dynamic.cache import PairCache
+from models.dynamic.carry import DTF_AUX, DynamicCarry, with_entries
+from models.dynamic.config import DTFConfig
+from models.dynamic.surprise import (
+    DTFRouter,
+    Expected,
+    PriorFFN,
+    Surprise,
+    averaged,
+    moving_average,
+    prior_loss,
+    squared_error,
+)
+from parallel.context import ParallelContext
+from parallel.precision import at_least_fp32
+
+
+class DTFDecisionLayer(nn.Module):
+    """What a block adds to every token, and what a small prior expected it to add."""
+
+    def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.detaches = config.prior_detach_input
+        self.block = Block(config, rotary=rotary, ctx=ctx)
+        self.prior_norm, self.prior = None, None
+        if config.has_prior:
+            self.prior_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
+            self.prior = PriorFFN(config, ctx=ctx)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None, cache: PairCache | None
+    ) -> tuple[Tensor, Expected | None]:
+        """x [s/t, b, h] -> delta [s/t, b, h], and what was expected of it."""
+        delta = self.block(x, positions=positions, cache=None if cache is None else cache.decision)
+        if self.prior is None or self.prior_norm is None:
+            return delta, None
+        return delta, self.prior(self.prior_norm(x.detach() if self.detaches else x))
+
+
+class DTFPair(nn.Module):
+    """Two layers of the plain stack, of which the second computes only surprising tokens.
+
+        delta = block_0(x),  post = x + delta,  expected = prior(norm(x))
+        y_t   = post_t + gate_t block_1(post)_t     for chosen tokens t, else post_t
+
+    One layer of a pipeline, so that what the choice is made of never crosses a stage.
+    """
+
+    def __init__(
+        self, config: DTFConfig, *, pair: int, rotary: RotaryTable, ctx: ParallelContext
+    ) -> None:
+        super().__init__()
+        self.config, self.ctx = config, ctx
+        self.decision = DTFDecisionLayer(config, rotary=rotary, ctx=ctx)
+        self.router = DTFRouter(config, pair=pair, ctx=ctx)
+        self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
+
+    def new_cache(self, batch_size: int, max_length: int) -> PairCache:
+        """Empty state for generation."""
+        decision = self.decision.block.attention.new_cache(batch_size, max_length)
+        dynamic = self.dynamic.new_cache(batch_size, max_length)
+        return PairCache(decision, dynamic, batch_size=batch_size)
+
+    def forward(self, carry: DynamicCarry, cache: PairCache | None = None) -> DynamicCarry:
+        x, router = carry.hidden, self.router
+        places = self.dynamic.places(x, carry.positions, None if cache is None else cache.dynamic)
+        delta, expected = self.decision(x, carry.positions, cache)
+        post = x + delta
+        numbers = None if carry.tokens is None else router.random_numbers(carry.tokens, places)
+        surprise = self._surprise(delta, expected, places, cache)
+        scored, aux = router.judged(post, surprise, numbers)
+        forced = places.firsts if self.config.force_first else None
+        if cache is not None:
+            chosen = router.choice.decide(post, scored, forced)
+            y = self.dynamic.continued(post, scored.gate, chosen, cache.dynamic)
+            return carry._replace(hidden=y)
+        selection, measured = router.choice(post, scored, forced)
+        y = self.dynamic(post, scored.gate, selection, places)
+        if not self.training:
+            return carry._replace(hidden=y)
+        if expected is not None:
+            normalised = self.config.prior_loss == "nmse"
+            aux["prior_loss"] = prior_loss(delta, expected, normalised=normalised, ctx=self.ctx)
+        shares = {name: entry / self.config.num_routed for name, entry in aux.items()}
+        return carry._replace(hidden=y, aux=carry.aux + with_entries(DTF_AUX, measured | shares))
+
+    def _surprise(
+        self, delta: Tensor, expected: Expected | None, places: Places, cache: PairCache | None
+    ) -> Surprise | None:
+        """Surprise of own tokens; None where the score needs none."""
+        config = self.config
+        if config.router_score in ("linear", "random"):
+            return None
+        if config.router_detach:
+            delta = delta.detach()
+            if expected is not None:
+                expected = expected.detached()
+        static = at_least_fp32(delta).square().mean(dim=-1)
+        change = None if expected is None else squared_error(delta, expected)
+        if cache is None:
+            average = averaged(static, places, config, ctx=self.ctx)
+        else:
+            average = _continued_average(static, cache, config)
+        return Surprise(static, change, average)
+
+
+def _continued_average(static: Tensor, cache: PairCache, config: DTFConfig) -> Tensor:
+    """The moving average of the newest tokens [c, b], from all that the cache has kept."""
+    everything = cache.with_surprise(static.T)
+    # A window that begins with the sequence needs its beginning; a later one W tokens only.
+    needed = everything[:, -(static.shape[0] + config.ma_window) :]
+    index = torch.arange(needed.shape[1], device=static.device).expand_as(needed)
+    average = moving_average(needed, index, config.ma_window, skip_first=config.ma_skip_first)
+    return average[:, -static.shape[0] :].T

@@ -1,0 +1,237 @@
+"""How surprising a token is to a pair of layers: criteria of `dtf`, its prior, its router.
+
+Shapes: s sequence, b batch, h hidden, m intermediate size of the prior, W window, t tensor size.
+Surprises are fp32, [s/t, b] of own tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.dynamic.block import Places
+from models.dynamic.choice import Choice, mean_over_tokens
+from models.dynamic.config import DTFConfig
+from models.dynamic.scores import LinearScore, Scored, random_scores, through
+from parallel.context import ParallelContext
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.precision import at_least_fp32
+from parallel.regions import gather_sequence, own_sequence, sum_over_sequence_ranks
+from parallel.sharding import Constant, Normal, declare_replicated
+
+NORM_EPS = 1e-8
+LARGEST_LOGVAR = 10.0
+KL_CONSTANT = 1.0  # added to the squared error, so that a variance never collapses
+
+
+class Expected(NamedTuple):
+    """What the prior expects the decision layer to add: its mean [s/t, b, h], and with
+    surprise=kl the logarithm of its variance."""
+
+    mean: Tensor
+    logvar: Tensor | None = None
+
+    def detached(self) -> Expected:
+        """The same without gradient."""
+        logvar = None if self.logvar is None else self.logvar.detach()
+        return Expected(self.mean.detach(), logvar)
+
+
+class PriorFFN(nn.Module):
+    """`W_down silu(W_up x)`, with biases, or `W_down (silu(W_gate x) * W_up x)`: [s/t, b, h].
+
+    W_down starts at 0: at first nothing is expected. Tensor ranks share the m channels.
+    """
+
+    def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        hidden, size, init = config.hidden_size, config.prior_size, Normal(config.init_std)
+        outputs = hidden * (2 if config.surprise == "kl" else 1)
+        self.gate = None
+        if config.prior_type == "swiglu":
+            self.gate = ColumnParallelLinear(hidden, size, ctx=ctx, bias=True, init=init)
+        self.up = ColumnParallelLinear(hidden, size, ctx=ctx, bias=True, init=init)
+        self.down = RowParallelLinear(size, outputs, ctx=ctx, bias=True, init=Constant(0.0))
+        self.hidden_size = hidden
+
+    def forward(self, x: Tensor) -> Expected:
+        if self.gate is None:
+            y = self.down(F.silu(self.up(x)))
+        else:
+            gate, up = project_together(x, self.gate, self.up)
+            y = self.down(F.silu(gate) * up)
+        if y.shape[-1] == self.hidden_size:
+            return Expected(y)
+        mean, logvar = at_least_fp32(y).chunk(2, dim=-1)
+        return Expected(mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR))
+
+
+def squared_error(delta: Tensor, expected: Expected) -> Tensor:
+    """`mean_h (delta - mean)^2`, or with a variance
+    `mean_h (logvar + ((delta - mean)^2 + c) exp(-logvar)) / 2`: [s/t, b]."""
+    square = (at_least_fp32(delta) - expected.mean).square()
+    if expected.logvar is None:
+        return square.mean(dim=-1)
+    scaled = (square + KL_CONSTANT) * (-expected.logvar).exp()
+    return 0.5 * (expected.logvar + scaled).mean(dim=-1)
+
+
+def prior_loss(
+    delta: Tensor, expected: Expected, *, normalised: bool, ctx: ParallelContext
+) -> Tensor:
+    """The mean squared error of what was expected, delta without gradient.
+
+    `normalised`: of every row, its sum over the row's sum of delta^2, so that a step is the same
+    however its batch is cut. With a variance it is the likelihood of `squared_error` instead.
+    """
+    delta = at_least_fp32(delta.detach())
+    errors = squared_error(delta, expected)
+    if not normalised or expected.logvar is not None:
+        return mean_over_tokens(errors, ctx=ctx)
+    squares = delta.square().mean(dim=-1)
+    sums = sum_over_sequence_ranks(torch.stack((errors.sum(dim=0), squares.sum(dim=0))), ctx=ctx)
+    return (sums[0] / sums[1].clamp(min=NORM_EPS)).mean()
+
+
+def moving_average(surprise: Tensor, positions: Tensor, window: int, *, skip_first: bool) -> Tensor:
+    """Mean over the last `window` tokens of a document, its own among them: [b, s] -> [b, s].
+
+        MA_t = (1/W) sum_{j = t-W+1 .. t} D_max(j, start)
+
+    What lies before the document is replaced by its first token; with `skip_first` the first token,
+    whose update is an outlier in trained models, is left out and the second takes its place.
+    """
+    length = surprise.shape[1]
+    index = torch.arange(length, device=surprise.device)
+    starts = index - positions.long()
+    if skip_first:
+        starts = torch.minimum(starts + 1, index)
+    first = surprise.gather(1, starts)
+    windows = F.pad(surprise, (window - 1, 0)).unfold(1, window, 1)  # [b, s, W], a view
+    offsets = torch.arange(1 - window, 1, device=surprise.device)
+    inside = index[:, None] + offsets >= starts.unsqueeze(-1)
+    return torch.where(inside, windows, first.unsqueeze(-1)).mean(dim=-1)
+
+
+class Surprise(NamedTuple):
+    """`static`: what the decision layer adds, `mean_h delta^2`. `change`: how far that is from what
+    was expected, None without a prior. `average`: the moving average of `static`. [s/t, b]."""
+
+    static: Tensor
+    change: Tensor | None
+    average: Tensor
+
+
+class Criteria(nn.Module):
+    """The two criteria of surprise and how much each counts.
+
+        CE = (D_st - D_ch) / n + log o_ce,  a = softplus(beta_ce) CE,  S_CE = sigmoid(a)
+        CU = (D_st - m_cu MA) / n,          b = softplus(beta_cu) CU,  S_CU = sigmoid(b)
+        score = softplus(a) + softplus(b),  G = S_CE + S_CU - S_CE S_CU = 1 - exp(-score)
+
+    n = MA + 1e-8, or 1. Ranks are those of the score, which stays ordered where G rounds to 1.
+    o_ce is kept as its logarithm, so that it never leaves what has one.
+    """
+
+    def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.has_ce = config.router_score in ("vpr", "ce")
+        self.has_cu = config.router_score in ("vpr", "cu")
+        self.normalised = config.surprise_norm == "ma"
+        self.log_o_ce: Tensor | float = math.log(config.ce_criterion_offset_init)
+        self.m_cu: Tensor | float = config.cu_detection_multiplier_init
+
+        def scalar(value: float) -> nn.Parameter:
+            parameter = nn.Parameter(torch.empty(1, device=ctx.device))
+            declare_replicated(parameter, Constant(value), ctx=ctx)
+            return parameter
+
+        if self.has_ce:
+            self.beta_ce = scalar(config.beta_ce_init)
+            if config.learn_o_ce:
+                self.log_o_ce = scalar(self.log_o_ce)
+        if self.has_cu:
+            self.beta_cu = scalar(config.beta_cu_init)
+            if config.learn_m_cu:
+                self.m_cu = scalar(config.cu_detection_multiplier_init)
+
+    def forward(self, surprise: Surprise) -> dict[str, Tensor]:
+        """The logits `a` and `b` of the criteria there are, by the names of their means."""
+        norm = surprise.average + NORM_EPS if self.normalised else 1.0
+        logits = {}
+        if self.has_ce:
+            assert surprise.change is not None
+            criterion = (surprise.static - surprise.change) / norm + _wide(self.log_o_ce)
+            logits["s_ce"] = F.softplus(_wide(self.beta_ce)) * criterion
+        if self.has_cu:
+            criterion = (surprise.static - _wide(self.m_cu) * surprise.average) / norm
+            logits["s_cu"] = F.softplus(_wide(self.beta_cu)) * criterion
+        return logits
+
+
+def _wide(value: Tensor | float) -> Any:
+    return at_least_fp32(value) if isinstance(value, Tensor) else value
+
+
+class Judged(NamedTuple):
+    """Scores and gates, and the named measurements behind them."""
+
+    scored: Scored
+    aux: dict[str, Tensor]
+
+
+class DTFRouter(nn.Module):
+    """Scores, gates and chooses the tokens of a dynamic layer."""
+
+    def __init__(self, config: DTFConfig, *, pair: int, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.config, self.pair, self.ctx = config, pair, ctx
+        kind = config.router_score
+        self.score = LinearScore(config, ctx=ctx) if kind == "linear" else None
+        self.criteria = Criteria(config, ctx=ctx) if kind in ("vpr", "ce", "cu") else None
+        self.choice = Choice(
+            config, is_linear=kind == "linear", num_routed=config.num_routed, ctx=ctx
+        )
+
+    def judged(self, post: Tensor, surprise: Surprise | None, numbers: Tensor | None) -> Judged:
+        """Scores of own tokens: `post` [s/t, b, h] for a linear score, else of their surprise, or
+        the given random numbers [s/t, b]."""
+        if numbers is not None:
+            return Judged(Scored(numbers, torch.ones_like(numbers)), {})
+        if self.score is not None:
+            scores = self.score(post)
+            return Judged(Scored(scores, self._gate(scores.sigmoid())), {})
+        assert surprise is not None
+        if self.criteria is None:
+            chosen = surprise.static if self.config.router_score == "dst" else surprise.change
+            assert chosen is not None
+            norm = surprise.average + NORM_EPS if self.config.surprise_norm == "ma" else 1.0
+            return Judged(Scored(chosen / norm, torch.ones_like(chosen)), {})
+        logits = self.criteria(surprise)
+        scores = torch.stack([F.softplus(logit) for logit in logits.values()]).sum(dim=0)
+        means = {
+            name: mean_over_tokens(logit.detach().sigmoid(), ctx=self.ctx)
+            for name, logit in logits.items()
+        }
+        return Judged(Scored(scores, self._gate(-torch.expm1(-scores))), means)
+
+    def random_numbers(self, tokens: Tensor, places: Places) -> Tensor:
+        """The scores of router_score=random, of own tokens: [s/t, b]."""
+        numbers = random_scores(tokens, places.positions, layer=self.pair)
+        return own_sequence(numbers.T, ctx=self.ctx)
+
+    def _gate(self, gate: Tensor) -> Tensor:
+        return through(gate) if self.config.gate_fn == "st" else gate
+
+
+def averaged(static: Tensor, places: Places, config: DTFConfig, *, ctx: ParallelContext) -> Tensor:
+    """The moving average of own tokens' surprise [s/t, b], from all tokens; without gradient."""
+    everything = gather_sequence(static.detach(), ctx=ctx).T
+    average = moving_average(
+        everything, places.positions, config.ma_window, skip_first=config.ma_skip_first
+    )
+    return own_sequence(average.T, ctx=ctx)
