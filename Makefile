@@ -13,12 +13,13 @@ RUN    := runs/demo
 # Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help setup demo test check format bench gpu-check clean
+.PHONY: help setup demo test soak check format bench gpu-check clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo       set-up, corpus, training through the deepspeed launcher, curve, sample"
 	@echo "make test       set-up, all tests that need no GPU"
+	@echo "make soak       the slow tests: failing nodes, preemption, every launcher"
 	@echo "make check      format, lint, types"
 	@echo "make bench      every benchmark, as ratios (tests/benchmarks)"
 	@echo "make gpu-check  correctness and speed on one CUDA device (tests/gpu)"
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt --editable '.[dev]'
+		-c constraints.txt --editable '.[dev,mpi]'
 	touch $@
 
 demo: $(STAMP)
@@ -41,6 +42,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
+
+soak: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -129,9 +129,9 @@ class PlainEngine:
         return total.item()
 
     def weights(self) -> list[Weight]:
-        if self.plan.resolved.zero_stage < 3:
-            return module_weights(self.module, read=partial(all_experts, ctx=self.ctx))
-        return module_weights(self.module, read=_gathered)
+        is_partitioned = self.plan.resolved.zero_stage == 3
+        read = _gathered if is_partitioned else partial(all_experts, ctx=self.ctx)
+        return module_weights(self.module, read=read)
 
 
 class PipelineEngine:
@@ -176,8 +176,7 @@ class PipelineEngine:
             for name, parameter in self.module.named_parameters()
             if parameter.ds_pipe_replicated  # type: ignore[attr-defined]
         ]
-        read = partial(all_experts, ctx=self.ctx)
-        return module_weights(self.module, read=read, skip=copies)
+        return module_weights(self.module, read=partial(all_experts, ctx=self.ctx), skip=copies)
 
     def _pairs(
         self, batches: Iterator[Batch], num_scored: Tensor | None = None
@@ -328,6 +327,9 @@ def _after_each(plan: RunPlan, load_layer: AfterEach | None) -> AfterEach:
         if plan.resolved.zero_stage == 3:
             import deepspeed
 
+            # DeepSpeed casts the module later, but by then the parameters are elsewhere: they would
+            # stay in fp32 (0.19.8).
+            layer.to(plan.ctx.precision.dtype)
             # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
             # one's shards to the others: training then runs, with wrong weights.
             deepspeed.zero.Init(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.sharding import sharding_of
@@ -62,7 +62,7 @@ def _check_stages(num_parameters: int, ctx: ParallelContext) -> None:
         )
 
 
-def is_shared_by_expert_ranks(parameter: nn.Parameter) -> bool:
+def is_shared_by_expert_ranks(parameter: Tensor) -> bool:
     """Whether `register_experts` has marked the parameter."""
     return not getattr(parameter, "allreduce", True)
 

@@ -25,7 +25,13 @@ from pretrain.checkpoint import (
     RunIdentity,
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
-from pretrain.checkpoint.rng_state import restore_rng_state
+from pretrain.checkpoint.optimizer_state import (
+    finish_restore,
+    layout_bound_by,
+    restore_optimizer_state,
+    save_optimizer_state,
+)
+from pretrain.checkpoint.rng_state import restore_rng_state, seed_rng
 from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
@@ -46,6 +52,7 @@ from pretrain.initial_weights import initial_weights
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
+from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
 from pretrain.watchdog import Watchdog
@@ -140,8 +147,16 @@ class TrainLoop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
-        load_engine_state(self.engine.deepspeed, checkpoint.path)
-        restore_rng_state(checkpoint.rng_path(self.ranks.rank))
+        engine, path, rank = self.engine.deepspeed, checkpoint.path, self.ranks.rank
+        if checkpoint.any_layout:
+            self.ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+            finish_restore(engine, step=checkpoint.step)
+        else:
+            load_engine_state(engine, path)
+        if checkpoint.layout.grid == self.layout.grid:
+            restore_rng_state(checkpoint.rng_path(rank))
+        else:
+            seed_rng(seed=self.config.training.seed, step=checkpoint.step, rank=rank)
         self.step = checkpoint.step
 
     def run(self, stop: GracefulStop) -> int:
@@ -168,6 +183,9 @@ class TrainLoop:
             if saving or step == first or step % training.log_interval == 0:
                 values = _read(result, step)
                 self._log(writers, values, rate)
+            interval = self.config.watchdog.replica_interval
+            if interval is not None and (saving or step % interval == 0):
+                check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
             with self.throughput.paused():
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
@@ -217,13 +235,18 @@ class TrainLoop:
             )
         )
 
-    def _save(self) -> None:
+    def _save_optimizer(self, directory: Path) -> list[Path]:
         engine = self.engine.deepspeed
+        if self.store.identity.layout_bound_by is not None:
+            return save_engine_state(engine, directory)
+        return save_optimizer_state(engine, directory, ctx=self.ctx, rank=self.ranks.rank)
+
+    def _save(self) -> None:
         self.watchdog.moved(f"the save of step {self.step}")
         self.store.save(
             CheckpointContents(
                 step=self.step,
-                write_engine=lambda directory: save_engine_state(engine, directory),
+                write_engine=self._save_optimizer,
                 weights=self.engine.weights(),
                 trainer={
                     "step": self.step,
@@ -331,4 +354,5 @@ def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> 
         ),
         config=resolved(config),
         fingerprints={},  # the loader compares those of its sources when its state is loaded
+        layout_bound_by=layout_bound_by(config, zero),
     )

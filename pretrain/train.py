@@ -28,6 +28,7 @@ from pretrain.errors import (
     ConfigError,
     TrainingError,
 )
+from pretrain.launch_environment import adopt_launcher
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -39,7 +40,8 @@ _EXAMPLE = """\
 example:
   deepspeed pretrain/train.py --config-name demo --ds_config configs/ds/zero1.json training.lr=1e-3
 
-The same arguments work under torchrun, accelerate launch and plain python (one process).
+The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python (one
+process).
 """
 
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run training as the command line says; returns the exit code, 2 for an error of the user."""
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
+        adopt_launcher()
         config = _configure(arguments)
         if config is None:
             return EXIT_COMPLETED

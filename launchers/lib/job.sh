@@ -92,11 +92,11 @@ train() {
     --label --export="$(visible)" ${CONTAINER[@]+"${CONTAINER[@]}"} bash "$LIB/node.sh" "$@" &
   STEP=$!
   ASKED=
-  trap 'ASKED="the end of the time limit is near"' USR1
+  trap 'ask_to_save "the end of the time limit is near"' USR1
   while kill -0 "$STEP" 2> /dev/null; do
-    [[ ! -e $RUN_DIR/STOP ]] || ASKED="$RUN_DIR/STOP exists"
-    # Said again and again: ranks that are still starting up do not listen yet.
-    [[ -z $ASKED ]] || { say "asking the ranks to save and stop: $ASKED"; kill -USR1 "$STEP"; }
+    [[ ! -e $RUN_DIR/STOP ]] || ask_to_save "$RUN_DIR/STOP exists"
+    # Again and again: ranks that are still starting up do not listen yet.
+    [[ -z $ASKED ]] || kill -USR1 "$STEP"
     sleep 5 &
     tick=$!
     wait -n "$STEP" "$tick"  # or until the end of the time limit is near
@@ -104,4 +104,9 @@ train() {
   done
   wait "$STEP"
   say "the step ended with code $?"
+}
+
+ask_to_save() {  # reason
+  [[ -n $ASKED ]] || say "asking the ranks to save and stop: $1"
+  ASKED=$1
 }

@@ -33,7 +33,7 @@ class _Record(BaseModel):
 
 
 class Layout(_Record):
-    """How the run was spread over ranks. A checkpoint resumes at the layout that wrote it."""
+    """How the run was spread over ranks when a checkpoint was written."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -41,6 +41,11 @@ class Layout(_Record):
     expert: int = 1
     zero_stage: int = 0
     precision: str = "fp32"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Sizes of the axes: at the same ones each rank has the same place."""
+        return self.tensor, self.pipeline, self.data
 
     def __str__(self) -> str:
         return (

@@ -165,7 +165,7 @@ def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Pa
         return
     if stage not in (1, 2):
         why = (
-            "one data rank would save the optimizer state, and others have other experts"
+            "the gradient norm and what is saved would leave out the experts of other ranks"
             if stage == 0
             else "DeepSpeed would partition the experts of one rank over ranks that have others"
         )

@@ -23,6 +23,11 @@ class RunLayout(NamedTuple):
     curriculum: Curriculum
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Sizes of the axes, as `Layout.grid` of a checkpoint."""
+        return self.tensor, self.pipeline, self.data
+
+    @property
     def total_steps(self) -> int:
         return self.curriculum.total_steps
 

@@ -162,7 +162,7 @@ class CheckpointConfig(BaseModel):
 
 
 class WatchdogConfig(BaseModel):
-    """When a run that stands still is ended."""
+    """What ends a run that stands still, or whose ranks have come to train different models."""
 
     model_config = _STRICT
 
@@ -171,6 +171,11 @@ class WatchdogConfig(BaseModel):
         gt=0,
         description="Seconds in which every rank must finish a step, an evaluation or a save, the "
         "first step and its compilation included; null: wait for ever",
+    )
+    replica_interval: int | None = Field(
+        default=100,
+        gt=0,
+        description="Steps after which ranks compare what they hold in common; null: never",
     )
 
     @field_validator("timeout", mode="before")

@@ -34,12 +34,12 @@ from tests.evidence.language import (
 )
 from tests.evidence.training import Trained, future_leak, over_seeds, train
 
-STEPS, RATES, SWEEP_SEED, TEST_ROWS = 160, (4e-3, 8e-3), 100, 128
+STEPS, RATES, SWEEP_SEED, TEST_ROWS = 300, (1e-3, 2e-3, 4e-3), 100, 128
 GAMMAS = (0.5, 0.25, 0.125)
 _SIZES = {
     "vocab_size": VOCAB,
-    "hidden_size": 128,
-    "intermediate_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 192,
     "num_heads": 4,
     "num_kv_heads": 2,
     "max_position_embeddings": LENGTH,

@@ -38,6 +38,7 @@ class Cluster:
         self.directory = directory
         self.nodes = [f"node{i}" for i in range(1, num_nodes + 1)]
         self.config = directory / "slurm.conf"
+        self.takes_containers = False
         self._bridge = f"mf{os.getpid()}"
         self._network = ""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -103,6 +104,10 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {fields['JobState']}: {self.output(job)}")
             time.sleep(0.2)
+
+    def hosts(self, job: str) -> list[str]:
+        """The nodes of a job that runs or has run."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).stdout.split()
 
     def output(self, job: str) -> str:
         """What the batch script has printed so far."""
@@ -216,8 +221,18 @@ class Cluster:
         text = text.replace("@ADDRESS@", f"{self._network}.1").replace("@PORT@", str(ports[0]))
         self.config.write_text(text + "\n".join(lines) + "\n")
         (self.directory / "gres.conf").write_text("\n".join(gpus) + "\n")
-        (self.directory / "plugstack.conf").touch()
+        self._write_plugin()
         (self.directory / "hosts").write_text("\n".join(hosts) + "\n")
+
+    def _write_plugin(self) -> None:
+        """The options of pyxis, where Slurm's headers are installed."""
+        library = self.directory / "containers.so"
+        self.takes_containers = Path("/usr/include/slurm/spank.h").exists()
+        if self.takes_containers:
+            source = Path(__file__).with_name("containers.c")
+            subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+        text = f"required {library}\n" if self.takes_containers else ""
+        (self.directory / "plugstack.conf").write_text(text)
 
     def _write_ssh(self) -> None:
         """Keys and settings with which one node may log in to another."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.launchers.cluster import Cluster
+from tests.launchers.cluster import ROOT, Cluster
 from tests.launchers.recorded_job import run_recorded, torchrun_option, trainer_arguments
 from tests.launchers.test_job_scripts import SCRIPTS
 
@@ -103,6 +104,35 @@ def test_ranks_see_no_secret_and_nothing_unknown(cluster: Cluster, tmp_path: Pat
     assert node["environment"]["WANTED_KEY"] == "kept"
     for path in [*job.log_dir.rglob("*"), Path(job.fields["StdOut"])]:
         assert path.is_dir() or "canary" not in path.read_text(), path
+
+
+def test_ranks_run_in_the_container_that_a_variable_names(cluster: Cluster, tmp_path: Path) -> None:
+    if not cluster.takes_containers:
+        if os.environ.get("REQUIRE_SLURM") == "1":
+            pytest.fail("REQUIRE_SLURM=1 and no headers of Slurm here")
+        pytest.skip("needs the headers of Slurm")
+    job = run_recorded(
+        cluster,
+        "llama_7b",
+        run_dir=tmp_path / "run",
+        options=("--nodes=2",),
+        variables={
+            "CONTAINER_IMAGE": "registry.example/a b:1$(touch x)",
+            "CONTAINER_MOUNTS": "/data:/data:ro,/scratch:/scratch",
+        },
+    )
+    assert len(job.nodes) == 2, job.output
+    for node in job.nodes:
+        assert node["environment"]["ASKED_IMAGE"] == "registry.example/a b:1$(touch x)"
+        assert node["environment"]["ASKED_WORKDIR"] == str(ROOT)
+        assert node["environment"]["ASKED_NO_HOME"] == "yes"
+        mounts = node["environment"]["ASKED_MOUNTS"]
+        assert mounts == f"{ROOT}:{ROOT},/data:/data:ro,/scratch:/scratch"
+
+
+def test_without_the_variable_no_container_is_asked_for(cluster: Cluster, tmp_path: Path) -> None:
+    [node] = run_recorded(cluster, "llama_125m", run_dir=tmp_path / "run").nodes
+    assert [name for name in node["environment"] if name.startswith("ASKED_")] == []
 
 
 @pytest.mark.parametrize("fabric", ["infiniband", "roce", "efa", "ethernet"])

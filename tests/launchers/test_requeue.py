@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,8 @@ def losses(run_dir: Path) -> dict[int, float]:
     """Step -> loss of all launches together; a step that was trained twice must agree."""
     found: dict[int, float] = {}
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    # The last piece is empty, or a line that is just being written.
+    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
         record = json.loads(line)
         if "loss" in record:
             assert found.setdefault(record["step"], record["loss"]) == record["loss"]
@@ -95,3 +97,46 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_
     assert losses(run_dir) == undisturbed
     assert (run_dir / "DONE").exists()
     assert not (run_dir / "REQUEUE").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(
+    cluster: Cluster, configs: Path, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, configs, run_dir, arguments=("checkpoint.interval=10",))
+    wait_until(lambda: len(losses(run_dir)) >= 15, 120)
+    killed = cluster.hosts(job)[1]
+    cluster.kill_node(killed)
+    try:
+        wait_until(lambda: cluster.job(job)["Restarts"] == "1", 120)
+        fields = cluster.wait(job, timeout=240)
+        output = cluster.output(job)
+        assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
+        assert killed not in cluster.hosts(job)
+        [resumed] = re.findall(r"continuing after step (\d+)", output)
+        assert int(resumed) >= 10
+        assert losses(run_dir) == undisturbed
+    finally:
+        cluster.start_node(killed)
+        cluster.wait_for_nodes(killed)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_saves_in_its_grace_time_and_loses_nothing(
+    cluster: Cluster, configs: Path, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, configs, run_dir)
+    wait_until(lambda: len(losses(run_dir)) >= 5, 120)
+    urgent = cluster.submit(
+        *("--partition=urgent", f"--nodelist={cluster.hosts(job)[0]}", "--exclusive"),
+        *("--output=/dev/null", "--wrap=true"),
+    )
+    assert cluster.wait(urgent, timeout=120)["JobState"] == "COMPLETED"
+    fields = cluster.wait(job, timeout=240)
+    output = cluster.output(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
+    [saved] = re.findall(r"stopped at step (\d+) as asked", output)
+    assert f"continuing after step {saved}" in output
+    assert losses(run_dir) == undisturbed

@@ -55,8 +55,15 @@ def _config(data: Path, run_dir: Path, *, factor: float | None = None, **changes
     return tiny_run(data, **values | changes)
 
 
-def _train(config: RunConfig, world_size: int, *, stage: int = 1) -> list[dict[str, float]]:
-    codes = run_ranks(run_training, world_size, config, f"configs/ds/zero{stage}.json", init=False)
+def _train(
+    config: RunConfig, world_size: int, *, stage: int = 1, zero: dict | None = None
+) -> list[dict[str, float]]:
+    """The records of a run, at a ZeRO stage or with settings of its own."""
+    file = f"configs/ds/zero{stage}.json"
+    if zero is not None:
+        file = f"{config.run_dir}.json"
+        Path(file).write_text(json.dumps({"zero_optimization": zero}))
+    codes = run_ranks(run_training, world_size, config, file, init=False)
     assert codes == [0] * world_size
     trained, evaluated = metrics(config)
     return trained + evaluated
@@ -137,29 +144,55 @@ def test_bf16_follows_fp32_in_loss_and_norm_as_far_as_bf16_allows(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "changes"),
-    [(2, {}), (2, BF16), (4, {"parallel__pipeline": 2})],
-    ids=["fp32", "bf16", "pipeline 2"],
+    ("world_size", "zero", "changes"),
+    [
+        (2, {"stage": 1}, BF16),
+        (4, {"stage": 1}, {"parallel__pipeline": 2}),
+        (2, {"stage": 2, "round_robin_gradients": True}, {}),  # in DeepSpeed's own files
+    ],
+    ids=["bf16", "pipeline 2", "round robin"],
 )
-def test_a_continued_run_equals_an_undisturbed_one_bit_for_bit(world_size, changes, data, tmp_path):
+def test_a_continued_run_equals_an_undisturbed_one_bit_for_bit(
+    world_size, zero, changes, data, tmp_path
+):
     changes = EXPERT_2 | changes
     undisturbed = _config(data, tmp_path / "whole", **changes)
-    records = _train(undisturbed, world_size)
+    records = _train(undisturbed, world_size, zero=zero)
     for max_steps in (2, STEPS):
         config = _config(data, tmp_path / "run", **changes | {"training__max_steps": max_steps})
-        continued = _train(config, world_size)
+        continued = _train(config, world_size, zero=zero)
     _assert_equal(continued, records, rel=0.0)
     expected = _weights(undisturbed)
     assert all(torch.equal(weight, expected[name]) for name, weight in _weights(config).items())
 
 
-def test_another_expert_size_begins_with_the_weights_but_does_not_continue(data, tmp_path):
-    config = _config(data, tmp_path / "run", **EXPERT_2, training__max_steps=2)
+PLACES = {
+    "one process": (1, 0, {}),
+    "expert 2 of data 2": (2, 1, EXPERT_2),
+    "tensor 2 x expert 2": (4, 2, EXPERT_2 | {"parallel__tensor": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("expert 2 of data 2", "one process"),
+        ("one process", "tensor 2 x expert 2"),
+        ("tensor 2 x expert 2", "expert 2 of data 2"),
+    ],
+)
+def test_a_run_continues_at_another_expert_size(first, second, data, reference, tmp_path):
+    for place, max_steps in ((first, 2), (second, STEPS)):
+        world_size, stage, changes = PLACES[place]
+        changes = changes | {"training__max_steps": max_steps}
+        records = _train(_config(data, tmp_path / "run", **changes), world_size, stage=stage)
+    _assert_equal(records, reference[None][0])
+
+
+def test_another_expert_size_begins_with_the_same_weights(data, tmp_path):
+    config = _config(data, tmp_path / "run", **EXPERT_2, training__max_steps=1)
     _train(config, 2)
-    one = _config(data, tmp_path / "run", training__max_steps=STEPS)
-    with pytest.raises(AssertionError, match=r"data 2 \(expert 2\), ZeRO-1, fp32; this run is at"):
-        _train(one, 1)
-    begun = {"training__init_from": config.run_dir}
+    begun = {"training__init_from": config.run_dir, "training__max_steps": 2}
     expected = _train(_config(data, tmp_path / "one", **begun), 1)
     _assert_equal(_train(_config(data, tmp_path / "two", **begun, **EXPERT_2), 2), expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def one_process(configs) -> list[float]:
     return [record["loss"] for record in metrics(run)[0]]
 
 
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 LAUNCHERS = {
     "deepspeed, pipeline 2": (
         ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
@@ -61,6 +63,11 @@ LAUNCHERS = {
     "torchrun, data 2": (
         ["torchrun", "--nproc_per_node", "2", "--master_port", "PORT"],
         ["training.batch_size=2", "--ds_config", "configs/ds/zero2.json"],
+    ),
+    "local script, data 2": (["launchers/local.sh", "2"], ["training.batch_size=2"]),
+    "mpirun, data 2": (
+        ["mpirun", "--oversubscribe", "-n", "2", sys.executable],
+        ["training.batch_size=2"],
     ),
     "accelerate, sequence parallel": (
         [
@@ -77,9 +84,14 @@ def test_every_launcher_trains_to_the_losses_of_one_process(
     launcher, configs, one_process, tmp_path
 ):
     command, overrides = LAUNCHERS[launcher]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
     command = [str(free_port()) if word == "PORT" else word for word in command]
     run = tiny_run(configs, run_dir=str(tmp_path / "run"))
-    done = _launch(*command, *_arguments(configs, f"run_dir={run.run_dir}", *overrides))
+    arguments = _arguments(configs, f"run_dir={run.run_dir}", *overrides)
+    if command[0] == "launchers/local.sh":
+        arguments.remove(SCRIPT)
+    done = _launch(*command, *arguments, **AS_ROOT, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     assert [r["loss"] for r in metrics(run)[0]] == pytest.approx(one_process, rel=1e-5)
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train with N processes of this machine: launchers/local.sh N --config-name NAME key=value ...
+set -euo pipefail
+
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n 2p "$0" >&2; exit 2; }
+processes=$1
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+[[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
+# Standalone: a free port of this machine, and none of it can be reached from elsewhere.
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" \
+  pretrain/train.py "$@"

@@ -1,0 +1,111 @@
+"""Whatever started this process: its place among all ranks, in the variables that torch reads."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+from pretrain.errors import ConfigError
+
+Environment = MutableMapping[str, str]
+
+
+class _Launcher(NamedTuple):
+    """The variables in which a launcher tells a process its place."""
+
+    name: str
+    rank: str
+    local_rank: str
+    size: str
+
+    @property
+    def is_mpi(self) -> bool:
+        return self.name != "srun"
+
+
+# In this order: mpirun inside a Slurm job starts its processes through srun.
+_LAUNCHERS = (
+    _Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"
+    ),
+    _Launcher("MPICH", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    _Launcher("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE"),
+    # SLURM_NTASKS would be that of the job, also for a single process in its batch script.
+    _Launcher("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+def adopt_launcher(environment: Environment = os.environ) -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what mpirun or srun say.
+
+    Nothing happens under launchers that set RANK themselves (torchrun, deepspeed, accelerate), nor
+    in a process that is alone. An address that is given is kept; otherwise ranks of MPI meet where
+    rank 0 finds a free port, and those of srun on the first node of their step.
+
+    Raises:
+        ConfigError: the ranks cannot find each other.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return
+    for launcher in _LAUNCHERS:
+        if all(name in environment for name in launcher[1:]):
+            break
+    else:
+        return
+    if environment[launcher.size] == "1":
+        return
+    if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+        find = _rendezvous_of_mpi if launcher.is_mpi else _rendezvous_of_slurm
+        address, port = find(launcher, environment)
+        environment["MASTER_ADDR"], environment["MASTER_PORT"] = address, str(port)
+    environment["RANK"] = environment[launcher.rank]
+    environment["LOCAL_RANK"] = environment[launcher.local_rank]
+    environment["WORLD_SIZE"] = environment[launcher.size]
+
+
+def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple[str, int]:
+    nodes = environment["SLURM_STEP_NODELIST"]
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR is not set and scontrol cannot list {nodes} ({error}); "
+            "export MASTER_ADDR and MASTER_PORT before srun"
+        ) from error
+    # Below the ports that the kernel gives to clients; the same on every rank of the step.
+    place = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    return done.stdout.split()[0], 10000 + place % 20000
+
+
+def _rendezvous_of_mpi(launcher: _Launcher, environment: Environment) -> tuple[str, int]:
+    try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR is not set and mpi4py cannot be used ({error}); install the extra `mpi`, "
+            "or pass MASTER_ADDR and MASTER_PORT through mpirun"
+        ) from error
+    size = MPI.COMM_WORLD.Get_size()
+    if size != int(environment[launcher.size]):
+        raise ConfigError(
+            f"mpi4py sees {size} ranks and {launcher.size} is {environment[launcher.size]}: it "
+            f"uses another MPI library than {launcher.name}; set MPI4PY_MPIABI and LD_LIBRARY_PATH"
+        )
+    here = (socket.gethostname(), _free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
+    there: tuple[str, int] = MPI.COMM_WORLD.bcast(here, root=0)
+    MPI.Finalize()  # it has introduced the ranks to each other; torch does the rest
+    return there
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
