@@ -147,6 +147,7 @@ class TrainLoop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
+        self.watchdog.moved(f"the restoration of step {checkpoint.step}")
         engine, path, rank = self.engine.deepspeed, checkpoint.path, self.ranks.rank
         if checkpoint.any_layout:
             self.ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))

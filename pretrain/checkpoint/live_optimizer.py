@@ -50,29 +50,38 @@ def parts_of(name: str, parameter: Tensor, *, expert_rank: int) -> list[Part]:
     ]
 
 
-class Fragment(NamedTuple):
-    """Consecutive elements of one part that this rank's optimizer updates.
+class Place(NamedTuple):
+    """Where the elements of a parameter lie that this rank's optimizer updates.
 
-    `shape`: of the slice that this tensor rank holds, whole over data ranks; the elements begin at
-    `start` of it, flattened. `master` (fp32) and `weight` (what forward reads) are those elements,
-    as views. They lie at `offset` of `flat`, the tensor that the optimizer steps. `copies`: how
-    many data ranks hold the same. `is_tied_copy`: an earlier pipeline stage owns the parameter.
+    They begin at `start` of this tensor rank's slice, flattened. `master` (fp32) and `weight` (what
+    forward reads) are the elements, as views. They lie at `offset` of `flat`, the tensor that the
+    optimizer steps. `copies`: how many data ranks hold the same.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    sharding: Sharding
     start: int
     master: Tensor
     weight: Tensor
     flat: Tensor
     offset: int
-    copies: int
+    copies: int = 1
+
+
+class Fragment(NamedTuple):
+    """Consecutive elements of one part, under the name that checkpoints know it by.
+
+    `shape`: of the slice that this tensor rank holds, whole over data ranks. `is_tied_copy`: an
+    earlier pipeline stage owns the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sharding: Sharding
     is_tied_copy: bool
+    place: Place
 
     @property
     def length(self) -> int:
-        return self.master.numel()
+        return self.place.master.numel()
 
 
 class LiveOptimizer:
@@ -96,16 +105,17 @@ class LiveOptimizer:
 
     def step(self, fragment: Fragment) -> int:
         """Optimizer steps that these elements have taken; 0 where there is no state yet."""
-        return int(self._optimizer.state.get(fragment.flat, {}).get("step", 0))
+        return int(self._optimizer.state.get(fragment.place.flat, {}).get("step", 0))
 
     def value(self, fragment: Fragment, key: str) -> Tensor:
         """Master weights or a moment, as a view; zeros where there is no state yet."""
+        place = fragment.place
+        state = self._optimizer.state.get(place.flat)
         if key == MASTER:
-            return fragment.master
-        state = self._optimizer.state.get(fragment.flat, {})
-        if key not in state:
-            return torch.zeros_like(fragment.master)
-        return state[key].view(-1).narrow(0, fragment.offset, fragment.length)
+            return place.master
+        if not state:
+            return torch.zeros_like(place.master)
+        return state[key].view(-1).narrow(0, place.offset, fragment.length)
 
     def begin_state(self, flat: Tensor, step: int) -> None:
         """State of a tensor that has taken `step` steps, with moments of zero to be filled."""
@@ -119,69 +129,52 @@ class LiveOptimizer:
         for name, parameter in self._parameters.items():
             place = self._place(parameter, data_size)
             if place is not None:
-                is_copy = getattr(parameter, "ds_pipe_replicated", False)
-                yield from _cut(self.parts[name], *place, is_tied_copy=is_copy)
+                is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+                yield from _cut(self.parts[name], place, is_tied_copy=is_tied_copy)
 
-    def _place(
-        self, parameter: nn.Parameter, data_size: int
-    ) -> tuple[int, Tensor, Tensor, Tensor, int, int] | None:
-        """Fields `start` to `copies`; None when other data ranks hold all of the parameter."""
+    def _place(self, parameter: Any, data_size: int) -> Place | None:
+        """None when other data ranks hold all of the parameter."""
         if _is_stage_3(self._wrapper):
-            return self._place_of_stage_3(parameter)
+            return _place_of_stage_3(self._wrapper, parameter)
         elements = parameter.detach().view(-1)
         if self._wrapper is self._optimizer:
-            return 0, elements, elements, parameter, 0, data_size
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            return Place(0, elements, elements, parameter, 0, copies=data_size)
+        mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
-        weight = elements.narrow(0, start, length)
+        start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         offset = mapping.hp_fragment_address.start
-        return start, flat.detach().narrow(0, offset, length), weight, flat, offset, 1
-
-    def _place_of_stage_3(
-        self, parameter: Any
-    ) -> tuple[int, Tensor, Tensor, Tensor, int, int] | None:
-        zero = self._wrapper
-        group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-        start = zero._get_param_partition_rank(parameter) * padded
-        length = min(padded, parameter.ds_numel - start)
-        if length <= 0:
-            return None
-        flat = zero.fp32_partitioned_groups_flat[group]
-        weight = parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)
-        return start, flat.detach().narrow(0, offset, length), weight, flat, offset, 1
+        master = flat.detach().narrow(0, offset, length)
+        return Place(start, master, elements.narrow(0, start, length), flat, offset)
 
 
-def _cut(
-    parts: list[Part],
-    start: int,
-    master: Tensor,
-    weight: Tensor,
-    flat: Tensor,
-    offset: int,
-    copies: int,
-    *,
-    is_tied_copy: bool,
-) -> Iterator[Fragment]:
-    """Elements from `start` of a parameter on as elements of its parts."""
+def _place_of_stage_3(zero: Any, parameter: Any) -> Place | None:
+    group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+    start = zero._get_param_partition_rank(parameter) * padded
+    length = min(padded, parameter.ds_numel - start)
+    if length <= 0:
+        return None
+    flat = zero.fp32_partitioned_groups_flat[group]
+    weight = parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)
+    return Place(start, flat.detach().narrow(0, offset, length), weight, flat, offset)
+
+
+def _cut(parts: list[Part], place: Place, *, is_tied_copy: bool) -> Iterator[Fragment]:
+    """Elements of a parameter as elements of its parts."""
     for part in parts:
-        low = max(start, part.first)
-        length = min(start + master.numel(), part.first + math.prod(part.shape)) - low
+        low = max(place.start, part.first)
+        length = min(place.start + len(place.master), part.first + math.prod(part.shape)) - low
         if length > 0:
-            yield Fragment(
-                part.name,
-                part.shape,
-                part.sharding,
+            own = Place(
                 low - part.first,
-                master.narrow(0, low - start, length),
-                weight.narrow(0, low - start, length),
-                flat,
-                offset + low - start,
-                copies,
-                is_tied_copy,
+                place.master.narrow(0, low - place.start, length),
+                place.weight.narrow(0, low - place.start, length),
+                place.flat,
+                place.offset + low - place.start,
+                place.copies,
             )
+            yield Fragment(part.name, part.shape, part.sharding, is_tied_copy, own)
 
 
 def publish_weights(engine: Any) -> None:

@@ -90,10 +90,11 @@ def save_optimizer_state(
 
 
 def _check_master(fragment: Fragment) -> None:
-    if not torch.equal(fragment.master.to(fragment.weight), fragment.weight):
+    place = fragment.place
+    if not torch.equal(place.master.to(place.weight), place.weight):
         raise CheckpointError(
-            f"parameter {fragment.name!r}: the weights differ from their fp32 master, from element "
-            f"{fragment.start} on: DeepSpeed's state is damaged; resume from the last checkpoint"
+            f"parameter {fragment.name!r}: the weights differ from their fp32 master in the "
+            f"{fragment.length} elements from {place.start} on; resume from the last checkpoint"
         )
 
 
@@ -101,7 +102,8 @@ def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:
     """One rank writes what tensor ranks, data ranks (ZeRO-0) or pipeline stages hold alike."""
     if fragment.is_tied_copy or (fragment.sharding.dim is None and ctx.tensor.rank > 0):
         return False
-    return fragment.copies == 1 or index % fragment.copies == ctx.data.rank
+    copies = fragment.place.copies
+    return copies == 1 or index % copies == ctx.data.rank
 
 
 def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
@@ -111,7 +113,7 @@ def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
         full_size=fragment.sharding.full_size,
         shard=ctx.tensor.rank,
         num_shards=ctx.tensor.size,
-        start=fragment.start,
+        start=fragment.place.start,
         length=fragment.length,
         step=step,
     )
@@ -136,13 +138,13 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
         read = partial(
             stored.read,
             fragment.name,
-            start=fragment.start,
+            start=fragment.place.start,
             length=fragment.length,
             tensor=ctx.tensor,
         )
         for key in (MASTER, *MOMENTS):
             live.value(fragment, key).copy_(read(key))
-        fragment.weight.copy_(fragment.master)
+        fragment.place.weight.copy_(fragment.place.master)
     _restore_untrained(engine.module, directory, ctx)
 
 
@@ -169,18 +171,18 @@ def _check_part(part: Part, stored: StoredOptimizer) -> None:
 
 def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
     """One step count per tensor that the optimizer steps, on which its parameters must agree."""
-    counts: dict[int, tuple[str, int]] = {}
+    counts: dict[Tensor, tuple[str, int]] = {}  # a tensor is hashed by its identity
     for fragment in live.fragments:
         for step in stored.steps(fragment.name):
-            name, expected = counts.setdefault(id(fragment.flat), (fragment.name, step))
+            name, expected = counts.setdefault(fragment.place.flat, (fragment.name, step))
             if step != expected:
                 raise CheckpointError(
                     f"{str(stored.directory)!r}: parameter {fragment.name!r} has taken {step} "
                     f"optimizer steps, {name!r} {expected}, but this ZeRO stage counts once for "
                     "both: resume at the ZeRO stage that wrote the checkpoint"
                 )
-    for flat in {id(fragment.flat): fragment.flat for fragment in live.fragments}.values():
-        live.begin_state(flat, counts[id(flat)][1])
+    for flat, (_, step) in counts.items():
+        live.begin_state(flat, step)
 
 
 def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
@@ -212,7 +214,6 @@ def _copy_weight(
     if partition is None:
         tensor.data.copy_(local)
         return
-    zero_rank = tensor.ds_process_group  # type: ignore[attr-defined]
-    start = partition.numel() * torch.distributed.get_rank(zero_rank)
+    start = partition.numel() * ctx.data.rank
     part = local.reshape(-1)[start : start + partition.numel()]
     partition.data.view(-1)[: part.numel()].copy_(part)

@@ -17,6 +17,7 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+import pretrain.engine
 from parallel.context import Axis
 from parallel.weights_io import ShardedWeightsReader, ShardPosition, write_shard
 from pretrain.checkpoint import stored_optimizer
@@ -341,6 +342,64 @@ def without_a_file(config, ds_config_path: str) -> str:
 
     stored_optimizer._read_runs = forgetful
     return _refused(config, ds_config_path)
+
+
+def with_one_step_less(config, ds_config_path: str) -> str:
+    """The checkpoint as ZeRO-0 writes it when a parameter got no gradient in one of its steps."""
+    read = stored_optimizer._read_runs
+
+    def changed(path):
+        runs = read(path)
+        name = "head.norm.weight"
+        if name in runs:
+            runs[name] = runs[name].model_copy(update={"step": SAVED - 1})
+        return runs
+
+    stored_optimizer._read_runs = changed
+    return _refused(config, ds_config_path)
+
+
+def test_step_counts_that_one_zero_stage_cannot_keep_apart_are_refused(runs, tmp_path):
+    begin_at_checkpoint(runs.origin("llama", "fp32", "PP2 TP2"), tmp_path)
+    config = runs.config("llama", "fp32", "ZeRO-1", tmp_path)
+    (message,) = run_ranks(with_one_step_less, 1, config, "configs/ds/zero1.json", init=False)
+    assert "parameter 'head.norm.weight' has taken 3 optimizer steps, 'block_0." in message
+    assert "resume at the ZeRO stage that wrote the checkpoint" in message
+
+
+def frozen(factor: float):
+    """`run` of a model with one layer that is not trained and begins `factor` times as large."""
+
+    def entry(config, ds_config_path: str) -> int:
+        after_each = pretrain.engine._after_each
+
+        def freezing(plan, load_layer):
+            finish = after_each(plan, load_layer)
+
+            def freeze_and_finish(spec, layer):
+                if spec.name == "block_1":
+                    for parameter in layer.requires_grad_(False).parameters():
+                        parameter.mul_(factor)
+                finish(spec, layer)
+
+            return freeze_and_finish
+
+        pretrain.engine._after_each = freezing
+        return saved_again(config, ds_config_path)
+
+    return entry
+
+
+@pytest.mark.parametrize("new", ["PP2 TP2", "ZeRO-3 DP2"])
+def test_frozen_parameters_come_from_the_weights(new, runs, tmp_path):
+    old = runs.config("llama", "bf16", "ZeRO-1", tmp_path / "old")
+    train(old, PLACES["ZeRO-1"], frozen(2.0))
+    begin_at_checkpoint(Origin(tmp_path / "old", [], 0.0), tmp_path / "new")
+    train(runs.config("llama", "bf16", new, tmp_path / "new"), PLACES[new], frozen(1.0))
+    saved = tmp_path / "old" / "checkpoints" / "step_4"
+    assert_same_state(tmp_path / "new" / "copy", saved)
+    trained = StoredOptimizer(saved / "optimizer").names()
+    assert not any(name.startswith("block_1") for name in trained)
 
 
 def test_another_global_batch_is_refused_with_both_sizes(runs, tmp_path):
