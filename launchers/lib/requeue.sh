@@ -19,7 +19,7 @@ refuse_stalled_run() {
   if (( step > last )); then stalled=0; else stalled=$((stalled + 1)); fi
   echo "$step $stalled" > "$file.new" && mv "$file.new" "$file"
   (( stalled < MAX_STALLED_LAUNCHES )) ||
-    give_up "$EXIT_GAVE_UP" "$stalled launches in a row brought no checkpoint after step $step;" \
+    give_up "$EXIT_GAVE_UP" "launches in a row that brought no checkpoint after step $step: $stalled;" \
       "see $RUN_DIR/logs/job_$SLURM_JOB_ID"
 }
 
