@@ -17,14 +17,14 @@ fi
 """
 
 
-def submit(cluster: Cluster, directory: Path, behaviour: str) -> str:
+def submit(cluster: Cluster, directory: Path, behaviour: str, *options: str) -> str:
     """A job of one node whose ranks behave as the shell text says."""
     trainer = directory / "trainer"
     trainer.write_text(TRAINER + behaviour)
     trainer.chmod(0o755)
     return cluster.submit(
-        *(f"--output={cluster.directory}/slurm-%j.out", ROOT / "launchers/llama_125m.slurm"),
-        f"run_dir={directory}/run",
+        *(*options, f"--output={cluster.directory}/slurm-%j.out"),
+        *(ROOT / "launchers/llama_125m.slurm", f"run_dir={directory}/run"),
         variables={"PYTHON": str(trainer), "MAX_STALLED_LAUNCHES": "1"},
     )
 
@@ -90,6 +90,20 @@ def test_a_user_who_ends_a_run_lets_it_save_and_it_stays_away(
     assert fields["Restarts"] == "0", cluster.output(job)
     assert cluster.job(job)["JobState"] == ("FAILED" if way == "STOP" else "CANCELLED")
     assert (tmp_path / "run/signals").read_text().startswith("asked")
+
+
+@pytest.mark.slow
+def test_slurm_itself_sends_the_signal_when_the_time_limit_is_near(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The script asks for it five minutes before the end; of a job of two minutes that is now."""
+    job = submit(cluster, tmp_path, WAITS, "--time=2")
+    try:
+        wait_until(lambda: cluster.job(job)["Restarts"] == "1", 110)
+        assert "the end of the time limit is near" in cluster.output(job)
+    finally:
+        cluster.run("scancel", job)
+    assert (tmp_path / "run/REQUEUE").exists()
 
 
 @pytest.mark.slow
