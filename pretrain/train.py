@@ -40,8 +40,7 @@ _EXAMPLE = """\
 example:
   deepspeed pretrain/train.py --config-name demo --ds_config configs/ds/zero1.json training.lr=1e-3
 
-The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python (one
-process).
+The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python.
 """
 
 
@@ -105,11 +104,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
-    parser.add_argument(
-        "--print-run-dir",
-        action="store_true",
-        help="check the settings for WORLD_SIZE processes, print the run directory and exit",
-    )
+    # For job scripts: check the settings for WORLD_SIZE processes, print the run directory, exit.
+    parser.add_argument("--print-run-dir", action="store_true", help=argparse.SUPPRESS)
     # The deepspeed launcher adds it; LOCAL_RANK says the same everywhere.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(

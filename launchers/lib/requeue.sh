@@ -19,7 +19,7 @@ refuse_stalled_run() {
   if (( step > last )); then stalled=0; else stalled=$((stalled + 1)); fi
   echo "$step $stalled" > "$file.new" && mv "$file.new" "$file"
   (( stalled < MAX_STALLED_LAUNCHES )) ||
-    give_up "$EXIT_GAVE_UP" "$stalled launches in a row brought no checkpoint after step $step;" \
+    give_up "$EXIT_GAVE_UP" "launches in a row that brought no checkpoint after step $step: $stalled;" \
       "see $RUN_DIR/logs/job_$SLURM_JOB_ID"
 }
 
@@ -32,16 +32,13 @@ newest_step() {
   echo "$newest"
 }
 
+# Not reached after scancel, of which this script dies at once.
 decide_what_follows() {
   if [[ -e $RUN_DIR/DONE ]]; then
     say "trained to the end"
     exit 0
   fi
   [[ ! -e $RUN_DIR/STOP ]] || give_up "$EXIT_STOPPED" "stopped at step $(newest_step) as asked"
-  # After scancel or at the time limit it is not RUNNING any more, and must not come back.
-  local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-  [[ $state == RUNNING ]] || give_up 1 "the job is $state: not queued again"
   if [[ -e $RUN_DIR/REQUEUE ]]; then
     say "saved step $(newest_step) and stopped as asked; into the queue again"
   else

@@ -39,7 +39,7 @@ class Cluster:
         self.nodes = [f"node{i}" for i in range(1, num_nodes + 1)]
         self.config = directory / "slurm.conf"
         self.takes_containers = False
-        self._bridge = f"mf{os.getpid()}"
+        self.bridge = f"mf{random.randrange(16**8):08x}"
         self._network = ""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -127,10 +127,10 @@ class Cluster:
         init = [str(Path(__file__).with_name("node_init.sh")), self.directory, node, address]
         daemon = self._start_daemon(node, "unshare", "-numipf", "--kill-child", "--", *init)
         wait_until(lambda: _namespace(daemon.pid) != _namespace(os.getpid()), 30)
-        device = f"{self._bridge}-{index}"
+        device = f"{self.bridge}-{index}"
         _ip("link", "delete", device, check=False)
         _ip("link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", str(daemon.pid))
-        _ip("link", "set", device, "master", self._bridge, "up")
+        _ip("link", "set", device, "master", self.bridge, "up")
 
     def wait_for_nodes(self, *nodes: str, timeout: float = 60.0) -> None:
         """Until these nodes are idle and answer."""
@@ -159,14 +159,14 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         for index in range(len(self.nodes)):
-            _ip("link", "delete", f"{self._bridge}-{index}", check=False)
-        _ip("link", "delete", self._bridge, check=False)
+            _ip("link", "delete", f"{self.bridge}-{index}", check=False)
+        _ip("link", "delete", self.bridge, check=False)
 
     def _start(self) -> None:
         self._network = _free_network()
-        _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("address", "add", f"{self._network}.1/24", "dev", self._bridge)
-        _ip("link", "set", self._bridge, "up")
+        _ip("link", "add", self.bridge, "type", "bridge")
+        _ip("address", "add", f"{self._network}.1/24", "dev", self.bridge)
+        _ip("link", "set", self.bridge, "up")
         for name in ("munge", "state", "spool", "log", "dev", "ssh"):
             (self.directory / name).mkdir(parents=True)
         self._write_configuration()

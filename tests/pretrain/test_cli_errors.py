@@ -13,6 +13,7 @@ import yaml
 
 from pretrain.config import parse_config
 from pretrain.config.compose import CONFIGS
+from pretrain.errors import EXIT_STOPPED
 from pretrain.train import main
 
 ROOT = CONFIGS.parent
@@ -133,6 +134,29 @@ def test_the_printed_configuration_is_the_resolved_one(call: Call) -> None:
     config = parse_config(yaml.safe_load(outcome.out))
     assert config.training.lr == 1e-4
     assert config.parallel.tensor == 2
+
+
+def test_the_run_directory_is_printed_once_the_settings_fit_the_processes(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--config-name", "demo", "parallel=tp2", "--print-run-dir")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert call(*arguments) == (0, f"{Path.cwd()}/runs/demo\n", "")
+    assert call(*arguments, "run_dir='/a/b c$(d)'") == (0, "/a/b c$(d)\n", "")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    outcome = call(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "3" in outcome.err
+
+
+@pytest.mark.parametrize(("reads_markers", "code"), [("1", 0), (None, 75)])
+def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
+    reads_markers: str | None, code: int, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.loop.run", lambda *_: EXIT_STOPPED)
+    if reads_markers is not None:
+        monkeypatch.setenv("MANYFORMER_READS_MARKERS", reads_markers)
+    assert call("--config-name", "demo").code == code
 
 
 def test_the_argument_of_the_deepspeed_launcher_is_accepted(call: Call) -> None:

@@ -47,6 +47,11 @@ def _weights(config) -> dict[str, torch.Tensor]:
     return {name: reader.full(name) for name in reader.names()}
 
 
+def _markers(config) -> list[str]:
+    """What the run says to a launcher about its end; a user's STOP would not be touched."""
+    return sorted(path.name for path in Path(config.run_dir).iterdir() if path.name.isupper())
+
+
 def _killed_at(step: int):
     """`run`, ended by SIGKILL as soon as training has taken `step` steps."""
 
@@ -119,7 +124,9 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_stop(data, tmp_pa
     stopped = _config(data, tmp_path / "b", training__batch_size=2)
     assert _train(stopped, 2, entry=_signalled) == [EXIT_STOPPED] * 2
     assert Path(stopped.run_dir, "checkpoints", "latest").read_text().strip() == "step_3"
+    assert _markers(stopped) == ["REQUEUE"]
     assert _train(stopped, 2) == [EXIT_COMPLETED] * 2
+    assert _markers(stopped) == ["DONE"]
     assert _curve(stopped)[:STEPS] == _curve(undisturbed)[:STEPS]
 
 
