@@ -13,7 +13,11 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from parallel.carry import SequentialModel
+from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
+from pretrain.config.deepspeed import resolve_ds_config
+from pretrain.engine import RunPlan, check_model
+from pretrain.errors import ConfigError
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
@@ -135,3 +139,13 @@ def test_bf16_keeps_thresholds_in_fp32_and_a_stored_model_routes_by_them(data, t
         model(TokenInputs(tokens), cache)
     kept = cache["layer_1"].counts
     assert ((kept > 0) & (kept < SEQ)).all()
+
+
+def test_more_stages_than_pairs_and_ends_are_refused(data):
+    model = CASES["dtf"].config.model_copy(update={"num_layers": 8}).model_dump()
+    run = tiny_run(data, model=model, parallel__pipeline=8)
+    resolved = resolve_ds_config("configs/ds/zero1.json", run, data_size=1)
+    plan = RunPlan.of(run, resolved, ParallelContext(pipeline=Axis(size=8)))
+    message = r"parallel\.pipeline=8 is more than the 6 parts that this model can be cut into; set"
+    with pytest.raises(ConfigError, match=message):
+        check_model(plan)
