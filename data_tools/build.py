@@ -60,6 +60,16 @@ def build_train_loader(
     return loader
 
 
+def count_training_tokens(config: DataConfig, *, vocab_size: int) -> int:
+    """Tokens of all training sources together, each counted once.
+
+    Raises:
+        DataError: a source is missing, damaged or of another vocabulary or tokenizer.
+    """
+    sources = open_sources(config, config.train, vocab_size=vocab_size)
+    return sum(stream.num_tokens for _, stream in sources)
+
+
 def _datasets(
     config: DataConfig, *, sequence_length: int, seed: int, vocab_size: int
 ) -> list[TokenDataset]:

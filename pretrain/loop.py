@@ -47,6 +47,7 @@ from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
+from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
 
 
@@ -89,7 +90,10 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         ranks.on_first(lambda: _write_config(config))
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks)
+        watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
+        loop = TrainLoop(
+            config, layout, engine, loader, evaluation, store, ranks, stack.enter_context(watchdog)
+        )
         if checkpoint is not None:
             loop.restore(checkpoint)
         return loop.run(stack.enter_context(GracefulStop()))
@@ -107,6 +111,7 @@ class TrainLoop:
         evaluation: EvalBatches | None,
         store: CheckpointStore,
         ranks: Ranks,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -116,6 +121,7 @@ class TrainLoop:
         self.evaluation = evaluation
         self.store = store
         self.ranks = ranks
+        self.watchdog = watchdog
         self.step = 0
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
@@ -149,6 +155,7 @@ class TrainLoop:
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
+            self.watchdog.moved(f"step {step}")
             result = self.engine.train_step(self.loader, learning_rate=rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
@@ -193,6 +200,7 @@ class TrainLoop:
         if self.evaluation is None:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
+        self.watchdog.moved(f"the evaluation after step {self.step}")
         nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(
@@ -206,6 +214,7 @@ class TrainLoop:
 
     def _save(self) -> None:
         engine = self.engine.deepspeed
+        self.watchdog.moved(f"the save of step {self.step}")
         self.store.save(
             CheckpointContents(
                 step=self.step,

@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.settings_file import read_config
 
 _SIZES = ("small", "base", "large", "b7", "b13", "b70")
 _WAIT_SECONDS = 24 * 3600
@@ -159,7 +160,7 @@ def _config(given: str) -> DariaFormerConfig:
         return config
     if not path.is_file():
         raise ValueError(f"--config {given} is no file and none of {', '.join(_SIZES)}")
-    return DariaFormerConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    return read_config(path)
 
 
 def _local_tokenizer(given: str) -> str:
@@ -251,11 +252,19 @@ def _generate(options: argparse.Namespace) -> None:
     from models.daria_former.generation import DariaGenerator
     from models.daria_former.stored import load_checkpoint
 
+    if options.temperature == 0 and not options.greedy:
+        raise ValueError("--temperature 0 draws nothing; for the most probable token use --greedy")
+    _check_device(options.device)
     model, spec = load_checkpoint(_checkpoint(options.checkpoint), device=options.device)
     spec = options.tokenizer or spec
     if spec is None:
         raise ValueError(f"{options.checkpoint} names no tokenizer; give one with --tokenizer")
     tokenizer = load_tokenizer(spec if spec == "bytes" else _local_tokenizer(spec))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer {spec} has {tokenizer.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}; give the tokenizer of its data with --tokenizer"
+        )
     ids = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
     rows = DariaGenerator(model).generate(
         torch.tensor([ids], device=options.device),
@@ -266,8 +275,19 @@ def _generate(options: argparse.Namespace) -> None:
         do_sample=not options.greedy,
         eos_token_id=tokenizer.eod_id,
         use_variability=not options.no_variability,
+        generator=torch.Generator(options.device).manual_seed(options.seed),
     )
     print(tokenizer.decode([i for i in rows[0].tolist() if i != tokenizer.eod_id]))
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try cpu") from error
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -327,6 +347,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.9)
     add("--greedy", action="store_true", help="the most probable token every time")
     add("--no_variability", action="store_true", help="no penalties for repetition")
+    add("--seed", type=int, default=0)
     add("--device", default="cpu")
     return parser
 
@@ -341,8 +362,15 @@ def _export_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    return _Parser(prog=name, description=description, allow_abbrev=False)
 
 
 def _guarded(command: Callable[[], None]) -> int:

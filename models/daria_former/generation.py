@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.daria_former.single import DariaFormerModel
+from models.daria_former.single import DariaFormerModel, check_length
 from models.daria_former.variability import ReactionVariabilitySystem
 from models.generate import PREFILL_CHUNK, sample
 
@@ -18,8 +18,10 @@ class DariaGenerator:
 
     def __init__(self, model: DariaFormerModel) -> None:
         self.model = model
-        device = model.head.norm.weight.device
-        self.variability = ReactionVariabilitySystem(model.config).to(device)
+
+    @property
+    def variability(self) -> ReactionVariabilitySystem:
+        return self.model.variability
 
     @torch.inference_mode()
     def generate(
@@ -44,7 +46,8 @@ class DariaGenerator:
         Raises:
             ValueError: an empty prompt, a setting out of its range, or a context that is too long.
         """
-        _check(input_ids, max_new_tokens, temperature)
+        _check(input_ids, max_new_tokens, temperature, top_k, top_p)
+        check_length(input_ids.shape[1] + max_new_tokens, self.model.config)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -103,7 +106,13 @@ class _Steps:
         return outputs["logits"][:, -1], (before, self.last)
 
 
-def _check(input_ids: Tensor, max_new_tokens: int, temperature: float) -> None:
+def _check(
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids of shape {list(input_ids.shape)} must be [batch, tokens >= 1]")
     if max_new_tokens < 1:
@@ -113,3 +122,7 @@ def _check(input_ids: Tensor, max_new_tokens: int, temperature: float) -> None:
             f"temperature={temperature} must be more than 0; for the most probable token use "
             "do_sample=False"
         )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be 1 or more; None keeps every token")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; None keeps every token")

@@ -124,6 +124,11 @@ class DariaEmbedding(nn.Module):
             keys=prefix_keys(given.tokens, positions) if noisy else None,
         )
 
+    def persona_bank(self, persona: Tensor) -> Tensor:
+        """`slots + W_p p`, [m, b or 1, h], of a persona [b or 1, persona_dim]."""
+        offset = F.linear(persona.to(self.persona_slots.dtype), self.persona_projection)
+        return self.persona_slots.unsqueeze(1) + offset
+
     def _bank(self, given: DariaInputs, cache: EmbeddingCache | None) -> Tensor | None:
         if cache is not None and cache.bank is not None:
             return cache.bank
@@ -132,8 +137,7 @@ class DariaEmbedding(nn.Module):
             parts.append(self.persistent.unsqueeze(1))
         if hasattr(self, "persona_slots"):
             persona = self.persona.unsqueeze(0) if given.persona is None else given.persona
-            offset = F.linear(persona.to(self.persona_slots.dtype), self.persona_projection)
-            parts.append(self.persona_slots.unsqueeze(1) + offset)
+            parts.append(self.persona_bank(persona))
         elif given.persona is not None:
             raise ValueError("a persona was given to a model without the persona path")
         batch = max((part.shape[1] for part in parts), default=1)

@@ -93,6 +93,11 @@ def memory_consistency(
         target = gather_sequence(x, ctx=ctx)[:complete].float()
         target = F.rms_norm(target, target.shape[-1:]).unflatten(0, (num_segments, segment_len))
         target = target.mean(dim=1)
+    return disagreement(written, target)
+
+
+def disagreement(written: Tensor, target: Tensor) -> Tensor:
+    """`mean (1 - cos(x, y))` over the last dimension."""
     return (1.0 - F.cosine_similarity(written, target, dim=-1)).mean()
 
 

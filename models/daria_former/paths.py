@@ -234,19 +234,19 @@ class MemoryPath(ContextPath):
             return packed_memory_attention(
                 tokens,
                 sources.positions,
-                fixed=self._persistent(sources),
+                fixed=self.persistent_slots(sources),
                 initial_query=initial,
                 layout=self.layout,
             )
         return memory_attention(
             tokens,
-            fixed=_remembered("memory", self._persistent, sources, cache),
+            fixed=_remembered("memory", self.persistent_slots, sources, cache),
             initial_query=initial,
             layout=self.layout,
             cache=None if cache is None else cache.memory,
         )
 
-    def _persistent(self, sources: Sources) -> Slots:
+    def persistent_slots(self, sources: Sources) -> Slots:
         """Keys and values [1, g, M, d] of the persistent slots, each from a bank of its own."""
         count = self.config.persistent_memory_slots
         if count and sources.bank is not None:
@@ -271,11 +271,11 @@ class StaticPath(ContextPath):
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
-        slots = _remembered(type(self).__name__, self._slots, sources, cache)
-        k, v = (x.expand(len(q), -1, -1, -1) for x in slots)
+        remembered = _remembered(type(self).__name__, self.slots, sources, cache)
+        k, v = (x.expand(len(q), -1, -1, -1) for x in remembered)
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
-    def _slots(self, sources: Sources) -> Slots:
+    def slots(self, sources: Sources) -> Slots:
         """Keys and values [b or 1, g, m + 1, d]."""
         source = self.source(sources)
         if source is None:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from models.base import LossOutput
 from models.daria_former.carry import DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.memory_api import MemoryIntegrationSystem
 from models.daria_former.model import FAMILY
+from models.daria_former.paths import Rotaries
+from models.daria_former.variability import ReactionVariabilitySystem
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 
@@ -43,6 +46,7 @@ class DariaFormerModel(nn.Module):
         seed = torch.initial_seed() % (1 << 31)
         ctx = ParallelContext.single(device=device)
         self.body = SequentialModel(FAMILY.layer_specs(self.config), ctx, seed=seed)
+        self.variability = ReactionVariabilitySystem(self.config).to(device)
 
     def forward(
         self,
@@ -67,6 +71,7 @@ class DariaFormerModel(nn.Module):
         inputs = DariaInputs(
             input_ids, images=images, audio=audio, persona=persona, emotion=emotion_state
         )
+        self._check(inputs, kv_cache)
         output = self.run(inputs, kv_cache)
         outputs: Outputs = {
             "logits": output.logits.transpose(0, 1),
@@ -82,10 +87,24 @@ class DariaFormerModel(nn.Module):
         """The family's own output, sequence first, with what its losses need."""
         return self.body(inputs) if kv_cache is None else self.body(inputs, kv_cache)
 
-    def loss(self, input_ids: Tensor, labels: Tensor, **inputs: Any) -> LossOutput:
-        """What a training run minimises, and its terms; `labels` int64 [b, s], -100: not scored."""
-        output = self.run(DariaInputs(input_ids, **inputs))
-        return FAMILY.loss(output, labels, config=self.config, ctx=self.body.ctx)
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        num_scored: Tensor | None = None,
+        **inputs: Any,
+    ) -> LossOutput:
+        """What a training run minimises, and its terms; `labels` int64 [b, s], -100: not scored.
+
+        `num_scored`: what the sum over tokens is divided by (models.base.ModelFamily).
+        """
+        given = DariaInputs(input_ids, **inputs)
+        self._check(given, None)
+        output = self.run(given)
+        return FAMILY.loss(
+            output, labels, config=self.config, ctx=self.body.ctx, num_scored=num_scored
+        )
 
     def count_parameters(self, trainable_only: bool = True) -> int:
         """How many numbers the model has; a tied head counts once."""
@@ -109,6 +128,29 @@ class DariaFormerModel(nn.Module):
         for layer in kv_cache.values():
             layer.rollback(length)
 
+    def _check(self, inputs: DariaInputs, kv_cache: Cache | None) -> None:
+        """Compare tokens with the vocabulary and the positions; layers check the other inputs.
+
+        Raises:
+            ValueError: says what the tokens are and what they must be.
+        """
+        tokens, config = inputs.tokens, self.config
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise ValueError(
+                f"input_ids {str(tokens.dtype).removeprefix('torch.')}{list(tokens.shape)} must be "
+                "int64[batch, tokens >= 1]"
+            )
+        # Looking costs nothing on the host, and a wait for the device elsewhere.
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < (
+            config.vocab_size
+        ):
+            raise ValueError(
+                f"input_ids hold {int(tokens.min())} ... {int(tokens.max())}, and the model has "
+                f"vocab_size={config.vocab_size} tokens from 0; use the tokenizer of its data"
+            )
+        seen = 0 if kv_cache is None else kv_cache["embedding"].emotion.length
+        check_length(seen + tokens.shape[1], config)
+
     # Parts, by their published names.
 
     @property
@@ -124,7 +166,26 @@ class DariaFormerModel(nn.Module):
         return self.body.layers[-1]
 
     @property
-    def context_router(self) -> nn.Module:
+    def text_encoder(self) -> nn.Module:
+        return self.embedding.tokens
+
+    @property
+    def rope(self) -> Rotaries:
+        return self.layers[0].attention.rotaries  # type: ignore[union-attr, return-value]
+
+    @property
+    def emotion(self) -> list[nn.Module]:
+        """The update sites of the emotion state, in their order; the first reads the embedding."""
+        sites = (layer.emotion for layer in self.body.layers[:-1])
+        return [site for site in sites if isinstance(site, nn.Module)]
+
+    @property
+    def memory(self) -> MemoryIntegrationSystem:
+        return MemoryIntegrationSystem(self)
+
+    @property
+    def context_router(self) -> nn.Module | None:
+        """None where a block has one path and no memory, and so nothing to route."""
         return self.embedding.router
 
     @property
@@ -146,3 +207,16 @@ class DariaFormerModel(nn.Module):
     @property
     def lm_head(self) -> nn.Module:
         return self.head.output
+
+
+def check_length(length: int, config: DariaFormerConfig) -> None:
+    """Compare the length of a text, in tokens, with what positions there are.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    if length > config.max_seq_len:
+        raise ValueError(
+            f"a text of {length} tokens is longer than max_seq_len={config.max_seq_len}; shorten "
+            "it, or raise max_seq_len of the configuration"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +20,9 @@ from models.daria_former.config import DariaFormerConfig
 from models.daria_former.lora import LoRAManager
 from models.daria_former.lora_state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.model import FAMILY
+from models.daria_former.settings_file import read_config
 from models.daria_former.single import DariaFormerModel
+from models.daria_former.variability import ReactionVariabilitySystem
 from parallel.weights_io import ShardPosition, Weight, write_shard
 
 
@@ -36,28 +38,64 @@ def load_checkpoint(path: Path, *, device: str) -> tuple[DariaFormerModel, str |
         ValueError: there is no checkpoint, it is damaged, or of another family.
     """
     if not is_run(path):
-        values = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        model = DariaFormerModel(DariaFormerConfig.from_dict(values), device=device)
-        _load(model, load_file(path / "model.safetensors"))
+        model = DariaFormerModel(read_trainer_config(path), device=device)
+        load_trainer_weights(model, path, add_adapters=True)
         return model.eval(), None
     stored = open_checkpoint(path)
     if stored.family.name != FAMILY.name:
         raise ValueError(f"{path} is a checkpoint of {stored.family.name}, not of {FAMILY.name}")
     model = DariaFormerModel(stored.config, device="meta")
     model.body = load_model(stored, device=device)
+    model.variability = ReactionVariabilitySystem(stored.config).to(device)
     return model.eval(), stored.tokenizer
 
 
-def _load(model: DariaFormerModel, state: dict[str, Tensor]) -> None:
-    """Load a state dict whose tied tensors are there once, adapters of a LoRAManager too."""
-    if model.config.weight_tying:
-        first, second = "body.embedding.tokens.weight", "body.head.output.weight"
-        state = {first: state[first if first in state else second], **state}
-        state[second] = state[first]
-    if SETTINGS_KEY in state:
-        LoRAManager.from_state_dict(model, state)
-    else:
-        model.load_state_dict(state)
+def read_trainer_config(folder: Path) -> DariaFormerConfig:
+    """The configuration of a Trainer's checkpoint.
+
+    Raises:
+        ValueError: the folder is none, or its configuration is damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file() or is_run(folder):
+        raise ValueError(
+            f"{folder} is no checkpoint of a Trainer; give a folder checkpoint-N with config.yaml "
+            "and model.safetensors"
+        )
+    return read_config(path)
+
+
+def load_trainer_weights(model: DariaFormerModel, folder: Path, *, add_adapters: bool) -> None:
+    """Load `model.safetensors` of a Trainer's checkpoint into a model of its configuration.
+
+    `add_adapters`: whether the model gets those of a LoRAManager that the file has; it then has
+    none yet. Else it must have the same ones.
+
+    Raises:
+        ValueError: the file is damaged, or what is in it is not what the model has.
+    """
+    path = folder / "model.safetensors"
+    try:
+        state = _with_tied(model, load_file(path))
+        if add_adapters and SETTINGS_KEY in state:
+            LoRAManager.from_state_dict(model, state)
+        else:
+            model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} cannot be loaded: it is damaged, or of a model with other adapters or another "
+            f"configuration ({reason})"
+        ) from error
+
+
+def _with_tied(model: DariaFormerModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which a tied tensor is under both of its names; files hold it once."""
+    if not model.config.weight_tying:
+        return state
+    first, second = "body.embedding.tokens.weight", "body.head.output.weight"
+    table = state[first if first in state else second]
+    return {**state, first: table, second: table}
 
 
 def write_checkpoint(

@@ -8,123 +8,60 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from models.daria_former.batches import BatchStream
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.losses import emotion_smoothness, repetition
-from models.daria_former.model import rhythm_regularizer
+from models.daria_former.loss_modules import (
+    DariaFormerLoss,
+    EmotionAlignmentLoss,
+    MemoryConsistencyLoss,
+    RepetitionPenaltyLoss,
+    RhythmRegularizer,
+)
+from models.daria_former.optimizer import build_optimizer, build_scheduler
 from models.daria_former.single import DariaFormerModel
-from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, cross_entropy_and_entropy
+from models.daria_former.stored import load_trainer_weights, read_trainer_config
+from parallel.cross_entropy import IGNORED_LABEL
 
-_SINGLE = ParallelContext.single()
+__all__ = [
+    "Trainer",
+    "DariaFormerLoss",
+    "EmotionAlignmentLoss",
+    "RepetitionPenaltyLoss",
+    "RhythmRegularizer",
+    "MemoryConsistencyLoss",
+    "build_optimizer",
+    "build_scheduler",
+]
 
-
-class DariaFormerLoss(nn.Module):
-    """The losses of tensors that a call returned, batch first, weighted as the configuration says.
-
-    The cross entropy of `labels[t]`, the token after t, plus those terms whose tensors are given.
-    """
-
-    def __init__(self, config: DariaFormerConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        hidden_states: Tensor | None = None,
-        emotion_logits: Tensor | None = None,
-        emotion_labels: Tensor | None = None,
-        emotions: Tensor | None = None,
-        memory_readout: Tensor | None = None,
-        memory_target: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """`logits` [b, s, V], `labels` [b, s] (-100 = not scored), `hidden_states` [b, s, h],
-        `emotion_logits` [b, C] and `emotion_labels` [b], `emotions` [b, s, E] of every token,
-        `memory_readout` and `memory_target` [b, c, h] of segments."""
-        losses, entropies = cross_entropy_and_entropy(logits.transpose(0, 1), labels, ctx=_SINGLE)
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
-        zero = losses.new_zeros(())
-        emotion = zero
-        if emotions is not None:
-            smoothness = emotion_smoothness(emotions.transpose(0, 1), None, ctx=_SINGLE)
-            emotion = smoothness if emotion_labels is None else 0.1 * smoothness
-        if emotion_logits is not None and emotion_labels is not None:
-            emotion = emotion + F.cross_entropy(emotion_logits, emotion_labels)
-        terms = {
-            "ce_loss": losses.sum() / num_scored,
-            "emotion_loss": emotion,
-            "repetition_loss": zero,
-            "rhythm_loss": rhythm_regularizer(entropies, self.config.rhythm_target_var),
-            "memory_loss": zero,
-        }
-        if hidden_states is not None:
-            terms["repetition_loss"] = repetition(hidden_states.transpose(0, 1), None, ctx=_SINGLE)
-        if memory_readout is not None and memory_target is not None:
-            cosines = F.cosine_similarity(memory_readout, memory_target.detach(), dim=-1)
-            terms["memory_loss"] = (1.0 - cosines).mean()
-        total = terms["ce_loss"]
-        for name in ("emotion", "repetition", "rhythm", "memory"):
-            total = total + getattr(self.config, f"{name}_loss_weight") * terms[f"{name}_loss"]
-        return {"loss": total, **terms}
-
-
-def build_optimizer(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float = 0.01,
-    lora_lr: float | None = None,
-    emotion_lr: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """AdamW in groups: adapters at `lora_lr` (10 times lr by default), the emotion sites at
-    `emotion_lr` (lr by default), the rest; in each, matrices decay and vectors do not."""
-    rates = {"lora": 10 * lr if lora_lr is None else lora_lr, "emotion": emotion_lr or lr}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = next((kind for kind in rates if f".{kind}." in name), None)
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((rates[kind] if kind else lr, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
-        betas=betas,
-        eps=eps,
-    )
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, min_ratio: float = 0.1
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warmup, then a cosine down to `min_ratio` of the learning rate."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+STATE_NAME = "training_state.pt"
+# What a batch may hold beside `input_ids` and `labels`.
+_MODALITIES = ("images", "audio", "persona")
 
 
 class Trainer:
-    """A loop over batches of `input_ids` and `labels` int64 [b, s] (mappings or pairs).
+    """A loop over batches: `input_ids` and `labels` int64 [b, s] (a mapping, which may also hold
+    `images`, `audio` and `persona`, or a pair).
 
-    With torch.distributed initialised the ranks average their gradients. `use_amp` computes in
-    bf16 and keeps weights in fp32. Writes `checkpoint-N/` (safetensors, no pickle is executed when
-    it is read) and prints a line every `log_every` steps.
+    A step is the mean over the scored tokens of all its micro-batches and ranks. With
+    torch.distributed initialised, ranks begin with the weights of rank 0, each takes the batches of
+    its own loader, and gradients are averaged. `use_amp` computes in bf16 and keeps weights in
+    fp32. `max_grad_norm` 0: no clipping. Writes `save_dir/checkpoint-N/`, of which nothing is
+    unpickled when it is read, and prints a line every `log_every` steps.
+
+    Raises:
+        ValueError: a setting out of its range or of another model, or a checkpoint that does not
+            fit.
     """
 
     def __init__(
@@ -148,97 +85,147 @@ class Trainer:
         wandb_project: str = "daria-former",
         resume_from: str | Path | None = None,
     ) -> None:
-        if max_steps < 1 or gradient_accumulation_steps < 1:
-            raise ValueError(
-                f"max_steps={max_steps} and gradient_accumulation_steps="
-                f"{gradient_accumulation_steps} must be 1 or more"
-            )
+        _check_settings(
+            max_steps=max_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            save_every=save_every,
+            eval_every=eval_every,
+            log_every=log_every,
+        )
+        _check_ranges(warmup_steps=warmup_steps, max_grad_norm=max_grad_norm)
+        if config != model.config:
+            raise ValueError("config is not that of the model, which decides; give model.config")
         self.model, self.config = model, config
-        self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
+        self.eval_dataloader = eval_dataloader
         self.max_steps, self.accumulation = max_steps, gradient_accumulation_steps
-        self.max_grad_norm, self.use_amp = max_grad_norm, use_amp
+        self.max_grad_norm, self.use_amp = max_grad_norm or math.inf, use_amp
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.save_every, self.eval_every, self.log_every = save_every, eval_every, log_every
         self.optimizer = build_optimizer(model, lr, weight_decay)
         self.scheduler = build_scheduler(self.optimizer, warmup_steps, max_steps)
+        self.batches = BatchStream(train_dataloader)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self._wandb = _start_wandb(wandb_project, config) if use_wandb else None
+        self._random: dict[str, Tensor] | None = None  # of a checkpoint, until training goes on
+        self._wandb = _start_wandb(wandb_project, config, self.save_dir) if use_wandb else None
         if resume_from is not None:
             self.load(Path(resume_from))
+        _share_weights(model)
 
     def train(self) -> list[dict[str, float]]:
-        """Train to `max_steps`; what was logged, a mapping for each time."""
+        """Train to `max_steps`; what was logged, a mapping for each time.
+
+        Raises:
+            ValueError: there are no batches, or the loss is not finite.
+        """
         self.model.train()
-        batches = _endless(self.train_dataloader, skip=self.step * self.accumulation)
-        while self.step < self.max_steps:
-            terms = self._train_step(batches)
-            self.step += 1
-            if self.step % self.log_every == 0 or self.step == self.max_steps:
-                self._log({name: value.item() for name, value in terms.items()})
-            if self.eval_dataloader is not None and self.step % self.eval_every == 0:
-                self._log({"eval_loss": self.evaluate()})
-            if self.save_dir and (self.step % self.save_every == 0 or self.step == self.max_steps):
-                self.save(self.save_dir / f"checkpoint-{self.step}")
+        if self._random is not None:
+            _set_random(self._random)
+            self._random = None
+        try:
+            while self.step < self.max_steps:
+                self._advance()
+        finally:
+            if self._wandb is not None:
+                self._wandb.finish()
         return self.history
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean cross entropy, in nats per scored token, of `eval_dataloader`.
+        """Mean cross entropy, in nats per scored token, of `eval_dataloader` on all ranks.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it scores no token.
         """
         if self.eval_dataloader is None:
             raise ValueError("eval_dataloader was not given; give one to Trainer")
+        was_training = self.model.training
         self.model.eval()
-        nats, tokens = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+        one = torch.ones((), device=self._device)
         for batch in self.eval_dataloader:
-            input_ids, labels = self._tensors(batch)
+            inputs = self._inputs(batch)
             with self._autocast():
-                terms = self.model.loss(input_ids, labels).terms
-            scored = int((labels != IGNORED_LABEL).sum())
-            nats, tokens = nats + terms["lm_loss"].item() * scored, tokens + scored
-        self.model.train()
-        return nats / max(1, tokens)
+                nats = self.model.loss(**inputs, num_scored=one).terms["lm_loss"]
+            sums += torch.stack((nats.double().cpu(), _num_scored(inputs).double().cpu()))
+        self.model.train(was_training)
+        sums = _sum_over_ranks(sums.to(self._device))
+        if sums[1] == 0:
+            raise ValueError("eval_dataloader scores no token; check its batches and labels")
+        return (sums[0] / sums[1]).item()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; the folder appears when it is complete."""
+        """Write a checkpoint (collective); the folder appears, or is replaced, when complete."""
+        ranks = _gather({"batches": self.batches.state_dict(), "random": _get_random()})
         if _rank() == 0:
             partial = folder.with_name(f".{folder.name}.partial")
-            partial.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
             save_model(self.model, str(partial / "model.safetensors"))
-            state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
+            state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "ranks": ranks}
             state["scheduler"] = self.scheduler.state_dict()
-            torch.save(state, partial / "training_state.pt")
+            torch.save(state, partial / STATE_NAME)
             (partial / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict()))
+            if folder.exists():
+                folder.rename(partial / "replaced")
             partial.rename(folder)
+            shutil.rmtree(folder / "replaced", ignore_errors=True)
+        if dist.is_initialized():
+            dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Continue a checkpoint exactly: weights, optimizer, schedule and position in the data.
+        """Continue a checkpoint exactly: weights, optimizer, schedule, random numbers and position
+        in the data.
 
         Raises:
-            ValueError: it is of another configuration.
+            ValueError: it is none, damaged, of another configuration, or of more or fewer ranks.
         """
-        saved = DariaFormerConfig.from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
-        if saved != self.config:
+        if read_trainer_config(folder) != self.config:
             raise ValueError(f"{folder} is of another configuration; build the model from its own")
-        load_model(self.model, str(folder / "model.safetensors"))
-        state = torch.load(folder / "training_state.pt", weights_only=True)
+        try:
+            state = torch.load(folder / STATE_NAME, weights_only=True, map_location="cpu")
+            ranks = state["ranks"]
+        except Exception as error:  # torch raises errors of many types for damaged files
+            raise ValueError(f"{folder / STATE_NAME} cannot be read; it is damaged") from error
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if len(ranks) != size:
+            raise ValueError(
+                f"{folder} was written by {len(ranks)} processes and there are {size}; start as "
+                "many, so that each goes on with its own data"
+            )
+        load_trainer_weights(self.model, folder, add_adapters=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = int(state["step"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.step = int(state["step"])
+        self.batches.load_state_dict(ranks[_rank()]["batches"])
+        self._random = ranks[_rank()]["random"]
 
-    def _train_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
+    def _advance(self) -> None:
+        """One step, and after it what is due."""
+        lr = float(self.scheduler.get_last_lr()[0])
+        terms = self._train_step()
+        self.step += 1
+        is_last = self.step == self.max_steps
+        if self.step % self.log_every == 0 or is_last:
+            self._log({"lr": lr, **_means(terms)})
+        if self.eval_dataloader is not None and self.step % self.eval_every == 0:
+            self._log({"eval_loss": self.evaluate()})
+        if self.save_dir and (self.step % self.save_every == 0 or is_last):
+            self.save(self.save_dir / f"checkpoint-{self.step}")
+
+    def _train_step(self) -> dict[str, Tensor]:
+        """One optimizer step; means of this rank's losses, and the norm of the gradient."""
+        micro_batches = [self._inputs(next(self.batches)) for _ in range(self.accumulation)]
+        scored = torch.stack([_num_scored(inputs) for inputs in micro_batches]).sum()
+        num_scored = _sum_over_ranks(scored.double()).clamp(min=1) / (self.accumulation * _size())
         sums: dict[str, Tensor] = {}
-        for _ in range(self.accumulation):
-            input_ids, labels = self._tensors(next(batches))
+        for inputs in micro_batches:
             with self._autocast():
-                total, terms = self.model.loss(input_ids, labels)
+                total, terms = self.model.loss(**inputs, num_scored=num_scored.float())
             (total / self.accumulation).backward()
             for name, value in {"loss": total.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value / self.accumulation
-        self._average_gradients()
+        _average_gradients(self.model)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         sums["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
@@ -246,56 +233,120 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return sums
 
-    def _average_gradients(self) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.tokens.weight.device
 
     def _autocast(self) -> torch.autocast:
-        kind = self.model.head.norm.weight.device.type
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.use_amp)
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.use_amp)
 
-    def _tensors(self, batch: Any) -> tuple[Tensor, Tensor]:
-        given = (batch["input_ids"], batch["labels"]) if isinstance(batch, Mapping) else batch
-        device = self.model.head.norm.weight.device
-        input_ids, labels = (x.to(device) for x in given)
-        return input_ids, labels
+    def _inputs(self, batch: Any) -> dict[str, Tensor]:
+        if not isinstance(batch, Mapping):
+            batch = dict(zip(("input_ids", "labels"), batch, strict=True))
+        names = ("input_ids", "labels", *(name for name in _MODALITIES if name in batch))
+        return {name: batch[name].to(self._device) for name in names}
 
     def _log(self, values: dict[str, float]) -> None:
-        lr = float(self.scheduler.get_last_lr()[0])
-        record: dict[str, float] = {"step": self.step, "lr": lr, **values}
-        self.history.append(record)
+        self.history.append({"step": self.step, **values})
         if _rank() == 0:
-            print(json.dumps({k: round(v, 6) for k, v in record.items()}), flush=True)
+            print(json.dumps({k: round(v, 6) for k, v in self.history[-1].items()}), flush=True)
             if self._wandb is not None:
                 self._wandb.log(values, step=self.step)
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss of step {self.step} is {values['loss']}; lower lr, or warm up for longer"
+            )
 
 
-def _endless(batches: Iterable[Any], *, skip: int) -> Iterator[Any]:
-    """The batches again and again, from number `skip` on.
+def _check_settings(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
 
-    Raises:
-        ValueError: there are none.
-    """
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            if skip > 0:
-                skip -= 1
-            else:
-                yield batch
-        if empty:
-            raise ValueError("train_dataloader has no batches; check the data and the batch size")
+
+def _check_ranges(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be 0 or more, and finite")
+
+
+def _num_scored(inputs: Mapping[str, Tensor]) -> Tensor:
+    return (inputs["labels"] != IGNORED_LABEL).sum()
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _start_wandb(project: str, config: DariaFormerConfig) -> Any:
+def _size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    if _size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def _means(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Every term as a mean over ranks; the norm of the gradient is the same on all."""
+    stacked = torch.stack([value.detach().float() for value in terms.values()])
+    return dict(zip(terms, (_sum_over_ranks(stacked) / _size()).tolist(), strict=True))
+
+
+def _share_weights(model: nn.Module) -> None:
+    if _size() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _average_gradients(model: nn.Module) -> None:
+    if _size() == 1:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:  # a modality that only other ranks' batches have
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    joined = _sum_over_ranks(torch.cat([g.flatten() for g in gradients])) / _size()
+    for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _gather(value: Any) -> list[Any]:
+    values = [value] * _size()
+    if _size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _get_random() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _start_wandb(project: str, config: DariaFormerConfig, folder: Path | None) -> Any:
     import wandb
 
-    return wandb.init(project=project, config=config.to_dict()) if _rank() == 0 else None
+    if _rank() != 0:
+        return None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    # Configuration and numbers leave the machine, no console output, source code or command line.
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        x_disable_meta=True,
+    )
+    return wandb.init(project=project, config=config.to_dict(), dir=folder, settings=settings)

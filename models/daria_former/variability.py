@@ -23,7 +23,7 @@ class ReactionVariabilitySystem(nn.Module):
         logits = logits + bias - weight * count_v / t
 
     The counts act on the logits, so greedy decoding changes, too. `bias` is 0 until
-    `fit_anti_template`.
+    `fit_anti_template`; it is a buffer, saved with the model.
     """
 
     def __init__(self, config: DariaFormerConfig) -> None:
@@ -31,7 +31,7 @@ class ReactionVariabilitySystem(nn.Module):
         self.ngram = config.variability_ngram_size
         self.weight = config.variability_penalty_weight
         self.bias: Tensor
-        self.register_buffer("bias", torch.zeros(config.vocab_size), persistent=False)
+        self.register_buffer("bias", torch.zeros(config.vocab_size))
 
     @torch.no_grad()
     def fit_anti_template(self, token_counts: Tensor) -> None:

@@ -1,131 +1,130 @@
 """Other spellings of settings: each stands for one setting of the schema, its owner.
 
-Named corpora are the second kind: with a catalogue `data.corpora` of NAME -> {train, validation},
-
-    data.dataset_name=a
-    data.mixed=true data.dataset_names=[a,b] data.dataset_weights=[0.7,0.3]
-
-stand for `data.train` and `data.validation`. Only owners are in a resolved configuration.
+Only owners are in a resolved configuration. Corpora by name are in pretrain.config.corpora.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from pretrain.config.errors import nearest, show
+from pretrain.config.corpora import resolve_corpora
+from pretrain.config.errors import show
 from pretrain.errors import ConfigError
 
-# spelling -> owner, in the same section
-ALIASES = {"data.max_length": "data.sequence_length"}
 
-_CHOICES = ("dataset_name", "dataset_names", "dataset_weights", "mixed")
+class Alias(NamedTuple):
+    """`owner` in dotted form; `values`: what the other spelling says -> what the owner says."""
+
+    owner: str
+    values: Mapping[Any, Any] | None = None
+
+
+_PRECISIONS = {"bf16": "bf16", "fp8": "fp8", "no": "fp32"}
+ALIASES = {
+    "data.block_size": Alias("data.sequence_length"),
+    "data.max_length": Alias("data.sequence_length"),
+    "model.num_attention_heads": Alias("model.num_heads"),
+    "model.num_hidden_layers": Alias("model.num_layers"),
+    "model.num_key_value_heads": Alias("model.num_kv_heads"),
+    "system.compile": Alias("training.compile"),
+    "system.mixed_precision": Alias("training.precision", _PRECISIONS),
+    "training.compile_model": Alias("training.compile"),
+    "training.gradient_checkpointing": Alias(
+        "training.activation_recomputation", {True: "full", False: "none"}
+    ),
+    "training.mixed_precision": Alias("training.precision", _PRECISIONS),
+    "training.num_epochs": Alias("training.max_epochs"),
+}
+# Attention always runs in a fused kernel where there is one: the only value is what happens anyway.
+_ALWAYS_TRUE = ("model.use_flash_attention", "training.use_flash_attention")
+# Keys of lr_multipliers are parts of parameter names, and every name contains the empty text.
+_EVERYTHING_ELSE = "base_model"
 
 
 def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with every alias replaced by its owner.
 
     Raises:
-        ConfigError: alias and owner differ, or named corpora cannot be resolved.
+        ConfigError: alias and owner differ, or a value has no equal.
     """
     resolved = {
         name: dict(section) if isinstance(section, Mapping) else section
         for name, section in values.items()
     }
-    for alias, owner in ALIASES.items():
-        _rename(resolved, alias, owner)
-    data = resolved.get("data")
-    if isinstance(data, dict) and any(key in data for key in ("corpora", *_CHOICES)):
-        resolved["data"] = _resolve_corpora(data)
+    for name, alias in ALIASES.items():
+        _rename(resolved, name, alias)
+    for name in _ALWAYS_TRUE:
+        _drop_if_true(resolved, name)
+    if not resolved.get("system", True):
+        del resolved["system"]
+    training = resolved.get("training")
+    if isinstance(training, dict):
+        _name_the_rest(training)
+        _resolve_warmup(training)
+    if isinstance(resolved.get("data"), dict):
+        resolved["data"] = resolve_corpora(resolved["data"])
     return resolved
 
 
-def _rename(values: dict[str, Any], alias: str, owner: str) -> None:
-    section_name, _, name = alias.partition(".")
-    section, key = values.get(section_name), owner.partition(".")[2]
-    if not isinstance(section, dict) or name not in section:
+def _rename(values: dict[str, Any], name: str, alias: Alias) -> None:
+    given = _take(values, name)
+    if given is None:
         return
-    value = section.pop(name)
-    if section.setdefault(key, value) != value:
+    value = given
+    if alias.values is not None:
+        if given not in alias.values:
+            raise ConfigError(
+                f"{name}={show(given)} is not one of {', '.join(map(repr, alias.values))}, which "
+                f"stand for {alias.owner}; choose one of them"
+            )
+        value = alias.values[given]
+    section, _, key = alias.owner.partition(".")
+    owners = values.setdefault(section, {})
+    if isinstance(owners, dict) and owners.setdefault(key, value) != value:
         raise ConfigError(
-            f"{alias}={show(value)} is another spelling of {owner}, which is {show(section[key])}; "
-            "remove one of them"
+            f"{name}={show(given)} is another spelling of {alias.owner}, which is "
+            f"{show(owners[key])}; remove one of them"
         )
 
 
-def _resolve_corpora(data: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in data.items() if key not in ("corpora", *_CHOICES)}
-    catalogue = _catalogue(data.get("corpora", {}))
-    names, weights = _chosen(data, list(catalogue))
-    for split in ("train", "validation"):
-        if split in rest:
-            raise ConfigError(
-                f"data.{split}={show(rest[split])} and data.dataset_name(s) both say what is read; "
-                "remove one of them"
-            )
-    for name in names:
-        if name not in catalogue:
-            guess = nearest(name, catalogue)
-            remedy = f"did you mean {guess!r}?" if guess else f"set data.corpora.{name}.train=PATH"
-            raise ConfigError(
-                f"dataset {name!r} is not in data.corpora, which has "
-                f"{', '.join(catalogue) or 'nothing'}; {remedy}"
-            )
-    rest["train"] = [
-        {"name": name, "path": catalogue[name]["train"], "weight": weight}
-        for name, weight in zip(names, weights, strict=True)
-    ]
-    rest["validation"] = [
-        {"name": name, "path": catalogue[name]["validation"]}
-        for name in names
-        if "validation" in catalogue[name]
-    ]
-    return rest
-
-
-def _catalogue(corpora: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(corpora, Mapping):
-        raise ConfigError(f"data.corpora={show(corpora)} must map names to their paths; correct it")
-    for name, paths in corpora.items():
-        known = isinstance(paths, Mapping) and "train" in paths
-        if not known or set(paths) - {"train", "validation"}:
-            raise ConfigError(
-                f"data.corpora.{name}={show(paths)} must have `train` and may have `validation`, "
-                "each a path; correct it"
-            )
-    return {name: dict(paths) for name, paths in corpora.items()}
-
-
-def _chosen(data: Mapping[str, Any], known: list[str]) -> tuple[list[str], list[float]]:
-    """Names and weights of the chosen corpora."""
-    mixed = data.get("mixed", "dataset_names" in data)
-    if not isinstance(mixed, bool):
-        raise ConfigError(f"data.mixed={show(mixed)} must be true or false; correct it")
-    wanted = "dataset_names" if mixed else "dataset_name"
-    for key in ("dataset_name",) if mixed else ("dataset_names", "dataset_weights"):
-        if key in data:
-            raise ConfigError(
-                f"data.{key}={show(data[key])} has no effect with data.mixed={str(mixed).lower()}; "
-                "remove it or change data.mixed"
-            )
-    if wanted not in data:
+def _drop_if_true(values: dict[str, Any], name: str) -> None:
+    given = _take(values, name)
+    if given not in (None, True):
         raise ConfigError(
-            f"no corpus is chosen; set data.{wanted} to names of data.corpora: "
-            f"{', '.join(known) or 'none yet'}"
+            f"{name}={show(given)} has no effect: attention always runs in a fused kernel; "
+            f"remove it or set {name}=true"
         )
-    if not mixed:
-        return [str(data[wanted])], [1.0]
-    return _names_and_weights(data)
 
 
-def _names_and_weights(data: Mapping[str, Any]) -> tuple[list[str], list[float]]:
-    names = data["dataset_names"]
-    if not isinstance(names, list | tuple) or not names:
-        raise ConfigError(f"data.dataset_names={show(names)} must be a list of names; correct it")
-    weights = data.get("dataset_weights", [1.0] * len(names))
-    if not isinstance(weights, list | tuple) or len(weights) != len(names):
+def _name_the_rest(training: dict[str, Any]) -> None:
+    multipliers = training.get("lr_multipliers")
+    if isinstance(multipliers, Mapping) and _EVERYTHING_ELSE in multipliers:
+        training["lr_multipliers"] = {
+            "" if key == _EVERYTHING_ELSE else key: value for key, value in multipliers.items()
+        }
+
+
+def _resolve_warmup(training: dict[str, Any]) -> None:
+    ratio = training.pop("warmup_ratio", None)
+    if ratio is None:
+        return
+    steps = training.get("max_steps")
+    if not isinstance(ratio, int | float) or not 0 <= ratio < 1 or not isinstance(steps, int):
         raise ConfigError(
-            f"data.dataset_weights={show(weights)} must be a list of {len(names)} numbers, one for "
-            f"each of data.dataset_names={show(list(names))}; correct one of them"
+            f"training.warmup_ratio={show(ratio)} is a share, 0 to 1, of training.max_steps="
+            f"{show(steps)}, which must be set with it; set both or training.warmup_steps"
         )
-    return list(map(str, names)), list(weights)
+    warmup = round(ratio * steps)
+    if training.setdefault("warmup_steps", warmup) != warmup:
+        raise ConfigError(
+            f"training.warmup_ratio={show(ratio)} of {steps} steps is another spelling of "
+            f"training.warmup_steps, which is {show(training['warmup_steps'])}; remove one of them"
+        )
+
+
+def _take(values: dict[str, Any], name: str) -> Any:
+    """Remove a setting and return it; None where it is not given."""
+    section, _, key = name.partition(".")
+    settings = values.get(section)
+    return settings.pop(key, None) if isinstance(settings, dict) else None

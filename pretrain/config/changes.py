@@ -30,6 +30,7 @@ RULES: dict[str, Change] = {
     "data.num_workers": "free",
     "training.max_steps": "training",
     "training.max_tokens": "training",
+    "training.max_epochs": "training",
     "training.batch_size": "fixed",
     "training.gradient_accumulation_steps": "fixed",
     "training.lr": "training",
@@ -55,6 +56,7 @@ RULES: dict[str, Change] = {
     "parallel.*": "layout",
     "checkpoint.*": "free",
     "evaluation.*": "free",
+    "watchdog.*": "free",
     "logging.*": "free",
 }
 

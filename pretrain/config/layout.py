@@ -117,7 +117,7 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
             run.data,
             sequences_per_step=training.batch_size * training.gradient_accumulation_steps * data,
             max_steps=training.max_steps,
-            max_tokens=training.max_tokens,
+            max_tokens=_max_tokens(run),
         )
     except DataError as error:
         raise ConfigError(str(error)) from error
@@ -125,8 +125,8 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
     ramps = training.warmup_steps + training.decay_steps
     if ramps >= total:
         raise ConfigError(
-            f"training.max_tokens={training.max_tokens} is {total} steps, not more than "
-            f"warmup_steps + decay_steps = {ramps}; shorten the ramps or train longer"
+            f"the run has {total} steps, not more than training.warmup_steps + "
+            f"training.decay_steps = {ramps}; shorten the ramps or train longer"
         )
     return RunLayout(
         tensor=parallel.tensor,
@@ -134,6 +134,17 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
         data=data,
         curriculum=curriculum,
     )
+
+
+def _max_tokens(run: RunConfig) -> int | None:
+    """The least of what max_tokens and max_epochs allow; opens the data for the latter."""
+    limits = [run.training.max_tokens]
+    if run.training.max_epochs is not None:
+        from data_tools.build import count_training_tokens
+
+        tokens = count_training_tokens(run.data, vocab_size=run.model.vocab_size)
+        limits.append(round(run.training.max_epochs * tokens))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _listed(values: Sequence[object]) -> str:

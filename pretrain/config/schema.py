@@ -14,6 +14,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -52,6 +53,11 @@ class TrainingConfig(BaseModel):
     max_steps: int | None = Field(default=None, gt=0, description="Stop after so many steps")
     max_tokens: Annotated[int | None, BeforeValidator(lambda value: _whole(value))] = Field(
         default=None, gt=0, description="Stop at the first step that has seen so many tokens"
+    )
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when as many tokens were seen as data.train holds, times this",
     )
     batch_size: int = Field(gt=0, description="Sequences per micro-batch and data rank")
     gradient_accumulation_steps: int = Field(
@@ -105,6 +111,11 @@ class TrainingConfig(BaseModel):
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
     log_interval: int = Field(default=10, gt=0, description="Steps between two logged lines")
 
+    @field_validator("max_epochs", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         _check_length(self)
@@ -150,6 +161,24 @@ class CheckpointConfig(BaseModel):
 
     interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
     keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
+
+
+class WatchdogConfig(BaseModel):
+    """When a run that stands still is ended."""
+
+    model_config = _STRICT
+
+    timeout: float | None = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds in which every rank must finish a step, an evaluation or a save, the "
+        "first step and its compilation included; null: wait for ever",
+    )
+
+    @field_validator("timeout", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
 
 
 class EvaluationConfig(BaseModel):
@@ -224,6 +253,7 @@ class RunConfig(BaseModel):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
     @model_validator(mode="after")
@@ -313,8 +343,11 @@ def _changeable(model: ModelConfig) -> frozenset[str]:
 
 
 def _check_length(training: TrainingConfig) -> None:
-    if training.max_steps is None and training.max_tokens is None:
-        raise ValueError("training has no end; set training.max_steps or training.max_tokens")
+    if training.max_steps is None and training.max_tokens is None and training.max_epochs is None:
+        raise ValueError(
+            "training has no end; set training.max_steps, training.max_tokens or "
+            "training.max_epochs"
+        )
     ramps = training.warmup_steps + training.decay_steps
     if training.max_steps is not None and ramps >= training.max_steps:
         name = "training.warmup_steps"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from models.llama.config import LlamaConfig
 from pretrain.config import parse_config, resolved
 from pretrain.config.aliases import ALIASES
 from pretrain.config.compose import compose_config
@@ -25,8 +26,10 @@ def _values(**data: Any) -> dict[str, Any]:
 
 def test_every_owner_is_a_setting_of_the_schema_and_no_alias_is() -> None:
     known = schema_paths(RunConfig)
-    assert set(ALIASES.values()) <= set(known)
-    assert not ALIASES.keys() & set(known)
+    owners = {alias.owner for alias in ALIASES.values()}
+    known = {*known, *(f"model.{name}" for name in LlamaConfig.model_fields)}
+    assert owners <= known
+    assert not ALIASES.keys() & known
 
 
 def test_an_alias_stands_for_its_owner() -> None:
@@ -37,10 +40,56 @@ def test_an_alias_stands_for_its_owner() -> None:
 
 
 def test_alias_and_owner_may_agree_and_must_not_differ() -> None:
-    assert parse_config(run_values(data__max_length=128)).data.sequence_length == 128
+    assert parse_config(run_values(data__block_size=128)).data.sequence_length == 128
     with pytest.raises(ConfigError, match=r"data.max_length=64 is another spelling of") as error:
         parse_config(run_values(data__max_length=64))
     assert "data.sequence_length, which is 128; remove one" in str(error.value)
+
+
+def test_other_spellings_of_training_and_model() -> None:
+    changes = {
+        "training__compile_model": True,
+        "training__gradient_checkpointing": True,
+        "training__mixed_precision": "bf16",
+        "training__use_flash_attention": True,
+        "training__lr_multipliers": {"base_model": 0.5, "router": 10.0},
+        "training__warmup_ratio": 0.2,
+        "model__num_hidden_layers": 6,
+        "model__num_attention_heads": 8,
+        "model__num_key_value_heads": 4,
+    }
+    values = run_values(**changes)
+    del values["training"]["precision"]
+    for key in ("num_layers", "num_heads", "num_kv_heads"):
+        del values["model"][key]
+    config = parse_config(values)
+    training, model = config.training, config.model
+    assert (training.compile, training.activation_recomputation) == (True, "full")
+    assert (training.precision, training.warmup_steps) == ("bf16", 2)
+    assert training.lr_multipliers == {"": 0.5, "router": 10.0}
+    assert (model.num_layers, model.num_heads, model.num_kv_heads) == (6, 8, 4)  # type: ignore[attr-defined]
+    assert parse_config(resolved(config)) == config
+    system = {"mixed_precision": "no", "compile": True}
+    config = parse_config(run_values(system=system))
+    assert (config.training.precision, config.training.compile) == ("fp32", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__mixed_precision": "fp16"}, "mixed_precision='fp16' is not one of 'bf16', "),
+        ({"training__use_flash_attention": False}, "use_flash_attention=False has no effect"),
+        ({"training__gradient_checkpointing": True, "training__activation_recomputation": "none"},
+         "gradient_checkpointing=True is another spelling of training.activation_recomputation"),
+        ({"training__warmup_ratio": 2}, "warmup_ratio=2 is a share"),
+        ({"training__warmup_ratio": 0.2, "training__warmup_steps": 3}, "which is 3; remove one"),
+        ({"system__seed": 3}, "unknown key system"),
+    ],
+)  # fmt: skip
+def test_a_spelling_without_an_equal_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_config(run_values(**changes))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("mixed", [{}, {"mixed": False}])

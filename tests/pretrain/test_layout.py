@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pretrain.config import parse_config
 from pretrain.config.layout import check_layout, valid_tensor_sizes
 from pretrain.errors import ConfigError
+from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_values import run_values
 
 HEADS, KV_HEADS, FFN, LAYERS, SEQUENCE = 12, 6, 24, 5, 18
@@ -139,4 +142,25 @@ def test_a_warmup_longer_than_the_tokens_allow_is_refused() -> None:
     message = _error(
         training__max_tokens=256 * 7, training__max_steps=None, training__warmup_steps=7
     )
-    assert "training.max_tokens=1792 is 7 steps, not more than" in message
+    assert "the run has 7 steps, not more than training.warmup_steps" in message
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_tokens", "steps"), [(1, None, 8), (0.5, None, 4), (3, 256 * 5, 5)]
+)
+def test_training_ends_after_epochs_of_all_sources_together(
+    epochs: float, max_tokens: int | None, steps: int, tmp_path: Path
+) -> None:
+    for name, length in (("a", 1000), ("b", 800)):
+        write_corpus(tmp_path / name, [np.arange(length)], vocab_size=4096)
+    sources = [
+        {"path": str(tmp_path / name), "weight": weight} for name, weight in (("a", 1), ("b", 9))
+    ]
+    changes = {"training__max_steps": None, "training__max_tokens": max_tokens}
+    values = run_values(data__train=sources, training__max_epochs=epochs, **changes)
+    assert check_layout(parse_config(values), 1).total_steps == steps  # of 2 x 128 tokens
+
+
+def test_epochs_of_data_that_are_not_there_are_refused_in_a_line() -> None:
+    message = _error(training__max_epochs=1, training__max_steps=None)
+    assert "data/train.idx: no such file" in message

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from data_tools.indexed import IndexedDataset
-from models.daria_former import cli
-from models.daria_former.cli import generate, train
+from models.daria_former import DariaFormerForCausalLM, DariaFormerModel, cli
+from models.daria_former.cli import export, generate, train
+from models.daria_former.stored import load_checkpoint
+from models.daria_former.training import Trainer
+from tests.distributed import free_port
 from tests.models.daria_former.shrunk import shrunk
 
 ROOT = Path(__file__).parents[3]
@@ -46,6 +51,32 @@ def trained(folder) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def by_trainer(folder) -> Path:
+    """A checkpoint of Trainer."""
+    config = shrunk()
+    stream = torch.randint(0, 257, (2, 25))
+    batches = [(stream[:, :-1], stream[:, 1:])]
+    Trainer(DariaFormerModel(config), config, batches, max_steps=1, save_dir=folder).train()
+    return folder / "checkpoint-1"
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory, by_trainer) -> Path:
+    """A working directory with what mistakes refer to."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    (folder / "unknown.yaml").write_text("num_layer: 3\n")
+    (folder / "heads.yaml").write_text("num_heads: 5\n")
+    (folder / "broken.yaml").write_text("a: [1\n")
+    (folder / "empty.yaml").write_text("")
+    _tokenizer(folder / "t.json", " ".join(f"w{i}" for i in range(300)))
+    for name in ("checkpoint-1", "damaged"):
+        shutil.copytree(by_trainer, folder / name)
+    weights = folder / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    return folder
+
+
 def test_training_goes_on_where_it_was(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
@@ -67,6 +98,58 @@ def test_an_export_with_merged_adapters_has_none(trained, folder):
     assert (folder / "hf" / "modeling_daria_former.py").is_file()
 
 
+def _text(capsys, *arguments: object) -> str:
+    options = ["--prompt", "One", "--max_new_tokens", 20, "--tokenizer", "bytes", *arguments]
+    assert generate([*map(str, options)]) == 0
+    return capsys.readouterr().out
+
+
+def test_generation_follows_its_options(trained, by_trainer, capsys):
+    for checkpoint in (trained, trained / "checkpoints" / "step_3", by_trainer):
+        given = ("--checkpoint", checkpoint)
+        assert _text(capsys, *given) == _text(capsys, *given)
+        assert _text(capsys, *given, "--seed", 1) != _text(capsys, *given)
+        greedy = _text(capsys, *given, "--greedy", "--no_variability")
+        assert _text(capsys, *given, "--greedy", "--no_variability", "--seed", 1) == greedy
+        assert _text(capsys, *given, "--top_k", 1, "--no_variability") == greedy
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_the_trainer_is_exported_in_half_precision(by_trainer, folder, capsys):
+    output = folder / "half"
+    arguments = ["--checkpoint", str(by_trainer), "--output", str(output), "--half", "--hf"]
+    assert export(arguments) == 0
+    assert f"wrote {output}" in capsys.readouterr().out
+    model = DariaFormerForCausalLM.from_pretrained(output, dtype="auto").eval()
+    assert next(model.parameters()).dtype == torch.float16
+    tokens = torch.randint(0, 257, (2, 30))
+    expected = load_checkpoint(by_trainer, device="cpu")[0](tokens)["logits"]
+    assert (model.float()(tokens).logits - expected).norm() < 0.01 * expected.norm()
+
+
+def test_two_ranks_train_on_text_that_the_first_one_tokenizes(folder):
+    tokenizer = _tokenizer(folder / "t.json", " ".join(f"w{i}" for i in range(300)))
+    run = folder / "tokens"
+    options = ["--train_data", folder / "text.txt", "--tokenizer", tokenizer, "--save_dir", run]
+    options += ["--config", folder / "model.yaml", "--seq_len", 32, "--batch_size", 1]
+    options += ["--warmup_steps", 0, "--max_steps", 2, "--log_every", 1, "--use_amp"]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    done = _call("train", *options, launcher=(*launcher, "--master_port", str(free_port())))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["vocab_size"] == 302
+    assert config["training"]["precision"] == "bf16"
+    assert len(list((run / "data").glob("train-*.bin"))) == 1
+    model, spec = load_checkpoint(run, device="cpu")
+    assert spec == str(tokenizer)
+    assert model.config.lora_rank == 2
+
+
+PROMPT = ["--checkpoint", "checkpoint-1", "--prompt", "a", "--tokenizer", "bytes"]
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
@@ -75,11 +158,27 @@ def test_an_export_with_merged_adapters_has_none(trained, folder):
         (train, ["--train_data", "x.txt", "--resume", "elsewhere"], "no weights in"),
         (train, ["--train_data", "x.txt", "--seq_len", "9999"], "1 to max_seq_len=8192"),
         (train, ["--train_data", "x.txt", "--tokenizer", "/nowhere/t.json"], "--tokenizer"),
+        (train, [], "required: --train_data"),
+        (train, ["--train_data", "x.txt", "--lr", "fast"], "invalid float value: 'fast'"),
+        (train, ["--train_data", "x.txt", "--rate", "1"], "unrecognized arguments: --rate"),
+        (train, ["--train_data", "x.txt", "--config", "unknown.yaml"], "num_layer=3: Extra inputs"),
+        (train, ["--train_data", "x.txt", "--config", "heads.yaml"], "num_heads=5"),
+        (train, ["--train_data", "x.txt", "--config", "broken.yaml"], "not a YAML file of"),
+        (train, ["--train_data", "x.txt", "--config", "empty.yaml"], "holds no settings"),
         (generate, ["--checkpoint", "/nowhere", "--prompt", "a"], "/nowhere"),
+        (generate, PROMPT[:-2], "names no tokenizer"),
+        (generate, [*PROMPT, "--temperature", "0"], "use --greedy"),
+        (generate, [*PROMPT, "--top_p", "2"], "top_p=2.0 must be above 0 and at most 1"),
+        (generate, [*PROMPT, "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (generate, [*PROMPT, "--max_new_tokens", "512"], "longer than max_seq_len=512"),
+        (generate, [*PROMPT[:-1], "t.json"], "302 tokens, the model 257"),
+        (generate, ["--checkpoint", "damaged", *PROMPT[2:]], "it is damaged"),
+        (export, ["--checkpoint", "checkpoint-1", "--output", "o", "--merge_lora"], "no adapters"),
+        (export, ["--checkpoint", "checkpoint-1", "--output", "."], "is not empty"),
     ],
 )
-def test_mistakes_are_one_line(command, arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_are_one_line(command, arguments, message, capsys, mistaken, monkeypatch):
+    monkeypatch.chdir(mistaken)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert command(arguments) == 2
     error = capsys.readouterr().err

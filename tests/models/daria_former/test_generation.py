@@ -5,7 +5,6 @@ import torch
 
 from models.daria_former import DariaFormerModel
 from models.daria_former.generation import DariaGenerator
-from models.daria_former.variability import ReactionVariabilitySystem
 from models.generate import generate
 from pretrain.equivalence import build
 from tests.models.daria_former.shrunk import shrunk
@@ -65,27 +64,6 @@ def test_images_reach_a_generation_and_the_model_is_left_as_it_was():
     assert model.training
 
 
-def test_repetition_is_the_share_of_ngrams_that_came_before():
-    system = ReactionVariabilitySystem(shrunk(variability_ngram_size=2))
-    rows = torch.tensor([[1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6]])
-    # 12 21 12 21 12: three of five have been there; of the other row none.
-    assert system.repetition(rows).tolist() == pytest.approx([3 / 5, 0.0])
-    assert system.temperature(1.0, rows).flatten().tolist() == pytest.approx([1.3, 1.0])
-    same = torch.ones(2, 4)
-    hot = system.temperature(2.0, rows, (same, same)).flatten()
-    assert hot.tolist() == pytest.approx([2 * (1 + (0.6 + 0.1) / 2), 2 * 1.05])
-
-
-def test_what_was_said_and_what_templates_say_becomes_less_likely():
-    config = shrunk(vocab_size=5, variability_penalty_weight=0.5)
-    system = ReactionVariabilitySystem(config)
-    scores = system(torch.tensor([[1, 1, 2, 3]]), torch.zeros(1, 5))
-    assert scores[0].tolist() == pytest.approx([0.0, -0.25, -0.125, -0.125, 0.0])
-    system.fit_anti_template(torch.tensor([6.0, 1.0, 1.0, 1.0, 1.0]))
-    assert system.bias[0].item() == pytest.approx(-0.5 * torch.tensor(3.0).log().item())
-    assert (system.bias[1:] == 0).all()
-
-
 def test_greedy_text_repeats_less_with_variability():
     torch.manual_seed(0)
     model = DariaFormerModel(shrunk(variability_penalty_weight=5.0))
@@ -101,7 +79,10 @@ def test_greedy_text_repeats_less_with_variability():
     [
         ({"temperature": 0.0}, "do_sample=False"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 1000}, "max_position_embeddings=512"),
+        ({"max_new_tokens": 1000}, "1009 tokens is longer than max_seq_len=512"),
+        ({"top_k": 0}, "top_k=0 must be 1 or more"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
         ({"images": torch.zeros(2, 3, 32, 32)}, "image_enabled"),
     ],
 )
@@ -113,11 +94,3 @@ def test_what_cannot_be_generated_is_refused(model, options, message):
 def test_a_prompt_without_tokens_is_refused(model):
     with pytest.raises(ValueError, match=r"\[1, 0\]"):
         DariaGenerator(model).generate(torch.zeros(1, 0, dtype=torch.int64))
-
-
-def test_counts_of_another_vocabulary_are_refused():
-    system = ReactionVariabilitySystem(shrunk())
-    with pytest.raises(ValueError, match="257"):
-        system.fit_anti_template(torch.ones(3))
-    with pytest.raises(ValueError, match="all 0"):
-        system.fit_anti_template(torch.zeros(257))

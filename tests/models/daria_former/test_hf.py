@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from models import convert
 from models.base import TokenInputs
@@ -277,6 +283,30 @@ def test_a_loss_is_divided_by_the_number_that_the_trainer_counts(theirs):
     mean = theirs(TOKENS, labels=labels).loss
     half = theirs(TOKENS, labels=labels, num_items_in_batch=torch.tensor(2 * 32)).loss
     torch.testing.assert_close(half, mean / 2)  # 20 + 12 labels have a token before them
+
+
+def test_the_trainer_of_transformers_trains_saves_and_goes_on(theirs, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+
+    def train(name: str, steps: int, **resume: str) -> dict[str, torch.Tensor]:
+        model = DariaFormerForCausalLM.from_pretrained(theirs.config.name_or_path)
+        arguments = TrainingArguments(str(tmp_path / name), max_steps=steps, **options)
+        Trainer(model, arguments, train_dataset=rows).train(**resume)
+        return model.state_dict()
+
+    whole = train("whole", 4)
+    continued = train("part", 4, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(continued[name], tensor) for name, tensor in whole.items())
+    assert any(not torch.equal(whole[n], tensor) for n, tensor in theirs.state_dict().items())
 
 
 # What cannot be done.

@@ -12,9 +12,17 @@ from tests.models.daria_former.shrunk import shrunk
 
 
 def test_create_a_model_of_the_small_size():
-    config = DariaFormerConfig.small()
-    model = DariaFormerModel(config, device="meta")
-    assert f"{model.count_parameters():,}" == "121,524,633"
+    config = DariaFormerConfig.small()  # ~125M params
+    model = DariaFormerModel(config)
+
+    assert f"Parameters: {model.count_parameters():,}" == "Parameters: 121,524,633"
+
+    # Forward pass, of 64 tokens instead of 512
+    input_ids = torch.randint(0, config.vocab_size, (1, 64))
+    with torch.no_grad():
+        outputs = model(input_ids, return_emotion=True)
+    assert outputs["logits"].shape == (1, 64, config.vocab_size)
+    assert outputs["emotion_state"].shape == (1, config.emotion_dim)
 
 
 def test_forward_pass():
@@ -24,6 +32,19 @@ def test_forward_pass():
     outputs = model(input_ids, return_emotion=True)
     assert outputs["logits"].shape == (1, 512, config.vocab_size)
     assert outputs["emotion_state"].shape == (1, config.emotion_dim)
+
+
+def test_the_small_size_takes_images_and_sound():
+    config = DariaFormerConfig.small()
+    config.image_enabled = True
+    config.audio_enabled = True
+    model = DariaFormerModel(config, device="meta")
+    outputs = model(
+        input_ids=torch.randint(0, 256, (1, 128), device="meta"),
+        images=torch.randn(1, 3, 224, 224, device="meta"),
+        audio=torch.randn(1, 80, 1000, device="meta"),
+    )
+    assert outputs["logits"].shape == (1, 128, config.vocab_size)
 
 
 def test_with_multimodal_inputs():

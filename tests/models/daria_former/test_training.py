@@ -1,18 +1,18 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+import wandb
+from torch.utils.data import DataLoader, TensorDataset
 
 from models.daria_former import DariaFormerModel
 from models.daria_former.lora import LoRAManager
 from models.daria_former.stored import load_checkpoint, write_checkpoint
-from models.daria_former.training import (
-    DariaFormerLoss,
-    Trainer,
-    build_optimizer,
-    build_scheduler,
-)
+from models.daria_former.training import Trainer
+from tests.distributed import run_ranks
 from tests.models.daria_former.shrunk import shrunk
 
 STREAM = torch.randint(0, 16, (6, 25), generator=torch.Generator().manual_seed(0))
@@ -21,91 +21,213 @@ BATCHES = [
 ]
 
 
-def _trainer(**options) -> Trainer:
-    torch.manual_seed(0)
+def _trainer(batches=BATCHES, *, seed: int = 0, **options) -> Trainer:
+    torch.manual_seed(seed)
     config = shrunk()
     options = {"lr": 1e-3, "max_steps": 6, "warmup_steps": 2, "log_every": 1} | options
-    return Trainer(DariaFormerModel(config), config, BATCHES, **options)
+    return Trainer(DariaFormerModel(config), config, batches, **options)
+
+
+class _Corrupted(TensorDataset):
+    """Rows whose first token is drawn from torch's generator each time."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, labels = super().__getitem__(index)
+        return torch.cat((torch.randint(0, 257, (1,)), tokens[1:])), labels
+
+
+def _masked() -> list[dict[str, torch.Tensor]]:
+    """Batches that score 4, 30 and 48 tokens."""
+    batches = [{name: tensor.clone() for name, tensor in batch.items()} for batch in BATCHES]
+    batches[0]["labels"][:, 2:] = -100
+    batches[1]["labels"][:, 15:] = -100
+    return batches
+
+
+def _joined(batches) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def test_a_continued_training_equals_an_undisturbed_one(tmp_path):
     whole = _trainer(save_dir=tmp_path / "a", save_every=4)
     expected = whole.train()
-    rest = _trainer(resume_from=tmp_path / "a" / "checkpoint-4").train()
-    assert [r["loss"] for r in rest] == [r["loss"] for r in expected[4:]]
-    assert [r["lr"] for r in rest] == [r["lr"] for r in expected[4:]]
+    rest = _trainer(seed=7, resume_from=tmp_path / "a" / "checkpoint-4")
+    found = rest.train()
+    for name in ("loss", "lr", "grad_norm"):
+        assert [r[name] for r in found] == [r[name] for r in expected[4:]]
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(rest.model.get_parameter(name), parameter), name
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
 
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("step", [2, 3, 5])  # inside an epoch of 3 batches, at its end, in the next
+def test_a_shuffled_order_and_random_data_go_on_where_they_were(tmp_path, own_generator, step):
+    def trainer(seed: int, **options) -> Trainer:
+        torch.manual_seed(0)
+        model = DariaFormerModel(shrunk())
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if own_generator else None
+        data = _Corrupted(STREAM[:, :-1], STREAM[:, 1:])
+        loader = DataLoader(data, batch_size=2, shuffle=True, generator=generator)
+        return Trainer(model, model.config, loader, lr=1e-2, max_steps=8, log_every=1, **options)
+
+    expected = trainer(0, save_dir=tmp_path, save_every=step).train()
+    found = trainer(99, resume_from=tmp_path / f"checkpoint-{step}").train()
+    assert [r["loss"] for r in found] == [r["loss"] for r in expected[step:]]
+
+
 def test_accumulated_batches_equal_one_batch_of_all():
-    together = [{k: torch.cat([b[k] for b in BATCHES]) for k in ("input_ids", "labels")}]
-    parts = _trainer(max_steps=1, gradient_accumulation_steps=3)
-    whole = _trainer(max_steps=1)
-    whole.train_dataloader = together
-    (expected,), (found,) = whole.train(), parts.train()
+    (expected,) = _trainer([_joined(BATCHES)], max_steps=1).train()
+    (found,) = _trainer(max_steps=1, gradient_accumulation_steps=3).train()
     for name in ("loss", "lm_loss", "memory_loss", "repetition_loss", "grad_norm"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_evaluation_is_the_cross_entropy_alone():
-    trainer = _trainer(eval_dataloader=BATCHES, eval_every=3, max_steps=3)
-    recorded = trainer.train()[-1]["eval_loss"]
-    model = trainer.model.eval()
-    with torch.no_grad():
-        nats = [
-            F.cross_entropy(model(b["input_ids"])["logits"].flatten(0, 1), b["labels"].flatten())
-            for b in BATCHES
-        ]
-    assert recorded == pytest.approx(torch.stack(nats).mean().item(), rel=1e-5)
+def test_masked_tokens_count_the_same_however_a_batch_is_cut():
+    (expected,) = _trainer([_joined(_masked())], max_steps=1).train()
+    (found,) = _trainer(_masked(), max_steps=1, gradient_accumulation_steps=3).train()
+    assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-def test_the_losses_are_the_weighted_sum_of_their_terms():
-    config = shrunk(emotion_loss_weight=0.3, repetition_loss_weight=0.2, memory_loss_weight=0.1)
-    tensors = {
-        "logits": torch.randn(2, 8, 257),
-        "hidden_states": torch.randn(2, 8, 64),
-        "emotions": torch.rand(2, 8, 16),
-        "emotion_logits": torch.randn(2, 8),
-        "emotion_labels": torch.tensor([1, 3]),
-        "memory_readout": torch.randn(2, 3, 64),
-        "memory_target": torch.randn(2, 3, 64),
-    }
-    labels = STREAM[:2, :8].clone()
-    labels[0, :3] = -100
-    terms = DariaFormerLoss(config)(labels=labels, **tensors)
-    ce = F.cross_entropy(tensors["logits"].flatten(0, 1), labels.flatten(), ignore_index=-100)
-    steps = (tensors["emotions"][:, 1:] - tensors["emotions"][:, :-1]).square().sum(-1).mean()
-    emotion = F.cross_entropy(tensors["emotion_logits"], tensors["emotion_labels"]) + 0.1 * steps
-    assert terms["ce_loss"].item() == pytest.approx(ce.item(), rel=1e-5)
-    assert terms["emotion_loss"].item() == pytest.approx(emotion.item(), rel=1e-5)
-    total = (
-        terms["ce_loss"] + 0.3 * terms["emotion_loss"] + 0.2 * terms["repetition_loss"]
-        + config.rhythm_loss_weight * terms["rhythm_loss"] + 0.1 * terms["memory_loss"]
-    )  # fmt: skip
-    assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+def _train_a_share(save_dir, resume_from=None) -> tuple[list[dict[str, float]], float, list]:
+    rank, batches = dist.get_rank(), _masked()
+    batches += batches[:1]
+    # Another seed on each rank: they begin with the weights of rank 0 all the same.
+    options = {"save_dir": save_dir, "save_every": 2, "max_steps": 3, "resume_from": resume_from}
+    trainer = _trainer(batches[rank::2], seed=rank, eval_dataloader=batches[rank::2], **options)
+    history = trainer.train()
+    return history, trainer.evaluate(), [p.detach() for p in trainer.model.parameters()]
 
 
-def test_groups_of_the_optimizer_have_their_rates():
+def test_two_ranks_equal_one_and_go_on_together(tmp_path):
+    ranks = run_ranks(_train_a_share, 2, tmp_path)
+    batches = _masked()
+    pairs = [_joined(batches[:2]), _joined([batches[2], batches[0]])]
+    alone = _trainer(pairs, max_steps=3, eval_dataloader=pairs)
+    expected = alone.train()
+    for history, nats, parameters in ranks:
+        for one, two in zip(expected, history, strict=True):
+            for name in ("loss", "lm_loss", "grad_norm"):
+                assert two[name] == pytest.approx(one[name], rel=1e-3), name
+        assert nats == pytest.approx(alone.evaluate(), rel=1e-4)
+        for mine, theirs in zip(parameters, ranks[0][2], strict=True):
+            assert torch.equal(mine, theirs)
+    for history, _, parameters in run_ranks(_train_a_share, 2, None, tmp_path / "checkpoint-2"):
+        assert history == ranks[0][0][2:]
+        assert all(map(torch.equal, parameters, ranks[0][2]))
+    with pytest.raises(ValueError, match="written by 2 processes and there are 1"):
+        _trainer(resume_from=tmp_path / "checkpoint-2")
+
+
+def test_a_checkpoint_that_is_there_is_replaced(tmp_path):
+    for lr in (1e-3, 1e-2):
+        trainer = _trainer(save_dir=tmp_path, max_steps=1, lr=lr)
+        trainer.train()
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "model.safetensors",
+        "training_state.pt",
+    ]
+    loaded, tokenizer = load_checkpoint(folder, device="cpu")
+    assert tokenizer is None
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+
+
+def test_a_norm_of_zero_clips_nothing_and_a_small_one_does():
+    def moved(**options) -> float:
+        trainer = _trainer(max_steps=1, warmup_steps=0, **options)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        after = trainer.model.parameters()
+        return sum((a - b).abs().sum().item() for a, b in zip(after, before, strict=True))
+
+    assert moved(max_grad_norm=0.0) == moved(max_grad_norm=1e9) > 0
+    # With a gradient far below eps, AdamW hardly moves.
+    assert moved(max_grad_norm=1e-12) < 0.1 * moved(max_grad_norm=0.0)
+
+
+def test_images_of_a_batch_reach_the_model():
+    config = shrunk(image_enabled=True, image_size=32)
+    losses = []
+    for value in (0.0, 5.0):
+        torch.manual_seed(0)
+        model = DariaFormerModel(config)
+        batch = {**BATCHES[0], "images": value * torch.rand(2, 3, 32, 32)}
+        trainer = Trainer(model, config, [batch], lr=1e-2, max_steps=3, log_every=3)
+        losses.append(trainer.train()[-1]["loss"])
+        assert trainer.optimizer.state[model.image_encoder.projection]["exp_avg"].any() == (
+            value > 0
+        )
+    assert losses[0] != losses[1]
+
+
+def test_runs_are_logged_to_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trainer = _trainer(use_wandb=True, wandb_project="tiny", save_dir=tmp_path, max_steps=2)
+    trainer.train()
+    wandb.teardown()  # else an offline run may not be on disk yet
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"memory_loss" in log.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "max_steps=0 must be 1 or more"),
+        ({"log_every": 0}, "log_every=0 must be 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 or more"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm=-1.0 must be 0 or more"),
+        ({"lr": float("nan")}, "base rate nan must be 0 or more"),
+        ({"resume_from": "/nowhere"}, "/nowhere is no checkpoint of a Trainer"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        _trainer(**options)
+
+
+def test_bad_data_is_refused():
+    with pytest.raises(ValueError, match="no batches"):
+        _trainer([]).train()
+    with pytest.raises(ValueError, match="eval_dataloader was not given"):
+        _trainer().evaluate()
+    with pytest.raises(ValueError, match="scores no token"):
+        _trainer(eval_dataloader=[]).evaluate()
+    with pytest.raises(ValueError, match="loss of step 2 is nan"):
+        _trainer(lr=1e30, warmup_steps=0).train()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    _trainer(max_steps=1, save_dir=tmp_path).train()
+    folder = tmp_path / "checkpoint-1"
+    config = shrunk(num_layers=1, esv_sites=1)
+    with pytest.raises(ValueError, match="another configuration"):
+        Trainer(DariaFormerModel(config), config, BATCHES, resume_from=folder)
+    with pytest.raises(ValueError, match="not that of the model"):
+        Trainer(DariaFormerModel(config), shrunk(), BATCHES)
     model = DariaFormerModel(shrunk())
     LoRAManager(model, rank=2).inject()
-    groups = build_optimizer(model, lr=1e-4, emotion_lr=3e-4).param_groups
-    rates = {group["lr"] for group in groups}
-    assert sorted(rates) == pytest.approx([1e-4, 3e-4, 1e-3])
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    assert all(p.ndim < 2 for g in groups if g["weight_decay"] == 0 for p in g["params"])
+    with pytest.raises(ValueError, match="model with other adapters"):
+        Trainer(model, shrunk(), BATCHES, resume_from=folder)
+    for name in ("training_state.pt", "model.safetensors"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(ValueError, match=rf"{name} cannot be"):
+            _trainer(resume_from=folder)
+        _trainer(max_steps=1, save_dir=tmp_path).train()
 
 
-def test_the_schedule_warms_up_and_ends_at_a_tenth():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = build_scheduler(optimizer, warmup_steps=4, max_steps=20)
-    rates = []
-    for _ in range(21):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[20] == pytest.approx(0.1)
-    assert rates[3:] == sorted(rates[3:], reverse=True)
+def test_a_state_that_would_run_code_is_not_unpickled(tmp_path):
+    _trainer(max_steps=1, save_dir=tmp_path).train()
+    path = tmp_path / "checkpoint-1" / "training_state.pt"
+    torch.save({"ranks": [Counter()], "step": exec}, path)
+    with pytest.raises(ValueError, match=r"training_state.pt cannot be read"):
+        _trainer(resume_from=path.parent)
 
 
 @torch.no_grad()
@@ -125,16 +247,3 @@ def test_a_checkpoint_with_adapters_is_read_and_merged(tmp_path):
     merged, _ = load_checkpoint(tmp_path / "step_1", device="cpu")
     assert not any(".lora." in name for name in merged.state_dict())
     torch.testing.assert_close(merged(STREAM)["logits"], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_bad_settings_and_data_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="max_steps=0"):
-        _trainer(max_steps=0)
-    trainer = _trainer()
-    trainer.train_dataloader = []
-    with pytest.raises(ValueError, match="no batches"):
-        trainer.train()
-    _trainer(max_steps=1, save_dir=tmp_path).train()
-    config = shrunk(num_layers=1, esv_sites=1)
-    with pytest.raises(ValueError, match="another configuration"):
-        Trainer(DariaFormerModel(config), config, BATCHES, resume_from=tmp_path / "checkpoint-1")
