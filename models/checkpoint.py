@@ -19,6 +19,7 @@ from models.base import ModelFamily
 from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
 from parallel.precision import Precision
 from parallel.sharding import Sharding, sharding_of
 from parallel.weights_io import ShardedWeightsReader, find_weights, verify_weights
@@ -86,22 +87,23 @@ def load_model(
         model = SequentialModel(stored.family.layer_specs(stored.config), ctx, seed=None)
         model.to(ctx.precision.dtype)
         with torch.no_grad():
-            for key, parameter in model.named_parameters():
+            for key, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
                 full = reader.full(key)
                 check_shape(key, full.shape, table[key].shape, source=stored.weights)
-                parameter.copy_(full)
+                tensor.copy_(full)
     return model.eval()
 
 
 class ParameterInfo(NamedTuple):
-    """The full shape of a parameter, and how tensor ranks share it."""
+    """The full shape of a stored tensor, and how tensor ranks share it."""
 
     shape: torch.Size
     sharding: Sharding
 
 
 def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo]:
-    """Every parameter in the order of the layers, a tied one once; no memory, no arithmetic."""
+    """Every parameter and persistent buffer in the order of the layers, a tied parameter once; no
+    memory, no arithmetic."""
     ctx = ParallelContext.single(device="meta")
     table: dict[str, ParameterInfo] = {}
     for spec in family.layer_specs(config):
@@ -110,6 +112,8 @@ def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo
             if path not in spec.tied:
                 name = f"{spec.name}.{path}"
                 table[name] = ParameterInfo(parameter.shape, sharding_of(name, parameter))
+        for path, buffer in persistent_buffers(layer).items():
+            table[f"{spec.name}.{path}"] = ParameterInfo(buffer.shape, Sharding())
     return table
 
 

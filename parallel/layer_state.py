@@ -55,7 +55,7 @@ def kept_in_dtype(
 ) -> Callable[[Tensor], Tensor]:
     """`apply` of nn.Module._apply for a module whose buffers may move but keep their dtype.
 
-    DeepSpeed casts a whole model to bf16, in which an average of many steps stands still.
+    Models are cast to bf16 as a whole, in which an average over many steps stands still.
     """
     own = {id(buffer) for buffer in module.buffers(recurse=False)}
 
@@ -66,3 +66,9 @@ def kept_in_dtype(
         return tensor.to(moved.device)
 
     return move
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer that is saved with the weights; whole on every rank that has the layer."""
+    saved = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}

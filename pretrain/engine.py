@@ -22,6 +22,7 @@ from models.base import ModelFamily, TokenInputs
 from models.registry import get_family
 from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
+from parallel.layer_state import update_layer_states
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
@@ -105,6 +106,7 @@ class PlainEngine:
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
                 norm = clip_gradients(self.module, self.plan.run.training.grad_clip, self.ctx)
             engine.step()
+        update_layer_states(self.module, ctx=self.ctx)
         if not clip_in_loop:
             norm = engine.get_global_grad_norm()
         if self.ctx.data.size > 1:
@@ -153,6 +155,7 @@ class PipelineEngine:
         if self.plan.segmented and self.ctx.is_last_stage:
             batches, num_scored = count_scored(batches, self.deepspeed.micro_batches, self.ctx)
         loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
+        update_layer_states(self.module, ctx=self.ctx)
         terms = dict(self.deepspeed.agg_additional_losses)
         return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
 

@@ -18,6 +18,7 @@ from models.checkpoint import (
 from models.registry import get_family
 from parallel.carry import LayerSpec
 from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
 from parallel.sharding import split
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.config import ConfigError, RunConfig
@@ -39,7 +40,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def load(self, spec: LayerSpec, layer: nn.Module) -> None:
-        """Overwrite every parameter of a layer that has just been built."""
+        """Overwrite every parameter and persistent buffer of a layer that has just been built."""
         for path, parameter in layer.named_parameters():
             if path in spec.tied and parameter.numel() == 0:
                 continue  # an earlier layer's, already loaded and partitioned by ZeRO-3
@@ -47,6 +48,8 @@ class InitialWeights:
             sharding = self._table[name].sharding
             full = self._reader.full(name)
             parameter.copy_(split(full, sharding, size=self._tensor.size, rank=self._tensor.rank))
+        for path, buffer in persistent_buffers(layer).items():
+            buffer.copy_(self._reader.full(f"{spec.name}.{path}"))
 
 
 def initial_weights(run: RunConfig, ctx: ParallelContext, ranks: Ranks) -> InitialWeights | None:
