@@ -63,7 +63,9 @@ def _write_weights(
     ours = {theirs: name for name, theirs in names.items()}
     plan = split_torch_state_dict_into_shards(
         {
-            theirs: torch.empty(table[name].shape, dtype=dtype, device="meta")
+            theirs: torch.empty(
+                table[name].shape, dtype=table[name].buffer_dtype or dtype, device="meta"
+            )
             for name, theirs in names.items()
         },
         max_shard_size=max_shard_size,
@@ -72,6 +74,8 @@ def _write_weights(
     def load(name: str) -> Tensor:
         full = reader.full(name)
         check_shape(name, full.shape, table[name].shape, source=stored.weights)
+        if table[name].buffer_dtype is not None:
+            return full.contiguous()
         if full.dtype != dtype and not cast:
             raise ValueError(
                 f"{stored.weights}: {name} is {full.dtype}, others are {dtype}; choose --dtype"

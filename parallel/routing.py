@@ -84,7 +84,7 @@ class ScoreThreshold(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # midpoints, rows
+        self._sums: Tensor | None = None  # midpoints, rows: fp64 [2]
 
     def observe(self, scores: Tensor, k: int) -> None:
         """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
@@ -94,10 +94,13 @@ class ScoreThreshold(nn.Module):
         around = scores.double().topk(k + 1, dim=1).values[:, k - 1 :]
         middle = around.mean(dim=1)
         counted = middle.isfinite()
-        self._sums += torch.stack((middle.where(counted, 0.0).sum(), counted.sum()))
+        sums = torch.stack((middle.where(counted, 0.0).sum(), counted.sum().double()))
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def take_sums(self) -> Tensor:
-        sums, self._sums = self._sums, torch.zeros_like(self._sums)
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return torch.zeros(2, dtype=torch.float64, device=self.tau.device)
         return sums
 
     def after_step(self, sums: Tensor) -> None:
@@ -107,7 +110,6 @@ class ScoreThreshold(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(kept_in_dtype(self, fn), recurse)
-        self._sums = self._sums.to(self.tau.device)
         return self
 
 

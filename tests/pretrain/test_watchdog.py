@@ -130,7 +130,7 @@ def test_who_is_to_blame():
     progress = [Progress("host", 10 + r, beats=5, moves=7, activity="step 3") for r in range(3)]
     before = dict(enumerate(progress))
     after = {rank: p._replace(beats=6) for rank, p in before.items()}
-    assert blame(before, after, own_rank=0) .startswith("all ranks have come equally far")
+    assert blame(before, after, own_rank=0).startswith("all ranks have come equally far")
     silent = after | {1: before[1]}
     expected = "rank 1 (process 11 on host, in step 3) does not answer"
     assert blame(before, silent, own_rank=0) == expected
