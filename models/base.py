@@ -44,7 +44,8 @@ class BaseModelMapping:
     * `from_config(contents, changes)`: the family's configuration for the contents of their
       config.json and other settings, its own or in place of theirs.
     * `defaults`: settings that weights of theirs need to begin as the same function.
-    * `sizes`: attributes of a configuration that have to be the same for their weights to fit.
+    * `check_sizes(ours, theirs, source)`: raises ValueError where the weights of the second
+      configuration do not fit the first. Fewer layers do: the first ones are taken.
     * `names(config)`: our parameter name -> theirs, of the part that is theirs. Raises ValueError
       for a parameter that neither they have nor the family adds.
     * `to_config(config)`: the contents of their config.json for that part. Raises ValueError where
@@ -54,7 +55,7 @@ class BaseModelMapping:
     model_types: tuple[str, ...]
     from_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
     defaults: Mapping[str, Any]
-    sizes: tuple[str, ...]
+    check_sizes: Callable[[Any, Any, str], None]
     names: Callable[[Any], dict[str, str]]
     to_config: Callable[[Any], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import BaseModelMapping, ModelFamily
+from models.base import BaseModelMapping, HFMapping, ModelFamily
 from models.checkpoint import check_names, check_shape, parameter_table
 from models.hf_import import (
     ForeignModel,
@@ -70,23 +70,26 @@ def read_base_config(
     config = converted(base.from_config, contents, {**defaults, **changes}, path=path)
     if not from_scratch:
         theirs = converted(base.from_config, contents, {}, path=path)
-        _check_sizes(config, theirs, base.sizes, path=path)
+        base.check_sizes(config, theirs, str(path))
     return ForeignModel(directory, family, family.require_hf(), config)
 
 
-def _check_sizes(ours: Any, theirs: Any, sizes: tuple[str, ...], *, path: Path) -> None:
-    for name in sizes:
-        if getattr(ours, name) != getattr(theirs, name):
-            raise ValueError(
-                f"{path}: {name}={getattr(theirs, name)} there, {getattr(ours, name)} is asked "
-                "for, so the weights do not fit; leave the setting, or take no weights "
-                "(--from-scratch)"
-            )
-    if ours.num_layers > theirs.num_layers:
-        raise ValueError(
-            f"{path}: num_layers={theirs.num_layers} there, {ours.num_layers} is asked for; ask "
-            "for at most as many, or take no weights (--from-scratch)"
-        )
+def plain_model(family: ModelFamily, config: Any) -> HFMapping:
+    """How to write a model as the one that its family grows out of.
+
+    Raises:
+        ValueError: it does not grow out of any, or is another function with every token computed.
+    """
+    base = require_base(family)
+    base.to_config(config)
+    return HFMapping(
+        model_types=base.model_types,
+        to_config=base.to_config,
+        from_config=lambda contents: base.from_config(contents, {}),
+        names=base.names,
+        tied=family.require_hf().tied,
+        derived=family.require_hf().derived,
+    )
 
 
 class BaseWeights(NamedTuple):

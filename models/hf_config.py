@@ -94,14 +94,15 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
             "AutoModelForCausalLM": f"modeling_{self.model_type}.{self.model_class}",
         }
 
-    def _validated(self, values: dict[str, Any]) -> BaseModel:
+    @classmethod
+    def _validated(cls, values: dict[str, Any]) -> Any:
         try:
-            return self.settings_class(**values)
+            return cls.settings_class(**values)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             where = f"{key}={first['input']!r}: " if key else ""
-            raise ValueError(f"{self.model_type}: {where}{first['msg']}") from None
+            raise ValueError(f"{cls.model_type}: {where}{first['msg']}") from None
 
 
 def _check_foreign(values: dict[str, Any], names: list[str], *, family: str) -> None:

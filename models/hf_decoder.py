@@ -44,6 +44,16 @@ SETTING_NAMES = {
     "init_std": "initializer_range",
 }
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "qkv_bias",
+    "tie_embeddings",
+)
 # theirs -> the only value that our decoders can represent
 FIXED_SETTINGS = {
     "hidden_act": "silu",
@@ -128,3 +138,20 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
     if kind == "default":
         return None
     return RopeScaling(type="llama3", **{name: rope[name] for name in _SCALING})
+
+
+def check_sizes(ours: DecoderConfig, theirs: DecoderConfig, source: str) -> None:
+    """Whether weights of `theirs` fit `ours`; of more layers the first ones are taken.
+
+    Raises:
+        ValueError: they do not.
+    """
+    differing = [name for name in _SIZES if getattr(ours, name) != getattr(theirs, name)]
+    if ours.num_layers > theirs.num_layers:
+        differing.append("num_layers")
+    for name in differing:
+        raise ValueError(
+            f"{source}: {name}={getattr(theirs, name)} there, but {getattr(ours, name)} is asked "
+            "for, so that the weights do not fit; leave the setting as it is there, or begin from "
+            "scratch"
+        )

@@ -8,23 +8,10 @@ from typing import Any
 from models.base import BaseModelMapping
 from models.checkpoint import parameter_table
 from models.dynamic.config import DTFConfig, MoDConfig
-from models.dynamic.hf_names import file_name, is_added, is_plain
-from models.hf_decoder import decoder_contents, decoder_settings
+from models.dynamic.hf_names import BASE_DEFAULTS, file_name, is_added, is_plain
+from models.hf_decoder import check_sizes, decoder_contents, decoder_settings
 from models.hf_own import own_mapping
 from models.registry import get_family
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_size",
-    "qkv_bias",
-    "tie_embeddings",
-)
-# A gate of value 1 leaves what the layers add as it was; the first token is where attention sinks.
-_DEFAULTS = {"gate_fn": "st", "force_first": True}
 
 
 def _from_base(config_class: type[MoDConfig | DTFConfig], family: str) -> BaseModelMapping:
@@ -47,8 +34,8 @@ def _from_base(config_class: type[MoDConfig | DTFConfig], family: str) -> BaseMo
     return BaseModelMapping(
         model_types=("qwen2",),
         from_config=from_config,
-        defaults=_DEFAULTS,
-        sizes=_SIZES,
+        defaults=BASE_DEFAULTS,
+        check_sizes=check_sizes,
         names=names,
         to_config=plain_config,
     )

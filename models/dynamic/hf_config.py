@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel
 
 from models.dynamic.config import DynamicConfig
+from models.dynamic.hf_names import BASE_DEFAULTS
 from models.hf_config import FamilyPreTrainedConfig
-from models.hf_decoder import FIXED_SETTINGS, SETTING_NAMES, rope_parameters, rope_scaling
+from models.hf_decoder import (
+    FIXED_SETTINGS,
+    SETTING_NAMES,
+    check_sizes,
+    decoder_settings,
+    rope_parameters,
+    rope_scaling,
+)
 
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 
@@ -24,6 +32,41 @@ class DynamicHFConfig(FamilyPreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {
         ours: theirs for ours, theirs in SETTING_NAMES.items() if ours != theirs
     }
+
+    @classmethod
+    def from_base(cls, contents: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
+        """The configuration of a model that begins with the weights of a Qwen2 model.
+
+        `contents`: of its config.json. `changes`: other settings than its own.
+
+        Raises:
+            ValueError: it is another kind of model, or its weights would not fit.
+        """
+        known = cls.settings_class.model_fields
+        defaults = {name: value for name, value in BASE_DEFAULTS.items() if name in known}
+        given = {cls.attribute_map.get(name, name): value for name, value in changes.items()}
+        theirs = cls._base_values(contents)
+        config = cls.from_settings(cls._validated({**theirs, **defaults, **cls.values(given)}))
+        config.check_base(contents)
+        return config
+
+    def check_base(self, contents: Mapping[str, Any]) -> None:
+        """Whether the weights of the Qwen2 model with this config.json fit.
+
+        Raises:
+            ValueError: they do not.
+        """
+        theirs = self._validated(self._base_values(contents))
+        check_sizes(self.settings(), theirs, "config.json of the base model")
+
+    @classmethod
+    def _base_values(cls, contents: Mapping[str, Any]) -> dict[str, Any]:
+        if contents.get("model_type") != "qwen2":
+            raise ValueError(
+                f"model_type={contents.get('model_type')!r}: a {cls.model_type} model begins with "
+                "the weights of a qwen2 model; give one, or build the model from its configuration"
+            )
+        return decoder_settings(contents, family=cls.model_type)
 
     @classmethod
     def attribute_names(cls) -> list[str]:

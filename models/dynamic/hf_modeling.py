@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -20,11 +19,14 @@ from transformers.utils import can_return_tuple
 from models.base import TokenInputs
 from models.dynamic.carry import DynamicOutput
 from models.dynamic.hf_config import DynamicHFConfig
-from models.dynamic.hf_names import file_name
+from models.dynamic.hf_names import file_name, is_added, is_plain
 from models.dynamic.model import loss_weights
 from models.hf_modeling import FamilyForCausalLM
 from parallel.carry import LayerSpec
 from parallel.layer_state import update_layer_states
+
+# What says where a directory is, among the options of from_pretrained.
+_HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download", "subfolder")
 
 
 class BaseDynamicCausalLM(FamilyForCausalLM):
@@ -85,7 +87,8 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The model of a directory, or one that begins with the weights of a Qwen2 model.
+        """The model of a directory, or one that begins with the weights of a Qwen2 model, in
+        evaluation. A name is looked up in the hub's cache or the hub.
 
         `config_dict`: other settings than those of the directory.
 
@@ -95,9 +98,10 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         """
         given = kwargs.get("config")
         if given is None:
-            contents, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path)
+            hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            contents, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
             if contents.get("model_type") != cls.config_class.model_type:
-                return cls._from_base(Path(pretrained_model_name_or_path), config_dict or {})
+                return cls._from_base(pretrained_model_name_or_path, config_dict or {}, kwargs)
             given, kwargs = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path,
                 return_unused_kwargs=True,
@@ -117,34 +121,48 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         return (model, loading) if output_loading_info else model
 
     @classmethod
-    def _from_base(cls, directory: Path, changes: Mapping[str, Any]) -> Self:
-        from models.hf_base import read_base_config
-
-        name = cls.config_class.model_type
-        base = read_base_config(directory, name, cls.config_class.values(changes))
-        model = cls(cls.config_class.from_settings(base.config))
-        model.copy_base_weights(directory)
+    def _from_base(cls, source: Any, changes: Mapping[str, Any], options: dict[str, Any]) -> Any:
+        base, loading = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **options
+        )
+        if any(loading.values()):
+            raise ValueError(f"{source} is not of its own configuration: {loading}")
+        model = cls(cls.config_class.from_base(base.config.to_dict(), changes)).to(base.dtype)
+        model.copy_base_weights(base)
         return model.eval()
 
     @torch.no_grad()
-    def copy_base_weights(self, directory: Path | str) -> dict[str, str]:
+    def copy_base_weights(self, base: PreTrainedModel) -> dict[str, str]:
         """Copy the weights of a Qwen2 model into the plain part; routers and priors stay as they
-        are. Returns our names -> theirs.
+        are, and of more layers the first ones are taken. Returns our names -> theirs.
 
         Raises:
             ValueError: a tensor is missing, unexpected or of another shape.
         """
-        from models.hf_base import base_weights, read_base_config
+        self.config.check_base(base.config.to_dict())
+        theirs = dict(base.named_parameters())
+        taken, tensors = {}, dict(self.named_parameters())
+        for ours in tensors:
+            name = file_name(ours.removeprefix("model."))
+            if is_plain(name):
+                taken[ours] = name
+            elif not is_added(name):
+                raise ValueError(f"{name} has no counterpart in {type(base).__name__}; train it")
+        surplus = [name for name in sorted(set(theirs) - set(taken.values())) if self._has(name)]
+        lacking = sorted(set(taken.values()) - set(theirs))
+        if surplus or lacking:
+            raise ValueError(
+                f"{type(base).__name__} lacks {lacking[:10]} and has unexpected {surplus[:10]}: it "
+                "is no base of this model"
+            )
+        for ours, name in taken.items():
+            tensors[ours].copy_(theirs[name])
+        return taken
 
-        settings = self.config.settings()
-        changes = settings.model_dump(exclude={"family"})
-        base = read_base_config(Path(directory), self.config.model_type, changes)
-        tensors, names = self.state_dict(keep_vars=True), {}
-        with base_weights(base) as weights:
-            for name, theirs in weights.names.items():
-                tensors[f"model.{name}"].copy_(weights.load(name, None))
-                names[f"model.{name}"] = theirs
-        return names
+    def _has(self, name: str) -> bool:
+        """Whether a tensor of a Qwen2 model is in none of the layers that are left out."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return layer is None or int(layer[1]) < self.config.num_hidden_layers
 
     def compute_loss(self, output: DynamicOutput, labels: Tensor) -> Tensor:
         """The cross entropy of labels int64 [b, s], each from the tokens before it, and the losses

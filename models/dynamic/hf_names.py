@@ -1,4 +1,5 @@
-"""Names of tensors in files: of the plain part those of Qwen2, so that a Qwen2 loader reads it.
+"""What Qwen2 is in a model of these families. Its tensors have its names in files, so that a loader
+of Qwen2 reads them.
 
 Both layers of a pair keep their index in the plain stack. Beside the plain part a layer may have
 `router.*`, `prior.*` and `tau`.
@@ -16,6 +17,9 @@ from models.hf_decoder import (
     HEAD_NAME,
 )
 
+# With Qwen2's weights: a gate of value 1 leaves what layers add as it was, and the first token,
+# where attention sinks, is always there.
+BASE_DEFAULTS = {"gate_fn": "st", "force_first": True}
 _OUTSIDE = dict((EMBEDDING_NAME, FINAL_NORM_NAME, HEAD_NAME))
 _PLAIN = BLOCK_NAMES | BLOCK_BIAS_NAMES
 # Where a layer's part lies in ours -> its first layer in a pair, and what precedes it in files.
