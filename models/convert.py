@@ -36,6 +36,10 @@ from models.hf_export import export_model
 from models.hf_import import import_weights, read_foreign_config
 from models.hf_tokenizer import copy_tokenizer, export_tokenizer
 
+_CODE_REMARK = (
+    "the directory holds the model's code: load it with from_pretrained(..., "
+    "trust_remote_code=True), which needs transformers, torch and pydantic"
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,9 +63,8 @@ def to_hf(
             plain form.
     """
     stored = open_checkpoint(checkpoint)
-    hf = stored.family.require_hf()
-    if plain:
-        hf = plain_model(stored.family, stored.config)
+    family = stored.family
+    hf = plain_model(family, stored.config) if plain else family.require_hf()
     spec = (tokenizer or stored.tokenizer) if with_tokenizer else None
     remarks = [] if spec not in (None, "bytes") else [_why_no_tokenizer(spec)]
     with _published(output) as folder:
@@ -76,12 +79,7 @@ def to_hf(
         )
     if plain:
         remarks.append("the plain model computes every token in every layer")
-    if hf.code:
-        remarks.append(
-            "the directory holds the model's code: load it with from_pretrained(..., "
-            "trust_remote_code=True), which needs transformers, torch and pydantic"
-        )
-    return remarks
+    return [*remarks, _CODE_REMARK] if hf.code else remarks
 
 
 def from_hf(

@@ -23,8 +23,7 @@ def own_mapping(
 ) -> HFMapping:
     """Our settings as `config_class` of `config_module` (`models.<package>.hf_config...`) has them.
 
-    `name`: of a parameter or buffer in files; by default our own, under `model.`. `base`: the model
-    of transformers that the family grows out of.
+    `name`: of a parameter or buffer in files. `base`: the model that the family grows out of.
     """
 
     def theirs() -> Any:

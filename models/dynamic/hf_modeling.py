@@ -208,7 +208,17 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits [b, s, V] of `input_ids` [b, s]; see `FamilyForCausalLM.run`."""
+        """Logits [b, s, V] of `input_ids` [b, s]; see `FamilyForCausalLM.run`.
+
+        Raises:
+            ValueError: padding where the rule looks at later tokens, which would not ignore it.
+        """
+        looks_ahead = self.config.causal_router == "topk" and not self.training
+        if looks_ahead and attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError(
+                "causal_router=topk chooses among all columns of a row, padding too; pass rows of "
+                "one length without padding, or use threshold, predictor or aux"
+            )
         return self.run(
             input_ids,
             {},

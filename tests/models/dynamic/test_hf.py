@@ -371,8 +371,12 @@ def test_a_wrong_setting_is_refused_wherever_it_is_read(values, message, exporte
         convert.from_hf(directory, tmp_path / "back")
 
 
-def test_a_rule_that_looks_ahead_generates_nothing(exported):
+def test_a_rule_that_looks_ahead_generates_nothing_and_takes_no_padding(exported):
     model = exported.loaded(causal_router="topk")
+    padded = MASK.index_fill(1, torch.tensor([20]), 0)
+    with pytest.raises(ValueError, match="causal_router=topk chooses among all columns"):
+        model(TOKENS, attention_mask=padded)
+    assert torch.equal(model(TOKENS, attention_mask=MASK).logits, model(TOKENS).logits)
     with pytest.raises(ValueError, match="causal_router=topk compares a token with later ones"):
         model.generate(TOKENS, attention_mask=MASK, max_new_tokens=2, **GREEDY)
 
