@@ -293,6 +293,11 @@ def check_model(plan: RunPlan) -> None:
             "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
             "compiled layers; use training.compile=false or stage 1 or 2"
         )
+    if plan.ctx.pipeline.size > (num_parts := len(plan.specs())):
+        raise ConfigError(
+            f"parallel.pipeline={plan.ctx.pipeline.size} is more than the {num_parts} parts that "
+            f"this model can be cut into; set parallel.pipeline to {num_parts} or less"
+        )
     single = ParallelContext.single(device="meta")
     for length in plan.run.data.sequence_lengths:
         shape = (plan.run.training.batch_size, length)

@@ -97,7 +97,7 @@ class SomeTokens(nn.Module):
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.ctx = ctx
-        self.share = config.capacity_gamma
+        self.token_share = config.capacity_gamma  # of the tokens; read where stages are cut
         self.block = Block(config, rotary=rotary, ctx=whole_tokens(ctx))
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
@@ -108,7 +108,7 @@ class SomeTokens(nn.Module):
             attention.num_local_kv_heads,
             max_length,
             attention.head_dim,
-            share=self.share,
+            share=self.token_share,
             dtype=weight.dtype,
             device=weight.device,
         )

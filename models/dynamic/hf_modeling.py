@@ -48,7 +48,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         "model.head.output.weight": "model.embedding.tokens.weight"
     }
     # A threshold is an average over many steps, which stands still in bf16.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["tau"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["tau", "offset"]
 
     def __init__(self, config: DynamicHFConfig) -> None:
         super().__init__(config)

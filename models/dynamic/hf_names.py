@@ -32,7 +32,10 @@ _PARTS = {
     "router.choice.": (1, "router."),
     "router.": (1, "router."),
 }
-_TAU = "router.choice.tokens.threshold.tau"
+_THRESHOLD = {
+    "router.choice.tokens.threshold.tau": "tau",
+    "router.choice.tokens.threshold.offset": "router.tau_offset",
+}
 
 
 def file_name(name: str) -> str:
@@ -46,8 +49,8 @@ def file_name(name: str) -> str:
     layer, _, path = name.partition(".")
     kind, _, number = layer.partition("_")
     index = 2 * int(number) if kind == "pair" else int(number or -1)
-    if path == _TAU:
-        return f"model.layers.{index + (kind == 'pair')}.tau"
+    if path in _THRESHOLD:
+        return f"model.layers.{index + (kind == 'pair')}.{_THRESHOLD[path]}"
     for part, (second, before) in _PARTS.items():
         if path.startswith(part):
             index += second if kind == "pair" else 0
