@@ -90,8 +90,8 @@ class ScoreThreshold(nn.Module):
         self.momentum = momentum
         self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
         self.register_buffer("offset", torch.zeros(1, device=device))
-        # Over rows: their number, middles, shares above tau less k / s, and 1 / d.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # Over rows: their number, middles, shares above tau less k / s, and 1 / d: fp64 [4].
+        self._sums: Tensor | None = None
 
     def observe(self, scores: Tensor, k: int) -> None:
         """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
@@ -105,10 +105,13 @@ class ScoreThreshold(nn.Module):
         excess = ((scores > self.tau).sum(dim=1) - k) / length
         slope = (values[:, k - 1] - values[:, lower]) * (length / (lower + 1 - k))
         rows = torch.stack((torch.ones_like(middle), middle, excess, slope))
-        self._sums += rows.where(middle.isfinite(), 0.0).sum(dim=1)
+        sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def take_sums(self) -> Tensor:
-        sums, self._sums = self._sums, torch.zeros_like(self._sums)
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return torch.zeros(4, dtype=torch.float64, device=self.tau.device)
         return sums
 
     def after_step(self, sums: Tensor) -> None:
@@ -123,7 +126,6 @@ class ScoreThreshold(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(kept_in_dtype(self, fn), recurse)
-        self._sums = self._sums.to(self.tau.device)
         return self
 
 

@@ -102,15 +102,15 @@ class SomeTokens(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
         """Empty state for generation."""
-        attention = self.block.attention
+        attention, weight = self.block.attention, next(self.block.parameters())
         return RaggedKVCache(
             batch_size,
             attention.num_local_kv_heads,
             max_length,
             attention.head_dim,
             share=self.token_share,
-            dtype=self.ctx.precision.dtype,
-            device=self.ctx.device,
+            dtype=weight.dtype,
+            device=weight.device,
         )
 
     def places(self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None) -> Places:
