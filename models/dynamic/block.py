@@ -25,14 +25,24 @@ from models.common.rope import RotaryTable, positions_in_segments
 from models.dynamic.cache import RaggedKVCache
 from models.dynamic.config import DynamicConfig
 from parallel.context import ParallelContext
+from parallel.experts import MoELayer
 from parallel.gathered import Selection, add_tokens, gather_tokens, whole_tokens
 from parallel.sharding import Normal
+
+
+class BlockOutput(NamedTuple):
+    """`delta`: what a block adds, [s, b, h]. `expert_losses`: fp32 [2], load balancing and z-loss
+    of the block's experts; None without experts."""
+
+    delta: Tensor
+    expert_losses: Tensor | None = None
 
 
 class Block(nn.Module):
     """What a pre-norm block adds to x: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
 
-    The sum itself, not block(x) - x, in which bf16 would cancel. [s, b, h], or [s/t, b, h].
+    The sum itself, not block(x) - x, in which bf16 would cancel. [s, b, h], or [s/t, b, h]. With
+    `num_experts` the mlp is a layer of experts (parallel.experts).
     """
 
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
@@ -52,13 +62,21 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
-        self.mlp = SwiGLU(
-            config.hidden_size,
-            config.intermediate_size,
-            ctx=ctx,
-            init=init,
-            output_init=output_init,
-        )
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.mlp: SwiGLU | MoELayer
+        if config.num_experts is None:
+            self.mlp = SwiGLU(*sizes, ctx=ctx, init=init, output_init=output_init)
+        else:
+            self.mlp = MoELayer(
+                *sizes,
+                num_experts=config.num_experts,
+                top_k=config.experts_per_token,
+                capacity_factor=config.expert_capacity_factor,
+                renormalize=config.experts_per_token > 1,
+                ctx=ctx,
+                init=init,
+                output_init=output_init,
+            )
 
     def forward(
         self,
@@ -67,11 +85,15 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         gathered: Gathered | None = None,
-    ) -> Tensor:
+    ) -> BlockOutput:
         a = self.attention(
             self.attention_norm(x), positions=positions, cache=cache, gathered=gathered
         )
-        return a + self.mlp(self.mlp_norm(x + a))
+        u = self.mlp_norm(x + a)
+        if not isinstance(self.mlp, MoELayer):
+            return BlockOutput(a + self.mlp(u))
+        moe = self.mlp(u)
+        return BlockOutput(a + moe.hidden, torch.stack([moe.load_balancing_loss, moe.z_loss]))
 
 
 class Places(NamedTuple):
@@ -127,11 +149,13 @@ class SomeTokens(nn.Module):
         index = torch.arange(start, start + length, dtype=torch.int32, device=x.device)
         return Places(index.expand(x.shape[1], -1), packed=False)
 
-    def forward(self, x: Tensor, gate: Tensor, selection: Selection, places: Places) -> Tensor:
-        """x [s/t, b, h], gate fp32 [s/t, b] -> y [s/t, b, h]."""
+    def forward(
+        self, x: Tensor, gate: Tensor, selection: Selection, places: Places
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [s/t, b, h], gate fp32 [s/t, b] -> y [s/t, b, h], and the losses of experts."""
         chosen = gather_tokens(x, selection, ctx=self.ctx)
-        delta = self.block(chosen, gathered=_gathered(selection, places))
-        return add_tokens(x, delta, gate, selection, ctx=self.ctx)
+        output = self.block(chosen, gathered=_gathered(selection, places))
+        return add_tokens(x, output.delta, gate, selection, ctx=self.ctx), output.expert_losses
 
     def continued(self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache) -> Tensor:
         """The same for tokens that continue a sequence: `chosen` bool [b, s]."""
@@ -140,7 +164,7 @@ class SomeTokens(nn.Module):
             return x
         tokens = step.selection.indices.T  # [m, r]
         gathered = Gathered(step.positions, partial(cache.attend, step=step))
-        delta = self.block(x[tokens, step.rows], gathered=gathered)
+        delta = self.block(x[tokens, step.rows], gathered=gathered).delta
         valid = step.selection.valid
         assert valid is not None
         weights = (gate[tokens, step.rows] * valid.T).unsqueeze(-1)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.dynamic.config import DTFConfig, MoDConfig
+
 
 class DynamicCarry(NamedTuple):
     """`hidden`: the residual stream, [s/t, b, h] under sequence parallelism, else [s, b, h].
@@ -34,7 +36,9 @@ class DynamicOutput(NamedTuple):
 
 # Entries of `aux`, means over the routed layers. Losses, unweighted: of large scores, and of the
 # predictor or of scores as logits. Measurements: the share of tokens that the causal rule chooses,
-# the share of the k best that are among them, the spread of a row's scores, the mean gate.
+# the share of the k best that are among them, the spread of a row's scores, the mean gate. The
+# losses of experts are means over all layers.
+EXPERT_AUX = ("expert_balance_loss", "expert_z_loss")
 MOD_AUX = (
     "router_z_loss",
     "router_loss",
@@ -42,6 +46,7 @@ MOD_AUX = (
     "causal_recall",
     "score_std",
     "gate_mean",
+    *EXPERT_AUX,
 )
 # In addition the loss of the prior and the mean of each criterion.
 DTF_AUX = (*MOD_AUX, "prior_loss", "s_ce", "s_cu")
@@ -51,3 +56,14 @@ def with_entries(names: tuple[str, ...], entries: dict[str, Tensor]) -> Tensor:
     """fp32 [len(names)] with the given entries and 0 elsewhere."""
     zero = torch.zeros((), device=next(iter(entries.values())).device)
     return torch.stack([entries.get(name, zero).float() for name in names])
+
+
+def with_expert_losses(
+    carry: DynamicCarry, losses: Tensor | None, config: MoDConfig | DTFConfig
+) -> DynamicCarry:
+    """The carry with what the experts of one layer cost, fp32 [2]; as it is where that is None."""
+    if losses is None:
+        return carry
+    names = MOD_AUX if isinstance(config, MoDConfig) else DTF_AUX
+    shares = dict(zip(EXPERT_AUX, losses / config.num_layers, strict=True))
+    return carry._replace(aux=carry.aux + with_entries(names, shares))

@@ -26,6 +26,8 @@ class DynamicConfig(DecoderConfig):
     `causal_router`: the rule outside of training; `routing_train`: that of training.
     `causal_threshold`: as a probability, for the rules predictor and aux.
     `force_first`: the first token of every document is always chosen.
+    `num_experts`: every feed-forward layer is so many experts, of which a computed token gets
+    `experts_per_token`; with `expert_capacity_factor` training drops what exceeds a row's share.
     """
 
     rope_theta: PositiveFloat = 1_000_000.0
@@ -44,6 +46,28 @@ class DynamicConfig(DecoderConfig):
     router_init_std: Share = 0.02
     router_z_loss_weight: Weight = 1e-4
     force_first: bool = False
+
+    num_experts: PositiveInt | None = None
+    experts_per_token: PositiveInt = 2
+    expert_capacity_factor: PositiveFloat | None = None
+    expert_balance_loss_weight: Weight = 0.01
+    expert_z_loss_weight: Weight = 1e-3
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        if self.num_experts is None:
+            for name in ("experts_per_token", "expert_capacity_factor"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect without experts; "
+                        f"set num_experts or remove {name}"
+                    )
+        elif self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than num_experts="
+                f"{self.num_experts}; choose fewer"
+            )
+        return self
 
     @property
     def is_routed(self) -> bool:

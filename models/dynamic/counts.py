@@ -14,7 +14,8 @@ def num_parameters(config: MoDConfig | DTFConfig) -> int:
     """
     h = config.hidden_size
     biases = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
-    block = _block_matmul_parameters(config) + 2 * h + biases * config.qkv_bias
+    block = _block_matmul_parameters(config, config.num_experts) + 2 * h
+    block += biases * config.qkv_bias
     tables = 1 if config.tie_embeddings else 2
     router = h if config.router_score == "linear" else 0
     if config.has_predictor:
@@ -37,7 +38,7 @@ def forward_flops_per_token(config: MoDConfig | DTFConfig, seq_length: int) -> f
     k = capacity_of(config, seq_length)
     share, routed = k / seq_length, config.num_routed
     dense = config.num_layers - routed
-    linear = _block_matmul_parameters(config) * (dense + share * routed)
+    linear = _block_matmul_parameters(config, config.experts_per_token) * (dense + share * routed)
     linear += routed * _choosing_matmul_parameters(config)
     linear += config.vocab_size * config.hidden_size
     keys = dense * (seq_length + 1) / 2 + routed * share * (k + 1) / 2
@@ -50,9 +51,13 @@ def capacity_of(config: DynamicConfig, seq_length: int) -> int:
     return min(seq_length, math.ceil(config.capacity_gamma * seq_length / multiple) * multiple)
 
 
-def _block_matmul_parameters(config: DynamicConfig) -> int:
+def _block_matmul_parameters(config: DynamicConfig, num_experts: int | None) -> int:
+    """Of a block with `num_experts` of its experts, if any, and what chooses among them."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    return config.hidden_size * (heads * config.head_size + 3 * config.intermediate_size)
+    feed_forward = 3 * config.intermediate_size
+    if config.num_experts is not None:
+        feed_forward = (num_experts or 0) * feed_forward + config.num_experts
+    return config.hidden_size * (heads * config.head_size + feed_forward)
 
 
 def _choosing_matmul_parameters(config: MoDConfig | DTFConfig) -> int:

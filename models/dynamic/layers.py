@@ -15,7 +15,14 @@ from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable, positions_in_segments
 from models.dynamic.block import Block, Places, SomeTokens
 from models.dynamic.cache import RaggedKVCache
-from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput, with_entries
+from models.dynamic.carry import (
+    DTF_AUX,
+    MOD_AUX,
+    DynamicCarry,
+    DynamicOutput,
+    with_entries,
+    with_expert_losses,
+)
 from models.dynamic.choice import Choice
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.scores import LinearScore, Scored, random_scores, through
@@ -65,6 +72,7 @@ class DenseLayer(nn.Module):
         self, config: MoDConfig | DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext
     ) -> None:
         super().__init__()
+        self.config = config
         self.block = Block(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
@@ -73,7 +81,9 @@ class DenseLayer(nn.Module):
 
     def forward(self, carry: DynamicCarry, cache: KVCache | None = None) -> DynamicCarry:
         x = carry.hidden
-        return carry._replace(hidden=x + self.block(x, positions=carry.positions, cache=cache))
+        output = self.block(x, positions=carry.positions, cache=cache)
+        losses = output.expert_losses if self.training else None
+        return with_expert_losses(carry._replace(hidden=x + output.delta), losses, self.config)
 
 
 class MoDRouter(nn.Module):
@@ -111,6 +121,7 @@ class MoDLayer(nn.Module):
         self, config: MoDConfig, *, layer: int, rotary: RotaryTable, ctx: ParallelContext
     ) -> None:
         super().__init__()
+        self.config = config
         self.force_first = config.force_first
         self.router = MoDRouter(config, layer=layer, ctx=ctx)
         self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
@@ -128,9 +139,10 @@ class MoDLayer(nn.Module):
             chosen = self.router.choice.decide(x, scored, forced)
             return carry._replace(hidden=self.dynamic.continued(x, scored.gate, chosen, cache))
         selection, aux = self.router.choice(x, scored, forced)
-        y = self.dynamic(x, scored.gate, selection, places)
+        y, losses = self.dynamic(x, scored.gate, selection, places)
         total = carry.aux + with_entries(MOD_AUX, aux) if aux else carry.aux
-        return carry._replace(hidden=y, aux=total)
+        losses = losses if self.training else None
+        return with_expert_losses(carry._replace(hidden=y, aux=total), losses, self.config)
 
 
 class DynamicHead(nn.Module):

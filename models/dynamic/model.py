@@ -106,6 +106,8 @@ def loss_weights(config: MoDConfig | DTFConfig) -> Mapping[str, float]:
     weights = {
         "router_z_loss": config.router_z_loss_weight,
         "router_loss": config.causal_router_loss_weight,
+        "expert_balance_loss": config.expert_balance_loss_weight,
+        "expert_z_loss": config.expert_z_loss_weight,
     }
     if isinstance(config, DTFConfig):
         return weights | {"prior_loss": config.prior_loss_weight}

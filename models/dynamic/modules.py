@@ -68,7 +68,7 @@ class DTFDecisionLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> DecisionOutput:
         x = hidden_states.transpose(0, 1)
-        update, expected = self.layer(x, None, None)
+        update, expected, _ = self.layer(x, None, None)
         posterior = (x + update).transpose(0, 1)
         if expected is None:
             return DecisionOutput(hidden_states, posterior, None, None, update, None)
@@ -165,8 +165,9 @@ class MoDLayer(nn.Module):
 
 
 def _some(layer: layers.SomeTokens, x: Tensor, routed: RouterOutput) -> Tensor:
-    y: Tensor = layer(x.transpose(0, 1), routed.gate.T, routed.selection, _places(x))
-    return y.transpose(0, 1)
+    y, _ = layer(x.transpose(0, 1), routed.gate.T, routed.selection, _places(x))
+    added: Tensor = y.transpose(0, 1)
+    return added
 
 
 def _pair(config: DTFConfig) -> Any:

@@ -5,6 +5,8 @@ Shapes: s sequence, b batch, h hidden, t tensor size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable
 from models.dynamic.block import Block, Places, SomeTokens
 from models.dynamic.cache import PairCache
-from models.dynamic.carry import DTF_AUX, DynamicCarry, with_entries
+from models.dynamic.carry import DTF_AUX, DynamicCarry, with_entries, with_expert_losses
 from models.dynamic.config import DTFConfig
 from models.dynamic.surprise import (
     DTFRouter,
@@ -28,6 +30,15 @@ from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 
 
+class Decided(NamedTuple):
+    """`delta` [s/t, b, h]: what a block adds to every token. `expected`: what its prior expected,
+    None without one. `expert_losses`: of the block."""
+
+    delta: Tensor
+    expected: Expected | None
+    expert_losses: Tensor | None
+
+
 class DTFDecisionLayer(nn.Module):
     """What a block adds to every token, and what a small prior expected it to add."""
 
@@ -40,14 +51,15 @@ class DTFDecisionLayer(nn.Module):
             self.prior_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
             self.prior = PriorFFN(config, ctx=ctx)
 
-    def forward(
-        self, x: Tensor, positions: Tensor | None, cache: PairCache | None
-    ) -> tuple[Tensor, Expected | None]:
-        """x [s/t, b, h] -> delta [s/t, b, h], and what was expected of it."""
-        delta = self.block(x, positions=positions, cache=None if cache is None else cache.decision)
-        if self.prior is None or self.prior_norm is None:
-            return delta, None
-        return delta, self.prior(self.prior_norm(x.detach() if self.detaches else x))
+    def forward(self, x: Tensor, positions: Tensor | None, cache: PairCache | None) -> Decided:
+        """x [s/t, b, h]."""
+        delta, losses = self.block(
+            x, positions=positions, cache=None if cache is None else cache.decision
+        )
+        expected = None
+        if self.prior is not None and self.prior_norm is not None:
+            expected = self.prior(self.prior_norm(x.detach() if self.detaches else x))
+        return Decided(delta, expected, losses)
 
 
 class DTFPair(nn.Module):
@@ -77,7 +89,7 @@ class DTFPair(nn.Module):
     def forward(self, carry: DynamicCarry, cache: PairCache | None = None) -> DynamicCarry:
         x, router = carry.hidden, self.router
         places = self.dynamic.places(x, carry.positions, None if cache is None else cache.dynamic)
-        delta, expected = self.decision(x, carry.positions, cache)
+        delta, expected, losses = self.decision(x, carry.positions, cache)
         post = x + delta
         numbers = None if carry.tokens is None else router.random_numbers(carry.tokens, places)
         surprise = surprise_of(delta, expected, places, self.config, cache=cache, ctx=self.ctx)
@@ -88,9 +100,11 @@ class DTFPair(nn.Module):
             y = self.dynamic.continued(post, scored.gate, chosen, cache.dynamic)
             return carry._replace(hidden=y)
         selection, measured = router.choice(post, scored, forced)
-        y = self.dynamic(post, scored.gate, selection, places)
+        y, more_losses = self.dynamic(post, scored.gate, selection, places)
         if not self.training:
             return carry._replace(hidden=y)
+        for each in (losses, more_losses):
+            carry = with_expert_losses(carry, each, self.config)
         if expected is not None:
             normalised = self.config.prior_loss == "nmse"
             aux["prior_loss"] = prior_loss(delta, expected, normalised=normalised, ctx=self.ctx)

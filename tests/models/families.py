@@ -113,6 +113,9 @@ CASES = {
             qkv_bias=False,
         ),
     ),
+    "mod_experts": Case(
+        MOD, MoDConfig(**_DYNAMIC | {"intermediate_size": 32}, num_experts=4, experts_per_token=2)
+    ),
     "dtf": Case(DTF, DTFConfig(**_DYNAMIC)),
     "dtf_variant": Case(
         DTF,
