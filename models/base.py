@@ -37,6 +37,30 @@ def logits_of(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
+class BaseModelMapping:
+    """How a family grows out of a model of transformers, whose layers are a part of its own.
+
+    * `model_types`: their `model_type`s that it can grow out of.
+    * `from_config(contents, changes)`: the family's configuration for the contents of their
+      config.json and other settings, its own or in place of theirs.
+    * `defaults`: settings that weights of theirs need to begin as the same function.
+    * `check_sizes(ours, theirs, source)`: raises ValueError where the weights of the second
+      configuration do not fit the first. Fewer layers do: the first ones are taken.
+    * `names(config)`: our parameter name -> theirs, of the part that is theirs. Raises ValueError
+      for a parameter that neither they have nor the family adds.
+    * `to_config(config)`: the contents of their config.json for that part. Raises ValueError where
+      it is another function than the model with every token computed.
+    """
+
+    model_types: tuple[str, ...]
+    from_config: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
+    defaults: Mapping[str, Any]
+    check_sizes: Callable[[Any, Any, str], None]
+    names: Callable[[Any], dict[str, str]]
+    to_config: Callable[[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class HFMapping:
     """How a family is written in Hugging Face's names, as data.
 
@@ -48,6 +72,7 @@ class HFMapping:
     * `derived`: regular expression of their tensors that hold nothing learnt.
     * `code`: for a model that transformers does not have, the files that an exported directory
       holds -> the modules that models.hf_bundle generates them from.
+    * `base`: for a family that grows out of a model of transformers.
     """
 
     model_types: tuple[str, ...]
@@ -57,6 +82,7 @@ class HFMapping:
     tied: Callable[[Any], dict[str, str]]
     derived: str
     code: Mapping[str, str] = field(default_factory=dict)
+    base: BaseModelMapping | None = None
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,12 @@ def load_model(
 
 
 class ParameterInfo(NamedTuple):
-    """The full shape of a stored tensor, and how tensor ranks share it."""
+    """The full shape of a stored tensor, and how tensor ranks share it. `buffer_dtype`: that of a
+    buffer, which keeps it at any precision; None for a parameter."""
 
     shape: torch.Size
     sharding: Sharding
+    buffer_dtype: torch.dtype | None = None
 
 
 def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo]:
@@ -113,7 +115,7 @@ def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo
                 name = f"{spec.name}.{path}"
                 table[name] = ParameterInfo(parameter.shape, sharding_of(name, parameter))
         for path, buffer in persistent_buffers(layer).items():
-            table[f"{spec.name}.{path}"] = ParameterInfo(buffer.shape, Sharding())
+            table[f"{spec.name}.{path}"] = ParameterInfo(buffer.shape, Sharding(), buffer.dtype)
     return table
 
 

@@ -1,33 +1,45 @@
 """Checkpoints to Hugging Face directories and back. Safetensors only; nothing is unpickled.
 
     python -m models.convert to-hf --checkpoint DIR --output DIR [--dtype bf16|fp32]
-        [--max-shard-size 5GB] [--tokenizer SPEC | --no-tokenizer]
+        [--max-shard-size 5GB] [--tokenizer SPEC | --no-tokenizer] [--plain]
     python -m models.convert from-hf --model DIR --output DIR [--dtype bf16|fp32]
+        [--family NAME [--set KEY=VALUE ...] [--from-scratch]]
 
 `to-hf` reads a checkpoint (`step_N`) of any layout, or the newest one of a run directory, and
 writes a directory that transformers loads. `from-hf` writes a checkpoint from which training can
 start and text be generated. Both need memory for about one shard, and neither writes into a
 directory that holds anything. A model that transformers does not have is exported with its code;
 code that a directory brings is never run here.
+
+`--family`: a model of a family that grows out of the one in the directory, with its weights;
+`--set` changes settings (values as in JSON), and `--from-scratch` takes the settings only.
+`--plain`: the export of such a model as the one it grew out of, without what the family adds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from models.checkpoint import StoredModel, open_checkpoint, write_manifest
+from models.hf_base import import_base_weights, plain_model, read_base_config
 from models.hf_export import export_model
 from models.hf_import import import_weights, read_foreign_config
 from models.hf_tokenizer import copy_tokenizer, export_tokenizer
 
+_CODE_REMARK = (
+    "the directory holds the model's code: load it with from_pretrained(..., "
+    "trust_remote_code=True), which needs transformers, torch and pydantic"
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,15 +51,20 @@ def to_hf(
     max_shard_size: str = "5GB",
     tokenizer: str | None = None,
     with_tokenizer: bool = True,
+    plain: bool = False,
 ) -> list[str]:
     """Export a checkpoint; returns remarks for the user.
 
-    `tokenizer` replaces the one that the checkpoint names.
+    `tokenizer` replaces the one that the checkpoint names. `plain`: export the model of
+    transformers that the family grows out of, without what it adds.
 
     Raises:
-        ValueError: the checkpoint, the output or the tokenizer cannot be used.
+        ValueError: the checkpoint, the output or the tokenizer cannot be used, or the model has no
+            plain form.
     """
     stored = open_checkpoint(checkpoint)
+    family = stored.family
+    hf = plain_model(family, stored.config) if plain else family.require_hf()
     spec = (tokenizer or stored.tokenizer) if with_tokenizer else None
     remarks = [] if spec not in (None, "bytes") else [_why_no_tokenizer(spec)]
     with _published(output) as folder:
@@ -55,33 +72,54 @@ def to_hf(
         export_model(
             stored,
             folder,
+            hf=hf,
             dtype=dtype,
             max_shard_size=max_shard_size,
             special_tokens=special_tokens,
         )
-    if stored.family.require_hf().code:
-        remarks.append(
-            "the directory holds the model's code: load it with from_pretrained(..., "
-            "trust_remote_code=True), which needs transformers, torch and pydantic"
-        )
-    return remarks
+    if plain:
+        remarks.append("the plain model computes every token in every layer")
+    return [*remarks, _CODE_REMARK] if hf.code else remarks
 
 
-def from_hf(model: Path, output: Path, *, dtype: torch.dtype | None = None) -> list[str]:
+def from_hf(
+    model: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    from_scratch: bool = False,
+) -> list[str]:
     """Import a Hugging Face directory as a checkpoint; returns remarks for the user.
+
+    `family`: one that grows out of the model in the directory, with `changes` of its settings;
+    `from_scratch`: with nothing of its weights.
 
     Raises:
         ValueError: the model is not one of ours, is damaged, or is not stored as safetensors.
     """
-    foreign = read_foreign_config(model)
+    remarks = []
+    if family is None:
+        foreign = read_foreign_config(model)
+    else:
+        foreign = read_base_config(model, family, changes or {}, from_scratch=from_scratch)
     with _published(output) as folder:
         (folder / "weights").mkdir()
-        import_weights(foreign, folder / "weights", dtype=dtype)
+        if family is None:
+            import_weights(foreign, folder / "weights", dtype=dtype)
+        else:
+            taken = import_base_weights(
+                foreign, folder / "weights", dtype=dtype, from_scratch=from_scratch
+            )
+            remarks.append(f"{len(taken)} tensors are those of {model}; all others are new")
         has_tokenizer = copy_tokenizer(model, folder / "tokenizer")
         spec = str((output / "tokenizer").absolute()) if has_tokenizer else None
         stored = StoredModel(folder / "weights", foreign.family, foreign.config, spec)
         write_manifest(folder, stored)
-    return [] if has_tokenizer else [f"{model} has no tokenizer files; none were copied"]
+    if not has_tokenizer:
+        remarks.append(f"{model} has no tokenizer files; none were copied")
+    return remarks
 
 
 def _write_tokenizer(spec: str, folder: Path, stored: StoredModel) -> dict[str, int]:
@@ -135,7 +173,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = None if arguments.dtype is None else _DTYPES[arguments.dtype]
     try:
         if arguments.command == "from-hf":
-            remarks = from_hf(arguments.model, arguments.output, dtype=dtype)
+            remarks = from_hf(
+                arguments.model,
+                arguments.output,
+                dtype=dtype,
+                family=arguments.family,
+                changes=_changes(arguments),
+                from_scratch=arguments.from_scratch,
+            )
         else:
             remarks = to_hf(
                 arguments.checkpoint,
@@ -144,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_shard_size=arguments.max_shard_size,
                 tokenizer=arguments.tokenizer,
                 with_tokenizer=not arguments.no_tokenizer,
+                plain=arguments.plain,
             )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -151,6 +197,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in (*remarks, f"wrote {arguments.output}"):
         print(line)
     return 0
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--set`."""
+    if arguments.family is None and (arguments.set or arguments.from_scratch):
+        raise ValueError("--set and --from-scratch have no effect without --family; give it")
+    changes: dict[str, Any] = {}
+    for entry in arguments.set:
+        name, equals, text = entry.partition("=")
+        if not (name and equals) or name in changes:
+            raise ValueError(f"--set {entry}: give each setting once, as KEY=VALUE")
+        try:
+            changes[name] = json.loads(text)
+        except json.JSONDecodeError:
+            changes[name] = text
+    return changes
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -164,8 +226,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     choice = export.add_mutually_exclusive_group()
     choice.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     choice.add_argument("--no-tokenizer", action="store_true", help="write the model only")
+    export.add_argument(
+        "--plain", action="store_true", help="as the model that the family grows out of"
+    )
     load = commands.add_parser("from-hf", help="write a checkpoint from a Hugging Face directory")
     load.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
+    load.add_argument("--family", help="one that grows out of the model in the directory")
+    load.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    load.add_argument("--from-scratch", action="store_true", help="take no weights")
     for command in (export, load):
         command.add_argument("--output", type=Path, required=True, help="a new directory")
         command.add_argument("--dtype", choices=sorted(_DTYPES), help="default: as stored")

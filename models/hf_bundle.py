@@ -32,17 +32,18 @@ _ROOT = Path(__file__).parents[1]
 Modules = dict[str, Module]
 
 
-def code_of(model_type: str) -> dict[str, str]:
-    """The files of a family's models -> the modules that they are generated from."""
+def code_of(model_type: str, config_module: str) -> dict[str, str]:
+    """The files of a family's models -> the modules that they are generated from: the one with the
+    configuration, `models.<package>.hf_config...`, and beside it `hf_modeling...`."""
     return {
-        f"configuration_{model_type}.py": f"models.{model_type}.hf_config",
-        f"modeling_{model_type}.py": f"models.{model_type}.hf_modeling",
+        f"configuration_{model_type}.py": config_module,
+        f"modeling_{model_type}.py": config_module.replace(".hf_config", ".hf_modeling"),
     }
 
 
-def write_code(model_type: str, directory: Path) -> None:
+def write_code(model_type: str, config_module: str, directory: Path) -> None:
     """Write the files of `code_of` into a directory."""
-    for name, text in bundle(code_of(model_type)).items():
+    for name, text in bundle(code_of(model_type, config_module)).items():
         (directory / name).write_text(text, encoding="utf-8")
 
 

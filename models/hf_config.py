@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -27,10 +28,11 @@ _FOREIGN_KEYS = {
 
 
 class FamilyPreTrainedConfig(PreTrainedConfig):
-    """Every setting of `settings_class` as an attribute, under its own name.
+    """Every setting of `settings_class` as an attribute, under its own name unless a subclass
+    defines `attributes` and `values`.
 
     Subclasses say `model_type` (the family's name), `settings_class`, `model_class` (the name of
-    the model that a directory is loaded as) and `attribute_map` (names that transformers asks for).
+    the model that a directory is loaded as) and `attribute_map` (other names -> the attributes).
 
     Raises:
         ValueError: a key that neither the family nor transformers knows, or a wrong value.
@@ -41,21 +43,32 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        names = self.setting_names()
+        names = self.attribute_names()
         rest = {name: value for name, value in given.items() if name not in names}
         _check_foreign(rest, [*names, *self.attribute_map], family=self.model_type)
-        values = self._validated({name: given[name] for name in names if name in given})
+        values = self.values({name: given[name] for name in names if name in given})
         rest["auto_map"] = self._auto_map()
-        super().__post_init__(**values.model_dump(exclude={"family"}), **rest)
+        super().__post_init__(**self.attributes(self._validated(values)), **rest)
 
     @classmethod
     def from_settings(cls, settings: BaseModel) -> Self:
         """The configuration with these settings."""
-        return cls(**settings.model_dump(exclude={"family"}))
+        return cls(**cls.attributes(settings))
 
     @classmethod
-    def setting_names(cls) -> list[str]:
+    def attribute_names(cls) -> list[str]:
+        """The attributes that `values` takes."""
         return [name for name in cls.settings_class.model_fields if name != "family"]
+
+    @classmethod
+    def attributes(cls, settings: BaseModel) -> dict[str, Any]:
+        """The attributes that hold these settings."""
+        return settings.model_dump(exclude={"family"})
+
+    @classmethod
+    def values(cls, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """The reverse: values for `settings_class`."""
+        return dict(attributes)
 
     def settings(self) -> Any:
         """The family's own configuration, with its checks.
@@ -63,7 +76,8 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
         Raises:
             ValueError: an attribute has been set to a wrong value.
         """
-        return self._validated({name: getattr(self, name) for name in self.setting_names()})
+        present = [name for name in self.attribute_names() if hasattr(self, name)]
+        return self._validated(self.values({name: getattr(self, name) for name in present}))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write config.json, and beside it the code that it names."""
@@ -72,7 +86,7 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
         if type(self).__module__.split(".")[0] == "models":
             from models.hf_bundle import write_code
 
-            write_code(self.model_type, Path(save_directory))
+            write_code(self.model_type, type(self).__module__, Path(save_directory))
 
     def _auto_map(self) -> dict[str, str]:
         return {
@@ -80,14 +94,15 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
             "AutoModelForCausalLM": f"modeling_{self.model_type}.{self.model_class}",
         }
 
-    def _validated(self, values: dict[str, Any]) -> BaseModel:
+    @classmethod
+    def _validated(cls, values: dict[str, Any]) -> Any:
         try:
-            return self.settings_class(**values)
+            return cls.settings_class(**values)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             where = f"{key}={first['input']!r}: " if key else ""
-            raise ValueError(f"{self.model_type}: {where}{first['msg']}") from None
+            raise ValueError(f"{cls.model_type}: {where}{first['msg']}") from None
 
 
 def _check_foreign(values: dict[str, Any], names: list[str], *, family: str) -> None:

@@ -50,13 +50,8 @@ def read_foreign_config(directory: Path) -> ForeignModel:
             does not have.
     """
     path = directory / "config.json"
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        model_type = contents["model_type"]
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a model configuration: no model_type in it") from error
+    contents = read_contents(path)
+    model_type = contents["model_type"]
     mappings = {
         model_type: (family, family.hf)
         for family in map(get_family, family_names())
@@ -69,12 +64,33 @@ def read_foreign_config(directory: Path) -> ForeignModel:
             f"known are {', '.join(sorted(mappings))}"
         )
     family, hf = mappings[model_type]
-    return ForeignModel(directory, family, hf, _converted(hf, contents, path))
+    return ForeignModel(directory, family, hf, converted(hf.from_config, contents, path=path))
 
 
-def _converted(hf: HFMapping, contents: dict[str, Any], path: Path) -> Any:
+def read_contents(path: Path) -> dict[str, Any]:
+    """The contents of a config.json, `model_type` among them.
+
+    Raises:
+        ValueError: there is no such file, or it is no model configuration.
+    """
     try:
-        return hf.from_config(contents)
+        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        contents["model_type"]
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a model configuration: no model_type in it") from error
+    return contents
+
+
+def converted(convert: Callable[..., Any], *arguments: Any, path: Path) -> Any:
+    """`convert(*arguments)` of what is in the config.json at `path`.
+
+    Raises:
+        ValueError: for any error of it.
+    """
+    try:
+        return convert(*arguments)
     except Exception as error:  # transformers' validation raises errors of many types
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be imported: {reason}") from error
@@ -88,15 +104,17 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
     """
     names = model.hf.names(model.config)
     with open_foreign_weights(model.directory) as tensors:
-        tensors = _without_ties(_without_derived(tensors, model), model)
+        tensors = without_copies(tensors, model.hf, model.config, source=model.directory)
         check_names(tensors, names.values(), source=model.directory)
         weights = []
-        for name, (shape, sharding) in parameter_table(model.family, model.config).items():
+        for name, info in parameter_table(model.family, model.config).items():
             foreign = tensors[names[name]]
-            check_shape(names[name], foreign.shape, shape, source=model.directory)
-            target = dtype or foreign.dtype
-            load = partial(_load_finite, names[name], foreign, target)
-            weights.append(Weight(name, tuple(shape), target, sharding, load))
+            check_shape(names[name], foreign.shape, info.shape, source=model.directory)
+            target = info.buffer_dtype or dtype or foreign.dtype
+            # Of a buffer, infinity may be where it starts.
+            refuse = torch.isnan if info.buffer_dtype else not_finite
+            load = partial(load_sound, names[name], foreign, target, refuse)
+            weights.append(Weight(name, tuple(info.shape), target, info.sharding, load))
         position = ShardPosition()
         with (output / position.file_name).open("wb") as file:
             write_shard(file, weights, position=position)
@@ -164,31 +182,44 @@ def _read_index(directory: Path) -> dict[Path, set[str] | None]:
     return dict(files)
 
 
-def _without_derived(
-    tensors: dict[str, ForeignTensor], model: ForeignModel
+def without_copies(
+    tensors: dict[str, ForeignTensor], hf: HFMapping, config: Any, *, source: Path
 ) -> dict[str, ForeignTensor]:
-    derived = re.compile(model.hf.derived)
-    return {name: tensor for name, tensor in tensors.items() if not derived.fullmatch(name)}
+    """Drop what some files have beside the parameters: tensors that hold nothing learnt, and second
+    copies of tied tensors.
 
-
-def _without_ties(
-    tensors: dict[str, ForeignTensor], model: ForeignModel
-) -> dict[str, ForeignTensor]:
-    """Drop second copies of tied tensors, which some files have, after comparing them."""
-    kept = dict(tensors)
-    for second, first in model.hf.tied(model.config).items():
+    Raises:
+        ValueError: the copies differ.
+    """
+    derived = re.compile(hf.derived)
+    kept = {name: tensor for name, tensor in tensors.items() if not derived.fullmatch(name)}
+    for second, first in hf.tied(config).items():
         if second in kept and first in kept:
             if not torch.equal(kept[first].load(), kept[second].load()):
                 raise ValueError(
-                    f"{model.directory}: config.json ties {second} to {first}, but they differ; "
+                    f"{source}: config.json ties {second} to {first}, but they differ; "
                     "set tie_word_embeddings to false in it"
                 )
             del kept[second]
     return kept
 
 
-def _load_finite(name: str, foreign: ForeignTensor, dtype: torch.dtype) -> Tensor:
+def not_finite(tensor: Tensor) -> Tensor:
+    return ~torch.isfinite(tensor)
+
+
+def load_sound(
+    name: str,
+    foreign: ForeignTensor,
+    dtype: torch.dtype,
+    refuse: Callable[[Tensor], Tensor] = not_finite,
+) -> Tensor:
+    """A tensor in `dtype`.
+
+    Raises:
+        ValueError: `refuse` finds some of its values.
+    """
     tensor = foreign.load()
-    if not torch.isfinite(tensor).all():
+    if bool(refuse(tensor).any()):
         raise ValueError(f"{name} holds values that are not finite; the model is damaged")
     return tensor.to(dtype)

@@ -54,6 +54,10 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows."""
         raise NotImplementedError
 
+    def auxiliary_loss(self, output: Any) -> Tensor | None:
+        """What training minimises beside the cross entropy, in what the last layer returns."""
+        return None
+
     def new_cache(self, max_length: int) -> FamilyCache:
         """An empty cache for at most `max_length` tokens, padding included.
 
@@ -78,7 +82,7 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
         cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
         A call with a cache has no gradient. The loss is the mean cross entropy of each token from
-        those before it, without a family's other losses.
+        those before it, and what `auxiliary_loss` adds.
 
         Raises:
             ValueError: a mask, a cache or labels that do not fit, or too many tokens.
@@ -87,19 +91,21 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache(self.config.max_position_embeddings)
+        auxiliary = None
         if cache is None:
-            logits = self._whole(tokens, present, attention_mask)[:, _kept(logits_to_keep)]
+            logits, output = self._whole(tokens, present, attention_mask)
+            logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
         else:
             logits = self._continued(tokens, present, attention_mask, cache, logits_to_keep)
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, num_items_in_batch)
+            loss = self._loss(logits, labels, num_items_in_batch, auxiliary)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _whole(
         self, tokens: Tensor, given: Mapping[str, Tensor], attention_mask: Tensor | None
-    ) -> Tensor:
-        """Logits [b, s, V] without a cache.
+    ) -> tuple[Tensor, Any]:
+        """Logits [b, s, V] without a cache, and what the last layer returned.
 
         Rows are turned until they begin at column 0, and their logits are turned back: the layers
         are causal, so that padding after a row's tokens does not reach them.
@@ -116,10 +122,11 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
                 columns = torch.arange(tokens.shape[1], device=tokens.device)
                 tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
                 back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
-        logits = logits_of(self.model(self.inputs(tokens, given))).transpose(0, 1)
-        if back is None:
-            return logits
-        return logits.gather(1, back.unsqueeze(-1).expand_as(logits))
+        output = self.model(self.inputs(tokens, given))
+        logits = logits_of(output).transpose(0, 1)
+        if back is not None:
+            logits = logits.gather(1, back.unsqueeze(-1).expand_as(logits))
+        return logits, output
 
     @torch.no_grad()
     def _continued(
@@ -167,7 +174,11 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _loss(
-        self, logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_items_in_batch: int | Tensor | None,
+        auxiliary: Tensor | None,
     ) -> Tensor:
         if labels.shape != logits.shape[:2]:
             raise ValueError(
@@ -178,10 +189,13 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         losses = vocab_parallel_cross_entropy(
             logits.transpose(0, 1), following.to(logits.device), ctx=self.model.ctx
         )
-        count = num_items_in_batch
-        if count is None:
-            count = (following != IGNORED_LABEL).sum().clamp(min=1)
-        return losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
+        own = (following != IGNORED_LABEL).sum().clamp(min=1).to(losses.device)
+        count = own if num_items_in_batch is None else num_items_in_batch
+        if isinstance(count, Tensor):
+            count = count.to(losses.device)
+        loss = losses.sum() / count
+        # A batch in several parts counts the losses of each by its share of the tokens.
+        return loss if auxiliary is None else loss + auxiliary * (own / count)
 
     # What transformers asks of a model.
 

@@ -1,26 +1,33 @@
-"""Families that transformers has no equal of: they keep their names and bring their code along."""
+"""Families that transformers has no equal of: they bring their code along."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from models.base import HFMapping
+from models.base import BaseModelMapping, HFMapping
 from models.checkpoint import parameter_table
 from models.hf_bundle import code_of
 from models.registry import get_family
 from parallel.carry import ties
 
 
-def own_mapping(family: str, config_class: str) -> HFMapping:
-    """Our parameter names under `model.`, our settings as they are.
+def own_mapping(
+    family: str,
+    config_module: str,
+    config_class: str,
+    *,
+    name: Callable[[str], str] = "model.{}".format,
+    base: BaseModelMapping | None = None,
+) -> HFMapping:
+    """Our settings as `config_class` of `config_module` (`models.<package>.hf_config...`) has them.
 
-    `config_class`: the configuration for transformers in `models.<family>.hf_config`.
+    `name`: of a parameter or buffer in files. `base`: the model that the family grows out of.
     """
 
     def theirs() -> Any:
-        return getattr(importlib.import_module(f"models.{family}.hf_config"), config_class)
+        return getattr(importlib.import_module(config_module), config_class)
 
     def to_config(config: Any) -> dict[str, Any]:
         contents = theirs().from_settings(config).to_diff_dict()
@@ -30,11 +37,11 @@ def own_mapping(family: str, config_class: str) -> HFMapping:
         return theirs()(**contents).settings()
 
     def names(config: Any) -> dict[str, str]:
-        return {name: f"model.{name}" for name in parameter_table(get_family(family), config)}
+        return {ours: name(ours) for ours in parameter_table(get_family(family), config)}
 
     def tied(config: Any) -> dict[str, str]:
         specs = get_family(family).layer_specs(config)
-        return {f"model.{t.layer}.{t.path}": f"model.{t.target}" for t in ties(specs)}
+        return {name(f"{t.layer}.{t.path}"): name(t.target) for t in ties(specs)}
 
     return HFMapping(
         model_types=(family,),
@@ -43,5 +50,6 @@ def own_mapping(family: str, config_class: str) -> HFMapping:
         names=names,
         tied=tied,
         derived=r"(?!)",  # nothing
-        code=code_of(family),
+        code=code_of(family, config_module),
+        base=base,
     )

@@ -121,8 +121,14 @@ def build_layers(
             raise ValueError(f"layer name {spec.name!r} is not a unique identifier")
         layer = spec.module(ctx=ctx, **spec.kwargs)
         if seed is not None:
-            names = dict(spec.tied)
-            initialize(layer, seed=seed, prefix=spec.name, tensor_rank=ctx.tensor.rank, names=names)
+            initialize(
+                layer,
+                seed=seed,
+                prefix=spec.name,
+                tensor_rank=ctx.tensor.rank,
+                expert_rank=ctx.expert.rank,
+                names=dict(spec.tied),
+            )
         for path, target in spec.tied.items():
             owner, _, target_path = target.partition(".")
             if owner in layers:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from parallel.precision import Precision
 
 AXES = ("tensor", "pipeline", "data", "context", "expert")
-RESERVED_AXES = ("context", "expert")
+RESERVED_AXES = ("context",)
 
 
 class Axis(NamedTuple):
@@ -31,12 +31,17 @@ class ParallelContext:
 
     Ranks are ordered with the tensor axis fastest, then data, then pipeline:
     `rank = (pipeline * data_size + data) * tensor_size + tensor`, the order of DeepSpeed's
-    PipeModelDataParallelTopology and of Megatron-Core's parallel_state.
+    PipeModelDataParallelTopology and of Megatron-Core's parallel_state. The expert axis divides the
+    data axis, neighbours first: `data = expert_data * expert_size + expert`. Ranks that differ in
+    `expert` alone hold different experts of the same layers, those that differ in `expert_data`
+    alone the same ones.
     """
 
     tensor: Axis = field(default_factory=Axis)
     pipeline: Axis = field(default_factory=Axis)
     data: Axis = field(default_factory=Axis)
+    expert: Axis = field(default_factory=Axis)
+    expert_data: Axis = field(default_factory=Axis)
     sequence_parallel: bool = False
     precision: Precision = field(default_factory=Precision)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -80,7 +85,7 @@ class ParallelContext:
         precision: Precision | None = None,
         device: torch.device | str = "cpu",
     ) -> ParallelContext:
-        """Lay the initialised process group out as pipeline x data x tensor.
+        """Lay the initialised process group out as pipeline x data x tensor, data around expert.
 
         Collective: every rank of the world calls it with the same sizes. At tensor size > 1
         Megatron-Core's parallel_state is initialised with the same ranks.
@@ -88,18 +93,18 @@ class ParallelContext:
         Raises:
             ValueError: the sizes do not divide the world, or a reserved axis is used.
         """
-        _refuse_reserved(context=context, expert=expert)
+        _refuse_reserved(context=context)
         world_size = dist.get_world_size()
         data = _data_size(world_size, tensor=tensor, pipeline=pipeline)
-        mesh = dist.init_device_mesh(
-            torch.device(device).type,
-            (pipeline, data, tensor),
-            mesh_dim_names=("pipeline", "data", "tensor"),
-        )
-        axes = {
-            name: Axis(mesh[name].size(), mesh.get_local_rank(name), mesh.get_group(name))
-            for name in ("tensor", "pipeline", "data")
-        }
+        _check_expert_size(expert, data)
+        kind = torch.device(device).type
+        axes = _axes(kind, {"pipeline": pipeline, "data": data, "tensor": tensor})
+        if expert > 1:
+            inside = {"expert_data": data // expert, "expert": expert}
+            within = _axes(kind, {"pipeline": pipeline, **inside, "tensor": tensor})
+            axes |= {name: within[name] for name in inside}
+        else:
+            axes["expert_data"] = axes["data"]
         if tensor > 1:
             from parallel.megatron import initialize_model_parallel
 
@@ -109,6 +114,24 @@ class ParallelContext:
             sequence_parallel=sequence_parallel,
             precision=precision or Precision(),
             device=torch.device(device),
+        )
+
+
+def _axes(device_type: str, sizes: dict[str, int]) -> dict[str, Axis]:
+    """One axis for each entry, the last fastest (collective)."""
+    names = tuple(sizes)
+    mesh = dist.init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=names)
+    return {
+        name: Axis(mesh[name].size(), mesh.get_local_rank(name), mesh.get_group(name))
+        for name in names
+    }
+
+
+def _check_expert_size(expert: int, data: int) -> None:
+    if expert < 1 or data % expert:
+        raise ValueError(
+            f"parallel.expert={expert} does not divide the data size {data}, which is the world "
+            "size over parallel.tensor x parallel.pipeline; choose an expert size that does"
         )
 
 

@@ -77,7 +77,7 @@ def add_tokens(
     return added
 
 
-class _Rows(NamedTuple):
+class _RowsOfSequence(NamedTuple):
     """Chosen tokens as rows of `x.flatten(0, 1)`: int64 [k * b], and bool [k * b] each which of
     them are this rank's and which are valid; None for all."""
 
@@ -86,7 +86,7 @@ class _Rows(NamedTuple):
     valid: Tensor | None
 
 
-def _rows(selection: Selection, x: Tensor, *, ctx: ParallelContext) -> _Rows:
+def _rows(selection: Selection, x: Tensor, *, ctx: ParallelContext) -> _RowsOfSequence:
     length, batch = x.shape[:2]
     indices, present = selection.indices.T, None
     if ctx.sequence_parallel:
@@ -95,7 +95,7 @@ def _rows(selection: Selection, x: Tensor, *, ctx: ParallelContext) -> _Rows:
         indices = indices.clamp(0, length - 1)
     index = indices * batch + torch.arange(batch, device=x.device)
     valid = None if selection.valid is None else selection.valid.T.flatten()
-    return _Rows(index.flatten(), present, valid)
+    return _RowsOfSequence(index.flatten(), present, valid)
 
 
 class _AddRows(torch.autograd.Function):

@@ -72,17 +72,18 @@ def partition(costs: Sequence[int], num_stages: int) -> list[int]:
 
 
 def layer_costs(specs: Sequence[LayerSpec]) -> list[int]:
-    """Parameters that multiply every token, per layer: lookups in an embedding cost nothing."""
+    """Parameters that multiply every token, per layer: lookups in an embedding cost nothing, and
+    what is below a module with a `token_share` that share."""
     ctx = ParallelContext.single(device="meta")
-    costs = []
-    for spec in specs:
-        layer = spec.module(ctx=ctx, **spec.kwargs)
-        tables = [m for m in layer.modules() if isinstance(m, nn.Embedding)]
-        costs.append(
-            sum(p.numel() for p in layer.parameters())
-            - sum(p.numel() for table in tables for p in table.parameters())
-        )
-    return costs
+    return [round(_cost(spec.module(ctx=ctx, **spec.kwargs))) for spec in specs]
+
+
+def _cost(module: nn.Module) -> float:
+    if isinstance(module, nn.Embedding):
+        return 0.0
+    cost: float = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    cost += sum(_cost(child) for child in module.children())
+    return cost * getattr(module, "token_share", 1.0)
 
 
 class PipelineStage(PipelineModule):

@@ -26,6 +26,7 @@ def initialize(
     seed: int,
     prefix: str,
     tensor_rank: int,
+    expert_rank: int = 0,
     names: dict[str, str] | None = None,
 ) -> None:
     """Fill every parameter of `module` from its declared initialiser.
@@ -39,10 +40,18 @@ def initialize(
         canonical = (names or {}).get(name, f"{prefix}.{name}")
         drawn = _Drawn(canonical, init_of(canonical, parameter), sharding_of(canonical, parameter))
         with torch.no_grad():
-            _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank)
+            _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
 
 
-def perturb(module: nn.Module, *, seed: int, prefix: str, tensor_rank: int, std: float) -> None:
+def perturb(
+    module: nn.Module,
+    *,
+    seed: int,
+    prefix: str,
+    tensor_rank: int,
+    std: float,
+    expert_rank: int = 0,
+) -> None:
     """Add N(0, std^2) to every parameter that starts constant, the same at any layout.
 
     Gates and modulations that start at zero hide what lies behind them: to compare layouts or to
@@ -53,7 +62,7 @@ def perturb(module: nn.Module, *, seed: int, prefix: str, tensor_rank: int, std:
             continue
         noise = torch.empty_like(parameter, requires_grad=False)
         drawn = _Drawn(f"{prefix}.{name}/noise", Normal(std), sharding_of(name, parameter))
-        _fill(noise, drawn, seed=seed, tensor_rank=tensor_rank)
+        _fill(noise, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
         with torch.no_grad():
             parameter.add_(noise)
 
@@ -81,7 +90,19 @@ class _Drawn(NamedTuple):
     sharding: Sharding
 
 
-def _fill(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int) -> None:
+def _fill(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int, expert_rank: int) -> None:
+    """Fill this rank's part; stacked experts one by one, each under its own number."""
+    name, init, sharding = drawn
+    if sharding.experts is None:
+        _fill_one(target, drawn, seed=seed, tensor_rank=tensor_rank)
+        return
+    dim = None if sharding.dim is None else sharding.dim - 1
+    for index, matrix in enumerate(target, start=expert_rank * len(target)):
+        one = _Drawn(f"{name}/{index}", init, Sharding(dim, sharding.full_size))
+        _fill_one(matrix, one, seed=seed, tensor_rank=tensor_rank)
+
+
+def _fill_one(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int) -> None:
     name, init, sharding = drawn
     if isinstance(init, Constant):
         target.fill_(init.value)

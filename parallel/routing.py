@@ -69,45 +69,63 @@ def agreed(values: Tensor, *, ctx: ParallelContext) -> Tensor:
 
 
 class ScoreThreshold(nn.Module):
-    """`tau`, above which a share gamma of all scores lies: an average over the steps of training.
+    """`tau`, above which a share gamma of all scores lies; an average over the steps of training.
 
-        tau <- m tau + (1 - m) mean over rows of (r_(k) + r_(k+1)) / 2
+        a   <- m a + (1 - m) mean over rows of (r_(k) + r_(k+1)) / 2
+        o   <- o + (1 - m) (f - k / s) / d
+        tau  = a + o
 
-    with r_(k) the k-th largest score of a row. The first step sets it; before that it is -inf, so
-    that every token is chosen. fp32 at any precision, equal on all ranks, saved with the weights.
-    Source: arXiv 2603.11535.
+    with r_(k) the k-th largest score of a row, f the share of the step's tokens above tau, and d
+    how much that share shrinks when tau grows by one, from the scores below r_(k). The offset o
+    makes up for rows that differ: their mean quantile is not the quantile of all tokens. The first
+    step sets a; before that tau is -inf, so that every token is chosen. fp32 at any precision,
+    equal on all ranks, saved with the weights. Source of a: arXiv 2603.11535.
     """
 
     tau: Tensor
+    offset: Tensor
 
     def __init__(self, *, momentum: float, device: torch.device) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # midpoints, rows
+        self.register_buffer("offset", torch.zeros(1, device=device))
+        # Over rows: their number, middles, shares above tau less k / s, and 1 / d: fp64 [4].
+        self._sums: Tensor | None = None
 
     def observe(self, scores: Tensor, k: int) -> None:
         """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
         nor do those in which scores that were set to infinity leave none to choose."""
-        if k >= scores.shape[1]:
+        length = scores.shape[1]
+        if k >= length:
             return
-        around = scores.double().topk(k + 1, dim=1).values[:, k - 1 :]
-        middle = around.mean(dim=1)
-        counted = middle.isfinite()
-        self._sums += torch.stack((middle.where(counted, 0.0).sum(), counted.sum()))
+        lower = min(k + (k + 1) // 2, length - 1)
+        values = scores.double().topk(lower + 1, dim=1).values
+        middle = (values[:, k - 1] + values[:, k]) / 2
+        excess = ((scores > self.tau).sum(dim=1) - k) / length
+        slope = (values[:, k - 1] - values[:, lower]) * (length / (lower + 1 - k))
+        rows = torch.stack((torch.ones_like(middle), middle, excess, slope))
+        sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def take_sums(self) -> Tensor:
-        sums, self._sums = self._sums, torch.zeros_like(self._sums)
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return torch.zeros(4, dtype=torch.float64, device=self.tau.device)
         return sums
 
     def after_step(self, sums: Tensor) -> None:
-        mean = (sums[0] / sums[1]).float()
-        moved = torch.where(self.tau.isinf(), mean, self.tau.lerp(mean, 1.0 - self.momentum))
-        self.tau.copy_(torch.where(sums[1] > 0, moved, self.tau))
+        middle, excess, slope = (sums[1:] / sums[0]).float().split(1)
+        rate, begins = 1.0 - self.momentum, self.tau.isinf()
+        moved = self.offset + rate * excess * slope
+        offset = torch.where(begins, self.offset, moved)
+        average = torch.where(begins, middle, (self.tau - self.offset).lerp(middle, rate))
+        saw_rows = sums[:1] > 0
+        self.offset.copy_(torch.where(saw_rows, offset, self.offset))
+        self.tau.copy_(torch.where(saw_rows, average + offset, self.tau))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(kept_in_dtype(self, fn), recurse)
-        self._sums = self._sums.to(self.tau.device)
         return self
 
 

@@ -1,4 +1,4 @@
-"""What every parameter says about itself: how tensor ranks share it and how it starts.
+"""What every parameter says about itself: how ranks share it and how it starts.
 
 A model is initialised, merged for export, split for import and reduced from these declarations
 alone, so a parameter that declares nothing is an error.
@@ -14,23 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.context import ParallelContext
+from parallel.context import Axis, ParallelContext
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the tensor ranks hold one parameter.
+    """How the tensor ranks, and the expert ranks, hold one parameter.
 
     `dim`: the dimension that is cut into equal parts, rank by rank, or None when every rank holds
     all of it. `full_size`: the extent of the whole tensor along `dim`; when the number of ranks
     does not divide it, the last ranks hold padding rows that merging drops.
     `partial_gradient`: the parameter is replicated but each rank sees only a part of the tokens
     (sequence parallelism), so that its gradient must be summed over tensor ranks.
+    `experts`: the parameter stacks the matrices of so many experts along dimension 0, which expert
+    ranks share in equal parts, rank by rank; None for all others, which every data rank holds.
     """
 
     dim: int | None = None
     full_size: int | None = None
     partial_gradient: bool = False
+    experts: int | None = None
 
     @property
     def extent(self) -> int:
@@ -135,12 +138,28 @@ def merge(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
     return torch.cat(list(shards), dim=sharding.dim).narrow(sharding.dim, 0, sharding.extent)
 
 
-def split(full: Tensor, sharding: Sharding, *, size: int, rank: int) -> Tensor:
+def all_experts(shard: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """A parameter with the experts of all expert ranks, in order (collective over them)."""
+    sharding: Sharding = getattr(shard, "sharding", Sharding())
+    if sharding.experts is None or ctx.expert.size == 1:
+        return shard
+    parts = [torch.empty_like(shard) for _ in range(ctx.expert.size)]
+    dist.all_gather(parts, shard.detach().contiguous(), group=ctx.expert.group)
+    return torch.cat(parts)
+
+
+def split(
+    full: Tensor, sharding: Sharding, *, size: int, rank: int, expert: Axis | None = None
+) -> Tensor:
     """The shard of `full` that `rank` of `size` holds, padded with zeros to an equal extent.
+
+    With `expert` that of an expert rank, too, where the parameter stacks experts.
 
     Raises:
         ValueError: the full tensor is not of the declared extent.
     """
+    if expert is not None and sharding.experts is not None:
+        full = full.chunk(expert.size)[expert.rank]
     if sharding.dim is None:
         return full
     if full.shape[sharding.dim] != sharding.extent:

@@ -87,7 +87,8 @@ def module_weights(
     """Parameters and persistent buffers of `module`, a shared one once under its first name.
 
     Args:
-        read: maps a parameter to its full local tensor; needed where ZeRO-3 has partitioned it.
+        read: maps a parameter to its full local tensor; needed where ZeRO-3 has partitioned it, or
+            expert ranks share it: a file holds the experts of all of them.
         skip: names that another pipeline stage writes (the copy of a tied parameter).
 
     Raises:
@@ -105,6 +106,8 @@ def module_weights(
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor
         # Buffers are the same on every tensor rank; parameters have to say so.
         sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
+        if sharding.experts is not None:
+            shape = (sharding.experts, *shape[1:])
         weights.append(Weight(name, shape, tensor.dtype, sharding, partial(read, tensor)))
     return weights
 

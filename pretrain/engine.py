@@ -11,6 +11,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,13 +25,15 @@ from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
 from parallel.layer_state import update_layer_states
 from parallel.precision import Precision
-from parallel.sharding import sharding_table, sum_partial_gradients
+from parallel.sharding import all_experts, sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
 from parallel.wire import Wire
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
+from pretrain.experts import experts_found, register_experts
 from pretrain.optimizers import (
+    add_norms_at_once,
     build_optimizer,
     check_multipliers,
     clip_gradients,
@@ -126,9 +129,9 @@ class PlainEngine:
         return total.item()
 
     def weights(self) -> list[Weight]:
-        if self.plan.resolved.zero_stage < 3:
-            return module_weights(self.module)
-        return module_weights(self.module, read=_gathered)
+        is_partitioned = self.plan.resolved.zero_stage == 3
+        read = _gathered if is_partitioned else partial(all_experts, ctx=self.ctx)
+        return module_weights(self.module, read=read)
 
 
 class PipelineEngine:
@@ -173,7 +176,7 @@ class PipelineEngine:
             for name, parameter in self.module.named_parameters()
             if parameter.ds_pipe_replicated  # type: ignore[attr-defined]
         ]
-        return module_weights(self.module, skip=copies)
+        return module_weights(self.module, read=partial(all_experts, ctx=self.ctx), skip=copies)
 
     def _pairs(
         self, batches: Iterator[Batch], num_scored: Tensor | None = None
@@ -274,6 +277,7 @@ def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engin
     build = _build_stage if ctx.pipeline.size > 1 else _build_whole
     module = build(plan, _after_each(plan, load_layer))
     sharding_table(module)
+    register_experts(module, ctx)
     sum_partial_gradients(module, ctx)
     if run.training.compile:
         for layer in module.children():  # equal layers share their code, start-up stays short
@@ -292,6 +296,11 @@ def check_model(plan: RunPlan) -> None:
         raise ConfigError(
             "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
             "compiled layers; use training.compile=false or stage 1 or 2"
+        )
+    if plan.ctx.pipeline.size > (num_parts := len(plan.specs())):
+        raise ConfigError(
+            f"parallel.pipeline={plan.ctx.pipeline.size} is more than the {num_parts} parts that "
+            f"this model can be cut into; set parallel.pipeline to {num_parts} or less"
         )
     single = ParallelContext.single(device="meta")
     for length in plan.run.data.sequence_lengths:
@@ -323,6 +332,9 @@ def _after_each(plan: RunPlan, load_layer: AfterEach | None) -> AfterEach:
         if plan.resolved.zero_stage == 3:
             import deepspeed
 
+            # DeepSpeed casts the module later, but by then the parameters are elsewhere: they would
+            # stay in fp32 (0.19.8).
+            layer.to(plan.ctx.precision.dtype)
             # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
             # one's shards to the others: training then runs, with wrong weights.
             deepspeed.zero.Init(
@@ -355,13 +367,16 @@ def _initialize(module: nn.Module, plan: RunPlan) -> Any:
     import deepspeed
 
     optimizer = build_optimizer(module, plan.run.training, plan.ctx)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its use of memory in bf16
+    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
+    with quiet, experts_found(plan.ctx):
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             config=plan.resolved.config,
             mpu=None if plan.ctx.pipeline.size > 1 else _mpu(plan.ctx),
         )
+    if plan.ctx.pipeline.size > 1:
+        add_norms_at_once(engine.optimizer)
     return engine
 
 

@@ -28,7 +28,7 @@ Table = Mapping[str, ParameterInfo]
 
 
 class InitialWeights:
-    """Fills one layer after the other with this tensor rank's slices of stored weights.
+    """Fills one layer after the other with this rank's slices of stored weights.
 
     Optimizer, step and data position start anew: that is what distinguishes it from resuming.
     """
@@ -37,6 +37,7 @@ class InitialWeights:
         self._reader = ShardedWeightsReader(path)
         self._table = table
         self._tensor = ctx.tensor
+        self._expert = ctx.expert
 
     @torch.no_grad()
     def load(self, spec: LayerSpec, layer: nn.Module) -> None:
@@ -47,7 +48,8 @@ class InitialWeights:
             name = spec.tied.get(path, f"{spec.name}.{path}")
             sharding = self._table[name].sharding
             full = self._reader.full(name)
-            parameter.copy_(split(full, sharding, size=self._tensor.size, rank=self._tensor.rank))
+            place = {"size": self._tensor.size, "rank": self._tensor.rank}
+            parameter.copy_(split(full, sharding, **place, expert=self._expert))
         for path, buffer in persistent_buffers(layer).items():
             buffer.copy_(self._reader.full(f"{spec.name}.{path}"))
 

@@ -25,7 +25,13 @@ from pretrain.checkpoint import (
     RunIdentity,
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
-from pretrain.checkpoint.rng_state import restore_rng_state
+from pretrain.checkpoint.optimizer_state import (
+    finish_restore,
+    layout_bound_by,
+    restore_optimizer_state,
+    save_optimizer_state,
+)
+from pretrain.checkpoint.rng_state import restore_rng_state, seed_rng
 from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
@@ -141,8 +147,17 @@ class TrainLoop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
-        load_engine_state(self.engine.deepspeed, checkpoint.path)
-        restore_rng_state(checkpoint.rng_path(self.ranks.rank))
+        self.watchdog.moved(f"the restoration of step {checkpoint.step}")
+        engine, path, rank = self.engine.deepspeed, checkpoint.path, self.ranks.rank
+        if checkpoint.any_layout:
+            self.ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+            finish_restore(engine, step=checkpoint.step)
+        else:
+            load_engine_state(engine, path)
+        if checkpoint.layout.grid == self.layout.grid:
+            restore_rng_state(checkpoint.rng_path(rank))
+        else:
+            seed_rng(seed=self.config.training.seed, step=checkpoint.step, rank=rank)
         self.step = checkpoint.step
 
     def run(self, stop: GracefulStop) -> int:
@@ -221,13 +236,18 @@ class TrainLoop:
             )
         )
 
-    def _save(self) -> None:
+    def _save_optimizer(self, directory: Path) -> list[Path]:
         engine = self.engine.deepspeed
+        if self.store.identity.layout_bound_by is not None:
+            return save_engine_state(engine, directory)
+        return save_optimizer_state(engine, directory, ctx=self.ctx, rank=self.ranks.rank)
+
+    def _save(self) -> None:
         self.watchdog.moved(f"the save of step {self.step}")
         self.store.save(
             CheckpointContents(
                 step=self.step,
-                write_engine=lambda directory: save_engine_state(engine, directory),
+                write_engine=self._save_optimizer,
                 weights=self.engine.weights(),
                 trainer={
                     "step": self.step,
@@ -257,7 +277,8 @@ class TrainLoop:
         self._say(
             f"{self.config.model.family}, {self.num_parameters / 1e6:.1f}M parameters, "
             f"{training.precision}, on {self.ranks.size} x {device}\n"
-            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+            f"{f' (expert {layout.expert})' * (layout.expert > 1)}, "
             f"{layout.total_steps:,} steps, {start}\n"
             f"{layout.curriculum.describe()}\n"
             f"run directory {self.config.run_dir}"
@@ -328,9 +349,11 @@ def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> 
             tensor=layout.tensor,
             pipeline=layout.pipeline,
             data=layout.data,
+            expert=layout.expert,
             zero_stage=zero.zero_stage,
             precision=config.training.precision,
         ),
         config=resolved(config),
         fingerprints={},  # the loader compares those of its sources when its state is loaded
+        layout_bound_by=layout_bound_by(config, zero),
     )

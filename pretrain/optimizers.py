@@ -14,6 +14,7 @@ from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from pretrain.config import TrainingConfig
 from pretrain.errors import ConfigError
+from pretrain.experts import group_name, is_shared_by_expert_ranks
 
 
 def parameter_groups(
@@ -21,27 +22,37 @@ def parameter_groups(
     *,
     weight_decay: float,
     lr_multipliers: Mapping[str, float],
+    expert_group: str = "",
 ) -> list[dict[str, Any]]:
     """Groups with equal weight decay and equal learning-rate multiplier, in a fixed order.
 
     Matrices decay; vectors (norms, biases) do not. A multiplier applies to every parameter whose
-    name contains its key; the longest matching key wins.
+    name contains its key; the longest matching key wins. Parameters that expert ranks share have
+    groups of their own, with the marks that DeepSpeed looks for and `expert_group` as their name.
 
     Raises:
         ConfigError: a key of `lr_multipliers` matches no parameter of this stage's model.
     """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         keys = sorted((key for key in lr_multipliers if key in name), key=len)
         multiplier = lr_multipliers[keys[-1]] if keys else 1.0
         # ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
         decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-        groups.setdefault((weight_decay if decays else 0.0, multiplier), []).append(parameter)
+        is_expert = is_shared_by_expert_ranks(parameter)
+        key = (is_expert, weight_decay if decays else 0.0, multiplier)
+        groups.setdefault(key, []).append(parameter)
+    marks = {"moe": True, "name": expert_group}
     return [
         {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
-        for (decay, multiplier), parameters in sorted(groups.items(), key=lambda item: item[0])
+        | (marks if is_expert else {})
+        for (is_expert, decay, multiplier), parameters in sorted(groups.items(), key=_first)
     ]
+
+
+def _first(item: tuple[Any, Any]) -> Any:
+    return item[0]
 
 
 def check_multipliers(names: Iterable[str], lr_multipliers: Mapping[str, float]) -> None:
@@ -71,6 +82,7 @@ def build_optimizer(
         module.named_parameters(),
         weight_decay=config.weight_decay,
         lr_multipliers=config.lr_multipliers,
+        expert_group=group_name(ctx),
     )
     common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.optimizer == "muon":
@@ -106,6 +118,27 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(sharded + whole, scale)
     return norm
+
+
+def add_norms_at_once(optimizer: Any) -> None:
+    """Let ZeRO-1 in fp32 compute the norm of all parameter groups together, under a pipeline.
+
+    DeepSpeed (0.19.8, zero/stage_1_and_2.py, `scaled_global_norm`) adds up over stages group by
+    group: where a stage has more groups than another, as with the multiplier of a layer that only
+    one of them has, the run stands still.
+    """
+    if not hasattr(optimizer, "get_grad_norm_direct"):  # BF16_Optimizer does it right
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        groups = range(len(optimizer.bit16_groups))
+        parameters = [p for i in groups for p in optimizer.params_in_partition[i]]
+        if optimizer.cpu_offload:
+            return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
+        gradients = [g for i in groups for g in optimizer.averaged_gradients[i]]
+        return optimizer.get_grad_norm_direct(gradients, parameters, norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -1,9 +1,10 @@
 """Finds ranks whose copies of the same numbers have come to differ.
 
-Data ranks hold the same parameters (but for ZeRO-3, which leaves no copies), tensor ranks the same
-replicated ones. Nothing compares them in training: a flipped bit or a reduction that was left out
-goes on unseen, and the loss falls on. (With ZeRO-1 and 2 a step overwrites the copies of data ranks
-from the masters, so that there only what has gone wrong since is seen.)
+Data ranks hold the same parameters (but for ZeRO-3, which leaves no copies, and for experts, which
+only some of them have in common), tensor ranks the same replicated ones. Nothing compares them in
+training: a flipped bit or a reduction that was left out goes on unseen, and the loss falls on.
+(With ZeRO-1 and 2 a step overwrites the copies of data ranks from the masters, so that there only
+what has gone wrong since is seen.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
 from pretrain.errors import TrainingError
+from pretrain.experts import is_shared_by_expert_ranks
 from pretrain.ranks import Ranks
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,8 +42,14 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, ste
         for name, tensor in tensors.items()
         if not getattr(tensor, "tensor_model_parallel", False)
     }
-    # Every rank compares over both axes, whatever the first has shown: they are collective.
-    found = [_difference(replicated, ctx.tensor), _difference(tensors, ctx.data)]
+    experts = {n: t for n, t in tensors.items() if is_shared_by_expert_ranks(t)}
+    common = {n: t for n, t in tensors.items() if n not in experts}
+    # Every rank compares over all axes, whatever the first has shown: they are collective.
+    found = [
+        _difference(replicated, ctx.tensor),
+        _difference(common, ctx.data),
+        _difference(experts, ctx.expert_data),
+    ]
     message = ranks.first_message(next((text for text in found if text is not None), None))
     if message is not None:
         raise TrainingError(
@@ -52,7 +60,7 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, ste
 
 def _difference(tensors: Mapping[str, Tensor], axis: Axis) -> str | None:
     """The first tensor that is not the same on all ranks of an axis, or None."""
-    if axis.group is None or axis.size == 1:
+    if axis.group is None or axis.size == 1 or not tensors:
         return None
     own = torch.stack([digest(tensor) for tensor in tensors.values()])
     least, most = own.clone(), own.clone()

@@ -6,6 +6,7 @@ instead of started: a test costs tenths of a second, not the seconds that import
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -71,6 +72,7 @@ def _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs) -> int
         return pid
     status = 1
     try:
+        gc.freeze()  # a collection would copy every page that the parent's objects are on
         os.setsid()
         _redirect_output(directory / f"{rank}.log")
         os.environ.update(

@@ -215,14 +215,15 @@ class CausalSelfAttention(nn.Module):
         Raises:
             ValueError: there are no rotary angles for that many positions.
         """
-        self.rotary.at(self.ctx.device, start=0, length=max_length)
+        weight = next(self.key.parameters())  # may have moved since it was built
+        self.rotary.at(weight.device, start=0, length=max_length)
         return KVCache(
             batch_size,
             self.num_local_kv_heads,
             max_length,
             self.head_dim,
-            dtype=self.ctx.precision.dtype,
-            device=self.ctx.device,
+            dtype=weight.dtype,
+            device=weight.device,
         )
 
     def forward(

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from models.hf_own import own_mapping
 
-HF = own_mapping("daria_former", "DariaFormerHFConfig")
+HF = own_mapping("daria_former", "models.daria_former.hf_config", "DariaFormerHFConfig")

@@ -119,9 +119,9 @@ def write_checkpoint(
         plain = {"lora_rank": 0, "lora_dropout": 0.0}
         config = DariaFormerConfig.from_dict(config.to_dict() | plain)
     weights = []
-    for name, (shape, sharding) in parameter_table(FAMILY, config).items():
+    for name, info in parameter_table(FAMILY, config).items():
         tensor = state[f"body.{name}"].detach().to(torch.device("cpu"))
-        weights.append(Weight(name, tuple(shape), tensor.dtype, sharding, tensor.detach))
+        weights.append(Weight(name, tuple(info.shape), tensor.dtype, info.sharding, tensor.detach))
     (folder / "weights").mkdir(parents=True)
     position = ShardPosition()
     with (folder / "weights" / position.file_name).open("wb") as file:

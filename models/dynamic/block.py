@@ -97,20 +97,20 @@ class SomeTokens(nn.Module):
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.ctx = ctx
-        self.share = config.capacity_gamma
+        self.token_share = config.capacity_gamma  # of the tokens; read where stages are cut
         self.block = Block(config, rotary=rotary, ctx=whole_tokens(ctx))
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
         """Empty state for generation."""
-        attention = self.block.attention
+        attention, weight = self.block.attention, next(self.block.parameters())
         return RaggedKVCache(
             batch_size,
             attention.num_local_kv_heads,
             max_length,
             attention.head_dim,
-            share=self.share,
-            dtype=self.ctx.precision.dtype,
-            device=self.ctx.device,
+            share=self.token_share,
+            dtype=weight.dtype,
+            device=weight.device,
         )
 
     def places(self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None) -> Places:

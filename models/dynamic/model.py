@@ -12,6 +12,7 @@ from models.common.rope import RotaryTable
 from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.counts import forward_flops_per_token, num_parameters
+from models.dynamic.hf import DTF_HF, MOD_HF
 from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoDLayer
 from models.dynamic.pair import DTFPair
 from parallel.carry import Field, LayerSpec
@@ -148,7 +149,7 @@ MOD = ModelFamily(
     token_losses=token_losses,
     flops=forward_flops_per_token,
     num_parameters=num_parameters,
-    hf=None,
+    hf=MOD_HF,
     causal_in_training=False,
 )
 
@@ -162,6 +163,6 @@ DTF = ModelFamily(
     token_losses=token_losses,
     flops=forward_flops_per_token,
     num_parameters=num_parameters,
-    hf=None,
+    hf=DTF_HF,
     causal_in_training=False,
 )

@@ -80,7 +80,7 @@ class DTFPair(nn.Module):
         delta, expected = self.decision(x, carry.positions, cache)
         post = x + delta
         numbers = None if carry.tokens is None else router.random_numbers(carry.tokens, places)
-        surprise = self._surprise(delta, expected, places, cache)
+        surprise = surprise_of(delta, expected, places, self.config, cache=cache, ctx=self.ctx)
         scored, aux = router.judged(post, surprise, numbers)
         forced = places.firsts if self.config.force_first else None
         if cache is not None:
@@ -97,24 +97,30 @@ class DTFPair(nn.Module):
         shares = {name: entry / self.config.num_routed for name, entry in aux.items()}
         return carry._replace(hidden=y, aux=carry.aux + with_entries(DTF_AUX, measured | shares))
 
-    def _surprise(
-        self, delta: Tensor, expected: Expected | None, places: Places, cache: PairCache | None
-    ) -> Surprise | None:
-        """Surprise of own tokens; None where the score needs none."""
-        config = self.config
-        if config.router_score in ("linear", "random"):
-            return None
-        if config.router_detach:
-            delta = delta.detach()
-            if expected is not None:
-                expected = expected.detached()
-        static = at_least_fp32(delta).square().mean(dim=-1)
-        change = None if expected is None else squared_error(delta, expected)
-        if cache is None:
-            average = averaged(static, places, config, ctx=self.ctx)
-        else:
-            average = _continued_average(static, cache, config)
-        return Surprise(static, change, average)
+
+def surprise_of(
+    delta: Tensor,
+    expected: Expected | None,
+    places: Places,
+    config: DTFConfig,
+    *,
+    cache: PairCache | None = None,
+    ctx: ParallelContext,
+) -> Surprise | None:
+    """Surprise of own tokens [s/t, b]; None where the score needs none."""
+    if config.router_score in ("linear", "random"):
+        return None
+    if config.router_detach:
+        delta = delta.detach()
+        if expected is not None:
+            expected = expected.detached()
+    static = at_least_fp32(delta).square().mean(dim=-1)
+    change = None if expected is None else squared_error(delta, expected)
+    if cache is None:
+        average = averaged(static, places, config, ctx=ctx)
+    else:
+        average = _continued_average(static, cache, config)
+    return Surprise(static, change, average)
 
 
 def _continued_average(static: Tensor, cache: PairCache, config: DTFConfig) -> Tensor:

@@ -1,12 +1,16 @@
 """Checkpoints that are either complete and verified or not there.
 
     RUN/checkpoints/step_N/
-        engine/     DeepSpeed: optimizer shards, engine state
+        optimizer/  rank_00000.safetensors ...: fp32 masters, moments and step counts
         weights/    pp_00_tp_00.safetensors ...: the weights alone, for generate and convert
         rng/        rank_00000.safetensors ...: states of the random generators
         trainer.json    what the loop needs to go on: tokens, position in the data
         manifest.json   written last: size and sha256 of every file above, layout, configuration
     RUN/checkpoints/latest    a hint for people; resuming looks at the directories
+
+Any layout reads what it needs of these files; there is nothing to convert. Where only DeepSpeed can
+restore the optimizer (`optimizer_state.layout_bound_by`), `engine/` holds its own pickled files
+instead of `optimizer/`, and the run resumes at the layout that wrote them.
 
 `python -m pretrain.checkpoint list|verify DIR` looks at what is there.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import CheckpointError
+from pretrain.experts import files_without_experts, restore_experts
 
 ENGINE_TAG = "engine"
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
@@ -30,7 +31,7 @@ def save_engine_state(
     Raises:
         OSError, RuntimeError: this rank's write failed; the other ranks have finished theirs.
     """
-    with _observed_writes(engine.checkpoint_engine) as writes:
+    with _observed_writes(engine.checkpoint_engine) as writes, files_without_experts(engine):
         engine.save_checkpoint(
             str(directory), tag=ENGINE_TAG, client_state=dict(client_state or {}), save_latest=False
         )
@@ -52,9 +53,11 @@ def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
     """
     loaded = None
     if any((directory / ENGINE_TAG).glob("*.pt")):  # DeepSpeed asserts this without a message
-        loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
+        with files_without_experts(engine):
+            loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
     if loaded is None:  # where it finds nothing it goes on with the initial weights
         raise CheckpointError(f"{str(directory / ENGINE_TAG)!r} holds no DeepSpeed checkpoint")
+    restore_experts(engine)
     return client_state
 
 

@@ -33,17 +33,24 @@ class _Record(BaseModel):
 
 
 class Layout(_Record):
-    """How the run was spread over ranks. A checkpoint resumes at the layout that wrote it."""
+    """How the run was spread over ranks when a checkpoint was written."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    expert: int = 1
     zero_stage: int = 0
     precision: str = "fp32"
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Sizes of the axes: at the same ones each rank has the same place."""
+        return self.tensor, self.pipeline, self.data
+
     def __str__(self) -> str:
         return (
-            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, "
+            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+            f"{f' (expert {self.expert})' * (self.expert > 1)}, "
             f"ZeRO-{self.zero_stage}, {self.precision}"
         )
 

@@ -19,7 +19,8 @@ from pretrain.checkpoint.manifest import (
     verify_content,
     verify_listing,
 )
-from pretrain.config.changes import forbidden_changes
+from pretrain.checkpoint.stored_optimizer import FOLDER as OPTIMIZER_FOLDER
+from pretrain.config.changes import forbidden_changes, samples_per_step
 from pretrain.errors import CheckpointError, one_line
 from pretrain.ranks import Ranks
 
@@ -33,19 +34,27 @@ class RunIdentity(NamedTuple):
     """What a checkpoint must agree with to be continued by this run.
 
     `config` is the resolved configuration, `fingerprints` those of data and tokenizer.
+    `layout_bound_by` names the setting that ties the run's checkpoints to the layout they were
+    written at, if there is one.
     """
 
     layout: Layout
     config: dict[str, Any]
     fingerprints: dict[str, str]
+    layout_bound_by: str | None = None
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint of this run."""
+    """A verified checkpoint of this run, and the layout that wrote it.
+
+    `any_layout`: its optimizer state is ours, in `optimizer/`; otherwise DeepSpeed's, in `engine/`.
+    """
 
     path: Path
     step: int
     trainer: dict[str, Any]
+    layout: Layout
+    any_layout: bool
 
     def rng_path(self, rank: int) -> Path:
         return self.path / "rng" / rng_file_name(rank)
@@ -147,12 +156,9 @@ def _verify(directory: Path, ranks: Ranks) -> tuple[Manifest | None, str | None]
 
 
 def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Checkpoint:
-    if manifest.layout != identity.layout:
-        raise CheckpointError(
-            f"{str(directory)!r} was written at {manifest.layout}; this run is at "
-            f"{identity.layout}: resume at the layout of the checkpoint"
-        )
+    any_layout = any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in manifest.files)
     _refuse_another_run(directory, manifest.config, identity)
+    _refuse_another_layout(directory, manifest, identity, any_layout=any_layout)
     for name in sorted(set(manifest.fingerprints) | set(identity.fingerprints)):
         old, new = manifest.fingerprints.get(name), identity.fingerprints.get(name)
         if old != new:
@@ -161,7 +167,34 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
                 f"now {new}): restore it or start in another run_dir"
             )
     trainer = json.loads((directory / TRAINER_NAME).read_bytes())
-    return Checkpoint(directory, manifest.step, trainer)
+    return Checkpoint(directory, manifest.step, trainer, manifest.layout, any_layout)
+
+
+def _refuse_another_layout(
+    directory: Path, manifest: Manifest, identity: RunIdentity, *, any_layout: bool
+) -> None:
+    """What another layout cannot continue: DeepSpeed's own files, and another global batch."""
+    old, new, bound = manifest.layout, identity.layout, identity.layout_bound_by
+    if any_layout and bound is not None:
+        raise CheckpointError(
+            f"{str(directory)!r} holds optimizer state for any layout, which a run with {bound} "
+            "cannot take over: resume without that setting"
+        )
+    if not any_layout and old != new:
+        why = f" ({bound})" if bound else ""
+        raise CheckpointError(
+            f"{str(directory)!r} was written at {old}; this run is at {new}: its optimizer state "
+            f"is in DeepSpeed's own files, which fit only the layout that wrote them{why}; resume "
+            "at the layout of the checkpoint"
+        )
+    before = samples_per_step(manifest.config, data_size=old.data)
+    now = samples_per_step(identity.config, data_size=new.data)
+    if before != now:
+        raise CheckpointError(
+            f"{str(directory)!r} was trained on {before} samples a step, this run would take {now} "
+            f"(batch_size x gradient_accumulation_steps x data size {new.data}): set "
+            f"training.gradient_accumulation_steps so that it is {before}"
+        )
 
 
 def _check_config_file(run_dir: Path, identity: RunIdentity) -> None:

@@ -45,6 +45,19 @@ def restore_rng_state(
     _restore(states, generators or {})
 
 
+def seed_rng(*, seed: int, step: int, rank: int) -> None:
+    """Set the generators anew, as a function of the arguments.
+
+    For a rank of another layout, of which no earlier rank is the predecessor. What a model draws
+    comes from seeds, names and the text, so that neither losses nor weights depend on it.
+    """
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(3, np.uint32)
+    python, numpy, torch_seed = (int(word) for word in words)
+    random.seed(python)
+    np.random.seed(numpy)  # noqa: NPY002 - the global generator is the point
+    torch.manual_seed(torch_seed)
+
+
 def _capture(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point

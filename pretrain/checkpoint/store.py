@@ -51,8 +51,9 @@ class CheckpointContents(NamedTuple):
     """What one rank contributes to a checkpoint.
 
     `write_engine` is collective and returns the files that this rank wrote below the directory it
-    is given (`engine_state.save_engine_state`). `weights` are loaded by every rank, and written by
-    the one of each (pipeline, tensor) place that has `writes_weights`. `trainer` is rank 0's.
+    is given (`save_optimizer_state`, `save_engine_state`). `weights` are loaded by every rank, and
+    written by the one of each (pipeline, tensor) place that has `writes_weights`. `trainer` is
+    rank 0's.
     """
 
     step: int
@@ -93,7 +94,7 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint.keep={keep} would keep nothing: set it to 1 or more")
         self.run_dir = run_dir
         self.directory = run_dir / "checkpoints"
-        self._identity = identity
+        self.identity = identity
         self._keep = keep
         self._ranks = ranks
         self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
@@ -107,7 +108,7 @@ class CheckpointStore:
 
     def find(self, resume: Resume) -> Checkpoint | None:
         """See `resume.find_checkpoint`."""
-        found = find_checkpoint(self.run_dir, resume, identity=self._identity, ranks=self._ranks)
+        found = find_checkpoint(self.run_dir, resume, identity=self.identity, ranks=self._ranks)
         if found is not None:
             self._trusted.add(found.step)
         return found
@@ -246,7 +247,7 @@ class CheckpointStore:
             if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
                 self._storage.sync(path)
                 files[name] = self._entry(path)
-        layout, config, fingerprints = self._identity
+        layout, config, fingerprints, _ = self.identity
         return Manifest(
             format_version=FORMAT_VERSION,
             step=step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -31,15 +32,16 @@ RULES: dict[str, Change] = {
     "training.max_steps": "training",
     "training.max_tokens": "training",
     "training.max_epochs": "training",
-    "training.batch_size": "fixed",
-    "training.gradient_accumulation_steps": "fixed",
+    # Their product with the number of data ranks is what stays (samples_per_step).
+    "training.batch_size": "layout",
+    "training.gradient_accumulation_steps": "layout",
     "training.lr": "training",
     "training.schedule": "training",
     "training.warmup_steps": "training",
     "training.decay_steps": "training",
     "training.min_lr_ratio": "training",
-    # DeepSpeed restores the parameter groups with the optimizer state, so that new values of these
-    # would be read and then lost.
+    # Where DeepSpeed's own files hold the optimizer state it restores the parameter groups too, so
+    # that new values of these would be read and then lost.
     "training.lr_multipliers": "fixed",
     "training.optimizer": "fixed",
     "training.betas": "fixed",
@@ -86,6 +88,15 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[D
 def forbidden_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One text, with both values, per setting that makes `new` another run than `old`."""
     return [str(each) for each in config_differences(old, new) if each.change == "fixed"]
+
+
+def samples_per_step(config: Mapping[str, Any], *, data_size: int) -> int | None:
+    """The global batch of a resolved configuration; None if it does not say."""
+    training = config.get("training", {})
+    sizes = (training.get("batch_size"), training.get("gradient_accumulation_steps"))
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return math.prod(sizes) * data_size
 
 
 def change_of(key: str) -> Change:

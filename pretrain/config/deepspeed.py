@@ -55,6 +55,7 @@ def resolve_ds_config(
     clip_in_loop = stage == 0 and run.training.precision == "fp32"
     _check_stage(stage, run, file)
     _check_stage_keys(stage, flat, file)
+    _check_experts(stage, flat, run, file)
     _check_optimizer(stage, flat, run, file)
     config = _merge(flat, _owned(run, data_size), file)
     if clip_in_loop:
@@ -155,6 +156,33 @@ def _check_stage_keys(stage: int, flat: Mapping[str, Any], file: Path) -> None:
             raise ConfigError(
                 f"{file}: {key} has no effect with zero_optimization.stage=0; "
                 "remove it or set stage to 1, 2 or 3"
+            )
+
+
+def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
+    size = run.parallel.expert
+    if size == 1:
+        return
+    if stage not in (1, 2):
+        why = (
+            "the gradient norm and what is saved would leave out the experts of other ranks"
+            if stage == 0
+            else "DeepSpeed would partition the experts of one rank over ranks that have others"
+        )
+        raise ConfigError(
+            f"{file}: zero_optimization.stage={stage} with parallel.expert={size}: {why}; "
+            "use configs/ds/zero1.json or zero2.json, or parallel.expert=1"
+        )
+    needed = {
+        "reduce_scatter": "DeepSpeed reduces the gradients of experts only with it",
+        "contiguous_gradients": "DeepSpeed reduces the gradients of experts only with it",
+        "load_from_fp32_weights": "a resumed rank finds its experts in their fp32 weights alone",
+    }
+    for name, why in needed.items():
+        if flat.get(f"zero_optimization.{name}", True) is False:
+            raise ConfigError(
+                f"{file}: zero_optimization.{name}=false with parallel.expert={size}: {why}; "
+                "remove the key"
             )
 
 

@@ -19,7 +19,13 @@ class RunLayout(NamedTuple):
     tensor: int
     pipeline: int
     data: int
+    expert: int
     curriculum: Curriculum
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Sizes of the axes, as `Layout.grid` of a checkpoint."""
+        return self.tensor, self.pipeline, self.data
 
     @property
     def total_steps(self) -> int:
@@ -32,12 +38,14 @@ def check_layout(run: RunConfig, world_size: int) -> RunLayout:
     `data = world_size / (tensor * pipeline)`; how many steps it has is up to `plan_curriculum`.
 
     Raises:
-        ConfigError: the layout does not divide the world, the model or a sequence, a sequence is
-            longer than the model's positions, or a stage of the curriculum gets no step.
+        ConfigError: the layout does not divide the world, the model or a sequence, it has expert
+            ranks and the model no experts, a sequence is longer than the model's positions, or a
+            stage of the curriculum gets no step.
     """
     _check_model(run)
     _check_sequence(run)
     _check_world(run, world_size)
+    _check_expert(run, world_size)
     return _layout(run, world_size)
 
 
@@ -109,6 +117,31 @@ def _check_world(run: RunConfig, world_size: int) -> None:
     )
 
 
+def _check_expert(run: RunConfig, world_size: int) -> None:
+    size, family = run.parallel.expert, run.model.family
+    if size == 1:
+        return
+    num_experts = getattr(run.model, "num_experts", None)  # of a family that has experts
+    if num_experts is None:
+        raise ConfigError(
+            f"parallel.expert={size}: the {family} family has no experts to share; "
+            "set parallel.expert=1"
+        )
+    data = world_size // (run.parallel.tensor * run.parallel.pipeline)
+    if num_experts % size or data % size:
+        fitting = [n for n in range(1, data + 1) if num_experts % n == data % n == 0]
+        raise ConfigError(
+            f"parallel.expert={size} must divide model.num_experts={num_experts} and the {data} "
+            "data ranks, which are the world size over parallel.tensor x parallel.pipeline; "
+            f"set it to {_listed(fitting)}"
+        )
+    if run.training.optimizer == "muon":
+        raise ConfigError(
+            f"training.optimizer=muon with parallel.expert={size}: DeepSpeed's Muon knows no "
+            "expert ranks; set parallel.expert=1 or training.optimizer=adamw"
+        )
+
+
 def _layout(run: RunConfig, world_size: int) -> RunLayout:
     training, parallel = run.training, run.parallel
     data = world_size // (parallel.tensor * parallel.pipeline)
@@ -132,6 +165,7 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=data,
+        expert=parallel.expert,
         curriculum=curriculum,
     )
 

@@ -125,27 +125,25 @@ class TrainingConfig(BaseModel):
 
 
 class ParallelConfig(BaseModel):
-    """Ranks per axis; the data axis is what the world leaves over tensor x pipeline."""
+    """Ranks per axis; data is what the world leaves over tensor x pipeline, expert a part of it."""
 
     model_config = _STRICT
 
     tensor: int = Field(default=1, gt=0, description="Ranks that share each matrix")
     pipeline: int = Field(default=1, gt=0, description="Stages that share the layers")
     context: int = Field(default=1, gt=0, description="Reserved: 1")
-    expert: int = Field(default=1, gt=0, description="Reserved: 1")
+    expert: int = Field(default=1, gt=0, description="Data ranks that share the experts of a layer")
     sequence_parallel: bool = Field(
         default=False, description="Split the sequence over tensor ranks between the matrices"
     )
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        for axis in ("context", "expert"):
-            size = getattr(self, axis)
-            if size != 1:
-                raise ValueError(
-                    f"parallel.{axis}={size}: this axis is reserved and not implemented; "
-                    f"set parallel.{axis}=1"
-                )
+        if self.context != 1:
+            raise ValueError(
+                f"parallel.context={self.context}: this axis is reserved and not implemented; "
+                "set parallel.context=1"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel=true has no effect with parallel.tensor=1; "

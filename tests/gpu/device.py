@@ -15,7 +15,7 @@ from models.base import TokenInputs
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.precision import Precision
-from tests.models.families import CASES
+from tests.models.families import CASES, evaluated
 
 DEVICE = torch.device(os.environ.get("MANYFORMER_TEST_DEVICE", "cuda"))
 SEQ, BATCH, SEED = 32, 3, 7
@@ -30,6 +30,16 @@ def model_of(name: str, ctx: ParallelContext, *, segmented: bool = False) -> Seq
     family, config = CASES[name]
     specs = family.layer_specs(config, segmented=segmented)
     return SequentialModel(specs, ctx, seed=SEED).to(ctx.precision.dtype)
+
+
+def causal_model_of(name: str, ctx: ParallelContext, *, segmented: bool = False) -> SequentialModel:
+    """`model_of` in a mode in which it is causal: for most families that of training, too."""
+    model = model_of(name, ctx, segmented=segmented)
+    if CASES[name].family.causal_in_training:
+        return model
+    alone = evaluated(model_of(name, ctx), tokens_of(name, ctx.device)[0].tokens)
+    model.load_state_dict(alone.state_dict())
+    return model.eval()
 
 
 def tokens_of(name: str, device: torch.device) -> tuple[TokenInputs, Tensor]:

@@ -14,6 +14,7 @@ from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
 from parallel.sharding import split
 from parallel.weights_io import ShardPosition, Weight, write_shard
 from pretrain.equivalence import build
@@ -49,11 +50,13 @@ def write_checkpoint(
     tensor: int = 1,
     tokenizer: str | None = "bytes",
     dtype: torch.dtype = torch.float32,
+    whole: SequentialModel | None = None,
 ) -> SequentialModel:
-    """Cut a model's layers into stages and its weights into tensor ranks; returns the model."""
-    whole = model(of, family)
+    """Cut a model's layers into stages and its weights into tensor ranks; returns the model,
+    `whole` or a new one."""
+    whole = model(of, family) if whole is None else whole
     table = parameter_table(family, of)
-    parameters = dict(whole.named_parameters())
+    tensors = {**dict(whole.named_parameters()), **persistent_buffers(whole)}
     layers = [spec.name for spec in whole.specs]
     (directory / "weights").mkdir(parents=True)
     for stage in range(pipeline):
@@ -61,12 +64,12 @@ def write_checkpoint(
         for rank in range(tensor):
             position = ShardPosition(stage, pipeline, rank, tensor)
             weights = []
-            for name, (_, sharding) in table.items():
+            for name, info in table.items():
                 if name.split(".")[0] in own:
-                    part = split(parameters[name].detach(), sharding, size=tensor, rank=rank)
-                    part = part.to(dtype)
+                    part = split(tensors[name].detach(), info.sharding, size=tensor, rank=rank)
+                    part = part.to(info.buffer_dtype or dtype)
                     weights.append(
-                        Weight(name, tuple(part.shape), dtype, sharding, lambda p=part: p)
+                        Weight(name, tuple(part.shape), part.dtype, info.sharding, lambda p=part: p)
                     )
             with (directory / "weights" / position.file_name).open("wb") as file:
                 write_shard(file, weights, position=position)

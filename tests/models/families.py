@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from models.base import ModelFamily
+import torch
+
+from models.base import ModelFamily, TokenInputs
 from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
 from models.daria_former.model import FAMILY as DARIA_FORMER
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.model import DTF, MOD
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
+from parallel.carry import SequentialModel
+from parallel.layer_state import update_layer_states
 from tests.models import awkward
+from tests.models.mixture.config import MixtureConfig
+from tests.models.mixture.model import FAMILY as MIXTURE
 
 
 class Case(NamedTuple):
@@ -124,4 +130,14 @@ CASES = {
         ),
     ),
     "awkward": Case(awkward.FAMILY, awkward.AwkwardConfig(num_layers=4)),
+    "mixture": Case(MIXTURE, MixtureConfig()),
 }
+
+
+@torch.no_grad()
+def evaluated(model: SequentialModel, tokens: torch.Tensor) -> SequentialModel:
+    """The model as it is evaluated after one step on these tokens, from which layers have taken
+    what they learn beside their parameters."""
+    model(TokenInputs(tokens))
+    update_layer_states(model, ctx=model.ctx)
+    return model.eval()

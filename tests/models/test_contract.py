@@ -12,11 +12,10 @@ from models.base import TokenInputs, logits_of
 from models.registry import family_names
 from parallel.carry import SequentialModel, check_layers
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
 from parallel.sharding import sharding_table
 from pretrain.equivalence import Measured, build, measure
 from tests.distributed import run_ranks
-from tests.models.families import CASES
+from tests.models.families import CASES, evaluated
 
 SEQ, BATCH, SEED = 32, 3, 7
 NOISE = 0.2  # on gates and gains, away from where they start
@@ -38,21 +37,14 @@ def _model(name: str, *, segmented: bool = False, device: str = "cpu") -> Sequen
 
 
 def _causal_model(name: str, *, segmented: bool = False) -> SequentialModel:
-    """The model in the mode in which it is causal: any, or as it is evaluated after a step on the
-    tokens of the test, from which its layers take what they learn beside their parameters."""
+    """The model in a mode in which it is causal: for most families that of training, too."""
     if CASES[name].family.causal_in_training:
         return _model(name, segmented=segmented)
-    return _evaluated(name, _tokens(name)[0], segmented=segmented)
-
-
-@torch.no_grad()
-def _evaluated(name: str, tokens: torch.Tensor, *, segmented: bool = False) -> SequentialModel:
-    model = _model(name)
-    model(TokenInputs(tokens))
-    update_layer_states(model, ctx=model.ctx)
-    if segmented:
-        model, alone = _model(name, segmented=True), model
-        model.load_state_dict(alone.state_dict())
+    alone = evaluated(_model(name), _tokens(name)[0])
+    if not segmented:
+        return alone
+    model = _model(name, segmented=True)
+    model.load_state_dict(alone.state_dict())
     return model.eval()
 
 
@@ -188,7 +180,7 @@ def test_packed_documents_equal_separate_ones(name, lengths):
 @pytest.mark.parametrize("chunks", [(SEQ,), (1,) * SEQ, (5, 1, 1, 9, 16), (31, 1)])
 def test_cached_decoding_equals_the_full_forward_pass_in_any_chunks(name, chunks):
     tokens, _ = _tokens(name)
-    model = _evaluated(name, tokens)
+    model = evaluated(_model(name), tokens)
     whole = logits_of(model(TokenInputs(tokens)))
     cache = model.new_cache(BATCH, SEQ)
     parts = [
@@ -216,7 +208,7 @@ def test_the_model_overfits_one_batch(name):
 def test_parameters_and_flops_equal_their_formulas(name):
     family, config = CASES[name]
     tokens, _ = _tokens(name, batch=1)
-    model = _evaluated(name, tokens)
+    model = evaluated(_model(name), tokens)
     assert family.num_parameters(config) == sum(p.numel() for p in model.parameters())
     # Token by token, attention meets exactly the keys that causality allows, as formulas count it.
     # The counter knows the plain attention kernels, not those for the CPU.

@@ -149,10 +149,17 @@ def test_what_would_become_another_program_is_refused(sources, message, files):
         files(*sources)
 
 
-@pytest.mark.parametrize("family", ["daria_former"])
+CODE = {
+    "daria_former": "models.daria_former.hf_config",
+    "dtf": "models.dynamic.hf_config_dtf",
+    "mod": "models.dynamic.hf_config_mod",
+}
+
+
+@pytest.mark.parametrize("family", CODE)
 def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_path):
-    texts = bundle(code_of(family))
-    assert texts == bundle(code_of(family))
+    texts = bundle(code_of(family, CODE[family]))
+    assert texts == bundle(code_of(family, CODE[family]))
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     # Names without a definition, imports without a use, a second definition of a name.
@@ -164,10 +171,11 @@ def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_
     assert messages == ["Undefined name `transformer_engine`"]  # after an ImportError
 
 
-def test_transformers_finds_every_package_that_the_files_import(tmp_path):
+@pytest.mark.parametrize("family", CODE)
+def test_transformers_finds_every_package_that_the_files_import(family, tmp_path):
     from transformers.dynamic_module_utils import get_imports
 
-    for name, text in bundle(code_of("daria_former")).items():
+    for name, text in bundle(code_of(family, CODE[family])).items():
         (tmp_path / name).write_text(text)
         others = set(get_imports(tmp_path / name)) - set(sys.stdlib_module_names)
         assert others <= {"pydantic", "torch", "transformers"}

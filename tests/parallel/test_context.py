@@ -40,11 +40,26 @@ def test_ranks_are_ordered_as_in_megatron_core():
     assert all(run_ranks(_megatron_agrees, 4))
 
 
+def _expert_ranks():
+    ctx = ParallelContext.from_world(tensor=2, expert=2)
+    members = (torch.distributed.get_process_group_ranks(a.group) for a in (ctx.expert, ctx.data))
+    same = torch.distributed.get_process_group_ranks(ctx.expert_data.group)
+    return ctx.data.rank, ctx.expert.rank, ctx.expert_data.rank, *members, same
+
+
+def test_expert_ranks_are_neighbours_inside_the_data_axis():
+    everyone = run_ranks(_expert_ranks, 8)
+    assert everyone[6] == (3, 1, 1, [4, 6], [0, 2, 4, 6], [2, 6])
+    assert everyone[1] == (0, 0, 0, [1, 3], [1, 3, 5, 7], [1, 5])
+
+
 def _layout_that_does_not_divide():
     with pytest.raises(ValueError, match=r"tensor=4 x parallel.pipeline=1 = 4 does not divide"):
         ParallelContext.from_world(tensor=4)
-    with pytest.raises(ValueError, match=r"parallel.expert=2: the expert axis is reserved"):
-        ParallelContext.from_world(expert=2)
+    with pytest.raises(ValueError, match=r"parallel.context=2: the context axis is reserved"):
+        ParallelContext.from_world(context=2)
+    with pytest.raises(ValueError, match=r"parallel.expert=2 does not divide the data size 1"):
+        ParallelContext.from_world(tensor=2, expert=2)
     with pytest.raises(ValueError, match="sequence_parallel=True has no effect at tensor size 1"):
         ParallelContext.from_world(sequence_parallel=True)
 

@@ -114,7 +114,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(
         ({"model__family": "lama"}, ["model.family='lama'", "did you mean 'llama'?"]),
         ({"model__num_heads": 3}, ["num_heads=3", "num_kv_heads=2"]),
         ({"parallel__context": 2}, ["parallel.context=2", "reserved", "set parallel.context=1"]),
-        ({"parallel__expert": 4}, ["parallel.expert=4", "reserved", "set parallel.expert=1"]),
         ({"resume": "yes"}, ["resume='yes'", "'auto', 'must' or 'never'"]),
         ({"run_dir": ""}, ["run_dir=''", "empty"]),
     ],

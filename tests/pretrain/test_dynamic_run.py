@@ -13,7 +13,11 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from parallel.carry import SequentialModel
+from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
+from pretrain.config.deepspeed import resolve_ds_config
+from pretrain.engine import RunPlan, check_model
+from pretrain.errors import ConfigError
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
@@ -34,6 +38,10 @@ LAYOUTS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         "mod", 8, 1, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__batch_size": 2},
     ),
 }  # fmt: skip
+
+
+def _taus(model: SequentialModel) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in persistent_buffers(model).items() if k.endswith(".tau")}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +92,7 @@ def test_a_run_is_the_same_at_any_layout_and_so_are_its_thresholds(
         expected_evaluated[-1]["eval_loss"], rel=1e-4
     )
     taus, expected_taus = persistent_buffers(model), persistent_buffers(reference)
-    assert len(taus) == CASES[name].config.num_routed
+    assert len(taus) == 2 * CASES[name].config.num_routed  # tau and its offset
     for key, tau in expected_taus.items():
         assert tau.isfinite()
         torch.testing.assert_close(taus[key], tau, rtol=1e-4, atol=1e-5)
@@ -115,7 +123,7 @@ def test_training_begins_with_the_thresholds_of_another_run_at_another_layout(
         "training__warmup_steps": 0, "parallel__tensor": 2, "parallel__pipeline": 2,
     }  # fmt: skip
     _, model = _train(data, tmp_path, "dtf", 4, 1, **changes)
-    for key, tau in persistent_buffers(reference).items():
+    for key, tau in _taus(reference).items():
         moved = (persistent_buffers(model)[key] - tau).abs()
         assert 0 < moved < 0.02 * tau.abs()  # by (1 - tau_momentum) of the way to another value
 
@@ -131,3 +139,13 @@ def test_bf16_keeps_thresholds_in_fp32_and_a_stored_model_routes_by_them(data, t
         model(TokenInputs(tokens), cache)
     kept = cache["layer_1"].counts
     assert ((kept > 0) & (kept < SEQ)).all()
+
+
+def test_more_stages_than_pairs_and_ends_are_refused(data):
+    model = CASES["dtf"].config.model_copy(update={"num_layers": 8}).model_dump()
+    run = tiny_run(data, model=model, parallel__pipeline=8)
+    resolved = resolve_ds_config("configs/ds/zero1.json", run, data_size=1)
+    plan = RunPlan.of(run, resolved, ParallelContext(pipeline=Axis(size=8)))
+    message = r"parallel\.pipeline=8 is more than the 6 parts that this model can be cut into; set"
+    with pytest.raises(ConfigError, match=message):
+        check_model(plan)

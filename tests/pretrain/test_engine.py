@@ -127,6 +127,14 @@ def test_a_tied_head_trains_alike_in_one_process_and_across_stages(data, tmp_pat
         assert [r[name] for r in cut] == pytest.approx([r[name] for r in whole], rel=1e-5)
 
 
+def test_a_multiplier_that_one_stage_alone_has_trains_alike_across_stages(data, tmp_path):
+    slower = {"training__lr_multipliers": {"head": 0.5}}
+    whole, _ = metrics(_train(data, tmp_path / "whole", 1, 1, **slower))
+    cut, _ = metrics(_train(data, tmp_path / "cut", 2, 1, parallel__pipeline=2, **slower))
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in cut] == pytest.approx([r[name] for r in whole], rel=1e-5)
+
+
 BF16 = {"training__precision": "bf16"}
 
 

@@ -22,7 +22,7 @@ NO_PRODUCT = ("tokens.weight", "persistent", "persona_slots", "noise_down", "noi
 def _weights(config: DariaFormerConfig) -> tuple[int, int]:
     """Products of a token with weights, and products that a row costs once."""
     tokens = row = 0
-    for name, (shape, _) in parameter_table(FAMILY, config).items():
+    for name, (shape, *_) in parameter_table(FAMILY, config).items():
         size, is_matrix = shape.numel(), len(shape) == 2
         if any(part in name for part in NO_PRODUCT):
             continue

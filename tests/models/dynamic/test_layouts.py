@@ -8,6 +8,7 @@ import torch
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from models.base import TokenInputs
 from parallel.context import ParallelContext
+from parallel.pipeline import layer_costs
 from pretrain.equivalence import Measured, measure
 from tests.distributed import run_ranks
 from tests.models.dynamic.cases import VARIANTS, config_of, family_of, tokens_of
@@ -54,3 +55,12 @@ def test_two_tensor_ranks_equal_one_in_every_loss_and_every_gradient(sequence_pa
                     atol=1e-5,
                     msg=lambda m, place=f"{variant}: {name}": f"{place}: {m}",
                 )
+
+
+def test_stages_are_cut_by_what_is_computed_not_by_what_is_stored():
+    config = config_of("mod", capacity_gamma=0.25)
+    _, dense, routed, *_ = layer_costs(family_of(config).layer_specs(config))
+    assert routed == round(0.25 * dense + config.hidden_size)  # and the router, of every token
+    pair_config = config_of("dtf", capacity_gamma=0.25, router_score="random")
+    _, pair, *_ = layer_costs(family_of(pair_config).layer_specs(pair_config))
+    assert pair == round(1.25 * dense)

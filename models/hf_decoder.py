@@ -1,0 +1,157 @@
+"""A decoder of Llama or Qwen2 shape in Hugging Face's names, for the families that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.common.config import DecoderConfig, RopeScaling
+
+# Paths in our model -> their names.
+EMBEDDING_NAME = ("embedding.tokens.weight", "model.embed_tokens.weight")
+HEAD_NAME = ("head.output.weight", "lm_head.weight")
+FINAL_NORM_NAME = ("head.norm.weight", "model.norm.weight")
+# Paths in our block -> theirs in a layer.
+BLOCK_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+BLOCK_BIAS_NAMES = {
+    "attention.query.bias": "self_attn.q_proj.bias",
+    "attention.key.bias": "self_attn.k_proj.bias",
+    "attention.value.bias": "self_attn.v_proj.bias",
+}
+# Their tensors that hold nothing learnt.
+DERIVED_NAMES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+# ours -> theirs, for settings that mean the same
+SETTING_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "qkv_bias",
+    "tie_embeddings",
+)
+# theirs -> the only value that our decoders can represent
+FIXED_SETTINGS = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
+
+
+def tied_names(config: DecoderConfig) -> dict[str, str]:
+    """Their second name of a tied tensor -> the first."""
+    return {HEAD_NAME[1]: EMBEDDING_NAME[1]} if config.tie_embeddings else {}
+
+
+def decoder_contents(
+    config: DecoderConfig, *, model_type: str, architecture: str
+) -> dict[str, Any]:
+    """What the config.json of transformers' Llama or Qwen2 says about this decoder."""
+    contents: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
+    contents |= {theirs: getattr(config, ours) for ours, theirs in SETTING_NAMES.items()}
+    contents |= {"head_dim": config.head_size, "hidden_act": "silu", "attention_dropout": 0.0}
+    # transformers 5 reads rope_parameters; what reads the older format would use its default theta.
+    rope = rope_parameters(config)
+    older = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return contents | {
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else older,
+    }
+
+
+def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, Any]:
+    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama or Qwen2.
+
+    Raises:
+        ValueError: a setting that our decoders do not have; `family` is named.
+    """
+    from transformers import AutoConfig
+
+    settings = {k: v for k, v in contents.items() if k != "model_type"}
+    theirs = AutoConfig.for_model(contents["model_type"], **settings)
+    for name, required in FIXED_SETTINGS.items():
+        if getattr(theirs, name, required) != required:
+            raise ValueError(
+                f"config.json: {name}={getattr(theirs, name)!r}, the {family} family only has "
+                f"{required!r}; such a model cannot be imported"
+            )
+    values = {ours: getattr(theirs, name) for ours, name in SETTING_NAMES.items()}
+    head_dim = getattr(theirs, "head_dim", None)
+    if head_dim is not None and head_dim * theirs.num_attention_heads != theirs.hidden_size:
+        values["head_dim"] = head_dim
+    rope = theirs.rope_parameters
+    return values | {
+        "qkv_bias": contents["model_type"] == "qwen2",
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": rope_scaling(rope, family=family),
+    }
+
+
+def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+    """The frequencies of rotary embeddings as transformers 5 writes them."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope = {"rope_type": scaling.type} | {name: getattr(scaling, name) for name in _SCALING}
+    return rope | {"rope_theta": config.rope_theta}
+
+
+def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
+    """The reverse of `rope_parameters`, but for `rope_theta`.
+
+    Raises:
+        ValueError: a type that our decoders do not have.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json: rope_parameters={dict(rope)!r}, the {family} family only has the types "
+            "default and llama3 over whole heads; such a model cannot be imported"
+        )
+    if kind == "default":
+        return None
+    return RopeScaling(type="llama3", **{name: rope[name] for name in _SCALING})
+
+
+def check_sizes(ours: DecoderConfig, theirs: DecoderConfig, source: str) -> None:
+    """Whether weights of `theirs` fit `ours`; of more layers the first ones are taken.
+
+    Raises:
+        ValueError: they do not.
+    """
+    differing = [name for name in _SIZES if getattr(ours, name) != getattr(theirs, name)]
+    if ours.num_layers > theirs.num_layers:
+        differing.append("num_layers")
+    for name in differing:
+        raise ValueError(
+            f"{source}: {name}={getattr(theirs, name)} there, but {getattr(ours, name)} is asked "
+            "for, so that the weights do not fit; leave the setting as it is there, or begin from "
+            "scratch"
+        )

@@ -1,0 +1,219 @@
+"""Saving and restoring weights' masters, moments and step counts, at the same or another layout."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
+from parallel.sharding import Sharding, sharding_of, split
+from parallel.weights_io import ShardedWeightsReader, ShardPosition, Weight, write_shard
+from pretrain.checkpoint.live_optimizer import (
+    MASTER,
+    MOMENTS,
+    Fragment,
+    LiveOptimizer,
+    Part,
+    canonical_names,
+    local_shape,
+    publish_weights,
+)
+from pretrain.checkpoint.stored_optimizer import FOLDER, HEADER, Run, StoredOptimizer
+from pretrain.config import RunConfig
+from pretrain.config.deepspeed import ResolvedDeepSpeed
+from pretrain.errors import CheckpointError
+
+_PORTABLE = ("adamw", "fused_adam", "cpu_adam")
+
+
+def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
+    """The setting for which only DeepSpeed's own files hold the whole state; None without one.
+
+    Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
+    """
+    training, zero = run.training, resolved.config["zero_optimization"]
+    offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
+    bound = {
+        # muon keeps momentum of whole matrices; the others count steps per group of parameters.
+        f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
+        # Transformer Engine's scales are part of its layers, not of their weights.
+        "training.precision=fp8": training.precision == "fp8",
+        "offloading to NVMe": any(each.get("device") == "nvme" for each in offloads),
+        "super_offload": any(each.get("super_offload") for each in offloads),
+        # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
+        "round_robin_gradients": zero.get("round_robin_gradients", False),
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+        "zero_quantized_weights": zero.get("zero_quantized_weights", False),
+        "zero_quantized_nontrainable_weights": zero.get(
+            "zero_quantized_nontrainable_weights", False
+        ),
+    }
+    return next((name for name, applies in bound.items() if applies), None)
+
+
+def save_optimizer_state(
+    engine: Any, directory: Path, *, ctx: ParallelContext, rank: int
+) -> list[Path]:
+    """Write the elements that this rank updates below `directory`; returns the files written.
+
+    Ranks need not wait for each other. What several ranks hold alike is written by one of them.
+
+    Raises:
+        OSError: the disk.
+        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+    """
+    live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
+    runs: dict[str, dict[str, Any]] = {}
+    weights: list[Weight] = []
+    for index, fragment in enumerate(live.fragments):
+        _check_master(fragment)
+        if not _is_writer(fragment, index, ctx):
+            continue
+        runs[fragment.name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
+        for key in (MASTER, *MOMENTS):
+            load = partial(live.value, fragment, key)
+            name, shape = f"{fragment.name}/{key}", (fragment.length,)
+            weights.append(Weight(name, shape, torch.float32, Sharding(), load))
+    folder = directory / FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / f"rank_{rank:05d}.safetensors"
+    with path.open("xb") as file:
+        metadata = {HEADER: json.dumps(runs)}
+        write_shard(file, weights, position=ShardPosition.of(ctx), metadata=metadata)
+    return [path]
+
+
+def _check_master(fragment: Fragment) -> None:
+    place = fragment.place
+    if not torch.equal(place.master.to(place.weight), place.weight):
+        raise CheckpointError(
+            f"parameter {fragment.name!r}: the weights differ from their fp32 master in the "
+            f"{fragment.length} elements from {place.start} on; resume from the last checkpoint"
+        )
+
+
+def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:
+    """One rank writes what tensor ranks, data ranks (ZeRO-0) or pipeline stages hold alike."""
+    if fragment.is_tied_copy or (fragment.sharding.dim is None and ctx.tensor.rank > 0):
+        return False
+    copies = fragment.place.copies
+    return copies == 1 or index % copies == ctx.data.rank
+
+
+def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
+    return Run(
+        shape=fragment.shape,
+        dim=fragment.sharding.dim,
+        full_size=fragment.sharding.full_size,
+        shard=ctx.tensor.rank,
+        num_shards=ctx.tensor.size,
+        start=fragment.place.start,
+        length=fragment.length,
+        step=step,
+    )
+
+
+@torch.no_grad()
+def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContext) -> None:
+    """Fill this rank's weights, masters, moments and step counts from a checkpoint of any layout.
+
+    Not collective; `finish_restore` follows once every rank has succeeded.
+
+    Raises:
+        CheckpointError: a parameter, or an element of one, that is missing or of another shape.
+    """
+    live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
+    stored = StoredOptimizer(directory / FOLDER)
+    for parts in live.parts.values():
+        for part in parts:
+            _check_part(part, stored)
+    _begin_states(live, stored)
+    for fragment in live.fragments:
+        read = partial(
+            stored.read,
+            fragment.name,
+            start=fragment.place.start,
+            length=fragment.length,
+            tensor=ctx.tensor,
+        )
+        for key in (MASTER, *MOMENTS):
+            live.value(fragment, key).copy_(read(key))
+        fragment.place.weight.copy_(fragment.place.master)
+    _restore_untrained(engine.module, directory, ctx)
+
+
+def finish_restore(engine: Any, *, step: int) -> None:
+    """Collective: complete what `restore_optimizer_state` has begun on every rank."""
+    publish_weights(engine)
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+
+
+def _check_part(part: Part, stored: StoredOptimizer) -> None:
+    """Compare what the model declares with what the checkpoint holds."""
+    name, sharding, found = part.name, part.sharding, stored.parameter(part.name)
+    shape = list(part.shape)
+    if sharding.dim is not None:
+        shape[sharding.dim] = sharding.extent
+    if (tuple(shape), sharding.dim) != (found.shape, found.sharding.dim):
+        raise CheckpointError(
+            f"{str(stored.directory)!r}: parameter {name!r} has shape {list(found.shape)}, cut "
+            f"along {found.sharding.dim}, the model {shape}, cut along {sharding.dim}: it is of "
+            "another model; resume with the configuration that wrote it"
+        )
+
+
+def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
+    """One step count per tensor that the optimizer steps, on which its parameters must agree."""
+    counts: dict[Tensor, tuple[str, int]] = {}  # a tensor is hashed by its identity
+    for fragment in live.fragments:
+        for step in stored.steps(fragment.name):
+            name, expected = counts.setdefault(fragment.place.flat, (fragment.name, step))
+            if step != expected:
+                raise CheckpointError(
+                    f"{str(stored.directory)!r}: parameter {fragment.name!r} has taken {step} "
+                    f"optimizer steps, {name!r} {expected}, but this ZeRO stage counts once for "
+                    "both: resume at the ZeRO stage that wrote the checkpoint"
+                )
+    for flat, (_, step) in counts.items():
+        live.begin_state(flat, step)
+
+
+def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
+    """Buffers and frozen parameters, which no optimizer knows, from the weights."""
+    names = canonical_names(module)
+    frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    tensors = {**persistent_buffers(module), **frozen}
+    if not tensors:
+        return
+    with ShardedWeightsReader(directory) as reader:
+        for name, tensor in tensors.items():
+            _copy_weight(names.get(name, name), tensor, reader, ctx)
+
+
+def _copy_weight(
+    name: str, tensor: Tensor, reader: ShardedWeightsReader, ctx: ParallelContext
+) -> None:
+    sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
+    full = reader.full(name)
+    place = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
+    local = split(full, sharding, **place, expert=ctx.expert)
+    if tuple(local.shape) != local_shape(tensor) or local.dtype != tensor.dtype:
+        raise CheckpointError(
+            f"{str(reader.directory)!r}: {name!r} is {local.dtype} {list(local.shape)}, the model "
+            f"has {tensor.dtype} {list(local_shape(tensor))}: it is of another model; resume with "
+            "the configuration that wrote it"
+        )
+    partition = getattr(tensor, "ds_tensor", None)
+    if partition is None:
+        tensor.data.copy_(local)
+        return
+    start = partition.numel() * ctx.data.rank
+    part = local.reshape(-1)[start : start + partition.numel()]
+    partition.data.view(-1)[: part.numel()].copy_(part)
