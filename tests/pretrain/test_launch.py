@@ -84,8 +84,8 @@ def test_every_launcher_trains_to_the_losses_of_one_process(
     launcher, configs, one_process, tmp_path
 ):
     command, overrides = LAUNCHERS[launcher]
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
+    if command[0] == "mpirun" and shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed")
     command = [str(free_port()) if word == "PORT" else word for word in command]
     run = tiny_run(configs, run_dir=str(tmp_path / "run"))
     arguments = _arguments(configs, f"run_dir={run.run_dir}", *overrides)
