@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.core_model_loading import WeightRenaming
@@ -23,6 +25,7 @@ from models.dynamic.hf_names import file_name, is_added, is_plain
 from models.dynamic.model import loss_weights
 from models.hf_modeling import FamilyForCausalLM
 from parallel.carry import LayerSpec
+from parallel.context import Axis
 from parallel.layer_state import update_layer_states
 
 # What says where a directory is, among the options of from_pretrained.
@@ -182,8 +185,14 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         return loss_weights(settings)
 
     def update_thresholds(self) -> None:
-        """Let the thresholds follow the scores since the last call."""
-        update_layer_states(self.model, ctx=self.model.ctx)
+        """Let the thresholds follow the scores since the last call.
+
+        Collective where processes have been started: each is taken to have other rows.
+        """
+        ctx = self.model.ctx
+        if dist.is_available() and dist.is_initialized():
+            ctx = replace(ctx, data=Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD))
+        update_layer_states(self.model, ctx=ctx)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load tensors under our names or those of files."""
@@ -232,10 +241,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
 
 
 class ThresholdUpdates(TrainerCallback):
-    """Calls `update_thresholds` after every optimizer step of transformers' Trainer.
-
-    Each process sees the scores of its own rows.
-    """
+    """Calls `update_thresholds` after every optimizer step of transformers' Trainer."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]

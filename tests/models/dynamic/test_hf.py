@@ -34,6 +34,7 @@ from models.dynamic import (
 )
 from models.generate import generate
 from parallel.carry import SequentialModel
+from tests.distributed import run_ranks
 from tests.models.checkpoints import write_checkpoint
 from tests.models.dynamic.settled import settled
 from tests.models.families import CASES
@@ -319,6 +320,26 @@ def test_the_trainer_of_transformers_trains_saves_and_goes_on(exported, tmp_path
         assert torch.equal(continued[name], tensor), name
         if name.endswith("tau"):
             assert not torch.equal(before[name], tensor), name
+
+
+@torch.no_grad()
+def _thresholds_of_a_step(model: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    rank, size = 0, 1
+    if torch.distributed.is_initialized():
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model.train()(rows[rank::size])
+    model.update_thresholds()
+    return {n: b.clone() for n, b in model.named_buffers() if n.endswith(("tau", "offset"))}
+
+
+def test_processes_that_train_together_have_the_thresholds_of_all_their_rows(exported):
+    rows = torch.randint(0, VOCAB_SIZE, (4, 21), generator=torch.Generator().manual_seed(2))
+    expected = _thresholds_of_a_step(exported.loaded(), rows)
+    models = exported.loaded()
+    for found in run_ranks(_thresholds_of_a_step, 2, models, rows):
+        for name, buffer in expected.items():
+            torch.testing.assert_close(found[name], buffer)
+            assert not torch.equal(buffer, models.get_buffer(name)), name
 
 
 # What cannot be done.

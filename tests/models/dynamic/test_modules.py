@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import models.dynamic
 from models.dynamic import (
     DTFDecisionLayer,
     DTFDynamicLayer,
@@ -115,6 +118,14 @@ def test_router_and_block_are_a_routed_layer(changes, training):
         assert routed.chosen.sum(dim=1).tolist() == [12, 12]
     y.sum().backward()
     assert all(p.grad is not None for p in alone.parameters())
+
+
+def test_every_public_name_is_there_and_torch_is_imported_with_the_first_that_needs_it():
+    line = "import sys, models.dynamic as m; m.DTFConfig; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", line], check=True)
+    assert all(hasattr(models.dynamic, name) for name in models.dynamic.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'DTFRooter'"):
+        _ = models.dynamic.DTFRooter
 
 
 def test_the_router_chooses_the_highest_scores():
