@@ -37,7 +37,7 @@ def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
 
     Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
     """
-    training, zero = run.training, resolved.config["zero_optimization"]
+    training, zero = run.training, resolved.config.get("zero_optimization", {})
     offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
     bound = {
         # muon keeps momentum of whole matrices; the others count steps per group of parameters.

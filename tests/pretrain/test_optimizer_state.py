@@ -24,11 +24,12 @@ from tests.pretrain.tiny_run import tiny_run
 def bound(directory: Path, zero: dict[str, Any] | None = None, **changes: Any) -> str | None:
     run = tiny_run(directory, **changes)
     path = directory / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": zero}))
-    return layout_bound_by(run, resolve_ds_config(path if zero else None, run, data_size=1))
+    path.write_text(json.dumps({"zero_optimization": zero} if zero else {}))
+    return layout_bound_by(run, resolve_ds_config(path, run, data_size=1))
 
 
 def test_adamw_at_any_stage_fits_any_layout(tmp_path) -> None:
+    assert bound(tmp_path) is None
     for stage in range(4):
         assert bound(tmp_path, {"stage": stage}) is None
     assert bound(tmp_path, {"stage": 2, "offload_optimizer": {"device": "cpu"}}) is None
@@ -54,7 +55,7 @@ def test_other_optimizers_and_fp8_are_bound_to_their_layout(tmp_path) -> None:
     assert found == "training.optimizer=muon"
     assert bound(tmp_path, training__optimizer="te_adam") == "training.optimizer=te_adam"
     fp8 = {"training__precision": "fp8", "training__fp8_recipe": "delayed"}
-    assert bound(tmp_path, **fp8) == "training.precision=fp8"
+    assert bound(tmp_path, {"stage": 1}, **fp8) == "training.precision=fp8"
 
 
 def save(run_dir: Path, *, folder: str, config: dict[str, Any]) -> None:
