@@ -357,15 +357,15 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return _rows(x, index)
+        return _rows_of(x, index)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return _rows(gradient, inverse).sum(dim=1), None, None
+        return _rows_of(gradient, inverse).sum(dim=1), None, None
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def _rows_of(x: Tensor, index: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
 
 
