@@ -71,7 +71,8 @@ class StrideLayer(nn.Module):
         if cache is not None:
             chosen = places.positions % self.router.stride == 0
             return carry._replace(hidden=self.dynamic.continued(x, gate, chosen, cache))
-        return carry._replace(hidden=self.dynamic(x, gate, selection, places))
+        y, _ = self.dynamic(x, gate, selection, places)
+        return carry._replace(hidden=y)
 
 
 class StrideHFConfig(DynamicHFConfig):
