@@ -9,7 +9,7 @@ import sys
 from parallel.cpu import prepare_environment
 from tests.benchmarks.timing import machine
 
-NAMES = ("recall", "mood", "language", "cost", "depth", "depth_cost")
+NAMES = ("recall", "mood", "language", "cost", "depth")
 
 
 def main() -> int:

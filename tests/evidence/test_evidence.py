@@ -7,7 +7,7 @@ import torch
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.evidence import cost, depth, depth_cost, language, mood, recall
+from tests.evidence import cost, depth, language, mood, recall
 from tests.evidence.training import IGNORED, future_leak
 
 
@@ -84,14 +84,3 @@ def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
     assert found.leak == 0.0 < found.oracle_leak
     assert 0.0 < found.share < 1.0
     assert 7.0 < found.causal < 9.0
-
-
-def test_the_cost_of_depth_is_measured():
-    steps = depth_cost.step_table(widths=(128,), gammas=(0.5,), length=64, rounds=2)
-    assert [row[0] for row in steps.rows] == [
-        f"{name}, hidden 128, gamma 0.5" for name in ("mod", "dtf")
-    ]
-    decode = depth_cost.decode_table(hidden=128, gammas=(0.5,), batch_sizes=(1,), rounds=2)
-    assert decode.rows[-1][1] == "0.75"
-    sizes = {row[0]: float(row[1].replace(",", "")) for row in depth_cost.cache_table().rows}
-    assert sizes["mod, gamma 0.125"] < sizes["mod, gamma 0.5"] < sizes["llama"]
