@@ -132,10 +132,15 @@ def add_norms_at_once(optimizer: Any) -> None:
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
         groups = range(len(optimizer.bit16_groups))
-        parameters = [p for i in groups for p in optimizer.params_in_partition[i]]
         if optimizer.cpu_offload:
+            parameters = [p for i in groups for p in optimizer.params_in_partition[i]]
             return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
-        gradients = [g for i in groups for g in optimizer.averaged_gradients[i]]
+        pairs: list[tuple[Tensor, nn.Parameter]] = []
+        for i in groups:
+            # After the gradients of its parameters a group may have padding, marked or not.
+            real = (g for g in optimizer.averaged_gradients[i] if not hasattr(g, "_zero_padding"))
+            pairs += zip(real, optimizer.params_in_partition[i], strict=False)
+        gradients, parameters = [g for g, _ in pairs], [p for _, p in pairs]
         return optimizer.get_grad_norm_direct(gradients, parameters, norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
