@@ -5,6 +5,7 @@ Shapes: b batch, s tokens of a call, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 PREFILL_CHUNK = 512
 
 
-class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
+class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
     """The layers of a family, `model`, behind the interface of transformers.
 
     Subclasses say which layers and what the first one takes, and define `forward`, whose signature
@@ -46,13 +47,13 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
         self.post_init()
 
+    @abstractmethod
     def layer_specs(self, settings: Any) -> list[LayerSpec]:
         """The family's layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Any:
         """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows."""
-        raise NotImplementedError
 
     def auxiliary_loss(self, output: Any) -> Tensor | None:
         """What training minimises beside the cross entropy, in what the last layer returns."""

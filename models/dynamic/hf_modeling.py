@@ -6,6 +6,7 @@ Shapes: b batch, s tokens of a call, V vocabulary.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -60,9 +61,9 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
             WeightRenaming(theirs, ours) for theirs, ours in _patterns(self.state_dict()).items()
         ]
 
+    @abstractmethod
     def setup_dynamic_layers(self, settings: Any) -> list[LayerSpec]:
         """The layers: `embedding`, those of the family, `head`."""
-        raise NotImplementedError
 
     def layer_specs(self, settings: Any) -> list[LayerSpec]:
         return self.setup_dynamic_layers(self._own(settings))
