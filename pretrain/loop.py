@@ -89,6 +89,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
             Path(config.run_dir),
             identity=_identity(config, layout, zero),
             keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
             ranks=ranks,
         )
         stack.callback(store.close)

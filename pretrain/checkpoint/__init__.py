@@ -12,7 +12,7 @@ Any layout reads what it needs of these files; there is nothing to convert. Wher
 restore the optimizer (`optimizer_state.layout_bound_by`), `engine/` holds its own pickled files
 instead of `optimizer/`, and the run resumes at the layout that wrote them.
 
-`python -m pretrain.checkpoint list|verify DIR` looks at what is there.
+`python -m pretrain.checkpoint list|verify|prune DIR` looks at what is there, or deletes old ones.
 """
 
 from pretrain.checkpoint.manifest import Layout

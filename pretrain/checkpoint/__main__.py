@@ -1,4 +1,4 @@
-"""`python -m pretrain.checkpoint list|verify DIR`: look at the checkpoints of a run."""
+"""`python -m pretrain.checkpoint list|verify|prune DIR`: the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from data_tools.loader_state import LoaderState
 from pretrain.checkpoint.manifest import read_manifest, step_of_name, verify_content, verify_listing
 from pretrain.checkpoint.resume import TRAINER_NAME, steps_in
+from pretrain.checkpoint.retention import prune
 from pretrain.errors import EXIT_USER_ERROR, CheckpointError, one_line
 
 EXIT_DAMAGED = 3
@@ -46,12 +47,35 @@ def _ledger(path: Path) -> str:
     return f", tokens: {given}"
 
 
+def _prune(run_dir: Path, *, keep: int, keep_every: int | None) -> int:
+    try:
+        if not (run_dir / "checkpoints").is_dir():
+            raise CheckpointError(f"{str(run_dir)!r} has no checkpoints: give a run directory")
+        doomed = prune(run_dir, keep=keep, keep_every=keep_every)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    print("\n".join(f"step_{step}: deleted" for step in doomed) or "nothing to delete")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List or verify the checkpoints of a run directory, or one of them; 3: one is damaged."""
+    """List, verify or prune the checkpoints of a run directory; 3: one is damaged.
+
+    `prune` deletes all but the newest ones that are complete; no job may be using the directory.
+    """
     parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description=main.__doc__)
-    parser.add_argument("command", choices=["list", "verify"])
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("command", choices=["list", "verify", "prune"])
+    parser.add_argument("directory", type=Path, help="a run directory, or one of its checkpoints")
+    parser.add_argument("--keep", type=int, metavar="N", help="prune: how many stay")
+    parser.add_argument(
+        "--keep-every", type=int, metavar="STEPS", help="prune: multiples of it stay, too"
+    )
     options = parser.parse_args(arguments)
+    if (options.command == "prune") != (options.keep is not None):
+        parser.error("--keep N belongs to prune, and prune needs it")
+    if options.command == "prune":
+        return _prune(options.directory, keep=options.keep, keep_every=options.keep_every)
     directory: Path = options.directory.resolve()
     if step_of_name(directory.name) is not None and directory.is_dir():
         paths = [directory]

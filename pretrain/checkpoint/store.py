@@ -37,6 +37,7 @@ from pretrain.checkpoint.resume import (
     rng_file_name,
     steps_in,
 )
+from pretrain.checkpoint.retention import delete, surplus
 from pretrain.checkpoint.rng_state import save_rng_state
 from pretrain.checkpoint.storage import Storage, fault_hook
 from pretrain.errors import CheckpointError, one_line
@@ -76,6 +77,7 @@ class CheckpointStore:
 
     Args:
         keep: how many of the newest checkpoints stay, at least 1.
+        keep_every: those of steps that are multiples of it stay, too.
 
     Raises:
         CheckpointError: another job uses the run directory, or it cannot be written.
@@ -87,6 +89,7 @@ class CheckpointStore:
         *,
         identity: RunIdentity,
         keep: int,
+        keep_every: int | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 - immutable
         storage: Storage | None = None,
     ) -> None:
@@ -95,7 +98,7 @@ class CheckpointStore:
         self.run_dir = run_dir
         self.directory = run_dir / "checkpoints"
         self.identity = identity
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._ranks = ranks
         self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
         self._trusted: set[int] = set()  # verified by `find` or written by `save`
@@ -267,14 +270,11 @@ class CheckpointStore:
             logger.warning("step_%d is saved, but latest could not be written: %s", step, error)
 
     def _retain(self, newest: int) -> None:
-        """Rank 0: delete all but `keep` checkpoints, counted back from the one just written."""
+        """Rank 0: delete what retention no longer keeps, counted back from the one just written."""
         steps = [step for step in steps_in(self.directory) if step <= newest]
-        for step in steps[self._keep :]:
-            doomed = self.directory / f".delete-step_{step}-{os.urandom(4).hex()}"
+        for step in surplus(steps, keep=self._keep, keep_every=self._keep_every):
             try:
-                # Renamed first: a deletion that is cut short must not look like a checkpoint.
-                self._storage.rename(self._path(step), doomed)
-                self._storage.remove_tree(doomed)
+                delete(self.directory, step, self._storage)
             except OSError as error:
                 logger.warning("old checkpoint step_%d could not be deleted: %s", step, error)
 

@@ -159,6 +159,18 @@ class CheckpointConfig(BaseModel):
 
     interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
     keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
+    keep_every: int | None = Field(
+        default=None, gt=0, description="Those of steps that are multiples of it stay, too"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.interval:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of "
+                f"checkpoint.interval={self.interval}, so it would keep few or none; change one"
+            )
+        return self
 
 
 class WatchdogConfig(BaseModel):

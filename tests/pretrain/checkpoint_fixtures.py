@@ -33,11 +33,17 @@ def open_store(
     *,
     run: RunIdentity | None = None,
     keep: int = 2,
+    keep_every: int | None = None,
     ranks: Ranks | None = None,
     storage: Storage | None = None,
 ) -> CheckpointStore:
     return CheckpointStore(
-        run_dir, identity=run or identity(), keep=keep, ranks=ranks or Ranks(), storage=storage
+        run_dir,
+        identity=run or identity(),
+        keep=keep,
+        keep_every=keep_every,
+        ranks=ranks or Ranks(),
+        storage=storage,
     )
 
 
