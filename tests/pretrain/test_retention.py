@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.__main__ import main
-from pretrain.checkpoint.lock import RunLock
 from pretrain.checkpoint.retention import surplus
 from pretrain.config import parse_config
 from pretrain.errors import ConfigError
