@@ -8,7 +8,7 @@ VENV   ?= .venv
 FAMILY ?= daria_former
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RUN    := runs/demo
+RUN    := runs/demo_$(FAMILY)
 
 # Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
@@ -35,10 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m data_tools.demo_corpus --output data/demo
-	PATH="$(abspath $(BIN)):$$PATH" deepspeed pretrain/train.py --config-name demo model=$(FAMILY)/demo
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed pretrain/train.py --config-name demo model=$(FAMILY)/demo \
+		run_dir=$(RUN)
 	$(BIN)/python -m pretrain.plot $(RUN) --output $(RUN)/loss.png
 	$(BIN)/python -m models.generate --checkpoint $(RUN) --prompt "def read(self" --max-new-tokens 120
-	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo parallel.tensor=2 run_dir=$(RUN)_tp2"
+	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
