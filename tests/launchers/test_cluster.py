@@ -27,7 +27,8 @@ def _processes_of(directory: Path) -> list[str]:
 def _fail_while_a_job_runs(second: Cluster) -> None:
     waiting = f"tail -f {second.directory}/log/munged.log"
     second.submit("--nodes=2", "--output=/dev/null", f"--wrap=srun {waiting}")
-    wait_until(lambda: sum(waiting in each for each in _processes_of(second.directory)) >= 2, 30)
+    # Slurm may let the first job after a start wait for its next turns of scheduling.
+    wait_until(lambda: sum(waiting in each for each in _processes_of(second.directory)) >= 2, 120)
     raise KeyError("a failing test")
 
 
