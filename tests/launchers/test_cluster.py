@@ -32,6 +32,7 @@ def _fail_while_a_job_runs(second: Cluster) -> None:
     raise KeyError("a failing test")
 
 
+@pytest.mark.slow  # on two cores two clusters at once do not always start their jobs in time
 def test_nothing_of_a_cluster_survives_a_test_that_fails(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.nodes, "one more beside it"
     second = Cluster(tmp_path, num_nodes=2)
