@@ -16,6 +16,7 @@ from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
 from models.registry import get_family
 from parallel.context import ParallelContext
+from parallel.precision import Precision
 from parallel.weights_io import ShardPosition
 from pretrain.checkpoint import (
     Checkpoint,
@@ -36,7 +37,7 @@ from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
 from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed import World, process_group
+from pretrain.distributed import group_timeout, limit_groups, prepare, process_group
 from pretrain.engine import (
     Engine,
     RunPlan,
@@ -52,9 +53,10 @@ from pretrain.initial_weights import initial_weights
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.ranks import Ranks
+from pretrain.rendezvous import World, meet
 from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
-from pretrain.signals import GracefulStop
+from pretrain.signals import GracefulStop, ending_on_signals
 from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
 
@@ -75,41 +77,77 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         ConfigError: a setting cannot be used; nothing has been started yet.
         TrainingError: the loss is no longer finite.
     """
-    layout = check_layout(config, World.from_environment().size)
+    world = World.from_environment()
+    layout = check_layout(config, world.size)
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
     precision = build_precision(config)
-    with process_group(tensor_size=layout.tensor) as device, ExitStack() as stack:
-        ranks = Ranks.of_group(dist.new_group(backend="gloo"))
-        ctx = build_context(config, precision=precision, device=device)
+    with ExitStack() as stack:
+        stack.enter_context(ending_on_signals())
+        watchdog, ctx, ranks = _start(config, layout, world, precision, stack)
         plan = RunPlan.of(config, zero, ctx)
         ranks.together(lambda: check_model(plan))
+        watchdog.moved("the opening of the data")
         loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
         evaluation = ranks.together(lambda: _eval_batches(config, ctx))
-        store = CheckpointStore(
-            Path(config.run_dir),
-            identity=_identity(config, layout, zero),
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            ranks=ranks,
-        )
+        watchdog.moved("the search for a checkpoint")
+        store = _checkpoint_store(config, _identity(config, layout, zero), ranks)
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
         if checkpoint is not None:
             ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
         ranks.on_first(lambda: _write_config(config))
         ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
+        watchdog.moved("the building of the model")
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
-        loop = TrainLoop(
-            config, layout, engine, loader, evaluation, store, ranks, stack.enter_context(watchdog)
-        )
+        limit_groups(config.watchdog.timeout)
+        loop = TrainLoop(config, layout, engine, loader, evaluation, store, ranks, watchdog)
         if checkpoint is not None:
             loop.restore(checkpoint)
         code = loop.run(stack.enter_context(GracefulStop()))
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
         return code
+
+
+def _start(
+    config: RunConfig, layout: RunLayout, world: World, precision: Precision, stack: ExitStack
+) -> tuple[Watchdog, ParallelContext, Ranks]:
+    """Bring the ranks together, watched from the moment in which all have come."""
+    limit = config.watchdog.timeout
+    prepare()
+    store = meet(world, purpose=config.run_dir, timeout=limit)
+    watchdog = Watchdog(
+        Path(config.run_dir),
+        rank=world.rank,
+        size=world.size,
+        store=store,
+        timeout=limit,
+        slow_ratio=config.watchdog.slow_ratio,
+    )
+    stack.enter_context(watchdog)
+    watchdog.moved("the making of process groups")
+    group = process_group(tensor_size=layout.tensor, store=store, timeout=limit)
+    device = stack.enter_context(group)
+    stack.push(watchdog.leave)
+    ranks = Ranks.of_group(dist.new_group(backend="gloo", timeout=group_timeout(limit)))
+    ctx = build_context(config, precision=precision, device=device)
+    axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}
+    watchdog.placed(
+        ", ".join(f"{name} {axis.rank}" for name, axis in axes.items() if axis.size > 1),
+        stage=ctx.pipeline.rank,
+    )
+    return watchdog, ctx, ranks
+
+
+def _checkpoint_store(config: RunConfig, identity: RunIdentity, ranks: Ranks) -> CheckpointStore:
+    return CheckpointStore(
+        Path(config.run_dir),
+        identity=identity,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        ranks=ranks,
+    )
 
 
 class TrainLoop:
@@ -177,7 +215,7 @@ class TrainLoop:
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
-            self.watchdog.moved(f"step {step}")
+            self.watchdog.moved(f"step {step}", is_step=True)
             result = self.engine.train_step(self.loader, learning_rate=rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
@@ -218,6 +256,7 @@ class TrainLoop:
                 lr=rate,
                 tokens=self.tokens,
                 rate=speed,
+                slowest_rank=self.watchdog.slowest_ratio,
             )
         )
 

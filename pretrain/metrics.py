@@ -89,8 +89,12 @@ def training_record(
     lr: float,
     tokens: int,
     rate: Rate,
+    slowest_rank: float | None = None,
 ) -> Record:
-    """A line of metrics.jsonl about one training step; `tokens` counts those seen so far."""
+    """A line of metrics.jsonl about one training step; `tokens` counts those seen so far.
+
+    `slowest_rank`: its own work over the usual one (`pace`), where it is known.
+    """
     record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}
     record |= {
         "grad_norm": grad_norm,
@@ -101,6 +105,8 @@ def training_record(
     }
     if rate.mfu is not None:
         record["mfu"] = rate.mfu
+    if slowest_rank is not None:
+        record["slowest_rank_ratio"] = slowest_rank
     memory = peak_memory_gib()
     if memory is not None:
         record["peak_memory_gib"] = memory
