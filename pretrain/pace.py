@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pretrain.whereabouts import Progress
 
 SAMPLING_INTERVAL = 0.05  # seconds
-_STEPS = 10  # of a window
+_STEPS = 7  # of a window
 _SAMPLES = 20  # of a window, at least: short steps make longer windows
 _LOWEST_SHARE = 0.1  # of a step that a rank must lose to the usual one to be called slow
 

@@ -86,6 +86,7 @@ class Watchdog:
         self._failure: str | None = None  # of another rank, as that rank says it
         self._troubled_at: float | None = None  # when the end of another rank was seen
         self._steps, self._in_step, self._pace = 0, False, Pace()
+        self._to_compare = 0
         compares = slow_ratio is not None and self._record is not None
         self._slow = SlowRanks(slow_ratio) if compares and slow_ratio is not None else None
 
@@ -173,7 +174,7 @@ class Watchdog:
         assert self._record is not None
         try:
             before = self._record.read()
-            time.sleep(_OBSERVATION + self._interval)
+            self._observe()
             after = self._record.read()
         except (RuntimeError, TimeoutError):
             message = f"{self._record.keeper} does not answer"
@@ -207,12 +208,18 @@ class Watchdog:
         if not self._pace.add(seconds, is_busy=busy, steps=self._steps):
             return
         self._own = self._own._replace(window=self._pace.window, busy=self._pace.busy)
-        if self._rank == 0:
-            with contextlib.suppress(RuntimeError, TimeoutError):
-                everyone = self._record.read()
-                length = self._pace.seconds_per_step
-                for slow in self._slow.compare(everyone, seconds_per_step=length):
-                    _warn(slow, everyone[slow.rank])
+        self._to_compare = 2  # times: the others report theirs about now
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._record.report(self._own)
+
+    def _compare(self) -> None:
+        """On rank 0: warn of ranks that have turned out to be slow."""
+        if self._slow is None or self._record is None or not self._to_compare or self._rank > 0:
+            return
+        self._to_compare -= 1
+        everyone = self._record.read()
+        for slow in self._slow.compare(everyone, seconds_per_step=self._pace.seconds_per_step):
+            _warn(slow, everyone[slow.rank])
 
     def _look(self) -> Ending | None:
         """Tell how far this rank is; what ends it, if anything does."""
@@ -222,6 +229,7 @@ class Watchdog:
         answers, found = True, None
         try:
             found = self._exchange()
+            self._compare()
         except (RuntimeError, TimeoutError):  # told below, when it matters
             answers = False
         limit = max(self._timeout, _UNWINDING) if self._leaving else self._timeout
@@ -266,9 +274,7 @@ class Watchdog:
             if not answers:
                 raise TimeoutError
             before = self._record.read()
-            time.sleep(_OBSERVATION + self._interval)
-            self._describe(stuck=True)
-            self._record.report(self._own)
+            self._observe()
             culprit = blame(before, self._record.read(), own_rank=self._rank)
             is_first = self._record.say(_VERDICT, f"rank {self._rank}: {what}{culprit}")
             return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
@@ -276,6 +282,15 @@ class Watchdog:
             # The others cannot be asked who is to say it.
             message = f"{what}{self._record.keeper} does not answer"
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
+
+    def _observe(self) -> None:
+        """Give all ranks the time to be heard once more, this one too: others may look at it."""
+        assert self._record is not None
+        until = time.monotonic() + _OBSERVATION + self._interval
+        while time.monotonic() < until:
+            time.sleep(self._interval / 2)
+            self._describe(stuck=True)
+            self._record.report(self._own)
 
     def _finish(self, ending: Ending) -> None:
         if ending.code == EXIT_HUNG:

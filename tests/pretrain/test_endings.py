@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import signal
 import socket
@@ -18,7 +17,7 @@ import pytest
 
 from pretrain.config import to_yaml
 from tests.distributed import free_port
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import tiny_run, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -156,7 +155,9 @@ def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
         assert _is_free(run.port)
         said = re.findall(r"^error on rank 0: (.*)$|^error: (.*)$", run.log, re.MULTILINE)
         assert len(said) == 1, run.log
-        assert re.search(r"rank 1 \(.*in step \d+\).*signal 9, likely out of memory", "".join(said[0]))
+        assert re.search(
+            r"rank 1 \(.*in step \d+\).*signal 9, likely out of memory", "".join(said[0])
+        )
 
 
 # Not from the shell that a launcher's name hides: from the process that was started.
