@@ -106,7 +106,7 @@ class Neighbours:
         """What is known of ranks that have ended and have not said why."""
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._known.update(record.read(self._around))
-        names = ", ".join(f"rank {rank} {self._known[rank].named}" for rank in ended)
+        names = ", ".join(f"rank {rank} {self._known[rank].named_silent}" for rank in ended)
         memory = max(self._known[rank].memory_gib for rank in ended)
         return (
             f"{names} has ended without a word: killed by signal 9, likely out of memory (it held "

@@ -33,7 +33,7 @@ from pretrain.errors import (
 )
 from pretrain.pace import SAMPLING_INTERVAL, Pace, Slow, SlowRanks
 from pretrain.peers import Neighbours, RunRecord
-from pretrain.whereabouts import Progress, blame, find_thread, is_waiting
+from pretrain.whereabouts import Progress, blame, describe_silent, find_thread, is_waiting
 
 _OBSERVATION = 1.0  # seconds that ranks are watched to see whether they live
 _FAREWELL = 2.0  # seconds that a rank outlives a verdict, for the others to hear and act on it
@@ -179,12 +179,15 @@ class Watchdog:
         except (RuntimeError, TimeoutError):
             message = f"{self._record.keeper} does not answer"
             return Ending(EXIT_LOST_RANK, message if self._rank <= 1 else None)
-        gone = [r for r, progress in after.items() if progress.beats == before[r].beats]
+        gone = {
+            rank: progress
+            for rank, progress in after.items()
+            if rank != self._rank and progress.beats == before[rank].beats
+        }
         if not gone:
             return None
-        text = ", ".join(f"rank {r} {after[r].named}" for r in gone if r != self._rank)
-        first = self._record.say(_FAILURE, text)
-        return Ending(EXIT_LOST_RANK, f"{text} is gone or cannot be reached" if first else None)
+        text = describe_silent(gone)
+        return Ending(EXIT_LOST_RANK, text if self._record.say(_FAILURE, text) else None)
 
     def _watch(self) -> None:
         ending, reported, sampled = None, 0.0, time.monotonic()

@@ -47,8 +47,16 @@ class Progress(NamedTuple):
 
     @property
     def named(self) -> str:
+        return self._describe(f"in {self.activity}")
+
+    @property
+    def named_silent(self) -> str:
+        """For a rank that may by now be elsewhere."""
+        return self._describe(f"last heard of in {self.activity}")
+
+    def _describe(self, where: str) -> str:
         place = f", {self.place}" if self.place else ""
-        return f"(process {self.pid} on {self.host}{place}, in {self.activity})"
+        return f"(process {self.pid} on {self.host}{place}, {where})"
 
 
 def is_waiting(frame: FrameType | None) -> bool:
@@ -156,7 +164,7 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
         if rank != own_rank and progress.beats == before[rank].beats
     }
     if silent:
-        return _list(silent, "does not answer")
+        return describe_silent(silent)
     waiting = {rank: progress for rank, progress in after.items() if progress.collective}
     absent = {rank: progress for rank, progress in after.items() if rank not in waiting}
     if waiting and absent:
@@ -174,14 +182,23 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     return f"all ranks have come equally far and are in {usual}; their stacks say more"
 
 
+def describe_silent(ranks: Mapping[int, Progress]) -> str:
+    """The ranks that no longer say anything."""
+    named = [f"rank {rank} {progress.named_silent}" for rank, progress in ranks.items()]
+    return f"{', '.join(named[:_MAX_RANKS])} does not answer{_and_more(len(named))}"
+
+
+def _and_more(number: int) -> str:
+    return f", and {number - _MAX_RANKS} more ranks" if number > _MAX_RANKS else ""
+
+
 def _list(ranks: Mapping[int, Progress], what: str) -> str:
     """The ranks with where they are, and what is wrong with each of them."""
     named = []
     for rank, progress in list(ranks.items())[:_MAX_RANKS]:
         where = f" is in {_where(progress)} and" if progress.function else ""
         named.append(f"rank {rank} {progress.named}{where} {what}".replace(" and while", " while"))
-    more = f", and {len(ranks) - _MAX_RANKS} more ranks" if len(ranks) > _MAX_RANKS else ""
-    return ", ".join(named) + more
+    return ", ".join(named) + _and_more(len(ranks))
 
 
 def _where(progress: Progress) -> str:

@@ -156,7 +156,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
         said = re.findall(r"^error on rank 0: (.*)$|^error: (.*)$", run.log, re.MULTILINE)
         assert len(said) == 1, run.log
         assert re.search(
-            r"rank 1 \(.*in step \d+\).*signal 9, likely out of memory", "".join(said[0])
+            r"rank 1 \(.*in step \d+\) .*signal 9, likely out of memory", "".join(said[0])
         )
 
 

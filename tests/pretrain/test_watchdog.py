@@ -79,7 +79,7 @@ MORE_CASES = {
         1, "stopped", PipelineEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
     ),
     "groups": Case(1, "stopped", loop, "build_context", "the making of process groups"),
-    "engine": Case(1, "stopped", loop, "build_engine", "the building of the model", 1, TENSOR),
+    "engine": Case(1, "stopped", loop, "build_engine", "step 1", 1, TENSOR),
     "search": Case(1, "asleep", CheckpointStore, "find", "the search for a checkpoint"),
     "restoration": Case(1, "stopped", loop, "restore_optimizer_state", "the restoration of step 2"),
 }
@@ -109,8 +109,8 @@ def _named(case: Case) -> str:
         return "rank 0, which keeps the record of all ranks, does not answer"
     process = rf"rank {case.rank} \(process \d+ on \S+, "
     if case.how == "stopped":
-        return rf"{process}.*\) does not answer"
-    return rf"{process}.*\) is in \w+ \(pretrain/\w+.py:\d+\) and has not entered \w+ (of|from) "
+        return rf"{process}.*last heard of in .*\) does not answer"
+    return rf"{process}.*\) is in \S+ \(pretrain/\w+.py:\d+\) and has not entered \w+ (of|to) "
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_rank_that_stands_still_is_named_in_time(name, tmp_path):
     assert "most recent call first" in stacks.read_text()
 
 
-def _watch(folder: Path, moves: int, *, timeout: float = 1.0) -> Ending | None:
+def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
     """What the watchdog finds of a rank 2 that does two moves less than the others."""
     rank, endings = int(os.environ["RANK"]), []
     watchdog = Watchdog(
@@ -145,14 +145,14 @@ def _watch(folder: Path, moves: int, *, timeout: float = 1.0) -> Ending | None:
         rank=rank,
         size=dist.get_world_size(),
         store=distributed_c10d._get_default_store(),
-        timeout=timeout,
+        timeout=limit,
         end=endings.append,
     )
     with watchdog:
         for step in range(moves if rank == 2 else moves + 2):
             watchdog.moved(f"step {step}")
             time.sleep(0.2)
-        time.sleep(0 if timeout > moves * 0.2 else 5)
+        time.sleep(0 if limit > moves * 0.2 else 5)
     return endings[0] if endings else None
 
 
@@ -169,7 +169,7 @@ def test_all_ranks_end_and_one_of_them_names_the_one_that_is_behind(tmp_path):
 
 
 def test_ranks_that_move_are_left_alone(tmp_path):
-    assert run_ranks(_watch, 2, tmp_path, 8, timeout=2.0) == [None, None]
+    assert run_ranks(_watch, 2, tmp_path, 8, limit=2.0) == [None, None]
 
 
 def test_one_process_alone_is_watched_too(tmp_path):

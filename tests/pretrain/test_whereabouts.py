@@ -34,7 +34,10 @@ def _after(**changes: dict[str, object]) -> dict[int, Progress]:
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
-        ({"r1": {"beats": 5}}, "rank 1 (process 11 on host, data 1, in step 3) is in "),
+        (
+            {"r1": {"beats": 5}},
+            "rank 1 (process 11 on host, data 1, last heard of in step 3) does not answer",
+        ),
         (
             {"r2": {"collective": "", "function": "__next__ (data_tools/loader.py:9)"}},
             "rank 2 (process 12 on host, data 2, in step 3) is in __next__ "
