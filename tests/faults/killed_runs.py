@@ -11,14 +11,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
+import pretrain.checkpoint.optimizer_state
 import pretrain.checkpoint.store
 import pretrain.engine
 from data_tools.batch import Batch
+from pretrain.checkpoint.storage import Storage, _HookedFile
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.tiny_run import tiny_run
 
 DS_CONFIG = "configs/ds/zero1.json"
 PLACES = ("load", "train", "between", "save", "save")  # saves are short: drawn twice as often
@@ -82,9 +85,36 @@ def train(config, trace: Path, moment: Moment | None = None, *, size: int = 2) -
     return run_ranks(_entry, size, config, trace, moment, init=False)
 
 
+class Run(NamedTuple):
+    """A run that nothing has disturbed, and how many storage operations each of its saves has."""
+
+    config: object
+    trace: Path
+    points: list[int]
+
+
+def small_run(directory: Path, *, steps: int, interval: int):
+    return tiny_run(
+        directory.parent,
+        run_dir=str(directory),
+        model__num_layers=2,
+        training__max_steps=steps,
+        training__batch_size=2,
+        checkpoint__interval=interval,
+        evaluation__interval=steps,
+    )
+
+
+def undisturbed(directory: Path, *, steps: int, interval: int) -> Run:
+    config = small_run(directory / "undisturbed", steps=steps, interval=interval)
+    return Run(config, directory / "trace", train(config, directory / "trace"))
+
+
 def read_trace(trace: Path, rank: int) -> list[TrainedStep]:
     lines = (trace / f"rank_{rank}").read_text().splitlines()
-    return [TrainedStep(step, tuple(samples), *rest) for step, samples, *rest in map(json.loads, lines)]
+    return [
+        TrainedStep(step, tuple(samples), *rest) for step, samples, *rest in map(json.loads, lines)
+    ]
 
 
 def _entry(config, trace: Path, moment: Moment | None) -> int:
@@ -136,6 +166,12 @@ def _observe_storage(killer: _Killer) -> Counter[int]:
             points[killer.step] += 1
             killer.reached("save")
 
+    def write_shard(file: BinaryIO, *args, **kwargs) -> None:
+        hooked = _HookedFile(file, Storage(hook=hook), Path(file.name))
+        original(hooked, *args, **kwargs)
+
+    original = pretrain.checkpoint.optimizer_state.write_shard
+    pretrain.checkpoint.optimizer_state.write_shard = write_shard
     pretrain.checkpoint.store.fault_hook = lambda environment, rank: hook  # type: ignore[assignment]
     return points
 

@@ -13,35 +13,19 @@ import pytest
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.checkpoint.manifest import read_manifest
-from tests.faults.killed_runs import Moment, TrainedStep, draw_moments, read_trace, train
-from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.faults.killed_runs import (
+    Moment,
+    Run,
+    TrainedStep,
+    draw_moments,
+    read_trace,
+    small_run,
+    train,
+    undisturbed,
+)
+from tests.pretrain.tiny_run import write_data
 
 RANKS = (0, 1)
-
-
-class Run(NamedTuple):
-    """A run that nothing has disturbed, and how many storage operations each of its saves has."""
-
-    config: object
-    trace: Path
-    points: list[int]
-
-
-def small_run(directory: Path, *, steps: int, interval: int):
-    return tiny_run(
-        directory.parent,
-        run_dir=str(directory),
-        model__num_layers=2,
-        training__max_steps=steps,
-        training__batch_size=2,
-        checkpoint__interval=interval,
-        evaluation__interval=steps,
-    )
-
-
-def undisturbed(directory: Path, *, steps: int, interval: int) -> Run:
-    config = small_run(directory / "undisturbed", steps=steps, interval=interval)
-    return Run(config, directory / "trace", train(config, directory / "trace"))
 
 
 def attempts(config, directory: Path, moments: list[Moment]) -> list[Path]:
