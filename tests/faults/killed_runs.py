@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -23,7 +24,6 @@ from pretrain.loop import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run
 
-DS_CONFIG = "configs/ds/zero1.json"
 PLACES = ("load", "train", "between", "save", "save")  # saves are short: drawn twice as often
 _STEP_SECONDS = 0.03  # about one step: "train" means anywhere in it
 
@@ -73,7 +73,9 @@ def draw_moments(
     return sorted(moments, key=lambda moment: (moment.step, moment.place == "save"))
 
 
-def train(config, trace: Path, moment: Moment | None = None, *, size: int = 2) -> list[int]:
+def train(
+    config, trace: Path, moment: Moment | None = None, *, size: int = 2, stage: int = 1
+) -> list[int]:
     """Run until the end or the moment; `trace` becomes a folder with a file of each rank.
 
     Returns for each rank the number of storage operations of the save that had most.
@@ -82,7 +84,9 @@ def train(config, trace: Path, moment: Moment | None = None, *, size: int = 2) -
         AssertionError: a rank has died or failed.
     """
     trace.mkdir()
-    return run_ranks(_entry, size, config, trace, moment, init=False)
+    return run_ranks(
+        _entry, size, config, f"configs/ds/zero{stage}.json", trace, moment, init=False
+    )
 
 
 class Run(NamedTuple):
@@ -117,14 +121,14 @@ def read_trace(trace: Path, rank: int) -> list[TrainedStep]:
     ]
 
 
-def _entry(config, trace: Path, moment: Moment | None) -> int:
+def _entry(config, ds_config: str, trace: Path, moment: Moment | None) -> int:
     rank = int(os.environ["RANK"])
     (trace / f"pid_{rank}").write_text(str(os.getpid()))
     killer = _Killer(trace, moment if moment is not None and moment.by == rank else None)
     points = _observe_storage(killer)
     _observe_steps(killer, trace / f"rank_{rank}")
-    assert run_training(config, DS_CONFIG) == EXIT_COMPLETED
-    return max(points.values())
+    assert run_training(config, ds_config) == EXIT_COMPLETED
+    return max(points.values(), default=0)
 
 
 class _Killer:
@@ -177,10 +181,13 @@ def _observe_storage(killer: _Killer) -> Counter[int]:
 
 
 def _observe_steps(killer: _Killer, path: Path) -> None:
-    original = pretrain.engine.PlainEngine.train_step
     # Unbuffered: what was written is known to the kernel when the process dies.
     file = path.open("ab", buffering=0)
+    for engine in (pretrain.engine.PlainEngine, pretrain.engine.PipelineEngine):
+        engine.train_step = _observed(engine.train_step, killer, file)  # type: ignore[method-assign]
 
+
+def _observed(original, killer: _Killer, file: RawIOBase):
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float):
         killer.step = self.deepspeed.global_steps + 1
         killer.reached("train")
@@ -193,7 +200,7 @@ def _observe_steps(killer: _Killer, path: Path) -> None:
         killer.reached("between")
         return result
 
-    pretrain.engine.PlainEngine.train_step = train_step  # type: ignore[method-assign]
+    return train_step
 
 
 def _noted(
