@@ -27,7 +27,6 @@ from tests.distributed import run_ranks
 from tests.faults.damage import Damage, Tally, damages
 from tests.pretrain.tiny_run import tiny_run, write_data
 
-
 KINDS = {"optimizer": 0.3, "weights": 0.2, "rng": 0.2, "trainer.json": 0.1, "manifest.json": 0.2}
 
 

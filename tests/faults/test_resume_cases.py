@@ -30,7 +30,7 @@ class Case(NamedTuple):
     pipeline: int = 1
     data: int = 1
     stage: int = 1
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {}  # noqa: RUF012 - read only
     place: str = "between"
     sources: dict[str, float] = {"train": 1}  # noqa: RUF012 - read only
 
@@ -154,7 +154,7 @@ def _curve(config) -> list[tuple[float, ...]]:
 
 
 def _files(config) -> dict[str, str]:
-    """SHA-256 of weights, optimizer, random numbers and position in the data after the last step."""
+    """SHA-256 of weights, optimizer, random numbers and place in the data after the last step."""
     manifest = read_manifest(Path(config.run_dir, "checkpoints", f"step_{STEPS}"))
     return {name: entry.sha256 for name, entry in manifest.files.items()}
 
