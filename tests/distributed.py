@@ -96,7 +96,7 @@ def _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs) -> int
     except BaseException:
         traceback.print_exc()
     finally:
-        # A forked rank must not run the parent's exit handlers, even where its log cannot be written.
+        # A forked rank must not run the parent's exit handlers; its log may not be writable.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
