@@ -111,6 +111,8 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         )
         if checkpoint is not None:
             loop.restore(checkpoint)
+        else:
+            seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
         code = loop.run(stack.enter_context(GracefulStop()))
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
