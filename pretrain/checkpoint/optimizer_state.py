@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.sharding import Sharding, sharding_of, split
-from parallel.weights_io import ShardedWeightsReader, ShardPosition, Weight, write_shard
+from parallel.weights_io import ShardedWeightsReader, Weight
 from pretrain.checkpoint.live_optimizer import (
     MASTER,
     MOMENTS,
@@ -25,52 +26,27 @@ from pretrain.checkpoint.live_optimizer import (
     publish_weights,
 )
 from pretrain.checkpoint.stored_optimizer import FOLDER, HEADER, Run, StoredOptimizer
-from pretrain.config import RunConfig
-from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import CheckpointError
 
-_PORTABLE = ("adamw", "fused_adam", "cpu_adam")
+
+class OptimizerShard(NamedTuple):
+    """What one rank writes of the optimizer: its elements, and the header that names them."""
+
+    elements: Sequence[Weight]
+    metadata: Mapping[str, str]
 
 
-def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
-    """The setting for which only DeepSpeed's own files hold the whole state; None without one.
+def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
+    """The elements that this rank updates, to be loaded one by one; not collective.
 
-    Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
-    """
-    training, zero = run.training, resolved.config.get("zero_optimization", {})
-    offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
-    bound = {
-        # muon keeps momentum of whole matrices; the others count steps per group of parameters.
-        f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
-        # Transformer Engine's scales are part of its layers, not of their weights.
-        "training.precision=fp8": training.precision == "fp8",
-        "offloading to NVMe": any(each.get("device") == "nvme" for each in offloads),
-        "super_offload": any(each.get("super_offload") for each in offloads),
-        # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
-        "round_robin_gradients": zero.get("round_robin_gradients", False),
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-        "zero_quantized_weights": zero.get("zero_quantized_weights", False),
-        "zero_quantized_nontrainable_weights": zero.get(
-            "zero_quantized_nontrainable_weights", False
-        ),
-    }
-    return next((name for name, applies in bound.items() if applies), None)
-
-
-def save_optimizer_state(
-    engine: Any, directory: Path, *, ctx: ParallelContext, rank: int
-) -> list[Path]:
-    """Write the elements that this rank updates below `directory`; returns the files written.
-
-    Ranks need not wait for each other. What several ranks hold alike is written by one of them.
+    What several ranks hold alike is written by one of them.
 
     Raises:
-        OSError: the disk.
         CheckpointError: a weight is not its master rounded; nothing can be continued from that.
     """
     live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
     runs: dict[str, dict[str, Any]] = {}
-    weights: list[Weight] = []
+    elements: list[Weight] = []
     for index, fragment in enumerate(live.fragments):
         _check_master(fragment)
         if not _is_writer(fragment, index, ctx):
@@ -79,14 +55,8 @@ def save_optimizer_state(
         for key in (MASTER, *MOMENTS):
             load = partial(live.value, fragment, key)
             name, shape = f"{fragment.name}/{key}", (fragment.length,)
-            weights.append(Weight(name, shape, torch.float32, Sharding(), load))
-    folder = directory / FOLDER
-    folder.mkdir(exist_ok=True)
-    path = folder / f"rank_{rank:05d}.safetensors"
-    with path.open("xb") as file:
-        metadata = {HEADER: json.dumps(runs)}
-        write_shard(file, weights, position=ShardPosition.of(ctx), metadata=metadata)
-    return [path]
+            elements.append(Weight(name, shape, torch.float32, Sharding(), load))
+    return OptimizerShard(elements, {HEADER: json.dumps(runs)})
 
 
 def _check_master(fragment: Fragment) -> None:

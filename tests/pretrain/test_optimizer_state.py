@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from pretrain.checkpoint.manifest import Layout
-from pretrain.checkpoint.optimizer_state import layout_bound_by
 from pretrain.checkpoint.rng_state import seed_rng
 from pretrain.config.changes import samples_per_step
-from pretrain.config.deepspeed import resolve_ds_config
+from pretrain.config.deepspeed import layout_bound_by, resolve_ds_config
 from pretrain.errors import CheckpointError
 from tests.pretrain.checkpoint_fixtures import contents, identity, open_store
 from tests.pretrain.tiny_run import tiny_run
