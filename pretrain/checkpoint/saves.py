@@ -58,7 +58,8 @@ class Saves:
         """
         if not self._asynchronous:
             self._moved(f"the save of step {contents.step}")
-            self._store.save(contents)
+            published = f"the publication of step {contents.step}"
+            self._store.save(contents, written=partial(self._moved, published))
             return
         self.wait()
         self._moved(f"the copy of step {contents.step} to host memory")
@@ -75,6 +76,9 @@ class Saves:
         if running is None:
             return
         self._moved(f"the wait for the save of step {running.step}")
+        running.written.wait()
+        # Ranks that have come to here are not the one that holds the others up.
+        self._moved(f"the wait for the publication of step {running.step}")
         running.join()
         self._running = None
         if running.error is not None:
@@ -99,27 +103,29 @@ class Saves:
         # others may be dead, and this rank must end so that its launcher sees it.
         running.join(None if isinstance(error, AgreedError) else _FAREWELL)
         if running.is_alive():
-            logger.warning("the save of step %d was given up: not done in %.0f s", running.step,
-                           _FAREWELL)  # fmt: skip
+            logger.warning("the save of step %d is given up", running.step)
         elif running.error is not None:
             logger.warning("a save failed, too: %s", one_line(running.error))
 
 
 class _BackgroundSave(threading.Thread):
-    """One save; `error` is what it raised."""
+    """One save. `written`: this rank has done its part, or failed; `error` is what it raised."""
 
     def __init__(self, store: CheckpointStore, contents: CheckpointContents) -> None:
         # A daemon: at the end of a process that has given it up, nothing waits for it.
         super().__init__(name=f"save of step {contents.step}", daemon=True)
         self.step = contents.step
+        self.written = threading.Event()
         self.error: BaseException | None = None
-        self._save = partial(store.save, contents)
+        self._save = partial(store.save, contents, written=self.written.set)
 
     def run(self) -> None:
         try:
             self._save()
         except BaseException as error:  # the main thread raises it
             self.error = error
+        finally:
+            self.written.set()
 
 
 class HostBuffers:

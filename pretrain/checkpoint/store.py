@@ -120,8 +120,12 @@ class CheckpointStore:
             self._trusted.add(found.step)
         return found
 
-    def save(self, contents: CheckpointContents) -> Path:
+    def save(
+        self, contents: CheckpointContents, *, written: Callable[[], object] = lambda: None
+    ) -> Path:
         """Write and publish a checkpoint, then delete those that retention no longer keeps.
+
+        `written` is called once this rank has done its part and waits for the others.
 
         Raises:
             CheckpointError: a rank failed; nothing was published and nothing deleted.
@@ -130,8 +134,9 @@ class CheckpointStore:
         if contents.step in self._trusted:
             return path
         temporary = self._ranks.on_first(lambda: self._begin(contents))
-        written, failure = self._write(temporary, contents)
-        reports = self._ranks.gather(written)
+        report, failure = self._write(temporary, contents)
+        written()
+        reports = self._ranks.gather(report)
         failure = self._ranks.first_message(failure)
         self._ranks.on_first(lambda: self._publish(contents.step, temporary, reports, failure))
         self._trusted.add(contents.step)
