@@ -21,6 +21,7 @@ from pretrain.checkpoint.live_optimizer import (
     Fragment,
     LiveOptimizer,
     Part,
+    Place,
     canonical_names,
     local_shape,
     publish_weights,
@@ -30,9 +31,14 @@ from pretrain.errors import CheckpointError
 
 
 class OptimizerShard(NamedTuple):
-    """What one rank writes of the optimizer: its elements, and the header that names them."""
+    """What one rank writes of the optimizer: its elements, and the header that names them.
+
+    `weights` are the elements as forward reads them, by parameter, where that is another tensor
+    than their master. They are not written; `check_masters` compares them.
+    """
 
     elements: Sequence[Weight]
+    weights: Sequence[Weight]
     metadata: Mapping[str, str]
 
 
@@ -40,32 +46,48 @@ def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
     """The elements that this rank updates, to be loaded one by one; not collective.
 
     What several ranks hold alike is written by one of them.
-
-    Raises:
-        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
     """
     live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
     runs: dict[str, dict[str, Any]] = {}
     elements: list[Weight] = []
+    weights: list[Weight] = []
     for index, fragment in enumerate(live.fragments):
-        _check_master(fragment)
         if not _is_writer(fragment, index, ctx):
             continue
-        runs[fragment.name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
+        name, shape, place = fragment.name, (fragment.length,), fragment.place
+        runs[name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
         for key in (MASTER, *MOMENTS):
             load = partial(live.value, fragment, key)
-            name, shape = f"{fragment.name}/{key}", (fragment.length,)
-            elements.append(Weight(name, shape, torch.float32, Sharding(), load))
-    return OptimizerShard(elements, {HEADER: json.dumps(runs)})
+            elements.append(Weight(f"{name}/{key}", shape, torch.float32, Sharding(), load))
+        if place.weight.data_ptr() != place.master.data_ptr():
+            load = partial(_weight, place)
+            weights.append(Weight(name, shape, place.weight.dtype, Sharding(), load))
+    return OptimizerShard(elements, weights, {HEADER: json.dumps(runs)})
 
 
-def _check_master(fragment: Fragment) -> None:
-    place = fragment.place
-    if not torch.equal(place.master.to(place.weight), place.weight):
-        raise CheckpointError(
-            f"parameter {fragment.name!r}: the weights differ from their fp32 master in the "
-            f"{fragment.length} elements from {place.start} on; resume from the last checkpoint"
-        )
+def check_masters(shard: OptimizerShard) -> None:
+    """Compare what is to be written with what the model computes with.
+
+    Raises:
+        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+    """
+    weights = {weight.name: weight for weight in shard.weights}
+    for element in shard.elements:
+        name, _, key = element.name.rpartition("/")
+        if key != MASTER:
+            continue
+        master = element.load()
+        weight = weights[name].load() if name in weights else master
+        if not torch.equal(master.to(weight), weight):  # NaN is unequal to itself
+            raise CheckpointError(
+                f"parameter {name!r}: the weights differ from their fp32 master, or are NaN, in "
+                f"the {len(master)} elements that this rank updates; resume from the last "
+                "checkpoint"
+            )
+
+
+def _weight(place: Place) -> Tensor:
+    return place.weight
 
 
 def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:

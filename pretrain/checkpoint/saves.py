@@ -157,8 +157,8 @@ class HostBuffers:
 def snapshot(contents: CheckpointContents, buffers: HostBuffers) -> CheckpointContents:
     """`contents` as they are now, whatever later steps change; collective, as loading weights is.
 
-    A rank copies what it will write and nothing else. What fails here is raised again where it
-    would be written, so that all ranks get there and agree on the failure.
+    A rank copies what it will write, and the weights to compare it with. What fails here is raised
+    again where it would be written, so that all ranks get there and agree on the failure.
     """
     optimizer = contents.optimizer
     if optimizer is not None:
@@ -177,7 +177,10 @@ def _hold_optimizer(
         shard = optimizer()
     except (OSError, RuntimeError, ValueError) as error:
         return partial(_raise, error)
-    held = shard._replace(elements=_hold(shard.elements, "optimizer", buffers, keep=True))
+    held = shard._replace(
+        elements=_hold(shard.elements, "elements", buffers, keep=True),
+        weights=_hold(shard.weights, "masters' weights", buffers, keep=True),
+    )
     return lambda: held
 
 

@@ -27,7 +27,7 @@ from pretrain.checkpoint.manifest import (
     FileEntry,
     Manifest,
 )
-from pretrain.checkpoint.optimizer_state import OptimizerShard
+from pretrain.checkpoint.optimizer_state import OptimizerShard, check_masters
 from pretrain.checkpoint.resume import (
     LATEST_NAME,
     TRAINER_NAME,
@@ -207,6 +207,7 @@ class CheckpointStore:
                 self._storage.sync(path)
         if contents.optimizer is not None:
             shard, path = contents.optimizer(), directory / FOLDER / shard_name(self._ranks.rank)
+            check_masters(shard)
             with self._storage.create(path) as file:
                 write_shard(
                     file, shard.elements, position=contents.position, metadata=shard.metadata
