@@ -17,6 +17,7 @@ _PACKAGES = tuple(
     f"{_PROJECT}/{name}/" for name in ("data_tools", "models", "parallel", "pretrain")
 )
 _COLLECTIVES = "/torch/distributed/"
+_AUTOGRAD = "/torch/autograd/"
 _MAX_RANKS = 8  # of a group that are listed
 _MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
 
@@ -80,19 +81,19 @@ def find_thread(ident: int) -> tuple[str, str]:
     frames = sys._current_frames()
     innermost = frames.get(ident)
     function, collective = _function_of(innermost), _collective_of(innermost)
-    # Backward of CUDA runs in threads of autograd, for which the main thread waits.
-    others = (_collective_of(f) for key, f in frames.items() if key != ident and _is_ours(f))
-    return function, collective or next((each for each in others if each), "")
+    if not collective and innermost is not None and _AUTOGRAD in innermost.f_code.co_filename:
+        # Backward on a GPU runs in threads of autograd, for which the main thread waits.
+        inside = (_collective_of(f) for key, f in frames.items() if key != ident and _is_alien(f))
+        collective = next((each for each in inside if each), "")
+    return function, collective
 
 
-def _is_ours(frame: FrameType | None) -> bool:
-    """Whether the thread runs code of this project, and is not one of the watchdog's own."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(_PACKAGES):
-            return not name.endswith("/pretrain/watchdog.py")
-        frame = frame.f_back
-    return False
+def _is_alien(frame: FrameType) -> bool:
+    """Whether Python has not started the thread."""
+    outermost = frame
+    while outermost.f_back is not None:
+        outermost = outermost.f_back
+    return not outermost.f_code.co_filename.endswith("/threading.py")
 
 
 def _function_of(frame: FrameType | None) -> str:

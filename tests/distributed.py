@@ -6,6 +6,7 @@ instead of started: a test costs tenths of a second, not the seconds that import
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -97,9 +98,11 @@ def _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs) -> int
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # a forked rank must not run the parent's exit handlers
+        # A forked rank must not run the parent's exit handlers; its log may not be writable.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def _redirect_output(path: Path) -> None:

@@ -152,7 +152,7 @@ def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
         for step in range(moves if rank == 2 else moves + 2):
             watchdog.moved(f"step {step}")
             time.sleep(0.2)
-        time.sleep(0 if limit > moves * 0.2 else 5)
+        time.sleep(5 if limit == 1.0 else 0)
     return endings[0] if endings else None
 
 
