@@ -85,7 +85,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
     precision = build_precision(config)
     with ExitStack() as stack:
-        watchdog, ctx, ranks = start(config, layout, precision, stack)
+        stop, watchdog, ctx, ranks = start(config, layout, precision, stack)
         plan = RunPlan.of(config, zero, ctx)
         ranks.together(lambda: check_model(plan))
         watchdog.moved("the opening of the data")
@@ -118,7 +118,8 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
-        code = loop.run(stack.enter_context(GracefulStop()))
+        stop.started()
+        code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
         return code
