@@ -23,7 +23,7 @@ from models.base import ModelFamily, TokenInputs
 from models.registry import get_family
 from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import discard_layer_sums, update_layer_states
 from parallel.precision import Precision
 from parallel.sharding import all_experts, sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
@@ -37,7 +37,9 @@ from pretrain.optimizers import (
     build_optimizer,
     check_multipliers,
     clip_gradients,
+    drop_gradients_unless_finite,
     set_learning_rate,
+    spoil,
 )
 from pretrain.targets import Targets, count_scored
 
@@ -45,12 +47,14 @@ from pretrain.targets import Targets, count_scored
 class StepResult(NamedTuple):
     """What one optimizer step measured: means over all its samples, and the norm before clipping.
 
-    Tensors stay on the device until someone reads them.
+    Tensors stay on the device until someone reads them. `applied`: the loss and the norm are
+    finite, or else nothing has changed; the same on all ranks.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     grad_norm: Tensor | float
+    applied: bool
 
 
 class Engine(Protocol):
@@ -98,6 +102,7 @@ class PlainEngine:
         names = ("loss", *self.plan.family.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
+        applied = True
         num_scored = None
         if self.plan.segmented:
             batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
@@ -108,14 +113,15 @@ class PlainEngine:
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
                 norm = clip_gradients(self.module, self.plan.run.training.grad_clip, self.ctx)
+                applied = drop_gradients_unless_finite(self.module, norm)
             engine.step()
-        update_layer_states(self.module, ctx=self.ctx)
         if not clip_in_loop:
-            norm = engine.get_global_grad_norm()
+            norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
+        _finish_layer_states(self.module, self.ctx, applied=applied)
         if self.ctx.data.size > 1:
             dist.all_reduce(sums, group=self.ctx.data.group)
         means = sums / (self.num_micro_batches * self.ctx.data.size)
-        return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm)
+        return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm, applied)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
@@ -158,9 +164,10 @@ class PipelineEngine:
         if self.plan.segmented and self.ctx.is_last_stage:
             batches, num_scored = count_scored(batches, self.deepspeed.micro_batches, self.ctx)
         loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
-        update_layer_states(self.module, ctx=self.ctx)
+        applied = self.deepspeed.was_step_applied()
+        _finish_layer_states(self.module, self.ctx, applied=applied)
         terms = dict(self.deepspeed.agg_additional_losses)
-        return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
+        return StepResult(loss, terms, self.deepspeed.get_global_grad_norm(), applied)
 
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
         with self._objective(self.plan.score):
@@ -231,9 +238,10 @@ class RunPlan(NamedTuple):
         `targets`: Targets, or the tuple of its fields that PipelineEngine makes of it.
         """
         labels, num_scored = Targets(*targets)
-        return self.family.loss(
+        total, terms = self.family.loss(
             output, labels, config=self.run.model, ctx=self.ctx, num_scored=num_scored
         )
+        return spoil(total), terms
 
     def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What evaluation sums: the losses of the scored tokens, in nats."""
@@ -387,6 +395,13 @@ def _mpu(ctx: ParallelContext) -> Any:
     from parallel.megatron import DeepSpeedTopology
 
     return DeepSpeedTopology()
+
+
+def _finish_layer_states(module: nn.Module, ctx: ParallelContext, *, applied: bool) -> None:
+    if applied:
+        update_layer_states(module, ctx=ctx)
+    else:
+        discard_layer_sums(module)
 
 
 def _gathered(parameter: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 from contextlib import ExitStack
 from functools import partial
@@ -52,12 +53,16 @@ from pretrain.flops import device_name, peak_flops, training_flops_per_token
 from pretrain.initial_weights import initial_weights
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
+from pretrain.nonfinite import GuardedSteps, check_finite
 from pretrain.ranks import Ranks
 from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
+from pretrain.spikes import SpikeWatch
 from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
+
+logger = logging.getLogger(__name__)
 
 
 class Values(NamedTuple):
@@ -74,7 +79,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     Raises:
         AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
         ConfigError: a setting cannot be used; nothing has been started yet.
-        TrainingError: the loss is no longer finite.
+        TrainingError: training cannot go on, see `stability` in the configuration.
     """
     layout = check_layout(config, World.from_environment().size)
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
@@ -117,6 +122,14 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         return code
 
 
+class Spike(NamedTuple):
+    """A loss that stands out, and the limit that it is above."""
+
+    step: int
+    loss: float
+    limit: float
+
+
 class TrainLoop:
     """Steps, and after them what is due: a log line, an evaluation, a checkpoint."""
 
@@ -141,6 +154,18 @@ class TrainLoop:
         self.ranks = ranks
         self.watchdog = watchdog
         self.step = 0
+        self.steps = GuardedSteps(
+            engine,
+            loader,
+            ranks,
+            max_skipped=config.stability.max_skipped_steps,
+            samples_per_step=layout.curriculum.sequences_per_step,
+            micro_batches=config.training.gradient_accumulation_steps,
+        )
+        spike = config.stability.spike
+        self.spikes = None if spike is None else SpikeWatch(spike)
+        self.unread: list[tuple[int, torch.Tensor]] = []  # losses that `spikes` has not seen
+        self.left_out: list[tuple[int, int]] = []  # steps around spikes, first and last
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
@@ -165,17 +190,26 @@ class TrainLoop:
         else:
             seed_rng(seed=self.config.training.seed, step=checkpoint.step, rank=rank)
         self.step = checkpoint.step
+        stability = checkpoint.trainer.get("stability", {})  # not in older checkpoints
+        self.steps.num_skipped = stability.get("num_skipped", 0)
+        self.left_out = [(first, last) for first, last in stability.get("left_out", [])]
+        if (spike := self.config.stability.spike) is not None:
+            self.spikes, self.unread = SpikeWatch(spike, stability.get("losses", [])), []
 
     def run(self, stop: GracefulStop) -> int:
         """Train to the end, or until a signal asks to stop; both end with a checkpoint."""
-        writers = self._writers()
-        self._announce()
-        try:
-            return self._steps(writers, stop)
-        finally:
-            writers.close()
+        while True:
+            writers = self._writers()
+            self._announce()
+            try:
+                end = self._steps(writers, stop)
+            finally:
+                writers.close()
+            if not isinstance(end, Spike):
+                return end
+            self._roll_back(end)
 
-    def _steps(self, writers: Writers, stop: GracefulStop) -> int:
+    def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         total, training = self.layout.total_steps, self.config.training
         first, stopping = self.step + 1, False
         gc.freeze()  # what start-up has built lives as long as the run
@@ -183,13 +217,16 @@ class TrainLoop:
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
             self.watchdog.moved(f"step {step}")
-            result = self.engine.train_step(self.loader, learning_rate=rate)
+            result = self._train(step, rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
             saving = last or stopping or step % self.config.checkpoint.interval == 0
             if saving or step == first or step % training.log_interval == 0:
-                values = _read(result, step)
-                self._log(writers, values, rate)
+                spike = self._find_spike()
+                if spike is not None:
+                    return spike
+                if result is not None:
+                    self._log(writers, _read(result, step), rate)
             interval = self.config.watchdog.replica_interval
             if interval is not None and (saving or step % interval == 0):
                 check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
@@ -197,13 +234,75 @@ class TrainLoop:
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
                 if saving:
-                    self.saves.save(self._contents())
+                    self._save()
                 if last or stopping:
                     self.saves.wait()
             if stopping and not last:
                 self._say(f"stopped at step {step} as asked; start again to continue")
                 return EXIT_STOPPED
         return EXIT_COMPLETED
+
+    def _train(self, step: int, rate: float) -> StepResult | None:
+        """Take a step; None when its data are left out, or it was not finite."""
+        left_out = [*self.config.stability.skip_steps, *self.left_out]
+        if any(first <= step <= last for first, last in left_out):
+            self._warn(f"step {step}: its data are left out")
+            self.loader.skip_to(step * self.layout.curriculum.sequences_per_step)
+            return None
+        result, message = self.steps.train(step, learning_rate=rate)
+        if message is not None:
+            self._warn(message)
+        if result.applied and self.spikes is not None:
+            self.unread.append((step, result.loss))
+        return result if result.applied else None
+
+    def _find_spike(self) -> Spike | None:
+        """Collective: the first loss since the last call that stands out, as rank 0 sees it."""
+        if (spikes := self.spikes) is None or not self.unread:
+            return None
+        steps, losses = [step for step, _ in self.unread], [loss for _, loss in self.unread]
+        self.unread = []
+
+        def look() -> Spike | None:
+            values = torch.stack([loss.detach().float().view(()) for loss in losses]).tolist()
+            for step, loss in zip(steps, values, strict=True):
+                if spikes.stands_out(loss):
+                    return Spike(step, loss, spikes.limit)
+            return None
+
+        return self.ranks.on_first(look)
+
+    def _roll_back(self, spike: Spike) -> None:
+        """Return to the newest checkpoint, and leave out the data around the spike from there on.
+
+        Raises:
+            TrainingError: there is none, or the run has returned as often as it may.
+        """
+        config = self.config.stability.spike
+        assert config is not None
+        what = (
+            f"step {spike.step}: loss {spike.loss:.4g} is above {spike.limit:.4g}, "
+            f"{config.sigma:g} standard deviations over the last {config.window} steps"
+        )
+        left_out, reached = self.left_out, self.step
+        if len(left_out) == config.max_rollbacks:
+            raise TrainingError(
+                f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
+                "lower training.lr, or raise stability.spike.max_rollbacks"
+            )
+        checkpoint = self.saves.find("auto")
+        if checkpoint is None:
+            raise TrainingError(
+                f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
+                "or training.lr"
+            )
+        self.ranks.together(lambda: self.loader.load_state_dict(checkpoint.trainer["data"]))
+        self.restore(checkpoint)
+        begin = max(spike.step - config.skip_before, self.step + 1)
+        self.left_out = [*left_out, (begin, reached)]
+        self._warn(
+            f"{what}: back to step {self.step}; the data of steps {begin} to {reached} are left out"
+        )
 
     def _prepare(self, *, first: bool) -> None:
         """Ready the engine for the stage of the next step, and where one begins measure anew."""
@@ -224,6 +323,7 @@ class TrainLoop:
                 grad_norm=values.grad_norm,
                 lr=rate,
                 tokens=self.tokens,
+                skipped_steps=self.steps.num_skipped,
                 rate=speed,
             )
         )
@@ -244,6 +344,11 @@ class TrainLoop:
             )
         )
 
+    def _save(self) -> None:
+        self.watchdog.moved(f"the save of step {self.step}")
+        check_finite(self.engine.module, self.ranks, step=self.step)
+        self.saves.save(self._contents())
+
     def _contents(self) -> CheckpointContents:
         engine = self.engine.deepspeed
         is_portable = self.saves.identity.layout_bound_by is None
@@ -255,6 +360,11 @@ class TrainLoop:
                 "step": self.step,
                 "tokens": self.tokens,
                 "data": self.loader.state_dict(),
+                "stability": {
+                    "num_skipped": self.steps.num_skipped,
+                    "left_out": self.left_out,
+                    "losses": [] if self.spikes is None else list(self.spikes.losses),
+                },
             },
             optimizer=partial(optimizer_shard, engine, ctx=self.ctx) if is_portable else None,
             write_engine=None if is_portable else partial(save_engine_state, engine),
@@ -290,6 +400,10 @@ class TrainLoop:
     def _say(self, text: str) -> None:
         if self.ctx.is_main:
             print(text, flush=True)
+
+    def _warn(self, text: str) -> None:
+        if self.ctx.is_main:
+            logger.warning("%s", text)
 
 
 def _read(result: StepResult, step: int) -> Values:

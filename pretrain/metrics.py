@@ -88,14 +88,19 @@ def training_record(
     grad_norm: float,
     lr: float,
     tokens: int,
+    skipped_steps: int,
     rate: Rate,
 ) -> Record:
-    """A line of metrics.jsonl about one training step; `tokens` counts those seen so far."""
+    """A line of metrics.jsonl about one training step.
+
+    `tokens` counts those seen so far, `skipped_steps` the steps that were not finite.
+    """
     record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}
     record |= {
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": tokens,
+        "skipped_steps": skipped_steps,
         "tokens_per_second": rate.tokens_per_second,
         "seconds_per_step": rate.seconds_per_step,
     }

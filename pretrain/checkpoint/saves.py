@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parallel.weights_io import Weight
 from pretrain.checkpoint.optimizer_state import OptimizerShard
-from pretrain.checkpoint.resume import RunIdentity
+from pretrain.checkpoint.resume import Checkpoint, Resume, RunIdentity
 from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
 from pretrain.errors import AgreedError, one_line
 
@@ -49,6 +49,11 @@ class Saves:
     @property
     def identity(self) -> RunIdentity:
         return self._store.identity
+
+    def find(self, resume: Resume) -> Checkpoint | None:
+        """See `CheckpointStore.find`; a save under way is published first."""
+        self.wait()
+        return self._store.find(resume)
 
     def save(self, contents: CheckpointContents) -> None:
         """Write and publish; or wait for the save before, copy, and do so in the background.

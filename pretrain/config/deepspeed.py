@@ -125,6 +125,10 @@ def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
         ),
         "gradient_clipping": _Owned(training.grad_clip, "training.grad_clip"),
         "bf16.enabled": _Owned(training.precision != "fp32", "training.precision"),
+        # Without it ZeRO-2 would take a step that is not finite (0.19.8).
+        "bf16.check_grad_overflow": _Owned(
+            training.precision != "fp32", "training.precision; such a step is left out"
+        ),
         # Sums of many micro-batches in bf16 lose the small ones.
         "data_types.grad_accum_dtype": _Owned("fp32", "fp32 accumulation of gradients"),
         # Optimizers come from training.optimizer, so that DeepSpeed takes each for untested.

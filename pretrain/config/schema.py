@@ -201,6 +201,54 @@ class WatchdogConfig(BaseModel):
         return float(value) if type(value) is int else value
 
 
+class SpikeConfig(BaseModel):
+    """Return to the checkpoint before a loss that stands out, and leave out the data around it."""
+
+    model_config = _STRICT
+
+    sigma: float = Field(
+        gt=0, description="Standard deviations above the mean at which a loss stands out"
+    )
+    window: int = Field(default=100, ge=2, description="Steps that mean and deviation are of")
+    skip_before: int = Field(
+        default=10, ge=0, description="Steps before the loss whose data are left out with its own"
+    )
+    max_rollbacks: int = Field(default=3, gt=0, description="Returns after which the run ends")
+
+    @field_validator("sigma", mode="before")
+    @classmethod
+    def _accept_whole_numbers(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+
+class StabilityConfig(BaseModel):
+    """What happens when training goes wrong in its numbers."""
+
+    model_config = _STRICT
+
+    max_skipped_steps: int = Field(
+        default=3,
+        ge=0,
+        description="Steps in a row that may be left out because loss or gradient is not finite",
+    )
+    skip_steps: Annotated[
+        tuple[tuple[int, int], ...], BeforeValidator(lambda value: _ranges(value))
+    ] = Field(default=(), description="[[first, last], ...]: steps whose data are left out")
+    spike: SpikeConfig | None = Field(
+        default=None, description="What to do about a loss that stands out; null: nothing"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StabilityConfig:
+        for first, last in self.skip_steps:
+            if not 1 <= first <= last:
+                raise ValueError(
+                    f"stability.skip_steps has [{first}, {last}]; write [first, last] with "
+                    "1 <= first <= last, such as [[120, 124]]"
+                )
+        return self
+
+
 class EvaluationConfig(BaseModel):
     """When held-out text is scored and how much of it."""
 
@@ -273,6 +321,7 @@ class RunConfig(BaseModel):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    stability: StabilityConfig = Field(default_factory=StabilityConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
@@ -344,6 +393,13 @@ def _pair(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers such as [0.9, 0.95]")
     return tuple(value)
+
+
+def _ranges(value: Any) -> Any:
+    """YAML has lists where pydantic's strict mode wants tuples."""
+    if not isinstance(value, list):
+        return value
+    return tuple(tuple(each) if isinstance(each, list) else each for each in value)
 
 
 def _check_stages(run: RunConfig) -> None:
