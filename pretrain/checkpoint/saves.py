@@ -184,7 +184,7 @@ def _hold_optimizer(
         return partial(_raise, error)
     held = shard._replace(
         elements=_hold(shard.elements, "elements", buffers, keep=True),
-        weights=_hold(shard.weights, "masters' weights", buffers, keep=True),
+        weights=_hold(shard.weights, "compared", buffers, keep=True),
     )
     return lambda: held
 
