@@ -236,8 +236,7 @@ class TrainLoop:
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
                 if saving:
-                    check_finite(self.engine.module, self.ranks, step=step)
-                    self.saves.save(self._contents())
+                    self._save()
                 if last or stopping:
                     self.saves.wait()
             if stopping and not last:
@@ -293,7 +292,7 @@ class TrainLoop:
                 f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
                 "lower training.lr, or raise stability.spike.max_rollbacks"
             )
-        checkpoint = self.saves.find()
+        checkpoint = self.saves.find("auto")
         if checkpoint is None:
             raise TrainingError(
                 f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
@@ -346,6 +345,10 @@ class TrainLoop:
                 num_bytes=self.evaluation.num_bytes,
             )
         )
+
+    def _save(self) -> None:
+        check_finite(self.engine.module, self.ranks, step=self.step)
+        self.saves.save(self._contents())
 
     def _contents(self) -> CheckpointContents:
         engine = self.engine.deepspeed

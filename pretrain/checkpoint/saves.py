@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parallel.weights_io import Weight
 from pretrain.checkpoint.optimizer_state import OptimizerShard
-from pretrain.checkpoint.resume import Checkpoint, RunIdentity
+from pretrain.checkpoint.resume import Checkpoint, Resume, RunIdentity
 from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
 from pretrain.errors import AgreedError, one_line
 
@@ -50,14 +50,10 @@ class Saves:
     def identity(self) -> RunIdentity:
         return self._store.identity
 
-    def find(self) -> Checkpoint | None:
-        """The newest checkpoint, that of a save under way included.
-
-        Raises:
-            CheckpointError: as `wait`; or there are only damaged ones.
-        """
+    def find(self, resume: Resume) -> Checkpoint | None:
+        """See `CheckpointStore.find`; a save under way is published first."""
         self.wait()
-        return self._store.find("auto")
+        return self._store.find(resume)
 
     def save(self, contents: CheckpointContents) -> None:
         """Write and publish; or wait for the save before, copy, and do so in the background.
@@ -188,7 +184,7 @@ def _hold_optimizer(
         return partial(_raise, error)
     held = shard._replace(
         elements=_hold(shard.elements, "elements", buffers, keep=True),
-        weights=_hold(shard.weights, "masters' weights", buffers, keep=True),
+        weights=_hold(shard.weights, "compared", buffers, keep=True),
     )
     return lambda: held
 
