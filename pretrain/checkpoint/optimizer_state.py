@@ -83,9 +83,13 @@ def save_optimizer_state(
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"rank_{rank:05d}.safetensors"
-    with path.open("xb") as file:
-        metadata = {HEADER: json.dumps(runs)}
-        write_shard(file, weights, position=ShardPosition.of(ctx), metadata=metadata)
+    metadata = {HEADER: json.dumps(runs)}
+    try:
+        with path.open("xb") as file:
+            write_shard(file, weights, position=ShardPosition.of(ctx), metadata=metadata)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # write() does not say where
+        raise
     return [path]
 
 

@@ -97,16 +97,17 @@ class Run(NamedTuple):
     points: list[int]
 
 
-def small_run(directory: Path, *, steps: int, interval: int):
-    return tiny_run(
-        directory.parent,
-        run_dir=str(directory),
-        model__num_layers=2,
-        training__max_steps=steps,
-        training__batch_size=2,
-        checkpoint__interval=interval,
-        evaluation__interval=steps,
-    )
+def small_run(directory: Path, *, steps: int, interval: int, **changes):
+    """The configuration of a run of two data ranks in `directory`, with the corpus beside it."""
+    values = {
+        "run_dir": str(directory),
+        "model__num_layers": 2,
+        "training__max_steps": steps,
+        "training__batch_size": 2,
+        "checkpoint__interval": interval,
+        "evaluation__interval": steps,
+    }
+    return tiny_run(directory.parent, **values | changes)
 
 
 def undisturbed(directory: Path, *, steps: int, interval: int) -> Run:
