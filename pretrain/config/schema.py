@@ -186,8 +186,15 @@ class WatchdogConfig(BaseModel):
     timeout: float | None = Field(
         default=600.0,
         gt=0,
-        description="Seconds in which every rank must finish a step, an evaluation or a save, the "
-        "first step and its compilation included; null: wait for ever",
+        description="Seconds in which all ranks must meet, and each finish a part of the start, a "
+        "step, an evaluation or a save, the first step and its compilation included; null: wait "
+        "for ever",
+    )
+    slow_ratio: float | None = Field(
+        default=2.0,
+        gt=1,
+        description="Warn of a rank whose own work in a step takes so many times as long as that "
+        "of most ranks of its pipeline stage; null: never",
     )
     replica_interval: int | None = Field(
         default=100,
@@ -195,7 +202,7 @@ class WatchdogConfig(BaseModel):
         description="Steps after which ranks compare what they hold in common; null: never",
     )
 
-    @field_validator("timeout", mode="before")
+    @field_validator("timeout", "slow_ratio", mode="before")
     @classmethod
     def _accept_whole_numbers(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value

@@ -15,10 +15,10 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.loop import run as run_training
 from pretrain.nonfinite import check_finite
 from pretrain.optimizers import spoil
 from pretrain.ranks import Ranks
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
@@ -51,7 +51,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     import os
 
     import pretrain.engine
-    import pretrain.loop
+    import pretrain.run
     import pretrain.nonfinite
 
     lines: list[str] = []
@@ -66,7 +66,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
 
     original_train = pretrain.nonfinite.GuardedSteps.train
     original_objective = pretrain.engine.RunPlan.objective
-    original_build = pretrain.loop.build_engine
+    original_build = pretrain.run.build_engine
 
     def train(self, step, **kwargs):
         now.update(step=step, times=0)
@@ -105,7 +105,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
 
     pretrain.nonfinite.GuardedSteps.train = train
     pretrain.engine.RunPlan.objective = objective
-    pretrain.loop.build_engine = build_engine
+    pretrain.run.build_engine = build_engine
     try:
         end: int | str = run_training(config, ds_config_path)
     except TrainingError as error:

@@ -14,7 +14,7 @@ import parallel.pipeline  # noqa: F401  imported once here, not in every forked 
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.config.schema import SpikeConfig
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from pretrain.spikes import SpikeWatch
 from tests.distributed import run_ranks
 from tests.models.families import CASES
