@@ -21,6 +21,7 @@ from pydantic import (
 from data_tools.config import DataConfig
 from pretrain.config.aliases import resolve_aliases
 from pretrain.config.errors import config_error, show
+from pretrain.config.limits import check_numbers
 from pretrain.errors import ConfigError
 
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -355,6 +356,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown, missing or unusable setting.
     """
+    check_numbers(values)
     try:
         return RunConfig.model_validate(resolve_aliases(values))
     except ValidationError as error:

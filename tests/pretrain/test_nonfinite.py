@@ -51,8 +51,8 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     import os
 
     import pretrain.engine
-    import pretrain.run
     import pretrain.nonfinite
+    import pretrain.run
 
     lines: list[str] = []
     handler = logging.Handler()
