@@ -29,10 +29,7 @@ from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, seed_rn
 from pretrain.checkpoint.saves import Saves
 from pretrain.config import RunConfig, resolved
 from pretrain.config.layout import RunLayout
-from pretrain.engine import (
-    Engine,
-    StepResult,
-)
+from pretrain.engine import Engine, StepResult
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
 from pretrain.metrics import Throughput, evaluation_record, training_record

@@ -24,16 +24,11 @@ from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
 from pretrain.config.layout import RunLayout, check_layout
 from pretrain.distributed import group_timeout, limit_groups, prepare, process_group
-from pretrain.engine import (
-    RunPlan,
-    build_context,
-    build_engine,
-    build_precision,
-    check_model,
-)
+from pretrain.engine import build_engine
 from pretrain.initial_weights import initial_weights
 from pretrain.loop import TrainLoop
 from pretrain.markers import clear_markers, leave_marker
+from pretrain.plan import RunPlan, build_context, build_precision, check_model
 from pretrain.ranks import Ranks
 from pretrain.rendezvous import World, meet
 from pretrain.signals import GracefulStop, ending_on_signals

@@ -50,8 +50,8 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     """`run` with a fault in it: its exit code, or its error, and what it has logged."""
     import os
 
-    import pretrain.engine
     import pretrain.nonfinite
+    import pretrain.plan
     import pretrain.run
 
     lines: list[str] = []
@@ -65,7 +65,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         return here and not (fault.once and now["times"] > 0)
 
     original_train = pretrain.nonfinite.GuardedSteps.train
-    original_objective = pretrain.engine.RunPlan.objective
+    original_objective = pretrain.plan.RunPlan.objective
     original_build = pretrain.run.build_engine
 
     def train(self, step, **kwargs):
@@ -75,7 +75,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     def objective(self, output, targets):
         total, terms = original_objective(self, output, targets)
         if fault.where == "loss" and strikes():
-            total = pretrain.engine.spoil(total + float("inf"))
+            total = spoil(total + float("inf"))
         return total, terms
 
     def build_engine(*args, **kwargs):
@@ -104,7 +104,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         return engine
 
     pretrain.nonfinite.GuardedSteps.train = train
-    pretrain.engine.RunPlan.objective = objective
+    pretrain.plan.RunPlan.objective = objective
     pretrain.run.build_engine = build_engine
     try:
         end: int | str = run_training(config, ds_config_path)
