@@ -17,6 +17,10 @@ _PACKAGES = tuple(
     f"{_PROJECT}/{name}/" for name in ("data_tools", "models", "parallel", "pretrain")
 )
 _COLLECTIVES = "/torch/distributed/"
+# Where `.wait()` is that of a collective.
+_WAITING = ("/torch/", "/deepspeed/", "/megatron/", f"{_PROJECT}/models/", f"{_PROJECT}/parallel/")
+# Threads that have collectives of their own, beside those of the main thread.
+_OWN_THREADS = ("/pretrain/watchdog.py", "/pretrain/checkpoint/saves.py")
 _MAX_RANKS = 8  # of a group that are listed
 _MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
 
@@ -86,13 +90,15 @@ def find_thread(ident: int) -> tuple[str, str]:
 
 
 def _is_ours(frame: FrameType | None) -> bool:
-    """Whether the thread runs code of this project, and is not one of the watchdog's own."""
+    """Whether the thread runs code of this project for the main thread, which waits for it."""
+    is_ours = False
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_PACKAGES):
-            return not name.endswith("/pretrain/watchdog.py")
+        if name.endswith(_OWN_THREADS):
+            return False
+        is_ours |= name.startswith(_PACKAGES)
         frame = frame.f_back
-    return False
+    return is_ours
 
 
 def _function_of(frame: FrameType | None) -> str:
@@ -126,12 +132,7 @@ def _collective_of(frame: FrameType | None) -> str:
 def _waits_for_work(frame: FrameType) -> bool:
     """Whether the frame waits for an asynchronous collective: a call into C, without a frame."""
     name = frame.f_code.co_filename
-    if (
-        "/torch/" in name
-        or "/deepspeed/" in name
-        or "/megatron/" in name
-        or (name.startswith(_PACKAGES))
-    ):
+    if any(part in name for part in _WAITING):
         return ".wait()" in linecache.getline(name, frame.f_lineno)
     return False
 
