@@ -5,7 +5,7 @@ from __future__ import annotations
 EXIT_COMPLETED = 0
 EXIT_USER_ERROR = 2  # a setting, the data or a checkpoint cannot be used
 EXIT_HUNG = 4  # a rank stood still
-EXIT_NOT_FINITE = 5  # the loss or the gradient is not finite, or ranks have come to differ
+EXIT_NOT_FINITE = 5  # steps are not finite, ranks have come to differ, or the loss keeps leaping
 EXIT_STOPPED = 75  # saved on request; start again to continue
 
 

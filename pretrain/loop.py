@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +29,14 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
 from pretrain.checkpoint.optimizer_state import (
     finish_restore,
-    layout_bound_by,
+    optimizer_shard,
     restore_optimizer_state,
-    save_optimizer_state,
 )
-from pretrain.checkpoint.rng_state import restore_rng_state, seed_rng
+from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, seed_rng
+from pretrain.checkpoint.saves import Saves
 from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
-from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
+from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
 from pretrain.config.layout import RunLayout, check_layout
 from pretrain.distributed import World, process_group
 from pretrain.engine import (
@@ -84,7 +85,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
     precision = build_precision(config)
     with process_group(tensor_size=layout.tensor) as device, ExitStack() as stack:
-        ranks = Ranks.of_group(dist.new_group(backend="gloo"))
+        ranks = _all_ranks()
         ctx = build_context(config, precision=precision, device=device)
         plan = RunPlan.of(config, zero, ctx)
         ranks.together(lambda: check_model(plan))
@@ -95,7 +96,8 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
             identity=_identity(config, layout, zero),
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
-            ranks=ranks,
+            # What agrees in the background must not meet what the main thread agrees on.
+            ranks=_all_ranks() if config.checkpoint.asynchronous else ranks,
         )
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
@@ -105,10 +107,13 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
-        loop = TrainLoop(
-            config, layout, engine, loader, evaluation, store, ranks, stack.enter_context(watchdog)
+        watchdog = stack.enter_context(
+            Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
         )
+        saves = stack.enter_context(
+            Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
+        )
+        loop = TrainLoop(config, layout, engine, loader, evaluation, saves, ranks, watchdog)
         if checkpoint is not None:
             loop.restore(checkpoint)
         else:
@@ -137,7 +142,7 @@ class TrainLoop:
         engine: Engine,
         loader: TrainLoader,
         evaluation: EvalBatches | None,
-        store: CheckpointStore,
+        saves: Saves,
         ranks: Ranks,
         watchdog: Watchdog,
     ) -> None:
@@ -147,7 +152,7 @@ class TrainLoop:
         self.ctx = engine.ctx
         self.loader = loader
         self.evaluation = evaluation
-        self.store = store
+        self.saves = saves
         self.ranks = ranks
         self.watchdog = watchdog
         self.step = 0
@@ -232,6 +237,8 @@ class TrainLoop:
                     self._evaluate(writers)
                 if saving:
                     self._save()
+                if last or stopping:
+                    self.saves.wait()
             if stopping and not last:
                 self._say(f"stopped at step {step} as asked; start again to continue")
                 return EXIT_STOPPED
@@ -285,7 +292,7 @@ class TrainLoop:
                 f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
                 "lower training.lr, or raise stability.spike.max_rollbacks"
             )
-        checkpoint = self.store.find("auto")
+        checkpoint = self.saves.find("auto")
         if checkpoint is None:
             raise TrainingError(
                 f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
@@ -339,33 +346,31 @@ class TrainLoop:
             )
         )
 
-    def _save_optimizer(self, directory: Path) -> list[Path]:
-        engine = self.engine.deepspeed
-        if self.store.identity.layout_bound_by is not None:
-            return save_engine_state(engine, directory)
-        return save_optimizer_state(engine, directory, ctx=self.ctx, rank=self.ranks.rank)
-
     def _save(self) -> None:
-        self.watchdog.moved(f"the save of step {self.step}")
         check_finite(self.engine.module, self.ranks, step=self.step)
-        self.store.save(
-            CheckpointContents(
-                step=self.step,
-                write_engine=self._save_optimizer,
-                weights=self.engine.weights(),
-                trainer={
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "data": self.loader.state_dict(),
-                    "stability": {
-                        "num_skipped": self.steps.num_skipped,
-                        "left_out": self.left_out,
-                        "losses": [] if self.spikes is None else list(self.spikes.losses),
-                    },
+        self.saves.save(self._contents())
+
+    def _contents(self) -> CheckpointContents:
+        engine = self.engine.deepspeed
+        is_portable = self.saves.identity.layout_bound_by is None
+        return CheckpointContents(
+            step=self.step,
+            weights=self.engine.weights(),
+            rng=rng_states(),
+            trainer={
+                "step": self.step,
+                "tokens": self.tokens,
+                "data": self.loader.state_dict(),
+                "stability": {
+                    "num_skipped": self.steps.num_skipped,
+                    "left_out": self.left_out,
+                    "losses": [] if self.spikes is None else list(self.spikes.losses),
                 },
-                position=ShardPosition.of(self.ctx),
-                writes_weights=self.ctx.data.rank == 0,
-            )
+            },
+            optimizer=partial(optimizer_shard, engine, ctx=self.ctx) if is_portable else None,
+            write_engine=None if is_portable else partial(save_engine_state, engine),
+            position=ShardPosition.of(self.ctx),
+            writes_weights=self.ctx.data.rank == 0,
         )
 
     def _writers(self) -> Writers:
@@ -421,6 +426,11 @@ def _read(result: StepResult, step: int) -> Values:
             "since the last checkpoint; lower training.lr or look at the data of this step"
         )
     return values
+
+
+def _all_ranks() -> Ranks:
+    """All ranks of the run, over a gloo group of its own (collective)."""
+    return Ranks.of_group(dist.new_group(backend="gloo"))
 
 
 def _write_config(config: RunConfig) -> None:

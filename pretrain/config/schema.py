@@ -162,6 +162,11 @@ class CheckpointConfig(BaseModel):
     keep_every: int | None = Field(
         default=None, gt=0, description="Those of steps that are multiples of it stay, too"
     )
+    asynchronous: bool = Field(
+        default=False,
+        description="Write while the next steps train: a save stalls them for a copy to host "
+        "memory, which then stays in use",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:

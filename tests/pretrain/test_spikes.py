@@ -103,6 +103,7 @@ LAYOUTS = {
     "bf16": (1, 1, {"training__precision": "bf16"}),
     "PP2": (2, 1, {"parallel__pipeline": 2}),
     "mod": (1, 1, {"model": CASES["mod"].config.model_dump()}),
+    "asynchronous saves": (2, 1, DP2 | {"checkpoint__asynchronous": True}),
     "muon": (1, 1, {"training__optimizer": "muon", "training__grad_clip": 0.0}),
 }
 
