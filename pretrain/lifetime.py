@@ -21,13 +21,15 @@ from pretrain.errors import EXIT_STOPPED
 
 GRACE = 30.0  # seconds in which a rank may save once its launcher is gone; launchers give as many
 _PR_SET_PDEATHSIG = 1
+_INIT = 1
+_NODE_LAUNCHER = "deepspeed.launcher.launch"  # which the command `deepspeed` starts
 # The first words of their command lines. A shell is none: ranks outlive the terminal, if asked to.
 _LAUNCHERS = frozenset(
     {
         "accelerate",
         "accelerate-launch",
         "deepspeed",
-        "deepspeed.launcher.launch",
+        _NODE_LAUNCHER,
         "torch.distributed.run",
         "torchrun",
     }
@@ -48,9 +50,9 @@ def end_with_launcher() -> None:
         return
     parent = os.getppid()
     launchers = _launchers_above(parent)
+    if _came_too_late(launchers, parent):
+        sys.exit(EXIT_STOPPED)
     if not launchers:
-        if parent == 1 and any(name in os.environ for name in _OWN_VARIABLES):
-            sys.exit(EXIT_STOPPED)  # the launcher ended before this process could look
         return
     # The kernel also sends the signal when only the thread ends that made this process; all of
     # these launchers make ranks in their main thread.
@@ -66,6 +68,21 @@ def end_with_launcher() -> None:
     threading.Thread(target=_outlive, args=(handles,), name="launcher", daemon=True).start()
 
 
+def _came_too_late(launchers: list[int], parent: int) -> bool:
+    """Whether a launcher has ended before this process could look: init has its children."""
+    if not launchers:
+        return parent == _INIT and any(name in os.environ for name in _OWN_VARIABLES)
+    outermost = launchers[-1]
+    if not any(word == _NODE_LAUNCHER for word in _words_of(outermost)):
+        return False
+    # The `deepspeed` command that starts it is in the same process group, often as its leader; a
+    # shell that ssh has started is the leader of its own and lives.
+    with contextlib.suppress(ProcessLookupError):
+        leader = os.getpgid(outermost)
+        return _parent_of(outermost) == _INIT or not Path(f"/proc/{leader}").exists()
+    return True
+
+
 def _launchers_above(pid: int) -> list[int]:
     found = []
     while _is_launcher(pid):
@@ -75,11 +92,16 @@ def _launchers_above(pid: int) -> list[int]:
 
 
 def _is_launcher(pid: int) -> bool:
+    return any(word in _LAUNCHERS for word in _words_of(pid))
+
+
+def _words_of(pid: int) -> list[str]:
+    """The first words of the command line of a process, without the directories before them."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:_NUM_WORDS]
     except OSError:
-        return False
-    return any(Path(os.fsdecode(word)).name in _LAUNCHERS for word in words)
+        return []
+    return [Path(os.fsdecode(word)).name for word in words]
 
 
 def _parent_of(pid: int) -> int:

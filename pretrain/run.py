@@ -5,13 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data_tools.build import build_eval_batches, build_train_loader
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
 from parallel.context import ParallelContext
-from parallel.precision import Precision
 from pretrain.checkpoint import (
     CheckpointStore,
     Layout,
@@ -23,16 +20,15 @@ from pretrain.checkpoint.storage import Storage
 from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
 from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed import group_timeout, limit_groups, prepare, process_group
+from pretrain.distributed import limit_groups
 from pretrain.engine import build_engine
 from pretrain.initial_weights import initial_weights
 from pretrain.loop import TrainLoop
 from pretrain.markers import clear_markers, leave_marker
-from pretrain.plan import RunPlan, build_context, build_precision, check_model
-from pretrain.ranks import Ranks
-from pretrain.rendezvous import World, meet
-from pretrain.signals import GracefulStop, ending_on_signals
-from pretrain.watchdog import Watchdog
+from pretrain.plan import RunPlan, build_precision, check_model
+from pretrain.rendezvous import World
+from pretrain.signals import GracefulStop
+from pretrain.start import agreement, start
 
 
 def run(config: RunConfig, ds_config_path: str | None = None) -> int:
@@ -43,20 +39,25 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         ConfigError: a setting cannot be used; nothing has been started yet.
         TrainingError: training cannot go on, see `stability` in the configuration.
     """
-    world = World.from_environment()
-    layout = check_layout(config, world.size)
+    layout = check_layout(config, World.from_environment().size)
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
     precision = build_precision(config)
     with ExitStack() as stack:
-        stack.enter_context(ending_on_signals())
-        watchdog, ctx, ranks = _start(config, layout, world, precision, stack)
+        watchdog, ctx, ranks = start(config, layout, precision, stack)
         plan = RunPlan.of(config, zero, ctx)
         ranks.together(lambda: check_model(plan))
         watchdog.moved("the opening of the data")
         loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
         evaluation = ranks.together(lambda: _eval_batches(config, ctx))
         watchdog.moved("the search for a checkpoint")
-        store = _checkpoint_store(config, _identity(config, layout, zero), ranks)
+        store = CheckpointStore(
+            Path(config.run_dir),
+            identity=_identity(config, layout, zero),
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            # What agrees in the background must not meet what the main thread agrees on.
+            ranks=agreement(config.watchdog.timeout) if config.checkpoint.asynchronous else ranks,
+        )
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
         if checkpoint is not None:
@@ -79,54 +80,6 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
         return code
-
-
-def _start(
-    config: RunConfig, layout: RunLayout, world: World, precision: Precision, stack: ExitStack
-) -> tuple[Watchdog, ParallelContext, Ranks]:
-    """Bring the ranks together, watched from the moment in which all have come."""
-    limit = config.watchdog.timeout
-    prepare()
-    store = meet(world, purpose=config.run_dir, timeout=limit)
-    watchdog = Watchdog(
-        Path(config.run_dir),
-        rank=world.rank,
-        size=world.size,
-        store=store,
-        timeout=limit,
-        slow_ratio=config.watchdog.slow_ratio,
-    )
-    stack.enter_context(watchdog)
-    watchdog.moved("the making of process groups")
-    group = process_group(tensor_size=layout.tensor, store=store, timeout=limit)
-    device = stack.enter_context(group)
-    stack.push(watchdog.leave)
-    ranks = _all_ranks(limit)
-    ctx = build_context(config, precision=precision, device=device)
-    axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}
-    watchdog.placed(
-        ", ".join(f"{name} {axis.rank}" for name, axis in axes.items() if axis.size > 1),
-        stage=ctx.pipeline.rank,
-    )
-    return watchdog, ctx, ranks
-
-
-def _all_ranks(limit: float | None) -> Ranks:
-    """Collective: all ranks, in a group of their own."""
-    return Ranks.of_group(dist.new_group(backend="gloo", timeout=group_timeout(limit)))
-
-
-def _checkpoint_store(config: RunConfig, identity: RunIdentity, ranks: Ranks) -> CheckpointStore:
-    if config.checkpoint.asynchronous:
-        # What agrees in the background must not meet what the main thread agrees on.
-        ranks = _all_ranks(config.watchdog.timeout)
-    return CheckpointStore(
-        Path(config.run_dir),
-        identity=identity,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        ranks=ranks,
-    )
 
 
 def _write_config(config: RunConfig) -> None:

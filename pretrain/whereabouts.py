@@ -17,10 +17,9 @@ _PACKAGES = tuple(
     f"{_PROJECT}/{name}/" for name in ("data_tools", "models", "parallel", "pretrain")
 )
 _COLLECTIVES = "/torch/distributed/"
+_AUTOGRAD = "/torch/autograd/"
 # Where `.wait()` is that of a collective.
 _WAITING = ("/torch/", "/deepspeed/", "/megatron/", f"{_PROJECT}/models/", f"{_PROJECT}/parallel/")
-# Threads that have collectives of their own, beside those of the main thread.
-_OWN_THREADS = ("/pretrain/watchdog.py", "/pretrain/checkpoint/saves.py")
 _MAX_RANKS = 8  # of a group that are listed
 _MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
 
@@ -84,21 +83,19 @@ def find_thread(ident: int) -> tuple[str, str]:
     frames = sys._current_frames()
     innermost = frames.get(ident)
     function, collective = _function_of(innermost), _collective_of(innermost)
-    # Backward of CUDA runs in threads of autograd, for which the main thread waits.
-    others = (_collective_of(f) for key, f in frames.items() if key != ident and _is_ours(f))
-    return function, collective or next((each for each in others if each), "")
+    if not collective and innermost is not None and _AUTOGRAD in innermost.f_code.co_filename:
+        # Backward on a GPU runs in threads of autograd, for which the main thread waits.
+        inside = (_collective_of(f) for key, f in frames.items() if key != ident and _is_alien(f))
+        collective = next((each for each in inside if each), "")
+    return function, collective
 
 
-def _is_ours(frame: FrameType | None) -> bool:
-    """Whether the thread runs code of this project for the main thread, which waits for it."""
-    is_ours = False
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.endswith(_OWN_THREADS):
-            return False
-        is_ours |= name.startswith(_PACKAGES)
-        frame = frame.f_back
-    return is_ours
+def _is_alien(frame: FrameType) -> bool:
+    """Whether Python has not started the thread."""
+    outermost = frame
+    while outermost.f_back is not None:
+        outermost = outermost.f_back
+    return not outermost.f_code.co_filename.endswith("/threading.py")
 
 
 def _function_of(frame: FrameType | None) -> str:

@@ -78,7 +78,7 @@ MORE_CASES = {
     "evaluation of a pipeline": Case(
         1, "stopped", PipelineEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
     ),
-    "groups": Case(1, "stopped", run, "build_context", "the making of process groups"),
+    "groups": Case(1, "stopped", start, "build_context", "the making of process groups"),
     "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
     "search": Case(1, "asleep", CheckpointStore, "find", "the search for a checkpoint"),
     "restoration": Case(1, "stopped", loop, "restore_optimizer_state", "the restoration of step 2"),
@@ -152,7 +152,7 @@ def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
         for step in range(moves if rank == 2 else moves + 2):
             watchdog.moved(f"step {step}")
             time.sleep(0.2)
-        time.sleep(0 if limit > moves * 0.2 else 5)
+        time.sleep(5 if limit == 1.0 else 0)
     return endings[0] if endings else None
 
 
