@@ -61,7 +61,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
         if checkpoint is not None:
-            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
+            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer.get("data", {})))
         ranks.on_first(lambda: _write_config(config))
         ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         watchdog.moved("the building of the model")

@@ -60,17 +60,20 @@ def tool(module: str, *argv: str) -> Outcome:
     return call(partial(main, list(argv)))
 
 
-def fault_of_refusal(outcome: Outcome, names: Sequence[str] = ()) -> str | None:
+def fault_of_refusal(
+    outcome: Outcome, names: Sequence[str] = (), *, alone: bool = True
+) -> str | None:
     """Why an outcome is not a good refusal; None when it is one.
 
-    Exit code 2 and one line that says `error:` and one of `names`: the file, key or value.
+    Exit code 2 and one line that says `error:` and one of `names`: the file, key or value. `alone`:
+    it is all that stands on standard error; a run that began may have said more before.
     """
     if outcome.crash or "Traceback" in outcome.err:
         return f"a traceback: {(outcome.crash or outcome.err)[-1500:]}"
     if outcome.code != 2:
         return f"exit code {outcome.code}: {outcome.out[-300:]}{outcome.err[-300:]}"
     lines = [line for line in outcome.err.splitlines() if re.match(r"error( on rank \d+)?: ", line)]
-    if len(lines) != 1 or outcome.err.rstrip("\n") != lines[0]:
+    if len(lines) != 1 or (alone and outcome.err.rstrip("\n") != lines[0]):
         return f"not one line: {outcome.err[:800]!r}"
     if len(lines[0]) > LONGEST_LINE:
         return f"{len(lines[0])} characters: {lines[0][:300]!r}"

@@ -132,7 +132,9 @@ def _override(value: Any) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_plain(each)}" for key, each in value.items()) + "}"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
 
 
 def _shows(path: tuple[Any, ...], value: Any) -> Callable[[Outcome], str | None]:
