@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from models import registry
-from pretrain import loop, run
+from pretrain import loop, run, start
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.distributed import group_timeout, process_groups
