@@ -1,29 +1,23 @@
-"""A run from its configuration to its last checkpoint: the train loop and what is around it."""
+"""The train loop: a step, and after it what is due."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import math
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data_tools.build import build_eval_batches, build_train_loader
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
 from models.registry import get_family
-from parallel.context import ParallelContext
 from parallel.weights_io import ShardPosition
 from pretrain.checkpoint import (
     Checkpoint,
     CheckpointContents,
-    CheckpointStore,
-    Layout,
-    RunIdentity,
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
 from pretrain.checkpoint.optimizer_state import (
@@ -33,32 +27,18 @@ from pretrain.checkpoint.optimizer_state import (
 )
 from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, seed_rng
 from pretrain.checkpoint.saves import Saves
-from pretrain.checkpoint.storage import Storage
-from pretrain.config import RunConfig, resolved, to_yaml
-from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
-from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed import limit_groups
-from pretrain.engine import (
-    Engine,
-    RunPlan,
-    StepResult,
-    build_engine,
-    build_precision,
-    check_model,
-)
+from pretrain.config import RunConfig, resolved
+from pretrain.config.layout import RunLayout
+from pretrain.engine import Engine, StepResult
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
-from pretrain.initial_weights import initial_weights
-from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.nonfinite import GuardedSteps, check_finite
 from pretrain.ranks import Ranks
-from pretrain.rendezvous import World
 from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
 from pretrain.spikes import SpikeWatch
-from pretrain.start import agreement, start
 from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
 
@@ -71,58 +51,6 @@ class Values(NamedTuple):
     loss: float
     terms: dict[str, float]
     grad_norm: float
-
-
-def run(config: RunConfig, ds_config_path: str | None = None) -> int:
-    """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
-
-    Raises:
-        AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
-        ConfigError: a setting cannot be used; nothing has been started yet.
-        TrainingError: training cannot go on, see `stability` in the configuration.
-    """
-    layout = check_layout(config, World.from_environment().size)
-    zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
-    precision = build_precision(config)
-    with ExitStack() as stack:
-        stop, watchdog, ctx, ranks = start(config, layout, precision, stack)
-        plan = RunPlan.of(config, zero, ctx)
-        ranks.together(lambda: check_model(plan))
-        watchdog.moved("the opening of the data")
-        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
-        evaluation = ranks.together(lambda: _eval_batches(config, ctx))
-        watchdog.moved("the search for a checkpoint")
-        store = CheckpointStore(
-            Path(config.run_dir),
-            identity=_identity(config, layout, zero),
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            # What agrees in the background must not meet what the main thread agrees on.
-            ranks=agreement(config.watchdog.timeout) if config.checkpoint.asynchronous else ranks,
-        )
-        stack.callback(store.close)
-        checkpoint = store.find(config.resume)
-        if checkpoint is not None:
-            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
-        ranks.on_first(lambda: _write_config(config))
-        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
-        watchdog.moved("the building of the model")
-        weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
-        engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        limit_groups(config.watchdog.timeout)
-        saves = stack.enter_context(
-            Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
-        )
-        loop = TrainLoop(config, layout, engine, loader, evaluation, saves, ranks, watchdog)
-        if checkpoint is not None:
-            loop.restore(checkpoint)
-        else:
-            seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
-        stop.started()
-        code = loop.run(stop)
-        # Every rank has saved: a launcher that reads the marker may end all of them.
-        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
-        return code
 
 
 class Spike(NamedTuple):
@@ -237,8 +165,7 @@ class TrainLoop:
                 if last or step % self.config.evaluation.interval == 0:
                     self._evaluate(writers)
                 if saving:
-                    check_finite(self.engine.module, self.ranks, step=step)
-                    self.saves.save(self._contents())
+                    self._save()
                 if last or stopping:
                     self.saves.wait()
             if stopping and not last:
@@ -294,7 +221,7 @@ class TrainLoop:
                 f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
                 "lower training.lr, or raise stability.spike.max_rollbacks"
             )
-        checkpoint = self.saves.find()
+        checkpoint = self.saves.find("auto")
         if checkpoint is None:
             raise TrainingError(
                 f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
@@ -348,6 +275,10 @@ class TrainLoop:
                 num_bytes=self.evaluation.num_bytes,
             )
         )
+
+    def _save(self) -> None:
+        check_finite(self.engine.module, self.ranks, step=self.step)
+        self.saves.save(self._contents())
 
     def _contents(self) -> CheckpointContents:
         engine = self.engine.deepspeed
@@ -425,52 +356,3 @@ def _read(result: StepResult, step: int) -> Values:
             "since the last checkpoint; lower training.lr or look at the data of this step"
         )
     return values
-
-
-def _write_config(config: RunConfig) -> None:
-    path = Path(config.run_dir, "config.yaml")
-    Storage().replace_file(path, to_yaml(config).encode("ascii"))
-
-
-def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
-    return build_train_loader(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        micro_batches_per_step=config.training.gradient_accumulation_steps,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        seed=config.training.seed,
-        vocab_size=config.model.vocab_size,
-        curriculum=layout.curriculum,
-    )
-
-
-def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None:
-    if not config.data.validation:
-        return None
-    return build_eval_batches(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        vocab_size=config.model.vocab_size,
-        max_windows=config.evaluation.max_windows,
-    )
-
-
-def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> RunIdentity:
-    return RunIdentity(
-        layout=Layout(
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            data=layout.data,
-            expert=layout.expert,
-            zero_stage=zero.zero_stage,
-            precision=config.training.precision,
-        ),
-        config=resolved(config),
-        fingerprints={},  # the loader compares those of its sources when its state is loaded
-        layout_bound_by=layout_bound_by(config, zero),
-    )

@@ -94,7 +94,7 @@ def training_record(
 ) -> Record:
     """A line of metrics.jsonl about one training step.
 
-    `tokens` counts those seen so far, `skipped_steps` the steps that were not finite;
+    `tokens` counts those seen so far, `skipped_steps` the steps that were not finite.
     `slowest_rank`: its own work over the usual one (`pace`), where it is known.
     """
     record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}

@@ -13,7 +13,7 @@ from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.layout import RunLayout
 from pretrain.distributed import group_timeout, prepare, process_group
-from pretrain.engine import build_context
+from pretrain.plan import build_context
 from pretrain.ranks import Ranks
 from pretrain.rendezvous import World, meet
 from pretrain.signals import GracefulStop

@@ -75,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _configure(arguments)
         if config is None:
             return EXIT_COMPLETED
-        from pretrain.loop import run
+        from pretrain.permissions import private_files
+        from pretrain.run import run
 
-        code = run(config, arguments.ds_config)
+        with private_files():
+            code = run(config, arguments.ds_config)
         # A job script reads the marker file; torchrun would report 75 as the failure of a rank.
         if code == EXIT_STOPPED and os.environ.get(MARKERS_VARIABLE) == "1":
             return EXIT_COMPLETED

@@ -18,6 +18,8 @@ _PACKAGES = tuple(
 )
 _COLLECTIVES = "/torch/distributed/"
 _AUTOGRAD = "/torch/autograd/"
+# Where `.wait()` is that of a collective.
+_WAITING = ("/torch/", "/deepspeed/", "/megatron/", f"{_PROJECT}/models/", f"{_PROJECT}/parallel/")
 _MAX_RANKS = 8  # of a group that are listed
 _MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
 
@@ -127,12 +129,7 @@ def _collective_of(frame: FrameType | None) -> str:
 def _waits_for_work(frame: FrameType) -> bool:
     """Whether the frame waits for an asynchronous collective: a call into C, without a frame."""
     name = frame.f_code.co_filename
-    if (
-        "/torch/" in name
-        or "/deepspeed/" in name
-        or "/megatron/" in name
-        or (name.startswith(_PACKAGES))
-    ):
+    if any(part in name for part in _WAITING):
         return ".wait()" in linecache.getline(name, frame.f_lineno)
     return False
 

@@ -6,8 +6,11 @@ host is taken first, and a thread writes, flushes, agrees with the other ranks a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,11 +22,12 @@ from torch import Tensor
 
 from parallel.weights_io import Weight
 from pretrain.checkpoint.optimizer_state import OptimizerShard
-from pretrain.checkpoint.resume import Checkpoint, RunIdentity
+from pretrain.checkpoint.resume import Checkpoint, Resume, RunIdentity
 from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
 from pretrain.errors import AgreedError, one_line
 
-_FAREWELL = 60.0  # seconds in which a save may still end when this rank fails by itself
+_FAREWELL = 5.0  # seconds in which a save may still end when this rank fails by itself
+_NICENESS = 10
 logger = logging.getLogger(__name__)
 
 
@@ -50,14 +54,10 @@ class Saves:
     def identity(self) -> RunIdentity:
         return self._store.identity
 
-    def find(self) -> Checkpoint | None:
-        """The newest checkpoint, that of a save under way included.
-
-        Raises:
-            CheckpointError: as `wait`; or there are only damaged ones.
-        """
+    def find(self, resume: Resume) -> Checkpoint | None:
+        """See `CheckpointStore.find`; a save under way is published first."""
         self.wait()
-        return self._store.find("auto")
+        return self._store.find(resume)
 
     def save(self, contents: CheckpointContents) -> None:
         """Write and publish; or wait for the save before, copy, and do so in the background.
@@ -129,12 +129,22 @@ class _BackgroundSave(threading.Thread):
         self._save = partial(store.save, contents, written=self.written.set)
 
     def run(self) -> None:
+        _leave_the_cpu_to_steps()
         try:
             self._save()
         except BaseException as error:  # the main thread raises it
             self.error = error
         finally:
             self.written.set()
+
+
+def _leave_the_cpu_to_steps() -> None:
+    """This thread hashes while others train: where cores are few it must not be in their way."""
+    if sys.platform == "linux":  # elsewhere threads have no priorities of their own
+        thread = threading.get_native_id()
+        lower = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
 class HostBuffers:
@@ -188,7 +198,7 @@ def _hold_optimizer(
         return partial(_raise, error)
     held = shard._replace(
         elements=_hold(shard.elements, "elements", buffers, keep=True),
-        weights=_hold(shard.weights, "masters' weights", buffers, keep=True),
+        weights=_hold(shard.weights, "compared", buffers, keep=True),
     )
     return lambda: held
 

@@ -33,7 +33,7 @@ class Tally:
 
     def __init__(self, error: type[Exception]) -> None:
         self._error = error
-        self._trials, self._refused = Counter[str](), Counter[str]()
+        self.trials, self.refused = Counter[str](), Counter[str]()
         self._accepted: list[str] = []
 
     def try_all(
@@ -44,9 +44,9 @@ class Tally:
         try:
             for what, damage in damaged:
                 path.write_bytes(damage)
-                self._trials[kind] += 1
+                self.trials[kind] += 1
                 if self._is_refused(path, read):
-                    self._refused[kind] += 1
+                    self.refused[kind] += 1
                 else:
                     self._accepted.append(f"{path.name}: {what}")
         finally:
@@ -61,8 +61,8 @@ class Tally:
         return False
 
     def check(self, title: str, *, least: int) -> None:
-        total = self._trials.total()
-        table = [f"{kind} {self._refused[kind]}/{n}" for kind, n in sorted(self._trials.items())]
-        print(f"\n{title}: {self._refused.total()} of {total} refused ({', '.join(table)})")
+        total = self.trials.total()
+        table = [f"{kind} {self.refused[kind]}/{n}" for kind, n in sorted(self.trials.items())]
+        print(f"\n{title}: {self.refused.total()} of {total} refused ({', '.join(table)})")
         assert self._accepted == []
         assert total >= least

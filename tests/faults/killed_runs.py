@@ -12,15 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
-import pretrain.checkpoint.optimizer_state
 import pretrain.checkpoint.store
 import pretrain.engine
 from data_tools.batch import Batch
-from pretrain.checkpoint.storage import Storage, _HookedFile
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run
 
@@ -97,16 +95,17 @@ class Run(NamedTuple):
     points: list[int]
 
 
-def small_run(directory: Path, *, steps: int, interval: int):
-    return tiny_run(
-        directory.parent,
-        run_dir=str(directory),
-        model__num_layers=2,
-        training__max_steps=steps,
-        training__batch_size=2,
-        checkpoint__interval=interval,
-        evaluation__interval=steps,
-    )
+def small_run(directory: Path, *, steps: int, interval: int, **changes):
+    """The configuration of a run of two data ranks in `directory`, with the corpus beside it."""
+    values = {
+        "run_dir": str(directory),
+        "model__num_layers": 2,
+        "training__max_steps": steps,
+        "training__batch_size": 2,
+        "checkpoint__interval": interval,
+        "evaluation__interval": steps,
+    }
+    return tiny_run(directory.parent, **values | changes)
 
 
 def undisturbed(directory: Path, *, steps: int, interval: int) -> Run:
@@ -170,12 +169,6 @@ def _observe_storage(killer: _Killer) -> Counter[int]:
             points[killer.step] += 1
             killer.reached("save")
 
-    def write_shard(file: BinaryIO, *args, **kwargs) -> None:
-        hooked = _HookedFile(file, Storage(hook=hook), Path(file.name))
-        original(hooked, *args, **kwargs)
-
-    original = pretrain.checkpoint.optimizer_state.write_shard
-    pretrain.checkpoint.optimizer_state.write_shard = write_shard
     pretrain.checkpoint.store.fault_hook = lambda environment, rank: hook  # type: ignore[assignment]
     return points
 

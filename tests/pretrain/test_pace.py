@@ -13,8 +13,8 @@ import pytest
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.engine import PlainEngine
-from pretrain.loop import run as run_training
 from pretrain.pace import Pace, SlowRanks
+from pretrain.run import run as run_training
 from pretrain.whereabouts import Progress
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data

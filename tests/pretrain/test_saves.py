@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-import pretrain.loop
+import pretrain.run
 from parallel.sharding import Sharding
 from parallel.weights_io import Weight
 from pretrain.checkpoint import CheckpointStore, saves
@@ -34,10 +34,10 @@ from pretrain.errors import (
     TrainingError,
 )
 from pretrain.loop import TrainLoop
-from pretrain.loop import run as run_training
 from pretrain.ranks import Ranks
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
-from tests.pretrain.checkpoint_fixtures import contents, open_store
+from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
 from tests.pretrain.tiny_run import curve, tiny_run, write_data
 
 LONG = 30.0  # seconds; a test that waits for so long has failed
@@ -87,10 +87,10 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-def saved_both_ways(config, ds_config_path: str) -> int:
+def saved_both_ways(config, ds_config_path: str) -> tuple[int, int]:
     """`run` that writes step 2 while it trains step 3, and saves in the step as well, elsewhere.
 
-    Returns how many bytes the copies of this rank have.
+    Returns how many bytes the copies of this rank have, of what is written and in all.
     """
     trained = threading.Event()
     buffers: list[HostBuffers] = []
@@ -114,7 +114,9 @@ def saved_both_ways(config, ds_config_path: str) -> int:
     before_background_operations(wait_for_the_next_step)
     assert run_training(config, ds_config_path) == EXIT_COMPLETED
     assert buffers[0] is buffers[1]
-    return sum(buffer.nbytes for buffer in buffers[0]._buffers.values())
+    sizes = {name: buffer.nbytes for name, buffer in buffers[0]._buffers.items()}
+    written = {name: size for name, size in sizes.items() if not name.startswith("compared/")}
+    return sum(written.values()), sum(sizes.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -135,8 +137,10 @@ def test_files_are_those_of_a_save_in_the_step_though_steps_change_the_state(
     weights = "weights/pp_00_tp_00.safetensors"
     assert found[Path("step_2", weights)] != found[Path("step_4", weights)]
     manifest = read_manifest(tmp_path / "checkpoints" / "step_2")
-    for rank, size in enumerate(held):  # nothing is copied that the rank does not write
-        assert 0 < size < sum(e.size for e in manifest.files.values() if e.rank == rank)
+    for rank, (written, size) in enumerate(held):
+        # Nothing is copied that the rank does not write, but for weights to compare masters with.
+        assert 0 < written < sum(e.size for e in manifest.files.values() if e.rank == rank)
+        assert size <= written * 4 / 3
 
 
 def killed_while_saving(config, ds_config_path: str) -> None:
@@ -228,13 +232,13 @@ def test_a_last_save_that_fails_is_an_error_and_leaves_no_marker(data, tmp_path)
 
 def stopped_while_saving(config, ds_config_path: str) -> int:
     """`run` with slow saves that is asked to stop in step 2, which it does after the next one."""
-    leave_marker = pretrain.loop.leave_marker
+    leave_marker = pretrain.run.leave_marker
 
     def check_and_leave(run_dir, code):
         assert (run_dir / "checkpoints" / "step_3" / MANIFEST_NAME).is_file()
         leave_marker(run_dir, code)
 
-    pretrain.loop.leave_marker = check_and_leave
+    pretrain.run.leave_marker = check_and_leave
     before_background_operations(
         lambda operation, path: time.sleep(0.2 if operation == "open" else 0)
     )
@@ -248,6 +252,16 @@ def test_a_run_that_is_asked_to_stop_publishes_before_it_leaves_its_marker(data,
     assert code == EXIT_STOPPED
     assert (tmp_path / "REQUEUE").is_file()
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_3\n"
+
+
+def test_looking_for_a_checkpoint_waits_for_the_save_under_way(tmp_path):
+    def hook(operation, path):
+        time.sleep(0.02)
+
+    store = open_store(tmp_path, storage=Storage(hook=hook))
+    with Saves(store, asynchronous=True, moved=str) as running:
+        running.save(contents(1))
+        assert_holds(running.find("must"), 1)
 
 
 def save_and_fail(running: Saves, error: Exception) -> None:
@@ -315,7 +329,11 @@ def test_a_save_that_hangs_is_found_by_the_watchdog_and_its_rank_is_named(data, 
     report = str(ended.value)
     assert f"exit {EXIT_HUNG}" in report
     assert "no progress in the wait for the" in report
-    assert re.search(r"rank 1 .* in the wait for the save of step 2\) has come least far", report)
+    assert re.search(
+        r"rank 1 .* in the wait for the save of step 2\) is in wait \(pretrain/checkpoint/saves\.py"
+        r":\d+\) and has come least far",
+        report,
+    )
     assert "in _write_optimizer\n" in (tmp_path / "stacks_rank_00001.txt").read_text()
 
 

@@ -19,13 +19,13 @@ from torch.distributed import distributed_c10d
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from models import registry
-from pretrain import loop
+from pretrain import loop, run, start
 from pretrain.checkpoint import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.distributed import group_timeout, process_groups
 from pretrain.engine import PipelineEngine, PlainEngine
 from pretrain.errors import EXIT_HUNG
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from pretrain.watchdog import Ending, Watchdog
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data
@@ -67,7 +67,7 @@ CASES = {
     "tensor, rank 0": Case(0, "stopped", *STEP, TENSOR),
     "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
     "save": Case(1, "stopped", CheckpointStore, "save", "the save of step 2"),
-    "data index of rank 0": Case(0, "asleep", loop, "_train_loader", "the opening of the data"),
+    "data index of rank 0": Case(0, "asleep", run, "_train_loader", "the opening of the data"),
 }
 MORE_CASES = {
     "data, rank 0": Case(0, "asleep", *STEP),
@@ -79,8 +79,8 @@ MORE_CASES = {
     "evaluation of a pipeline": Case(
         1, "stopped", PipelineEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
     ),
-    "groups": Case(1, "stopped", loop, "build_context", "the making of process groups"),
-    "engine": Case(1, "stopped", loop, "build_engine", "step 1", 1, TENSOR),
+    "groups": Case(1, "stopped", start, "build_context", "the making of process groups"),
+    "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
     "search": Case(1, "asleep", CheckpointStore, "find", "the search for a checkpoint"),
     "restoration": Case(1, "stopped", loop, "restore_optimizer_state", "the restoration of step 2"),
 }
