@@ -231,7 +231,13 @@ class TrainLoader:
             own = np.flatnonzero(sources == source)
             name = leg.blend.names[source]
             places = Places(*(each[row][own] for each in plan.places))
-            windows = self._datasets[name].read(places, length=leg.sequence_length)
+            try:
+                windows = self._datasets[name].read(places, length=leg.sequence_length)
+            except OSError as error:
+                raise DataError(
+                    f"data source {name}: micro-batch {number} of data rank {self._data_rank}, "
+                    f"tokens from {places.starts.tolist()}, cannot be read: {error}"
+                ) from error
             check_ids(windows.ids, vocab_size=self._vocab_size, name=name)
             rows.append((own, windows))
         return to_batch(_merge(rows), pin=self._pin)

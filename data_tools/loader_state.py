@@ -67,7 +67,7 @@ class LoaderState(BaseModel):
             DataError: it is something else.
         """
         try:
-            return cls.model_validate(dict(state))
+            return cls.model_validate(dict(state) if isinstance(state, Mapping) else state)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))

@@ -29,6 +29,8 @@ def local_prefix(path: str, *, cache_dir: str | None) -> Path:
     """
     if not is_remote(path):
         return Path(path)
+    if "::" in path:  # fsspec would chain file systems, of which some run templates
+        raise DataError(f"{path}: a URL of one file system expected, such as s3://bucket/train")
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     try:
         return _copy(path, folder)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from models.base import ModelFamily
 from models.registry import get_config_class, get_family
-from parallel.carry import SequentialModel
+from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.precision import Precision
@@ -44,17 +45,33 @@ def open_checkpoint(path: Path | str) -> StoredModel:
     """
     weights = find_weights(Path(path))
     manifest = weights.parent / "manifest.json"
+    run = _read_manifest(manifest)["config"]
     try:
-        run = json.loads(manifest.read_text(encoding="utf-8"))["config"]
-        model, data = run["model"], run["data"]
+        model, data = dict(run["model"]), dict(run["data"])
         family = get_family(model["family"])
-    except FileNotFoundError:
-        raise ValueError(f"{manifest} does not exist; give a checkpoint or a run") from None
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        tokenizer = "bytes" if data.get("kind") == "bytes" else data.get("tokenizer")
+        if not isinstance(tokenizer, str | None):
+            raise TypeError(f"data.tokenizer={tokenizer!r}")
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{manifest} is damaged: no model configuration in it") from error
     verify_weights(weights)
-    tokenizer = "bytes" if data.get("kind") == "bytes" else data.get("tokenizer")
     return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, exactly as it was written: its last entry is the checksum of the others."""
+    try:
+        raw = path.read_bytes()
+        content: dict[str, Any] = json.loads(raw)
+        checksum = content.pop("checksum")
+        is_whole = checksum == _checksum(content) and raw == _closed(content)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give a checkpoint or a run") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not the JSON that was written") from error
+    if not is_whole or "config" not in content:
+        raise ValueError(f"{path} is damaged: its checksum does not match its content")
+    return content
 
 
 def parse_config(values: dict[str, Any], *, source: Path) -> Any:
@@ -109,7 +126,7 @@ def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo
     ctx = ParallelContext.single(device="meta")
     table: dict[str, ParameterInfo] = {}
     for spec in family.layer_specs(config):
-        layer = spec.module(ctx=ctx, **spec.kwargs)
+        layer = _without_memory(spec, ctx)
         for path, parameter in layer.named_parameters():
             if path not in spec.tied:
                 name = f"{spec.name}.{path}"
@@ -117,6 +134,18 @@ def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo
         for path, buffer in persistent_buffers(layer).items():
             table[f"{spec.name}.{path}"] = ParameterInfo(buffer.shape, Sharding(), buffer.dtype)
     return table
+
+
+def _without_memory(spec: LayerSpec, ctx: ParallelContext) -> nn.Module:
+    try:
+        return spec.module(ctx=ctx, **spec.kwargs)
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"{spec.name}: the sizes in the model's configuration ask for a tensor that no memory "
+            "holds; correct them"
+        ) from error
 
 
 def check_names(found: Collection[str], expected: Collection[str], *, source: Path) -> None:
@@ -170,14 +199,21 @@ def write_manifest(directory: Path, stored: StoredModel) -> None:
         },
         "files": {path.relative_to(directory).as_posix(): _record(path) for path in paths},
     }
-    checksum = hashlib.sha256(_dump(content)).hexdigest()
-    (directory / "manifest.json").write_bytes(_dump({**content, "checksum": checksum}))
+    (directory / "manifest.json").write_bytes(_closed(content))
 
 
 def _record(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest, "rank": 0}
+
+
+def _closed(content: dict[str, Any]) -> bytes:
+    return _dump({**content, "checksum": _checksum(content)})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(_dump(content)).hexdigest()
 
 
 def _dump(content: dict[str, Any]) -> bytes:

@@ -21,9 +21,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,11 @@ def _published(output: Path) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty; choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    # Not tempfile.mkdtemp: who may read the model is up to the user's umask.
+    folder = output.parent / f".{output.name}-{secrets.token_hex(8)}"
+    folder.mkdir()
     try:
         yield folder
-        folder.chmod(0o755)
         folder.rename(output)
     except BaseException:
         shutil.rmtree(folder)

@@ -78,7 +78,7 @@ def read_contents(path: Path) -> dict[str, Any]:
         contents["model_type"]
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a model configuration: no model_type in it") from error
     return contents
 
@@ -177,7 +177,7 @@ def _read_index(directory: Path) -> dict[Path, set[str] | None]:
             if not _SHARD_NAME.fullmatch(name):
                 raise ValueError(f"{index} names a file {name!r} outside the directory")
             files.setdefault(directory / name, set()).add(tensor)
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged: no weight_map in it") from error
     return dict(files)
 

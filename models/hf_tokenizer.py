@@ -112,7 +112,8 @@ def _write_config(source: Path, output: Path, *, eod_id: int) -> None:
 def _compare(source: Path, output: Path, encode: Callable[[str], list[int]]) -> None:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(output, local_files_only=True)
+    # False and not the default, with which transformers asks a person at the terminal.
+    loaded = AutoTokenizer.from_pretrained(output, local_files_only=True, trust_remote_code=False)
     for sample in _SAMPLES:
         ids = loaded.encode(sample, add_special_tokens=False, split_special_tokens=True)
         if ids != encode(sample):

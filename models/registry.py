@@ -55,7 +55,7 @@ def get_family(name: str) -> ModelFamily:
 
 
 def _entry(name: str) -> _Entry:
-    if name in _FAMILIES:
+    if isinstance(name, str) and name in _FAMILIES:
         return _FAMILIES[name]
     nearest = difflib.get_close_matches(str(name), _FAMILIES, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(_FAMILIES)}"

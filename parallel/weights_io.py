@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -259,16 +260,19 @@ class ShardedWeightsReader:
             file = self._open_files.enter_context(safe_open(path, framework="pt"))
             metadata = file.metadata() or {}
             layout = json.loads(metadata[LAYOUT_KEY])
-            position = ShardPosition(*layout["position"])
+            position = ShardPosition(*map(_count, layout["position"]))
             shardings = {
-                name: Sharding(dim=dim, full_size=full_size)
+                name: Sharding(
+                    dim=None if dim is None else _count(dim),
+                    full_size=None if full_size is None else _count(full_size),
+                )
                 for name, (dim, full_size) in layout["sharding"].items()
             }
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{str(path)!r} is not a readable safetensors file: {error}"
             ) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise WeightsError(
                 f"{str(path)!r} was not written by manyformer: no valid layout"
             ) from error
@@ -319,10 +323,16 @@ def verify_weights(directory: Path) -> None:
                 raise WeightsError(
                     f"{str(path)!r} is damaged: sha256 {actual}, expected {expected}"
                 )
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise WeightsError(
             f"{str(manifest)!r} is damaged or not of this checkpoint: {error}"
         ) from error
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} counts nothing")
+    return value
 
 
 def _entries(directory: Path) -> list[Path]:
@@ -341,18 +351,20 @@ def _complete_grid(shards: Sequence[_Shard], directory: Path) -> list[list[_Shar
     """
     first = shards[0].position
     by_place = {(s.position.pipeline_rank, s.position.tensor_rank): s for s in shards}
-    wanted = [(p, t) for p in range(first.pipeline_size) for t in range(first.tensor_size)]
-    missing = [
+    num_wanted = first.pipeline_size * first.tensor_size
+    # Not a list: a damaged header may ask for more files than there is memory to name.
+    missing = (
         ShardPosition(p, first.pipeline_size, t, first.tensor_size).file_name
-        for p, t in wanted
+        for p in range(first.pipeline_size)
+        for t in range(first.tensor_size)
         if (p, t) not in by_place
-    ]
-    if missing:
+    )
+    if named := list(islice(missing, 5)):
         raise WeightsError(
-            f"{str(directory)!r} lacks {', '.join(missing[:5])} ({len(missing)} files)"
+            f"{str(directory)!r} lacks {', '.join(named)} ({num_wanted - len(shards)} files)"
         )
     for shard in shards:
-        if shard.position[1::2] != first[1::2] or len(shards) != len(wanted):
+        if shard.position[1::2] != first[1::2] or len(shards) != num_wanted:
             raise WeightsError(
                 f"{str(shard.path)!r} is not part of the grid of {str(shards[0].path)!r}"
             )

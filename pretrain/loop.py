@@ -1,30 +1,23 @@
-"""A run from its configuration to its last checkpoint: the train loop and what is around it."""
+"""The train loop: a step, and after it what is due."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import math
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from data_tools.build import build_eval_batches, build_train_loader
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
 from models.registry import get_family
-from parallel.context import ParallelContext
 from parallel.weights_io import ShardPosition
 from pretrain.checkpoint import (
     Checkpoint,
     CheckpointContents,
-    CheckpointStore,
-    Layout,
-    RunIdentity,
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
 from pretrain.checkpoint.optimizer_state import (
@@ -34,24 +27,11 @@ from pretrain.checkpoint.optimizer_state import (
 )
 from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, seed_rng
 from pretrain.checkpoint.saves import Saves
-from pretrain.checkpoint.storage import Storage
-from pretrain.config import RunConfig, resolved, to_yaml
-from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
-from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed import World, process_group
-from pretrain.engine import (
-    Engine,
-    RunPlan,
-    StepResult,
-    build_context,
-    build_engine,
-    build_precision,
-    check_model,
-)
+from pretrain.config import RunConfig, resolved
+from pretrain.config.layout import RunLayout
+from pretrain.engine import Engine, StepResult
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
-from pretrain.initial_weights import initial_weights
-from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.nonfinite import GuardedSteps, check_finite
 from pretrain.ranks import Ranks
@@ -71,57 +51,6 @@ class Values(NamedTuple):
     loss: float
     terms: dict[str, float]
     grad_norm: float
-
-
-def run(config: RunConfig, ds_config_path: str | None = None) -> int:
-    """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
-
-    Raises:
-        AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
-        ConfigError: a setting cannot be used; nothing has been started yet.
-        TrainingError: training cannot go on, see `stability` in the configuration.
-    """
-    layout = check_layout(config, World.from_environment().size)
-    zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
-    precision = build_precision(config)
-    with process_group(tensor_size=layout.tensor) as device, ExitStack() as stack:
-        ranks = _all_ranks()
-        ctx = build_context(config, precision=precision, device=device)
-        plan = RunPlan.of(config, zero, ctx)
-        ranks.together(lambda: check_model(plan))
-        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
-        evaluation = ranks.together(lambda: _eval_batches(config, ctx))
-        store = CheckpointStore(
-            Path(config.run_dir),
-            identity=_identity(config, layout, zero),
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            # What agrees in the background must not meet what the main thread agrees on.
-            ranks=_all_ranks() if config.checkpoint.asynchronous else ranks,
-        )
-        stack.callback(store.close)
-        checkpoint = store.find(config.resume)
-        if checkpoint is not None:
-            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))
-        ranks.on_first(lambda: _write_config(config))
-        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
-        weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
-        engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        watchdog = stack.enter_context(
-            Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
-        )
-        saves = stack.enter_context(
-            Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
-        )
-        loop = TrainLoop(config, layout, engine, loader, evaluation, saves, ranks, watchdog)
-        if checkpoint is not None:
-            loop.restore(checkpoint)
-        else:
-            seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
-        code = loop.run(stack.enter_context(GracefulStop()))
-        # Every rank has saved: a launcher that reads the marker may end all of them.
-        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
-        return code
 
 
 class Spike(NamedTuple):
@@ -218,7 +147,7 @@ class TrainLoop:
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
-            self.watchdog.moved(f"step {step}")
+            self.watchdog.moved(f"step {step}", is_step=True)
             result = self._train(step, rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
@@ -327,6 +256,7 @@ class TrainLoop:
                 tokens=self.tokens,
                 skipped_steps=self.steps.num_skipped,
                 rate=speed,
+                slowest_rank=self.watchdog.slowest_ratio,
             )
         )
 
@@ -426,57 +356,3 @@ def _read(result: StepResult, step: int) -> Values:
             "since the last checkpoint; lower training.lr or look at the data of this step"
         )
     return values
-
-
-def _all_ranks() -> Ranks:
-    """All ranks of the run, over a gloo group of its own (collective)."""
-    return Ranks.of_group(dist.new_group(backend="gloo"))
-
-
-def _write_config(config: RunConfig) -> None:
-    path = Path(config.run_dir, "config.yaml")
-    Storage().replace_file(path, to_yaml(config).encode("ascii"))
-
-
-def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
-    return build_train_loader(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        micro_batches_per_step=config.training.gradient_accumulation_steps,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        seed=config.training.seed,
-        vocab_size=config.model.vocab_size,
-        curriculum=layout.curriculum,
-    )
-
-
-def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None:
-    if not config.data.validation:
-        return None
-    return build_eval_batches(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        vocab_size=config.model.vocab_size,
-        max_windows=config.evaluation.max_windows,
-    )
-
-
-def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> RunIdentity:
-    return RunIdentity(
-        layout=Layout(
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            data=layout.data,
-            expert=layout.expert,
-            zero_stage=zero.zero_stage,
-            precision=config.training.precision,
-        ),
-        config=resolved(config),
-        fingerprints={},  # the loader compares those of its sources when its state is loaded
-        layout_bound_by=layout_bound_by(config, zero),
-    )

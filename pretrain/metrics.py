@@ -90,10 +90,12 @@ def training_record(
     tokens: int,
     skipped_steps: int,
     rate: Rate,
+    slowest_rank: float | None = None,
 ) -> Record:
     """A line of metrics.jsonl about one training step.
 
     `tokens` counts those seen so far, `skipped_steps` the steps that were not finite.
+    `slowest_rank`: its own work over the usual one (`pace`), where it is known.
     """
     record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}
     record |= {
@@ -106,6 +108,8 @@ def training_record(
     }
     if rate.mfu is not None:
         record["mfu"] = rate.mfu
+    if slowest_rank is not None:
+        record["slowest_rank_ratio"] = slowest_rank
     memory = peak_memory_gib()
     if memory is not None:
         record["peak_memory_gib"] = memory

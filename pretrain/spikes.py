@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import fmean, pstdev
 
-from pretrain.config.schema import SpikeConfig
+from pretrain.config.operation import SpikeConfig
 
 
 class SpikeWatch:

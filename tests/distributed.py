@@ -37,12 +37,14 @@ def run_ranks(
     *args: Any,
     timeout: float = 120.0,
     init: bool = True,
+    patience: float = 5.0,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world_size` forked ranks and return their results in order.
 
     Each rank sees RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and an initialised
-    gloo process group unless `init=False`. Results travel back pickled.
+    gloo process group unless `init=False`. Results travel back pickled. Once a rank has failed the
+    others have `patience` seconds to end.
 
     Raises:
         AssertionError: a rank raised, died or did not finish in `timeout` seconds; the message
@@ -57,7 +59,7 @@ def run_ranks(
             _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs)
             for rank in range(world_size)
         ]
-        statuses = _wait(pids, timeout)
+        statuses = _wait(pids, timeout, patience)
         if any(status != 0 for status in statuses):
             raise AssertionError(_report(statuses, directory, timeout))
         return [
@@ -111,8 +113,8 @@ def _redirect_output(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _wait(pids: list[int], timeout: float) -> list[int | None]:
-    """Exit statuses; once a rank has failed the others get a few seconds. None: did not finish."""
+def _wait(pids: list[int], timeout: float, patience: float) -> list[int | None]:
+    """Exit statuses; None: did not finish."""
     statuses: dict[int, int | None] = {}
     deadline = time.monotonic() + timeout
     while len(statuses) < len(pids) and time.monotonic() < deadline:
@@ -122,7 +124,7 @@ def _wait(pids: list[int], timeout: float) -> list[int | None]:
                 if done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
                     if statuses[pid] != 0:
-                        deadline = min(deadline, time.monotonic() + 5.0)
+                        deadline = min(deadline, time.monotonic() + patience)
         time.sleep(0.005)
     for pid in pids:
         if pid not in statuses:

@@ -23,7 +23,7 @@ def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
         problem = verify_listing(path, manifest)
         if verify and problem is None:
             problem = verify_content(path, manifest, manifest.files)
-        ledger = "" if problem else _ledger(path)
+        ledger = "" if problem or TRAINER_NAME not in manifest.files else _ledger(path)
     except (CheckpointError, OSError, ValueError) as error:
         return f"{path.name}: DAMAGED {one_line(error)}", False
     if problem is not None:

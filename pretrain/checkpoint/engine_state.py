@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import CheckpointError
+import torch
+
+from pretrain.errors import CheckpointError, one_line
 from pretrain.experts import files_without_experts, restore_experts
 
 ENGINE_TAG = "engine"
@@ -46,19 +49,56 @@ def save_engine_state(
 def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
     """Collective: restore weights, optimizer and step counters; returns the client state.
 
-    DeepSpeed unpickles these files: call it only on what `CheckpointStore.find` has verified.
+    Call it only on what `CheckpointStore.find` has verified: the files are torch's.
 
     Raises:
-        CheckpointError: there is nothing to load.
+        CheckpointError: there is nothing to load, or a file holds more than DeepSpeed writes.
     """
     loaded = None
     if any((directory / ENGINE_TAG).glob("*.pt")):  # DeepSpeed asserts this without a message
-        with files_without_experts(engine):
+        with files_without_experts(engine), _harmless_reads(engine.checkpoint_engine):
             loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
     if loaded is None:  # where it finds nothing it goes on with the initial weights
         raise CheckpointError(f"{str(directory / ENGINE_TAG)!r} holds no DeepSpeed checkpoint")
     restore_experts(engine)
     return client_state
+
+
+@contextmanager
+def _harmless_reads(checkpoint_engine: Any) -> Iterator[None]:
+    """Let DeepSpeed read tensors, plain values and what `_classes` names.
+
+    It would build and call whatever a file asks for (torch_checkpoint_engine.py of 0.19.8,
+    weights_only=False), so that whoever can write the file runs code as the user.
+    """
+    original = checkpoint_engine.load
+
+    def load(path: str, map_location: Any = None) -> Any:
+        try:
+            with torch.serialization.safe_globals(_classes()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # torch raises errors of many types for such files
+            found = re.search(r"GLOBAL \S+", str(error))
+            what = found[0] if found else one_line(error)[:150]
+            raise CheckpointError(
+                f"{path!r} is not what DeepSpeed writes ({what}), and "
+                "nothing else is unpickled; resume from another checkpoint"
+            ) from error
+
+    checkpoint_engine.load = load
+    try:
+        yield
+    finally:
+        checkpoint_engine.load = original
+
+
+def _classes() -> list[Any]:
+    """What the files of DeepSpeed 0.19.8 hold beside tensors and plain values; none of it acts."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from pretrain.errors import CheckpointError
+from pretrain.permissions import refuse_if_others_can_write
 
 LOCK_NAME = "run.lock"
 
@@ -21,8 +22,8 @@ class RunLock:
     one cannot exist, and forked data workers do not inherit it.
 
     Raises:
-        CheckpointError: another process holds it (the message says which and since when), or the
-            directory cannot be made or written.
+        CheckpointError: another process holds it (the message says which and since when), the
+            directory cannot be made or written, or everybody can write it.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -30,7 +31,9 @@ class RunLock:
         self._descriptor = -1
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            refuse_if_others_can_write(run_dir)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+            refuse_if_others_can_write(self._path)
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.truncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(_own_description()).encode(), 0)
@@ -43,6 +46,9 @@ class RunLock:
                 f"run_dir {str(run_dir)!r} is in use by {owner}: "
                 "wait until that job ends or choose another run_dir"
             ) from None
+        except CheckpointError:
+            self.release()
+            raise
         except OSError as error:
             self.release()
             raise _unusable(run_dir, error) from error

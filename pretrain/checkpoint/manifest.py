@@ -135,9 +135,10 @@ def _parse(raw: bytes, path: Path) -> Manifest:
         content = json.loads(raw.decode("ascii"))
         version = content.get("format_version")
         checksum = content.pop("checksum", None)
+        expected = _checksum(content)  # ValueError: a number that JSON does not have
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: not a JSON object") from error
-    if checksum != _checksum(content) or raw != _dump({**content, "checksum": checksum}):
+    if checksum != expected or raw != _dump({**content, "checksum": checksum}):
         raise CheckpointError(f"{str(path)!r} is damaged: its checksum does not match its content")
     if version != FORMAT_VERSION:
         raise CheckpointError(

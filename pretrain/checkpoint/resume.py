@@ -166,8 +166,18 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
                 f"{name} has changed since {str(directory)!r} was written (fingerprint {old}, "
                 f"now {new}): restore it or start in another run_dir"
             )
-    trainer = json.loads((directory / TRAINER_NAME).read_bytes())
+    trainer = _read_trainer(directory / TRAINER_NAME)
     return Checkpoint(directory, manifest.step, trainer, manifest.layout, any_layout)
+
+
+def _read_trainer(path: Path) -> dict[str, Any]:
+    try:
+        trainer = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is not JSON: {one_line(error)}") from error
+    if not isinstance(trainer, dict):
+        raise CheckpointError(f"{str(path)!r} is not a JSON object: restore the checkpoint")
+    return trainer
 
 
 def _refuse_another_layout(

@@ -6,8 +6,11 @@ host is taken first, and a thread writes, flushes, agrees with the other ranks a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +26,8 @@ from pretrain.checkpoint.resume import Checkpoint, Resume, RunIdentity
 from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
 from pretrain.errors import AgreedError, one_line
 
-_FAREWELL = 60.0  # seconds in which a save may still end when this rank fails by itself
+_FAREWELL = 5.0  # seconds in which a save may still end when this rank fails by itself
+_NICENESS = 10
 logger = logging.getLogger(__name__)
 
 
@@ -125,12 +129,22 @@ class _BackgroundSave(threading.Thread):
         self._save = partial(store.save, contents, written=self.written.set)
 
     def run(self) -> None:
+        _leave_the_cpu_to_steps()
         try:
             self._save()
         except BaseException as error:  # the main thread raises it
             self.error = error
         finally:
             self.written.set()
+
+
+def _leave_the_cpu_to_steps() -> None:
+    """This thread hashes while others train: where cores are few it must not be in their way."""
+    if sys.platform == "linux":  # elsewhere threads have no priorities of their own
+        thread = threading.get_native_id()
+        lower = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
 class HostBuffers:

@@ -43,6 +43,7 @@ from pretrain.checkpoint.rng_state import write_rng_state
 from pretrain.checkpoint.storage import Storage, fault_hook
 from pretrain.checkpoint.stored_optimizer import FOLDER, shard_name
 from pretrain.errors import CheckpointError, one_line
+from pretrain.permissions import refuse_if_others_can_write
 from pretrain.ranks import Ranks
 
 _TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
@@ -151,6 +152,7 @@ class CheckpointStore:
         self._lock = RunLock(self.run_dir)
         try:
             self.directory.mkdir(exist_ok=True)
+            refuse_if_others_can_write(self.directory)
             probe = self.directory / f".latest-{os.urandom(4).hex()}"
             Storage().write(probe, b"can this be written?")  # not an operation of a save
             probe.unlink()

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pretrain.config.aliases import ALIASES
 from pretrain.config.base_models import CONFIGS
-from pretrain.config.errors import nearest
+from pretrain.config.errors import nearest, show
+from pretrain.config.limits import MAX_TEXT, read_run_file
 from pretrain.config.schema import RunConfig, parse_config
 from pretrain.errors import ConfigError
 
@@ -40,7 +42,18 @@ def compose_config(
     """
     source = _find(config_name, _search_path(config_dir))
     values = _compose(source, [_translate(each, source.search) for each in overrides])
+    _drop_overruled(values, {each.partition("=")[0].lstrip("+~") for each in overrides})
     return parse_config(values)
+
+
+def _drop_overruled(values: dict[str, Any], given: set[str]) -> None:
+    """A setting on the command line wins over the same one in a file, also in another spelling."""
+    for owner in {alias.owner for alias in ALIASES.values()}:
+        spellings = {owner, *(name for name, alias in ALIASES.items() if alias.owner == owner)}
+        for name in spellings - given if spellings & given else ():
+            section, _, key = name.partition(".")
+            if isinstance(values.get(section), dict):
+                values[section].pop(key, None)
 
 
 def _search_path(config_dir: str | Path | None) -> tuple[Path, ...]:
@@ -49,6 +62,10 @@ def _search_path(config_dir: str | Path | None) -> tuple[Path, ...]:
     directory = Path(config_dir).resolve()
     if not directory.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a directory; check the path")
+    # Hydra opens the files of groups itself; those of the project need no check.
+    for pattern in ("*/*.yaml", "*/*/*.yaml"):
+        for file in sorted(directory.glob(pattern)):
+            _read(file)
     return (directory, CONFIGS)
 
 
@@ -65,16 +82,29 @@ def _find(config_name: str, search: tuple[Path, ...]) -> _Source:
     raise ConfigError(f"--config-name {config_name!r} is not a run file in {where}; {remedy}")
 
 
+def _read(file: Path) -> str:
+    try:
+        return read_run_file(file)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}; correct it") from error
+
+
 def _translate(override: str, search: tuple[Path, ...]) -> str:
     """Our override as Hydra's, where a key or group that the run file lacks has a prefix."""
     key, equals, value = override.partition("=")
+    if len(override) > MAX_TEXT:
+        raise ConfigError(f"override {show(override)} is longer than {MAX_TEXT}; use a run file")
     bare = key.lstrip("+~")
     if bare == "hydra" or bare.startswith("hydra."):
-        raise ConfigError(f"override {override!r} has no effect: Hydra only composes here; drop it")
+        raise ConfigError(
+            f"override {show(override)} has no effect: Hydra only composes here; drop it"
+        )
     if not _KEY.fullmatch(bare):
-        raise ConfigError(f"override {override!r} is not of the form section.key=VALUE; correct it")
+        raise ConfigError(
+            f"override {show(override)} is not of the form section.key=VALUE; correct it"
+        )
     if not equals and not key.startswith("~"):
-        raise ConfigError(f"override {override!r} has no value; write {key}=VALUE")
+        raise ConfigError(f"override {show(override)} has no value; write {key}=VALUE")
     if _is_group_choice(bare, value, search):
         options = _options(bare, search)
         if value.removesuffix(".yaml") not in options and not key.startswith("~"):
@@ -91,10 +121,10 @@ def _check_grammar(override: str, key: str, value: str) -> None:
 
     try:
         sweep = OverridesParser.create().parse_override(override).is_sweep_override()
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         raise ConfigError(
-            f"the value of override {key}={value} cannot be parsed; "
-            f"quote it for the shell and for the parser: '{key}=\"{value}\"'"
+            f"the value of override {key}={value[:80]} cannot be parsed; "
+            f"quote it for the shell and for the parser: '{key}=\"{value[:80]}\"'"
         ) from error
     if sweep:
         raise ConfigError(
@@ -131,7 +161,7 @@ def _compose(source: _Source, overrides: list[str]) -> dict[str, Any]:
         # Hydra prefers groups beside the run file to those of the search path. Alone in a
         # directory of its own, the run file leaves the order of ours as it is.
         try:
-            text = source.file.read_text(encoding="utf-8")
+            text = _read(source.file)
             Path(entry, source.file.name).write_text(_defaults(text) + text, encoding="utf-8")
             return _run_hydra(entry, source, overrides)
         except (

@@ -9,7 +9,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -21,9 +20,16 @@ from pydantic import (
 from data_tools.config import DataConfig
 from pretrain.config.aliases import resolve_aliases
 from pretrain.config.errors import config_error, show
+from pretrain.config.limits import check_numbers
+from pretrain.config.operation import (
+    STRICT,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    StabilityConfig,
+    WatchdogConfig,
+)
 from pretrain.errors import ConfigError
-
-_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Protocol):
@@ -48,7 +54,7 @@ class ModelConfig(Protocol):
 class TrainingConfig(BaseModel):
     """Length, batch, optimizer and numerics of training."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     max_steps: int | None = Field(default=None, gt=0, description="Stop after so many steps")
     max_tokens: Annotated[int | None, BeforeValidator(lambda value: _whole(value))] = Field(
@@ -127,7 +133,7 @@ class TrainingConfig(BaseModel):
 class ParallelConfig(BaseModel):
     """Ranks per axis; data is what the world leaves over tensor x pipeline, expert a part of it."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     tensor: int = Field(default=1, gt=0, description="Ranks that share each matrix")
     pipeline: int = Field(default=1, gt=0, description="Stages that share the layers")
@@ -152,156 +158,10 @@ class ParallelConfig(BaseModel):
         return self
 
 
-class CheckpointConfig(BaseModel):
-    """When checkpoints are written and how many stay."""
-
-    model_config = _STRICT
-
-    interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
-    keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
-    keep_every: int | None = Field(
-        default=None, gt=0, description="Those of steps that are multiples of it stay, too"
-    )
-    asynchronous: bool = Field(
-        default=False,
-        description="Write while the next steps train: a save stalls them for a copy to host "
-        "memory, which then stays in use",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> CheckpointConfig:
-        if self.keep_every is not None and self.keep_every % self.interval:
-            raise ValueError(
-                f"checkpoint.keep_every={self.keep_every} is not a multiple of "
-                f"checkpoint.interval={self.interval}, so it would keep few or none; change one"
-            )
-        return self
-
-
-class WatchdogConfig(BaseModel):
-    """What ends a run that stands still, or whose ranks have come to train different models."""
-
-    model_config = _STRICT
-
-    timeout: float | None = Field(
-        default=600.0,
-        gt=0,
-        description="Seconds in which every rank must finish a step, an evaluation or a save, the "
-        "first step and its compilation included; null: wait for ever",
-    )
-    replica_interval: int | None = Field(
-        default=100,
-        gt=0,
-        description="Steps after which ranks compare what they hold in common; null: never",
-    )
-
-    @field_validator("timeout", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
-
-class SpikeConfig(BaseModel):
-    """Return to the checkpoint before a loss that stands out, and leave out the data around it."""
-
-    model_config = _STRICT
-
-    sigma: float = Field(
-        gt=0, description="Standard deviations above the mean at which a loss stands out"
-    )
-    window: int = Field(default=100, ge=2, description="Steps that mean and deviation are of")
-    skip_before: int = Field(
-        default=10, ge=0, description="Steps before the loss whose data are left out with its own"
-    )
-    max_rollbacks: int = Field(default=3, gt=0, description="Returns after which the run ends")
-
-    @field_validator("sigma", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
-
-class StabilityConfig(BaseModel):
-    """What happens when training goes wrong in its numbers."""
-
-    model_config = _STRICT
-
-    max_skipped_steps: int = Field(
-        default=3,
-        ge=0,
-        description="Steps in a row that may be left out because loss or gradient is not finite",
-    )
-    skip_steps: Annotated[
-        tuple[tuple[int, int], ...], BeforeValidator(lambda value: _ranges(value))
-    ] = Field(default=(), description="[[first, last], ...]: steps whose data are left out")
-    spike: SpikeConfig | None = Field(
-        default=None, description="What to do about a loss that stands out; null: nothing"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> StabilityConfig:
-        for first, last in self.skip_steps:
-            if not 1 <= first <= last:
-                raise ValueError(
-                    f"stability.skip_steps has [{first}, {last}]; write [first, last] with "
-                    "1 <= first <= last, such as [[120, 124]]"
-                )
-        return self
-
-
-class EvaluationConfig(BaseModel):
-    """When held-out text is scored and how much of it."""
-
-    model_config = _STRICT
-
-    interval: int = Field(default=1000, gt=0, description="Steps between two evaluations")
-    max_windows: int | None = Field(
-        default=None, gt=0, description="Windows of data.validation to score; null: all"
-    )
-
-
-class WandbConfig(BaseModel):
-    """Weights & Biases; its key comes from the environment, never from here."""
-
-    model_config = _STRICT
-
-    mode: Literal["disabled", "offline", "online"] = Field(
-        default="disabled", description="offline: write to the run directory, upload later"
-    )
-    project: str | None = Field(default=None, min_length=1, description="Project of the runs")
-    name: str | None = Field(
-        default=None, min_length=1, description="Name of this run; null: chosen by W&B"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> WandbConfig:
-        if self.mode == "disabled":
-            for key in ("project", "name"):
-                if getattr(self, key) is not None:
-                    raise ValueError(
-                        f"logging.wandb.{key}={getattr(self, key)!r} has no effect with "
-                        "logging.wandb.mode=disabled; remove it or set mode to offline or online"
-                    )
-        elif self.project is None:
-            raise ValueError(
-                f"logging.wandb.mode={self.mode} needs a project; set logging.wandb.project=NAME"
-            )
-        return self
-
-
-class LoggingConfig(BaseModel):
-    """Writers beside metrics.jsonl, which is always written."""
-
-    model_config = _STRICT
-
-    tensorboard: bool = Field(default=False, description="Write events to RUN_DIR/tensorboard")
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-
-
 class RunConfig(BaseModel):
     """Everything that defines a run, apart from what only DeepSpeed parses (its JSON)."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     run_dir: str = Field(
         min_length=1, description="Directory of config.yaml, metrics.jsonl and checkpoints/"
@@ -348,6 +208,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown, missing or unusable setting.
     """
+    check_numbers(values)
     try:
         return RunConfig.model_validate(resolve_aliases(values))
     except ValidationError as error:
@@ -393,13 +254,6 @@ def _pair(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers such as [0.9, 0.95]")
     return tuple(value)
-
-
-def _ranges(value: Any) -> Any:
-    """YAML has lists where pydantic's strict mode wants tuples."""
-    if not isinstance(value, list):
-        return value
-    return tuple(tuple(each) if isinstance(each, list) else each for each in value)
 
 
 def _check_stages(run: RunConfig) -> None:

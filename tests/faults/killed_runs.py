@@ -18,7 +18,7 @@ import pretrain.checkpoint.store
 import pretrain.engine
 from data_tools.batch import Batch
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run
 

@@ -20,7 +20,7 @@ from pretrain.checkpoint import CheckpointStore, RunIdentity
 from pretrain.checkpoint.manifest import FileEntry, read_manifest
 from pretrain.checkpoint.storage import file_record
 from pretrain.errors import EXIT_COMPLETED, CheckpointError
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.faults.damage import Tally, damages
 from tests.faults.deepspeed_alone import (

@@ -22,7 +22,7 @@ from data_tools.verify import verify
 from pretrain.checkpoint import CheckpointStore, RunIdentity
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.errors import EXIT_COMPLETED, CheckpointError
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.faults.damage import Damage, Tally, damages
 from tests.pretrain.tiny_run import tiny_run, write_data

@@ -10,6 +10,7 @@ import torch
 
 from models.base import ModelFamily
 from models.checkpoint import StoredModel, parameter_table, write_manifest
+from models.checkpoint import _closed as closed
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY
 from parallel.carry import SequentialModel
@@ -78,5 +79,7 @@ def write_checkpoint(
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Replace top-level keys of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Replace top-level keys of a JSON file; a manifest keeps a checksum that fits."""
+    content = json.loads(path.read_text()) | changes
+    is_manifest = content.pop("checksum", None) is not None
+    path.write_bytes(closed(content) if is_manifest else json.dumps(content).encode())

@@ -19,7 +19,7 @@ from pretrain.checkpoint.optimizer_state import optimizer_shard
 from pretrain.checkpoint.stored_optimizer import FOLDER, StoredOptimizer, shard_name
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data

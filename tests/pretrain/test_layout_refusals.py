@@ -12,7 +12,7 @@ import pytest
 from pretrain.checkpoint import stored_optimizer
 from pretrain.checkpoint.saves import Saves
 from pretrain.checkpoint.stored_optimizer import StoredOptimizer
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.layout_runs import (
     PLACES,

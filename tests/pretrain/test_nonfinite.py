@@ -15,10 +15,10 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.loop import run as run_training
 from pretrain.nonfinite import check_finite
 from pretrain.optimizers import spoil
 from pretrain.ranks import Ranks
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
@@ -50,9 +50,9 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     """`run` with a fault in it: its exit code, or its error, and what it has logged."""
     import os
 
-    import pretrain.engine
-    import pretrain.loop
     import pretrain.nonfinite
+    import pretrain.plan
+    import pretrain.run
 
     lines: list[str] = []
     handler = logging.Handler()
@@ -65,8 +65,8 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         return here and not (fault.once and now["times"] > 0)
 
     original_train = pretrain.nonfinite.GuardedSteps.train
-    original_objective = pretrain.engine.RunPlan.objective
-    original_build = pretrain.loop.build_engine
+    original_objective = pretrain.plan.RunPlan.objective
+    original_build = pretrain.run.build_engine
 
     def train(self, step, **kwargs):
         now.update(step=step, times=0)
@@ -75,7 +75,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     def objective(self, output, targets):
         total, terms = original_objective(self, output, targets)
         if fault.where == "loss" and strikes():
-            total = pretrain.engine.spoil(total + float("inf"))
+            total = spoil(total + float("inf"))
         return total, terms
 
     def build_engine(*args, **kwargs):
@@ -104,8 +104,8 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         return engine
 
     pretrain.nonfinite.GuardedSteps.train = train
-    pretrain.engine.RunPlan.objective = objective
-    pretrain.loop.build_engine = build_engine
+    pretrain.plan.RunPlan.objective = objective
+    pretrain.run.build_engine = build_engine
     try:
         end: int | str = run_training(config, ds_config_path)
     except TrainingError as error:

@@ -49,7 +49,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "data.dataset_weights='[0.3,0.7]'": {"data.train": ["wikitext", "openwebtext"]},
     "model_type=dtf data.mixed=true data.dataset_weights='[0.1,0.3,0.2,0.2,0.2]' "
     """data.dataset_names='["wikitext","openwebtext","pile-subset","c4-subset","redpajama-subset"]'"""
-    " ~data.sequence_length data.max_length=2048": {"data.sequence_length": 2048},
+    " data.max_length=2048": {"data.sequence_length": 2048},
     f"model_type=dtf {QWEN.format('1.5B')} training.batch_size=16 "
     "training.gradient_accumulation_steps=1 training.use_flash_attention=true "
     """training.mixed_precision="bf16" training.compile_model=true""": {

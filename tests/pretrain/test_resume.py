@@ -14,7 +14,7 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import curve, tiny_run, write_data
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-import pretrain.loop
+import pretrain.run
 from parallel.sharding import Sharding
 from parallel.weights_io import Weight
 from pretrain.checkpoint import CheckpointStore, saves
@@ -34,8 +34,8 @@ from pretrain.errors import (
     TrainingError,
 )
 from pretrain.loop import TrainLoop
-from pretrain.loop import run as run_training
 from pretrain.ranks import Ranks
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
 from tests.pretrain.tiny_run import curve, tiny_run, write_data
@@ -232,13 +232,13 @@ def test_a_last_save_that_fails_is_an_error_and_leaves_no_marker(data, tmp_path)
 
 def stopped_while_saving(config, ds_config_path: str) -> int:
     """`run` with slow saves that is asked to stop in step 2, which it does after the next one."""
-    leave_marker = pretrain.loop.leave_marker
+    leave_marker = pretrain.run.leave_marker
 
     def check_and_leave(run_dir, code):
         assert (run_dir / "checkpoints" / "step_3" / MANIFEST_NAME).is_file()
         leave_marker(run_dir, code)
 
-    pretrain.loop.leave_marker = check_and_leave
+    pretrain.run.leave_marker = check_and_leave
     before_background_operations(
         lambda operation, path: time.sleep(0.2 if operation == "open" else 0)
     )
@@ -329,7 +329,11 @@ def test_a_save_that_hangs_is_found_by_the_watchdog_and_its_rank_is_named(data, 
     report = str(ended.value)
     assert f"exit {EXIT_HUNG}" in report
     assert "no progress in the wait for the" in report
-    assert re.search(r"rank 1 .* in the wait for the save of step 2\) has come least far", report)
+    assert re.search(
+        r"rank 1 .* in the wait for the save of step 2\) is in wait \(pretrain/checkpoint/saves\.py"
+        r":\d+\) and has come least far",
+        report,
+    )
     assert "in _write_optimizer\n" in (tmp_path / "stacks_rank_00001.txt").read_text()
 
 

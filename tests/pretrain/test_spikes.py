@@ -12,9 +12,9 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from parallel.weights_io import ShardedWeightsReader
-from pretrain.config.schema import SpikeConfig
+from pretrain.config.operation import SpikeConfig
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from pretrain.spikes import SpikeWatch
 from tests.distributed import run_ranks
 from tests.models.families import CASES
@@ -56,11 +56,11 @@ def _config(data: Path, run_dir: Path, **changes):
 
 def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
     """`run`, in which the loss of some steps is a hundred times as large as it should be."""
-    import pretrain.engine
     import pretrain.nonfinite
+    import pretrain.plan
 
     now = 0
-    train, objective = pretrain.nonfinite.GuardedSteps.train, pretrain.engine.RunPlan.objective
+    train, objective = pretrain.nonfinite.GuardedSteps.train, pretrain.plan.RunPlan.objective
 
     def noted(self, step, **kwargs):
         nonlocal now
@@ -72,7 +72,7 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
         return (total * 100, terms) if now in steps else (total, terms)
 
     pretrain.nonfinite.GuardedSteps.train = noted
-    pretrain.engine.RunPlan.objective = multiplied
+    pretrain.plan.RunPlan.objective = multiplied
     try:
         return run_training(config, ds_config_path)
     except TrainingError as error:
