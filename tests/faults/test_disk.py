@@ -21,7 +21,7 @@ from pretrain.checkpoint.manifest import MANIFEST_NAME
 from pretrain.checkpoint.optimizer_state import OptimizerShard
 from pretrain.checkpoint.storage import Storage
 from pretrain.errors import CheckpointError
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.faults.deepspeed_alone import small_files
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
@@ -216,11 +216,16 @@ def as_nobody(folder: Path) -> Iterator[None]:
         os.setegid(0)
 
 
+def read_only_checkpoints(run_dir: Path) -> None:
+    run_dir.mkdir(parents=True)
+    (run_dir / "checkpoints").mkdir(mode=0o555)
+    if os.getuid() == 0:
+        os.chown(run_dir, NOBODY, NOBODY)
+
+
 def checkpoints_of_somebody_else(folder: Path) -> None:
     """The run directory may be written, the folder in it may not."""
-    (folder / "run").mkdir(parents=True)
-    (folder / "run").chmod(0o777)
-    (folder / "run" / "checkpoints").mkdir(mode=0o555)
+    read_only_checkpoints(folder / "run")
     with as_nobody(folder):
         assert "Permission denied" in at_start(folder / "run")
 
@@ -307,9 +312,7 @@ def refused_run(config) -> str:
 def test_a_run_that_could_not_save_takes_no_step(tmp_path: Path) -> None:
     write_data(tmp_path)
     config = tiny_run(tmp_path)
-    Path(config.run_dir).mkdir()
-    os.chmod(config.run_dir, 0o777)
-    Path(config.run_dir, "checkpoints").mkdir(mode=0o555)
+    read_only_checkpoints(Path(config.run_dir))
     (said,) = run_ranks(refused_run, 1, config, init=False)
     assert "Permission denied" in said
     assert str(Path(config.run_dir, "checkpoints")) in said
