@@ -78,9 +78,10 @@ def _harmless_reads(checkpoint_engine: Any) -> Iterator[None]:
             with torch.serialization.safe_globals(_classes()):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # torch raises errors of many types for such files
-            what = re.search(r"GLOBAL \S+", str(error))
+            found = re.search(r"GLOBAL \S+", str(error))
+            what = found[0] if found else one_line(error)[:150]
             raise CheckpointError(
-                f"{path!r} is not what DeepSpeed writes ({what[0] if what else one_line(error)[:150]}), "
+                f"{path!r} is not what DeepSpeed writes ({what}), "
                 "and nothing else is unpickled; resume from another checkpoint"
             ) from error
 
