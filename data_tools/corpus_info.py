@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_tools.errors import DataError
+
+VERSION = 2  # 1 had no checksum
 
 
 class SourceInfo(BaseModel):
@@ -31,7 +36,7 @@ class CorpusInfo(BaseModel):
     # Unknown keys pass: later versions may add some.
     model_config = ConfigDict(frozen=True, strict=True)
 
-    version: int = 1
+    version: int = VERSION
     tokenizer: str
     """Tokenizer specification as it was given: `bytes` or a path."""
     tokenizer_fingerprint: str
@@ -52,6 +57,21 @@ class CorpusInfo(BaseModel):
     licence: str | None = None
     """What `--licence` said of the text."""
     sources: tuple[SourceInfo, ...] = ()
+    left_out_sha256: str | None = None
+    """Of PREFIX.left_out.jsonl; None when every document is in the corpus."""
+
+    def to_bytes(self) -> bytes:
+        """JSON, closed by a checksum over everything before it."""
+        content = self.model_dump(mode="json")
+        return _dump({**content, "checksum": _checksum(content)})
+
+
+def _dump(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode("ascii")
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(_dump(content)).hexdigest()
 
 
 def info_path(prefix: Path) -> Path:
@@ -59,17 +79,23 @@ def info_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".json")
 
 
+def left_out_list(prefix: Path) -> Path:
+    """PREFIX.left_out.jsonl: every document that is not in the corpus, and why."""
+    return prefix.with_name(prefix.name + ".left_out.jsonl")
+
+
 def read_info(prefix: Path) -> CorpusInfo | None:
     """The sidecar of a corpus, or None when it has none, as for files that Megatron wrote.
 
     Raises:
-        DataError: the file exists and is not a sidecar of this format.
+        DataError: the file exists and is not a sidecar of this format, or not as it was written.
     """
     path = info_path(prefix)
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
+    _check_undamaged(path, text)
     try:
         info = CorpusInfo.model_validate_json(text)
     except ValidationError as error:
@@ -79,8 +105,24 @@ def read_info(prefix: Path) -> CorpusInfo | None:
             f"{path}: {where}: {problem['msg']}; preprocess the corpus again, or delete this file "
             "to read the corpus without its checks"
         ) from error
-    if info.version != 1:
+    if info.version not in (1, VERSION):
         raise DataError(
-            f"{path}: version {info.version} found, 1 expected; preprocess the corpus again"
+            f"{path}: version {info.version} found, {VERSION} expected; preprocess the corpus again"
         )
     return info
+
+
+def _check_undamaged(path: Path, text: bytes) -> None:
+    """Compare with the checksum. What is no JSON, and version 1, is left to the caller."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(content, dict) or ("checksum" not in content and content.get("version") == 1):
+        return
+    checksum = content.pop("checksum", None)
+    if checksum != _checksum(content) or text != _dump({**content, "checksum": checksum}):
+        raise DataError(
+            f"{path}: its checksum does not match its content; it is damaged or was edited: "
+            "preprocess the corpus again, or delete this file to read the corpus without its checks"
+        )

@@ -115,6 +115,7 @@ class IndexedDatasetWriter:
         command: str,
         licence: str | None = None,
         sources: Sequence[SourceInfo] = (),
+        left_out_sha256: str | None = None,
     ) -> CorpusInfo:
         """Write the index and the sidecar, and publish the three files.
 
@@ -141,6 +142,7 @@ class IndexedDatasetWriter:
             command=command,
             licence=licence,
             sources=tuple(sources),
+            left_out_sha256=left_out_sha256,
         )
         self._publish(info)
         return info
@@ -189,7 +191,7 @@ class IndexedDatasetWriter:
 
     def _publish(self, info: CorpusInfo) -> None:
         with open_partial(info_path(self.prefix)) as sidecar:
-            sidecar.write(info.model_dump_json(indent=2).encode() + b"\n")
+            sidecar.write(info.to_bytes())
             flush_to_disk(sidecar)
         flush_to_disk(self._bin)
         # Without an index no older or newer half of a pair can be opened in between.

@@ -4,6 +4,7 @@ uint8 [tokens]      UTF-8 text of every document, each followed by 255, which UT
 uint8               zeros up to a multiple of 8
 int64 [documents]   where documents end in the first part, the 255 included
 int64               number of documents
+uint8 [32]          SHA-256 of everything before it
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -31,9 +33,12 @@ from data_tools.token_stream import Span, TokenStream
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the layout above
+_VERSION = 2  # of the layout above
+_NAME = "text"
 _END = b"\xff"
 _WORD = 8  # bytes of an int64
+_DIGEST = 32  # bytes of a SHA-256
+_READ = 1 << 20  # bytes read at once
 _NEEDED_SPACE = 2  # times the size of the files: an image must not fill a disk
 
 
@@ -43,11 +48,16 @@ class JsonlImage:
     document_end = eod_id = BYTE_EOD
 
     def __init__(self, image: Path, *, fingerprint: str) -> None:
-        data = np.frombuffer(map_file(image), dtype=np.uint8)
+        data = np.frombuffer(map_file(image), dtype=np.uint8)[:-_DIGEST]
         words = data[len(data) % _WORD :].view("<i8")
-        num_documents = int(words[-1])
+        num_documents = int(words[-1]) if len(words) > 1 else 0
+        if not 0 < num_documents < len(words) or len(data) % _WORD:
+            raise _damaged(image)
         self._ends = words[-1 - num_documents : -1]
-        self._bytes = data[: int(self._ends[-1])]
+        num_bytes = int(self._ends[-1])
+        if num_bytes + -num_bytes % _WORD + _WORD * (num_documents + 1) != len(data):
+            raise _damaged(image)
+        self._bytes = data[:num_bytes]
         self.fingerprint = fingerprint
 
     @property
@@ -70,6 +80,28 @@ class JsonlImage:
     def document_at(self, place: int) -> Span:
         index = int(bisect_right(self._ends, np.array([place]))[0])
         return Span(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+
+
+def verify_images(cache_dir: str | None) -> Iterator[Path]:
+    """Read every image of a cache; yields those that are as they were written.
+
+    Raises:
+        DataError: the first one that is damaged.
+    """
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    for image in sorted(folder.glob(f"*/{_NAME}")):
+        with open(image, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256()
+            while (left := size - _DIGEST - file.tell()) > 0:
+                digest.update(file.read(min(left, _READ)))
+            if digest.digest() != file.read():
+                raise _damaged(image)
+        yield image
+
+
+def _damaged(image: Path) -> DataError:
+    return DataError(f"{image}: the cached text is damaged; delete it, and it is made again")
 
 
 def open_jsonl(files: MappedFiles, *, json_key: str, cache_dir: str | None) -> TokenStream:
@@ -95,7 +127,7 @@ def open_jsonl(files: MappedFiles, *, json_key: str, cache_dir: str | None) -> T
 
 def _find_or_make(files: MappedFiles, json_key: str, folder: Path) -> Path:
     key = _key(files, json_key)
-    image = folder / key / "text"
+    image = folder / key / _NAME
     with locked(folder / key):
         if image.exists():
             return image
@@ -128,12 +160,19 @@ def _key(files: MappedFiles, json_key: str) -> str:
 
 def _write(files: MappedFiles, json_key: str, file: IO[bytes]) -> None:
     ends, end = array("q"), 0
+    digest = hashlib.sha256()
+
+    def write(data: bytes) -> None:
+        file.write(data)
+        digest.update(data)
+
     for path in files.paths:
         for line in lines_of(path, json_key):
-            file.write(line.text + _END)
+            write(line.text + _END)
             end += len(line.text) + 1
             ends.append(end)
     if not ends:
         raise no_text(files, json_key)
-    file.write(bytes(-end % _WORD))
-    file.write(np.array([*ends, len(ends)], dtype="<i8").tobytes())
+    write(bytes(-end % _WORD))
+    write(np.array([*ends, len(ends)], dtype="<i8").tobytes())
+    file.write(digest.digest())

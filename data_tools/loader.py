@@ -6,7 +6,7 @@ Letters: b micro-batch size, s sequence length, M micro-batches per step, D data
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -110,6 +110,16 @@ class TrainLoader:
             for name, dataset in self._datasets.items()
             if name in ledger
         }
+
+    def describe(self, samples: Iterable[int]) -> list[str]:
+        """Where samples of the run lie, such as "code token 81920 epoch 0"."""
+        texts = []
+        for sample in samples:
+            leg = self._mix.leg_of(sample)
+            (source,), places = self._look_up(leg, np.array([sample]))
+            name, start, epoch = leg.blend.names[source], places.starts[0], places.epochs[0]
+            texts.append(f"{name} token {start} epoch {epoch}")
+        return texts
 
     def state_dict(self) -> dict[str, Any]:
         """Position and ledger at the last whole step, as plain JSON; the same on all ranks.
@@ -221,7 +231,13 @@ class TrainLoader:
             own = np.flatnonzero(sources == source)
             name = leg.blend.names[source]
             places = Places(*(each[row][own] for each in plan.places))
-            windows = self._datasets[name].read(places, length=leg.sequence_length)
+            try:
+                windows = self._datasets[name].read(places, length=leg.sequence_length)
+            except OSError as error:
+                raise DataError(
+                    f"data source {name}: micro-batch {number} of data rank {self._data_rank}, "
+                    f"tokens from {places.starts.tolist()}, cannot be read: {error}"
+                ) from error
             check_ids(windows.ids, vocab_size=self._vocab_size, name=name)
             rows.append((own, windows))
         return to_batch(_merge(rows), pin=self._pin)

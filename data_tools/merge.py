@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -59,14 +60,25 @@ def merge(
 def append_corpora(
     writer: IndexedDatasetWriter, datasets: Iterable[IndexedDataset], report: ReportProgress
 ) -> None:
-    """Copy documents in chunks."""
+    """Copy documents in chunks.
+
+    Raises:
+        DataError: a corpus is not what its sidecar says, so that damage is not copied.
+    """
     documents = num_bytes = 0
     for dataset in datasets:
+        digest = hashlib.sha256()
         for chunk in dataset.chunks():
+            digest.update(chunk.ids.tobytes())
             writer.add_documents(chunk.ids, chunk.lengths)
             documents += len(chunk.lengths)
             num_bytes += chunk.ids.nbytes
             report(documents, num_bytes)
+        if dataset.info is not None and digest.hexdigest() != dataset.info.bin_sha256:
+            raise DataError(
+                f"{dataset.paths.bin}: SHA-256 {digest.hexdigest()} found, "
+                f"{dataset.info.bin_sha256} expected; it is damaged: make it again"
+            )
 
 
 def require_info(dataset: IndexedDataset) -> CorpusInfo:

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.cli import add_text_arguments, progress_bar, run_command, usable_cpus
+from data_tools.corpus_info import left_out_list
 from data_tools.encoding import EncodingSettings
 from data_tools.errors import DataError
 from data_tools.inputs import Source, cut_pieces, find_inputs, total_size
-from data_tools.publish import MAX_LISTED, Job, Report, left_out_list, publish, summary
+from data_tools.publish import MAX_LISTED, Job, Report, publish, summary
 from data_tools.ranks import OneRank, Ranks, find_ranks
 from data_tools.shards import Shard, encode_shard, plan_shards, read_report, shard_bytes
 from data_tools.tokenizers import TOKENIZER_HELP

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.cli import progress_bar
-from data_tools.corpus_info import CorpusInfo, SourceInfo, read_info
+from data_tools.corpus_info import CorpusInfo, SourceInfo, left_out_list, read_info
 from data_tools.encoding import EncodingSettings
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
@@ -97,7 +98,7 @@ def _join(job: Job, sources: Sequence[Source], shards: Sequence[Shard], folder: 
         num_bytes = sum(part.tokens for part in counts) * writer.dtype.itemsize
         with progress_bar("joining", num_bytes) as progress:
             append_corpora(writer, corpora, progress)
-        _join_left_out(Path(job.output), shards, reports, folder)
+        left_out_sha256 = _join_left_out(Path(job.output), shards, reports, folder)
         writer.finish(
             tokenizer=job.settings.tokenizer,
             tokenizer_fingerprint=tokenizer.fingerprint,
@@ -106,6 +107,7 @@ def _join(job: Job, sources: Sequence[Source], shards: Sequence[Shard], folder: 
             command=job.command,
             licence=job.licence,
             sources=[_source_info(*pair) for pair in zip(sources, counts, strict=True)],
+            left_out_sha256=left_out_sha256,
         )
 
 
@@ -133,13 +135,17 @@ def _source_info(source: Source, counts: SourceCounts) -> SourceInfo:
 
 def _join_left_out(
     output: Path, shards: Sequence[Shard], reports: Sequence[ShardReport], folder: WorkFolder
-) -> None:
-    """Write OUTPUT.left_out.jsonl, with lines counted from the begin of each file."""
+) -> str | None:
+    """Write OUTPUT.left_out.jsonl, with lines counted from the begin of each file; its SHA-256.
+
+    None, and no file, when nothing was left out.
+    """
     path = left_out_list(output)
     path.unlink(missing_ok=True)
     if not any(counts.left_out for report in reports for counts in report.sources.values()):
-        return
+        return None
     lines_before: dict[str, int] = {}
+    digest = hashlib.sha256()
     with replace_atomically(path) as file:
         for shard, report in zip(shards, reports, strict=True):
             uncounted = {p.path for p in shard.pieces if p.first_line is None}
@@ -148,14 +154,12 @@ def _join_left_out(
                     entry = LeftOut.model_validate_json(line)
                     if entry.line is not None and entry.file in uncounted:
                         entry.line += lines_before[entry.file]
-                    file.write(entry.model_dump_json().encode() + b"\n")
+                    data = entry.model_dump_json().encode() + b"\n"
+                    digest.update(data)
+                    file.write(data)
             for piece, lines in zip(shard.pieces, report.lines, strict=True):
                 lines_before[piece.path] = lines_before.get(piece.path, 0) + lines
-
-
-def left_out_list(output: Path) -> Path:
-    """OUTPUT.left_out.jsonl: every document that is not in the corpus, and why."""
-    return output.with_name(output.name + ".left_out.jsonl")
+    return digest.hexdigest()
 
 
 def _first_left_out(output: Path) -> list[LeftOut]:

@@ -6,12 +6,17 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data_tools.cli import progress_bar, run_command
+from data_tools.corpus_info import CorpusInfo, left_out_list
 from data_tools.errors import DataError
 from data_tools.indexed import Chunk, IndexedDataset
+from data_tools.jsonl_image import verify_images
+from data_tools.tiktoken_files import split_spec
+from data_tools.tokenizers import tokenizer_fingerprint
 from data_tools.workers import ReportProgress
 
 _EXAMPLE = """example:
@@ -42,11 +47,36 @@ def verify(prefix: str, *, vocab_size: int | None = None) -> list[str]:
     if info is None:
         return [*lines, "no .json beside it: no checksums to compare with"]
     _compare(f"{dataset.paths.bin}: SHA-256", bin_sha256, info.bin_sha256)
-    with open(dataset.paths.idx, "rb") as file:
-        idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    _compare(f"{dataset.paths.idx}: SHA-256", idx_sha256, info.idx_sha256)
+    _compare(f"{dataset.paths.idx}: SHA-256", _sha256(dataset.paths.idx), info.idx_sha256)
     _compare(f"{prefix}.json: largest id", info.max_token_id, max_token_id)
-    return [*lines, "checksums equal"]
+    return [*lines, "checksums equal", *_check_others(dataset.prefix, info)]
+
+
+def _check_others(prefix: Path, info: CorpusInfo) -> list[str]:
+    """The list of what was left out, and the tokenizer where it still is."""
+    lines = []
+    if info.left_out_sha256 is not None:
+        path = left_out_list(prefix)
+        _compare(f"{path}: SHA-256", _sha256(path), info.left_out_sha256)
+        lines.append("list of documents left out equal")
+    ranks = split_spec(info.tokenizer)
+    if info.tokenizer != "bytes" and not Path(ranks[0] if ranks else info.tokenizer).exists():
+        return [*lines, f"tokenizer {info.tokenizer} is not here: not compared"]
+    tokenizer = tokenizer_fingerprint(info.tokenizer)
+    if tokenizer != info.tokenizer_fingerprint:
+        raise DataError(
+            f"{info.tokenizer}: SHA-256 {tokenizer} found, {info.tokenizer_fingerprint} expected; "
+            f"it is not the tokenizer that made {prefix}: restore it, or preprocess again"
+        )
+    return [*lines, f"tokenizer {info.tokenizer} equal"]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; preprocess the corpus again") from error
 
 
 def _check_index(dataset: IndexedDataset) -> None:
@@ -116,16 +146,24 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify",
-        description="Check every offset, id and checksum of .bin/.idx corpora.",
+        description="Check every offset, id and checksum of .bin/.idx corpora, and the cached text "
+        "of .jsonl files.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    parser.add_argument("prefixes", nargs="*", metavar="PREFIX")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below it")
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="check what is cached there (data.cache_dir)"
+    )
     options = parser.parse_args(arguments)
+    if not options.prefixes and options.cache_dir is None:
+        parser.error("nothing to check: give a PREFIX or --cache-dir")
     for prefix in options.prefixes:
         for line in verify(prefix, vocab_size=options.vocab_size):
             print(f"{prefix}: {line}")
+    for image in verify_images(options.cache_dir) if options.cache_dir is not None else ():
+        print(f"{image}: checksum equal")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ def update_layer_states(module: nn.Module, *, ctx: ParallelContext) -> None:
         owner.after_step(own)
 
 
+def discard_layer_sums(module: nn.Module) -> None:
+    """Forget what every layer below `module` has summed in a step that changes nothing."""
+    for owner in module.modules():
+        if isinstance(owner, UpdatedAfterStep):
+            owner.take_sums()
+
+
 def kept_in_dtype(
     module: nn.Module, apply: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:

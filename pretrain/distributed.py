@@ -6,48 +6,45 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from parallel.cpu import device_type, distributed_backend, prepare_deepspeed, prepare_environment
-from pretrain.errors import ConfigError
+from pretrain.rendezvous import World, meet
+
+_AFTER_WATCHDOG = 30.0  # seconds
 
 
-class World(NamedTuple):
-    """This process among all of a run, as `deepspeed`, `torchrun` or `accelerate` describe it."""
+def prepare() -> None:
+    """Import and set what every process that trains needs; call before all else here."""
+    prepare_environment()
+    _quiet_imports()
+    import deepspeed  # noqa: F401  seconds, in which no other rank waits
 
-    rank: int
-    local_rank: int
-    size: int
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """RANK, LOCAL_RANK and WORLD_SIZE; one process when none of them is set."""
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            size=int(os.environ.get("WORLD_SIZE", "1")),
-        )
+    prepare_deepspeed()
 
 
 @contextmanager
-def process_group(*, tensor_size: int = 1) -> Iterator[torch.device]:
+def process_group(
+    *, tensor_size: int = 1, store: dist.Store | None = None, timeout: float | None = None
+) -> Iterator[torch.device]:
     """Initialise torch.distributed and DeepSpeed; yields this process's device.
 
-    `tensor_size` is that of the run: how CUDA orders kernels is fixed when it starts. One process
-    alone needs no port. The group is destroyed in the end, also after an error: torch otherwise
-    aborts the process now and then while it exits.
+    `tensor_size` is that of the run: how CUDA orders kernels is fixed when it starts. `store` is
+    where the ranks have met (`rendezvous.meet`); by default they meet here. One process alone needs
+    no port. The group is destroyed in the end, also after an error: torch otherwise aborts the
+    process now and then while it exits.
 
     Raises:
         ConfigError: the rendezvous address cannot be used.
+        RendezvousError: ranks are missing.
     """
-    prepare_environment()
-    _quiet_imports()
+    prepare()
     import deepspeed
 
-    prepare_deepspeed()
     world = World.from_environment()
     device = torch.device("cpu")
     if device_type() == "cuda":
@@ -56,7 +53,14 @@ def process_group(*, tensor_size: int = 1) -> Iterator[torch.device]:
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    _initialize(world, device)
+    dist.init_process_group(
+        distributed_backend(),
+        store=meet(world, purpose="", timeout=timeout) if store is None else store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=group_timeout(timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
     try:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed requires it
         deepspeed.init_distributed(dist_backend=distributed_backend(), verbose=False)
@@ -66,29 +70,26 @@ def process_group(*, tensor_size: int = 1) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _initialize(world: World, device: torch.device) -> None:
-    backend = distributed_backend()
-    device_id = device if device.type == "cuda" else None
-    if "MASTER_ADDR" not in os.environ:
-        if world.size > 1:
-            raise ConfigError(
-                f"WORLD_SIZE={world.size} without MASTER_ADDR and MASTER_PORT; "
-                "start with deepspeed, torchrun or accelerate launch"
-            )
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id
-        )
-        return
-    try:
-        dist.init_process_group(
-            backend, rank=world.rank, world_size=world.size, device_id=device_id
-        )
-    except dist.DistNetworkError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-        raise ConfigError(
-            f"cannot open the rendezvous at {address} ({str(error).splitlines()[0]}); "
-            "choose a free port with --master_port"
-        ) from error
+def group_timeout(timeout: float | None) -> timedelta | None:
+    """When collectives fail by themselves: after the watchdog, which can say who is missing."""
+    return None if timeout is None else timedelta(seconds=timeout + _AFTER_WATCHDOG)
+
+
+def limit_groups(timeout: float | None) -> None:
+    """Give every process group of this process the timeout of `group_timeout`.
+
+    Groups that DeepSpeed, Megatron-Core and device meshes make do not inherit that of the default
+    group: they wait for half an hour (torch 2.13), and DeepSpeed's `new_group` takes no timeout.
+    """
+    limit = group_timeout(timeout)
+    if limit is not None:
+        for group in process_groups():
+            distributed_c10d._set_pg_timeout(limit, group)
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """All groups that this process is a member of; torch has no public list."""
+    return list(distributed_c10d._world.pg_map)
 
 
 def _quiet_imports() -> None:

@@ -19,38 +19,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_tools.batch import Batch
-from models.base import ModelFamily, TokenInputs
-from models.registry import get_family
-from parallel.carry import AfterEach, LayerSpec, SequentialModel, check_layers
+from models.base import TokenInputs
+from parallel.carry import AfterEach, LayerSpec, SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
-from parallel.precision import Precision
+from parallel.layer_state import discard_layer_sums, update_layer_states
 from parallel.sharding import all_experts, sharding_table, sum_partial_gradients
 from parallel.weights_io import Weight, module_weights
 from parallel.wire import Wire
-from pretrain.config import RunConfig
-from pretrain.config.deepspeed import ResolvedDeepSpeed
-from pretrain.errors import ConfigError
 from pretrain.experts import experts_found, register_experts
 from pretrain.optimizers import (
     add_norms_at_once,
     build_optimizer,
-    check_multipliers,
     clip_gradients,
+    drop_gradients_unless_finite,
     set_learning_rate,
 )
+from pretrain.plan import RunPlan
 from pretrain.targets import Targets, count_scored
 
 
 class StepResult(NamedTuple):
     """What one optimizer step measured: means over all its samples, and the norm before clipping.
 
-    Tensors stay on the device until someone reads them.
+    Tensors stay on the device until someone reads them. `applied`: the loss and the norm are
+    finite, or else nothing has changed; the same on all ranks.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     grad_norm: Tensor | float
+    applied: bool
 
 
 class Engine(Protocol):
@@ -98,6 +96,7 @@ class PlainEngine:
         names = ("loss", *self.plan.family.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
+        applied = True
         num_scored = None
         if self.plan.segmented:
             batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
@@ -108,14 +107,15 @@ class PlainEngine:
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
                 norm = clip_gradients(self.module, self.plan.run.training.grad_clip, self.ctx)
+                applied = drop_gradients_unless_finite(self.module, norm)
             engine.step()
-        update_layer_states(self.module, ctx=self.ctx)
         if not clip_in_loop:
-            norm = engine.get_global_grad_norm()
+            norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
+        _finish_layer_states(self.module, self.ctx, applied=applied)
         if self.ctx.data.size > 1:
             dist.all_reduce(sums, group=self.ctx.data.group)
         means = sums / (self.num_micro_batches * self.ctx.data.size)
-        return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm)
+        return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm, applied)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
@@ -158,9 +158,10 @@ class PipelineEngine:
         if self.plan.segmented and self.ctx.is_last_stage:
             batches, num_scored = count_scored(batches, self.deepspeed.micro_batches, self.ctx)
         loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
-        update_layer_states(self.module, ctx=self.ctx)
+        applied = self.deepspeed.was_step_applied()
+        _finish_layer_states(self.module, self.ctx, applied=applied)
         terms = dict(self.deepspeed.agg_additional_losses)
-        return StepResult(loss, terms, self.deepspeed.get_global_grad_norm())
+        return StepResult(loss, terms, self.deepspeed.get_global_grad_norm(), applied)
 
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
         with self._objective(self.plan.score):
@@ -197,76 +198,6 @@ class PipelineEngine:
             stage.objective = usual
 
 
-class RunPlan(NamedTuple):
-    """What every part of an engine needs to know of its run."""
-
-    run: RunConfig
-    resolved: ResolvedDeepSpeed
-    family: ModelFamily
-    ctx: ParallelContext
-
-    @classmethod
-    def of(cls, run: RunConfig, resolved: ResolvedDeepSpeed, ctx: ParallelContext) -> RunPlan:
-        return cls(run, resolved, get_family(run.model.family), ctx)
-
-    @property
-    def segmented(self) -> bool:
-        return self.run.data.reset_at_documents
-
-    def specs(self) -> list[LayerSpec]:
-        return self.family.layer_specs(self.run.model, segmented=self.segmented)
-
-    def schema(self, ctx: ParallelContext, *, seq_length: int) -> Any:
-        return self.family.carry_schema(
-            self.run.model,
-            ctx,
-            micro_batch_size=self.run.training.batch_size,
-            seq_length=seq_length,
-            segmented=self.segmented,
-        )
-
-    def objective(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What training minimises, and the terms it reports.
-
-        `targets`: Targets, or the tuple of its fields that PipelineEngine makes of it.
-        """
-        labels, num_scored = Targets(*targets)
-        return self.family.loss(
-            output, labels, config=self.run.model, ctx=self.ctx, num_scored=num_scored
-        )
-
-    def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What evaluation sums: the losses of the scored tokens, in nats."""
-        losses = self.family.token_losses(output, targets[0], ctx=self.ctx)
-        zero = torch.zeros((), device=losses.device)
-        return losses.sum(), dict.fromkeys(self.family.loss_names, zero)
-
-
-def build_precision(run: RunConfig) -> Precision:
-    """The precision of the run.
-
-    Raises:
-        ConfigError: FP8 without what it needs on this machine.
-    """
-    try:
-        return Precision(run.training.precision, run.training.fp8_recipe)
-    except ValueError as error:
-        raise ConfigError(f"training.{error}") from error
-
-
-def build_context(run: RunConfig, *, precision: Precision, device: torch.device) -> ParallelContext:
-    """Lay the initialised process group out as the run says (collective)."""
-    return ParallelContext.from_world(
-        tensor=run.parallel.tensor,
-        pipeline=run.parallel.pipeline,
-        context=run.parallel.context,
-        expert=run.parallel.expert,
-        sequence_parallel=run.parallel.sequence_parallel,
-        precision=precision,
-        device=device,
-    )
-
-
 def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engine:
     """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective).
 
@@ -284,33 +215,6 @@ def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engin
             layer.compile(dynamic=False)
     engine = _initialize(module, plan)
     return (PipelineEngine if ctx.pipeline.size > 1 else PlainEngine)(engine, plan)
-
-
-def check_model(plan: RunPlan) -> None:
-    """Run the layers on the meta device, so that wrong shapes and names cost no memory.
-
-    Raises:
-        ValueError: a layer breaks the carry of its family, or a setting fits no parameter.
-    """
-    if plan.run.training.compile and plan.resolved.zero_stage == 3:
-        raise ConfigError(
-            "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
-            "compiled layers; use training.compile=false or stage 1 or 2"
-        )
-    if plan.ctx.pipeline.size > (num_parts := len(plan.specs())):
-        raise ConfigError(
-            f"parallel.pipeline={plan.ctx.pipeline.size} is more than the {num_parts} parts that "
-            f"this model can be cut into; set parallel.pipeline to {num_parts} or less"
-        )
-    single = ParallelContext.single(device="meta")
-    for length in plan.run.data.sequence_lengths:
-        shape = (plan.run.training.batch_size, length)
-        tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
-        segments = tokens.int() if plan.segmented else None
-        schema = plan.schema(single, seq_length=length)
-        check_layers(plan.specs(), TokenInputs(tokens, segments), schema)
-    whole = SequentialModel(plan.specs(), single)
-    check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
 
 
 def _build_whole(plan: RunPlan, after_each: AfterEach) -> nn.Module:
@@ -387,6 +291,13 @@ def _mpu(ctx: ParallelContext) -> Any:
     from parallel.megatron import DeepSpeedTopology
 
     return DeepSpeedTopology()
+
+
+def _finish_layer_states(module: nn.Module, ctx: ParallelContext, *, applied: bool) -> None:
+    if applied:
+        update_layer_states(module, ctx=ctx)
+    else:
+        discard_layer_sums(module)
 
 
 def _gathered(parameter: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 EXIT_COMPLETED = 0
+EXIT_CRASHED = 1  # a defect of this program, with its traceback; also what torchrun makes of others
 EXIT_USER_ERROR = 2  # a setting, the data or a checkpoint cannot be used
 EXIT_HUNG = 4  # a rank stood still
-EXIT_NOT_FINITE = 5  # the loss or the gradient is not finite, or ranks have come to differ
+EXIT_NOT_FINITE = 5  # steps are not finite, ranks have come to differ, or the loss keeps leaping
+EXIT_LOST_RANK = 6  # another rank has ended, which says why if it can
+EXIT_OUT_OF_MEMORY = 7
 EXIT_STOPPED = 75  # saved on request; start again to continue
 
 
@@ -25,8 +28,28 @@ class TrainingError(AgreedError):
     """Training cannot go on from here."""
 
 
+class RendezvousError(ValueError):
+    """The ranks of a run do not meet. One line, from each rank that knows it."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank has ended. `said`: it, or a rank beside this one, has told the user."""
+
+    def __init__(self, message: str, *, said: bool) -> None:
+        super().__init__(message)
+        self.said = said
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, with its type unless it is one of ours."""
     ours = type(error).__module__.partition(".")[0] in ("pretrain", "parallel", "data_tools")
     text = str(error) if ours else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of a device."""
+    # torch.OutOfMemoryError by name: the command line is checked before torch is imported.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

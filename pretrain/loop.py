@@ -1,62 +1,48 @@
-"""A run from its configuration to its last checkpoint: the train loop and what is around it."""
+"""The train loop: a step, and after it what is due."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import math
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from data_tools.build import build_eval_batches, build_train_loader
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
 from models.registry import get_family
-from parallel.context import ParallelContext
 from parallel.weights_io import ShardPosition
 from pretrain.checkpoint import (
     Checkpoint,
     CheckpointContents,
-    CheckpointStore,
-    Layout,
-    RunIdentity,
 )
 from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
 from pretrain.checkpoint.optimizer_state import (
     finish_restore,
-    layout_bound_by,
+    optimizer_shard,
     restore_optimizer_state,
-    save_optimizer_state,
 )
-from pretrain.checkpoint.rng_state import restore_rng_state, seed_rng
-from pretrain.checkpoint.storage import Storage
-from pretrain.config import RunConfig, resolved, to_yaml
-from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
-from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed import World, process_group
-from pretrain.engine import (
-    Engine,
-    RunPlan,
-    StepResult,
-    build_context,
-    build_engine,
-    build_precision,
-    check_model,
-)
+from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, seed_rng
+from pretrain.checkpoint.saves import Saves
+from pretrain.config import RunConfig, resolved
+from pretrain.config.layout import RunLayout
+from pretrain.engine import Engine, StepResult
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
-from pretrain.initial_weights import initial_weights
-from pretrain.markers import clear_markers, leave_marker
 from pretrain.metrics import Throughput, evaluation_record, training_record
+from pretrain.nonfinite import GuardedSteps, check_finite
 from pretrain.ranks import Ranks
 from pretrain.replicas import check_replicas
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
+from pretrain.spikes import SpikeWatch
 from pretrain.watchdog import Watchdog
 from pretrain.writers import Writers, build_writers
+
+logger = logging.getLogger(__name__)
 
 
 class Values(NamedTuple):
@@ -67,49 +53,12 @@ class Values(NamedTuple):
     grad_norm: float
 
 
-def run(config: RunConfig, ds_config_path: str | None = None) -> int:
-    """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
+class Spike(NamedTuple):
+    """A loss that stands out, and the limit that it is above."""
 
-    Raises:
-        AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
-        ConfigError: a setting cannot be used; nothing has been started yet.
-        TrainingError: the loss is no longer finite.
-    """
-    layout = check_layout(config, World.from_environment().size)
-    zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
-    precision = build_precision(config)
-    with process_group(tensor_size=layout.tensor) as device, ExitStack() as stack:
-        ranks = Ranks.of_group(dist.new_group(backend="gloo"))
-        ctx = build_context(config, precision=precision, device=device)
-        plan = RunPlan.of(config, zero, ctx)
-        ranks.together(lambda: check_model(plan))
-        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
-        evaluation = ranks.together(lambda: _eval_batches(config, ctx))
-        store = CheckpointStore(
-            Path(config.run_dir),
-            identity=_identity(config, layout, zero),
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            ranks=ranks,
-        )
-        stack.callback(store.close)
-        checkpoint = store.find(config.resume)
-        if checkpoint is not None:
-            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer.get("data", {})))
-        ranks.on_first(lambda: _write_config(config))
-        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
-        weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
-        engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        watchdog = Watchdog(Path(config.run_dir), ranks=ranks, timeout=config.watchdog.timeout)
-        loop = TrainLoop(
-            config, layout, engine, loader, evaluation, store, ranks, stack.enter_context(watchdog)
-        )
-        if checkpoint is not None:
-            loop.restore(checkpoint)
-        code = loop.run(stack.enter_context(GracefulStop()))
-        # Every rank has saved: a launcher that reads the marker may end all of them.
-        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
-        return code
+    step: int
+    loss: float
+    limit: float
 
 
 class TrainLoop:
@@ -122,7 +71,7 @@ class TrainLoop:
         engine: Engine,
         loader: TrainLoader,
         evaluation: EvalBatches | None,
-        store: CheckpointStore,
+        saves: Saves,
         ranks: Ranks,
         watchdog: Watchdog,
     ) -> None:
@@ -132,10 +81,22 @@ class TrainLoop:
         self.ctx = engine.ctx
         self.loader = loader
         self.evaluation = evaluation
-        self.store = store
+        self.saves = saves
         self.ranks = ranks
         self.watchdog = watchdog
         self.step = 0
+        self.steps = GuardedSteps(
+            engine,
+            loader,
+            ranks,
+            max_skipped=config.stability.max_skipped_steps,
+            samples_per_step=layout.curriculum.sequences_per_step,
+            micro_batches=config.training.gradient_accumulation_steps,
+        )
+        spike = config.stability.spike
+        self.spikes = None if spike is None else SpikeWatch(spike)
+        self.unread: list[tuple[int, torch.Tensor]] = []  # losses that `spikes` has not seen
+        self.left_out: list[tuple[int, int]] = []  # steps around spikes, first and last
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
@@ -160,31 +121,43 @@ class TrainLoop:
         else:
             seed_rng(seed=self.config.training.seed, step=checkpoint.step, rank=rank)
         self.step = checkpoint.step
+        stability = checkpoint.trainer.get("stability", {})  # not in older checkpoints
+        self.steps.num_skipped = stability.get("num_skipped", 0)
+        self.left_out = [(first, last) for first, last in stability.get("left_out", [])]
+        if (spike := self.config.stability.spike) is not None:
+            self.spikes, self.unread = SpikeWatch(spike, stability.get("losses", [])), []
 
     def run(self, stop: GracefulStop) -> int:
         """Train to the end, or until a signal asks to stop; both end with a checkpoint."""
-        writers = self._writers()
-        self._announce()
-        try:
-            return self._steps(writers, stop)
-        finally:
-            writers.close()
+        while True:
+            writers = self._writers()
+            self._announce()
+            try:
+                end = self._steps(writers, stop)
+            finally:
+                writers.close()
+            if not isinstance(end, Spike):
+                return end
+            self._roll_back(end)
 
-    def _steps(self, writers: Writers, stop: GracefulStop) -> int:
+    def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         total, training = self.layout.total_steps, self.config.training
         first, stopping = self.step + 1, False
         gc.freeze()  # what start-up has built lives as long as the run
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
-            self.watchdog.moved(f"step {step}")
-            result = self.engine.train_step(self.loader, learning_rate=rate)
+            self.watchdog.moved(f"step {step}", is_step=True)
+            result = self._train(step, rate)
             self.step, last = step, step == total
             stopping = stop.should_stop(self.ranks)
             saving = last or stopping or step % self.config.checkpoint.interval == 0
             if saving or step == first or step % training.log_interval == 0:
-                values = _read(result, step)
-                self._log(writers, values, rate)
+                spike = self._find_spike()
+                if spike is not None:
+                    return spike
+                if result is not None:
+                    self._log(writers, _read(result, step), rate)
             interval = self.config.watchdog.replica_interval
             if interval is not None and (saving or step % interval == 0):
                 check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
@@ -193,10 +166,74 @@ class TrainLoop:
                     self._evaluate(writers)
                 if saving:
                     self._save()
+                if last or stopping:
+                    self.saves.wait()
             if stopping and not last:
                 self._say(f"stopped at step {step} as asked; start again to continue")
                 return EXIT_STOPPED
         return EXIT_COMPLETED
+
+    def _train(self, step: int, rate: float) -> StepResult | None:
+        """Take a step; None when its data are left out, or it was not finite."""
+        left_out = [*self.config.stability.skip_steps, *self.left_out]
+        if any(first <= step <= last for first, last in left_out):
+            self._warn(f"step {step}: its data are left out")
+            self.loader.skip_to(step * self.layout.curriculum.sequences_per_step)
+            return None
+        result, message = self.steps.train(step, learning_rate=rate)
+        if message is not None:
+            self._warn(message)
+        if result.applied and self.spikes is not None:
+            self.unread.append((step, result.loss))
+        return result if result.applied else None
+
+    def _find_spike(self) -> Spike | None:
+        """Collective: the first loss since the last call that stands out, as rank 0 sees it."""
+        if (spikes := self.spikes) is None or not self.unread:
+            return None
+        steps, losses = [step for step, _ in self.unread], [loss for _, loss in self.unread]
+        self.unread = []
+
+        def look() -> Spike | None:
+            values = torch.stack([loss.detach().float().view(()) for loss in losses]).tolist()
+            for step, loss in zip(steps, values, strict=True):
+                if spikes.stands_out(loss):
+                    return Spike(step, loss, spikes.limit)
+            return None
+
+        return self.ranks.on_first(look)
+
+    def _roll_back(self, spike: Spike) -> None:
+        """Return to the newest checkpoint, and leave out the data around the spike from there on.
+
+        Raises:
+            TrainingError: there is none, or the run has returned as often as it may.
+        """
+        config = self.config.stability.spike
+        assert config is not None
+        what = (
+            f"step {spike.step}: loss {spike.loss:.4g} is above {spike.limit:.4g}, "
+            f"{config.sigma:g} standard deviations over the last {config.window} steps"
+        )
+        left_out, reached = self.left_out, self.step
+        if len(left_out) == config.max_rollbacks:
+            raise TrainingError(
+                f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
+                "lower training.lr, or raise stability.spike.max_rollbacks"
+            )
+        checkpoint = self.saves.find("auto")
+        if checkpoint is None:
+            raise TrainingError(
+                f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
+                "or training.lr"
+            )
+        self.ranks.together(lambda: self.loader.load_state_dict(checkpoint.trainer["data"]))
+        self.restore(checkpoint)
+        begin = max(spike.step - config.skip_before, self.step + 1)
+        self.left_out = [*left_out, (begin, reached)]
+        self._warn(
+            f"{what}: back to step {self.step}; the data of steps {begin} to {reached} are left out"
+        )
 
     def _prepare(self, *, first: bool) -> None:
         """Ready the engine for the stage of the next step, and where one begins measure anew."""
@@ -217,7 +254,9 @@ class TrainLoop:
                 grad_norm=values.grad_norm,
                 lr=rate,
                 tokens=self.tokens,
+                skipped_steps=self.steps.num_skipped,
                 rate=speed,
+                slowest_rank=self.watchdog.slowest_ratio,
             )
         )
 
@@ -237,27 +276,31 @@ class TrainLoop:
             )
         )
 
-    def _save_optimizer(self, directory: Path) -> list[Path]:
-        engine = self.engine.deepspeed
-        if self.store.identity.layout_bound_by is not None:
-            return save_engine_state(engine, directory)
-        return save_optimizer_state(engine, directory, ctx=self.ctx, rank=self.ranks.rank)
-
     def _save(self) -> None:
-        self.watchdog.moved(f"the save of step {self.step}")
-        self.store.save(
-            CheckpointContents(
-                step=self.step,
-                write_engine=self._save_optimizer,
-                weights=self.engine.weights(),
-                trainer={
-                    "step": self.step,
-                    "tokens": self.tokens,
-                    "data": self.loader.state_dict(),
+        check_finite(self.engine.module, self.ranks, step=self.step)
+        self.saves.save(self._contents())
+
+    def _contents(self) -> CheckpointContents:
+        engine = self.engine.deepspeed
+        is_portable = self.saves.identity.layout_bound_by is None
+        return CheckpointContents(
+            step=self.step,
+            weights=self.engine.weights(),
+            rng=rng_states(),
+            trainer={
+                "step": self.step,
+                "tokens": self.tokens,
+                "data": self.loader.state_dict(),
+                "stability": {
+                    "num_skipped": self.steps.num_skipped,
+                    "left_out": self.left_out,
+                    "losses": [] if self.spikes is None else list(self.spikes.losses),
                 },
-                position=ShardPosition.of(self.ctx),
-                writes_weights=self.ctx.data.rank == 0,
-            )
+            },
+            optimizer=partial(optimizer_shard, engine, ctx=self.ctx) if is_portable else None,
+            write_engine=None if is_portable else partial(save_engine_state, engine),
+            position=ShardPosition.of(self.ctx),
+            writes_weights=self.ctx.data.rank == 0,
         )
 
     def _writers(self) -> Writers:
@@ -289,6 +332,10 @@ class TrainLoop:
         if self.ctx.is_main:
             print(text, flush=True)
 
+    def _warn(self, text: str) -> None:
+        if self.ctx.is_main:
+            logger.warning("%s", text)
+
 
 def _read(result: StepResult, step: int) -> Values:
     """The numbers of a step, read from the device at once.
@@ -309,52 +356,3 @@ def _read(result: StepResult, step: int) -> Values:
             "since the last checkpoint; lower training.lr or look at the data of this step"
         )
     return values
-
-
-def _write_config(config: RunConfig) -> None:
-    path = Path(config.run_dir, "config.yaml")
-    Storage().replace_file(path, to_yaml(config).encode("ascii"))
-
-
-def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
-    return build_train_loader(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        micro_batches_per_step=config.training.gradient_accumulation_steps,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        seed=config.training.seed,
-        vocab_size=config.model.vocab_size,
-        curriculum=layout.curriculum,
-    )
-
-
-def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None:
-    if not config.data.validation:
-        return None
-    return build_eval_batches(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        vocab_size=config.model.vocab_size,
-        max_windows=config.evaluation.max_windows,
-    )
-
-
-def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> RunIdentity:
-    return RunIdentity(
-        layout=Layout(
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            data=layout.data,
-            expert=layout.expert,
-            zero_stage=zero.zero_stage,
-            precision=config.training.precision,
-        ),
-        config=resolved(config),
-        fingerprints={},  # the loader compares those of its sources when its state is loaded
-        layout_bound_by=layout_bound_by(config, zero),
-    )

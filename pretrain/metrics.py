@@ -88,19 +88,28 @@ def training_record(
     grad_norm: float,
     lr: float,
     tokens: int,
+    skipped_steps: int,
     rate: Rate,
+    slowest_rank: float | None = None,
 ) -> Record:
-    """A line of metrics.jsonl about one training step; `tokens` counts those seen so far."""
+    """A line of metrics.jsonl about one training step.
+
+    `tokens` counts those seen so far, `skipped_steps` the steps that were not finite.
+    `slowest_rank`: its own work over the usual one (`pace`), where it is known.
+    """
     record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}
     record |= {
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": tokens,
+        "skipped_steps": skipped_steps,
         "tokens_per_second": rate.tokens_per_second,
         "seconds_per_step": rate.seconds_per_step,
     }
     if rate.mfu is not None:
         record["mfu"] = rate.mfu
+    if slowest_rank is not None:
+        record["slowest_rank_ratio"] = slowest_rank
     memory = peak_memory_gib()
     if memory is not None:
         record["peak_memory_gib"] = memory

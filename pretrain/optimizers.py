@@ -120,6 +120,23 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
     return norm
 
 
+def spoil(loss: Tensor) -> Tensor:
+    """`loss`, with a gradient that is NaN where the loss is not finite, and unchanged elsewhere."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def drop_gradients_unless_finite(module: nn.Module, norm: Tensor) -> bool:
+    """Let the optimizer step change nothing where the norm is not finite; whether it is.
+
+    As DeepSpeed's own optimizers do, it waits for the device. Only where those are not in use.
+    """
+    finite = bool(norm.isfinite())
+    if not finite:
+        for parameter in module.parameters():
+            parameter.grad = None
+    return finite
+
+
 def add_norms_at_once(optimizer: Any) -> None:
     """Let ZeRO-1 in fp32 compute the norm of all parameter groups together, under a pipeline.
 

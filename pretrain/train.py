@@ -21,14 +21,19 @@ if not __package__:
 
 from pretrain.errors import (
     EXIT_COMPLETED,
+    EXIT_LOST_RANK,
     EXIT_NOT_FINITE,
+    EXIT_OUT_OF_MEMORY,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     AgreedError,
     ConfigError,
+    LostRankError,
     TrainingError,
+    is_out_of_memory,
 )
 from pretrain.launch_environment import adopt_launcher
+from pretrain.lifetime import end_with_launcher
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -42,6 +47,12 @@ example:
 
 The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python.
 """
+
+
+_MEMORY_ADVICE = (
+    "out of memory: lower training.batch_size and raise gradient_accumulation_steps, set "
+    "training.activation_recomputation=full, or cut the model further"
+)
 
 
 class CommandError(ValueError):
@@ -58,13 +69,14 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run training as the command line says; returns the exit code, 2 for an error of the user."""
     try:
+        end_with_launcher()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         adopt_launcher()
         config = _configure(arguments)
         if config is None:
             return EXIT_COMPLETED
-        from pretrain.loop import run
         from pretrain.permissions import private_files
+        from pretrain.run import run
 
         with private_files():
             code = run(config, arguments.ds_config)
@@ -78,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _report(error)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_STOPPED
+    except LostRankError as error:
+        if not error.said:
+            _report(error)
+        return EXIT_LOST_RANK
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _report(error, advice=_MEMORY_ADVICE)
+        return EXIT_OUT_OF_MEMORY
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -141,7 +164,7 @@ def _configure(arguments: argparse.Namespace) -> RunConfig | None:
     return config
 
 
-def _report(error: Exception) -> None:
+def _report(error: Exception, *, advice: str = "") -> None:
     """One line on standard error. What all ranks know the first one says; a lone error is heard."""
     if os.environ.get(DEBUG_VARIABLE) == "1":
         traceback.print_exception(error)
@@ -149,6 +172,7 @@ def _report(error: Exception) -> None:
     if agreed and _rank() != 0:
         return
     message = " ".join(str(error).split()) or type(error).__name__
+    message = f"{advice} ({message})" if advice else message
     if type(error).__module__ == "builtins" and os.environ.get(DEBUG_VARIABLE) != "1":
         message += f" ({DEBUG_VARIABLE}=1 shows where)"
     prefix = f"error on rank {_rank()}" if _rank() else "error"

@@ -1,80 +1,100 @@
-"""Ends a run that no longer moves, and says which rank holds it up.
+"""Ends a run that no longer moves or has lost a rank, and says which rank it is.
 
 A collective waits for its last rank, for half an hour or for ever. Here every rank has a thread
-that tells the others how far its main thread has come, over a store of their own. The first thread
-whose main thread has not come on for `timeout` seconds compares how far every rank is and gives a
-verdict. All ranks then write their stacks into the run directory, say the verdict in one line and
-end, so that the launcher ends the job and a scheduler can start it again.
+that tells the others how far its main thread has come, over the store where the ranks have met.
+The first thread whose main thread has not come on for `timeout` seconds compares how far every
+rank is and gives a verdict. All ranks then write their stacks into the run directory and end, so
+that the launcher ends the job and a scheduler can start it again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
-import queue
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from datetime import timedelta
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from types import TracebackType
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from pretrain.errors import EXIT_HUNG, one_line
-from pretrain.ranks import Ranks
+from pretrain.errors import (
+    EXIT_HUNG,
+    EXIT_LOST_RANK,
+    AgreedError,
+    ConfigError,
+    LostRankError,
+    one_line,
+)
+from pretrain.pace import SAMPLING_INTERVAL, Pace, Slow, SlowRanks
+from pretrain.peers import Neighbours, RunRecord
+from pretrain.whereabouts import Progress, blame, describe_silent, find_thread, is_waiting
 
-_ANSWER = 2.0  # seconds in which the store answers, unless its keeper is what stands still
-_OBSERVATION = 1.5  # seconds that ranks are watched to see whether they live
-_FAREWELL = 2.0  # seconds that the keeper of the store outlives the verdict
-_VERDICT = "verdict"
-T = TypeVar("T")
+_OBSERVATION = 1.0  # seconds that ranks are watched to see whether they live
+_FAREWELL = 2.0  # seconds that a rank outlives a verdict, for the others to hear and act on it
+_LEAVE = 3.0  # seconds in which ranks end after one of them, if they end by themselves
+_UNWINDING = 20.0  # seconds in which an error may end the main thread
+_VERDICT, _FAILURE = "verdict", "failure"
+# In what gloo and NCCL say when a peer is gone; both raise plain RuntimeErrors.
+_BROKEN = ("gloo", "pair closure", "NCCL", "Connection reset", "Connection closed", "Broken pipe")
 
 
-class Progress(NamedTuple):
-    """How far a rank has come: `beats` counts what its thread has sent, `moves` what its main
-    thread has done, of which the last was `activity`."""
+class Ending(NamedTuple):
+    """How a rank ends that the watchdog ends; `message` None: another rank says why."""
 
-    host: str
-    pid: int
-    beats: int = 0
-    moves: int = 0
-    activity: str = "starting"
+    code: int
+    message: str | None
 
 
 class Watchdog:
-    """Watches the main thread of one rank; a context manager. Collective to make.
+    """Watches the main thread of one rank; a context manager.
 
     `moved` is called by the main thread whenever it has come on; it costs no communication.
-    `end` gets the verdict; by default it ends the process with EXIT_HUNG. `timeout` None: watch
-    nothing.
+    `store` is that of the whole run, where `size` is more than 1. `end` gets how the rank is to
+    end; by default it ends the process. `timeout` in seconds; None: watch nothing. `slow_ratio`:
+    see SlowRanks; None: compare nothing.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        ranks: Ranks,
+        rank: int = 0,
+        size: int = 1,
+        store: dist.Store | None = None,
         timeout: float | None,
-        end: Callable[[str], object] | None = None,
+        slow_ratio: float | None = None,
+        end: Callable[[Ending], object] | None = None,
     ) -> None:
-        self._folder, self._ranks, self._timeout = folder, ranks, timeout
+        self._folder, self._rank, self._timeout = folder, rank, timeout
         self._end = end or _end_process
         self._interval = min(1.0, (timeout or 1.0) / 5)
-        self._own = Progress(socket.gethostname(), os.getpid())
-        self._moved_at = time.monotonic()
+        self._record = (
+            None if store is None or size == 1 else RunRecord(store, rank=rank, size=size)
+        )
+        self._neighbours = Neighbours(rank=rank, size=size)
+        self._own = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
+        self._main, self._moved_at = threading.get_ident(), time.monotonic()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._store = None if timeout is None else _shared_store(ranks)
+        self._leaving = False  # the main thread has met an error
+        self._failure: str | None = None  # of another rank, as that rank says it
+        self._troubled_at: float | None = None  # when the end of another rank was seen
+        self._steps, self._in_step, self._pace = 0, False, Pace()
+        self._to_compare = 0
+        compares = slow_ratio is not None and self._record is not None
+        self._slow = SlowRanks(slow_ratio) if compares and slow_ratio is not None else None
 
     def __enter__(self) -> Watchdog:
         if self._timeout is not None:
-            self.moved("starting")
+            self.moved("the start")
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._exchange()  # at once: a rank may end before its thread has said a word
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -83,146 +103,243 @@ class Watchdog:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
+        self._neighbours.close()
 
-    def moved(self, activity: str) -> None:
+    @property
+    def slowest_ratio(self) -> float | None:
+        """Own work of the slowest rank over the usual one of its stage; rank 0 knows, in time."""
+        return None if self._slow is None else self._slow.largest
+
+    def placed(self, place: str, *, stage: int) -> None:
+        """Say where in the layout this rank is; ranks of one stage are compared."""
+        self._own = self._own._replace(place=place, stage=stage)
+
+    def moved(self, activity: str, *, is_step: bool = False) -> None:
         """The main thread has come on and begins `activity`, such as "step 12"."""
         self._own = self._own._replace(moves=self._own.moves + 1, activity=activity)
-        self._moved_at = time.monotonic()
+        self._moved_at, self._in_step = time.monotonic(), is_step
+        self._steps += is_step
+
+    def leave(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Called as `__exit__`, while the groups still exist: tell the others of an error that is
+        this rank's own, or find out whose it is.
+
+        Raises:
+            LostRankError: a collective has failed because another rank ended.
+        """
+        if not isinstance(error, Exception) or self._record is None or self._thread is None:
+            return
+        self._leaving = True
+        self.moved(f"its end, after an error in {self._own.activity}")
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _BROKEN):
+            cause = self._cause()
+            if cause is not None:
+                raise LostRankError(cause.message or "", said=cause.message is None) from error
+        elif not isinstance(error, (AgreedError, ConfigError)):
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._record.say(_FAILURE, f"rank {self._rank}: {one_line(error)}")
+            if self._rank == 0:  # it may keep the store, and the others have to hear of it
+                time.sleep(2 * self._interval)
+
+    def _cause(self) -> Ending | None:
+        """Which rank is gone, once that is known; None if it cannot be found out."""
+        deadline = time.monotonic() + _LEAVE
+        while time.monotonic() < deadline:
+            found = self._lost()
+            if found is not None:
+                return found
+            time.sleep(0.05)
+        return self._silent()
+
+    def _lost(self) -> Ending | None:
+        if self._record is None:
+            return None
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._exchange()
+        if self._failure is not None:
+            return Ending(EXIT_LOST_RANK, None)
+        ended = self._neighbours.ended()
+        if not ended:
+            return None
+        message = self._neighbours.describe(ended, self._record)
+        return Ending(EXIT_LOST_RANK, message if self._neighbours.speaks(ended) else None)
+
+    def _silent(self) -> Ending | None:
+        """Ranks of other machines that no longer say anything."""
+        assert self._record is not None
+        try:
+            before = self._record.read()
+            self._observe()
+            after = self._record.read()
+        except (RuntimeError, TimeoutError):
+            message = f"{self._record.keeper} does not answer"
+            return Ending(EXIT_LOST_RANK, message if self._rank <= 1 else None)
+        gone = {
+            rank: progress
+            for rank, progress in after.items()
+            if rank != self._rank and progress.beats == before[rank].beats
+        }
+        if not gone:
+            return None
+        text = describe_silent(gone)
+        return Ending(EXIT_LOST_RANK, text if self._record.say(_FAILURE, text) else None)
 
     def _watch(self) -> None:
-        assert self._timeout is not None
-        beats, verdict = 0, None
-        while verdict is None:
-            beats += 1
-            with contextlib.suppress(RuntimeError, TimeoutError):  # told below, when it matters
-                verdict = _within(_ANSWER, partial(self._report, beats))
-            waited = time.monotonic() - self._moved_at
-            if verdict is None and waited > self._timeout:
-                verdict = self._judge(waited, beats)
-            if verdict is None and self._closing.wait(self._interval):
+        ending, reported, sampled = None, 0.0, time.monotonic()
+        while ending is None:
+            pause = (
+                SAMPLING_INTERVAL if self._slow is not None and self._in_step else self._interval
+            )
+            if self._closing.wait(min(pause, self._interval)):
                 return
-        self._finish(verdict)
+            now = time.monotonic()
+            self._sample(now - sampled)
+            sampled = now
+            if now - reported >= self._interval:
+                ending, reported = self._look(), time.monotonic()
+        self._finish(ending)
 
-    def _report(self, beats: int) -> str | None:
-        """Tell how far this rank is; returns the verdict when there is one."""
-        if self._store is None:
+    def _sample(self, seconds: float) -> None:
+        if self._slow is None or self._record is None or not self._in_step:
+            return
+        busy = not is_waiting(sys._current_frames().get(self._main))
+        if not self._pace.add(seconds, is_busy=busy, steps=self._steps):
+            return
+        self._own = self._own._replace(window=self._pace.window, busy=self._pace.busy)
+        self._to_compare = 2  # times: the others report theirs about now
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._record.report(self._own)
+
+    def _compare(self) -> None:
+        """On rank 0: warn of ranks that have turned out to be slow."""
+        if self._slow is None or self._record is None or not self._to_compare or self._rank > 0:
+            return
+        self._to_compare -= 1
+        everyone = self._record.read()
+        for slow in self._slow.compare(everyone, seconds_per_step=self._pace.seconds_per_step):
+            _warn(slow, everyone[slow.rank])
+
+    def _look(self) -> Ending | None:
+        """Tell how far this rank is; what ends it, if anything does."""
+        waited = time.monotonic() - self._moved_at
+        assert self._timeout is not None
+        self._describe(stuck=waited > self._timeout / 2)
+        answers, found = True, None
+        try:
+            found = self._exchange()
+            self._compare()
+        except (RuntimeError, TimeoutError):  # told below, when it matters
+            answers = False
+        limit = max(self._timeout, _UNWINDING) if self._leaving else self._timeout
+        if found is None and waited > limit:
+            found = self._judge(waited, answers=answers)
+        return found or self._without_others()
+
+    def _describe(self, *, stuck: bool) -> None:
+        function, collective = find_thread(self._main) if stuck else ("", "")
+        self._own = self._own._replace(
+            beats=self._own.beats + 1,
+            function=function,
+            collective=collective,
+            memory_gib=_resident_gib(),
+        )
+
+    def _exchange(self) -> Ending | None:
+        if self._record is None:
             return None
-        self._store.set(_key(self._ranks.rank), json.dumps(self._own._replace(beats=beats)))
-        return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else None
+        self._record.report(self._own)
+        self._neighbours.meet(self._record, self._own)
+        if self._record.said(_VERDICT) is not None:
+            return Ending(EXIT_HUNG, None)
+        self._failure = self._failure or self._record.said(_FAILURE)
+        return None
 
-    def _judge(self, waited: float, beats: int) -> str:
-        """What this rank finds, or what another one has found before it."""
+    def _without_others(self) -> Ending | None:
+        """Another rank has ended: leave the main thread the time to hear of it by itself."""
+        if self._leaving or not (self._failure or self._neighbours.ended()):
+            return None
+        self._troubled_at = self._troubled_at or time.monotonic()
+        over = time.monotonic() - self._troubled_at > _LEAVE
+        return self._lost() if over else None
+
+    def _judge(self, waited: float, *, answers: bool) -> Ending | None:
         what = f"no progress in {self._own.activity} for {waited:.0f} s"
-        limit = f"(watchdog.timeout is {self._timeout:g})"
-        if self._store is None:
-            return f"{what} {limit}: there is no other rank"
+        what += f" (watchdog.timeout is {self._timeout:g}): "
+        if self._record is None:
+            where = f"{self._own.function}; there is no other rank"
+            return Ending(EXIT_HUNG, f"{what}the main thread is in {where}")
         try:
-            before = _within(_ANSWER, self._read_all)
-            time.sleep(_OBSERVATION + self._interval)
-            _within(_ANSWER, partial(self._report, beats + 1))
-            after = _within(_ANSWER, self._read_all)
-            culprit = blame(before, after, own_rank=self._ranks.rank)
-            verdict = f"{what} {limit}: {culprit}"
-            return _within(_ANSWER, partial(self._agree, verdict))
+            if not answers:
+                raise TimeoutError
+            before = self._record.read()
+            self._observe()
+            culprit = blame(before, self._record.read(), own_rank=self._rank)
+            is_first = self._record.say(_VERDICT, f"rank {self._rank}: {what}{culprit}")
+            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
         except (RuntimeError, TimeoutError):
-            return f"{what} {limit}: rank 0, which keeps the record of all ranks, does not answer"
+            # The others cannot be asked who is to say it.
+            message = f"{what}{self._record.keeper} does not answer"
+            return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
 
-    def _agree(self, verdict: str) -> str:
-        assert self._store is not None
-        return self._store.compare_set(_VERDICT, "", verdict).decode()
+    def _observe(self) -> None:
+        """Give all ranks the time to be heard once more, this one too: others may look at it."""
+        assert self._record is not None
+        until = time.monotonic() + _OBSERVATION + self._interval
+        while time.monotonic() < until:
+            time.sleep(self._interval / 2)
+            self._describe(stuck=True)
+            self._record.report(self._own)
 
-    def _read_all(self) -> dict[int, Progress]:
-        assert self._store is not None
-        store, everyone = self._store, range(self._ranks.size)
-        known = [rank for rank in everyone if store.check([_key(rank)])]
-        found = {rank: Progress(*json.loads(store.get(_key(rank)))) for rank in known}
-        return {rank: found.get(rank, Progress("an unknown host", 0)) for rank in everyone}
+    def _finish(self, ending: Ending) -> None:
+        if ending.code == EXIT_HUNG:
+            failure = self._write_stacks()
+            if ending.message is not None:
+                stacks = failure or f"stacks in {self._folder}/stacks_rank_*.txt"
+                ending = ending._replace(message=f"{ending.message}; {stacks}")
+        self._end(ending)
 
-    def _finish(self, verdict: str) -> None:
-        path = self._folder / f"stacks_rank_{self._ranks.rank:05d}.txt"
+    def _write_stacks(self) -> str | None:
+        path = self._folder / f"stacks_rank_{self._rank:05d}.txt"
         try:
+            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
-            verdict += f"; the stacks could not be written: {one_line(error)}"
-        if self._ranks.is_first and self._store is not None:
-            time.sleep(_FAREWELL)
-        self._end(f"{verdict}; stacks in {self._folder}/stacks_rank_*.txt")
-
-
-def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int) -> str:
-    """Name the ranks that hold the others up, from two looks at all of them."""
-    silent = [
-        rank
-        for rank, progress in after.items()
-        if rank != own_rank and progress.beats == before[rank].beats
-    ]
-    if silent:
-        return ", ".join(f"{_named(rank, after[rank])} does not answer" for rank in silent)
-    least = min(progress.moves for progress in after.values())
-    behind = [rank for rank, progress in after.items() if progress.moves == least]
-    if len(behind) == len(after):
-        return "all ranks have come equally far, and their stacks say what each waits for"
-    return ", ".join(f"{_named(rank, after[rank])} has come least far" for rank in behind)
-
-
-def _named(rank: int, progress: Progress) -> str:
-    return f"rank {rank} (process {progress.pid} on {progress.host}, in {progress.activity})"
-
-
-def _within(seconds: float, action: Callable[[], T]) -> T:
-    """What `action` returns or raises. A store whose keeper stands still never answers, so that it
-    is asked from a thread that may be left behind.
-
-    Raises:
-        TimeoutError: nothing came in `seconds`.
-    """
-    answers: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            value = action()
-        except RuntimeError as error:
-            answers.put(partial(_raise, error))
-        else:
-            answers.put(lambda: value)
-
-    threading.Thread(target=ask, name="watchdog store", daemon=True).start()
-    try:
-        return answers.get(timeout=seconds)()
-    except queue.Empty:
-        raise TimeoutError from None
-
-
-def _raise(error: RuntimeError) -> NoReturn:
-    raise error
-
-
-def _key(rank: int) -> str:
-    return f"rank_{rank}"
-
-
-def _shared_store(ranks: Ranks) -> dist.TCPStore | None:
-    """A store that rank 0 keeps; None for one process."""
-    if ranks.size == 1:
+            return f"the stacks could not be written: {one_line(error)}"
         return None
-    kept = _open_store(0, is_master=True) if ranks.is_first else None
-    port = ranks.broadcast(None if kept is None else kept.port)
-    return kept or _open_store(port, is_master=False)
 
 
-def _open_store(port: int, *, is_master: bool) -> dist.TCPStore:
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        port,
-        is_master=is_master,
-        timeout=timedelta(seconds=_ANSWER),
-        wait_for_workers=False,
+def _warn(slow: Slow, progress: Progress) -> None:
+    sys.stderr.write(
+        f"warning: rank {slow.rank} {progress.named} is slow: {progress.busy:.3g} s a step of its "
+        f"own work, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual in its stage\n"
     )
-
-
-def _end_process(message: str) -> NoReturn:
-    sys.stderr.write(f"error on rank {os.environ.get('RANK', '0')}: {message}\n")
     sys.stderr.flush()
+
+
+def _pid_namespace() -> str:
+    namespace = Path("/proc/self/ns/pid")
+    return os.readlink(namespace) if namespace.exists() else ""
+
+
+def _resident_gib() -> float:
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0.0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _end_process(ending: Ending) -> NoReturn:
+    if ending.message is not None:
+        sys.stderr.write(f"error on rank {os.environ.get('RANK', '0')}: {ending.message}\n")
+        sys.stderr.flush()
+    if ending.code == EXIT_HUNG:
+        time.sleep(_FAREWELL)
     # The main thread may be in a collective that never ends, so nothing can be unwound.
-    os._exit(EXIT_HUNG)
+    os._exit(ending.code)

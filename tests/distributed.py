@@ -6,6 +6,7 @@ instead of started: a test costs tenths of a second, not the seconds that import
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -36,12 +37,14 @@ def run_ranks(
     *args: Any,
     timeout: float = 120.0,
     init: bool = True,
+    patience: float = 5.0,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world_size` forked ranks and return their results in order.
 
     Each rank sees RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and an initialised
-    gloo process group unless `init=False`. Results travel back pickled.
+    gloo process group unless `init=False`. Results travel back pickled. Once a rank has failed the
+    others have `patience` seconds to end.
 
     Raises:
         AssertionError: a rank raised, died or did not finish in `timeout` seconds; the message
@@ -56,7 +59,7 @@ def run_ranks(
             _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs)
             for rank in range(world_size)
         ]
-        statuses = _wait(pids, timeout)
+        statuses = _wait(pids, timeout, patience)
         if any(status != 0 for status in statuses):
             raise AssertionError(_report(statuses, directory, timeout))
         return [
@@ -95,9 +98,11 @@ def _fork_rank(fn, rank, world_size, port, directory, init, args, kwargs) -> int
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # a forked rank must not run the parent's exit handlers
+        # A forked rank must not run the parent's exit handlers; its log may not be writable.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def _redirect_output(path: Path) -> None:
@@ -108,8 +113,8 @@ def _redirect_output(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _wait(pids: list[int], timeout: float) -> list[int | None]:
-    """Exit statuses; once a rank has failed the others get a few seconds. None: did not finish."""
+def _wait(pids: list[int], timeout: float, patience: float) -> list[int | None]:
+    """Exit statuses; None: did not finish."""
     statuses: dict[int, int | None] = {}
     deadline = time.monotonic() + timeout
     while len(statuses) < len(pids) and time.monotonic() < deadline:
@@ -119,7 +124,7 @@ def _wait(pids: list[int], timeout: float) -> list[int | None]:
                 if done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
                     if statuses[pid] != 0:
-                        deadline = min(deadline, time.monotonic() + 5.0)
+                        deadline = min(deadline, time.monotonic() + patience)
         time.sleep(0.005)
     for pid in pids:
         if pid not in statuses:

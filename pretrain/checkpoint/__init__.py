@@ -9,7 +9,7 @@
     RUN/checkpoints/latest    a hint for people; resuming looks at the directories
 
 Any layout reads what it needs of these files; there is nothing to convert. Where only DeepSpeed can
-restore the optimizer (`optimizer_state.layout_bound_by`), `engine/` holds its own pickled files
+restore the optimizer (`config.deepspeed.layout_bound_by`), `engine/` holds its own pickled files
 instead of `optimizer/`, and the run resumes at the layout that wrote them.
 
 `python -m pretrain.checkpoint list|verify|prune DIR` looks at what is there, or deletes old ones.

@@ -81,8 +81,8 @@ def _harmless_reads(checkpoint_engine: Any) -> Iterator[None]:
             found = re.search(r"GLOBAL \S+", str(error))
             what = found[0] if found else one_line(error)[:150]
             raise CheckpointError(
-                f"{path!r} is not what DeepSpeed writes ({what}), "
-                "and nothing else is unpickled; resume from another checkpoint"
+                f"{path!r} is not what DeepSpeed writes ({what}), and "
+                "nothing else is unpickled; resume from another checkpoint"
             ) from error
 
     checkpoint_engine.load = load

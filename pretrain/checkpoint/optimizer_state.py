@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,89 +14,80 @@ from torch import Tensor, nn
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.sharding import Sharding, sharding_of, split
-from parallel.weights_io import ShardedWeightsReader, ShardPosition, Weight, write_shard
+from parallel.weights_io import ShardedWeightsReader, Weight
 from pretrain.checkpoint.live_optimizer import (
     MASTER,
     MOMENTS,
     Fragment,
     LiveOptimizer,
     Part,
+    Place,
     canonical_names,
     local_shape,
     publish_weights,
 )
 from pretrain.checkpoint.stored_optimizer import FOLDER, HEADER, Run, StoredOptimizer
-from pretrain.config import RunConfig
-from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import CheckpointError
 
-_PORTABLE = ("adamw", "fused_adam", "cpu_adam")
 
+class OptimizerShard(NamedTuple):
+    """What one rank writes of the optimizer: its elements, and the header that names them.
 
-def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
-    """The setting for which only DeepSpeed's own files hold the whole state; None without one.
-
-    Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
+    `weights` are the elements as forward reads them, by parameter, where that is another tensor
+    than their master. They are not written; `check_masters` compares them.
     """
-    training, zero = run.training, resolved.config.get("zero_optimization", {})
-    offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
-    bound = {
-        # muon keeps momentum of whole matrices; the others count steps per group of parameters.
-        f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
-        # Transformer Engine's scales are part of its layers, not of their weights.
-        "training.precision=fp8": training.precision == "fp8",
-        "offloading to NVMe": any(each.get("device") == "nvme" for each in offloads),
-        "super_offload": any(each.get("super_offload") for each in offloads),
-        # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
-        "round_robin_gradients": zero.get("round_robin_gradients", False),
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-        "zero_quantized_weights": zero.get("zero_quantized_weights", False),
-        "zero_quantized_nontrainable_weights": zero.get(
-            "zero_quantized_nontrainable_weights", False
-        ),
-    }
-    return next((name for name, applies in bound.items() if applies), None)
+
+    elements: Sequence[Weight]
+    weights: Sequence[Weight]
+    metadata: Mapping[str, str]
 
 
-def save_optimizer_state(
-    engine: Any, directory: Path, *, ctx: ParallelContext, rank: int
-) -> list[Path]:
-    """Write the elements that this rank updates below `directory`; returns the files written.
+def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
+    """The elements that this rank updates, to be loaded one by one; not collective.
 
-    Ranks need not wait for each other. What several ranks hold alike is written by one of them.
-
-    Raises:
-        OSError: the disk.
-        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+    What several ranks hold alike is written by one of them.
     """
     live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
     runs: dict[str, dict[str, Any]] = {}
+    elements: list[Weight] = []
     weights: list[Weight] = []
     for index, fragment in enumerate(live.fragments):
-        _check_master(fragment)
         if not _is_writer(fragment, index, ctx):
             continue
-        runs[fragment.name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
+        name, shape, place = fragment.name, (fragment.length,), fragment.place
+        runs[name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
         for key in (MASTER, *MOMENTS):
             load = partial(live.value, fragment, key)
-            name, shape = f"{fragment.name}/{key}", (fragment.length,)
-            weights.append(Weight(name, shape, torch.float32, Sharding(), load))
-    folder = directory / FOLDER
-    folder.mkdir(exist_ok=True)
-    path = folder / f"rank_{rank:05d}.safetensors"
-    with path.open("xb") as file:
-        metadata = {HEADER: json.dumps(runs)}
-        write_shard(file, weights, position=ShardPosition.of(ctx), metadata=metadata)
-    return [path]
+            elements.append(Weight(f"{name}/{key}", shape, torch.float32, Sharding(), load))
+        if place.weight.data_ptr() != place.master.data_ptr():
+            load = partial(_weight, place)
+            weights.append(Weight(name, shape, place.weight.dtype, Sharding(), load))
+    return OptimizerShard(elements, weights, {HEADER: json.dumps(runs)})
 
 
-def _check_master(fragment: Fragment) -> None:
-    place = fragment.place
-    if not torch.equal(place.master.to(place.weight), place.weight):
-        raise CheckpointError(
-            f"parameter {fragment.name!r}: the weights differ from their fp32 master in the "
-            f"{fragment.length} elements from {place.start} on; resume from the last checkpoint"
-        )
+def check_masters(shard: OptimizerShard) -> None:
+    """Compare what is to be written with what the model computes with.
+
+    Raises:
+        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+    """
+    weights = {weight.name: weight for weight in shard.weights}
+    for element in shard.elements:
+        name, _, key = element.name.rpartition("/")
+        if key != MASTER:
+            continue
+        master = element.load()
+        weight = weights[name].load() if name in weights else master
+        if not torch.equal(master.to(weight), weight):  # NaN is unequal to itself
+            raise CheckpointError(
+                f"parameter {name!r}: the weights differ from their fp32 master, or are NaN, in "
+                f"the {len(master)} elements that this rank updates; resume from the last "
+                "checkpoint"
+            )
+
+
+def _weight(place: Place) -> Tensor:
+    return place.weight
 
 
 def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:

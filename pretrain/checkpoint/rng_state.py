@@ -16,11 +16,32 @@ from torch import Tensor
 from pretrain.errors import CheckpointError
 
 
-def save_rng_state(
-    file: BinaryIO, *, generators: Mapping[str, torch.Generator] | None = None
-) -> None:
-    """Write the states of python's, numpy's and torch's global generators and of `generators`."""
-    file.write(save(_capture(generators or {})))
+def rng_states(*, generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Tensor]:
+    """Copies of the states of python's, numpy's and torch's global generators and `generators`."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point
+    assert isinstance(numpy_state, dict)
+    mersenne = numpy_state["state"]
+    states = {
+        "python.words": torch.tensor([version, *words], dtype=torch.int64),
+        # The pending second value of a Gaussian pair; NaN stands for none.
+        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy.words": torch.from_numpy(mersenne["key"].astype(np.int64)),
+        "numpy.position": torch.tensor(
+            [mersenne["pos"], numpy_state["has_gauss"]], dtype=torch.int64
+        ),
+        "numpy.gauss": torch.tensor(numpy_state["gauss"], dtype=torch.float64),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["torch.cuda"] = torch.cuda.get_rng_state()
+    for name, generator in (generators or {}).items():
+        states[f"generator.{name}"] = generator.get_state()
+    return states
+
+
+def write_rng_state(file: BinaryIO, states: Mapping[str, Tensor]) -> None:
+    file.write(save(dict(states)))
 
 
 def restore_rng_state(
@@ -31,7 +52,7 @@ def restore_rng_state(
     Raises:
         CheckpointError: unreadable, or not the states of the generators that this process has.
     """
-    expected = set(_capture(generators or {}))
+    expected = set(rng_states(generators=generators))
     try:
         states = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -56,29 +77,6 @@ def seed_rng(*, seed: int, step: int, rank: int) -> None:
     random.seed(python)
     np.random.seed(numpy)  # noqa: NPY002 - the global generator is the point
     torch.manual_seed(torch_seed)
-
-
-def _capture(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    version, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point
-    assert isinstance(numpy_state, dict)
-    mersenne = numpy_state["state"]
-    states = {
-        "python.words": torch.tensor([version, *words], dtype=torch.int64),
-        # The pending second value of a Gaussian pair; NaN stands for none.
-        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
-        "numpy.words": torch.from_numpy(mersenne["key"].astype(np.int64)),
-        "numpy.position": torch.tensor(
-            [mersenne["pos"], numpy_state["has_gauss"]], dtype=torch.int64
-        ),
-        "numpy.gauss": torch.tensor(numpy_state["gauss"], dtype=torch.float64),
-        "torch.cpu": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["torch.cuda"] = torch.cuda.get_rng_state()
-    for name, generator in generators.items():
-        states[f"generator.{name}"] = generator.get_state()
-    return states
 
 
 def _restore(states: Mapping[str, Tensor], generators: Mapping[str, torch.Generator]) -> None:

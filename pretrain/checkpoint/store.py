@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
 from parallel.weights_io import ShardPosition, Weight, write_shard
 from pretrain.checkpoint.lock import RunLock
@@ -27,6 +27,7 @@ from pretrain.checkpoint.manifest import (
     FileEntry,
     Manifest,
 )
+from pretrain.checkpoint.optimizer_state import OptimizerShard, check_masters
 from pretrain.checkpoint.resume import (
     LATEST_NAME,
     TRAINER_NAME,
@@ -38,8 +39,9 @@ from pretrain.checkpoint.resume import (
     steps_in,
 )
 from pretrain.checkpoint.retention import delete, surplus
-from pretrain.checkpoint.rng_state import save_rng_state
+from pretrain.checkpoint.rng_state import write_rng_state
 from pretrain.checkpoint.storage import Storage, fault_hook
+from pretrain.checkpoint.stored_optimizer import FOLDER, shard_name
 from pretrain.errors import CheckpointError, one_line
 from pretrain.permissions import refuse_if_others_can_write
 from pretrain.ranks import Ranks
@@ -52,20 +54,22 @@ logger = logging.getLogger(__name__)
 class CheckpointContents(NamedTuple):
     """What one rank contributes to a checkpoint.
 
-    `write_engine` is collective and returns the files that this rank wrote below the directory it
-    is given (`save_optimizer_state`, `save_engine_state`). `weights` are loaded by every rank, and
-    written by the one of each (pipeline, tensor) place that has `writes_weights`. `trainer` is
-    rank 0's.
+    `weights` are loaded by every rank, and written by the one of each (pipeline, tensor) place that
+    has `writes_weights`. `rng` are the states of this rank's generators. `trainer` is rank 0's.
+    `optimizer` gives what this rank writes of the optimizer. Where only DeepSpeed can write it,
+    `write_engine` does in its place: it is collective and returns the files that this rank wrote
+    below the directory it is given (`save_engine_state`).
     """
 
     step: int
-    write_engine: Callable[[Path], Sequence[Path]]
     weights: Sequence[Weight]
+    rng: Mapping[str, Tensor]
     trainer: Mapping[str, Any]
+    optimizer: Callable[[], OptimizerShard] | None = None
+    write_engine: Callable[[Path], Sequence[Path]] | None = None
     position: ShardPosition = ShardPosition()
     writes_weights: bool = True
     weights_metadata: Mapping[str, str] = {}
-    generators: Mapping[str, torch.Generator] = {}
 
 
 class _Written(NamedTuple):
@@ -117,8 +121,12 @@ class CheckpointStore:
             self._trusted.add(found.step)
         return found
 
-    def save(self, contents: CheckpointContents) -> Path:
+    def save(
+        self, contents: CheckpointContents, *, written: Callable[[], object] = lambda: None
+    ) -> Path:
         """Write and publish a checkpoint, then delete those that retention no longer keeps.
+
+        `written` is called once this rank has done its part and waits for the others.
 
         Raises:
             CheckpointError: a rank failed; nothing was published and nothing deleted.
@@ -126,9 +134,10 @@ class CheckpointStore:
         path = self._path(contents.step)
         if contents.step in self._trusted:
             return path
-        temporary = self._ranks.on_first(lambda: self._begin(contents.step))
-        written, failure = self._write(temporary, contents)
-        reports = self._ranks.gather(written)
+        temporary = self._ranks.on_first(lambda: self._begin(contents))
+        report, failure = self._write(temporary, contents)
+        written()
+        reports = self._ranks.gather(report)
         failure = self._ranks.first_message(failure)
         self._ranks.on_first(lambda: self._publish(contents.step, temporary, reports, failure))
         self._trusted.add(contents.step)
@@ -148,16 +157,18 @@ class CheckpointStore:
                 logger.warning("removing %s, left by an interrupted save", entry)
                 self._storage.remove_tree(entry)
 
-    def _begin(self, step: int) -> Path:
+    def _begin(self, contents: CheckpointContents) -> Path:
         """Rank 0: make the temporary directory; set aside what stands at the final name."""
-        target, token = self._path(step), os.urandom(4).hex()
+        step, token = contents.step, os.urandom(4).hex()
+        target = self._path(step)
         if os.path.lexists(target):
             # `find` passed this one over as damaged, or it would be trusted. Kept for inspection.
             aside = self.directory / f"damaged-step_{step}-{token}"
             logger.warning("moving the unusable %s to %s", target.name, aside.name)
             self._storage.rename(target, aside)
         temporary = self.directory / f".tmp-step_{step}-{token}"
-        for directory in (temporary, temporary / "weights", temporary / "rng"):
+        folders = ["weights", "rng"] if contents.optimizer is None else ["weights", "rng", FOLDER]
+        for directory in (temporary, *(temporary / folder for folder in folders)):
             self._storage.make_directory(directory)
         return temporary
 
@@ -171,7 +182,7 @@ class CheckpointStore:
         not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
         paths: list[Path] = []
         failure: str | None = None
-        for write in (self._write_engine, self._write_weights, self._write_state):
+        for write in (self._write_optimizer, self._write_weights, self._write_state):
             try:
                 paths += write(directory, contents)
             except (OSError, RuntimeError, ValueError) as error:
@@ -189,11 +200,21 @@ class CheckpointStore:
         size, sha256 = self._storage.record(path)
         return FileEntry(size=size, sha256=sha256, rank=self._ranks.rank)
 
-    def _write_engine(self, directory: Path, contents: CheckpointContents) -> list[Path]:
-        self._storage.point("engine", directory)
-        paths = list(contents.write_engine(directory))
-        for path in paths:
-            self._storage.sync(path)
+    def _write_optimizer(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        paths: list[Path] = []
+        if contents.write_engine is not None:
+            self._storage.point("engine", directory)
+            paths += contents.write_engine(directory)
+            for path in paths:
+                self._storage.sync(path)
+        if contents.optimizer is not None:
+            shard, path = contents.optimizer(), directory / FOLDER / shard_name(self._ranks.rank)
+            check_masters(shard)
+            with self._storage.create(path) as file:
+                write_shard(
+                    file, shard.elements, position=contents.position, metadata=shard.metadata
+                )
+            paths.append(path)
         return paths
 
     def _write_weights(self, directory: Path, contents: CheckpointContents) -> list[Path]:
@@ -209,7 +230,7 @@ class CheckpointStore:
     def _write_state(self, directory: Path, contents: CheckpointContents) -> list[Path]:
         paths = [directory / "rng" / rng_file_name(self._ranks.rank)]
         with self._storage.create(paths[0]) as file:
-            save_rng_state(file, generators=contents.generators)
+            write_rng_state(file, contents.rng)
         if self._ranks.is_first:
             paths.append(directory / TRAINER_NAME)
             self._storage.write(paths[1], _json_bytes(contents.trainer))

@@ -26,6 +26,10 @@ FOLDER = "optimizer"
 HEADER = "manyformer_optimizer"
 
 
+def shard_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
 class Run(BaseModel):
     """Elements [start, start + length) of the slice `shard` of `num_shards`, flattened."""
 

@@ -1,10 +1,9 @@
 """The configuration of a run: schema, composition from YAML, layout, DeepSpeed's JSON. No torch."""
 
+from pretrain.config.operation import LoggingConfig, WandbConfig
 from pretrain.config.schema import (
-    LoggingConfig,
     RunConfig,
     TrainingConfig,
-    WandbConfig,
     parse_config,
     resolved,
     to_yaml,

@@ -58,6 +58,7 @@ RULES: dict[str, Change] = {
     "parallel.*": "layout",
     "checkpoint.*": "free",
     "evaluation.*": "free",
+    "stability.*": "training",
     "watchdog.*": "free",
     "logging.*": "free",
 }

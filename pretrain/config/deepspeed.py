@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError
 FILES = CONFIGS / "ds"
 AUTO = "auto"
 _NEVER = 1_000_000_000
+_PORTABLE = ("adamw", "fused_adam", "cpu_adam")
 
 
 class ResolvedDeepSpeed(NamedTuple):
@@ -44,7 +45,8 @@ def resolve_ds_config(
 
     Raises:
         ConfigError: the file cannot be read, has a key that is unknown or owned by the run
-            configuration, contradicts it, or asks for what is known to train wrongly.
+            configuration, contradicts it, or asks for what is known to train wrongly; or
+            checkpoint.asynchronous is set for a run that only DeepSpeed can save.
     """
     file = Path(path) if path is not None else _default_file(run, data_size)
     given = _read(file)
@@ -60,7 +62,43 @@ def resolve_ds_config(
     config = _merge(flat, _owned(run, data_size), file)
     if clip_in_loop:
         config["gradient_clipping"] = 0.0
-    return ResolvedDeepSpeed(config, stage, clip_in_loop)
+    resolved = ResolvedDeepSpeed(config, stage, clip_in_loop)
+    _check_saving(run, resolved)
+    return resolved
+
+
+def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
+    """The setting for which only DeepSpeed's own files hold the whole state; None without one.
+
+    Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
+    """
+    training, zero = run.training, resolved.config.get("zero_optimization", {})
+    offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
+    bound = {
+        # muon keeps momentum of whole matrices; the others count steps per group of parameters.
+        f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
+        # Transformer Engine's scales are part of its layers, not of their weights.
+        "training.precision=fp8": training.precision == "fp8",
+        "offloading to NVMe": any(each.get("device") == "nvme" for each in offloads),
+        "super_offload": any(each.get("super_offload") for each in offloads),
+        # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
+        "round_robin_gradients": zero.get("round_robin_gradients", False),
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+        "zero_quantized_weights": zero.get("zero_quantized_weights", False),
+        "zero_quantized_nontrainable_weights": zero.get(
+            "zero_quantized_nontrainable_weights", False
+        ),
+    }
+    return next((name for name, applies in bound.items() if applies), None)
+
+
+def _check_saving(run: RunConfig, resolved: ResolvedDeepSpeed) -> None:
+    bound = layout_bound_by(run, resolved)
+    if run.checkpoint.asynchronous and bound is not None:
+        raise ConfigError(
+            f"checkpoint.asynchronous=true with {bound}: only DeepSpeed can write that state, and "
+            "it does so within the step; set checkpoint.asynchronous=false"
+        )
 
 
 def _default_file(run: RunConfig, data_size: int) -> Path:
@@ -87,6 +125,10 @@ def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
         ),
         "gradient_clipping": _Owned(training.grad_clip, "training.grad_clip"),
         "bf16.enabled": _Owned(training.precision != "fp32", "training.precision"),
+        # Without it ZeRO-2 would take a step that is not finite (0.19.8).
+        "bf16.check_grad_overflow": _Owned(
+            training.precision != "fp32", "training.precision; such a step is left out"
+        ),
         # Sums of many micro-batches in bf16 lose the small ones.
         "data_types.grad_accum_dtype": _Owned("fp32", "fp32 accumulation of gradients"),
         # Optimizers come from training.optimizer, so that DeepSpeed takes each for untested.

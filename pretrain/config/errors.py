@@ -20,6 +20,7 @@ _SYNONYMS = {
     "dropout_seed": "seed",
     "ffn_hidden_size": "intermediate_size",
     "gradient_clipping": "grad_clip",
+    "iterations_to_skip": "skip_steps",
     "learning_rate": "lr",
     "max_grad_norm": "grad_clip",
     "micro_batch_size": "batch_size",

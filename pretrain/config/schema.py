@@ -9,7 +9,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -23,9 +22,15 @@ from pretrain.config.aliases import resolve_aliases
 from pretrain.config.credentials import check_credentials
 from pretrain.config.errors import config_error, show
 from pretrain.config.limits import check_numbers
+from pretrain.config.operation import (
+    STRICT,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    StabilityConfig,
+    WatchdogConfig,
+)
 from pretrain.errors import ConfigError
-
-_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Protocol):
@@ -50,7 +55,7 @@ class ModelConfig(Protocol):
 class TrainingConfig(BaseModel):
     """Length, batch, optimizer and numerics of training."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     max_steps: int | None = Field(default=None, gt=0, description="Stop after so many steps")
     max_tokens: Annotated[int | None, BeforeValidator(lambda value: _whole(value))] = Field(
@@ -129,7 +134,7 @@ class TrainingConfig(BaseModel):
 class ParallelConfig(BaseModel):
     """Ranks per axis; data is what the world leaves over tensor x pipeline, expert a part of it."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     tensor: int = Field(default=1, gt=0, description="Ranks that share each matrix")
     pipeline: int = Field(default=1, gt=0, description="Stages that share the layers")
@@ -154,103 +159,10 @@ class ParallelConfig(BaseModel):
         return self
 
 
-class CheckpointConfig(BaseModel):
-    """When checkpoints are written and how many stay."""
-
-    model_config = _STRICT
-
-    interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
-    keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
-    keep_every: int | None = Field(
-        default=None, gt=0, description="Those of steps that are multiples of it stay, too"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> CheckpointConfig:
-        if self.keep_every is not None and self.keep_every % self.interval:
-            raise ValueError(
-                f"checkpoint.keep_every={self.keep_every} is not a multiple of "
-                f"checkpoint.interval={self.interval}, so it would keep few or none; change one"
-            )
-        return self
-
-
-class WatchdogConfig(BaseModel):
-    """What ends a run that stands still, or whose ranks have come to train different models."""
-
-    model_config = _STRICT
-
-    timeout: float | None = Field(
-        default=600.0,
-        gt=0,
-        description="Seconds in which every rank must finish a step, an evaluation or a save, the "
-        "first step and its compilation included; null: wait for ever",
-    )
-    replica_interval: int | None = Field(
-        default=100,
-        gt=0,
-        description="Steps after which ranks compare what they hold in common; null: never",
-    )
-
-    @field_validator("timeout", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
-
-class EvaluationConfig(BaseModel):
-    """When held-out text is scored and how much of it."""
-
-    model_config = _STRICT
-
-    interval: int = Field(default=1000, gt=0, description="Steps between two evaluations")
-    max_windows: int | None = Field(
-        default=None, gt=0, description="Windows of data.validation to score; null: all"
-    )
-
-
-class WandbConfig(BaseModel):
-    """Weights & Biases; its key comes from the environment, never from here."""
-
-    model_config = _STRICT
-
-    mode: Literal["disabled", "offline", "online"] = Field(
-        default="disabled", description="offline: write to the run directory, upload later"
-    )
-    project: str | None = Field(default=None, min_length=1, description="Project of the runs")
-    name: str | None = Field(
-        default=None, min_length=1, description="Name of this run; null: chosen by W&B"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> WandbConfig:
-        if self.mode == "disabled":
-            for key in ("project", "name"):
-                if getattr(self, key) is not None:
-                    raise ValueError(
-                        f"logging.wandb.{key}={getattr(self, key)!r} has no effect with "
-                        "logging.wandb.mode=disabled; remove it or set mode to offline or online"
-                    )
-        elif self.project is None:
-            raise ValueError(
-                f"logging.wandb.mode={self.mode} needs a project; set logging.wandb.project=NAME"
-            )
-        return self
-
-
-class LoggingConfig(BaseModel):
-    """Writers beside metrics.jsonl, which is always written."""
-
-    model_config = _STRICT
-
-    tensorboard: bool = Field(default=False, description="Write events to RUN_DIR/tensorboard")
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-
-
 class RunConfig(BaseModel):
     """Everything that defines a run, apart from what only DeepSpeed parses (its JSON)."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     run_dir: str = Field(
         min_length=1, description="Directory of config.yaml, metrics.jsonl and checkpoints/"
@@ -270,6 +182,7 @@ class RunConfig(BaseModel):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    stability: StabilityConfig = Field(default_factory=StabilityConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 

@@ -9,7 +9,7 @@ import sys
 
 from tests.benchmarks.timing import machine
 
-NAMES = ("llama_step", "dynamic_step", "loader", "byte_path", "tokenization", "wire")
+NAMES = ("llama_step", "dynamic_step", "loader", "byte_path", "tokenization", "wire", "saving")
 
 
 def main() -> int:

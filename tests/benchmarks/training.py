@@ -17,14 +17,8 @@ from models.base import HFMapping
 from models.registry import get_family
 from pretrain.config import RunConfig, parse_config
 from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.engine import (
-    Engine,
-    RunPlan,
-    build_context,
-    build_engine,
-    build_precision,
-    check_model,
-)
+from pretrain.engine import Engine, build_engine
+from pretrain.plan import RunPlan, build_context, build_precision, check_model
 
 LEARNING_RATE = 3e-4
 

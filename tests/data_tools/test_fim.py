@@ -147,7 +147,7 @@ def test_the_token_that_ends_a_document_stays_its_end(tmp_path: Path) -> None:
     documents = [np.append(part, 2000) for part in counting_documents([30] * 40)]
     info = write_corpus(tmp_path / "c", documents, vocab_size=2004)
     path = tmp_path / "c.json"
-    path.write_text(info.model_copy(update={"eod_id": 2000}).model_dump_json())
+    path.write_bytes(info.model_copy(update={"eod_id": 2000}).to_bytes())
     assert CorpusInfo.model_validate_json(path.read_text()).eod_id == 2000
     fim = {"rate": 1.0, "level": "document", **_IDS}
     with (

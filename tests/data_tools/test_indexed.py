@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from data_tools.corpus_info import CorpusInfo
 from data_tools.errors import DataError
 from data_tools.indexed import HEADER, MAGIC, IndexedDataset, bisect_right
 from data_tools.verify import verify
@@ -101,6 +102,13 @@ _OFFSETS_AT = HEADER.size + 4 * _NUM_DOCUMENTS
 _BOUNDS_AT = HEADER.size + 12 * _NUM_DOCUMENTS
 
 
+def _rewritten(**changes: int) -> Callable[[bytes], bytes]:
+    """The sidecar with other values, and their checksum."""
+    return lambda content: (
+        CorpusInfo.model_validate_json(content).model_copy(update=changes).to_bytes()
+    )
+
+
 @pytest.mark.parametrize(
     ("suffix", "damage", "message"),
     [
@@ -123,9 +131,9 @@ _BOUNDS_AT = HEADER.size + 12 * _NUM_DOCUMENTS
         ("json", lambda content: b"{", "corpus.json: .*preprocess the corpus again"),
         ("json", lambda content: b'{"version": 1}', "corpus.json: tokenizer: Field required"),
         ("json", lambda content: content.replace(b'"num_documents": 100', b'"num_documents": 9'),
-         "it belongs to another corpus"),
-        ("json", lambda content: content.replace(b'"version": 1', b'"version": 2'),
-         "version 2 found, 1 expected"),
+         "its checksum does not match its content"),
+        ("json", _rewritten(num_documents=9), "it belongs to another corpus"),
+        ("json", _rewritten(version=3), "version 3 found, 2 expected"),
     ],
 )  # fmt: skip
 def test_damaged_file_is_refused_when_opened(

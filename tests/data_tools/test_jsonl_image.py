@@ -12,7 +12,7 @@ import pytest
 from data_tools.byte_dataset import MappedFiles
 from data_tools.config import DataConfig
 from data_tools.errors import DataError
-from data_tools.jsonl_image import JsonlImage, open_jsonl
+from data_tools.jsonl_image import JsonlImage, open_jsonl, verify_images
 from data_tools.jsonl_stream import JsonlStream
 from data_tools.token_stream import TokenStream
 from tests.distributed import run_ranks
@@ -126,3 +126,28 @@ def test_cache_dir_is_taken_where_it_has_an_effect(documents: str) -> None:
     else:
         with pytest.raises(ValueError, match="cache_dir=cache has no effect"):
             DataConfig.model_validate(settings)
+
+
+def test_every_flipped_bit_of_an_image_is_found(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    _open(_files(tmp_path, 1), cache)
+    (image,) = _images(cache)
+    assert list(verify_images(str(cache))) == [image]
+    content = image.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        image.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{image}: the cached text is damaged; delete it"):
+            list(verify_images(str(cache)))
+
+
+def test_a_truncated_image_is_not_opened(tmp_path: Path) -> None:
+    files = _files(tmp_path, 1)
+    _open(files, tmp_path / "cache")
+    (image,) = _images(tmp_path / "cache")
+    content = image.read_bytes()
+    for size in range(len(content)):
+        image.write_bytes(content[:size])
+        with pytest.raises(DataError, match=rf"{image}: "):
+            _open(files, tmp_path / "cache")

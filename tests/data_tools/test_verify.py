@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from data_tools.errors import DataError
+from data_tools.indexed import IndexedDataset
 from data_tools.indexed_writer import IndexedDatasetWriter
+from data_tools.preprocess import main as preprocess
+from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import main, verify
 from tests.data_tools.corpora import counting_documents, write_corpus
 
@@ -48,9 +51,9 @@ def test_corpus_without_a_sidecar_says_what_was_not_checked(
 
 
 def test_sidecar_that_lies_about_the_largest_id_is_found(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "c", counting_documents([3]))
+    info = write_corpus(tmp_path / "c", counting_documents([3]))
     sidecar = tmp_path / "c.json"
-    sidecar.write_text(sidecar.read_text().replace('"max_token_id": 2', '"max_token_id": 1'))
+    sidecar.write_bytes(info.model_copy(update={"max_token_id": 1}).to_bytes())
     with pytest.raises(DataError, match=r"c.json: largest id 1 found, 2 expected"):
         verify(str(tmp_path / "c"))
 
@@ -63,3 +66,33 @@ def test_documents_of_any_size_are_read_in_chunks(tmp_path: Path) -> None:
             tokenizer="t", tokenizer_fingerprint="f", eod_id=None, num_bytes=1, command=""
         )
     assert "checksums equal" in verify(str(tmp_path / "c"))
+
+
+def test_edited_sidecar_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c", counting_documents([3]))
+    sidecar = tmp_path / "c.json"
+    sidecar.write_text(sidecar.read_text().replace('"a test"', '"a text"'))
+    with pytest.raises(DataError, match=r"c.json: its checksum does not match its content"):
+        IndexedDataset(tmp_path / "c")
+
+
+def test_sidecar_of_the_version_without_a_checksum_is_read(tmp_path: Path) -> None:
+    info = write_corpus(tmp_path / "c", counting_documents([3]))
+    old = info.model_copy(update={"version": 1})
+    (tmp_path / "c.json").write_text(old.model_dump_json(exclude={"left_out_sha256"}))
+    assert IndexedDataset(tmp_path / "c").info == old
+    assert "checksums equal" in verify(str(tmp_path / "c"))
+
+
+def test_another_tokenizer_in_the_place_of_the_corpus_s_own_is_found(tmp_path: Path) -> None:
+    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.model"
+    text.write_text("a corpus of its own, in few words\n" * 200)
+    train_tokenizer([str(text)], str(tokenizer), vocab_size=300)
+    arguments = ["--input", str(text), "--output", str(tmp_path / "c"), "--workers", "1"]
+    preprocess([*arguments, "--tokenizer", str(tokenizer)])
+    assert f"tokenizer {tokenizer} equal" in verify(str(tmp_path / "c"))
+    tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
+    with pytest.raises(DataError, match=r"tokenizer.model: SHA-256 .* is not the tokenizer that"):
+        verify(str(tmp_path / "c"))
+    tokenizer.unlink()
+    assert f"tokenizer {tokenizer} is not here: not compared" in verify(str(tmp_path / "c"))

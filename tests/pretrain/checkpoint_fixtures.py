@@ -13,6 +13,7 @@ from parallel.sharding import Sharding
 from parallel.weights_io import ShardedWeightsReader, ShardPosition, Weight
 from pretrain.checkpoint.manifest import Layout
 from pretrain.checkpoint.resume import Checkpoint, RunIdentity
+from pretrain.checkpoint.rng_state import rng_states
 from pretrain.checkpoint.storage import Storage
 from pretrain.checkpoint.store import CheckpointContents, CheckpointStore
 from pretrain.ranks import Ranks
@@ -69,6 +70,7 @@ def contents(
     return CheckpointContents(
         step=step,
         write_engine=write_engine or default_engine,
+        rng=rng_states(),
         weights=[Weight("w", (2, 3), torch.float32, sharding, lambda: value)],
         trainer={"step": step, "tokens": step * 100},
         position=ShardPosition(tensor_rank=rank, tensor_size=size),

@@ -15,10 +15,11 @@ import parallel.pipeline  # noqa: F401  imported once here, not in every forked 
 from parallel.context import Axis
 from parallel.weights_io import ShardedWeightsReader, ShardPosition, write_shard
 from pretrain.checkpoint.live_optimizer import MASTER, MOMENTS
-from pretrain.checkpoint.stored_optimizer import StoredOptimizer
+from pretrain.checkpoint.optimizer_state import optimizer_shard
+from pretrain.checkpoint.stored_optimizer import FOLDER, StoredOptimizer, shard_name
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
@@ -136,9 +137,12 @@ def saved_again(config, ds_config_path: str) -> int:
     def restore_and_save(self, checkpoint):
         restore(self, checkpoint)
         copy = Path(config.run_dir, "copy")
-        (copy / "weights").mkdir(parents=True, exist_ok=True)
-        self._save_optimizer(copy)
+        for folder in ("weights", FOLDER):
+            (copy / folder).mkdir(parents=True, exist_ok=True)
         position = ShardPosition.of(self.ctx)
+        shard = optimizer_shard(self.engine.deepspeed, ctx=self.ctx)
+        with open(copy / FOLDER / shard_name(self.ranks.rank), "wb") as file:
+            write_shard(file, shard.elements, position=position, metadata=shard.metadata)
         path = copy / "weights" / position.file_name if self.ctx.data.rank == 0 else os.devnull
         with open(path, "wb") as file:
             write_shard(file, self.engine.weights(), position=position)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from pretrain.checkpoint.__main__ import main
+from pretrain.checkpoint.saves import Saves
 from pretrain.checkpoint.storage import Storage, fault_hook
 from pretrain.errors import CheckpointError
 from pretrain.ranks import Ranks
@@ -18,12 +20,15 @@ from tests.distributed import run_ranks
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
 
 
-def save_steps(run_dir: Path, steps: list[int], storage: Storage) -> None:
+def save_steps(
+    run_dir: Path, steps: list[int], storage: Storage, *, asynchronous: bool = False
+) -> None:
     """What a run does: it opens the directory and saves; `keep=1` makes it delete as well."""
     store = open_store(run_dir, keep=1, storage=storage)
     store.find("auto")
-    for step in steps:
-        store.save(contents(step, storage=storage))
+    with Saves(store, asynchronous=asynchronous, moved=str) as saves:
+        for step in steps:
+            saves.save(contents(step, storage=storage))
     store.close()
 
 
@@ -54,15 +59,19 @@ def killed_at(point: int, action: Callable[[Storage], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    save = partial(save_steps, asynchronous=asynchronous)
     save_steps(tmp_path / "count", [1], Storage())
-    num_points = count_points(lambda storage: save_steps(tmp_path / "count", [2], storage))
+    num_points = count_points(lambda storage: save(tmp_path / "count", [2], storage))
     assert num_points > 30
     outcomes = []
     for point in range(num_points):
         run_dir = tmp_path / f"run_{point}"
         save_steps(run_dir, [1], Storage())
-        killed_at(point, lambda storage, run_dir=run_dir: save_steps(run_dir, [2], storage))
+        killed_at(point, lambda storage, run_dir=run_dir: save(run_dir, [2], storage))
 
         assert main(["verify", str(run_dir)]) == 0  # nothing torn bears the name of a checkpoint
         store = open_store(run_dir)
@@ -162,7 +171,10 @@ def test_a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint(
     assert found_steps == {1, 2}
 
 
-def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(
+    tmp_path: Path, asynchronous: bool
+) -> None:
     num_points = count_points(lambda storage: save_steps(tmp_path / "count", [1], storage))
     refused = 0
     for point in range(num_points):
@@ -176,7 +188,8 @@ def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(tmp_pa
         message = ""
         try:
             store = open_store(run_dir, keep=2, storage=storage)
-            store.save(contents(2, storage=storage))
+            with Saves(store, asynchronous=asynchronous, moved=str) as saves:
+                saves.save(contents(2, storage=storage))
         except CheckpointError as error:
             message = str(error)
         if message:

@@ -153,7 +153,7 @@ def test_the_run_directory_is_printed_once_the_settings_fit_the_processes(
 def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
     reads_markers: str | None, code: int, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.loop.run", lambda *_: EXIT_STOPPED)
+    monkeypatch.setattr("pretrain.run.run", lambda *_: EXIT_STOPPED)
     if reads_markers is not None:
         monkeypatch.setenv("MANYFORMER_READS_MARKERS", reads_markers)
     assert call("--config-name", "demo").code == code

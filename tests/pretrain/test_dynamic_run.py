@@ -16,9 +16,9 @@ from parallel.carry import SequentialModel
 from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
 from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.engine import RunPlan, check_model
 from pretrain.errors import ConfigError
-from pretrain.loop import run as run_training
+from pretrain.plan import RunPlan, check_model
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data

@@ -16,7 +16,7 @@ from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.config import RunConfig
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from pretrain.schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data

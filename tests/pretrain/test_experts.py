@@ -21,7 +21,7 @@ from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
 from pretrain.errors import ConfigError
 from pretrain.experts import register_experts
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data
 

@@ -13,7 +13,7 @@ from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from models.convert import main as convert
 from parallel.weights_io import ShardedWeightsReader
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import VOCAB, metrics, tiny_run, write_data
 

@@ -134,7 +134,8 @@ def test_a_port_in_use_is_named_with_the_remedy(configs):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_code(configs, tmp_path):
-    arguments = _arguments(configs, f"run_dir={tmp_path}/run", "training.lr=1e30")
+    changes = ("training.lr=1e30", "stability.max_skipped_steps=0")
+    arguments = _arguments(configs, f"run_dir={tmp_path}/run", *changes)
     done = _launch(sys.executable, *arguments)
     assert done.returncode == 5
     assert "error: step" in done.stderr

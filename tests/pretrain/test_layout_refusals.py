@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint import stored_optimizer
+from pretrain.checkpoint.saves import Saves
 from pretrain.checkpoint.stored_optimizer import StoredOptimizer
-from pretrain.loop import TrainLoop
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.layout_runs import (
     PLACES,
@@ -161,13 +161,13 @@ def test_what_only_deepspeed_can_restore_goes_on_at_its_layout_alone(runs, tmp_p
 
 def spoiled_master(config, ds_config_path: str) -> str:
     """`run`, in which a weight is changed behind the optimizer's back before it is saved."""
-    save = TrainLoop._save_optimizer
+    save = Saves.save
 
-    def spoil_and_save(self, directory):
-        next(self.engine.module.parameters()).data.view(-1)[0] += 1
-        return save(self, directory)
+    def spoil_and_save(self, contents):
+        next(iter(contents.weights)).load().data.view(-1)[0] += 1
+        save(self, contents)
 
-    TrainLoop._save_optimizer = spoil_and_save
+    Saves.save = spoil_and_save
     return _refused(config, ds_config_path)
 
 

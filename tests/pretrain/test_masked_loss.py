@@ -12,9 +12,11 @@ import parallel.pipeline  # noqa: F401  imported once here, not in every forked 
 from data_tools.batch import IGNORED_LABEL
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
-from pretrain.distributed import World, process_group
-from pretrain.engine import RunPlan, build_context, build_engine, build_precision
-from pretrain.loop import _train_loader
+from pretrain.distributed import process_group
+from pretrain.engine import build_engine
+from pretrain.plan import RunPlan, build_context, build_precision
+from pretrain.rendezvous import World
+from pretrain.run import _train_loader
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run, write_data
 

@@ -65,9 +65,11 @@ def test_a_training_record_has_the_promised_keys() -> None:
         grad_norm=1.5,
         lr=1e-3,
         tokens=3000,
+        skipped_steps=1,
         rate=Rate(100.0, 10.0, None),
     )
     promised = ["step", "loss", "lm_loss", "grad_norm", "lr", "tokens", "tokens_per_second"]
+    assert record["skipped_steps"] == 1
     assert set(promised) <= set(record)
     assert record["lm_loss"] == 2.0
     assert record["balance"] == 0.5
@@ -77,7 +79,14 @@ def test_a_training_record_has_the_promised_keys() -> None:
 
 def test_a_training_record_has_mfu_where_the_peak_is_known() -> None:
     record = training_record(
-        step=1, loss=2.5, terms={}, grad_norm=1, lr=1, tokens=1, rate=Rate(1.0, 1.0, 0.4)
+        step=1,
+        loss=2.5,
+        terms={},
+        grad_norm=1,
+        lr=1,
+        tokens=1,
+        skipped_steps=0,
+        rate=Rate(1.0, 1.0, 0.4),
     )
     assert record["mfu"] == 0.4
     assert record["lm_loss"] == 2.5

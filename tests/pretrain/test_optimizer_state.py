@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint.manifest import Layout
-from pretrain.checkpoint.optimizer_state import layout_bound_by
 from pretrain.checkpoint.rng_state import seed_rng
 from pretrain.config.changes import samples_per_step
-from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.errors import CheckpointError
+from pretrain.config.deepspeed import layout_bound_by, resolve_ds_config
+from pretrain.errors import CheckpointError, ConfigError
 from tests.pretrain.checkpoint_fixtures import contents, identity, open_store
 from tests.pretrain.tiny_run import tiny_run
 
@@ -48,6 +47,16 @@ def test_adamw_at_any_stage_fits_any_layout(tmp_path) -> None:
 )
 def test_what_deepspeed_keeps_elsewhere_is_bound_to_its_layout(zero, reason, tmp_path) -> None:
     assert bound(tmp_path, zero) == reason
+
+
+def test_what_only_deepspeed_can_write_is_not_saved_in_the_background(tmp_path) -> None:
+    asynchronous = {"checkpoint__asynchronous": True}
+    assert bound(tmp_path, {"stage": 3}, **asynchronous) is None
+    refused = r"checkpoint.asynchronous=true with {}: .*; set checkpoint.asynchronous=false"
+    with pytest.raises(ConfigError, match=refused.format("training.optimizer=te_adam")):
+        bound(tmp_path, training__optimizer="te_adam", **asynchronous)
+    with pytest.raises(ConfigError, match=refused.format("offloading to NVMe")):
+        bound(tmp_path, {"stage": 3, "offload_param": {"device": "nvme"}}, **asynchronous)
 
 
 def test_other_optimizers_and_fp8_are_bound_to_their_layout(tmp_path) -> None:

@@ -13,8 +13,8 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.engine import PipelineEngine, PlainEngine
 from pretrain.errors import TrainingError
-from pretrain.loop import run as run_training
 from pretrain.replicas import digest
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run, write_data
 

@@ -14,9 +14,9 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import curve, tiny_run, write_data
 
 STEPS = 6
 
@@ -34,12 +34,6 @@ def _config(data: Path, run_dir: Path, **changes):
 
 def _train(config, world_size: int = 1, *, stage: int = 1, entry=run_training) -> list[int]:
     return run_ranks(entry, world_size, config, f"configs/ds/zero{stage}.json", init=False)
-
-
-def _curve(config) -> list[tuple[float, ...]]:
-    trained, evaluated = metrics(config)
-    curve = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in trained]
-    return curve + [(r["step"], r["eval_loss"]) for r in evaluated]
 
 
 def _weights(config) -> dict[str, torch.Tensor]:
@@ -95,7 +89,7 @@ def test_a_killed_run_continues_with_the_losses_of_an_undisturbed_one(case, data
     with pytest.raises(AssertionError, match="exit -9"):
         _train(killed, world_size, stage=stage, entry=_killed_at(5))
     assert _train(killed, world_size, stage=stage) == [EXIT_COMPLETED] * world_size
-    assert _curve(killed) == _curve(undisturbed)
+    assert curve(killed) == curve(undisturbed)
     expected = _weights(undisturbed)
     for name, weight in _weights(killed).items():
         assert torch.equal(weight, expected[name]), name
@@ -127,7 +121,7 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_stop(data, tmp_pa
     assert _markers(stopped) == ["REQUEUE"]
     assert _train(stopped, 2) == [EXIT_COMPLETED] * 2
     assert _markers(stopped) == ["DONE"]
-    assert _curve(stopped)[:STEPS] == _curve(undisturbed)[:STEPS]
+    assert curve(stopped)[:STEPS] == curve(undisturbed)[:STEPS]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_last_good_one_and_says_so(
@@ -135,7 +129,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_last_good_one_and_says_so
 ):
     config = _config(data, tmp_path / "run", checkpoint__keep=3)
     _train(config)
-    curve = _curve(config)
+    undisturbed = curve(config)
     weights = Path(config.run_dir, "checkpoints", "step_6", "weights", "pp_00_tp_00.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -144,7 +138,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_last_good_one_and_says_so
     assert "step_6 is not used" in said
     assert "sha256" in said
     assert "continuing after step 4" in said
-    assert _curve(config) == curve
+    assert curve(config) == undisturbed
 
 
 def _captured_run(config) -> str:

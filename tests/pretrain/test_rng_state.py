@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.checkpoint.rng_state import restore_rng_state, save_rng_state
+from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, write_rng_state
 from pretrain.errors import CheckpointError
 
 
@@ -29,7 +29,7 @@ def test_restored_generators_repeat_what_they_drew(tmp_path: Path, draws_before:
     for _ in range(draws_before):
         draw(generator)
     with (tmp_path / "rng").open("wb") as file:
-        save_rng_state(file, generators={"dropout": generator})
+        write_rng_state(file, rng_states(generators={"dropout": generator}))
     expected = [draw(generator) for _ in range(3)]
 
     random.seed(1)
@@ -43,7 +43,7 @@ def test_restored_generators_repeat_what_they_drew(tmp_path: Path, draws_before:
 
 def test_states_of_other_generators_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "rng").open("wb") as file:
-        save_rng_state(file)
+        write_rng_state(file, rng_states())
     with pytest.raises(CheckpointError, match=r"difference: generator.dropout; resume on the kind"):
         restore_rng_state(tmp_path / "rng", generators={"dropout": torch.Generator()})
 

@@ -12,7 +12,7 @@ from pretrain.signals import GracefulStop
 from tests.distributed import run_ranks
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_for_a_stop_and_interrupts_nothing(number: signal.Signals) -> None:
     with GracefulStop() as stop:
         assert not stop.should_stop(Ranks())

@@ -19,7 +19,7 @@ from parallel.context import ParallelContext
 from pretrain.checkpoint.__main__ import main as checkpoint_main
 from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config.layout import check_layout
-from pretrain.loop import run as run_training
+from pretrain.run import run as run_training
 from pretrain.schedule import learning_rate
 from tests.data_tools.corpora import write_counting_corpus
 from tests.distributed import run_ranks

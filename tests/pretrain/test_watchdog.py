@@ -5,137 +5,200 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from models import registry
+from pretrain import loop, run, start
+from pretrain.checkpoint import CheckpointStore
+from pretrain.config import RunConfig
+from pretrain.distributed import group_timeout, process_groups
+from pretrain.engine import PipelineEngine, PlainEngine
 from pretrain.errors import EXIT_HUNG
-from pretrain.loop import run as run_training
-from pretrain.ranks import Ranks
-from pretrain.watchdog import Progress, Watchdog, blame
+from pretrain.run import run as run_training
+from pretrain.watchdog import Ending, Watchdog
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.pretrain.tiny_run import SEQ, tiny_run, write_data
 
-TIMEOUT = 2.0
-
-
-def _still(rank: int, how: str, metrics: Path) -> None:
-    """Let a rank stand still once the run has taken two steps, and note when."""
-    while not (metrics.exists() and metrics.read_text().count('"loss"') >= 2):
-        time.sleep(0.02)
-    (metrics.parent / "still").write_text(str(time.time()))
-    if how == "stopped":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    else:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+TIMEOUT = 1.5
 
 
-def _train(config, rank: int, how: str) -> None:
-    if int(os.environ["RANK"]) == rank:
-        signal.signal(signal.SIGALRM, lambda *_: time.sleep(1e6))
-        arguments = (rank, how, Path(config.run_dir, "metrics.jsonl"))
-        threading.Thread(target=_still, args=arguments, daemon=True).start()
-    run_training(config)
+@pytest.fixture(scope="module", autouse=True)
+def mixture():
+    """The mixture family among the registered ones."""
+    entry = registry._Entry("tests.models.mixture", "MixtureConfig")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._FAMILIES, "mixture", entry)
+        yield
+
+
+class Case(NamedTuple):
+    """A rank stands still where it calls a function for the `count`-th time."""
+
+    rank: int
+    how: str
+    owner: object
+    function: str
+    activity: str  # what the others say that they are in
+    count: int = 1
+    changes: Mapping[str, Any] = MappingProxyType({})
+    zero: int = 1
+
+
+STEP = (PlainEngine, "train_step", "step 3", 3)
+STAGE = (PipelineEngine, "train_step", "step 3", 3)
+TENSOR, PIPELINE = {"parallel__tensor": 2}, {"parallel__pipeline": 2}
+EXPERT = {
+    "model": {"family": "mixture", "max_position_embeddings": SEQ},
+    "parallel__expert": 2,
+}
+CASES = {
+    "data": Case(1, "stopped", *STEP),
+    "tensor, rank 0": Case(0, "stopped", *STEP, TENSOR),
+    "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
+    "save": Case(1, "stopped", CheckpointStore, "save", "the save of step 2"),
+    "data index of rank 0": Case(0, "asleep", run, "_train_loader", "the opening of the data"),
+}
+MORE_CASES = {
+    "data, rank 0": Case(0, "asleep", *STEP),
+    "data, ZeRO-3": Case(1, "stopped", *STEP, zero=3),
+    "tensor": Case(1, "asleep", *STEP, TENSOR),
+    "pipeline, rank 0": Case(0, "stopped", *STAGE, PIPELINE),
+    "expert": Case(1, "stopped", *STEP, EXPERT),
+    "evaluation": Case(1, "asleep", PlainEngine, "evaluate", "the evaluation after step 2"),
+    "evaluation of a pipeline": Case(
+        1, "stopped", PipelineEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
+    ),
+    "groups": Case(1, "stopped", start, "build_context", "the making of process groups"),
+    "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
+    "search": Case(1, "asleep", CheckpointStore, "find", "the search for a checkpoint"),
+    "restoration": Case(1, "stopped", loop, "restore_optimizer_state", "the restoration of step 2"),
+}
+
+
+def _train(config: RunConfig, case: Case) -> None:
+    """Train; one rank, when it comes to its place, notes when and stands still."""
+    if int(os.environ["RANK"]) == case.rank:
+        original, calls = getattr(case.owner, case.function), []
+
+        def stand_still(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            if len(calls) == case.count:
+                Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+                Path(config.run_dir, "still").write_text(str(time.time()))
+                if case.how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(1e6)
+            return original(*args, **kwargs)
+
+        setattr(case.owner, case.function, stand_still)
+    run_training(config, f"configs/ds/zero{case.zero}.json")
+
+
+def _named(case: Case) -> str:
+    if case.how == "stopped" and case.rank == 0:
+        return "rank 0, which keeps the record of all ranks, does not answer"
+    process = rf"rank {case.rank} \(process \d+ on \S+, "
+    if case.how == "stopped":
+        return rf"{process}.*last heard of in .*\) does not answer"
+    return rf"{process}.*\) is in \S+ \(pretrain/\w+.py:\d+\) and has not entered \w+ (of|to) "
 
 
 @pytest.mark.parametrize(
-    ("layout", "rank", "how"),
-    [
-        ({}, 1, "stopped"),
-        ({"parallel__tensor": 2}, 0, "stopped"),
-        ({"parallel__pipeline": 2}, 1, "asleep"),
-    ],
-    ids=["data, rank 1 stopped", "tensor, rank 0 stopped", "pipeline, rank 1 asleep"],
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_CASES)]
 )
-def test_a_rank_that_stands_still_is_named_in_time(layout, rank, how, tmp_path):
+def test_a_rank_that_stands_still_is_named_in_time(name, tmp_path):
+    case = {**CASES, **MORE_CASES}[name]
     write_data(tmp_path)
-    limits = {"training__max_steps": 100_000, "checkpoint__interval": 100_000}
-    config = tiny_run(
-        tmp_path, **limits, watchdog__timeout=TIMEOUT, evaluation__interval=100_000, **layout
-    )
+    lasting = {"training__max_steps": 1000, "watchdog__timeout": TIMEOUT}
+    config = tiny_run(tmp_path, **lasting, **case.changes)
+    if "restoration" in name:
+        run_ranks(run_training, 2, tiny_run(tmp_path, training__max_steps=2), init=False)
     with pytest.raises(AssertionError) as ended:
-        run_ranks(_train, 2, config, rank, how, init=False)
-    waited = time.time() - float(Path(config.run_dir, "still").read_text())
+        run_ranks(_train, 2, config, case, init=False, patience=0.5)
     report = str(ended.value)
     assert f"exit {EXIT_HUNG}" in report
-    said = re.findall(r"error on rank \d: (.*)", report)
-    assert all("no progress in step" in line for line in said)
-    named = {
-        (1, "stopped"): r"rank 1 \(process \d+ on \S+, in (starting|step \d+)\) does not answer",
-        (0, "stopped"): "rank 0, which keeps the record of all ranks, does not answer",
-        (1, "asleep"): r"rank 1 \(process \d+ on \S+, in step \d+\) has come least far|equally far",
-    }[rank, how]
-    assert all(re.search(named, line) for line in said), report
-    # One rank's process ends 5 s after the timeout at the latest; the harness then ends the other.
-    assert waited < TIMEOUT + 5 + 6
-    stacks = Path(config.run_dir, f"stacks_rank_{1 - rank:05d}.txt").read_text()
-    # What a rank waits for: a collective of the step, or to hear whether another wants to stop.
-    assert re.search(r"in (train_step|should_stop)\n", stacks), stacks
+    [said] = re.findall(r"error on rank \d: (.*)", report)
+    assert said.startswith(f"no progress in {case.activity} for "), said
+    assert re.search(_named(case), said), said
+    stacks = Path(config.run_dir, f"stacks_rank_{1 - case.rank:05d}.txt")
+    found = stacks.stat().st_mtime - float(Path(config.run_dir, "still").read_text())
+    print(f"{name}: found after {found - TIMEOUT:.1f} s more than the timeout")
+    assert found < TIMEOUT + 5
+    assert "most recent call first" in stacks.read_text()
 
 
-def _beat(folder: Path, moves: int) -> str | None:
-    rank = int(os.environ["RANK"])
-    verdicts: list[str] = []
-    ranks = Ranks.of_group(dist_world())
-    with Watchdog(folder, ranks=ranks, timeout=1.0, end=verdicts.append) as watchdog:
+def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
+    """What the watchdog finds of a rank 2 that does two moves less than the others."""
+    rank, endings = int(os.environ["RANK"]), []
+    watchdog = Watchdog(
+        *(folder,),
+        rank=rank,
+        size=dist.get_world_size(),
+        store=distributed_c10d._get_default_store(),
+        timeout=limit,
+        end=endings.append,
+    )
+    with watchdog:
         for step in range(moves if rank == 2 else moves + 2):
             watchdog.moved(f"step {step}")
             time.sleep(0.2)
-        time.sleep(6)
-    return verdicts[0] if verdicts else None
+        time.sleep(5 if limit == 1.0 else 0)
+    return endings[0] if endings else None
 
 
-def dist_world():
-    import torch.distributed as dist
-
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
-
-
-def test_all_ranks_give_one_verdict_and_it_names_the_one_that_is_behind(tmp_path):
-    verdicts = run_ranks(_beat, 3, tmp_path, 4)
-    assert len(set(verdicts)) == 1
-    assert re.search(r"no progress in step \d for 1 s .*: rank 2 .*in step 3\) has come least far",
-                     verdicts[0])  # fmt: skip
+def test_all_ranks_end_and_one_of_them_names_the_one_that_is_behind(tmp_path):
+    endings = run_ranks(_watch, 3, tmp_path, 4)
+    assert {ending.code for ending in endings} == {EXIT_HUNG}
+    [said] = [ending.message for ending in endings if ending.message is not None]
+    assert re.search(
+        r"no progress in step \d for 1 s .*: rank 2 .*in step 3\).*has come least far", said
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"stacks_rank_0000{rank}.txt" for rank in range(3)
     ]
 
 
-def _calm(folder: Path) -> list[str]:
-    verdicts: list[str] = []
-    ranks = Ranks.of_group(dist_world())
-    with Watchdog(folder, ranks=ranks, timeout=1.0, end=verdicts.append) as watchdog:
-        for step in range(8):
-            watchdog.moved(f"step {step}")
-            time.sleep(0.3)
-    return verdicts
-
-
 def test_ranks_that_move_are_left_alone(tmp_path):
-    assert run_ranks(_calm, 2, tmp_path) == [[], []]
+    assert run_ranks(_watch, 2, tmp_path, 8, limit=2.0) == [None, None]
 
 
 def test_one_process_alone_is_watched_too(tmp_path):
-    verdicts: list[str] = []
-    with Watchdog(tmp_path, ranks=Ranks(), timeout=0.5, end=verdicts.append):
+    endings: list[Ending] = []
+    with Watchdog(tmp_path, timeout=0.5, end=endings.append):
         time.sleep(1.5)
-    assert "there is no other rank" in verdicts[0]
+    assert "there is no other rank" in (endings[0].message or "")
 
 
-def test_who_is_to_blame():
-    progress = [Progress("host", 10 + r, beats=5, moves=7, activity="step 3") for r in range(3)]
-    before = dict(enumerate(progress))
-    after = {rank: p._replace(beats=6) for rank, p in before.items()}
-    assert blame(before, after, own_rank=0).startswith("all ranks have come equally far")
-    silent = after | {1: before[1]}
-    expected = "rank 1 (process 11 on host, in step 3) does not answer"
-    assert blame(before, silent, own_rank=0) == expected
-    behind = after | {2: after[2]._replace(moves=6, activity="step 2")}
-    assert "rank 2 (process 12 on host, in step 2) has come least far" in blame(
-        before, behind, own_rank=0
-    )
+def _timeouts(config: RunConfig) -> dict[str, float]:
+    """The timeout of every group that there is at the end of a run."""
+    found: dict[str, float] = {}
+
+    def note(self: Any, *_: Any) -> None:
+        for group in process_groups():
+            backend = group._get_backend(next(iter(group._device_types)))
+            found[f"{group.group_name} {group.group_desc}"] = backend.options._timeout
+
+    Watchdog.leave = note  # called last while there are groups
+    run_training(config)
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, TENSOR, PIPELINE, EXPERT], ids=["data", "tensor", "pipeline", "expert"]
+)
+def test_every_group_of_a_run_has_the_timeout_of_the_run(layout, tmp_path):
+    write_data(tmp_path)
+    config = tiny_run(tmp_path, training__max_steps=2, watchdog__timeout=77.0, **layout)
+    for timeouts in run_ranks(_timeouts, 2, config, init=False):
+        assert len(timeouts) > 3
+        assert set(timeouts.values()) == {group_timeout(77.0)}, timeouts

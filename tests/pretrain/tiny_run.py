@@ -73,3 +73,10 @@ def metrics(run: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, floa
     lines = Path(run.run_dir, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
+
+
+def curve(run: RunConfig) -> list[tuple[float, ...]]:
+    """What two runs that are the same have in common, bit for bit."""
+    trained, evaluated = metrics(run)
+    losses = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in trained]
+    return losses + [(r["step"], r["eval_loss"]) for r in evaluated]

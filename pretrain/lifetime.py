@@ -1,0 +1,124 @@
+"""A rank ends with the launcher that started it, also when the launcher was killed.
+
+`torchrun` and `deepspeed` end their ranks only when they can: one that is killed leaves them
+running, and so does the `deepspeed` command on SIGTERM (0.19.8, launcher/runner.py), whose ranks
+are children of its child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pretrain.errors import EXIT_STOPPED
+
+GRACE = 30.0  # seconds in which a rank may save once its launcher is gone; launchers give as many
+_PR_SET_PDEATHSIG = 1
+_INIT = 1
+_NODE_LAUNCHER = "deepspeed.launcher.launch"  # which the command `deepspeed` starts
+# The first words of their command lines. A shell is none: ranks outlive the terminal, if asked to.
+_LAUNCHERS = frozenset(
+    {
+        "accelerate",
+        "accelerate-launch",
+        "deepspeed",
+        _NODE_LAUNCHER,
+        "torch.distributed.run",
+        "torchrun",
+    }
+)
+_NUM_WORDS = 4  # python -u -m deepspeed.launcher.launch
+# What these launchers alone set.
+_OWN_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+
+
+def end_with_launcher() -> None:
+    """End this process with any of the launchers above it; call first of all.
+
+    Without its parent it is killed at once. Without a launcher further up it is asked to stop, as
+    by SIGTERM, and killed GRACE seconds later. Nothing happens in a process without a launcher, and
+    on systems other than Linux.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    launchers = _launchers_above(parent)
+    if _came_too_late(launchers, parent):
+        sys.exit(EXIT_STOPPED)
+    if not launchers:
+        return
+    # The kernel also sends the signal when only the thread ends that made this process; all of
+    # these launchers make ranks in their main thread.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    handles = []
+    for pid in launchers:
+        with contextlib.suppress(ProcessLookupError):
+            handles.append(os.pidfd_open(pid))
+    if len(handles) < len(launchers):
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=_outlive, args=(handles,), name="launcher", daemon=True).start()
+
+
+def _came_too_late(launchers: list[int], parent: int) -> bool:
+    """Whether a launcher has ended before this process could look: init has its children."""
+    if not launchers:
+        return parent == _INIT and any(name in os.environ for name in _OWN_VARIABLES)
+    outermost = launchers[-1]
+    if not any(word == _NODE_LAUNCHER for word in _words_of(outermost)):
+        return False
+    # The `deepspeed` command that starts it is in the same process group, often as its leader; a
+    # shell that ssh has started is the leader of its own and lives.
+    with contextlib.suppress(ProcessLookupError):
+        leader = os.getpgid(outermost)
+        return _parent_of(outermost) == _INIT or not Path(f"/proc/{leader}").exists()
+    return True
+
+
+def _launchers_above(pid: int) -> list[int]:
+    found = []
+    while _is_launcher(pid):
+        found.append(pid)
+        pid = _parent_of(pid)
+    return found
+
+
+def _is_launcher(pid: int) -> bool:
+    return any(word in _LAUNCHERS for word in _words_of(pid))
+
+
+def _words_of(pid: int) -> list[str]:
+    """The first words of the command line of a process, without the directories before them."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:_NUM_WORDS]
+    except OSError:
+        return []
+    return [Path(os.fsdecode(word)).name for word in words]
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        # The name of the program stands in parentheses and may hold spaces and parentheses.
+        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2]
+    except OSError:
+        return 0
+    return int(after_name.split()[1])
+
+
+def _outlive(handles: list[int]) -> None:
+    """Wait for the first of the launchers to end, and end this process."""
+    poll = select.poll()
+    for handle in handles:
+        poll.register(handle, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)

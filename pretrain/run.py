@@ -1,0 +1,131 @@
+"""A run from its configuration to its exit code: what is around the train loop."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from data_tools.build import build_eval_batches, build_train_loader
+from data_tools.evaluation import EvalBatches
+from data_tools.loader import TrainLoader
+from parallel.context import ParallelContext
+from pretrain.checkpoint import (
+    CheckpointStore,
+    Layout,
+    RunIdentity,
+)
+from pretrain.checkpoint.rng_state import seed_rng
+from pretrain.checkpoint.saves import Saves
+from pretrain.checkpoint.storage import Storage
+from pretrain.config import RunConfig, resolved, to_yaml
+from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
+from pretrain.config.layout import RunLayout, check_layout
+from pretrain.distributed import limit_groups
+from pretrain.engine import build_engine
+from pretrain.initial_weights import initial_weights
+from pretrain.loop import TrainLoop
+from pretrain.markers import clear_markers, leave_marker
+from pretrain.plan import RunPlan, build_precision, check_model
+from pretrain.rendezvous import World
+from pretrain.signals import GracefulStop
+from pretrain.start import agreement, start
+
+
+def run(config: RunConfig, ds_config_path: str | None = None) -> int:
+    """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
+
+    Raises:
+        AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
+        ConfigError: a setting cannot be used; nothing has been started yet.
+        TrainingError: training cannot go on, see `stability` in the configuration.
+    """
+    layout = check_layout(config, World.from_environment().size)
+    zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
+    precision = build_precision(config)
+    with ExitStack() as stack:
+        watchdog, ctx, ranks = start(config, layout, precision, stack)
+        plan = RunPlan.of(config, zero, ctx)
+        ranks.together(lambda: check_model(plan))
+        watchdog.moved("the opening of the data")
+        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
+        evaluation = ranks.together(lambda: _eval_batches(config, ctx))
+        watchdog.moved("the search for a checkpoint")
+        store = CheckpointStore(
+            Path(config.run_dir),
+            identity=_identity(config, layout, zero),
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            # What agrees in the background must not meet what the main thread agrees on.
+            ranks=agreement(config.watchdog.timeout) if config.checkpoint.asynchronous else ranks,
+        )
+        stack.callback(store.close)
+        checkpoint = store.find(config.resume)
+        if checkpoint is not None:
+            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer.get("data", {})))
+        ranks.on_first(lambda: _write_config(config))
+        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
+        watchdog.moved("the building of the model")
+        weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
+        engine = build_engine(plan, load_layer=None if weights is None else weights.load)
+        limit_groups(config.watchdog.timeout)
+        saves = stack.enter_context(
+            Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
+        )
+        loop = TrainLoop(config, layout, engine, loader, evaluation, saves, ranks, watchdog)
+        if checkpoint is not None:
+            loop.restore(checkpoint)
+        else:
+            seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
+        code = loop.run(stack.enter_context(GracefulStop()))
+        # Every rank has saved: a launcher that reads the marker may end all of them.
+        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
+        return code
+
+
+def _write_config(config: RunConfig) -> None:
+    path = Path(config.run_dir, "config.yaml")
+    Storage().replace_file(path, to_yaml(config).encode("ascii"))
+
+
+def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
+    return build_train_loader(
+        config.data,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.training.batch_size,
+        micro_batches_per_step=config.training.gradient_accumulation_steps,
+        data_rank=ctx.data.rank,
+        data_size=ctx.data.size,
+        seed=config.training.seed,
+        vocab_size=config.model.vocab_size,
+        curriculum=layout.curriculum,
+    )
+
+
+def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None:
+    if not config.data.validation:
+        return None
+    return build_eval_batches(
+        config.data,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.training.batch_size,
+        data_rank=ctx.data.rank,
+        data_size=ctx.data.size,
+        vocab_size=config.model.vocab_size,
+        max_windows=config.evaluation.max_windows,
+    )
+
+
+def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> RunIdentity:
+    return RunIdentity(
+        layout=Layout(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            data=layout.data,
+            expert=layout.expert,
+            zero_stage=zero.zero_stage,
+            precision=config.training.precision,
+        ),
+        config=resolved(config),
+        fingerprints={},  # the loader compares those of its sources when its state is loaded
+        layout_bound_by=layout_bound_by(config, zero),
+    )

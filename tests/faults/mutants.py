@@ -1,0 +1,330 @@
+"""Removes one defence at a time and runs the tests that are there for it: they have to fail.
+
+`python -m tests.faults.mutants [NAME ...]` copies the tree, and for every mutant replaces a piece
+of one file of the copy. A process with what is slow to import is forked for each, so that a mutant
+costs what its tests cost.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("configs", "data_tools", "launchers", "models", "parallel", "pretrain", "tests")
+LIMIT = 90.0  # seconds; a defence without which everything stands still is one, too
+SURVIVED, KILLED = 0, 1  # what pytest returns
+
+
+class Mutant(NamedTuple):
+    """`old`, which is in `file` once, becomes `new`; some of `tests` must then fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+STORE, STORAGE = "pretrain/checkpoint/store.py", "pretrain/checkpoint/storage.py"
+RESUME, MANIFEST = "pretrain/checkpoint/resume.py", "pretrain/checkpoint/manifest.py"
+LOOP = "pretrain/loop.py"
+_TESTS = "tests/pretrain/test_checkpoint.py::test_"
+_FAULTS = "tests/pretrain/test_checkpoint_faults.py::test_"
+POWER_LOSS = (f"{_FAULTS}a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
+KILLED_SAVE = (f"{_FAULTS}a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
+CRASHES = (
+    "tests/faults/test_crash_everywhere.py"
+    "::test_a_crash_at_any_operation_of_either_rank_leaves_a_complete_checkpoint",
+)
+KILLS = ("tests/faults/test_kill_anywhere.py::test_three_kills_lose_and_repeat_nothing",)
+BIT_FLIPS = (f"{_TESTS}every_single_bit_flip_of_a_checkpoint_is_found",)
+
+MUTANTS = {
+    "files are flushed": Mutant(
+        STORAGE,
+        """                self.point("fsync", path)
+                os.fsync(file.fileno())
+""",
+        "",
+        POWER_LOSS,
+    ),
+    "folders are flushed": Mutant(
+        STORE,
+        "                self._storage.sync(directory)\n",
+        "                pass\n",
+        POWER_LOSS,
+    ),
+    "the rename is flushed": Mutant(
+        STORAGE,
+        """        self.point("fsync", path)
+        descriptor""",
+        """        if path.name == "checkpoints":
+            return
+        self.point("fsync", path)
+        descriptor""",
+        POWER_LOSS,
+    ),
+    "ranks agree that all have written": Mutant(
+        STORE,
+        "        failure = self._ranks.first_message(failure)\n",
+        "",
+        (f"{_FAULTS}a_write_error_on_one_rank_stops_every_rank_and_publishes_nothing",),
+    ),
+    "rank 0 waits for the others": Mutant(
+        STORE,
+        """        reports = self._ranks.gather(written)
+        failure = self._ranks.first_message(failure)
+""",
+        "        reports = [written]\n",
+        CRASHES,
+    ),
+    "a checkpoint gets its name last": Mutant(
+        STORE,
+        'self.directory / f".tmp-step_{step}-{token}"',
+        "target",
+        KILLED_SAVE,
+    ),
+    "old checkpoints go after the new one is there": Mutant(
+        STORE,
+        "        target, token = self._path(step), os.urandom(4).hex()\n",
+        """        target, token = self._path(step), os.urandom(4).hex()
+        for old in steps_in(self.directory):
+            delete(self.directory, old, self._storage)
+""",
+        KILLED_SAVE,
+    ),
+    "a deletion begins with a rename": Mutant(
+        "pretrain/checkpoint/retention.py",
+        """    storage.rename(directory / f"step_{step}", doomed)
+    storage.remove_tree(doomed)
+""",
+        '    storage.remove_tree(directory / f"step_{step}")\n',
+        KILLED_SAVE,
+    ),
+    "contents are hashed": Mutant(
+        RESUME,
+        "ranks.first_message(verify_content(directory, manifest, mine))",
+        "None",
+        BIT_FLIPS,
+    ),
+    "the manifest has a checksum": Mutant(
+        MANIFEST,
+        "    if checksum != _checksum(content) or raw != ",
+        "    if raw != ",
+        BIT_FLIPS,
+    ),
+    "sizes are compared": Mutant(
+        MANIFEST,
+        "        if present[name].st_size != entry.size:\n",
+        "        if False:\n",
+        (f"{_TESTS}command_line_lists_and_verifies",),
+    ),
+    "surplus files are refused": Mutant(
+        MANIFEST, "    if surplus:\n", "    if False:\n", (f"{_TESTS}a_surplus_file_is_found",)
+    ),
+    "symbolic links are refused": Mutant(
+        MANIFEST,
+        "            if path.is_symlink():\n",
+        "            if False:\n",
+        (f"{_TESTS}symbolic_links_are_refused_though_their_content_is_right",),
+    ),
+    "names stay inside a checkpoint": Mutant(
+        MANIFEST,
+        "            if not _FILE_NAME.fullmatch(name):\n",
+        "            if False:\n",
+        (f"{_TESTS}a_manifest_that_names_a_file_outside_is_refused",),
+    ),
+    "one job for a run directory": Mutant(
+        "pretrain/checkpoint/lock.py",
+        "            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "",
+        (f"{_TESTS}a_second_job_in_the_same_directory_is_refused",),
+    ),
+    "the lock is looked at before a checkpoint is published": Mutant(
+        STORE,
+        "if self._lock is None or not self._lock.is_held():",
+        "if self._lock is None:",
+        (f"{_TESTS}a_job_that_lost_its_lock_publishes_nothing",),
+    ),
+    "the newest checkpoint comes first": Mutant(
+        RESUME,
+        "if n is not None and not e.is_symlink()), reverse=True)",
+        "if n is not None and not e.is_symlink()))",
+        (f"{_TESTS}the_newest_checkpoint_is_found_with_its_contents",),
+    ),
+    "no fresh start when all checkpoints are damaged": Mutant(
+        RESUME,
+        "    if problems:\n        raise",
+        "    if False:\n        raise",
+        (f"{_TESTS}only_damaged_checkpoints_are_an_error_and_no_fresh_start",),
+    ),
+    "no fresh start beside a `latest`": Mutant(
+        RESUME,
+        "    if not steps and latest is not None:\n",
+        "    if False:\n",
+        (f"{_TESTS}latest_without_any_checkpoint_is_an_error_and_no_fresh_start",),
+    ),
+    "another configuration is refused": Mutant(
+        RESUME,
+        "    if differences:\n        raise",
+        "    if False:\n        raise",
+        (f"{_TESTS}another_configuration_is_an_error_with_both_values",),
+    ),
+    "random numbers go on": Mutant(
+        LOOP,
+        "            restore_rng_state(checkpoint.rng_path(rank))\n",
+        "            pass\n",
+        KILLS,
+    ),
+    "the place in the data goes on": Mutant(
+        LOOP,
+        '            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))\n',
+        "            pass\n",
+        KILLS,
+    ),
+    "moments of the optimizer go on": Mutant(
+        "pretrain/checkpoint/optimizer_state.py",
+        "        for key in (MASTER, *MOMENTS):\n            live",
+        "        for key in (MASTER,):\n            live",
+        KILLS,
+    ),
+    "a rank that stands still ends the run": Mutant(
+        "pretrain/watchdog.py",
+        "            if verdict is None and waited > self._timeout:\n",
+        "            if False:\n",
+        ("tests/pretrain/test_watchdog.py::test_one_process_alone_is_watched_too",),
+    ),
+    "replicas are compared": Mutant(
+        "pretrain/replicas.py",
+        "    if torch.equal(least, most):\n",
+        "    if True:\n",
+        (
+            "tests/pretrain/test_replicas.py"
+            "::test_before_a_save_ranks_are_compared_whatever_the_interval",
+        ),
+    ),
+    "what is not finite is never saved": Mutant(
+        "pretrain/nonfinite.py",
+        "    finding = first_not_finite(module)\n",
+        "    finding = None\n",
+        ("tests/pretrain/test_nonfinite.py::test_what_is_not_finite_is_never_saved",),
+    ),
+    "a corpus is compared with its checksum": Mutant(
+        "data_tools/verify.py",
+        '    _compare(f"{dataset.paths.bin}: SHA-256", bin_sha256, info.bin_sha256)\n',
+        "",
+        ("tests/data_tools/test_verify.py::test_verify_finds_every_flipped_bit",),
+    ),
+    "the description of a corpus has a checksum": Mutant(
+        "data_tools/corpus_info.py",
+        "    _check_undamaged(path, text)\n",
+        "",
+        ("tests/data_tools/test_verify.py::test_edited_sidecar_is_refused_when_it_is_opened",),
+    ),
+}
+
+
+def main(names: Sequence[str]) -> int:
+    """Try the mutants of these names, or all; 0 when the tests pass without and fail with each."""
+    _import_what_is_slow()
+    chosen = {name: MUTANTS[name] for name in names or MUTANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        for package in PACKAGES:
+            shutil.copytree(
+                ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        log = Path(folder, "log")
+        every = sorted({test for mutant in chosen.values() for test in mutant.tests})
+        if _outcome(tree, every, log) != SURVIVED:
+            print(f"without a mutant the tests fail:\n{log.read_text()[-3000:]}")
+            return 1
+        survivors = [
+            name for name, mutant in chosen.items() if not _is_killed(name, mutant, tree, log)
+        ]
+    print(f"mutants: {len(chosen) - len(survivors)} of {len(chosen)} killed")
+    return min(len(survivors), 1)
+
+
+def _is_killed(name: str, mutant: Mutant, tree: Path, log: Path) -> bool:
+    begin = time.monotonic()
+    with _applied(mutant, tree):
+        outcome = _outcome(tree, mutant.tests, log)
+    if outcome not in (SURVIVED, KILLED, -signal.SIGALRM):
+        raise RuntimeError(f"{name}: pytest ended with {outcome}\n{log.read_text()[-3000:]}")
+    failed = re.findall(r"^FAILED (\S+)", log.read_text(), re.MULTILINE)
+    verdict = "survived" if outcome == SURVIVED else "killed"
+    by = f" by {failed[0].rpartition('::')[2]}" if failed else ""
+    print(f"{verdict}: {name}{by} ({time.monotonic() - begin:.1f} s)", flush=True)
+    return outcome != SURVIVED
+
+
+@contextmanager
+def _applied(mutant: Mutant, tree: Path) -> Iterator[None]:
+    path = tree / mutant.file
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} holds {source.count(mutant.old)} times: {mutant.old!r}")
+    path.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        yield
+    finally:
+        path.write_text(source)
+
+
+def _import_what_is_slow() -> None:
+    """Everything but our own packages, which a forked process imports from its own tree."""
+    from parallel.cpu import prepare_environment
+
+    prepare_environment()
+    warnings.simplefilter("ignore")
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import parallel.megatron
+    import parallel.pipeline  # noqa: F401
+
+    for name in list(sys.modules):
+        if name.partition(".")[0] in PACKAGES:
+            del sys.modules[name]
+
+
+def _outcome(tree: Path, tests: Sequence[str], log: Path) -> int:
+    """What pytest returns for these tests of this tree; minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        _run_pytest(tree, tests, log)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _run_pytest(tree: Path, tests: Sequence[str], log: Path) -> NoReturn:
+    status = 2
+    try:
+        os.setsid()
+        signal.setitimer(signal.ITIMER_REAL, LIMIT)  # SIGALRM ends a process that does not see it
+        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        os.chdir(tree)
+        sys.path[:] = [str(tree), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
+        sys.dont_write_bytecode = True
+        options = ["-q", "-x", "-rf", "--tb=short", f"--basetemp={log.parent / 'tmp'}"]
+        status = int(pytest.main([*options, *tests]))
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,233 @@
+"""Every end of a run under a launcher: one line, a known exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import to_yaml
+from tests.distributed import free_port
+from tests.pretrain.tiny_run import tiny_run, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT"],
+    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "PORT"],
+    "local.sh": [str(ROOT / "launchers/local.sh"), "2"],
+}
+SCRIPT = "pretrain/train.py"
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the run file `tiny`, of steps without end, and its corpus."""
+    directory = tmp_path_factory.mktemp("endings")
+    write_data(directory)
+    run = tiny_run(
+        directory,
+        training__max_steps=1_000_000,
+        training__batch_size=2,
+        checkpoint__interval=1_000_000,
+        evaluation__interval=1_000_000,
+    )
+    (directory / "tiny.yaml").write_text(to_yaml(run))
+    return directory
+
+
+class Job:
+    """A run of two ranks under a launcher."""
+
+    def __init__(self, launcher: str, configs: Path, folder: Path) -> None:
+        self.run_dir = folder / "run"
+        self._log = (folder / "log").open("w+")
+        self.port = free_port()
+        command = [str(self.port) if word == "PORT" else word for word in LAUNCHERS[launcher]]
+        command += [] if launcher == "local.sh" else [SCRIPT]
+        command += ["--config-name", "tiny", "--config-dir", str(configs)]
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        variables = {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        self.command = subprocess.Popen(
+            ["env", "--default-signal=INT", *command, f"run_dir={self.run_dir}"],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+
+    @property
+    def log(self) -> str:
+        self._log.flush()
+        return Path(self._log.name).read_text()
+
+    def processes(self) -> dict[int, str]:
+        """Every process of this job that runs: its run directory is on all their command lines."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if str(self.run_dir).encode() in line and state != "Z":
+                    found[int(entry.name)] = line.replace(b"\0", b" ").decode()
+        return found
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                if f"\0RANK={number}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    return pid
+        raise AssertionError(f"no process of rank {number}: {self.log}")
+
+    def wait_for_step(self, number: int) -> None:
+        path = self.run_dir / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (path.exists() and path.read_text().count('"loss"') >= number):
+            assert self.command.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.02)
+
+    def gone_after(self, limit: float) -> float:
+        """Seconds until the last process is gone.
+
+        Raises:
+            AssertionError: there is one after `limit` seconds.
+        """
+        began = time.monotonic()
+        while (self.command.poll() is None) or self.processes():
+            waited = time.monotonic() - began
+            assert waited < limit, f"after {waited:.1f} s: {self.processes()}\n{self.log}"
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def kill(self) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.command.wait()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def job(launcher: str, configs: Path, folder: Path) -> Iterator[Job]:
+    folder.mkdir(exist_ok=True)
+    started = Job(launcher, configs, folder)
+    try:
+        yield started
+    finally:
+        started.kill()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # sockets that linger
+        with contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return True
+    return False
+
+
+def _slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", _slow("torchrun"), _slow("local.sh")])
+def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
+    with job(launcher, configs, tmp_path) as run:
+        run.wait_for_step(3)
+        os.kill(run.rank(1), signal.SIGKILL)
+        waited = run.gone_after(10)
+        print(f"{launcher}: all processes gone {waited:.1f} s after the kill of a rank")
+        assert run.command.returncode not in (0, None)
+        assert _is_free(run.port)
+        said = re.findall(r"^error on rank 0: (.*)$|^error: (.*)$", run.log, re.MULTILINE)
+        assert len(said) == 1, run.log
+        assert re.search(
+            r"rank 1 \(process \d+ on .*last heard of in .*\) has ended .*signal 9, likely out of",
+            "".join(said[0]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("deepspeed", signal.SIGTERM),
+        *(_slow("deepspeed", number) for number in (signal.SIGKILL, signal.SIGINT)),
+        *(
+            _slow(launcher, number)
+            for launcher in ("torchrun", "local.sh")
+            for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
+        ),
+    ],
+)
+def test_a_signal_to_the_launcher_leaves_nothing_behind(number, launcher, configs, tmp_path):
+    with job(launcher, configs, tmp_path) as run:
+        run.wait_for_step(3)
+        os.kill(run.command.pid, number)
+        waited = run.gone_after(10)
+        print(f"{launcher}, {number.name}: all processes gone after {waited:.1f} s")
+        assert run.command.returncode != 0
+        assert _is_free(run.port)
+        if number != signal.SIGKILL or launcher == "deepspeed":
+            assert "stopped at step" in run.log
+            [step] = re.findall(r"stopped at step (\d+)", run.log)
+            assert [p.name for p in (run.run_dir / "checkpoints").glob("step_*")] == [
+                f"step_{step}"
+            ]
+
+
+@pytest.mark.slow
+def test_a_run_is_back_within_15_seconds_of_the_death_of_a_rank(configs, tmp_path):
+    """From the kill to the first new step, by hand in a loop as a scheduler would."""
+    with job("deepspeed", configs, tmp_path / "first") as run:
+        run.wait_for_step(3)
+        began = time.monotonic()
+        os.kill(run.rank(1), signal.SIGKILL)
+        run.gone_after(10)
+    with job("deepspeed", configs, tmp_path / "second") as run:
+        run.wait_for_step(1)
+        waited = time.monotonic() - began
+    print(f"deepspeed: first step {waited:.1f} s after the kill of a rank")
+    assert waited < 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_20_kills_at_random_moments_leave_nothing_behind(seed, configs, tmp_path):
+    generator = random.Random(seed)
+    launcher, rank = generator.choice(sorted(LAUNCHERS)), generator.randrange(2)
+    with job(launcher, configs, tmp_path) as run:
+        run.wait_for_step(1)
+        time.sleep(generator.uniform(0, 1))
+        os.kill(run.rank(rank), signal.SIGKILL)
+        waited = run.gone_after(10)
+        print(f"{launcher}, rank {rank}: all processes gone after {waited:.1f} s")
+        assert run.command.returncode not in (0, None)
+        assert _is_free(run.port)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_launcher_that_ends_while_the_run_starts_leaves_nothing_behind(seed, configs, tmp_path):
+    generator = random.Random(seed)
+    launcher = ("deepspeed", "torchrun")[seed % 2]
+    number = generator.choice([signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+    with job(launcher, configs, tmp_path) as run:
+        delay = generator.uniform(0.1, 8)
+        time.sleep(delay)
+        os.kill(run.command.pid, number)
+        waited = run.gone_after(20)
+        print(f"{launcher}, {number.name} after {delay:.1f} s: all gone after {waited:.1f} s")
+        assert run.command.returncode != 0

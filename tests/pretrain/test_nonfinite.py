@@ -1,0 +1,253 @@
+"""A loss or gradient that is not finite, anywhere: all ranks leave the step out and name it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import parallel.megatron
+import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from parallel.weights_io import ShardedWeightsReader
+from pretrain.errors import EXIT_COMPLETED, TrainingError
+from pretrain.nonfinite import check_finite
+from pretrain.optimizers import spoil
+from pretrain.ranks import Ranks
+from pretrain.run import run as run_training
+from tests.distributed import run_ranks
+from tests.models.families import CASES
+from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+
+STEPS, BAD = 5, 3
+
+
+class Fault(NamedTuple):
+    """What goes wrong on one rank in the steps `steps`; only the first time where `once`."""
+
+    where: str
+    rank: int
+    steps: tuple[int, ...] = (BAD,)
+    once: bool = False
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    write_data(directory)
+    return directory
+
+
+def _config(data: Path, run_dir: Path, **changes):
+    return tiny_run(data, run_dir=str(run_dir), training__max_steps=STEPS, **changes)
+
+
+def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
+    """`run` with a fault in it: its exit code, or its error, and what it has logged."""
+    import os
+
+    import pretrain.nonfinite
+    import pretrain.plan
+    import pretrain.run
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pretrain").addHandler(handler)
+    now = {"step": 0, "times": 0}
+
+    def strikes() -> bool:
+        here = int(os.environ["RANK"]) == fault.rank and now["step"] in fault.steps
+        return here and not (fault.once and now["times"] > 0)
+
+    original_train = pretrain.nonfinite.GuardedSteps.train
+    original_objective = pretrain.plan.RunPlan.objective
+    original_build = pretrain.run.build_engine
+
+    def train(self, step, **kwargs):
+        now.update(step=step, times=0)
+        return original_train(self, step, **kwargs)
+
+    def objective(self, output, targets):
+        total, terms = original_objective(self, output, targets)
+        if fault.where == "loss" and strikes():
+            total = spoil(total + float("inf"))
+        return total, terms
+
+    def build_engine(*args, **kwargs):
+        engine = original_build(*args, **kwargs)
+        train_step = engine.train_step
+
+        def counted(*args, **kwargs):
+            result = train_step(*args, **kwargs)
+            now["times"] += 1
+            return result
+
+        engine.train_step = counted
+        named = dict(engine.module.named_modules())
+        name = next(n for n in named if n.endswith("norm"))
+        if fault.where == "weight" and int(os.environ["RANK"]) == fault.rank:
+            with torch.no_grad():
+                parameter = next(engine.module.parameters())
+                getattr(parameter, "ds_tensor", parameter).data.view(-1)[0] = float("nan")
+        if fault.where == "activation":
+            named[name].register_forward_hook(
+                lambda module, inputs, output: output * float("nan") if strikes() else None
+            )
+        if fault.where == "gradient":
+            parameter = next(p for p in engine.module.parameters() if p.requires_grad)
+            parameter.register_hook(lambda g: g * float("inf") if strikes() else None)
+        return engine
+
+    pretrain.nonfinite.GuardedSteps.train = train
+    pretrain.plan.RunPlan.objective = objective
+    pretrain.run.build_engine = build_engine
+    try:
+        end: int | str = run_training(config, ds_config_path)
+    except TrainingError as error:
+        end = str(error)
+    return end, "\n".join(lines)
+
+
+def _run(config, fault: Fault, world_size: int, stage: int) -> list[tuple[int | str, str]]:
+    ds_config = f"configs/ds/zero{stage}.json"
+    return run_ranks(_broken, world_size, config, ds_config, fault, init=False)
+
+
+def _curve(config) -> list[tuple[float, ...]]:
+    return [(r["step"], r["loss"], r["grad_norm"], r["tokens"]) for r in metrics(config)[0]]
+
+
+def _weights(config) -> dict[str, torch.Tensor]:
+    reader = ShardedWeightsReader(Path(config.run_dir, "checkpoints", f"step_{STEPS}", "weights"))
+    return {name: reader.full(name) for name in reader.names()}
+
+
+NOBODY = Fault("nowhere", -1)
+DP2: dict[str, Any] = {"training__batch_size": 2}
+BF16 = {"training__precision": "bf16"}
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "ZeRO-0": (1, 0, {}),
+    "ZeRO-0 DP2": (2, 0, DP2),
+    "ZeRO-1 DP2": (2, 1, DP2),
+    "ZeRO-2 DP2": (2, 2, DP2),
+    "ZeRO-3 DP2": (2, 3, DP2),
+    "bf16 ZeRO-1": (1, 1, BF16),
+    "bf16 ZeRO-2 DP2": (2, 2, DP2 | BF16),
+    "bf16 ZeRO-3 DP2": (2, 3, DP2 | BF16),
+    "TP2": (2, 1, {"parallel__tensor": 2}),
+    "PP2": (2, 1, {"parallel__pipeline": 2}),
+    "PP2 bf16": (2, 1, {"parallel__pipeline": 2} | BF16),
+    "no clipping": (2, 1, DP2 | {"training__grad_clip": 0.0}),
+    "mod": (1, 1, {"model": CASES["mod"].config.model_dump()}),
+}
+
+
+ORDINARY = {
+    ("ZeRO-0", "activation"),
+    ("ZeRO-1 DP2", "loss"),
+    ("ZeRO-3 DP2", "gradient"),
+    ("bf16 ZeRO-2 DP2", "activation"),
+    ("TP2", "activation"),
+    ("PP2", "loss"),
+    ("mod", "gradient"),
+}
+
+
+def _cases():
+    for case in itertools.product(LAYOUTS, ["loss", "activation", "gradient"]):
+        yield pytest.param(*case, marks=[] if case in ORDINARY else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("layout", "where"), _cases())
+def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
+    layout, where, data, tmp_path
+):
+    world_size, stage, changes = LAYOUTS[layout]
+    expected = _config(data, tmp_path / "a", stability__skip_steps=[[BAD, BAD]], **changes)
+    ends = _run(expected, NOBODY, world_size, stage)
+    assert [code for code, _ in ends] == [EXIT_COMPLETED] * world_size
+    assert f"step {BAD}: its data are left out" in ends[0][1]
+
+    faulted = _config(data, tmp_path / "b", **changes)
+    # Only the last stage of a pipeline has a loss.
+    rank = 1 if where == "loss" and "PP2" in layout else world_size - 1
+    ends = _run(faulted, Fault(where, rank), world_size, stage)
+    assert [code for code, _ in ends] == [EXIT_COMPLETED] * world_size
+    said = ends[0][1]
+    assert f"step {BAD}: loss" in said
+    named = {"loss": r"the gradient of \S+", "activation": r"the output of \S+norm"}
+    named["gradient"] = r"the gradient of \S+"
+    if not (where == "loss" and "TP2" in layout):  # there the loss of one rank goes on to the other
+        assert re.search(rf"it begins on rank {rank} with {named[where]}, in samples \d+ to", said)
+    assert "of the run (train token" in said
+    assert _curve(faulted) == _curve(expected)
+    assert [r["skipped_steps"] for r in metrics(faulted)[0]] == [0, 0, 1, 1]
+    weights = _weights(expected)
+    for name, weight in _weights(faulted).items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("layout", ["ZeRO-0", "ZeRO-3 DP2", "PP2", "mod"])
+def test_a_fault_that_does_not_come_again_changes_nothing(layout, data, tmp_path):
+    world_size, stage, changes = LAYOUTS[layout]
+    undisturbed = _config(data, tmp_path / "a", **changes)
+    _run(undisturbed, NOBODY, world_size, stage)
+    faulted = _config(data, tmp_path / "b", **changes)
+    (_, said), *_ = _run(faulted, Fault("activation", 0, once=True), world_size, stage)
+    assert re.search(rf"step {BAD}: loss nan, .*; done again it is finite \(loss \d", said)
+    assert _curve(faulted) == _curve(undisturbed)
+    weights = _weights(undisturbed)
+    for name, weight in _weights(faulted).items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("layout", ["ZeRO-0", "ZeRO-2 DP2", "PP2"])
+def test_too_many_steps_in_a_row_end_the_run_at_its_last_checkpoint(layout, data, tmp_path):
+    world_size, stage, changes = LAYOUTS[layout]
+    config = _config(data, tmp_path, stability__max_skipped_steps=1, **changes)
+    fault = Fault("activation", world_size - 1, steps=(3, 4, 5))
+    ends = _run(config, fault, world_size, stage)
+    assert len({end for end, _ in ends}) == 1
+    assert "step 4: " in str(ends[0][0])
+    assert "2 steps in a row were not finite" in str(ends[0][0])
+    assert "start again from it with stability.skip_steps=[[3,4]]" in str(ends[0][0])
+    steps = sorted(path.name for path in Path(config.run_dir, "checkpoints").glob("step_*"))
+    assert steps == ["step_2"]
+
+
+@pytest.mark.parametrize("layout", ["ZeRO-1 DP2", "ZeRO-3 DP2", "PP2"])
+def test_a_weight_that_is_not_finite_ends_the_run_at_once(layout, data, tmp_path):
+    world_size, stage, changes = LAYOUTS[layout]
+    config = _config(data, tmp_path, **changes)
+    ends = _run(config, Fault("weight", 1), world_size, stage)
+    assert len({end for end, _ in ends}) == 1
+    assert re.match(r"step 1: it begins on rank 1 with parameter \S+ itself", str(ends[0][0]))
+    assert not list(Path(config.run_dir, "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_not_finite_is_never_saved(value):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    check_finite(module, Ranks(), step=7)
+    with torch.no_grad():
+        module[1].bias[1] = value
+    with pytest.raises(TrainingError, match=r"after step 7 parameter 1\.bias itself of rank 0 is"):
+        check_finite(module, Ranks(), step=7)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e30])
+def test_a_finite_loss_keeps_its_value_and_gradient(factor):
+    x = torch.tensor([1.5, -2.0], requires_grad=True)
+    loss = spoil((x * factor).square().sum())
+    loss.backward()
+    assert loss.isfinite() == (factor == 1.0)
+    if factor == 1.0:
+        assert torch.equal(loss, torch.tensor(6.25))
+        assert torch.equal(x.grad, torch.tensor([3.0, -4.0]))
+    else:
+        assert x.grad.isnan().all()
