@@ -189,9 +189,9 @@ MUTANTS = {
         KILLS,
     ),
     "the place in the data goes on": Mutant(
-        LOOP,
-        '            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))\n',
-        "            pass\n",
+        "pretrain/run.py",
+        'loader.load_state_dict(checkpoint.trainer.get("data", {}))',
+        "None",
         KILLS,
     ),
     "moments of the optimizer go on": Mutant(
