@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ def _measure(
             clock.seconds.setdefault(PUBLISHED, []).append(last)
         clock(IN_STEP, lambda: in_step.save(_contents(engine, clock.round)))
         clock(DEEPSPEED, partial(_deepspeed_save, engine, folder / "c"))
+        os.sync()  # what it left to be written must not burden the next round
     newest = folder / "b" / "checkpoints" / f"step_{clock.round}"
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     return clock.seconds, size
