@@ -67,9 +67,9 @@ CASES = {
     "tensor, rank 0": Case(0, "stopped", *STEP, TENSOR),
     "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
     "save": Case(1, "stopped", CheckpointStore, "save", "the save of step 2"),
-    "data index of rank 0": Case(0, "asleep", run, "_train_loader", "the opening of the data"),
 }
 MORE_CASES = {
+    "data index of rank 0": Case(0, "asleep", run, "_train_loader", "the opening of the data"),
     "data, rank 0": Case(0, "asleep", *STEP),
     "data, ZeRO-3": Case(1, "stopped", *STEP, zero=3),
     "tensor": Case(1, "asleep", *STEP, TENSOR),
