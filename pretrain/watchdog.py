@@ -282,8 +282,11 @@ class Watchdog:
             is_first = self._record.say(_VERDICT, f"rank {self._rank}: {what}{culprit}")
             return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
         except (RuntimeError, TimeoutError):
-            # The others cannot be asked who is to say it.
+            # The others cannot be asked who is to say it. The keeper hears of it if it wakes.
             message = f"{what}{self._record.keeper} does not answer"
+            self._neighbours.wake()
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._record.say(_VERDICT, message)
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
 
     def _observe(self) -> None:
@@ -297,6 +300,7 @@ class Watchdog:
 
     def _finish(self, ending: Ending) -> None:
         if ending.code == EXIT_HUNG:
+            self._neighbours.wake()
             failure = self._write_stacks()
             if ending.message is not None:
                 stacks = failure or f"stacks in {self._folder}/stacks_rank_*.txt"
