@@ -148,10 +148,20 @@ class CheckpointStore:
         return self.directory / f"step_{step}"
 
     def _open(self) -> None:
-        """Rank 0: take the lock, remove what an interrupted save has left."""
+        """Rank 0: take the lock, see that saves can be written, remove what one has left behind."""
         self._lock = RunLock(self.run_dir)
-        self.directory.mkdir(exist_ok=True)
-        refuse_if_others_can_write(self.directory)
+        try:
+            self.directory.mkdir(exist_ok=True)
+            refuse_if_others_can_write(self.directory)
+            probe = self.directory / f".latest-{os.urandom(4).hex()}"
+            Storage().write(probe, b"can this be written?")  # not an operation of a save
+            probe.unlink()
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{str(self.directory)!r} cannot be written ({error.strerror}): choose another "
+                "run_dir or free space"
+            ) from error
         for entry in sorted(self.directory.iterdir()):
             if _TEMPORARY.fullmatch(entry.name):
                 logger.warning("removing %s, left by an interrupted save", entry)

@@ -84,10 +84,10 @@ MUTANTS = {
     ),
     "rank 0 waits for the others": Mutant(
         STORE,
-        """        reports = self._ranks.gather(written)
+        """        reports = self._ranks.gather(report)
         failure = self._ranks.first_message(failure)
 """,
-        "        reports = [written]\n",
+        "        reports = [report]\n",
         CRASHES,
     ),
     "a checkpoint gets its name last": Mutant(
@@ -98,8 +98,8 @@ MUTANTS = {
     ),
     "old checkpoints go after the new one is there": Mutant(
         STORE,
-        "        target, token = self._path(step), os.urandom(4).hex()\n",
-        """        target, token = self._path(step), os.urandom(4).hex()
+        "        target = self._path(step)\n",
+        """        target = self._path(step)
         for old in steps_in(self.directory):
             delete(self.directory, old, self._storage)
 """,
@@ -121,7 +121,7 @@ MUTANTS = {
     ),
     "the manifest has a checksum": Mutant(
         MANIFEST,
-        "    if checksum != _checksum(content) or raw != ",
+        "    if checksum != expected or raw != ",
         "    if raw != ",
         BIT_FLIPS,
     ),
@@ -189,9 +189,9 @@ MUTANTS = {
         KILLS,
     ),
     "the place in the data goes on": Mutant(
-        LOOP,
-        '            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer["data"]))\n',
-        "            pass\n",
+        "pretrain/run.py",
+        'loader.load_state_dict(checkpoint.trainer.get("data", {}))',
+        "None",
         KILLS,
     ),
     "moments of the optimizer go on": Mutant(
@@ -202,9 +202,15 @@ MUTANTS = {
     ),
     "a rank that stands still ends the run": Mutant(
         "pretrain/watchdog.py",
-        "            if verdict is None and waited > self._timeout:\n",
-        "            if False:\n",
+        "        if found is None and waited > limit:\n",
+        "        if False:\n",
         ("tests/pretrain/test_watchdog.py::test_one_process_alone_is_watched_too",),
+    ),
+    "every group has a timeout": Mutant(
+        "pretrain/distributed.py",
+        "            distributed_c10d._set_pg_timeout(limit, group)\n",
+        "            pass\n",
+        ("tests/pretrain/test_watchdog.py::test_every_group_of_a_run_has_the_timeout_of_the_run",),
     ),
     "replicas are compared": Mutant(
         "pretrain/replicas.py",
@@ -220,6 +226,12 @@ MUTANTS = {
         "    finding = first_not_finite(module)\n",
         "    finding = None\n",
         ("tests/pretrain/test_nonfinite.py::test_what_is_not_finite_is_never_saved",),
+    ),
+    "a run that could not save takes no step": Mutant(
+        STORE,
+        'probe = self.directory / f".latest-{os.urandom(4).hex()}"',
+        'probe = self.run_dir / "probe"',
+        ("tests/faults/test_disk.py::test_a_run_that_could_not_save_takes_no_step",),
     ),
     "a corpus is compared with its checksum": Mutant(
         "data_tools/verify.py",
@@ -272,13 +284,23 @@ def _is_killed(name: str, mutant: Mutant, tree: Path, log: Path) -> bool:
     return outcome != SURVIVED
 
 
+def mutated(mutant: Mutant, tree: Path) -> str:
+    """The file of a mutant as it becomes.
+
+    Raises:
+        ValueError: the file no longer holds once what is to be replaced.
+    """
+    source = (tree / mutant.file).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} holds {source.count(mutant.old)} times: {mutant.old!r}")
+    return source.replace(mutant.old, mutant.new)
+
+
 @contextmanager
 def _applied(mutant: Mutant, tree: Path) -> Iterator[None]:
     path = tree / mutant.file
     source = path.read_text()
-    if source.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file} holds {source.count(mutant.old)} times: {mutant.old!r}")
-    path.write_text(source.replace(mutant.old, mutant.new))
+    path.write_text(mutated(mutant, tree))
     try:
         yield
     finally:
