@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import random
 import socket
 import sys
 import threading
@@ -201,10 +202,10 @@ class Watchdog:
     def _watch(self) -> None:
         ending, reported, sampled = None, 0.0, time.monotonic()
         while ending is None:
-            pause = (
-                SAMPLING_INTERVAL if self._slow is not None and self._in_step else self._interval
-            )
-            if self._closing.wait(min(pause, self._interval)):
+            # Not in step with what is looked at.
+            often = SAMPLING_INTERVAL * random.uniform(0.5, 1.5)
+            samples = self._slow is not None and self._in_step
+            if self._closing.wait(min(often, self._interval) if samples else self._interval):
                 return
             now = time.monotonic()
             self._sample(now - sampled)
