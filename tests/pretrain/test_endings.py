@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from pretrain.config import to_yaml
 from tests.distributed import free_port
-from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -26,10 +27,13 @@ LAUNCHERS = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT"],
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "PORT"],
     "local.sh": [str(ROOT / "launchers/local.sh"), "2"],
+    "mpirun": ["mpirun", "--oversubscribe", "-n", "2", sys.executable],
 }
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 SCRIPT = "pretrain/train.py"
 # What the command returns when a rank was killed, and when the ranks were stopped and have saved.
-CODES = {"deepspeed": (247, 75), "torchrun": (1, 1), "local.sh": (1, 1)}
+CODES = {"deepspeed": (247, 75), "torchrun": (1, 1), "local.sh": (1, 1), "mpirun": (137, 75)}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,8 @@ class Job:
     """A run of two ranks under a launcher."""
 
     def __init__(self, launcher: str, configs: Path, folder: Path) -> None:
+        if launcher == "mpirun" and shutil.which("mpirun") is None:
+            pytest.skip("mpirun is not installed")
         self.run_dir = folder / "run"
         self._log = (folder / "log").open("w+")
         self.port = free_port()
@@ -59,7 +65,7 @@ class Job:
         command += [] if launcher == "local.sh" else [SCRIPT]
         command += ["--config-name", "tiny", "--config-dir", str(configs)]
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        variables = {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        variables = {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **AS_ROOT}
         self.command = subprocess.Popen(
             ["env", "--default-signal=INT", *command, f"run_dir={self.run_dir}"],
             cwd=ROOT,
@@ -89,7 +95,8 @@ class Job:
         """The process of a rank."""
         for pid in self.processes():
             with contextlib.suppress(OSError):
-                if f"\0RANK={number}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if any(f"{name}={number}".encode() in variables for name in RANK_VARIABLES):
                     return pid
         raise AssertionError(f"no process of rank {number}: {self.log}")
 
@@ -145,7 +152,7 @@ def _slow(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", _slow("torchrun"), _slow("local.sh")])
+@pytest.mark.parametrize("launcher", ["deepspeed", *map(_slow, list(LAUNCHERS)[1:])])
 def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
     with job(launcher, configs, tmp_path) as run:
         run.wait_for_step(3)
@@ -169,7 +176,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
         *(_slow("deepspeed", number) for number in (signal.SIGKILL, signal.SIGINT)),
         *(
             _slow(launcher, number)
-            for launcher in ("torchrun", "local.sh")
+            for launcher in ("torchrun", "local.sh", "mpirun")
             for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
         ),
     ],
@@ -182,12 +189,10 @@ def test_a_signal_to_the_launcher_leaves_nothing_behind(number, launcher, config
         print(f"{launcher}, {number.name}: all processes gone after {waited:.1f} s")
         assert run.command.returncode != 0
         assert _is_free(run.port)
-        if number != signal.SIGKILL or launcher == "deepspeed":
-            assert "stopped at step" in run.log
-            [step] = re.findall(r"stopped at step (\d+)", run.log)
-            assert [p.name for p in (run.run_dir / "checkpoints").glob("step_*")] == [
-                f"step_{step}"
-            ]
+        if number != signal.SIGKILL or launcher in ("deepspeed", "mpirun"):
+            [saved] = [path.name for path in (run.run_dir / "checkpoints").glob("step_*")]
+            [*_, last], _ = metrics(tiny_run(configs, run_dir=str(run.run_dir)))
+            assert saved == f"step_{last['step']}"
 
 
 @pytest.mark.slow
