@@ -92,9 +92,14 @@ def resumed(folder: Path) -> str:
     try:
         ((number, _), _) = run_ranks(_resume, 2, folder, init=False)
     except AssertionError as error:
-        last = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)", line)]
-        return f"an error ({last[0][:60].strip() if last else 'no message'})"
+        return f"an error ({kinds_of_error(str(error))})"
     return f"step {number}" if number else "a silent start from the beginning"
+
+
+def kinds_of_error(report: str) -> str:
+    """The classes of the errors with which ranks have ended."""
+    names = re.findall(r"^(?:E? *)?(?:\w+\.)*(\w+(?:Error|Exception))\b", report, re.MULTILINE)
+    return ", ".join(dict.fromkeys(names)) or "no message"
 
 
 def clean_resume(folder: Path) -> str:
