@@ -20,7 +20,7 @@ MAX_DOCUMENT_BYTES = 16 << 20
 """Hugging Face tokenizers take about 130 bytes of memory for each byte of a document."""
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
-_ZSTD_CHUNK = 1 << 14
+_ZSTD_CHUNK = 1 << 11  # 4 bytes can stand for 128 KiB, which makes 64 MiB of a chunk
 
 
 class RawDocument(NamedTuple):

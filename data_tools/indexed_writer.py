@@ -30,7 +30,7 @@ def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedin
         return np.dtype(np.uint8)
     if vocab_size <= 1 << 16:
         return np.dtype(np.uint16)
-    return np.dtype(np.int32)
+    return np.dtype(np.int32 if vocab_size <= 1 << 31 else np.int64)
 
 
 def check_absent(prefix: Path) -> None:
@@ -90,13 +90,13 @@ class IndexedDatasetWriter:
             raise ValueError(f"lengths add up to {lengths.sum()}, but there are {len(tokens)} ids")
         if len(tokens) == 0:
             return
-        self._check_ids(tokens, lengths)
-        lengths = lengths[lengths > 0]
         if int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
             raise DataError(
-                f"{self.prefix}: a document of {lengths.max()} tokens; at most "
-                f"{_MAX_DOCUMENT_TOKENS} fit: split it"
+                f"{self.prefix}: document {self.num_documents + int(np.argmax(lengths))} has "
+                f"{lengths.max()} tokens; at most {_MAX_DOCUMENT_TOKENS} fit: split it"
             )
+        self._check_ids(tokens, lengths)
+        lengths = lengths[lengths > 0]
         data = tokens.astype(self.dtype).tobytes()
         self._bin.write(data)
         self._bin_digest.update(data)

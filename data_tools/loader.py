@@ -278,8 +278,8 @@ def check_ids(ids: TokenArray, *, vocab_size: int, name: str) -> None:
     if low < 0 or high >= vocab_size:
         raise DataError(
             f"data source {name}: token id {low if low < 0 else high} is outside the model's "
-            f"vocabulary of {vocab_size}; set model.vocab_size to the tokenizer's, or check the "
-            "corpus with python -m data_tools.inspect_corpus --verify"
+            f"vocabulary of {vocab_size}; set model.vocab_size to the tokenizer's; python -m "
+            f"data_tools.verify PREFIX --vocab-size {vocab_size} names the document and the place"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from collections.abc import MutableMapping
@@ -36,6 +37,7 @@ _LAUNCHERS = (
     # SLURM_NTASKS would be that of the job, also for a single process in its batch script.
     _Launcher("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 )
+_NODES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
 
 
 def adopt_launcher(environment: Environment = os.environ) -> None:
@@ -68,6 +70,8 @@ def adopt_launcher(environment: Environment = os.environ) -> None:
 
 def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple[str, int]:
     nodes = environment["SLURM_STEP_NODELIST"]
+    if not _NODES.fullmatch(nodes):  # one that begins with - would be an option of scontrol
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} is no list of nodes; unset it")
     try:
         done = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
@@ -78,8 +82,14 @@ def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple
             "export MASTER_ADDR and MASTER_PORT before srun"
         ) from error
     # Below the ports that the kernel gives to clients; the same on every rank of the step.
-    place = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    place = _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
     return done.stdout.split()[0], 10000 + place % 20000
+
+
+def _number(environment: Environment, name: str) -> int:
+    if not environment[name].isdecimal():
+        raise ConfigError(f"{name}={environment[name]!r} must be a whole number; unset it")
+    return int(environment[name])
 
 
 def _rendezvous_of_mpi(launcher: _Launcher, environment: Environment) -> tuple[str, int]:

@@ -28,12 +28,23 @@ class World(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> World:
-        """RANK, LOCAL_RANK and WORLD_SIZE; one process when none of them is set."""
+        """RANK, LOCAL_RANK and WORLD_SIZE; one process when none of them is set.
+
+        Raises:
+            ConfigError: one of them is not a number.
+        """
         return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            size=int(os.environ.get("WORLD_SIZE", "1")),
+            rank=_number("RANK", 0),
+            local_rank=_number("LOCAL_RANK", 0),
+            size=_number("WORLD_SIZE", 1),
         )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; unset it")
+    return int(text)
 
 
 def meet(world: World, *, purpose: str, timeout: float | None) -> dist.Store:

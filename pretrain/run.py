@@ -27,7 +27,6 @@ from pretrain.loop import TrainLoop
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.plan import RunPlan, build_precision, check_model
 from pretrain.rendezvous import World
-from pretrain.signals import GracefulStop
 from pretrain.start import agreement, start
 
 
@@ -43,7 +42,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
     precision = build_precision(config)
     with ExitStack() as stack:
-        watchdog, ctx, ranks = start(config, layout, precision, stack)
+        stop, watchdog, ctx, ranks = start(config, layout, precision, stack)
         plan = RunPlan.of(config, zero, ctx)
         ranks.together(lambda: check_model(plan))
         watchdog.moved("the opening of the data")
@@ -76,7 +75,8 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
-        code = loop.run(stack.enter_context(GracefulStop()))
+        stop.started()
+        code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
         return code

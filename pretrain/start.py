@@ -16,13 +16,14 @@ from pretrain.distributed import group_timeout, prepare, process_group
 from pretrain.plan import build_context
 from pretrain.ranks import Ranks
 from pretrain.rendezvous import World, meet
-from pretrain.signals import ending_on_signals
+from pretrain.signals import GracefulStop
 from pretrain.watchdog import Watchdog
 
 
 class Start(NamedTuple):
     """What a rank has once all of them have come."""
 
+    stop: GracefulStop
     watchdog: Watchdog
     ctx: ParallelContext
     ranks: Ranks
@@ -30,7 +31,7 @@ class Start(NamedTuple):
 
 def start(config: RunConfig, layout: RunLayout, precision: Precision, stack: ExitStack) -> Start:
     """Bring the ranks together, watched from the moment in which all have come; `stack` ends it."""
-    stack.enter_context(ending_on_signals())
+    stop = stack.enter_context(GracefulStop(starting=True))
     world, limit = World.from_environment(), config.watchdog.timeout
     prepare()
     store = meet(world, purpose=config.run_dir, timeout=limit)
@@ -54,7 +55,7 @@ def start(config: RunConfig, layout: RunLayout, precision: Precision, stack: Exi
         ", ".join(f"{name} {axis.rank}" for name, axis in axes.items() if axis.size > 1),
         stage=ctx.pipeline.rank,
     )
-    return Start(watchdog, ctx, ranks)
+    return Start(stop, watchdog, ctx, ranks)
 
 
 def agreement(timeout: float | None) -> Ranks:

@@ -103,7 +103,15 @@ train() {
     kill "$tick" 2> /dev/null
   done
   wait "$STEP"
-  say "the step ended with code $?"
+  say "the step ended with code $(explain "$?")"
+}
+
+explain() {  # exit code
+  case $1 in
+    137) echo "137: signal 9, likely out of memory (sacct -j $SLURM_JOB_ID --format=State,MaxRSS says more)" ;;
+    13[0-9] | 14[0-9]) echo "$1: signal $(($1 - 128))" ;;
+    *) echo "$1" ;;
+  esac
 }
 
 ask_to_save() {  # reason

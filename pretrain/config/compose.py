@@ -13,6 +13,7 @@ import yaml
 
 from pretrain.config.aliases import ALIASES
 from pretrain.config.base_models import CONFIGS
+from pretrain.config.credentials import check_override
 from pretrain.config.errors import nearest, show
 from pretrain.config.limits import MAX_TEXT, read_run_file
 from pretrain.config.schema import RunConfig, parse_config
@@ -40,6 +41,8 @@ def compose_config(
     Raises:
         ConfigError: a file, key or value that cannot be used; one line.
     """
+    for override in overrides:  # first: other messages show what they are about
+        check_override(override)
     source = _find(config_name, _search_path(config_dir))
     values = _compose(source, [_translate(each, source.search) for each in overrides])
     _drop_overruled(values, {each.partition("=")[0].lstrip("+~") for each in overrides})

@@ -19,6 +19,7 @@ from pydantic import (
 
 from data_tools.config import DataConfig
 from pretrain.config.aliases import resolve_aliases
+from pretrain.config.credentials import check_credentials
 from pretrain.config.errors import config_error, show
 from pretrain.config.limits import check_numbers
 from pretrain.config.operation import (
@@ -208,6 +209,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown, missing or unusable setting.
     """
+    check_credentials(values)
     check_numbers(values)
     try:
         return RunConfig.model_validate(resolve_aliases(values))

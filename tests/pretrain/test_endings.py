@@ -28,6 +28,8 @@ LAUNCHERS = {
     "local.sh": [str(ROOT / "launchers/local.sh"), "2"],
 }
 SCRIPT = "pretrain/train.py"
+# What the command returns when a rank was killed, and when the ranks were stopped and have saved.
+CODES = {"deepspeed": (247, 75), "torchrun": (1, 1), "local.sh": (1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
         os.kill(run.rank(1), signal.SIGKILL)
         waited = run.gone_after(10)
         print(f"{launcher}: all processes gone {waited:.1f} s after the kill of a rank")
-        assert run.command.returncode not in (0, None)
+        assert run.command.returncode == CODES[launcher][0]
         assert _is_free(run.port)
         said = re.findall(r"^error on rank 0: (.*)$|^error: (.*)$", run.log, re.MULTILINE)
         assert len(said) == 1, run.log
@@ -186,6 +188,20 @@ def test_a_signal_to_the_launcher_leaves_nothing_behind(number, launcher, config
             assert [p.name for p in (run.run_dir / "checkpoints").glob("step_*")] == [
                 f"step_{step}"
             ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_signal_to_one_rank_stops_all_with_a_save_and_the_code_of_the_command(
+    launcher, configs, tmp_path
+):
+    with job(launcher, configs, tmp_path) as run:
+        run.wait_for_step(3)
+        os.kill(run.rank(1), signal.SIGUSR1)
+        run.gone_after(10)
+        assert run.command.returncode == CODES[launcher][1]
+        assert run.log.count("stopped at step") == 1
+        assert not re.search("^error", run.log, re.MULTILINE), run.log
 
 
 @pytest.mark.slow

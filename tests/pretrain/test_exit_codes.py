@@ -33,7 +33,7 @@ from pretrain.errors import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
 )
-from pretrain.signals import ending_on_signals
+from pretrain.signals import GracefulStop
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
@@ -163,7 +163,7 @@ def _wait_for_ever(number: signal.Signals) -> None:
     """A start that waits in C for a rank that does not come, and a signal to it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
-    with ending_on_signals():
+    with GracefulStop(starting=True):
         store.wait(["never"], timedelta(seconds=60))
 
 
@@ -177,16 +177,21 @@ def test_a_signal_ends_a_start_that_waits_in_c(number):
     assert f"rank 0: {number.name} while the run was starting" in str(ended.value)
 
 
-def _start_ignoring() -> str:
+def _start_ignoring() -> tuple[bool, bool]:
+    """Whether a stop is asked for by a signal in the start, that was ignored before, and after."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    with ending_on_signals():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.2)
-    return "lives"
+    asked = []
+    with GracefulStop(starting=True) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)
+            asked.append(stop.received is not None)
+            stop.started()
+    return asked[0], asked[1]
 
 
 def test_a_start_goes_on_where_the_launcher_has_said_to_ignore_a_signal():
-    assert run_ranks(_start_ignoring, 1, init=False) == ["lives"]
+    assert run_ranks(_start_ignoring, 1, init=False) == [(False, True)]
 
 
 def test_the_readme_lists_every_exit_code_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from pretrain.errors import EXIT_HUNG
 from pretrain.run import run as run_training
 from pretrain.watchdog import Ending, Watchdog
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import SEQ, tiny_run, write_data
+from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data
 
 TIMEOUT = 1.5
 
@@ -202,3 +203,23 @@ def test_every_group_of_a_run_has_the_timeout_of_the_run(layout, tmp_path):
     for timeouts in run_ranks(_timeouts, 2, config, init=False):
         assert len(timeouts) > 3
         assert set(timeouts.values()) == {group_timeout(77.0)}, timeouts
+
+
+def _train_by_a_wrong_clock(config: RunConfig) -> int:
+    """Every look at the clock finds it an hour earlier."""
+    hours = itertools.count()
+    time.time = lambda: 2e9 - 3600.0 * next(hours)
+    return run_training(config)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(tmp_path):
+    write_data(tmp_path)
+    changes = {"watchdog__timeout": 20.0, "checkpoint__keep": 5}
+    config = tiny_run(tmp_path, **changes)
+    assert run_ranks(_train_by_a_wrong_clock, 2, config, init=False) == [0, 0]
+    checkpoints = Path(config.run_dir, "checkpoints")
+    os.utime(checkpoints / "step_2", (3e9, 3e9))
+    os.utime(checkpoints / "step_4", (1e9, 1e9))
+    more = tiny_run(tmp_path, training__max_steps=6, **changes)
+    assert run_ranks(_train_by_a_wrong_clock, 2, more, init=False) == [0, 0]
+    assert [int(record["step"]) for record in metrics(more)[0]] == [1, 2, 3, 4, 5, 6]
