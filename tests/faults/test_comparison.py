@@ -17,7 +17,8 @@ EXPECTED = {
         r"\d+ kills: \d+ x step 1, \d+ x step 2",
     ),
     "full_disk": (
-        r"an error on the rank; `latest` names global_step2; restart: an error",
+        r"an error on the rank; `latest` names global_step2; restart: an error .*, with the old "
+        r"tag: step 1",
         r"an error on 2 ranks, with the path; `latest` names step_2; restart: step 2",
     ),
     "latest_missing": (r"a silent start from the beginning", r"step 2"),
