@@ -65,7 +65,7 @@ def step(engine: Any, *, factor: float = 1.0) -> float:
     loss = (engine(x) - x.flip(-1)).square().mean() * factor
     engine.backward(loss)
     engine.step()
-    return float(loss)
+    return loss.item()
 
 
 def begun(folder: Path) -> None:
