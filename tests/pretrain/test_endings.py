@@ -33,7 +33,7 @@ RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 SCRIPT = "pretrain/train.py"
 # What the command returns when a rank was killed, and when the ranks were stopped and have saved.
-# DeepSpeed returns the code of the rank that it first sees to have ended: the killed one or another.
+# DeepSpeed returns the code of the rank that it first sees to have ended, the killed or another.
 CODES = {
     "deepspeed": ((247, EXIT_LOST_RANK), 75),
     "torchrun": ((1,), 1),
