@@ -150,8 +150,8 @@ def _leave_the_cpu_to_steps() -> None:
 class HostBuffers:
     """Host memory for a copy of what a rank writes: allocated by the first save, used by all.
 
-    From an accelerator copies go to pinned memory without waiting for each; `synchronize` does for
-    all of them.
+    From an accelerator copies go to pinned memory (of which torch takes the next power of two for
+    each tensor) without waiting for each; `synchronize` does for all of them.
     """
 
     def __init__(self) -> None:

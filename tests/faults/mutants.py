@@ -39,8 +39,9 @@ class Mutant(NamedTuple):
 
 STORE, STORAGE = "pretrain/checkpoint/store.py", "pretrain/checkpoint/storage.py"
 RESUME, MANIFEST = "pretrain/checkpoint/resume.py", "pretrain/checkpoint/manifest.py"
-LOOP = "pretrain/loop.py"
+LOOP, SAVES = "pretrain/loop.py", "pretrain/checkpoint/saves.py"
 _TESTS = "tests/pretrain/test_checkpoint.py::test_"
+_SAVES = "tests/pretrain/test_saves.py::test_"
 _FAULTS = "tests/pretrain/test_checkpoint_faults.py::test_"
 POWER_LOSS = (f"{_FAULTS}a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
 KILLED_SAVE = (f"{_FAULTS}a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
@@ -117,7 +118,10 @@ MUTANTS = {
         RESUME,
         "ranks.first_message(verify_content(directory, manifest, mine))",
         "None",
-        BIT_FLIPS,
+        (
+            f"{_TESTS}a_damaged_newest_checkpoint_is_passed_over_with_one_warning_that_names_the"
+            "_file",
+        ),
     ),
     "the manifest has a checksum": Mutant(
         MANIFEST,
@@ -181,6 +185,24 @@ MUTANTS = {
         "    if differences:\n        raise",
         "    if False:\n        raise",
         (f"{_TESTS}another_configuration_is_an_error_with_both_values",),
+    ),
+    "a save in the background has a copy of its own": Mutant(
+        SAVES,
+        "        return buffer.copy_(tensor.detach(), non_blocking=True)\n",
+        "        return tensor.detach()\n",
+        (f"{_SAVES}files_are_those_of_a_save_in_the_step_though_steps_change_the_state",),
+    ),
+    "what fails in the background is raised": Mutant(
+        SAVES,
+        "            raise running.error\n",
+        "            pass\n",
+        (f"{_SAVES}a_last_save_that_fails_is_an_error_and_leaves_no_marker",),
+    ),
+    "the marker waits for the last save": Mutant(
+        LOOP,
+        "                    self.saves.wait()\n",
+        "                    pass\n",
+        (f"{_SAVES}a_run_that_is_asked_to_stop_publishes_before_it_leaves_its_marker",),
     ),
     "random numbers go on": Mutant(
         LOOP,
