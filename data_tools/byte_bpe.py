@@ -116,12 +116,12 @@ def _ranks(model: Any) -> dict[bytes, int] | None:
     previous = -1
     for merge in model["merges"]:
         token = "".join(merge)
-        rank = vocab[token]
-        if rank <= previous:
+        rank = vocab.get(token, -1)
+        if rank <= previous or not letters.keys() >= set(token):
             return None
         previous = rank
         ranks[bytes(map(letters.__getitem__, token))] = rank
-    return ranks
+    return ranks if len({*ranks.values()}) == len(ranks) else None
 
 
 def _merge_to_themselves(model: Any, merges: Any, ranks: dict[bytes, int]) -> bool:

@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 _INIT = 1
 _NODE_LAUNCHER = "deepspeed.launcher.launch"  # which the command `deepspeed` starts
 # The first words of their command lines. A shell is none: ranks outlive the terminal, if asked to.
-_LAUNCHERS = frozenset(
+_PYTHON_LAUNCHERS = frozenset(
     {
         "accelerate",
         "accelerate-launch",
@@ -32,6 +32,20 @@ _LAUNCHERS = frozenset(
         _NODE_LAUNCHER,
         "torch.distributed.run",
         "torchrun",
+    }
+)
+_MPI_LAUNCHERS = frozenset(
+    {
+        "hydra_pmi_proxy",
+        "mpiexec",
+        "mpiexec.hydra",
+        "mpirun",
+        "mpirun.mpich",
+        "mpirun.openmpi",
+        "orted",
+        "orterun",
+        "prted",
+        "prterun",
     }
 )
 _NUM_WORDS = 4  # python -u -m deepspeed.launcher.launch
@@ -42,9 +56,9 @@ _OWN_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 def end_with_launcher() -> None:
     """End this process with any of the launchers above it; call first of all.
 
-    Without its parent it is killed at once. Without a launcher further up it is asked to stop, as
-    by SIGTERM, and killed GRACE seconds later. Nothing happens in a process without a launcher, and
-    on systems other than Linux.
+    Without `torchrun` or DeepSpeed's `launch.py`, its parent, it is killed at once. Without another
+    launcher it is asked to stop, as by SIGTERM, and killed GRACE seconds later. Nothing happens in
+    a process without a launcher, and on systems other than Linux.
     """
     if sys.platform != "linux":
         return
@@ -54,11 +68,12 @@ def end_with_launcher() -> None:
         sys.exit(EXIT_STOPPED)
     if not launchers:
         return
-    # The kernel also sends the signal when only the thread ends that made this process; all of
-    # these launchers make ranks in their main thread.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if not _PYTHON_LAUNCHERS.isdisjoint(_words_of(parent)):
+        # The kernel also sends the signal when only the thread ends that made this process: those
+        # of Python make ranks in their main thread, those of MPI may not.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
     handles = []
     for pid in launchers:
         with contextlib.suppress(ProcessLookupError):
@@ -92,7 +107,7 @@ def _launchers_above(pid: int) -> list[int]:
 
 
 def _is_launcher(pid: int) -> bool:
-    return any(word in _LAUNCHERS for word in _words_of(pid))
+    return not (_PYTHON_LAUNCHERS | _MPI_LAUNCHERS).isdisjoint(_words_of(pid))
 
 
 def _words_of(pid: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Finds ranks that do their own work much slower than others and so slow down the whole run.
 
 In a step ranks wait for each other, so that all take as long as the slowest. What tells them apart
-is the time in which a rank does not wait. The watchdog's thread looks twenty times a second at what
+is the time in which a rank does not wait. The watchdog's thread looks fifty times a second at what
 the main thread is in: a function of torch.distributed, or anything else. That costs the step
 nothing and waits for no device. It sees what keeps the host busy (data, Python, a CPU that is
 shared or throttled), but not a slow device, for which the hosts of all ranks wait alike.
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from pretrain.whereabouts import Progress
 
-SAMPLING_INTERVAL = 0.05  # seconds
-_STEPS = 7  # of a window
-_SAMPLES = 20  # of a window, at least: short steps make longer windows
-_LOWEST_SHARE = 0.1  # of a step that a rank must lose to the usual one to be called slow
+SAMPLING_INTERVAL = 0.02  # seconds
+_STEPS = 7  # of a window, at least
+_SECONDS = 2.0  # of a window, at least: of fewer samples a half and a whole cannot be told apart
+_LOWEST_SHARE = 0.2  # of a step that a rank must lose to the usual one to be called slow
 
 
 class Pace:
@@ -30,16 +30,15 @@ class Pace:
         self._begin(steps=0)
 
     def _begin(self, *, steps: int) -> None:
-        self._first_step, self._samples, self._busy, self._seconds = steps, 0, 0.0, 0.0
+        self._first_step, self._busy, self._seconds = steps, 0.0, 0.0
 
     def add(self, seconds: float, *, is_busy: bool, steps: int) -> bool:
         """A sample of a step: what the main thread did in the last `seconds`, `steps` steps into
         the run. Returns whether it ended a window."""
-        self._samples += 1
         self._seconds += seconds
         self._busy += seconds * is_busy
         done = steps - self._first_step
-        if done < _STEPS or self._samples < _SAMPLES:
+        if done < _STEPS or self._seconds < _SECONDS:
             return False
         self.window += 1
         self.busy, self.seconds_per_step = self._busy / done, self._seconds / done

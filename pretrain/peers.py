@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import select
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -101,6 +102,12 @@ class Neighbours:
         for handle in ranks:
             poll.register(handle, select.POLLIN)
         return sorted(self._gone.union(ranks[handle] for handle, _ in poll.poll(0)))
+
+    def wake(self) -> None:
+        """Let those go on that were stopped: they hear how the run ends and say where they were."""
+        for handle in self._handles.values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGCONT)
 
     def describe(self, ended: list[int], record: RunRecord) -> str:
         """What is known of ranks that have ended and have not said why."""

@@ -46,8 +46,9 @@ def start(config: RunConfig, layout: RunLayout, precision: Precision, stack: Exi
     stack.enter_context(watchdog)
     watchdog.moved("the making of process groups")
     group = process_group(tensor_size=layout.tensor, store=store, timeout=limit)
+    stack.push(watchdog.leave)  # of an error in what follows
     device = stack.enter_context(group)
-    stack.push(watchdog.leave)
+    stack.push(watchdog.leave)  # of any other, before the group is destroyed
     ranks = agreement(limit)
     ctx = build_context(config, precision=precision, device=device)
     axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import random
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -78,17 +79,20 @@ class Watchdog:
             None if store is None or size == 1 else RunRecord(store, rank=rank, size=size)
         )
         self._neighbours = Neighbours(rank=rank, size=size)
-        self._own = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
+        # What the main thread says, and what the other one sees of it: each writes its own.
+        self._said = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
+        self._seen: dict[str, Any] = {}
         self._main, self._moved_at = threading.get_ident(), time.monotonic()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._leaving = False  # the main thread has met an error
+        self._leaving = False  # the main thread is at the end of the run, or has met an error
         self._failure: str | None = None  # of another rank, as that rank says it
         self._troubled_at: float | None = None  # when the end of another rank was seen
         self._steps, self._in_step, self._pace = 0, False, Pace()
         self._to_compare = 0
-        compares = slow_ratio is not None and self._record is not None
-        self._slow = SlowRanks(slow_ratio) if compares and slow_ratio is not None else None
+        self._slow: SlowRanks | None = None
+        if slow_ratio is not None and self._record is not None:
+            self._slow = SlowRanks(slow_ratio)
 
     def __enter__(self) -> Watchdog:
         if self._timeout is not None:
@@ -106,17 +110,21 @@ class Watchdog:
         self._neighbours.close()
 
     @property
+    def _own(self) -> Progress:
+        return self._said._replace(**self._seen)
+
+    @property
     def slowest_ratio(self) -> float | None:
         """Own work of the slowest rank over the usual one of its stage; rank 0 knows, in time."""
         return None if self._slow is None else self._slow.largest
 
     def placed(self, place: str, *, stage: int) -> None:
         """Say where in the layout this rank is; ranks of one stage are compared."""
-        self._own = self._own._replace(place=place, stage=stage)
+        self._said = self._said._replace(place=place, stage=stage)
 
     def moved(self, activity: str, *, is_step: bool = False) -> None:
         """The main thread has come on and begins `activity`, such as "step 12"."""
-        self._own = self._own._replace(moves=self._own.moves + 1, activity=activity)
+        self._said = self._said._replace(moves=self._said.moves + 1, activity=activity)
         self._moved_at, self._in_step = time.monotonic(), is_step
         self._steps += is_step
 
@@ -126,15 +134,17 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Called as `__exit__`, while the groups still exist: tell the others of an error that is
-        this rank's own, or find out whose it is.
+        """Called as `__exit__`, while the groups still exist: all ranks have come to the end, or
+        tell the others of an error that is this rank's own, or find out whose it is.
 
         Raises:
             LostRankError: a collective has failed because another rank ended.
         """
-        if not isinstance(error, Exception) or self._record is None or self._thread is None:
+        has_left, self._leaving = self._leaving, True
+        if has_left or self._record is None or self._thread is None:
             return
-        self._leaving = True
+        if not isinstance(error, Exception):
+            return
         self.moved(f"its end, after an error in {self._own.activity}")
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _BROKEN):
             cause = self._cause()
@@ -192,10 +202,10 @@ class Watchdog:
     def _watch(self) -> None:
         ending, reported, sampled = None, 0.0, time.monotonic()
         while ending is None:
-            pause = (
-                SAMPLING_INTERVAL if self._slow is not None and self._in_step else self._interval
-            )
-            if self._closing.wait(min(pause, self._interval)):
+            # Not in step with what is looked at.
+            often = SAMPLING_INTERVAL * random.uniform(0.5, 1.5)
+            samples = self._slow is not None and self._in_step
+            if self._closing.wait(min(often, self._interval) if samples else self._interval):
                 return
             now = time.monotonic()
             self._sample(now - sampled)
@@ -210,7 +220,7 @@ class Watchdog:
         busy = not is_waiting(sys._current_frames().get(self._main))
         if not self._pace.add(seconds, is_busy=busy, steps=self._steps):
             return
-        self._own = self._own._replace(window=self._pace.window, busy=self._pace.busy)
+        self._seen = {**self._seen, "window": self._pace.window, "busy": self._pace.busy}
         self._to_compare = 2  # times: the others report theirs about now
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._record.report(self._own)
@@ -242,12 +252,13 @@ class Watchdog:
 
     def _describe(self, *, stuck: bool) -> None:
         function, collective = find_thread(self._main) if stuck else ("", "")
-        self._own = self._own._replace(
-            beats=self._own.beats + 1,
-            function=function,
-            collective=collective,
-            memory_gib=_resident_gib(),
-        )
+        self._seen = {
+            **self._seen,
+            "beats": self._own.beats + 1,
+            "function": function,
+            "collective": collective,
+            "memory_gib": _resident_gib(),
+        }
 
     def _exchange(self) -> Ending | None:
         if self._record is None:
@@ -282,8 +293,11 @@ class Watchdog:
             is_first = self._record.say(_VERDICT, f"rank {self._rank}: {what}{culprit}")
             return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
         except (RuntimeError, TimeoutError):
-            # The others cannot be asked who is to say it.
+            # The others cannot be asked who is to say it. The keeper hears of it if it wakes.
             message = f"{what}{self._record.keeper} does not answer"
+            self._neighbours.wake()
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._record.say(_VERDICT, message)
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
 
     def _observe(self) -> None:
@@ -297,6 +311,7 @@ class Watchdog:
 
     def _finish(self, ending: Ending) -> None:
         if ending.code == EXIT_HUNG:
+            self._neighbours.wake()
             failure = self._write_stacks()
             if ending.message is not None:
                 stacks = failure or f"stacks in {self._folder}/stacks_rank_*.txt"

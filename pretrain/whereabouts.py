@@ -64,10 +64,10 @@ class Progress(NamedTuple):
 
 def is_waiting(frame: FrameType | None) -> bool:
     """Whether a thread, of which `frame` is the innermost, waits for other ranks."""
-    for _ in range(_MAX_DEPTH):
+    for depth in range(_MAX_DEPTH):
         if frame is None:
             return False
-        if _COLLECTIVES in frame.f_code.co_filename or _waits_for_work(frame):
+        if _COLLECTIVES in frame.f_code.co_filename or (depth == 0 and _waits_for_work(frame)):
             return True
         if frame.f_code.co_filename.startswith(_PACKAGES):
             return False
@@ -111,14 +111,14 @@ def _function_of(frame: FrameType | None) -> str:
 def _collective_of(frame: FrameType | None) -> str:
     """The outermost function of torch.distributed that the innermost frames are in."""
     found = None
-    for _ in range(_MAX_DEPTH):
+    for depth in range(_MAX_DEPTH):
         if frame is None:
             break
         if _COLLECTIVES in frame.f_code.co_filename:
             found = frame
         elif found is not None:
             return _describe_call(found)
-        elif _waits_for_work(frame):
+        elif depth == 0 and _waits_for_work(frame):
             return "a collective begun before"
         elif frame.f_code.co_filename.startswith(_PACKAGES):
             return ""
@@ -127,7 +127,7 @@ def _collective_of(frame: FrameType | None) -> str:
 
 
 def _waits_for_work(frame: FrameType) -> bool:
-    """Whether the frame waits for an asynchronous collective: a call into C, without a frame."""
+    """Whether the innermost frame waits for an asynchronous collective: in C, without a frame."""
     name = frame.f_code.co_filename
     if any(part in name for part in _WAITING):
         return ".wait()" in linecache.getline(name, frame.f_lineno)

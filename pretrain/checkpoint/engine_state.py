@@ -23,7 +23,7 @@ class EngineWrites:
     """What this rank's engine wrote, and the first error it met doing so."""
 
     paths: list[Path] = field(default_factory=list)
-    error: OSError | RuntimeError | None = None
+    error: CheckpointError | None = None
 
 
 def save_engine_state(
@@ -32,7 +32,7 @@ def save_engine_state(
     """Collective: let DeepSpeed write `directory/engine`; returns the files that this rank wrote.
 
     Raises:
-        OSError, RuntimeError: this rank's write failed; the other ranks have finished theirs.
+        CheckpointError: this rank's write failed; the other ranks have finished theirs.
     """
     with _observed_writes(engine.checkpoint_engine) as writes, files_without_experts(engine):
         engine.save_checkpoint(
@@ -116,7 +116,8 @@ def _observed_writes(checkpoint_engine: Any) -> Iterator[EngineWrites]:
         try:
             return original(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            writes.error = writes.error or error
+            where = CheckpointError(f"{path!r} cannot be written: {one_line(error)}")
+            writes.error = writes.error or where
             return None
 
     checkpoint_engine.save = save

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from data_tools.byte_bpe import FastByteBpe
+from data_tools.byte_bpe import FastByteBpe, _ranks
 
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -114,3 +114,26 @@ def test_vocabulary_with_a_token_that_is_not_merged_to_itself_has_no_fast_way() 
     spec["model"]["vocab"] = vocab | {"bc": 256, "ab": 257, "abc": 258}
     spec["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
     assert FastByteBpe.of(Tokenizer.from_str(json.dumps(spec))) is None
+
+
+def _model() -> dict[str, Any]:
+    """The `model` of a tokenizer.json with two merges."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "wo", "wor"]
+    backend = models.BPE({t: i for i, t in enumerate(tokens)}, [("w", "o"), ("wo", "r")])
+    return json.loads(Tokenizer(backend).to_str())["model"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model["vocab"].pop("wor"),
+        lambda model: model["vocab"].update(wor=999, wo=model["vocab"]["a"]),
+        lambda model: model["vocab"].update({"w\u4e00": 999}) or model["merges"].append("w\u4e00"),
+    ],
+    ids=["a merge that is no token", "two tokens of one id", "a letter that is no byte"],
+)
+def test_a_spoilt_model_is_left_to_the_library(change: Callable[[Any], object]) -> None:
+    model = _model()
+    assert _ranks(model) is not None
+    change(model)
+    assert _ranks(model) is None

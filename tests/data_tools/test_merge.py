@@ -62,3 +62,14 @@ def test_corpora_of_two_tokenizers_are_not_merged(tmp_path: Path) -> None:
         merge(prefixes[:1], str(tmp_path / "out"))
     with pytest.raises(DataError, match="is one of the corpora to merge"):
         merge([prefixes[0], prefixes[0]], prefixes[0], overwrite=True)
+
+
+def test_a_damaged_corpus_is_not_joined(tmp_path: Path) -> None:
+    for name in "ab":
+        write_corpus(tmp_path / name, counting_documents([3, 4]))
+    content = bytearray((tmp_path / "b.bin").read_bytes())
+    content[-2] ^= 1
+    (tmp_path / "b.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"b.bin: SHA-256 .* found, .* expected; it is damaged"):
+        merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))

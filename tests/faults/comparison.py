@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -51,12 +50,8 @@ def measure(name: str, folder: Path) -> Row:
 
 
 def _quietly(fault: Callable[[Path], str], folder: Path) -> str:
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return fault(folder).replace(str(folder), "RUN")
-    finally:
-        logging.disable(logging.NOTSET)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return fault(folder).replace(str(folder), "RUN")
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def step(engine: Any, *, factor: float = 1.0) -> float:
     loss = (engine(x) - x.flip(-1)).square().mean() * factor
     engine.backward(loss)
     engine.step()
-    return float(loss)
+    return loss.item()
 
 
 def begun(folder: Path) -> None:
@@ -80,21 +80,26 @@ def _save(folder: Path) -> int:
     return 0
 
 
-def _resume(folder: Path) -> tuple[int, list[float]]:
+def _resume(folder: Path, tag: str | None = None) -> tuple[int, list[float]]:
     engine = build()
-    path, _ = engine.load_checkpoint(str(folder))
+    path, _ = engine.load_checkpoint(str(folder), tag=tag)
     begun_at = engine.global_steps if path is not None else 0
     return begun_at, [step(engine) for _ in range(2)]
 
 
-def resumed(folder: Path) -> str:
+def resumed(folder: Path, tag: str | None = None) -> str:
     """How a restart ends: `step N`, `an error`, or `a silent start from the beginning`."""
     try:
-        ((number, _), _) = run_ranks(_resume, 2, folder, init=False)
+        ((number, _), _) = run_ranks(_resume, 2, folder, tag, init=False)
     except AssertionError as error:
-        last = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)", line)]
-        return f"an error ({last[0][:60].strip() if last else 'no message'})"
+        return f"an error ({kinds_of_error(str(error))})"
     return f"step {number}" if number else "a silent start from the beginning"
+
+
+def kinds_of_error(report: str) -> str:
+    """The classes of the errors with which ranks have ended."""
+    names = re.findall(r"^(?:E? *)?(?:\w+\.)*(\w+(?:Error|Exception))\b", report, re.MULTILINE)
+    return ", ".join(dict.fromkeys(names)) or "no message"
 
 
 def clean_resume(folder: Path) -> str:
@@ -188,7 +193,11 @@ def full_disk(folder: Path) -> str:
         said = "no error"
     except AssertionError:
         said = "an error on the rank"
-    return f"{said}; `latest` names {(folder / 'latest').read_text()}; restart: {resumed(folder)}"
+    latest = (folder / "latest").read_text()
+    by_hand = resumed(folder, "global_step1")
+    return (
+        f"{said}; `latest` names {latest}; restart: {resumed(folder)}, with the old tag: {by_hand}"
+    )
 
 
 @contextmanager

@@ -108,8 +108,8 @@ def small_run(directory: Path, *, steps: int, interval: int, **changes):
     return tiny_run(directory.parent, **values | changes)
 
 
-def undisturbed(directory: Path, *, steps: int, interval: int) -> Run:
-    config = small_run(directory / "undisturbed", steps=steps, interval=interval)
+def undisturbed(directory: Path, *, steps: int, interval: int, **changes) -> Run:
+    config = small_run(directory / "undisturbed", steps=steps, interval=interval, **changes)
     return Run(config, directory / "trace", train(config, directory / "trace"))
 
 

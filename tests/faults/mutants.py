@@ -118,7 +118,10 @@ MUTANTS = {
         RESUME,
         "ranks.first_message(verify_content(directory, manifest, mine))",
         "None",
-        BIT_FLIPS,
+        (
+            f"{_TESTS}a_damaged_newest_checkpoint_is_passed_over_with_one_warning_that_names_the"
+            "_file",
+        ),
     ),
     "the manifest has a checksum": Mutant(
         MANIFEST,

@@ -19,8 +19,10 @@ from parallel.weights_io import ShardedWeightsReader, WeightsError
 from pretrain.checkpoint import CheckpointStore, RunIdentity
 from pretrain.checkpoint.manifest import FileEntry, read_manifest
 from pretrain.checkpoint.storage import file_record
+from pretrain.config import to_yaml
 from pretrain.errors import EXIT_COMPLETED, CheckpointError
 from pretrain.run import run as run_training
+from pretrain.train import main
 from tests.distributed import run_ranks
 from tests.faults.damage import Tally, damages
 from tests.faults.deepspeed_alone import (
@@ -28,6 +30,7 @@ from tests.faults.deepspeed_alone import (
     Canary,
     describe_modes,
     ended_after,
+    kinds_of_error,
     small_files,
     stop_here,
 )
@@ -55,7 +58,7 @@ def resumed(config, folder: Path) -> str:
     try:
         train(config, folder / "resumed")
     except AssertionError as error:
-        return f"an error ({_last_error(str(error))})"
+        return f"an error ({kinds_of_error(str(error))})"
     step = read_trace(folder / "resumed", 0)[0].step - 1
     return f"step {step}" if step else "a silent start from the beginning"
 
@@ -96,10 +99,10 @@ def full_disk(folder: Path) -> str:
 def _full(config) -> int:
     save = CheckpointStore.save
 
-    def limited(self, contents):
+    def limited(self, contents, **kwargs):
         if contents.step == 3 and os.environ["RANK"] == "1":
             limit.__enter__()  # until the process ends
-        return save(self, contents)
+        return save(self, contents, **kwargs)
 
     limit = small_files()
     CheckpointStore.save = limited  # type: ignore[method-assign]
@@ -179,12 +182,17 @@ def stopped_rank(folder: Path) -> str:
 
 
 def modes(folder: Path) -> str:
-    before = os.umask(0o022)
-    try:
-        config = begun(folder)
-    finally:
-        os.umask(before)
-    return describe_modes(Path(config.run_dir))
+    folder.mkdir()
+    write_data(folder)
+    config = small_run(folder / "run", steps=STEPS, interval=1)
+    (folder / "small.yaml").write_text(to_yaml(config))
+    run_ranks(_command_line, 2, folder, init=False)
+    return describe_modes(folder / "run")
+
+
+def _command_line(folder: Path) -> None:
+    os.umask(0o022)
+    assert main(["--config-name", "small", "--config-dir", str(folder)]) == EXIT_COMPLETED
 
 
 def not_a_number(folder: Path) -> str:
@@ -195,10 +203,10 @@ def not_a_number(folder: Path) -> str:
     ends = run_ranks(_broken, 2, config, DS_CONFIG, Fault("loss", 1), init=False)
     with ShardedWeightsReader(Path(config.run_dir, "checkpoints", f"step_{STEPS}")) as reader:
         finite = all(bool(weight.isfinite().all()) for _, weight in reader.items())
-    left_out = [re.findall(r"left out|skipped", text) != [] for _, text in ends]
     assert [code for code, _ in ends] == [EXIT_COMPLETED] * 2
-    log = next((text for _, text in ends if text), "nothing")
+    log = next(text for _, text in ends if text)
+    begins = re.findall(r"it begins on (rank \d with [^,]*),", log)
     return (
-        f"{int(any(left_out))} step skipped on all ranks, weights "
-        f"{'finite' if finite else 'not finite'}; the log says: {log}"
+        f"{log.count('the step is left out')} step skipped on all ranks, weights "
+        f"{'finite' if finite else 'not finite'}; the log says: {begins[0]}"
     )

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,6 +26,7 @@ from tests.faults.killed_runs import (
 from tests.pretrain.tiny_run import write_data
 
 RANKS = (0, 1)
+IN_BACKGROUND = {"checkpoint__asynchronous": True}
 
 
 def attempts(config, directory: Path, moments: list[Moment]) -> list[Path]:
@@ -68,19 +69,29 @@ def outcome(traces: list[list[TrainedStep]], expected: list[TrainedStep]) -> Out
     return Outcome([sample for step in taken for sample in step.samples], lost_steps)
 
 
-def assert_nothing_lost(run: Run, tmp_path: Path, *, seed: int, kills: int, interval: int) -> None:
+def assert_nothing_lost(
+    run: Run,
+    tmp_path: Path,
+    *,
+    seed: int,
+    kills: int,
+    interval: int,
+    most: int | None = None,
+    **changes: Any,
+) -> None:
+    """`most`: steps that a kill may cost; by default those of an interval."""
     steps = len(read_trace(run.trace, 0))
     moments = draw_moments(seed, kills, steps=steps, interval=interval, points=run.points)
-    config = small_run(tmp_path / "killed", steps=steps, interval=interval)
+    config = small_run(tmp_path / "killed", steps=steps, interval=interval, **changes)
     traces = attempts(config, tmp_path, moments)
-    lost, repeated, most = Counter[str](), Counter[str](), 0
+    lost, repeated, again = Counter[str](), Counter[str](), 0
     for rank in RANKS:
         expected = read_trace(run.trace, rank)
         found = outcome([read_trace(trace, rank) for trace in traces], expected)
         samples = [sample for step in expected for sample in step.samples]
         lost += Counter(samples) - Counter(found.seen)
         repeated += Counter(found.seen) - Counter(samples)
-        most = max(most, *found.lost_steps)
+        again = max(again, *found.lost_steps)
         assert found.seen == samples
     files = [
         read_manifest(Path(c.run_dir, "checkpoints", f"step_{steps}")).files
@@ -91,12 +102,12 @@ def assert_nothing_lost(run: Run, tmp_path: Path, *, seed: int, kills: int, inte
         f"\nkill -9: seed {seed}, {kills} kills in {steps} steps at {len(RANKS)} ranks "
         f"({', '.join(f'{n} in {place}' for place, n in sorted(places.items()))}; "
         f"{sum(m.victim is None for m in moments)} of all ranks): {lost.total()} samples lost, "
-        f"{repeated.total()} repeated, at most {most} of {interval} steps taken again, "
+        f"{repeated.total()} repeated, at most {again} steps taken again, a save every {interval}, "
         f"{sum(a == files[1].get(n) for n, a in files[0].items())} of {len(files[1])} files of the "
         "last checkpoint equal"
     )
     assert (lost.total(), repeated.total()) == (0, 0)
-    assert most <= interval
+    assert again <= (most or interval)
     assert files[0] == files[1]
 
 
@@ -112,6 +123,16 @@ def test_twenty_kills_over_a_long_run_lose_and_repeat_nothing(seed: int, tmp_pat
     write_data(tmp_path)
     run = undisturbed(tmp_path, steps=200, interval=10)
     assert_nothing_lost(run, tmp_path, seed=seed, kills=20, interval=10)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_run_that_saves_in_the_background_lose_and_repeat_nothing(
+    tmp_path: Path,
+) -> None:
+    write_data(tmp_path)
+    run = undisturbed(tmp_path, steps=200, interval=10, **IN_BACKGROUND)
+    # The save that is under way is lost, too: it has begun one interval before.
+    assert_nothing_lost(run, tmp_path, seed=3, kills=20, interval=10, most=20, **IN_BACKGROUND)
 
 
 def test_the_moments_of_long_runs_are_of_every_kind() -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data_tools.encoding import _tokenizer as load_once
 from models.checkpoint import _closed as closed
@@ -334,16 +334,14 @@ class TokenizerFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "tokenizer.json"
-        tokenizer = Tokenizer(models.BPE())
+        # Not trained: where merges are equally frequent, training takes another one each time.
+        tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "wo", "or", "wor", "ds", "words"]
+        merges = [("w", "o"), ("o", "r"), ("wo", "r"), ("d", "s"), ("wor", "ds")]
+        vocab = {token: number for number, token in enumerate(["<|endoftext|>", *tokens])}
+        tokenizer = Tokenizer(models.BPE(vocab, merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=290,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(["a few words, a few more words, words"] * 9, trainer)
+        tokenizer.add_special_tokens(["<|endoftext|>"])
         tokenizer.save(str(self.file))
         self.valid = self.file.read_bytes()
         (folder / "in.txt").write_text("a few words")

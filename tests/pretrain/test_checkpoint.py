@@ -333,8 +333,8 @@ def test_every_single_bit_flip_of_a_checkpoint_is_found(run_dir: Path) -> None:
         for position in range(0, len(original), 1 if path.name == "manifest.json" else 29):
             flip_bit(path, position)
             assert main(["verify", str(directory)]) == 3, (path, position)
+            path.write_bytes(original)
             trials += 1
-        path.write_bytes(original)
     assert trials > 1500
     assert main(["verify", str(directory)]) == 0
 
@@ -353,6 +353,11 @@ def test_command_line_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFi
     assert main(["list", str(run_dir)]) == 0  # sizes only
     assert main(["verify", str(run_dir)]) == 3
     assert "step_9: DAMAGED" in capsys.readouterr().out
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    assert main(["list", str(run_dir)]) == 3
+    assert f"has {len(content) - 1} bytes, expected {len(content)}" in capsys.readouterr().out
+    weights.write_bytes(content)
     flip_bit(directory / "trainer.json", 0)
     assert main(["list", str(run_dir)]) == 3  # it shows the ledger
     assert main(["list", str(run_dir / "nothing")]) == 2
