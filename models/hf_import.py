@@ -21,6 +21,7 @@ from parallel.weights_io import ShardPosition, Weight, write_shard
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_MOST_LAYERS = 10_000  # each is listed before a tensor is read, which takes memory
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -80,6 +81,9 @@ def read_contents(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
     except (KeyError, TypeError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a model configuration: no model_type in it") from error
+    for name in ("num_hidden_layers", "num_layers", "n_layer"):
+        if isinstance(contents.get(name), int) and contents[name] > _MOST_LAYERS:
+            raise ValueError(f"{path}: {name}={contents[name]} is more than {_MOST_LAYERS}")
     return contents
 
 

@@ -248,7 +248,7 @@ class CorpusFiles:
         path = self.prefix.with_suffix(suffix)
         spoilt, how = damaged_bytes(self.files[suffix], draw)
         path.write_bytes(spoilt)
-        refuse = suffix != ".json" and spoilt != self.files[suffix]
+        refuse = spoilt != self.files[suffix]
         if suffix == ".json" and draw.random() < 0.5:
             how, refuse = self._spoil_sidecar(path, draw)
         names = tuple(str(self.prefix.with_suffix(each)) for each in self.files)

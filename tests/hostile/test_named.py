@@ -23,7 +23,7 @@ from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config import to_yaml
 from pretrain.errors import CheckpointError
 from tests.distributed import run_ranks
-from tests.hostile.commands import Outcome, data_tool, fault_of_refusal, train
+from tests.hostile.commands import Outcome, data_tool, fault_of_refusal, tool, train
 from tests.hostile.surfaces import _REFERENCES
 from tests.models.checkpoints import config, write_checkpoint
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
@@ -209,3 +209,11 @@ def test_a_link_in_the_place_of_a_file_of_a_checkpoint_is_refused(tmp_path: Path
         shutil.move(elsewhere, file)
     assert_holds(store.find("auto"), 3)
     store.close()
+
+
+def test_a_model_of_a_billion_layers_is_refused_before_they_are_listed(tmp_path: Path) -> None:
+    contents = {"model_type": "llama", "num_hidden_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    arguments = ("from-hf", "--model", str(tmp_path), "--output", str(tmp_path / "out"))
+    outcome = tool("models.convert", *arguments)
+    assert fault_of_refusal(outcome, ("num_hidden_layers",)) is None, outcome

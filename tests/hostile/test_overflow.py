@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.build import build_train_loader
 from data_tools.config import DataConfig
+from data_tools.corpus_info import read_info
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.indexed_writer import IndexedDatasetWriter, smallest_dtype
@@ -82,8 +82,9 @@ def _written(prefix: Path, ids: np.ndarray, vocab_size: int) -> str | None:
 
 def _lie(prefix: Path, **changes: object) -> None:
     """A sidecar of a vocabulary that its corpus is not of."""
-    path = prefix.with_suffix(".json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    info = read_info(prefix)
+    assert info is not None
+    prefix.with_suffix(".json").write_bytes(info.model_copy(update=changes).to_bytes())
 
 
 @pytest.mark.parametrize(
