@@ -143,7 +143,12 @@ def _run(configs: Path, run_dir: Path, fault: str) -> tuple[int, str]:
     return code, "\n".join(lines)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+SLOW = ("memory of the host, Python", "signals in an evaluation", "a signal in a step")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAULTS]
+)
 def test_a_run_ends_with_the_code_of_its_fault_which_is_said_once(fault, configs, tmp_path):
     _, first, second, expected = FAULTS[fault]
     run_dir = tmp_path / "run"

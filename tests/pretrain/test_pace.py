@@ -110,6 +110,7 @@ def _train(config, slow_rank: int) -> None:
     run_training(config)
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_in_every_step_is_named_in_20_steps(tmp_path):
     write_data(tmp_path)
     config = tiny_run(

@@ -67,10 +67,10 @@ EXPERT = {
 CASES = {
     "data": Case(1, "stopped", *STEP),
     "tensor, rank 0": Case(0, "stopped", *STEP, TENSOR),
-    "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
     "save": Case(1, "stopped", CheckpointStore, "save", "the save of step 2"),
 }
 MORE_CASES = {
+    "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
     "data index of rank 0": Case(0, "asleep", run, "_train_loader", "the opening of the data"),
     "data, rank 0": Case(0, "asleep", *STEP),
     "data, the GIL": Case(1, "holds the GIL", *STEP),
