@@ -139,8 +139,8 @@ def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo
 def _without_memory(spec: LayerSpec, ctx: ParallelContext) -> nn.Module:
     try:
         return spec.module(ctx=ctx, **spec.kwargs)
-    except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if not isinstance(error, OverflowError) and "overflow" not in str(error).lower():
             raise
         raise ValueError(
             f"{spec.name}: the sizes in the model's configuration ask for a tensor that no memory "

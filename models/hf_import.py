@@ -76,7 +76,8 @@ def read_contents(path: Path) -> dict[str, Any]:
     """
     try:
         contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        contents["model_type"]
+        if not isinstance(contents["model_type"], str):
+            raise TypeError(f"model_type={contents['model_type']!r}")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
     except (KeyError, TypeError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pytest
 import yaml
@@ -211,9 +211,26 @@ def test_a_link_in_the_place_of_a_file_of_a_checkpoint_is_refused(tmp_path: Path
     store.close()
 
 
-def test_a_model_of_a_billion_layers_is_refused_before_they_are_listed(tmp_path: Path) -> None:
-    contents = {"model_type": "llama", "num_hidden_layers": 10**9}
-    (tmp_path / "config.json").write_text(json.dumps(contents))
-    arguments = ("from-hf", "--model", str(tmp_path), "--output", str(tmp_path / "out"))
-    outcome = tool("models.convert", *arguments)
-    assert fault_of_refusal(outcome, ("num_hidden_layers",)) is None, outcome
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers"),
+        ("model_type", {"a": 1}, "config.json"),
+        ("max_position_embeddings", 10**30, "sizes"),
+        ("hidden_size", 10**30, "config"),
+    ],
+)
+def test_a_config_json_of_sizes_that_nothing_has_is_refused(
+    key: str, value: Any, name: str, tmp_path: Path
+) -> None:
+    """A billion layers before they are listed."""
+    write_checkpoint(tmp_path / "step_0", config())
+    model = tmp_path / "model"
+    arguments = ("--checkpoint", str(tmp_path / "step_0"), "--output", str(model))
+    assert tool("models.convert", "to-hf", *arguments, "--no-tokenizer").code == 0
+    contents = json.loads((model / "config.json").read_text()) | {key: value}
+    (model / "config.json").write_text(json.dumps(contents))
+    arguments = ("--model", str(model), "--output", str(tmp_path / "out"))
+    outcome = tool("models.convert", "from-hf", *arguments)
+    assert fault_of_refusal(outcome, (name,)) is None, outcome
+    assert not (tmp_path / "out").exists()
