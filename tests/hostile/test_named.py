@@ -24,7 +24,7 @@ from pretrain.config import to_yaml
 from pretrain.errors import CheckpointError
 from tests.distributed import run_ranks
 from tests.hostile.commands import Outcome, data_tool, fault_of_refusal, tool, train
-from tests.hostile.surfaces import _REFERENCES
+from tests.hostile.settings import REFERENCES
 from tests.models.checkpoints import config, write_checkpoint
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
 from tests.pretrain.tiny_run import tiny_run
@@ -93,7 +93,7 @@ def test_a_run_directory_may_have_any_name(tmp_path: Path) -> None:
 
 def test_references_of_references_are_counted_before_they_are_followed(tmp_path: Path) -> None:
     """In the run file and in a file of a group; ten to the power of eight values in 500 bytes."""
-    (tmp_path / "bomb.yaml").write_text(_REFERENCES)
+    (tmp_path / "bomb.yaml").write_text(REFERENCES)
     begin = time.monotonic()
     outcome = train("--config-name", "bomb", "--config-dir", str(tmp_path))
     assert fault_of_refusal(outcome, ("bomb.yaml:",)) is None, outcome
