@@ -201,9 +201,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         ending, reported, sampled = None, 0.0, time.monotonic()
+        # Its own: the state of the global one belongs to the run, which saves and restores it.
+        jitter = random.Random()
         while ending is None:
             # Not in step with what is looked at.
-            often = SAMPLING_INTERVAL * random.uniform(0.5, 1.5)
+            often = SAMPLING_INTERVAL * jitter.uniform(0.5, 1.5)
             samples = self._slow is not None and self._in_step
             if self._closing.wait(min(often, self._interval) if samples else self._interval):
                 return
