@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -25,10 +26,16 @@ import torch.distributed as dist
 
 
 def free_port() -> int:
-    """A TCP port that the operating system has just handed out on the loopback address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port that nobody listens on, below those that the kernel gives to clients.
+
+    One of the kernel's choice may be given to another process's connection before it is used.
+    """
+    draw = random.Random(os.urandom(8))  # not the global generator: forked tests would agree on it
+    while True:
+        port = draw.randrange(10_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(
