@@ -19,7 +19,7 @@ help:
 	@echo "make setup      a virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo       set-up, corpus, training through the deepspeed launcher, curve, sample"
 	@echo "make test       set-up, all tests that need no GPU"
-	@echo "make soak       the slow tests: failing nodes, preemption, every launcher"
+	@echo "make soak       the slow tests: kills, failing nodes, hostile files, every launcher"
 	@echo "make check      format, lint, types"
 	@echo "make bench      every benchmark, as ratios (tests/benchmarks)"
 	@echo "make gpu-check  correctness and speed on one CUDA device (tests/gpu)"

@@ -44,11 +44,6 @@ class SourceConfig(BaseModel):
             value = {**value, "name": PurePath(value["path"]).name}
         return value
 
-    @field_validator("weight", "max_epochs", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
 
 class StageConfig(BaseModel):
     """A part of a run: what it leaves out is as the `data` section says."""
@@ -72,13 +67,6 @@ class StageConfig(BaseModel):
         description="Settings of the model during the stage, of those its family lets change",
     )
 
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: float(x) if type(x) is int else x for key, x in value.items()}
-
 
 class FimConfig(BaseModel):
     """Fill-in-the-middle, see `data_tools/fim.py`; only training samples are rearranged."""
@@ -99,11 +87,6 @@ class FimConfig(BaseModel):
     )
     suffix: int | str | None = Field(default=None, description="And the suffix")
     middle: int | str | None = Field(default=None, description="And the middle")
-
-    @field_validator("rate", "spm_rate", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _check(self) -> FimConfig:

@@ -82,14 +82,25 @@ def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple
             "export MASTER_ADDR and MASTER_PORT before srun"
         ) from error
     # Below the ports that the kernel gives to clients; the same on every rank of the step.
-    place = _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
-    return done.stdout.split()[0], 10000 + place % 20000
+    job, step = (
+        environment_number(name, environment=environment)
+        for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    )
+    return done.stdout.split()[0], 10000 + (job + step) % 20000
 
 
-def _number(environment: Environment, name: str) -> int:
-    if not environment[name].isdecimal():
-        raise ConfigError(f"{name}={environment[name]!r} must be a whole number; unset it")
-    return int(environment[name])
+def environment_number(
+    name: str, default: int | None = None, environment: Environment = os.environ
+) -> int:
+    """A variable that holds a whole number from 0; `default` where it is not set.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    text = environment[name] if default is None else environment.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; unset it")
+    return int(text)
 
 
 def _rendezvous_of_mpi(launcher: _Launcher, environment: Environment) -> tuple[str, int]:

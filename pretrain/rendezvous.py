@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from pretrain.errors import ConfigError, RendezvousError
+from pretrain.launch_environment import environment_number
 
 _SAY_EVERY = 60.0  # seconds after which rank 0 says who is missing
 _FOREVER = timedelta(days=365)
@@ -34,17 +35,10 @@ class World(NamedTuple):
             ConfigError: one of them is not a number.
         """
         return cls(
-            rank=_number("RANK", 0),
-            local_rank=_number("LOCAL_RANK", 0),
-            size=_number("WORLD_SIZE", 1),
+            rank=environment_number("RANK", 0),
+            local_rank=environment_number("LOCAL_RANK", 0),
+            size=environment_number("WORLD_SIZE", 1),
         )
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdecimal()):
-        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; unset it")
-    return int(text)
 
 
 def meet(world: World, *, purpose: str, timeout: float | None) -> dist.Store:

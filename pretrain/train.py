@@ -32,7 +32,7 @@ from pretrain.errors import (
     TrainingError,
     is_out_of_memory,
 )
-from pretrain.launch_environment import adopt_launcher
+from pretrain.launch_environment import adopt_launcher, environment_number
 from pretrain.lifetime import end_with_launcher
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _configure(arguments: argparse.Namespace) -> RunConfig | None:
         if _rank() == 0:
             sys.stdout.write(to_yaml(config))
         return None
-    layout = check_layout(config, _environment_int("WORLD_SIZE", 1))
+    layout = check_layout(config, environment_number("WORLD_SIZE", 1))
     resolve_ds_config(arguments.ds_config, config, data_size=layout.data)
     if arguments.print_run_dir:
         sys.stdout.write(f"{Path(config.run_dir).absolute()}\n")
@@ -182,13 +182,6 @@ def _report(error: Exception, *, advice: str = "") -> None:
 def _rank() -> int:
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
-
-
-def _environment_int(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise CommandError(f"environment variable {name}={text!r} must be a whole number; unset it")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from torch import Tensor
 from pretrain.errors import CheckpointError
 
 
-def rng_states(*, generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Tensor]:
-    """Copies of the states of python's, numpy's and torch's global generators and `generators`."""
+def rng_states() -> dict[str, Tensor]:
+    """Copies of the states of python's, numpy's and torch's global generators."""
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point
     assert isinstance(numpy_state, dict)
@@ -35,8 +35,6 @@ def rng_states(*, generators: Mapping[str, torch.Generator] | None = None) -> di
     }
     if torch.cuda.is_available():
         states["torch.cuda"] = torch.cuda.get_rng_state()
-    for name, generator in (generators or {}).items():
-        states[f"generator.{name}"] = generator.get_state()
     return states
 
 
@@ -44,15 +42,13 @@ def write_rng_state(file: BinaryIO, states: Mapping[str, Tensor]) -> None:
     file.write(save(dict(states)))
 
 
-def restore_rng_state(
-    path: Path, *, generators: Mapping[str, torch.Generator] | None = None
-) -> None:
+def restore_rng_state(path: Path) -> None:
     """Set the generators to the states in `path`.
 
     Raises:
         CheckpointError: unreadable, or not the states of the generators that this process has.
     """
-    expected = set(rng_states(generators=generators))
+    expected = set(rng_states())
     try:
         states = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -63,7 +59,7 @@ def restore_rng_state(
             f"{str(path)!r} is not of the generators of this process, difference: {difference}; "
             "resume on the kind of device that wrote it"
         )
-    _restore(states, generators or {})
+    _restore(states)
 
 
 def seed_rng(*, seed: int, step: int, rank: int) -> None:
@@ -79,7 +75,7 @@ def seed_rng(*, seed: int, step: int, rank: int) -> None:
     torch.manual_seed(torch_seed)
 
 
-def _restore(states: Mapping[str, Tensor], generators: Mapping[str, torch.Generator]) -> None:
+def _restore(states: Mapping[str, Tensor]) -> None:
     version, *words = states["python.words"].tolist()
     gauss = states["python.gauss"].item()
     random.setstate((version, tuple(words), None if gauss != gauss else gauss))
@@ -95,5 +91,3 @@ def _restore(states: Mapping[str, Tensor], generators: Mapping[str, torch.Genera
     torch.set_rng_state(states["torch.cpu"])
     if "torch.cuda" in states:
         torch.cuda.set_rng_state(states["torch.cuda"])
-    for name, generator in generators.items():
-        generator.set_state(states[f"generator.{name}"])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.config.leaves import leaves
 from pretrain.errors import ConfigError
 
 # Not `tokens` and `tokenizer`.
@@ -16,21 +17,16 @@ _IN_URL = re.compile(
 )
 
 
-def check_credentials(values: Mapping[str, Any], prefix: str = "") -> None:
+def check_credentials(values: Mapping[str, Any]) -> None:
     """Refuse a text under a name of credentials, and a URL that holds some; never show them.
 
     Raises:
         ConfigError: names the setting and says where such things belong.
     """
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            check_credentials(value, f"{key}.")
-        elif isinstance(value, list | tuple):
-            check_credentials({str(place): each for place, each in enumerate(value)}, f"{key}.")
-        elif isinstance(value, str) and _KEY.search(key):
+    for key, value in leaves(values):
+        if isinstance(value, str) and _KEY.search(key):
             raise _refusal(key, "is a name of credentials")
-        elif isinstance(value, str) and _IN_URL.search(value):
+        if isinstance(value, str) and _IN_URL.search(value):
             raise _refusal(key, "holds a URL with credentials in it")
 
 

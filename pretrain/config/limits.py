@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pretrain.config.errors import show
+from pretrain.config.leaves import leaves
 from pretrain.errors import ConfigError
 
 MAX_TEXT = 1 << 20  # bytes of a file or an override
@@ -60,19 +61,14 @@ def _check_events(text: str, file: Path) -> None:
             )
 
 
-def check_numbers(values: Mapping[str, Any], prefix: str = "") -> None:
+def check_numbers(values: Mapping[str, Any]) -> None:
     """Refuse whole numbers that do not fit in 64 bits, as tensors, files and seeds count in.
 
     Raises:
         ConfigError: names the first.
     """
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            check_numbers(value, f"{key}.")
-        elif isinstance(value, list | tuple):
-            check_numbers({str(place): each for place, each in enumerate(value)}, f"{key}.")
-        elif isinstance(value, int) and abs(value) > _LARGEST:
+    for key, value in leaves(values):
+        if isinstance(value, int) and abs(value) > _LARGEST:
             raise ConfigError(
                 f"{key}={show(value)} does not fit in 64 bits; write a number up to {_LARGEST}"
             )

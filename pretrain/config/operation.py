@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -59,11 +59,6 @@ class WatchdogConfig(BaseModel):
         description="Steps after which ranks compare what they hold in common; null: never",
     )
 
-    @field_validator("timeout", "slow_ratio", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
 
 class SpikeConfig(BaseModel):
     """Return to the checkpoint before a loss that stands out, and leave out the data around it."""
@@ -78,11 +73,6 @@ class SpikeConfig(BaseModel):
         default=10, ge=0, description="Steps before the loss whose data are left out with its own"
     )
     max_rollbacks: int = Field(default=3, gt=0, description="Returns after which the run ends")
-
-    @field_validator("sigma", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
 
 
 class StabilityConfig(BaseModel):

@@ -13,7 +13,6 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -117,11 +116,6 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(default=False, description="torch.compile the layers")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
     log_interval: int = Field(default=10, gt=0, description="Steps between two logged lines")
-
-    @field_validator("max_epochs", mode="before")
-    @classmethod
-    def _accept_whole_numbers(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

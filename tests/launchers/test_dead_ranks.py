@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import to_yaml
 from tests.launchers.cluster import ROOT, Cluster, wait_until
-from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.pretrain.tiny_run import write_endless_run
 
 JOB = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1
@@ -47,15 +46,7 @@ def _ranks(run_dir: Path) -> dict[int, int]:
 def test_a_rank_that_is_killed_under_srun_ends_the_step_and_is_named(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    write_data(tmp_path)
-    run = tiny_run(
-        tmp_path,
-        training__max_steps=1_000_000,
-        training__batch_size=2,
-        checkpoint__interval=1_000_000,
-        evaluation__interval=1_000_000,
-    )
-    (tmp_path / "tiny.yaml").write_text(to_yaml(run))
+    write_endless_run(tmp_path)
     run_dir = tmp_path / "run"
     script = tmp_path / "job"
     script.write_text(JOB.format(root=ROOT, python=sys.executable, configs=tmp_path, run=run_dir))

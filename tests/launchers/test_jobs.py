@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from tests.launchers.cluster import ROOT, Cluster
 from tests.launchers.recorded_job import run_recorded, torchrun_option, trainer_arguments
 from tests.launchers.test_job_scripts import SCRIPTS
+from tests.missing import cannot_run
 
 
 @pytest.mark.parametrize("script", [path.stem for path in SCRIPTS])
@@ -108,9 +108,7 @@ def test_ranks_see_no_secret_and_nothing_unknown(cluster: Cluster, tmp_path: Pat
 
 def test_ranks_run_in_the_container_that_a_variable_names(cluster: Cluster, tmp_path: Path) -> None:
     if not cluster.takes_containers:
-        if os.environ.get("REQUIRE_SLURM") == "1":
-            pytest.fail("REQUIRE_SLURM=1 and no headers of Slurm here")
-        pytest.skip("needs the headers of Slurm")
+        cannot_run("no headers of Slurm here", needs="a plugin of Slurm")
     job = run_recorded(
         cluster,
         "llama_7b",

@@ -18,7 +18,7 @@ from parallel.carry import SequentialModel
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import metrics, tiny_run
 
 MODEL = CASES["daria_former"].config.model_dump()
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -33,13 +33,6 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
         8, 1, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__batch_size": 2},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _train(data: Path, directory: Path, world_size: int, stage: int, **changes: Any):

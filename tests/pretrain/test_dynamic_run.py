@@ -21,7 +21,7 @@ from pretrain.plan import RunPlan, check_model
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 
 LAYOUTS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "data 2, ZeRO-3": ("dtf", 2, 3, {"training__batch_size": 2}),
@@ -42,13 +42,6 @@ LAYOUTS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
 
 def _taus(model: SequentialModel) -> dict[str, torch.Tensor]:
     return {k: v for k, v in persistent_buffers(model).items() if k.endswith(".tau")}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _train(data: Path, directory: Path, name: str, world_size: int, stage: int, **changes: Any):

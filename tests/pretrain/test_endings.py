@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import to_yaml
 from pretrain.errors import EXIT_LOST_RANK
 from tests.distributed import free_port
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.missing import cannot_run
+from tests.pretrain.tiny_run import metrics, tiny_run, write_endless_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -46,15 +46,7 @@ CODES = {
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the run file `tiny`, of steps without end, and its corpus."""
     directory = tmp_path_factory.mktemp("endings")
-    write_data(directory)
-    run = tiny_run(
-        directory,
-        training__max_steps=1_000_000,
-        training__batch_size=2,
-        checkpoint__interval=1_000_000,
-        evaluation__interval=1_000_000,
-    )
-    (directory / "tiny.yaml").write_text(to_yaml(run))
+    write_endless_run(directory)
     return directory
 
 
@@ -63,7 +55,7 @@ class Job:
 
     def __init__(self, launcher: str, configs: Path, folder: Path) -> None:
         if launcher == "mpirun" and shutil.which("mpirun") is None:
-            pytest.skip("mpirun is not installed")
+            cannot_run("no mpirun here", needs="Open MPI")
         self.run_dir = folder / "run"
         self._log = (folder / "log").open("w+")
         self.port = free_port()
@@ -73,7 +65,7 @@ class Job:
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         variables = {"PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **AS_ROOT}
         self.command = subprocess.Popen(
-            ["env", "--default-signal=INT", *command, f"run_dir={self.run_dir}"],
+            [*command, f"run_dir={self.run_dir}"],
             cwd=ROOT,
             env={**os.environ, **variables},
             stdout=self._log,

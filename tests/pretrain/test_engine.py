@@ -19,16 +19,9 @@ from pretrain.config import RunConfig
 from pretrain.run import run as run_training
 from pretrain.schedule import learning_rate
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import metrics, tiny_run
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from pretrain.errors import ConfigError
 from pretrain.experts import register_experts
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 
 STEPS, CLIP = 4, 0.3
 EXPERT_2 = {"parallel__expert": 2, "training__batch_size": 2}
@@ -36,13 +36,6 @@ def family():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry._FAMILIES, "mixture", entry)
         yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _config(data: Path, run_dir: Path, *, factor: float | None = None, **changes) -> RunConfig:

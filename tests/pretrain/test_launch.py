@@ -13,6 +13,7 @@ import pytest
 
 from pretrain.config import to_yaml
 from tests.distributed import free_port
+from tests.missing import cannot_run
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ def test_every_launcher_trains_to_the_losses_of_one_process(
 ):
     command, overrides = LAUNCHERS[launcher]
     if command[0] == "mpirun" and shutil.which("mpirun") is None:
-        pytest.skip("mpirun is not installed")
+        cannot_run("no mpirun here", needs="Open MPI")
     command = [str(free_port()) if word == "PORT" else word for word in command]
     run = tiny_run(configs, run_dir=str(tmp_path / "run"))
     arguments = _arguments(configs, f"run_dir={run.run_dir}", *overrides)

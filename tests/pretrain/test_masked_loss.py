@@ -18,7 +18,7 @@ from pretrain.plan import RunPlan, build_context, build_precision
 from pretrain.rendezvous import World
 from pretrain.run import _train_loader
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.pretrain.tiny_run import tiny_run
 
 SAMPLES = 8
 NO_CLIPPING = {"training__grad_clip": 1e9}  # but the norm is computed
@@ -34,13 +34,6 @@ CUTS = {
     "pipeline 2, accumulation 4": (2, 1, 4, {"parallel__pipeline": 2}),
     "pipeline 2 x data 2, accumulation 2": (4, 1, 2, {"parallel__pipeline": 2}),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _config(data: Path, world_size: int, accumulation: int, **changes):

@@ -13,7 +13,6 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from parallel.weights_io import ShardedWeightsReader
 from pretrain.errors import EXIT_COMPLETED, TrainingError
 from pretrain.nonfinite import check_finite
 from pretrain.optimizers import spoil
@@ -21,7 +20,7 @@ from pretrain.ranks import Ranks
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
 
 STEPS, BAD = 5, 3
 
@@ -33,13 +32,6 @@ class Fault(NamedTuple):
     rank: int
     steps: tuple[int, ...] = (BAD,)
     once: bool = False
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _config(data: Path, run_dir: Path, **changes):
@@ -122,11 +114,6 @@ def _curve(config) -> list[tuple[float, ...]]:
     return [(r["step"], r["loss"], r["grad_norm"], r["tokens"]) for r in metrics(config)[0]]
 
 
-def _weights(config) -> dict[str, torch.Tensor]:
-    reader = ShardedWeightsReader(Path(config.run_dir, "checkpoints", f"step_{STEPS}", "weights"))
-    return {name: reader.full(name) for name in reader.names()}
-
-
 NOBODY = Fault("nowhere", -1)
 DP2: dict[str, Any] = {"training__batch_size": 2}
 BF16 = {"training__precision": "bf16"}
@@ -187,8 +174,8 @@ def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
     assert "of the run (train token" in said
     assert _curve(faulted) == _curve(expected)
     assert [r["skipped_steps"] for r in metrics(faulted)[0]] == [0, 0, 1, 1]
-    weights = _weights(expected)
-    for name, weight in _weights(faulted).items():
+    weights = final_weights(expected)
+    for name, weight in final_weights(faulted).items():
         assert torch.equal(weight, weights[name]), name
 
 
@@ -201,8 +188,8 @@ def test_a_fault_that_does_not_come_again_changes_nothing(layout, data, tmp_path
     (_, said), *_ = _run(faulted, Fault("activation", 0, once=True), world_size, stage)
     assert re.search(rf"step {BAD}: loss nan, .*; done again it is finite \(loss \d", said)
     assert _curve(faulted) == _curve(undisturbed)
-    weights = _weights(undisturbed)
-    for name, weight in _weights(faulted).items():
+    weights = final_weights(undisturbed)
+    for name, weight in final_weights(faulted).items():
         assert torch.equal(weight, weights[name]), name
 
 

@@ -12,20 +12,12 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from parallel.weights_io import ShardedWeightsReader
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import curve, tiny_run, write_data
+from tests.pretrain.tiny_run import curve, final_weights, tiny_run
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _config(data: Path, run_dir: Path, **changes):
@@ -34,11 +26,6 @@ def _config(data: Path, run_dir: Path, **changes):
 
 def _train(config, world_size: int = 1, *, stage: int = 1, entry=run_training) -> list[int]:
     return run_ranks(entry, world_size, config, f"configs/ds/zero{stage}.json", init=False)
-
-
-def _weights(config) -> dict[str, torch.Tensor]:
-    reader = ShardedWeightsReader(Path(config.run_dir, "checkpoints", f"step_{STEPS}", "weights"))
-    return {name: reader.full(name) for name in reader.names()}
 
 
 def _markers(config) -> list[str]:
@@ -90,8 +77,8 @@ def test_a_killed_run_continues_with_the_losses_of_an_undisturbed_one(case, data
         _train(killed, world_size, stage=stage, entry=_killed_at(5))
     assert _train(killed, world_size, stage=stage) == [EXIT_COMPLETED] * world_size
     assert curve(killed) == curve(undisturbed)
-    expected = _weights(undisturbed)
-    for name, weight in _weights(killed).items():
+    expected = final_weights(undisturbed)
+    for name, weight in final_weights(killed).items():
         assert torch.equal(weight, expected[name]), name
 
 

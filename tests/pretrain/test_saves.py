@@ -38,16 +38,9 @@ from pretrain.ranks import Ranks
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
-from tests.pretrain.tiny_run import curve, tiny_run, write_data
+from tests.pretrain.tiny_run import curve, tiny_run
 
 LONG = 30.0  # seconds; a test that waits for so long has failed
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def asynchronous_run(data: Path, run_dir: Path, **changes: Any):

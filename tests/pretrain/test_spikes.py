@@ -11,14 +11,13 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from parallel.weights_io import ShardedWeightsReader
 from pretrain.config.operation import SpikeConfig
 from pretrain.errors import EXIT_COMPLETED, TrainingError
 from pretrain.run import run as run_training
 from pretrain.spikes import SpikeWatch
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
 
 STEPS, SPIKE = 10, 7
 
@@ -33,13 +32,6 @@ def test_a_loss_stands_out_from_a_full_window_only_and_does_not_enter_it():
     assert not watch.stands_out(float("nan"))
     assert not watch.stands_out(2.1)
     assert SpikeWatch(SpikeConfig(sigma=3.0, window=4), watch.losses).stands_out(2.4)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    write_data(directory)
-    return directory
 
 
 def _config(data: Path, run_dir: Path, **changes):
@@ -90,11 +82,6 @@ def _curve(config) -> list[tuple[float, ...]]:
     return curve + [(r["step"], r["eval_loss"]) for r in evaluated]
 
 
-def _weights(config) -> dict[str, torch.Tensor]:
-    reader = ShardedWeightsReader(Path(config.run_dir, "checkpoints", f"step_{STEPS}", "weights"))
-    return {name: reader.full(name) for name in reader.names()}
-
-
 DP2 = {"training__batch_size": 2}
 LAYOUTS = {
     "ZeRO-0": (1, 0, {}),
@@ -130,8 +117,8 @@ def test_the_run_goes_on_as_one_that_never_saw_the_data_around_the_spike(
     assert _curve(spiking)[-1] == _curve(expected)[-1]
     # The way back is a start: its first step is logged, whatever the interval.
     assert set(_curve(expected)) <= set(_curve(spiking))
-    weights = _weights(expected)
-    for name, weight in _weights(spiking).items():
+    weights = final_weights(expected)
+    for name, weight in final_weights(spiking).items():
         assert torch.equal(weight, weights[name]), name
 
 

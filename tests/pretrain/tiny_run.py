@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from pretrain.config import RunConfig, parse_config
+from parallel.weights_io import ShardedWeightsReader
+from pretrain.config import RunConfig, parse_config, to_yaml
 from tests.data_tools.corpora import write_corpus
 
 VOCAB, SEQ = 61, 32
@@ -80,3 +82,23 @@ def curve(run: RunConfig) -> list[tuple[float, ...]]:
     trained, evaluated = metrics(run)
     losses = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in trained]
     return losses + [(r["step"], r["eval_loss"]) for r in evaluated]
+
+
+def final_weights(run: RunConfig) -> dict[str, torch.Tensor]:
+    """Every weight of the checkpoint that ends a run."""
+    step = f"step_{run.training.max_steps}"
+    with ShardedWeightsReader(Path(run.run_dir, "checkpoints", step, "weights")) as reader:
+        return dict(reader.items())
+
+
+def write_endless_run(directory: Path) -> None:
+    """The run file `tiny` of a run of two data ranks that neither ends nor saves; its corpus."""
+    write_data(directory)
+    run = tiny_run(
+        directory,
+        training__max_steps=1_000_000,
+        training__batch_size=2,
+        checkpoint__interval=1_000_000,
+        evaluation__interval=1_000_000,
+    )
+    (directory / "tiny.yaml").write_text(to_yaml(run))
