@@ -216,7 +216,7 @@ class TrainLoop:
             f"{config.sigma:g} standard deviations over the last {config.window} steps"
         )
         left_out, reached = self.left_out, self.step
-        if len(left_out) == config.max_rollbacks:
+        if len(left_out) >= config.max_rollbacks:
             raise TrainingError(
                 f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
                 "lower training.lr, or raise stability.spike.max_rollbacks"

@@ -134,6 +134,14 @@ def test_a_run_that_keeps_returning_ends(data, tmp_path):
     )
 
 
+def test_the_bound_also_holds_for_a_run_that_went_beyond_it_before(data, tmp_path):
+    config = _config(data, tmp_path, stability__spike__max_rollbacks=2)
+    assert _run(config, (SPIKE, 9), 1, 0) == [EXIT_COMPLETED]
+    changes = {"training__max_steps": STEPS + 4, "stability__spike__max_rollbacks": 1}
+    (end,) = _run(_config(data, tmp_path, **changes), (STEPS + 3,), 1, 0)
+    assert "the run has returned to an earlier step 2 times already" in str(end)
+
+
 def test_without_a_checkpoint_before_it_there_is_no_way_back(data, tmp_path):
     config = _config(data, tmp_path, checkpoint__interval=8)
     assert "there is no checkpoint yet to return to" in str(_run(config, (SPIKE,), 1, 0)[0])
