@@ -123,6 +123,7 @@ class TrainLoop:
         self.step = checkpoint.step
         stability = checkpoint.trainer.get("stability", {})  # not in older checkpoints
         self.steps.num_skipped = stability.get("num_skipped", 0)
+        self.steps.in_a_row = stability.get("in_a_row", 0)
         self.left_out = [(first, last) for first, last in stability.get("left_out", [])]
         if (spike := self.config.stability.spike) is not None:
             self.spikes, self.unread = SpikeWatch(spike, stability.get("losses", [])), []
@@ -293,6 +294,7 @@ class TrainLoop:
                 "data": self.loader.state_dict(),
                 "stability": {
                     "num_skipped": self.steps.num_skipped,
+                    "in_a_row": self.steps.in_a_row,
                     "left_out": self.left_out,
                     "losses": [] if self.spikes is None else list(self.spikes.losses),
                 },

@@ -131,6 +131,9 @@ class GuardedSteps:
     Args:
         max_skipped: how many in a row may be left out.
         samples_per_step: of all data ranks together, in `micro_batches` of each of them.
+
+    `num_skipped`: steps that the run has left out, the last `in_a_row` of them one after the other;
+    part of a checkpoint, or a run that is started again and again would never reach the limit.
     """
 
     def __init__(
@@ -146,8 +149,7 @@ class GuardedSteps:
         self._engine, self._loader, self._ranks = engine, loader, ranks
         self._max_skipped = max_skipped
         self._samples_per_step, self._micro_batches = samples_per_step, micro_batches
-        self._in_a_row = 0
-        self.num_skipped = 0
+        self.num_skipped = self.in_a_row = 0
 
     def train(self, step: int, *, learning_rate: float) -> tuple[StepResult, str | None]:
         """Take step number `step`, counted from 1; collective. Also what there is to say of it.
@@ -159,7 +161,7 @@ class GuardedSteps:
         batches = _Kept(self._loader)
         result = self._engine.train_step(batches, learning_rate=learning_rate)
         if result.applied:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return result, None
         before = _numbers(result)
         # What a model draws comes from seeds, names and the text: it draws the same again.
@@ -169,25 +171,25 @@ class GuardedSteps:
             result = self._engine.train_step(iter(batches.kept), learning_rate=learning_rate)
         _uncount_step(self._engine.deepspeed)
         if result.applied:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return result, (
                 f"step {step}: {before}; done again it is finite ({_numbers(result)}): a device or "
                 "its memory may have failed"
             )
-        self._in_a_row += 1
+        self.in_a_row += 1
         self.num_skipped += 1
         message = f"step {step}: {before}; {self._told_by_all(step, witness.finding)}"
         self._check_limit(step, message)
         return result, (
-            f"{message}; the step is left out ({self._in_a_row} in a row, "
+            f"{message}; the step is left out ({self.in_a_row} in a row, "
             f"stability.max_skipped_steps={self._max_skipped})"
         )
 
     def _check_limit(self, step: int, message: str) -> None:
-        if self._in_a_row > self._max_skipped:
-            first = step - self._in_a_row + 1
+        if self.in_a_row > self._max_skipped:
+            first = step - self.in_a_row + 1
             raise TrainingError(
-                f"{message}; {self._in_a_row} steps in a row were not finite, more than "
+                f"{message}; {self.in_a_row} steps in a row were not finite, more than "
                 f"stability.max_skipped_steps={self._max_skipped}: nothing was saved since the "
                 "last checkpoint; start again from it with "
                 f"stability.skip_steps=[[{first},{step}]] or a lower training.lr"

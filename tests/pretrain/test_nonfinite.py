@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 
 
 def _config(data: Path, run_dir: Path, **changes):
-    return tiny_run(data, run_dir=str(run_dir), training__max_steps=STEPS, **changes)
+    return tiny_run(data, run_dir=str(run_dir), **({"training__max_steps": STEPS} | changes))
 
 
 def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
@@ -205,6 +205,17 @@ def test_too_many_steps_in_a_row_end_the_run_at_its_last_checkpoint(layout, data
     assert "start again from it with stability.skip_steps=[[3,4]]" in str(ends[0][0])
     steps = sorted(path.name for path in Path(config.run_dir, "checkpoints").glob("step_*"))
     assert steps == ["step_2"]
+
+
+def test_a_run_that_is_started_again_goes_on_counting(data, tmp_path):
+    changes: dict[str, Any] = {"training__max_steps": 10, "stability__max_skipped_steps": 3}
+    fault = Fault("activation", 0, steps=tuple(range(3, 11)))
+    for _ in range(2):
+        ((end, _),) = _run(_config(data, tmp_path, **changes), fault, 1, 0)
+        assert str(end).startswith("step 6: ")
+        assert "4 steps in a row were not finite" in str(end)
+    steps = sorted(path.name for path in Path(tmp_path, "checkpoints").glob("step_*"))
+    assert steps == ["step_2", "step_4"]  # saved within the row: the weights are those of step 2
 
 
 @pytest.mark.parametrize("layout", ["ZeRO-1 DP2", "ZeRO-3 DP2", "PP2"])
