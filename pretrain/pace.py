@@ -2,9 +2,9 @@
 
 In a step ranks wait for each other, so that all take as long as the slowest. What tells them apart
 is the time in which a rank does not wait. The watchdog's thread looks fifty times a second at what
-the main thread is in: a function of torch.distributed, or anything else. The step does
-nothing for it and waits for no device. It sees what keeps the host busy (data, Python, a CPU that is
-shared or throttled), but not a slow device, for which the hosts of all ranks wait alike.
+the main thread is in: a function of torch.distributed, or anything else. The step does nothing for
+it and waits for no device. It sees what keeps the host busy (data, Python, a CPU that is shared or
+throttled), but not a slow device, for which the hosts of all ranks wait alike.
 """
 
 from __future__ import annotations
