@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.regions import all_reduced
 
 IGNORED_LABEL = -100
@@ -25,22 +25,13 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: Paralle
     """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
 
     Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are
-    left as they are. At tensor size 1 rows are worked off in chunks, in forward and again in
-    backward, so that beside the logits and their gradient nothing of their size exists. At larger
-    sizes the arithmetic is Megatron-Core's: three all-reduces of [s, b] in forward, none in
-    backward.
+    left as they are. Rows are worked off in chunks, in forward and again in backward, so beside the
+    logits and their gradient nothing of their size exists. With tensor ranks: two all-reduces in
+    forward, of [s, b] and [2, s, b], none in backward. fp64 logits have losses in fp64.
     """
     labels = labels.transpose(0, 1)
-    if ctx.tensor.size == 1:
-        losses: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
-        return losses.view(labels.shape)
-    from parallel import megatron
-
-    ignored = labels == IGNORED_LABEL
-    # Megatron-Core works in place on fp32 logits; those of another dtype it converts first.
-    own = logits.clone() if logits.dtype == torch.float32 else logits
-    losses = megatron.vocab_parallel_cross_entropy(own, labels.masked_fill(ignored, 0).contiguous())
-    return losses.masked_fill(ignored, 0.0)
+    losses: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), ctx)
+    return losses.view(labels.shape)
 
 
 def cross_entropy_and_entropy(
@@ -74,7 +65,7 @@ class _ChunkedEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, layout: ParallelContext) -> Tensor:
         chunks = logits.split(_rows_per_chunk(logits))
-        highest = as_fp32(torch.cat([x.amax(dim=-1) for x in chunks]))
+        highest = at_least_fp32(torch.cat([x.amax(dim=-1) for x in chunks]))
         all_reduced(highest, torch.distributed.ReduceOp.MAX, ctx=layout)
         sums = []
         for x, top in zip(chunks, highest.split(len(chunks[0])), strict=True):
@@ -107,33 +98,61 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """`loss_i = logsumexp(x_i) - x_i[y_i]`, `dx_ij = (softmax(x_i)_j - [j = y_i]) dloss_i`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, layout: ParallelContext) -> Tensor:
         rows = _rows_per_chunk(logits)
-        normalizers = torch.cat([as_fp32(x).logsumexp(dim=-1) for x in logits.split(rows)])
+        normalizers = torch.cat([at_least_fp32(x).logsumexp(dim=-1) for x in logits.split(rows)])
         scored = labels != IGNORED_LABEL
-        targets = labels.clamp(min=0)
-        ctx.save_for_backward(logits, targets, scored, normalizers)
-        own = as_fp32(logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+        targets, here = _own_targets(labels.masked_fill(~scored, 0), logits.shape[-1], layout)
+        targets, here = targets.unsqueeze(-1), here & scored
+        own = at_least_fp32(logits.gather(-1, targets).squeeze(-1)).masked_fill(~here, 0.0)
+        if layout.tensor.size > 1:
+            normalizers, own = _over_all_columns(normalizers, own, layout)
+        ctx.save_for_backward(logits, targets, here, scored, normalizers)
         return (normalizers - own).masked_fill(~scored, 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        logits, targets, scored, normalizers = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, here, scored, normalizers = ctx.saved_tensors
         rows = _rows_per_chunk(logits)
         gradient = torch.empty_like(logits)
-        columns = (targets, normalizers, upstream.masked_fill(~scored, 0.0))
+        columns = (normalizers, -here.to(normalizers.dtype), upstream.masked_fill(~scored, 0.0))
         chunks = zip(
             gradient.split(rows),
             logits.split(rows),
+            targets.split(rows),
             *(column.unsqueeze(-1).split(rows) for column in columns),
             strict=True,
         )
-        for out, x, target, normalizer, scale in chunks:
-            difference = (x - normalizer).exp_()  # fp32: the normalizers are
-            difference.scatter_add_(-1, target, -torch.ones_like(normalizer))
+        for out, x, target, normalizer, minus_one, scale in chunks:
+            difference = (x - normalizer).exp_()  # fp32 or wider: the normalizers are
+            difference.scatter_add_(-1, target, minus_one)
             out.copy_(difference.mul_(scale))
-        return gradient, None
+        return gradient, None, None
+
+
+def _own_targets(
+    labels: Tensor, num_columns: int, layout: ParallelContext
+) -> tuple[Tensor, Tensor]:
+    """The column of every label on this rank, 0 where another rank has it, and whether it is here.
+
+    Without tensor ranks a label beyond the columns stays as it is, for `gather` to refuse.
+    """
+    if layout.tensor.size == 1:
+        return labels, torch.ones_like(labels, dtype=torch.bool)
+    columns = labels - layout.tensor.rank * num_columns
+    here = (columns >= 0) & (columns < num_columns)
+    return columns.masked_fill(~here, 0), here
+
+
+def _over_all_columns(
+    normalizers: Tensor, own: Tensor, layout: ParallelContext
+) -> tuple[Tensor, Tensor]:
+    """The logsumexp of all ranks' columns from those of each, and the sum of `own` over ranks."""
+    highest = all_reduced(normalizers.clone(), torch.distributed.ReduceOp.MAX, ctx=layout)
+    sums = torch.stack(((normalizers - highest).exp(), own))  # of padding alone: exp(-inf) = 0
+    all_reduced(sums, torch.distributed.ReduceOp.SUM, ctx=layout)
+    return highest + sums[0].log(), sums[1]
 
 
 class _ChunkedBoth(torch.autograd.Function):
@@ -144,7 +163,7 @@ class _ChunkedBoth(torch.autograd.Function):
         rows = _rows_per_chunk(logits)
         normalizers, sums = [], []
         for x in logits.split(rows):
-            normalizer = as_fp32(x).logsumexp(dim=-1, keepdim=True)
+            normalizer = at_least_fp32(x).logsumexp(dim=-1, keepdim=True)
             log_p = (x - normalizer).clamp_(min=_LEAST_LOG)
             sums.append(torch.linalg.vecdot(log_p.exp(), log_p))
             normalizers.append(normalizer.squeeze(-1))
@@ -152,7 +171,7 @@ class _ChunkedBoth(torch.autograd.Function):
         scored = labels != IGNORED_LABEL
         targets = labels.clamp(min=0)
         ctx.save_for_backward(logits, targets, scored, normalizer, entropies)
-        own = as_fp32(logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
+        own = at_least_fp32(logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
         return (normalizer - own).masked_fill(~scored, 0.0), entropies
 
     @staticmethod

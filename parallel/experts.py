@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import Axis, ParallelContext
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.recompute import once
 from parallel.regions import (
     computed_by_all,
@@ -159,14 +159,16 @@ class TopKRouter(nn.Module):
         declare_replicated(self.weight, init, ctx=ctx)
 
     def forward(self, x: Tensor) -> Routing:
-        logits = F.linear(as_fp32(x), as_fp32(self.weight))
+        logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
         logits = gather_sequence(logits, ctx=self.ctx)
         probabilities = logits.softmax(dim=-1)
         experts = once(lambda: self._choose(logits.detach()))
         weights = probabilities.gather(-1, experts)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        fractions = _one_hot(experts, self.num_experts).float().mean(dim=0) / self.top_k
+        fractions = (
+            _one_hot(experts, self.num_experts).to(probabilities.dtype).mean(dim=0) / self.top_k
+        )
         balance = self.num_experts * (fractions * probabilities.mean(dim=0)).sum(dim=-1).mean()
         z_loss = logits.logsumexp(dim=-1).square().mean()
         return Routing(

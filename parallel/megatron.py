@@ -21,9 +21,6 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import layers as _layers
     from megatron.core.tensor_parallel import mappings as _mappings
-    from megatron.core.tensor_parallel.cross_entropy import (
-        vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy,
-    )
 
 gather_from_sequence_region = _mappings.gather_from_sequence_parallel_region
 scatter_to_sequence_region = _mappings.scatter_to_sequence_parallel_region
@@ -93,11 +90,6 @@ def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup | None) -> 
 def reduce_scatter_to_sequence_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum partial results and keep this rank's part of dim 0; all-gather in backward."""
     return _mappings.reduce_scatter_to_sequence_parallel_region(x.contiguous(), group=group)
-
-
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-token loss of logits sharded over the vocabulary. Overwrites fp32 logits: pass a copy."""
-    return _vocab_parallel_cross_entropy(logits, labels)
 
 
 class DeepSpeedTopology:

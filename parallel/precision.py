@@ -150,10 +150,11 @@ def _recipe(name: str | None) -> Any:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is where that is wider; no copy then."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """`x` in fp32 for softmax, norms, gates and losses, or as it is where it is wider: a model in
+    fp64 computes in fp64. No copy when nothing changes."""
+    return x.to(fp32_or_wider(x.dtype))
 
 
-def as_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32 for softmax, norms, gates and losses; no copy when it already is."""
-    return x if x.dtype == torch.float32 else x.float()
+def fp32_or_wider(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half precision, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)

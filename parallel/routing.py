@@ -115,7 +115,7 @@ class ScoreThreshold(nn.Module):
         return sums
 
     def after_step(self, sums: Tensor) -> None:
-        middle, excess, slope = (sums[1:] / sums[0]).float().split(1)
+        middle, excess, slope = (sums[1:] / sums[0]).to(self.tau.dtype).split(1)
         rate, begins = 1.0 - self.momentum, self.tau.isinf()
         moved = self.offset + rate * excess * slope
         offset = torch.where(begins, self.offset, moved)

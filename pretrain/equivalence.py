@@ -42,16 +42,17 @@ def measure(
     recompute: bool = False,
     seed: int = 0,
     noise: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Measured:
     """One forward and backward pass; `cuts` are the layers before which the carry crosses the wire.
 
-    `noise`: see `build`.
+    `noise`: see `build`. `dtype`: of the parameters; the wire carries what is declared in fp32.
 
     Collective over the tensor axis. A parameter without gradient is missing from `gradients`.
     """
     segmented = inputs.segment_ids is not None
     specs = family.layer_specs(config, segmented=segmented)
-    model = build(specs, ctx, seed=seed, noise=noise, recompute=recompute)
+    model = build(specs, ctx, seed=seed, noise=noise, recompute=recompute).to(dtype)
     sum_partial_gradients(model, ctx)
     batch_size, seq_length = inputs.tokens.shape
     schema = family.carry_schema(

@@ -21,7 +21,7 @@ from models.daria_former.config import LORA_TARGETS
 from models.daria_former.noise import STREAMS, dropout
 from parallel.context import ParallelContext
 from parallel.layers import project_together
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.regions import enter_tensor_region, leave_tensor_region
 from parallel.sharding import Constant, Normal, Sharding, declare, declare_replicated
 
@@ -251,10 +251,13 @@ class BlockAdapters(nn.Module):
         conditions.is_noisy = len(args) < 2 or args[1] is None
         for name, kind in self.following.items():
             if kind == "esv":
-                weight = (carry.emotion @ as_fp32(self.esv[name])).clamp(0.0, 1.0).unsqueeze(-1)
+                weight = (
+                    (carry.emotion @ at_least_fp32(self.esv[name])).clamp(0.0, 1.0).unsqueeze(-1)
+                )
             else:
                 assert self.given_persona is not None
-                logits = as_fp32(self.given_persona) @ as_fp32(self.persona[name])
+                kappa = at_least_fp32(self.persona[name])
+                logits = self.given_persona.to(kappa.dtype) @ kappa
                 weight = logits.sigmoid().view(1, -1, 1)
             conditions.weights[name] = enter_tensor_region(weight, ctx=self.ctx)
 

@@ -19,7 +19,7 @@ from models.daria_former.noise import STREAMS, uniform
 from models.daria_former.paths import PATH_CLASSES, Rotaries, Sources, per_head, split_heads
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.regions import enter_tensor_region
 from parallel.sharding import Constant, Normal
 
@@ -129,7 +129,7 @@ class MultiContextAttention(nn.Module):
     def _gates(self, x: Tensor, sources: Sources) -> Tensor:
         """fp32 [s, b, n, P]; a path that is switched off or dropped gets none."""
         num_paths = len(self.paths)
-        logits = as_fp32(x.unflatten(-1, (-1, num_paths))) + as_fp32(self.gate_bias)
+        logits = at_least_fp32(x.unflatten(-1, (-1, num_paths))) + at_least_fp32(self.gate_bias)
         assert sources.priors is not None
         logits = logits + sources.priors[..., :num_paths].unsqueeze(-2)
         closed = self._closed(sources)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from models.common.norms import RMSNorm
 from models.daria_former.cache import History
 from parallel.context import ParallelContext
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence
 from parallel.sharding import Constant, Normal, declare_replicated
 
@@ -73,9 +73,9 @@ class EmotionExpressionLayer(nn.Module):
         `starts` bool [s, b]: tokens that begin a document and so forget. `initial` fp32 [b, E].
         """
         gates = gather_sequence(F.linear(self.norm(x), self.input), ctx=self.ctx)
-        gates = as_fp32(gates) + as_fp32(torch.cat((self.write_bias, self.bias)))
+        gates = at_least_fp32(gates) + at_least_fp32(torch.cat((self.write_bias, self.bias)))
         if previous is not None:
-            gates = gates + F.linear(previous, as_fp32(self.previous))
+            gates = gates + F.linear(previous, at_least_fp32(self.previous))
         if history is not None and history.length:
             initial = history.last(1).squeeze(0)
         recur = self._mingru if self.mode == "mingru" else self._gru
@@ -99,7 +99,7 @@ class EmotionExpressionLayer(nn.Module):
         """`z, r = sigmoid(x + W e)`, `n = tanh(x + r (W e))`, `e = (1 - z) e + z n` (Cho 2014)."""
         size = gates.shape[-1] // 3
         state = gates.new_zeros(gates.shape[1], size) if initial is None else initial
-        recurrent = as_fp32(self.recurrent)
+        recurrent = at_least_fp32(self.recurrent)
         states = []
         for t, token in enumerate(gates.unbind(0)):
             if starts is not None and t > 0:

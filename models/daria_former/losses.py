@@ -16,6 +16,7 @@ from models.daria_former.carry import AUX
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
 from parallel.layers import project_part
+from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import (
     computed_by_all,
     gather_sequence,
@@ -33,7 +34,7 @@ FREE_SIMILARITY = 0.9
 def with_entries(**entries: Tensor) -> Tensor:
     """fp32 [len(AUX)] with the given entries and 0 elsewhere."""
     zero = torch.zeros((), device=next(iter(entries.values())).device)
-    return torch.stack([entries.get(name, zero).float() for name in AUX])
+    return torch.stack([at_least_fp32(entries.get(name, zero)) for name in AUX])
 
 
 def block_measurements(
@@ -84,13 +85,13 @@ def memory_consistency(
     """
     num_segments = readout.shape[2] // segment_len
     if num_segments == 0:
-        return x.new_zeros((), dtype=torch.float32)
+        return x.new_zeros((), dtype=fp32_or_wider(x.dtype))
     complete = num_segments * segment_len
     means = readout[:, :, :complete].unflatten(2, (num_segments, segment_len)).mean(dim=3)
     written = project_part(means.permute(2, 0, 1, 3).flatten(2), output_projection)
-    written = sum_over_tensor_ranks(written, ctx=ctx).float()
+    written = at_least_fp32(sum_over_tensor_ranks(written, ctx=ctx))
     with torch.no_grad():
-        target = gather_sequence(x, ctx=ctx)[:complete].float()
+        target = at_least_fp32(gather_sequence(x, ctx=ctx)[:complete])
         target = F.rms_norm(target, target.shape[-1:]).unflatten(0, (num_segments, segment_len))
         target = target.mean(dim=1)
     return disagreement(written, target)
@@ -134,17 +135,17 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
     products = torch.cat((_products(y[:-1], y[1:]), _products(y[-1:], following)))
     excess = (products / (norms[:-1] * norms[1:]) - FREE_SIMILARITY).relu()
     length = y.shape[0] * len(firsts)
-    counted = y.new_ones((length, y.shape[1]), dtype=torch.float32)
+    counted = excess.new_ones((length, y.shape[1]))
     counted[-1] = 0.0
     if positions is not None:
-        counted[:-1] = (positions.T[1:] > 0).float()
+        counted[:-1] = positions.T[1:] > 0
     total = (excess * own_sequence(counted, ctx=ctx)).sum()
     return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum().clamp(min=1.0)
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-6)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=fp32_or_wider(x.dtype)).clamp(min=1e-6)
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dim=-1, dtype=torch.float32)
+    return (x * y).sum(dim=-1, dtype=fp32_or_wider(x.dtype))

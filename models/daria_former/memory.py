@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.daria_former.cache import MemoryCache
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 
 # Scores that exist at a time while slots are selected.
 _SCORES_AT_A_TIME = 1 << 24
@@ -169,7 +169,7 @@ def packed_memory_attention(
 
 def pool(tokens: Tokens, stride: int) -> Slots:
     """One slot per stride: `k = sum_i w_i k_i`, `v = sum_i w_i v_i`, w = softmax(anchors)."""
-    weights = as_fp32(tokens.anchors.unflatten(2, (-1, stride))).softmax(dim=-1)
+    weights = at_least_fp32(tokens.anchors.unflatten(2, (-1, stride))).softmax(dim=-1)
     weights = weights.to(tokens.keys.dtype).unsqueeze(-2)
     return Slots(
         *(
@@ -189,9 +189,9 @@ def retrieve(queries: Tensor, slots: Slots, visible: Tensor, *, top_k: int) -> R
     indices, found = _select(queries, slots.keys, visible, top_k)
     keys, values = (_gather_slots(x, indices) for x in slots)
     if indices.shape[-1] == 0:
-        bias = as_fp32(queries).new_zeros(indices.shape)
+        bias = at_least_fp32(queries).new_zeros(indices.shape)
     else:
-        scores = (as_fp32(queries).unsqueeze(-2) * as_fp32(keys)).sum(-1) * scale
+        scores = (at_least_fp32(queries).unsqueeze(-2) * at_least_fp32(keys)).sum(-1) * scale
         best = scores.masked_fill(~found, -torch.inf).amax(dim=-1, keepdim=True)
         best = best.masked_fill(~found.any(dim=-1, keepdim=True), 0.0)
         bias = (scores - best).clamp(min=_LEAST_BIAS).masked_fill(~found, -torch.inf)
@@ -206,7 +206,7 @@ def read(queries: Tensor, retrieved: Retrieved) -> Tensor:
     q = queries.unflatten(1, (groups, -1)).unflatten(3, (num_segments, -1)).transpose(2, 3)
     heads, per_segment = q.shape[3:5]
     scores = torch.matmul(q.flatten(3, 4), retrieved.keys.mT)
-    scores = as_fp32(scores) * scale + retrieved.bias.unsqueeze(-2)
+    scores = at_least_fp32(scores) * scale + retrieved.bias.unsqueeze(-2)
     read_out = torch.matmul(scores.softmax(dim=-1).to(q.dtype), retrieved.values)
     read_out = read_out.unflatten(3, (heads, per_segment)).transpose(2, 3)
     return read_out.flatten(3, 4).flatten(1, 2)
@@ -279,11 +279,11 @@ def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> tuple
     """Slot numbers int64 [b, g, c, K] and whether each is really visible."""
     batch, groups, num_segments, _ = queries.shape
     num_slots = keys.shape[2]
-    keys = as_fp32(keys).mT
+    keys = at_least_fp32(keys).mT
     rows = max(1, _SCORES_AT_A_TIME // max(1, batch * groups * num_slots))
     chosen, found = [], []
     for start in range(0, num_segments, rows):
-        part = as_fp32(queries[:, :, start : start + rows])
+        part = at_least_fp32(queries[:, :, start : start + rows])
         seen = visible[..., start : start + rows, :]
         scores = torch.matmul(part, keys).masked_fill_(~seen, -torch.inf)
         best = scores.topk(min(top_k, num_slots), dim=-1)

@@ -16,6 +16,7 @@ from models.daria_former.config import DariaFormerConfig
 from models.daria_former.fused import multiply_add, weighted_sum
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import enter_tensor_region
 from parallel.sharding import Constant, Init, Normal, Sharding, declare, declare_replicated
 
@@ -102,7 +103,7 @@ class ResidualFusion(nn.Module):
         of_attended, of_fed, of_x = self.gate.chunk(3, dim=1)
         # W [a; f; norm(x)] without a copy of the three; a factor per token commutes with W.
         logits = F.linear(attended, of_attended, self.bias) + F.linear(fed, of_fed)
-        logits = logits.float() + inverse * F.linear(x, of_x)
+        logits = at_least_fp32(logits) + inverse * F.linear(x, of_x)
         gates = 2.0 * logits.softmax(dim=-1)
         gates = torch.cat((gates[..., :2], gates[..., 2:] * inverse), dim=-1)
         return weighted_sum((attended, fed, x), gates)
@@ -127,7 +128,7 @@ class RhythmGate(nn.Module):
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         inverse = inverse_rms(u, eps=self.eps)
-        mean = u.mean(dim=-1, keepdim=True, dtype=torch.float32)
+        mean = u.mean(dim=-1, keepdim=True, dtype=fp32_or_wider(u.dtype))
         variance = (inverse.pow(-2) - self.eps - mean.square()).clamp(min=0.0)
         statistics = torch.cat((mean, variance.log1p()), dim=-1).to(u.dtype)
         features = inverse.to(u.dtype) * F.linear(u, self.down)

@@ -35,7 +35,7 @@ from models.daria_former.memory import (
 )
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, project_replicated
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.sharding import Constant, Init, Normal, Sharding, declare
 
 
@@ -223,8 +223,8 @@ class MemoryPath(ContextPath):
     ) -> Tensor:
         keys, values, anchor = projected
         assert sources.priors is not None
-        worth = as_fp32(self.segment_gain) * sources.priors[..., -1:].sigmoid()
-        anchors = (as_fp32(anchor) + worth).permute(1, 2, 0)
+        worth = at_least_fp32(self.segment_gain) * sources.priors[..., -1:].sigmoid()
+        anchors = (at_least_fp32(anchor) + worth).permute(1, 2, 0)
         tokens = Tokens(q, *self.keys_values(keys, values), anchors)
         if self.initial_query is None:
             initial = q.new_zeros(tokens.keys.shape[1], q.shape[-1])

@@ -9,7 +9,7 @@ from models.common.norms import RMSNorm
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.modulation import ZERO, replicated
 from parallel.context import ParallelContext
-from parallel.precision import as_fp32
+from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence
 
 
@@ -31,5 +31,5 @@ class ContextRouter(nn.Module):
         self.bias = replicated((size,), ZERO, ctx)
 
     def forward(self, x: Tensor) -> Tensor:
-        priors = as_fp32(F.linear(self.norm(x), self.weight, self.bias))
+        priors = at_least_fp32(F.linear(self.norm(x), self.weight, self.bias))
         return gather_sequence(priors, ctx=self.ctx)

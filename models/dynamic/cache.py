@@ -16,6 +16,7 @@ from torch import Tensor
 from models.common.attention import QUERY_BLOCK, continued_attention
 from models.common.cache import KVCache
 from parallel.gathered import Selection, chosen_first
+from parallel.precision import fp32_or_wider
 
 # Room at first, over the share of tokens that is expected; it grows when it is used up.
 FIRST_ROOM, LEAST_ROOM = 1.25, 64
@@ -56,6 +57,10 @@ class RaggedKVCache:
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
         self._chosen = torch.zeros((batch_size, max_length), dtype=torch.bool, device=device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
 
     @property
     def num_bytes(self) -> int:
@@ -150,12 +155,13 @@ def _attend_up_to(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
 
 class PairCache:
     """What a pair keeps: its decision layer's keys and values, those of its dynamic layer, and the
-    surprise of every token, fp32 [b, max_length], of which the moving average is made."""
+    surprise of every token, fp32 or wider [b, max_length], of which the moving average is made."""
 
     def __init__(self, decision: KVCache, dynamic: RaggedKVCache, *, batch_size: int) -> None:
         self.decision, self.dynamic = decision, dynamic
         shape = (batch_size, dynamic.max_length)
-        self._surprise = torch.zeros(shape, device=dynamic.counts.device)
+        dtype = fp32_or_wider(dynamic.dtype)
+        self._surprise = torch.zeros(shape, dtype=dtype, device=dynamic.counts.device)
 
     @property
     def length(self) -> int:

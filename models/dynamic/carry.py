@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.dynamic.config import DTFConfig, MoDConfig
+from parallel.precision import at_least_fp32
 
 
 class DynamicCarry(NamedTuple):
@@ -55,7 +56,7 @@ DTF_AUX = (*MOD_AUX, "prior_loss", "s_ce", "s_cu")
 def with_entries(names: tuple[str, ...], entries: dict[str, Tensor]) -> Tensor:
     """fp32 [len(names)] with the given entries and 0 elsewhere."""
     zero = torch.zeros((), device=next(iter(entries.values())).device)
-    return torch.stack([entries.get(name, zero).float() for name in names])
+    return torch.stack([at_least_fp32(entries.get(name, zero)) for name in names])
 
 
 def with_expert_losses(

@@ -28,6 +28,7 @@ from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.scores import LinearScore, Scored, random_scores, through
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
+from parallel.precision import fp32_or_wider
 from parallel.regions import own_sequence
 from parallel.sharding import Normal
 
@@ -59,7 +60,7 @@ class DynamicEmbedding(nn.Module):
             positions = positions_in_segments(inputs.segment_ids)
         return DynamicCarry(
             hidden,
-            torch.zeros(self.num_aux, device=hidden.device),
+            hidden.new_zeros(self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
             positions,
             inputs.tokens if self.hands_on_tokens else None,
         )

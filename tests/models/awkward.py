@@ -24,6 +24,7 @@ from parallel.layers import (
     VocabParallelHead,
     project_together,
 )
+from parallel.precision import at_least_fp32
 from parallel.sharding import Constant, Normal, declare_replicated
 
 VOCAB, HIDDEN, INNER, STATE = 61, 32, 64, 8
@@ -64,9 +65,11 @@ class Embedding(nn.Module):
     def forward(self, inputs: TokenInputs) -> AwkwardCarry:
         ids = inputs.tokens
         hidden = self.table(ids)
-        state = hidden.float()[..., :STATE].tanh()
+        state = at_least_fp32(hidden)[..., :STATE].tanh()
         noise = (ids.float() * 0.37).sin()
-        return AwkwardCarry(hidden, state, ids, ids % 3 == 0, noise, hidden.new_zeros(2).float())
+        return AwkwardCarry(
+            hidden, state, ids, ids % 3 == 0, noise, at_least_fp32(hidden.new_zeros(2))
+        )
 
 
 class Block(nn.Module):
@@ -91,10 +94,10 @@ class Block(nn.Module):
         if self.ctx.sequence_parallel:
             rank, size = self.ctx.tensor.rank, self.ctx.tensor.size
             position, allowed = position.chunk(size)[rank], allowed.chunk(size)[rank]
-        read = carry.state @ self.from_state.float()
+        read = carry.state @ at_least_fp32(self.from_state)
         hidden = hidden + (read.masked_fill(allowed, 0.0) + 0.1 * position).to(dtype)
-        state = torch.tanh(carry.state + self.to_state(hidden).float())
-        terms = torch.stack([hidden.float().square().mean(), state.mean()])
+        state = torch.tanh(carry.state + at_least_fp32(self.to_state(hidden)))
+        terms = torch.stack([at_least_fp32(hidden).square().mean(), state.mean()])
         if self.ctx.sequence_parallel:
             terms = _Mean.apply(terms, self.ctx)
         return AwkwardCarry(hidden, state, carry.ids, carry.flags, carry.noise, carry.aux + terms)

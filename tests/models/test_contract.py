@@ -16,9 +16,16 @@ from parallel.sharding import sharding_table
 from pretrain.equivalence import Measured, build, measure
 from tests.distributed import run_ranks
 from tests.models.families import CASES, evaluated
+from tests.tolerance import FP64, assert_close, rounding
 
 SEQ, BATCH, SEED = 32, 3, 7
 NOISE = 0.2  # on gates and gains, away from where they start
+# Between one process and two tensor ranks: at most 7 layers of two sums each, forward and backward,
+# of at most 96 products (32 tokens of 3 rows, in the gradient of a weight).
+BOUNDS = {
+    torch.float64: FP64["rtol"],
+    torch.float32: rounding(torch.float32, depth=28, length=96),
+}
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -30,10 +37,12 @@ def _tokens(name: str, *, batch: int = BATCH, seq: int = SEQ) -> tuple[torch.Ten
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
-def _model(name: str, *, segmented: bool = False, device: str = "cpu") -> SequentialModel:
+def _model(name: str, *, segmented: bool = False) -> SequentialModel:
+    """The model in fp64, so that what differs by more than 1e-10 differs by more than rounding."""
     family, config = CASES[name]
-    ctx = ParallelContext.single(device=device)
-    return build(family.layer_specs(config, segmented=segmented), ctx, seed=SEED, noise=NOISE)
+    ctx = ParallelContext.single()
+    specs = family.layer_specs(config, segmented=segmented)
+    return build(specs, ctx, seed=SEED, noise=NOISE).double()
 
 
 def _causal_model(name: str, *, segmented: bool = False) -> SequentialModel:
@@ -59,36 +68,36 @@ def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **o
     )
 
 
-def _assert_equal(measured: Measured, expected: Measured, *, exactly: bool = False) -> None:
-    tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(measured.loss, expected.loss, **tolerance)
+def _measure_in_both(name: str, **options) -> dict[torch.dtype, Measured]:
+    return {dtype: _measure(name, dtype=dtype, **options) for dtype in BOUNDS}
+
+
+def _assert_equal(measured: Measured, expected: Measured, *, within: float = 0.0) -> None:
+    """Equal bits, or every tensor `within` so much of its largest entry."""
+    assert_close(measured.loss, expected.loss, within, "loss")
     assert measured.gradients.keys() == expected.gradients.keys()
     for parameter, gradient in expected.gradients.items():
-        torch.testing.assert_close(
-            measured.gradients[parameter],
-            gradient,
-            **tolerance,
-            msg=lambda m, p=parameter: f"{p}: {m}",
-        )
+        assert_close(measured.gradients[parameter], gradient, within, parameter)
 
 
 def test_stages_joined_by_the_wire_equal_the_whole_model_bit_for_bit(name):
     expected = _measure(name)
     last = len(_model(name).specs) - 1
     for cuts in [(1,), (last,), (2, last - 1), (1, 2, 3), tuple(range(1, last + 1))]:
-        _assert_equal(_measure(name, cuts=cuts), expected, exactly=True)
+        _assert_equal(_measure(name, cuts=cuts), expected)
 
 
 def test_recomputation_changes_nothing(name):
-    _assert_equal(_measure(name, recompute=True), _measure(name), exactly=True)
+    _assert_equal(_measure(name, recompute=True), _measure(name))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_tensor_ranks_equal_one_in_loss_and_every_gradient(name, sequence_parallel):
-    expected = _measure(name)
     options = {"tensor": 2, "sequence_parallel": sequence_parallel}
-    for measured in run_ranks(_measure, 2, name, **options):
-        _assert_equal(measured, expected)
+    expected = _measure_in_both(name)
+    for measured in run_ranks(_measure_in_both, 2, name, **options):
+        for dtype, within in BOUNDS.items():
+            _assert_equal(measured[dtype], expected[dtype], within=within)
 
 
 def test_every_parameter_gets_a_gradient_and_declares_its_sharding(name):
@@ -109,15 +118,20 @@ def test_every_layer_keeps_the_declared_carry_on_the_meta_device(name):
 
 
 @torch.no_grad()
-def test_changing_a_token_changes_no_earlier_logit_bit_for_bit(name):
+def test_changing_a_token_changes_no_earlier_logit(name):
+    """Bit for bit, except that an expert multiplies as many rows as it was chosen for."""
     model = _causal_model(name)
+    has_experts = getattr(CASES[name].config, "num_experts", 0)
     tokens, _ = _tokens(name)
     before = logits_of(model(TokenInputs(tokens)))
     for position in range(1, SEQ):
         changed = tokens.clone()
         changed[:, position:] = (changed[:, position:] + 1) % CASES[name].config.vocab_size
         after = logits_of(model(TokenInputs(changed)))
-        assert torch.equal(before[:position], after[:position]), position
+        if has_experts:
+            torch.testing.assert_close(after[:position], before[:position], **FP64)
+        else:
+            assert torch.equal(after[:position], before[:position]), position
         assert not torch.equal(before[position], after[position]), position
 
 
@@ -150,7 +164,7 @@ def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
     whole = logits_of(model(TokenInputs(tokens)))
     for length in range(1, SEQ + 1):
         alone = logits_of(model(TokenInputs(tokens[:, :length].contiguous())))
-        torch.testing.assert_close(alone[-1], whole[length - 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[-1], whole[length - 1], **FP64)
 
 
 @torch.no_grad()
@@ -160,7 +174,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(name):
     together = logits_of(model(TokenInputs(tokens)))
     for row in range(BATCH):
         alone = logits_of(model(TokenInputs(tokens[row : row + 1])))
-        torch.testing.assert_close(alone[:, 0], together[:, row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[:, 0], together[:, row], **FP64)
 
 
 @torch.no_grad()
@@ -173,7 +187,7 @@ def test_packed_documents_equal_separate_ones(name, lengths):
     together = logits_of(packed(inputs)).split(list(lengths))
     for document, logits in zip(tokens.split(list(lengths), dim=1), together, strict=True):
         separate = logits_of(alone(TokenInputs(document.contiguous())))
-        torch.testing.assert_close(logits, separate, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, separate, **FP64)
 
 
 @torch.no_grad()
@@ -187,12 +201,12 @@ def test_cached_decoding_equals_the_full_forward_pass_in_any_chunks(name, chunks
         logits_of(model(TokenInputs(part.contiguous()), cache))
         for part in tokens.split(list(chunks), dim=1)
     ]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts), whole, **FP64)
 
 
 def test_the_model_overfits_one_batch(name):
     family, config = CASES[name]
-    model = _model(name)
+    model = _model(name).float()
     tokens, labels = _tokens(name, batch=2, seq=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(150):
@@ -201,8 +215,10 @@ def test_the_model_overfits_one_batch(name):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    # What follows a token that occurs twice is uncertain where nothing mixes positions.
-    assert terms["lm_loss"] < 0.5
+        # What follows a token that occurs twice is uncertain where nothing mixes positions.
+        if terms["lm_loss"] < 0.5:
+            return
+    pytest.fail(f"the loss is {terms['lm_loss']:.2f} after 150 steps")
 
 
 def test_parameters_and_flops_equal_their_formulas(name):

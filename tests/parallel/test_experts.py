@@ -20,6 +20,7 @@ from parallel.regions import own_sequence
 from parallel.routing import agreed, top_k
 from parallel.sharding import Normal, merge, sharding_of, sum_partial_gradients
 from tests.distributed import run_ranks
+from tests.tolerance import FP64
 
 SEQ, ROWS, HIDDEN, INNER, NUM_EXPERTS, TOP_K = 12, 4, 8, 12, 8, 2
 IDLE = 6  # the expert that no token chooses
@@ -228,16 +229,17 @@ def test_experts_of_chosen_tokens_are_equal_at_any_layout(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["dropless", "capacity"])
-def test_changing_a_token_changes_no_earlier_one_and_no_other_row_bit_for_bit(name):
-    layer = _layer(ParallelContext.single(), **SETTINGS[name])
-    x, _ = _data()
+def test_changing_a_token_changes_no_earlier_one_and_no_other_row(name):
+    layer = _layer(ParallelContext.single(), **SETTINGS[name]).double()
+    x = _data()[0].double()
     before = layer(x).hidden
     for position in range(1, SEQ):
         changed = x.clone()
         changed[position:, 2] = x[:-position, 3]
         after = layer(changed).hidden
-        assert torch.equal(before[:position], after[:position]), position
-        assert torch.equal(before[:, [0, 1, 3]], after[:, [0, 1, 3]]), position
+        # Not bit for bit: an expert multiplies as many rows as it was chosen for.
+        torch.testing.assert_close(before[:position], after[:position], **FP64)
+        torch.testing.assert_close(before[:, [0, 1, 3]], after[:, [0, 1, 3]], **FP64)
         assert not torch.equal(before[position:, 2], after[position:, 2]), position
 
 

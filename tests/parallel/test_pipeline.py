@@ -19,6 +19,7 @@ from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from tests.distributed import run_ranks
 from tests.models import awkward
+from tests.tolerance import BF16_LOSS, BF16_NORM, FP32_LOSS, FP32_NORM
 
 CONFIG = awkward.AwkwardConfig()
 STEPS, LEARNING_RATE, CLIP, SEED = 4, 1e-2, 0.5, 11
@@ -95,12 +96,12 @@ def _micro_batches(ctx: ParallelContext, micro_batch: int):
         step += 1
 
 
-def assert_equal_training(results, accumulation: int, tolerance: float = 1e-5) -> None:
+def assert_equal_training(results, accumulation: int) -> None:
     losses, norms, weights = reference(accumulation)
     assert max(norms) > CLIP, "the clipping must bite for the norms to matter"
     for rank_losses, rank_norms, rank_weights in results:
-        assert rank_losses == pytest.approx(losses, rel=tolerance)
-        assert rank_norms == pytest.approx(norms, rel=tolerance)
+        assert rank_losses == pytest.approx(losses, rel=FP32_LOSS)
+        assert rank_norms == pytest.approx(norms, rel=FP32_NORM)
         for name, weight in rank_weights.items():
             torch.testing.assert_close(weight, weights[_canonical(name)], rtol=1e-3, atol=1e-4)
 
@@ -141,8 +142,8 @@ def test_pipeline_in_bf16_follows_one_process_as_far_as_bf16_allows():
     results = run_ranks(train, 4, pipeline=4, accumulation=4, precision="bf16")
     losses, norms, _ = reference(4)
     for rank_losses, rank_norms, _ in results:
-        assert rank_losses == pytest.approx(losses, rel=5e-3)
-        assert rank_norms == pytest.approx(norms, rel=5e-2)
+        assert rank_losses == pytest.approx(losses, rel=BF16_LOSS)
+        assert rank_norms == pytest.approx(norms, rel=BF16_NORM)
 
 
 def test_partition_minimises_the_most_expensive_stage_and_leaves_none_empty():

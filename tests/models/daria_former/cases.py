@@ -41,9 +41,9 @@ def config_of(**changes: Any) -> DariaFormerConfig:
 
 
 def model_of(config: DariaFormerConfig, **options: Any) -> SequentialModel:
-    """A model away from where gates and gains start, in evaluation."""
+    """A model in fp64, away from where gates and gains start, in evaluation."""
     specs = FAMILY.layer_specs(config, **options)
-    return build(specs, ParallelContext.single(), seed=5, noise=0.2).eval()
+    return build(specs, ParallelContext.single(), seed=5, noise=0.2).eval().double()
 
 
 def tokens_of(length: int, batch: int = 1) -> torch.Tensor:

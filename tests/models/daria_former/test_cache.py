@@ -9,8 +9,7 @@ from models.base import TokenInputs
 from models.daria_former.cache import History
 from models.daria_former.carry import DariaInputs
 from tests.models.daria_former.cases import BASE, SUBSETS, config_of, model_of, tokens_of
-
-DECODED = {"rtol": 1e-4, "atol": 1e-5}
+from tests.tolerance import FP64
 
 
 def _feed(model, tokens, cache, *, chunk: int = 1) -> torch.Tensor:
@@ -81,7 +80,7 @@ def test_a_rollback_leaves_no_trace_in_any_subset(subset):
             _feed(model, torch.cat((tokens[:, :kept], refused), dim=1), cache, chunk=chunk)
             _back(cache, kept)
             again = _feed(model, tokens[:, kept:], cache, chunk=5)
-            torch.testing.assert_close(again, whole[kept:], **DECODED)
+            torch.testing.assert_close(again, whole[kept:], **FP64)
 
 
 @torch.no_grad()
@@ -96,7 +95,7 @@ def test_drafts_that_are_partly_refused_again_and_again_decode_to_the_full_pass(
         draft = tokens[:, length : length + 4].clone()
         draft[:, accepted:] = (draft[:, accepted:] + 1) % BASE.vocab_size
         logits = model(TokenInputs(draft), cache).logits
-        torch.testing.assert_close(logits[:accepted], whole[length : length + accepted], **DECODED)
+        torch.testing.assert_close(logits[:accepted], whole[length : length + accepted], **FP64)
         length += accepted
         _back(cache, length)
 
@@ -115,7 +114,7 @@ def test_more_than_a_segment_is_not_taken_back_in_any_number_of_steps(steps):
         _back(cache, length - last)
     # Nothing has been touched.
     again = _feed(model, tokens[:, length:], cache)
-    torch.testing.assert_close(again, model(TokenInputs(tokens)).logits[length:], **DECODED)
+    torch.testing.assert_close(again, model(TokenInputs(tokens)).logits[length:], **FP64)
 
 
 @torch.no_grad()
@@ -125,7 +124,7 @@ def test_a_generation_may_be_taken_back_to_its_beginning():
     _feed(model, (tokens[:, :4] + 1) % BASE.vocab_size, cache)
     _back(cache, 0)
     torch.testing.assert_close(
-        _feed(model, tokens, cache), model(TokenInputs(tokens)).logits, **DECODED
+        _feed(model, tokens, cache), model(TokenInputs(tokens)).logits, **FP64
     )
 
 
@@ -147,7 +146,7 @@ def test_an_input_that_a_generation_began_without_is_refused(name):
     cache = model.new_cache(1, 16)
     parts = [model(DariaInputs(t, **given), cache).logits for t in tokens.split(4, dim=1)]
     whole = model(DariaInputs(tokens, **given)).logits
-    torch.testing.assert_close(torch.cat(parts), whole, **DECODED)
+    torch.testing.assert_close(torch.cat(parts), whole, **FP64)
 
 
 @torch.no_grad()
@@ -161,7 +160,7 @@ def test_bytes_of_a_cache_grow_with_the_context_in_the_long_path_alone():
         return sum(b.num_bytes for b in blocks), sum(b.long.num_bytes for b in blocks)
 
     config = config_of(num_layers=2)
-    shared = model_of(config)
+    shared = model_of(config).float()
     (total, long), (twice_total, twice_long) = bytes_at(96), bytes_at(192)
     per_token = 2 * 2 * config.num_kv_heads * config.head_size * 4  # layers, keys and values, fp32
     assert twice_long - long == 96 * per_token

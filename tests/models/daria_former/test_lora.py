@@ -22,6 +22,7 @@ from parallel.sharding import sum_partial_gradients
 from pretrain.equivalence import full_gradients
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.tolerance import FP64
 
 CONFIG = CASES["daria_former"].config
 NATIVE = CASES["daria_former_lora"].config
@@ -29,7 +30,8 @@ TOKENS = torch.randint(0, CONFIG.vocab_size, (2, 16), generator=torch.Generator(
 
 
 def _model(config: DariaFormerConfig = CONFIG, ctx: ParallelContext | None = None):
-    return SequentialModel(layer_specs(config), ctx or ParallelContext.single(), seed=1).eval()
+    ctx = ctx or ParallelContext.single()
+    return SequentialModel(layer_specs(config), ctx, seed=1).eval().double()
 
 
 def _logits(model: nn.Module, **inputs) -> torch.Tensor:
@@ -102,21 +104,22 @@ def test_dropout_of_a_layer_acts_on_the_primary_input_while_training():
 
 
 @torch.no_grad()
-def test_new_adapters_change_nothing_bit_for_bit():
+def test_new_adapters_change_nothing():
     model = _model()
     before = _logits(model)
     manager = LoRAManager(model, rank=4, targets=LORA_TARGETS)
     manager.inject()
     manager.add_adapter("extra")
     manager.activate_adapter("extra", weight="esv")
-    assert torch.equal(_logits(model), before)
+    # A projection with an adapter is a product of its own, no longer part of a joint one.
+    torch.testing.assert_close(_logits(model), before, **FP64)
 
 
 @torch.no_grad()
 def test_a_configuration_with_lora_rank_starts_as_the_plain_model():
     plain, native = _model(), _model(NATIVE)
     assert set(plain.state_dict()) < set(native.state_dict())
-    torch.testing.assert_close(_logits(native), _logits(plain), rtol=0, atol=0)
+    torch.testing.assert_close(_logits(native), _logits(plain), **FP64)
     assert all(block.lora is None for block in plain.layers[1:-1])
     assert not any(isinstance(m, LoRALinear | BlockAdapters) for m in plain.modules())
 
@@ -148,7 +151,7 @@ def test_merging_changes_no_logit_and_unmerging_restores_every_bit():
     expected = _logits(model)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     manager.merge_all()
-    torch.testing.assert_close(_logits(model), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(model), expected, **FP64)
     assert not torch.equal(model.block_0.attention.q_proj.weight, weights[_Q])
     manager.unmerge_all()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
@@ -169,7 +172,7 @@ def test_stripping_leaves_a_plain_model_with_what_was_merged():
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
     fresh = _model()
     fresh.load_state_dict(model.state_dict())  # the original keys, all of them
-    torch.testing.assert_close(_logits(fresh), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(fresh), expected, **FP64)
     assert not any(len(b._forward_pre_hooks) for b in model.layers)
     LoRAManager(model, rank=2).inject()  # and it can begin anew
 
@@ -218,7 +221,7 @@ def test_an_emotion_adapter_follows_the_state_of_each_token():
     model, manager = _managed(targets=["up_proj"])
     manager.activate_adapter("first", weight="esv")
     block = model.block_1
-    kappa = torch.randn(CONFIG.emotion_dim) * 3
+    kappa = 3 * torch.randn(CONFIG.emotion_dim, dtype=torch.float64)
     block.lora.esv["first"].copy_(kappa)
     seen = {}
 
@@ -233,7 +236,7 @@ def test_an_emotion_adapter_follows_the_state_of_each_token():
     lora, W = block.ffn.up_proj.lora, block.ffn.up_proj.weight
     expected = seen["x"] @ (W + lora["primary"].product()).T
     expected = expected + weight * (seen["x"] @ lora["first"].product().T)
-    torch.testing.assert_close(seen["y"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["y"], expected, **FP64)
 
 
 @torch.no_grad()
@@ -265,7 +268,7 @@ def test_following_adapters_decode_with_a_cache_as_in_one_pass():
     for token in TOKENS[:, 5:].split(1, dim=1):
         model(TokenInputs(token[:1].contiguous()), other)  # another generation in between
         parts.append(model(TokenInputs(token.contiguous()), cache).logits)
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts), whole, **FP64)
 
 
 def test_the_published_quick_start():
@@ -311,13 +314,13 @@ def test_a_state_dict_becomes_the_same_model_and_the_same_merged_model():
     merged = merged_state_dict(again.state_dict())
     plain = _model()
     plain.load_state_dict(merged)
-    torch.testing.assert_close(_logits(plain), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(plain), expected, **FP64)
     restored.merge_all()
     with pytest.raises(ValueError, match="merged into the weights"):
         again.state_dict()  # would count the adapters twice when it is loaded
     stripped = restored.strip().state_dict()
     for name, tensor in merged.items():
-        torch.testing.assert_close(stripped[name], tensor, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(stripped[name], tensor, **FP64)
 
 
 @torch.no_grad()
@@ -330,7 +333,7 @@ def test_a_model_built_with_adapters_is_merged_for_export():
     plain = _model()
     plain.load_state_dict(merged)
     expected = _logits(model)
-    torch.testing.assert_close(_logits(plain), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(plain), expected, **FP64)
     manager = LoRAManager(
         model, NATIVE.lora_rank, NATIVE.lora_alpha, NATIVE.lora_targets, NATIVE.lora_dropout
     )
@@ -383,7 +386,7 @@ def test_following_adapters_have_the_same_gradients_on_two_tensor_ranks(sequence
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(
-                gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                gradients[name], gradient, **FP64, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

@@ -133,9 +133,10 @@ def test_a_model_in_bf16_retrieves_the_slots_that_it_retrieves_in_fp32(monkeypat
     cache = model.new_cache(2, 256)
     parts = [model(TokenInputs(t), cache).logits for t in tokens.split(48, dim=1)]
     assert _agreement(chosen[:2], chosen[2:4]) > 0.99
-    # The same numbers are rounded the same way in chunks, so a prefill decodes as it was trained.
+    # The same numbers are rounded in chunks, so a prefill decodes as it was trained: within a unit
+    # in the last place, to which a sum in another order may round.
     difference = (torch.cat(parts).float() - whole).abs().mean() / whole.abs().mean()
-    assert difference < 0.005
+    assert difference < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def _agreement(these, those) -> float:

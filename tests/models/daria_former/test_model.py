@@ -14,6 +14,7 @@ from parallel.context import ParallelContext
 from parallel.wire import Wire
 from pretrain.equivalence import run_cut
 from tests.models.daria_former.cases import BASE, config_of, model_of, tokens_of
+from tests.tolerance import FP64
 
 
 def test_images_cross_the_wire_bit_for_bit_and_their_gradient_comes_back():
@@ -21,7 +22,7 @@ def test_images_cross_the_wire_bit_for_bit_and_their_gradient_comes_back():
     inputs = DariaInputs(tokens_of(11, batch=2), images=torch.randn(2, 3, 8, 8))
     gradients = []
     for cuts in ((), (1, 2, 3, 4, 5)):
-        model = model_of(config).train()
+        model = model_of(config).train().float()  # as the wire declares it
         schema = FAMILY.carry_schema(
             config, model.ctx, micro_batch_size=2, seq_length=11, num_modality_tokens=4
         )
@@ -84,7 +85,7 @@ def test_random_chunks_decode_to_the_full_pass():
             sizes.append(min(draw, 61 - sum(sizes)))
         cache = model.new_cache(2, 61)
         parts = [model(TokenInputs(t), cache).logits for t in tokens.split(sizes, dim=1)]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts), whole, **FP64)
 
 
 @torch.no_grad()
@@ -109,9 +110,7 @@ def test_a_context_beyond_the_range_is_refused_and_its_last_token_is_not():
     model, tokens = model_of(config), tokens_of(40)
     cache = model.new_cache(1, 40)
     parts = [model(TokenInputs(t), cache).logits for t in tokens.split(1, dim=1)]
-    torch.testing.assert_close(
-        torch.cat(parts), model(TokenInputs(tokens)).logits, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(torch.cat(parts), model(TokenInputs(tokens)).logits, **FP64)
     with pytest.raises(ValueError, match="max_position_embeddings=40"):
         model(TokenInputs(tokens_of(41)))
     with pytest.raises(ValueError, match="max_position_embeddings=40"):

@@ -59,9 +59,9 @@ def family_of(config: MoDConfig | DTFConfig) -> ModelFamily:
 
 
 def model_of(config: MoDConfig | DTFConfig, *, segmented: bool = False) -> SequentialModel:
-    """In training mode, with everything away from where it starts."""
+    """In fp64 and in training mode, with everything away from where it starts."""
     specs = family_of(config).layer_specs(config, segmented=segmented)
-    return build(specs, CTX, seed=11, noise=0.2)
+    return build(specs, CTX, seed=11, noise=0.2).double()
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from tests.models.dynamic.cases import (
     family_of,
     tokens_of,
 )
+from tests.tolerance import FP64
 
 SEQ, BATCH = 40, 3
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def _variant(name: str, **changes) -> tuple[SequentialModel, torch.Tensor]:
@@ -47,7 +47,7 @@ def test_a_prefill_in_any_chunks_equals_step_by_step_equals_the_whole(variant):
     whole = model(TokenInputs(tokens)).logits
     for chunks in ([SEQ], [1] * SEQ, [13, 1, 1, 25]):
         cache = model.new_cache(BATCH, SEQ)
-        torch.testing.assert_close(_fed(model, cache, tokens, chunks), whole, **CLOSE)
+        torch.testing.assert_close(_fed(model, cache, tokens, chunks), whole, **FP64)
         for layer in _routed(cache):
             assert 0 < layer.counts.sum() < BATCH * SEQ  # some tokens, and not all
 
@@ -65,7 +65,7 @@ def test_a_generation_goes_on_from_where_it_was_taken_back_to(variant, length):
     for layer in cache.values():
         layer.rollback(length)
     found = _fed(model, cache, tokens[:, length:], 4)
-    torch.testing.assert_close(found, model(TokenInputs(tokens)).logits[length:], **CLOSE)
+    torch.testing.assert_close(found, model(TokenInputs(tokens)).logits[length:], **FP64)
 
 
 def test_a_cache_is_taken_back_only_to_where_it_has_been():
@@ -86,7 +86,7 @@ def test_rows_that_are_routed_together_do_not_see_each_other():
     assert len({tuple(layer.counts.tolist()) for layer in _routed(cache)}) > 1
     for i in range(BATCH):
         alone = _fed(model, model.new_cache(1, SEQ), tokens[i : i + 1], [1] * SEQ)
-        torch.testing.assert_close(alone[:, 0], together[:, i], **CLOSE)
+        torch.testing.assert_close(alone[:, 0], together[:, i], **FP64)
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_a_cache_takes_every_token_when_all_are_chosen_and_grows_for_it():
     (first, *_) = _routed(cache)
     room = first.num_bytes
     found = _fed(model, cache, tokens, 100)
-    torch.testing.assert_close(found, model(TokenInputs(tokens)).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, model(TokenInputs(tokens)).logits, **FP64)
     assert first.counts.tolist() == [length] * 2
     assert first.num_bytes > 2 * room
 

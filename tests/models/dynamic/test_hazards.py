@@ -27,6 +27,7 @@ from tests.models.dynamic.cases import (
     model_of,
     tokens_of,
 )
+from tests.tolerance import FP64
 
 SEQ = 24
 
@@ -73,7 +74,7 @@ def test_a_row_is_routed_alone_also_in_training(variant):
     together = model(TokenInputs(tokens)).logits
     for i in range(4):
         alone = model(TokenInputs(tokens[i : i + 1])).logits
-        torch.testing.assert_close(alone[:, 0], together[:, i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[:, 0], together[:, i], **FP64)
 
 
 def test_training_moves_the_scores_and_with_them_the_choice():
@@ -212,7 +213,7 @@ def _llama(seed: int) -> SequentialModel:
     shared = {k: v for k, v in SIZES.items() if k != "router_init_std"}
     settings = {"qkv_bias": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
     config = LlamaConfig(**shared, **settings)
-    return build(LLAMA.layer_specs(config), CTX, seed=seed, noise=0.2)
+    return build(LLAMA.layer_specs(config), CTX, seed=seed, noise=0.2).double()
 
 
 @torch.no_grad()
@@ -224,10 +225,10 @@ def test_at_capacity_one_it_is_the_plain_stack(variant):
     model = model_of(config).eval()
     model.load_state_dict({name: weights[_as_llama(name)] for name in model.state_dict()})
     expected = plain(TokenInputs(tokens))
-    torch.testing.assert_close(model(TokenInputs(tokens)).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(TokenInputs(tokens)).logits, expected, **FP64)
     cache = model.new_cache(2, SEQ)
     parts = [model(TokenInputs(p), cache).logits for p in tokens.split(5, dim=1)]
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts), expected, **FP64)
 
 
 @torch.no_grad()
@@ -251,7 +252,7 @@ def test_routed_layers_that_take_every_token_with_the_gate_one_are_plain_layers(
         assert all(".router." in name or ".prior" in name for name in missing)
         found, expected = model(TokenInputs(tokens)).logits, plain(TokenInputs(tokens))
         if everything == SEQ:
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, expected, **FP64)
         else:
             assert (found - expected).abs().max() > 0.01
 
