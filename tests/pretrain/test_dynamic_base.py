@@ -16,6 +16,7 @@ from models.checkpoint import load_model, open_checkpoint
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.tolerance import FP64
 
 VOCAB_SIZE = 61
 TOKENS = torch.randint(0, VOCAB_SIZE, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -60,12 +61,12 @@ def test_a_base_is_imported_trained_at_four_ranks_and_exported(family, qwen, tmp
         line = ["to-hf", "--checkpoint", str(run_dir), "--output", str(tmp_path / name)]
         assert convert.main([*line, "--no-tokenizer", *options]) == 0
     with torch.no_grad():
-        expected = Qwen2ForCausalLM.from_pretrained(qwen)(TOKENS).logits
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+        expected = Qwen2ForCausalLM.from_pretrained(qwen, dtype=torch.float64)(TOKENS).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float64)
         assert type(plain) is Qwen2ForCausalLM
         torch.testing.assert_close(plain(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
-        own = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
-        trained = load_model(open_checkpoint(run_dir), device="cpu")
+        own = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.float64)
+        trained = load_model(open_checkpoint(run_dir), device="cpu").double()
         logits = trained(TokenInputs(TOKENS)).logits.transpose(0, 1)
-        assert torch.equal(own(TOKENS).logits, logits)
+        torch.testing.assert_close(own(TOKENS).logits, logits, **FP64)
         assert (logits - expected).abs().max() > 0.01  # thresholds leave tokens out now

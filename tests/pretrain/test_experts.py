@@ -24,6 +24,7 @@ from pretrain.experts import register_experts
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
+from tests.tolerance import FP32_LOSS
 
 STEPS, CLIP = 4, 0.3
 EXPERT_2 = {"parallel__expert": 2, "training__batch_size": 2}
@@ -65,7 +66,7 @@ def _train(
 NAMES = ("loss", "balance_loss", "z_loss", "eval_loss", "grad_norm")
 
 
-def _assert_equal(records, expected, *, rel: float = 1e-5, names=NAMES) -> None:
+def _assert_equal(records, expected, *, rel: float = FP32_LOSS, names=NAMES) -> None:
     for record, reference in zip(records, expected, strict=True):
         for name in names:
             if name in reference:
