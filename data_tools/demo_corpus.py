@@ -14,6 +14,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,5 +197,7 @@ def main(arguments: Sequence[str]) -> None:
         print(line)
 
 
+command = partial(run_command, main)
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

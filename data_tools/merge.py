@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from data_tools.cli import progress_bar, run_command
@@ -131,5 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
+command = partial(run_command, main)
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

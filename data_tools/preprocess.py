@@ -220,5 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+command = partial(run_command, main)
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

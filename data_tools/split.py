@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,5 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+command = partial(run_command, main)
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

@@ -7,6 +7,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from data_tools.cli import add_text_arguments, progress_bar, run_command
@@ -152,5 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+command = partial(run_command, main)
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,5 +167,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{image}: checksum equal")
 
 
+command = partial(run_command, main)
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

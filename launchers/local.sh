@@ -5,9 +5,11 @@ set -euo pipefail
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { sed -n 2p "$0" >&2; exit 2; }
 processes=$1
 shift
-cd "$(dirname "$0")/.."
+root=$(dirname "$0")/..
+# In a clone paths are relative to its root, elsewhere to where the command is given.
+if [[ -f $root/pyproject.toml && -f $root/pretrain/train.py ]]; then cd "$root"; fi
 python=${PYTHON:-python}
 [[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
 # Standalone: a free port of this machine, and none of it can be reached from elsewhere.
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" \
-  pretrain/train.py "$@"
+  -m pretrain.train "$@"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 if not __package__:
     # Started as a script: the packages lie beside its folder, and the folder itself must not be
     # searched, or its modules could be imported by their bare names.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
 from pretrain.errors import (
     EXIT_COMPLETED,
@@ -44,7 +44,7 @@ MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
 _EXAMPLE = """\
 example:
   deepspeed pretrain/train.py --config-name demo --ds_config configs/ds/zero1.json training.lr=1e-3
-
+  deepspeed --module pretrain.train ...    # an installed package; in one process: manyformer-train
 The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python.
 """
 
@@ -124,7 +124,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--ds_config",
         "--deepspeed_config",
         metavar="FILE",
-        help="DeepSpeed JSON (default: ZeRO-1, or ZeRO-0 where that shards nothing)",
+        help="DeepSpeed JSON, or its name in configs/ds (default: zero1.json, or zero0.json where "
+        "enough)",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"

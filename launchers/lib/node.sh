@@ -13,4 +13,4 @@ exec "$PYTHON" -m torch.distributed.run \
   --nnodes="$TRAIN_NODES" --nproc-per-node="$RANKS_PER_NODE" --node-rank="$SLURM_PROCID" \
   --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
   --log-dir="$LOG_DIR/$SLURMD_NODENAME" --redirects=3 --tee=3 \
-  pretrain/train.py "$@"
+  -m pretrain.train "$@"

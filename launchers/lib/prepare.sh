@@ -1,15 +1,15 @@
 # On one node before each launch: standard output is the run directory and nothing else.
 
 run_dir=$(WORLD_SIZE=$((TRAIN_NODES * RANKS_PER_NODE)) \
-  "$PYTHON" pretrain/train.py "$@" --print-run-dir && printf .) || exit
+  "$PYTHON" -m pretrain.train "$@" --print-run-dir && printf .) || exit
 run_dir=${run_dir%$'\n.'}
 log_dir=$run_dir/logs/job_$SLURM_JOB_ID/launch_$LAUNCH
 mkdir -p "$log_dir" || exit
 {
-  printf 'command: pretrain/train.py'
+  printf 'command: python -m pretrain.train'
   printf ' %q' "$@"
   printf '\n'
   "$PYTHON" launchers/versions.py
-  "$PYTHON" pretrain/train.py "$@" --print-config
+  "$PYTHON" -m pretrain.train "$@" --print-config
 } > "$log_dir/start.txt" || exit
 printf %s "$run_dir"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,8 +63,16 @@ def _train(options: argparse.Namespace) -> None:
         partial.replace(run_file)
     else:
         _wait_for(run_file)
-    command = [sys.executable, "-m", "pretrain.train", "--config-name", run_file.stem]
+    command = [sys.executable, _training_program(), "--config-name", run_file.stem]
     os.execv(sys.executable, [*command, "--config-dir", str(run_file.parent)])
+
+
+def _training_program() -> str:
+    """The file of `pretrain.train`; by its name a folder `pretrain/` of the user's might be run."""
+    spec = find_spec("pretrain.train")
+    assert spec is not None, "the packages lie beside each other"
+    assert spec.origin is not None
+    return spec.origin
 
 
 def _check_resume(given: str, folder: Path) -> None:

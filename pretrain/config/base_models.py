@@ -16,8 +16,8 @@ import yaml
 
 from pretrain.config.errors import nearest, show
 from pretrain.errors import ConfigError
+from pretrain.files import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _NAMES = ("base_model_name", "pretrained_model_name")
 
 

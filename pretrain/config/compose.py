@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from pretrain.config.aliases import ALIASES
-from pretrain.config.base_models import CONFIGS
 from pretrain.config.credentials import check_override
 from pretrain.config.errors import nearest, show
 from pretrain.config.limits import MAX_TEXT, read_run_file
 from pretrain.config.schema import RunConfig, parse_config
 from pretrain.errors import ConfigError
+from pretrain.files import CONFIGS
 
 _KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.config.compose import CONFIGS
 from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY
 from pretrain.config.errors import nearest, show
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
+from pretrain.files import CONFIGS
 
 FILES = CONFIGS / "ds"
 AUTO = "auto"
@@ -43,12 +43,15 @@ def resolve_ds_config(
 ) -> ResolvedDeepSpeed:
     """Read the JSON (that of `_default_file` when `path` is None) and complete it from `run`.
 
+    A `path` that does not exist may name a file of the project's configs/ds: `zero1.json`, or
+    `configs/ds/zero1.json` seen from any directory.
+
     Raises:
         ConfigError: the file cannot be read, has a key that is unknown or owned by the run
             configuration, contradicts it, or asks for what is known to train wrongly; or
             checkpoint.asynchronous is set for a run that only DeepSpeed can save.
     """
-    file = Path(path) if path is not None else _default_file(run, data_size)
+    file = _find(path) if path is not None else _default_file(run, data_size)
     given = _read(file)
     flat = dict(_check_keys(given, ACCEPTED, file))
     stage = flat.get("zero_optimization.stage", 0)
@@ -99,6 +102,13 @@ def _check_saving(run: RunConfig, resolved: ResolvedDeepSpeed) -> None:
             f"checkpoint.asynchronous=true with {bound}: only DeepSpeed can write that state, and "
             "it does so within the step; set checkpoint.asynchronous=false"
         )
+
+
+def _find(path: str | Path) -> Path:
+    given = Path(path)
+    named = FILES / given.name
+    is_name = given.as_posix() in (named.name, named.relative_to(CONFIGS.parent).as_posix())
+    return named if is_name and not given.exists() and named.is_file() else given
 
 
 def _default_file(run: RunConfig, data_size: int) -> Path:

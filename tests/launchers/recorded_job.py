@@ -44,9 +44,9 @@ def run_recorded(
 
 
 def trainer_arguments(recorded: Mapping[str, Any]) -> list[str]:
-    """What follows pretrain/train.py in torchrun's arguments."""
+    """What follows `-m pretrain.train` in torchrun's arguments."""
     argv = recorded["argv"]
-    return argv[argv.index("pretrain/train.py") + 1 :]
+    return argv[argv.index("pretrain.train") + 1 :]
 
 
 def torchrun_option(recorded: Mapping[str, Any], name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.compose import CONFIGS
+from pretrain.files import CONFIGS
 from tests.launchers.cluster import ROOT, Cluster
 
 SCRIPTS = sorted((ROOT / "launchers").glob("*.slurm"))

@@ -36,7 +36,7 @@ def test_every_node_starts_its_ranks_and_all_meet_at_the_first_node(
 
 def test_a_job_says_what_it_runs_before_it_runs(cluster: Cluster, tmp_path: Path) -> None:
     job = run_recorded(cluster, "llama_125m", "training.lr=1e-3", run_dir=tmp_path / "run")
-    assert "command: pretrain/train.py --config-name llama_125m" in job.output
+    assert "command: python -m pretrain.train --config-name llama_125m" in job.output
     assert "'launchers/versions.py'" in job.output
     assert "'--print-config'" in job.output
     assert str(job.log_dir).startswith(str(tmp_path / "run"))

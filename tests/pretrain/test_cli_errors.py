@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from pretrain.config import parse_config
-from pretrain.config.compose import CONFIGS
 from pretrain.errors import EXIT_STOPPED
+from pretrain.files import CONFIGS
 from pretrain.train import main
 
 ROOT = CONFIGS.parent

@@ -11,10 +11,11 @@ import pytest
 
 from models.registry import get_family
 from pretrain.config import RunConfig, parse_config, resolved
-from pretrain.config.compose import CONFIGS, compose_config
+from pretrain.config.compose import compose_config
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
 from pretrain.errors import ConfigError
+from pretrain.files import CONFIGS
 
 # `base` has corpora by name, which must be there to count epochs (test_published_commands).
 RUN_FILES = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"base"})

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from pretrain.config import parse_config
-from pretrain.config.compose import CONFIGS
 from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
 from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY, ZERO
 from pretrain.errors import ConfigError
+from pretrain.files import CONFIGS
 from tests.pretrain.run_values import run_values
 
 
@@ -58,6 +58,28 @@ def test_auto_values_are_filled_from_the_run_configuration(stage: int) -> None:
     assert config["bf16"]["enabled"] is False
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
     assert "auto" not in json.dumps(config)
+
+
+@pytest.mark.parametrize("name", ["zero2.json", "configs/ds/zero2.json", "./configs/ds/zero2.json"])
+def test_a_file_of_the_project_is_found_from_any_directory(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = parse_config(run_values())
+    monkeypatch.chdir(tmp_path)
+    assert resolve_ds_config(name, run, data_size=1).zero_stage == 2
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text(json.dumps(_zero(1)))
+    resolved = resolve_ds_config(name, run, data_size=1)
+    assert resolved.zero_stage == 1, "a file of the user's own comes first"
+
+
+@pytest.mark.parametrize("name", ["ds/zero2.json", "/configs/ds/zero2.json", "../ds/zero2.json"])
+def test_no_other_path_stands_for_a_file_of_the_project(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"{name!r}: No such file" in _error(Path(name))
 
 
 def test_a_file_need_not_mention_what_the_run_configuration_owns(write: Any) -> None:

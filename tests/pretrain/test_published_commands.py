@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from models.registry import get_family
-from pretrain.config.base_models import CONFIGS
 from pretrain.config.compose import compose_config
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
+from pretrain.files import CONFIGS
 
 QWEN = 'model.base_model_name="Qwen/Qwen2.5-{}"'
 # What follows `train.py`, and some of what it must come to.
