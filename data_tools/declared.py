@@ -48,7 +48,7 @@ class Declared(NamedTuple):
     added: dict[int, TokenSpec]
     """Tokens with their ids, whether or not the tokenizer's own file has them."""
     added_have_flags: bool
-    """Whether `added` say more than a name; otherwise the flags of the tokenizer's own file hold."""
+    """Whether `added` has flags of its own; without, those of the tokenizer's file hold."""
     ends: tuple[EndId, ...]
     tokenizer_class: str | None
     splits_special_tokens: bool

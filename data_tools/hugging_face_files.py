@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: a tokenizer.json, or vocab.json with merges.txt, and what is beside it."""
+"""Hugging Face tokenizers: tokenizer.json, or vocab.json with merges.txt, and what is beside it."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def _asked_for(vocabulary: Vocabulary, eod: str | int) -> Mark:
 
 
 def _guess(vocabulary: Vocabulary) -> End:
-    found = {name: token for name in _GUESSES if (token := vocabulary.token_to_id(name)) is not None}
+    found = {
+        name: token for name in _GUESSES if (token := vocabulary.token_to_id(name)) is not None
+    }
     special = {name: token for name, token in found.items() if vocabulary.is_special(token)}
     found = special or found
     if len(found) == 1:

@@ -173,13 +173,13 @@ def main(arguments: Sequence[str]) -> None:
         overwrite=options.overwrite,
         command=shlex.join(["python", "-m", "data_tools.merge", *arguments]),
     )
+    if info is None:
+        print(f"{options.output}.json: none, as its sources have none; see --tokenizer")
     merged = IndexedDataset(options.output)
     print(
         f"{options.output}.bin/.idx: {merged.num_documents:,} documents, "
         f"{merged.num_tokens:,} tokens ({merged.dtype.name})"
     )
-    if info is None:
-        print(f"{options.output}.json: none, as its sources have none; see --tokenizer")
 
 
 if __name__ == "__main__":

@@ -79,9 +79,13 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ids, without the space that the dummy prefix puts before the first of it."""
+        """Text of ids, without the space that the dummy prefix puts before the first of it.
+
+        Ids that the tokenizer lacks, as a model with a padded vocabulary may have, are left out.
+        """
         text = ""
-        for is_apart, group in groupby(map(int, ids), self._apart.__contains__):
+        known = (int(i) for i in ids if i < self._size or i in self._names)
+        for is_apart, group in groupby(known, self._apart.__contains__):
             if is_apart:
                 text += "".join(self._shown(group, skip_special_tokens))
             else:

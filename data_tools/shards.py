@@ -178,9 +178,7 @@ def _encode_piece(
     report: ShardReport,
 ) -> Iterator[Advance]:
     counts = report.sources.setdefault(piece.source, SourceCounts())
-    reader = PieceReader(
-        piece, json_key=settings.json_key, max_bytes=settings.max_document_bytes
-    )
+    reader = PieceReader(piece, json_key=settings.json_key, max_bytes=settings.max_document_bytes)
     done = 0
     for batch in batch_documents(reader):
         try:

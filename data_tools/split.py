@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,8 @@ def split(
     made it, they get one.
 
     Raises:
-        DataError: `share` is not between 0 and 1, the tokenizer that a sidecar names is not at hand,
-            an output exists, or one half would be empty.
+        DataError: `share` is not between 0 and 1, the tokenizer that a sidecar names is not at
+            hand, an output exists, or one half would be empty.
     """
     if not 0 < share < 1:
         raise DataError(f"--share {share} must be between 0 and 1: what goes to validation")
@@ -95,11 +95,11 @@ def split_in_order(
     names = ("--train", "--validation", "--test")
     for name, (begin, end) in zip(names, bounds, strict=True):
         if (end > begin) != (name in outputs):
-            missing = "is missing" if end > begin else f"{outputs[name]} would be empty"
+            problem = f"{outputs[name]} would be empty" if name in outputs else "is missing"
+            remedy = "remove it" if name in outputs else "name it"
             raise DataError(
-                f"{name} {missing}: --split {ratios} gives it {end - begin} of "
-                f"{dataset.num_documents} documents; {'name it' if end > begin else 'remove it'} or "
-                "change the ratios"
+                f"{name} {problem}: --split {ratios} gives it {end - begin} of "
+                f"{dataset.num_documents} documents; {remedy} or change the ratios"
             )
     ends = [end for begin, end in bounds if end > begin]
 
@@ -137,7 +137,7 @@ def split_bounds(ratios: str, num_documents: int) -> list[tuple[int, int]]:
         )
     shares = np.array([*numbers, 0.0, 0.0][:3]) / np.sum(numbers)
     places = [round(float(end) * num_documents) for end in accumulate(shares, initial=0.0)]
-    return list(zip(places[:-1], places[1:], strict=True))
+    return list(pairwise(places))
 
 
 def _open(prefix: str, outputs: dict[str, str]) -> IndexedDataset:
@@ -264,8 +264,8 @@ def main(arguments: Sequence[str]) -> None:
         split(options.prefix, options.train, options.validation, share=share, seed=seed, **common)
     for path in outputs.values():
         part = IndexedDataset(path)
-        without = "" if part.info is not None else ", no .json: the tokenizer is not known"
-        print(f"{path}.bin/.idx: {part.num_documents:,} documents, {part.num_tokens:,} tokens{without}")
+        line = f"{path}.bin/.idx: {part.num_documents:,} documents, {part.num_tokens:,} tokens"
+        print(line + ("" if part.info is not None else "; no .json, its tokenizer is not known"))
 
 
 def _parser() -> argparse.ArgumentParser:

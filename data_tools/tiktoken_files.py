@@ -137,6 +137,7 @@ class TiktokenTokenizer:
             special_tokens=rules.special,
         )
         self.vocab_size = rules.vocab_size
+        self._num_ranks = rules.num_ranks
         self._special = rules.special
         self._names = {number: token for token, number in rules.special.items()}
         is_plain = special_tokens == "plain"
@@ -161,8 +162,10 @@ class TiktokenTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids; those that the tokenizer lacks are left out."""
         left_out = self._names if skip_special_tokens else ()
-        return self._backend.decode([int(i) for i in ids if i not in left_out])
+        known = (i for i in ids if i < self._num_ranks or i in self._names)
+        return self._backend.decode([int(i) for i in known if i not in left_out])
 
     def token_to_id(self, token: str) -> int | None:
         if token in self._special:
