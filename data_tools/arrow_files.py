@@ -54,6 +54,8 @@ def read_rows(
     with _readable(path):
         batches = _parquet_batches if kind == "parquet" else _arrow_batches
         for values in batches(path, column, begin, end):
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
             # As bytes: undecodable text is then one bad document and not a bad batch.
             yield from values.cast(pyarrow.large_binary()).to_pylist()
 
@@ -131,8 +133,11 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
             "with --json-key"
         )
     kind = schema.field(column).type
-    texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
-    if kind not in texts:
+    # Repeated texts may be stored once, with a number for each row.
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    raw = (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view())
+    if values not in (*texts, *raw):
         raise DataError(
             f"{path}: column {column!r} is {kind}, not text; choose another with --json-key"
         )

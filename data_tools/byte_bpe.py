@@ -17,7 +17,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from data_tools.special_tokens import Splitter, TokenSpec
+
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 LONG_SPACE = re.compile(r"\s{1000}")
 """Spaces in a row; of very many the stack of tiktoken's regular expressions overflows."""
@@ -37,9 +43,16 @@ class FastByteBpe:
         self._encoding = tiktoken.Encoding(
             "byte_bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        added = backend.get_added_tokens_decoder().values()
-        # Special tokens in a text are encoded as text; the others are found by `tokenizers` alone.
-        self._added = [token.content for token in added if not token.special]
+        # With `encode_special_tokens` those are not looked for, and encoded as the text they are.
+        looked_for = {
+            TokenSpec(*(getattr(token, field) for field in TokenSpec._fields)): number
+            for number, token in backend.get_added_tokens_decoder().items()
+            if not (token.special and backend.encode_special_tokens)
+        }
+        self._literal = Splitter({t: n for t, n in looked_for.items() if t.is_literal})
+        self._others = Splitter(
+            {TokenSpec(t.content): n for t, n in looked_for.items() if not t.is_literal}
+        )
         self._equal: set[str] = set()
         self._different: set[str] = set()
         self._compare(map(chr, range(128)))
@@ -58,12 +71,25 @@ class FastByteBpe:
 
     def encode(self, text: str) -> list[int] | None:
         """Ids of a text, or None."""
-        # Added tokens are looked for before normalization and after it.
-        if any(token in text for token in self._added):
+        # These are looked for before normalization and after it.
+        if self._others.occurs_in(text):
             return None
+        if not self._literal.occurs_in(text):
+            return self._encode_ordinary(text)
+        ids: list[int] = []
+        for part in self._literal.split(text):
+            found = [part] if isinstance(part, int) else self._encode_ordinary(part)
+            if found is None:
+                return None
+            ids += found
+        return ids
+
+    def _encode_ordinary(self, text: str) -> list[int] | None:
         if self._normalizer is not None and not text.isascii():
             text = self._normalizer.normalize_str(text)
-        if LONG_SPACE.search(text) or any(token in text for token in self._added):
+            if self._others.occurs_in(text):
+                return None
+        if LONG_SPACE.search(text):
             return None
         characters = {*_NOT_ASCII.findall(text)} if not text.isascii() else set()
         self._compare(characters - self._equal - self._different)
@@ -109,7 +135,7 @@ def _ranks(model: Any) -> dict[bytes, int] | None:
     if model["type"] != "BPE" or model["byte_fallback"] or any(map(model.get, unusual)):
         return None
     vocab = model["vocab"]
-    letters = _byte_letters()
+    letters = byte_letters()
     if not all(letter in vocab for letter in letters):
         return None
     ranks = {bytes([byte]): vocab[letter] for letter, byte in letters.items()}
@@ -126,14 +152,14 @@ def _ranks(model: Any) -> dict[bytes, int] | None:
 
 def _merge_to_themselves(model: Any, merges: Any, ranks: dict[bytes, int]) -> bool:
     """Whether each token is what its own bytes are merged to."""
-    tokens = [*_byte_letters(), *("".join(merge) for merge in merges)]
+    tokens = [*byte_letters(), *("".join(merge) for merge in merges)]
     return all(
         [found.id for found in model.tokenize(token)] == [rank]
         for token, rank in zip(tokens, ranks.values(), strict=True)
     )
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The printable character that stands for each byte in the files of GPT-2's descendants."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

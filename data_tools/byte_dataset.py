@@ -79,6 +79,7 @@ class ByteStream:
     """
 
     document_end = eod_id = BYTE_EOD
+    bos_ids = ()
 
     def __init__(self, files: MappedFiles, *, blank_lines: bool = False) -> None:
         self._files = files

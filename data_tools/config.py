@@ -120,6 +120,11 @@ class DataConfig(BaseModel):
         description="What the tokens were made with: `bytes`, a tokenizer.json, a directory or a "
         "SentencePiece .model; checked against the sources",
     )
+    eod: int | str | None = Field(
+        default=None,
+        description="Token or id that ends documents, where the corpora do not say it: of corpora "
+        "that Megatron wrote; null: what the corpora say",
+    )
     documents: Literal["file", "blank_line", "jsonl"] | None = Field(
         default=None,
         description="With kind bytes, what is a document: a file (the default), text between blank "
@@ -191,6 +196,11 @@ class DataConfig(BaseModel):
         if self.kind == "bytes" and self.tokenizer not in (None, "bytes"):
             raise ValueError(
                 f"data.tokenizer is {self.tokenizer}, but data.kind is bytes; remove it"
+            )
+        if self.kind == "bytes" and self.eod is not None:
+            raise ValueError(
+                f"data.eod={self.eod} has no effect with data.kind=bytes, where 256 ends a "
+                "document; remove it"
             )
         _check_documents(self)
         _check_urls(self)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_tools.errors import DataError
+from data_tools.special_tokens import SpecialTokens
 
 VERSION = 2  # 1 had no checksum
+
+
+class TextRules(NamedTuple):
+    """How text became tokens, beside the tokenizer. None where it is not known."""
+
+    eod_id: int | None = None
+    """Token that ends every document."""
+    bos_ids: tuple[int, ...] | None = None
+    """Tokens that begin every document; may be none."""
+    special_tokens: SpecialTokens | None = None
+    """What became of text that spells a special token; `parse`: it may have become that token."""
 
 
 class SourceInfo(BaseModel):
@@ -44,6 +56,10 @@ class CorpusInfo(BaseModel):
     vocab_size: int
     eod_id: int | None
     """Token that ends every document; None when none was appended."""
+    bos_ids: tuple[int, ...] = ()
+    """Tokens that begin every document."""
+    special_tokens: SpecialTokens = "plain"
+    """What became of text that spells a special token; `parse`: it may have become that token."""
     dtype: str
     num_tokens: int
     num_documents: int
@@ -59,6 +75,10 @@ class CorpusInfo(BaseModel):
     sources: tuple[SourceInfo, ...] = ()
     left_out_sha256: str | None = None
     """Of PREFIX.left_out.jsonl; None when every document is in the corpus."""
+
+    @property
+    def text_rules(self) -> TextRules:
+        return TextRules(self.eod_id, self.bos_ids, self.special_tokens)
 
     def to_bytes(self) -> bytes:
         """JSON, closed by a checksum over everything before it."""

@@ -17,7 +17,7 @@ from data_tools.errors import DataError
 from data_tools.inputs import Piece, count_lines
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""Hugging Face tokenizers take about 130 bytes of memory for each byte of a document."""
+"""Hugging Face tokenizers take about 130 bytes of memory for each byte of a document: 2 GB."""
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
 _ZSTD_CHUNK = 1 << 11  # 4 bytes can stand for 128 KiB, which makes 64 MiB of a chunk
@@ -58,15 +58,16 @@ class BadDocumentError(DataError):
 
 
 class PieceReader:
-    """Iterate over the documents of a piece.
+    """Iterate over the documents of a piece; those of more than `max_bytes` are passed over.
 
     `bytes_read` counts bytes of the file as it lies on disk, about, and `lines_read` the lines
     or rows passed. Where a piece does not know its first line, lines are numbered from its begin.
     """
 
-    def __init__(self, piece: Piece, *, json_key: str) -> None:
+    def __init__(self, piece: Piece, *, json_key: str, max_bytes: int | None = None) -> None:
         self._piece = piece
         self._json_key = json_key
+        self._max_bytes = max_bytes
         self.bytes_read = 0
         self.lines_read = 0
 
@@ -95,8 +96,8 @@ class PieceReader:
         piece = self._piece
         stream = _unpack(Path(piece.path), raw)
         if piece.format == "txt":
-            data = stream.read(MAX_DOCUMENT_BYTES + 1)
-            yield _whole_or_too_large(RawDocument(piece.path, None, data))
+            data = stream.read(_size_to_read(self._max_bytes))
+            yield self._whole_or_too_large(RawDocument(piece.path, None, data))
             return
         first = piece.first_line or 0
         if piece.begin > 0:
@@ -104,12 +105,12 @@ class PieceReader:
             _finish_line(raw)
         # Only plain files are cut: in others the end is the end of the stream.
         end = piece.end if stream is raw else None
-        for data in _lines(stream, end):
+        for data in _lines(stream, end, self._max_bytes):
             self.lines_read += 1
             self.bytes_read = raw.tell() - piece.begin
             if data.strip():
                 line = first + self.lines_read
-                yield _whole_or_too_large(RawDocument(piece.path, line, data, is_json=True))
+                yield self._whole_or_too_large(RawDocument(piece.path, line, data, is_json=True))
 
     def _rows(self) -> Iterator[RawDocument]:
         piece = self._piece
@@ -120,7 +121,12 @@ class PieceReader:
         for data in rows:
             self.lines_read += 1
             line = first + self.lines_read
-            yield _whole_or_too_large(RawDocument(piece.path, line, data or b""))
+            yield self._whole_or_too_large(RawDocument(piece.path, line, data or b""))
+
+    def _whole_or_too_large(self, document: RawDocument) -> RawDocument:
+        if self._max_bytes is None or len(document.data) <= self._max_bytes:
+            return document
+        return document._replace(data=b"", too_large=True)
 
 
 def _open(path: str) -> BinaryIO:
@@ -133,16 +139,19 @@ def _open(path: str) -> BinaryIO:
 class DocumentReader:
     """Iterate over the documents of pieces, one after the other, as `PieceReader` does."""
 
-    def __init__(self, pieces: Iterable[Piece], *, json_key: str) -> None:
+    def __init__(
+        self, pieces: Iterable[Piece], *, json_key: str, max_bytes: int | None = None
+    ) -> None:
         self._pieces = list(pieces)
         self._json_key = json_key
+        self._max_bytes = max_bytes
         self.total_bytes = sum(piece.size for piece in self._pieces)
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[RawDocument]:
         done = 0
         for piece in self._pieces:
-            reader = PieceReader(piece, json_key=self._json_key)
+            reader = PieceReader(piece, json_key=self._json_key, max_bytes=self._max_bytes)
             for document in reader:
                 self.bytes_read = done + reader.bytes_read
                 yield document
@@ -150,20 +159,22 @@ class DocumentReader:
         self.bytes_read = done
 
 
-def extract_text(document: RawDocument, *, json_key: str) -> str:
-    """Decode a document.
+def extract_text(
+    document: RawDocument, *, json_key: str, max_bytes: int | None = MAX_DOCUMENT_BYTES
+) -> str:
+    """Decode a document; `max_bytes` is what its reader allowed.
 
     Raises:
         BadDocumentError: it is too large, not UTF-8, or not a JSON object with a text under
             `json_key`.
     """
     if document.too_large:
-        limit = f"{MAX_DOCUMENT_BYTES >> 20} MiB"
+        limit = f"{(max_bytes or 0) >> 20} MiB"
         raise BadDocumentError(
             document,
             f"larger than {limit}",
             detail=f"a document of more than {limit}, which a tokenizer would need gigabytes for",
-            remedy="split it",
+            remedy="split it, raise --max-document-megabytes",
         )
     try:
         text = document.data.decode("utf-8")
@@ -232,21 +243,20 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _whole_or_too_large(document: RawDocument) -> RawDocument:
-    if len(document.data) <= MAX_DOCUMENT_BYTES:
-        return document
-    return document._replace(data=b"", too_large=True)
+def _size_to_read(max_bytes: int | None) -> int:
+    """For `read` and `readline`: enough to see that a document is too large; -1 is all of it."""
+    return -1 if max_bytes is None else max_bytes + 1
 
 
-def _lines(stream: IO[bytes], end: int | None) -> Iterator[bytes]:
+def _lines(stream: IO[bytes], end: int | None, max_bytes: int | None) -> Iterator[bytes]:
     """Lines that start before `end`; of one that is too long, a little more than is allowed."""
     position = stream.tell() if end is not None else 0
     while end is None or position < end:
-        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+        line = stream.readline(_size_to_read(max_bytes))
         if not line:
             return
         position += len(line)
-        if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+        if max_bytes is not None and len(line) > max_bytes and not line.endswith(b"\n"):
             position += _finish_line(stream)
         yield line
 

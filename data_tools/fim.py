@@ -84,7 +84,7 @@ class FillInTheMiddle:
         self, row: npt.NDArray[np.int64], stream: TokenStream, piece: Span, window: Span, epoch: int
     ) -> None:
         """Draw what becomes of a piece, and write what of it falls into the window."""
-        text = _without_end(stream, piece)
+        text = _without_marks(stream, piece)
         size = text.end - text.begin - _NUM_SENTINELS
         coin, order, *cuts = self._draw(f"{epoch} {piece.begin}")
         if size < 1 or coin >= self._rate * _WORD:
@@ -112,10 +112,15 @@ class FillInTheMiddle:
         return _DRAWS.unpack(digest.digest())
 
 
-def _without_end(stream: TokenStream, piece: Span) -> Span:
-    """The piece without the token that ends its document, which stays where it is."""
+def _without_marks(stream: TokenStream, piece: Span) -> Span:
+    """The piece without the tokens that begin and end its document, which stay where they are."""
+    begin = piece.begin
+    num_bos = len(stream.bos_ids)
+    if 0 < num_bos <= piece.end - begin:
+        first = stream.read(np.array([begin]), num_bos)[0]
+        begin += num_bos * (tuple(first.tolist()) == stream.bos_ids)
     last = int(stream.read(np.array([piece.end - 1]), 1)[0, 0])
-    return Span(piece.begin, piece.end - (last == stream.eod_id))
+    return Span(begin, max(begin, piece.end - (last == stream.eod_id)))
 
 
 def _placed(parts: Sequence[Span | int], place: int) -> Iterator[tuple[int, Span | int]]:

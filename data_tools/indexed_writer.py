@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,16 @@ from data_tools.errors import DataError
 from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
 from data_tools.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexPaths
 from data_tools.permutation import IntArray
+from data_tools.special_tokens import SpecialTokens
 
 _MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max  # the index stores lengths as int32
 _CHUNK = 1 << 20  # documents whose index entries are built at once
 _CODES = {name: code for code, name in DTYPES.items()}
+
+
+def vocab_size_of(dtype: np.dtype[Any]) -> int:
+    """How many ids a token dtype holds: a vocabulary size that keeps it."""
+    return int(np.iinfo(dtype).max) + 1
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedinteger]:
@@ -113,6 +119,8 @@ class IndexedDatasetWriter:
         eod_id: int | None,
         num_bytes: int,
         command: str,
+        bos_ids: tuple[int, ...] | None = (),
+        special_tokens: SpecialTokens | None = "plain",
         licence: str | None = None,
         sources: Sequence[SourceInfo] = (),
         left_out_sha256: str | None = None,
@@ -122,16 +130,14 @@ class IndexedDatasetWriter:
         Raises:
             DataError: no document was added.
         """
-        if self.num_documents == 0:
-            raise DataError(
-                f"{self.prefix}: the input holds no documents with text; nothing was written"
-            )
-        self._lengths.flush()
+        self._check_not_empty()
         info = CorpusInfo(
             tokenizer=tokenizer,
             tokenizer_fingerprint=tokenizer_fingerprint,
             vocab_size=self.vocab_size,
             eod_id=eod_id,
+            bos_ids=bos_ids or (),
+            special_tokens=special_tokens or "plain",
             dtype=self.dtype.name,
             num_tokens=self._num_tokens,
             num_documents=self.num_documents,
@@ -146,6 +152,22 @@ class IndexedDatasetWriter:
         )
         self._publish(info)
         return info
+
+    def finish_without_info(self) -> None:
+        """Publish the two files that Megatron knows, of a corpus whose tokenizer is not known.
+
+        Raises:
+            DataError: no document was added.
+        """
+        self._check_not_empty()
+        self._write_index()
+        self._publish(None)
+
+    def _check_not_empty(self) -> None:
+        if self.num_documents == 0:
+            raise DataError(
+                f"{self.prefix}: the input holds no documents with text; nothing was written"
+            )
 
     def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
         if not np.issubdtype(tokens.dtype, np.integer):
@@ -164,6 +186,7 @@ class IndexedDatasetWriter:
 
     def _write_index(self) -> str:
         """Write the .idx from the spooled lengths, a chunk at a time; return its SHA-256."""
+        self._lengths.flush()
         lengths = np.memmap(partial_path(self._lengths_path), dtype="<i4", mode="r")
         digest = hashlib.sha256()
         with open_partial(self.paths.idx) as file:
@@ -189,14 +212,18 @@ class IndexedDatasetWriter:
             flush_to_disk(file)
         return digest.hexdigest()
 
-    def _publish(self, info: CorpusInfo) -> None:
-        with open_partial(info_path(self.prefix)) as sidecar:
-            sidecar.write(info.to_bytes())
-            flush_to_disk(sidecar)
+    def _publish(self, info: CorpusInfo | None) -> None:
+        sidecar = info_path(self.prefix)
+        if info is not None:
+            with open_partial(sidecar) as file:
+                file.write(info.to_bytes())
+                flush_to_disk(file)
         flush_to_disk(self._bin)
         # Without an index no older or newer half of a pair can be opened in between.
         self.paths.idx.unlink(missing_ok=True)
-        for path in (self.paths.bin, info_path(self.prefix), self.paths.idx):
+        if info is None:
+            sidecar.unlink(missing_ok=True)
+        for path in (self.paths.bin, *([] if info is None else [sidecar]), self.paths.idx):
             os.replace(partial_path(path), path)
         sync_folder(self.prefix.parent)
         self._close()

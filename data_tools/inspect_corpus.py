@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.cli import run_command
+from data_tools.corpus_info import CorpusInfo
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.indexed import IndexedDataset
@@ -40,7 +41,7 @@ def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
             f"text          {info.num_bytes:,} bytes, {info.num_bytes / info.num_tokens:.3f} bytes "
             "per token",
             f"vocabulary    {info.vocab_size:,} ids, largest used {info.max_token_id}, "
-            f"end of document {info.eod_id}",
+            f"{_describe_marks(info)}",
             f"tokenizer     {info.tokenizer} (SHA-256 {info.tokenizer_fingerprint[:16]})",
             f"written by    {info.command or 'unknown'}",
             f"licence       {info.licence or 'not noted'}",
@@ -57,6 +58,11 @@ def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
     share = duplicate_share(dataset, looked_at)
     lines.append(f"duplicates    {share:.2%} of the first {looked_at:,} documents repeat another")
     return lines
+
+
+def _describe_marks(info: CorpusInfo) -> str:
+    begin = f"begin of document {', '.join(map(str, info.bos_ids))}, " if info.bos_ids else ""
+    return f"{begin}end of document {info.eod_id}, special tokens {info.special_tokens}"
 
 
 def document_lengths(dataset: IndexedDataset) -> IntArray:
@@ -104,7 +110,10 @@ def sample_texts(
     lines = []
     for document in np.sort(generator.choice(dataset.num_documents, size=count, replace=False)):
         ids = dataset.document(int(document))[:_SHOWN_CHARACTERS].tolist()
-        shown = f"ids {ids[:20]} ..." if tokenizer is None else repr(tokenizer.decode(ids))
+        if tokenizer is None:
+            shown = f"ids {ids[:20]} ..."
+        else:
+            shown = repr(tokenizer.decode(ids, skip_special_tokens=False))
         lines.append(f"document {document}: {shown[:_SHOWN_CHARACTERS]}")
     return lines
 
@@ -125,7 +134,9 @@ def main(arguments: Sequence[str]) -> None:
         print(f"histogram     {options.histogram}")
 
 
-def find_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer | None:
+def find_tokenizer(
+    dataset: IndexedDataset, spec: str | None, *, eod: str | None = None
+) -> Tokenizer | None:
     """The tokenizer asked for, or else the one that the corpus names, where it is still there.
 
     Raises:
@@ -140,7 +151,7 @@ def find_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer | Non
         except DataError:
             return None
         return tokenizer if tokenizer.fingerprint == info.tokenizer_fingerprint else None
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec, eod=eod)
     if info is not None and tokenizer.fingerprint != info.tokenizer_fingerprint:
         raise DataError(
             f"--tokenizer {spec} ({tokenizer.fingerprint[:12]}) is not the one that made "

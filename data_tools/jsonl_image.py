@@ -46,6 +46,7 @@ class JsonlImage:
     """The tokens of `JsonlStream`, read from the image of its files: nothing is parsed."""
 
     document_end = eod_id = BYTE_EOD
+    bos_ids = ()
 
     def __init__(self, image: Path, *, fingerprint: str) -> None:
         data = np.frombuffer(map_file(image), dtype=np.uint8)[:-_DIGEST]

@@ -14,7 +14,9 @@ from data_tools.cli import progress_bar, run_command
 from data_tools.corpus_info import CorpusInfo
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
-from data_tools.indexed_writer import IndexedDatasetWriter
+from data_tools.indexed_writer import IndexedDatasetWriter, vocab_size_of
+from data_tools.origin import Origin, count_text_bytes, origin_of, require_tokenizer
+from data_tools.special_tokens import SpecialTokens
 from data_tools.workers import ReportProgress
 
 _EXAMPLE = """example:
@@ -23,39 +25,88 @@ _EXAMPLE = """example:
 
 
 def merge(
-    prefixes: Sequence[str], output: str, *, overwrite: bool = False, command: str = ""
-) -> CorpusInfo:
-    """Write the documents of corpora, in the order given, as one corpus.
+    prefixes: Sequence[str],
+    output: str,
+    *,
+    tokenizer: str | None = None,
+    eod: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+) -> CorpusInfo | None:
+    """Write the documents of corpora, in the order given, as one corpus; its sidecar.
+
+    `tokenizer` and `eod` are those of corpora without a sidecar, as Megatron writes them. Where no
+    corpus has a sidecar and no tokenizer is given, the result has none either.
 
     Raises:
-        DataError: a corpus cannot be read or has no sidecar, their tokenizers differ, or the
-            output is one of them or exists.
+        DataError: a corpus cannot be read, one alone has no sidecar, their tokenizers, end or begin
+            tokens differ, or the output is one of them or exists.
     """
     if len(prefixes) < 2:
         raise DataError(f"{len(prefixes)} corpus given; name two or more to merge")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    infos = [require_info(dataset) for dataset in datasets]
-    first = infos[0]
-    for dataset, info in zip(datasets, infos, strict=True):
-        _check_same_tokenizer(datasets[0], first, dataset, info)
+    origins = _origins(datasets, tokenizer, eod)
     if Path(output).absolute() in {Path(prefix).absolute() for prefix in prefixes}:
         raise DataError(f"--output {output} is one of the corpora to merge; choose another")
+    first = origins[0] if origins else None
+    widest = max((dataset.dtype for dataset in datasets), key=lambda dtype: dtype.itemsize)
+    vocab_size = vocab_size_of(widest) if first is None else first.vocab_size
+    num_bytes = sum(_num_bytes(*each, tokenizer) for each in zip(datasets, origins, strict=False))
     total = sum(dataset.tokens.nbytes for dataset in datasets)
     with (
-        IndexedDatasetWriter(output, vocab_size=first.vocab_size, overwrite=overwrite) as writer,
+        IndexedDatasetWriter(output, vocab_size=vocab_size, overwrite=overwrite) as writer,
         progress_bar("merging", total) as report,
     ):
         append_corpora(writer, datasets, report)
+        if first is None:
+            writer.finish_without_info()
+            return None
         return writer.finish(
             tokenizer=first.tokenizer,
             tokenizer_fingerprint=first.tokenizer_fingerprint,
-            eod_id=first.eod_id,
-            num_bytes=sum(info.num_bytes for info in infos),
+            eod_id=first.text.eod_id,
+            bos_ids=first.text.bos_ids,
+            special_tokens=_special_tokens(origins),
+            num_bytes=num_bytes,
             command=command,
-            licence="; ".join(dict.fromkeys(info.licence for info in infos if info.licence))
-            or None,
-            sources=[source for info in infos for source in info.sources],
+            licence="; ".join(dict.fromkeys(o.licence for o in origins if o.licence)) or None,
+            sources=[each for d in datasets if d.info is not None for each in d.info.sources],
         )
+
+
+def _origins(
+    datasets: Sequence[IndexedDataset], tokenizer: str | None, eod: str | None
+) -> list[Origin]:
+    """One for each corpus, or none at all where nothing is known of any."""
+    foreign = [dataset for dataset in datasets if dataset.info is None]
+    if not foreign and eod is not None:
+        raise DataError(f"--eod {eod} has no effect: every corpus has a .json; remove it")
+    if tokenizer is None and foreign and len(foreign) < len(datasets):
+        prefix = foreign[0].prefix
+        raise DataError(
+            f"{prefix}: no {prefix.name}.json beside it, so nothing says whether its tokenizer is "
+            "that of the others; pass --tokenizer SPEC"
+        )
+    found = [
+        origin_of(dataset, tokenizer=tokenizer, eod=eod if dataset.info is None else None)
+        for dataset in datasets
+    ]
+    origins = [origin for origin in found if origin is not None]
+    for dataset, origin in zip(datasets, origins, strict=False):
+        _check_same_tokenizer(datasets[0], origins[0], dataset, origin)
+    return origins
+
+
+def _num_bytes(dataset: IndexedDataset, origin: Origin, tokenizer: str | None) -> int:
+    if dataset.info is not None:
+        return dataset.info.num_bytes
+    with progress_bar(f"decoding {dataset.prefix}", dataset.tokens.nbytes) as report:
+        decoder = require_tokenizer(dataset, tokenizer)
+        return count_text_bytes(dataset, decoder, origin.text, report)
+
+
+def _special_tokens(origins: Sequence[Origin]) -> SpecialTokens:
+    return "parse" if any(o.text.special_tokens == "parse" for o in origins) else "plain"
 
 
 def append_corpora(
@@ -82,29 +133,20 @@ def append_corpora(
             )
 
 
-def require_info(dataset: IndexedDataset) -> CorpusInfo:
-    """The sidecar of a corpus.
-
-    Raises:
-        DataError: it has none, as corpora that Megatron wrote.
-    """
-    if dataset.info is None:
-        raise DataError(
-            f"{dataset.prefix}: no {dataset.prefix.name}.json beside it, so its tokenizer and "
-            "vocabulary are not known; train on it as a source of its own, or preprocess its text"
-        )
-    return dataset.info
-
-
 def _check_same_tokenizer(
-    first: IndexedDataset, expected: CorpusInfo, dataset: IndexedDataset, info: CorpusInfo
+    first: IndexedDataset, expected: Origin, dataset: IndexedDataset, origin: Origin
 ) -> None:
-    for name in ("tokenizer_fingerprint", "vocab_size", "eod_id"):
-        ours, theirs = getattr(info, name), getattr(expected, name)
+    for name, ours, theirs in (
+        ("tokenizer_fingerprint", origin.tokenizer_fingerprint, expected.tokenizer_fingerprint),
+        ("vocab_size", origin.vocab_size, expected.vocab_size),
+        ("eod_id", origin.text.eod_id, expected.text.eod_id),
+        ("bos_ids", list(origin.text.bos_ids or ()), list(expected.text.bos_ids or ())),
+    ):
         if ours != theirs:
             raise DataError(
                 f"{dataset.prefix}: {name} {ours} found, {theirs} expected as in {first.prefix}; "
-                "corpora of one tokenizer can be merged: preprocess one of them again"
+                "corpora of one tokenizer that begin and end documents alike can be merged: "
+                "preprocess one of them again"
             )
 
 
@@ -118,17 +160,26 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX")
     parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument(
+        "--tokenizer", metavar="SPEC", help="what made corpora that have no .json, as Megatron's"
+    )
+    parser.add_argument("--eod", metavar="TOKEN", help="and what ends their documents")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     options = parser.parse_args(arguments)
     info = merge(
         options.prefixes,
         options.output,
+        tokenizer=options.tokenizer,
+        eod=options.eod,
         overwrite=options.overwrite,
         command=shlex.join(["python", "-m", "data_tools.merge", *arguments]),
     )
+    if info is None:
+        print(f"{options.output}.json: none, as its sources have none; see --tokenizer")
+    merged = IndexedDataset(options.output)
     print(
-        f"{options.output}.bin/.idx: {info.num_documents:,} documents, {info.num_tokens:,} tokens "
-        f"({info.dtype})"
+        f"{options.output}.bin/.idx: {merged.num_documents:,} documents, "
+        f"{merged.num_tokens:,} tokens ({merged.dtype.name})"
     )
 
 

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.cli import add_text_arguments, progress_bar, run_command, usable_cpus
-from data_tools.corpus_info import left_out_list
+from data_tools.corpus_info import CorpusInfo, left_out_list
+from data_tools.documents import MAX_DOCUMENT_BYTES
 from data_tools.encoding import EncodingSettings
 from data_tools.errors import DataError
 from data_tools.inputs import Source, cut_pieces, find_inputs, total_size
@@ -23,7 +24,7 @@ from data_tools.publish import MAX_LISTED, Job, Report, publish, summary
 from data_tools.ranks import OneRank, Ranks, find_ranks
 from data_tools.shards import Shard, encode_shard, plan_shards, read_report, shard_bytes
 from data_tools.tokenizers import TOKENIZER_HELP
-from data_tools.work_folder import WorkFolder
+from data_tools.work_folder import Settings, WorkFolder
 from data_tools.workers import run_tasks
 
 _EXAMPLE = """example:
@@ -87,14 +88,17 @@ def _plan(job: Job, sources: Sequence[Source]) -> Iterator[Shard]:
     return plan_shards(pieces, num_bytes=num_bytes)
 
 
-def _identity(settings: EncodingSettings) -> dict[str, str | int | None]:
+def _identity(settings: EncodingSettings) -> Settings:
     """What the contents of a shard depend on beside its pieces."""
-    tokenizer = settings.load_tokenizer()
+    tokenizer, text = settings.load_tokenizer(), settings.text_rules()
     return {
         "version": 1,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id if settings.append_eod else None,
+        "eod_id": text.eod_id,
+        "bos_ids": list(text.bos_ids or ()),
+        "special_tokens": text.special_tokens,
+        "max_document_bytes": settings.max_document_bytes,
         "json_key": settings.json_key,
     }
 
@@ -140,6 +144,10 @@ def main(arguments: Sequence[str]) -> None:
         append_eod=options.append_eod,
         json_key=options.json_key,
         skip_bad_lines=options.on_bad_line == "skip",
+        add_bos=options.add_bos,
+        special_tokens=options.special_tokens,
+        vocab_size=options.vocab_size,
+        max_document_bytes=_max_document_bytes(options),
     )
     _check_options(options, settings)
     job = Job(
@@ -154,27 +162,47 @@ def main(arguments: Sequence[str]) -> None:
     meeting_place = WorkFolder(Path(options.output)).path.joinpath
     report = preprocess_as_rank(find_ranks(meeting_place), job, num_workers=options.workers)
     if report is not None:
-        _print_report(options.output, report)
+        _print_report(options.output, settings, report)
 
 
 def _check_options(options: argparse.Namespace, settings: EncodingSettings) -> None:
-    for name in ("workers", "shard_megabytes"):
+    for name in ("workers", "shard_megabytes", "vocab_size", "max_document_megabytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more")
     if options.eod is not None and not options.append_eod:
         raise DataError(f"--eod {options.eod} has no effect with --no-append-eod; remove one")
     if options.vocab_size is not None:
-        found = settings.load_tokenizer().vocab_size
-        if found > options.vocab_size:
-            raise DataError(
-                f"--vocab-size {options.vocab_size}: {options.tokenizer} has ids up to "
-                f"{found - 1}; a model needs {found} or more for it"
-            )
+        _check_marks(settings, options.vocab_size)
 
 
-def _print_report(output: str, report: Report) -> None:
+def _check_marks(settings: EncodingSettings, vocab_size: int) -> None:
+    """What is in every document must fit a model; of other ids, those that occur must."""
+    text = settings.text_rules()
+    ids = [*(text.bos_ids or ()), *([] if text.eod_id is None else [text.eod_id])]
+    if max(ids, default=0) >= vocab_size:
+        raise DataError(
+            f"--vocab-size {vocab_size}: documents begin or end with id {max(ids)}; a model needs "
+            f"{max(ids) + 1} or more for it"
+        )
+    num_ids = settings.load_tokenizer().vocab_size
+    if num_ids > vocab_size:
+        print(
+            f"{settings.tokenizer} has ids up to {num_ids - 1}; a document with one from "
+            f"{vocab_size} on ends the run",
+            file=sys.stderr,
+        )
+
+
+def _max_document_bytes(options: argparse.Namespace) -> int | None:
+    if options.max_document_megabytes is not None:
+        return options.max_document_megabytes << 20
+    return None if options.tokenizer == "bytes" else MAX_DOCUMENT_BYTES
+
+
+def _print_report(output: str, settings: EncodingSettings, report: Report) -> None:
     print(summary(output, report.info))
+    print(f"  {_describe_marks(settings, report.info)}")
     for source in report.info.sources:
         parts = [f"{source.num_documents:,} documents", f"{source.num_tokens:,} tokens"]
         parts += [f"{count:,} left out: {what}" for what, count in source.left_out.items()]
@@ -186,6 +214,17 @@ def _print_report(output: str, report: Report) -> None:
         print(f"left out: {place}: {entry.detail}", file=sys.stderr)
     if len(report.first_left_out) == MAX_LISTED:
         print(f"left out: all of them are in {left_out_list(Path(output))}", file=sys.stderr)
+
+
+def _describe_marks(settings: EncodingSettings, info: CorpusInfo) -> str:
+    marks = settings.load_tokenizer().marks
+    begin = f"begin with {marks.begin}" if info.bos_ids else "begin with their text"
+    end = f"end with {marks.end}" if info.eod_id is not None else "have no end token"
+    special = {
+        "parse": "text that spells a special token becomes it",
+        "plain": "text that spells a special token stays text",
+    }
+    return f"documents {begin} and {end}; {special[info.special_tokens]}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,9 +247,34 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="end every document with the tokenizer's end token",
     )
-    parser.add_argument("--eod", metavar="TOKEN", help="end token, when the tokenizer names none")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="refuse a tokenizer with more ids than a model"
+        "--eod",
+        metavar="TOKEN",
+        help="end token, in place of the one that the tokenizer's files declare",
+    )
+    parser.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin every document with the tokenizer's begin token; default: where transformers "
+        "does so for a plain text, that is where a tokenizer.json's own post-processor does, or "
+        "add_bos_token is set beside another file",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("parse", "plain"),
+        help="what becomes of text that spells a special token, as <|im_end|>: that token, or "
+        "ordinary ones; default: parse, as transformers does, or plain where the tokenizer's "
+        "files set split_special_tokens. Choose plain for text that strangers wrote",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="refuse ids that a model of this size lacks"
+    )
+    parser.add_argument(
+        "--max-document-megabytes",
+        type=int,
+        metavar="N",
+        help="refuse longer documents; a tokenizer may need 130 times as much memory for one; "
+        "default: 16, and with bytes no limit",
     )
     parser.add_argument("--licence", metavar="TEXT", help="a note on the text, kept in PREFIX.json")
     parser.add_argument(

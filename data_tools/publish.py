@@ -102,7 +102,7 @@ def _join(job: Job, sources: Sequence[Source], shards: Sequence[Shard], folder: 
         writer.finish(
             tokenizer=job.settings.tokenizer,
             tokenizer_fingerprint=tokenizer.fingerprint,
-            eod_id=tokenizer.eod_id if job.settings.append_eod else None,
+            **job.settings.text_rules()._asdict(),
             num_bytes=sum(part.num_bytes for part in counts),
             command=job.command,
             licence=job.licence,

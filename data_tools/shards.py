@@ -141,7 +141,7 @@ def encode_shard(shard: Shard, *, settings: EncodingSettings, folder: Path) -> I
         DataError: a file is damaged, a document cannot be used, or the disk is full. Nothing of
             the shard is left then.
     """
-    tokenizer = settings.load_tokenizer()
+    tokenizer, text = settings.load_tokenizer(), settings.text_rules()
     report = ShardReport()
     left_out = left_out_path(folder, shard)
     try:
@@ -157,7 +157,7 @@ def encode_shard(shard: Shard, *, settings: EncodingSettings, folder: Path) -> I
                 writer.finish(
                     tokenizer=settings.tokenizer,
                     tokenizer_fingerprint=tokenizer.fingerprint,
-                    eod_id=tokenizer.eod_id if settings.append_eod else None,
+                    **text._asdict(),
                     num_bytes=sum(counts.num_bytes for counts in report.sources.values()),
                     command="",
                 )
@@ -178,7 +178,7 @@ def _encode_piece(
     report: ShardReport,
 ) -> Iterator[Advance]:
     counts = report.sources.setdefault(piece.source, SourceCounts())
-    reader = PieceReader(piece, json_key=settings.json_key)
+    reader = PieceReader(piece, json_key=settings.json_key, max_bytes=settings.max_document_bytes)
     done = 0
     for batch in batch_documents(reader):
         try:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from data_tools.byte_dataset import BYTE_VOCAB_SIZE, ByteStream, MappedFiles, expand_paths
+from data_tools.byte_dataset import (
+    BYTE_EOD,
+    BYTE_VOCAB_SIZE,
+    ByteStream,
+    MappedFiles,
+    expand_paths,
+)
 from data_tools.config import DataConfig, SourceConfig
-from data_tools.corpus_info import read_info
+from data_tools.corpus_info import TextRules, read_info
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.jsonl_image import open_jsonl
 from data_tools.remote import local_prefix
 from data_tools.token_dataset import IndexedStream
 from data_tools.token_stream import NamedStream, TokenStream
-from data_tools.tokenizers import tokenizer_fingerprint
+from data_tools.tokenizers import token_finder, tokenizer_fingerprint
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PROBED_BLOCKS = 64
@@ -30,8 +38,8 @@ def open_sources(
     """Open sources and check them against the model's vocabulary and the run's tokenizer.
 
     Raises:
-        DataError: a file is missing or damaged, ids do not fit the vocabulary, or the tokenizers
-            of the sources and `data.tokenizer` differ.
+        DataError: a file is missing or damaged, ids do not fit the vocabulary, the tokenizers of
+            the sources and `data.tokenizer` differ, or documents end or begin differently.
     """
     if config.kind == "bytes":
         _check_byte_vocabulary(vocab_size)
@@ -40,12 +48,81 @@ def open_sources(
         IndexedDataset(local_prefix(source.path, cache_dir=config.cache_dir)) for source in sources
     ]
     _check_tokenizers(config)
+    text = read_text_rules(config)
     for source, dataset in zip(sources, datasets, strict=True):
         _check_vocabulary(source.name, dataset, vocab_size)
     return [
-        NamedStream(source.name, IndexedStream(dataset))
+        NamedStream(source.name, IndexedStream(dataset, eod_id=text.eod_id))
         for source, dataset in zip(sources, datasets, strict=True)
     ]
+
+
+def read_text_rules(config: DataConfig) -> TextRules:
+    """How the text of a run became tokens: what its corpora say, and `data.eod` where they do not.
+
+    Raises:
+        DataError: documents end, or begin, with other tokens in one source than in another, or
+            than `data.eod` says.
+    """
+    if config.kind == "bytes":
+        return TextRules(BYTE_EOD, (), "plain")
+    infos = {
+        f"data source {source.name}": info
+        for source in (*config.train, *config.validation)
+        if (info := read_info(local_prefix(source.path, cache_dir=config.cache_dir))) is not None
+    }
+    asked = _asked_eod(config)
+    ends = {name: info.eod_id for name, info in infos.items()}
+    if asked is not None:
+        # What has no end token of its own may have one in its text, as chats do: that is said here.
+        ends = {"data.eod": asked} | {n: end for n, end in ends.items() if end is not None}
+    eod_id = _only_one(ends, "end", asked)
+    bos_ids = _only_one({name: info.bos_ids for name, info in infos.items()}, "begin", None)
+    parsed = any(info.special_tokens == "parse" for info in infos.values())
+    return TextRules(eod_id, bos_ids, ("parse" if parsed else "plain") if infos else None)
+
+
+def _asked_eod(config: DataConfig) -> int | None:
+    if not isinstance(config.eod, str):
+        return config.eod
+    if config.tokenizer is None:
+        raise DataError(
+            f"data.eod={config.eod} is a token, but there is no tokenizer to look it up in; set "
+            "data.tokenizer, or give its id"
+        )
+    token = token_finder(config.tokenizer)(config.eod)
+    if token is None:
+        raise DataError(
+            f"data.eod={config.eod} is not in the vocabulary of data.tokenizer={config.tokenizer}; "
+            "name a token that is, or give its id"
+        )
+    return token
+
+
+def _only_one(marks: Mapping[str, T], place: str, asked: int | None) -> T | None:
+    """What all sources say that documents begin or end with; None where there are none."""
+    if not marks:
+        return None
+    (first, expected), *others = marks.items()
+    for name, found in others:
+        if found != expected:
+            remedy = "preprocess one of them again"
+            if place == "end" and asked is None and None in (found, expected):
+                token = expected if found is None else found
+                remedy += f", or set data.eod={token} if the text of the other ends with it as well"
+            elif asked is not None:
+                remedy = "correct data.eod or preprocess it again"
+            raise DataError(
+                f"{name}: its documents {place} with {_shown(found)}, but those of {first} with "
+                f"{_shown(expected)}; one model cannot learn both: {remedy}"
+            )
+    return expected
+
+
+def _shown(mark: object) -> str:
+    if mark is None or mark == ():
+        return "no token for that"
+    return f"id {mark}" if isinstance(mark, int) else f"ids {mark}"
 
 
 def _byte_stream(config: DataConfig, path: str) -> TokenStream:
@@ -66,11 +143,21 @@ def _check_byte_vocabulary(vocab_size: int) -> None:
 
 def _check_vocabulary(name: str, dataset: IndexedDataset, vocab_size: int) -> None:
     if dataset.info is not None:
-        if dataset.info.vocab_size > vocab_size:
+        # Ids that occur, not those of a vocabulary file: an unused [PAD] may lie beyond the model.
+        if dataset.info.max_token_id >= vocab_size:
+            largest = dataset.info.max_token_id
             raise DataError(
-                f"data source {name}: its tokenizer has {dataset.info.vocab_size} ids (largest "
-                f"used: {dataset.info.max_token_id}), but model.vocab_size is {vocab_size}; set "
-                f"model.vocab_size to {dataset.info.vocab_size} or more"
+                f"data source {name}: ids up to {largest} occur in it, but model.vocab_size is "
+                f"{vocab_size}; set model.vocab_size to {largest + 1} or more (its tokenizer has "
+                f"{dataset.info.vocab_size} ids)"
+            )
+        if dataset.info.vocab_size > vocab_size:
+            logger.warning(
+                "data source %s: its tokenizer has %d ids, model.vocab_size is %d; none of the "
+                "others occurs in it, and the model will not know them",
+                name,
+                dataset.info.vocab_size,
+                vocab_size,
             )
         return
     logger.warning(

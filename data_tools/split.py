@@ -1,4 +1,4 @@
-"""Split a .bin/.idx corpus into training and validation: `python -m data_tools.split --help`."""
+"""Split a .bin/.idx corpus into training and held-out text: `python -m data_tools.split --help`."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import argparse
 import hashlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from data_tools.cli import progress_bar, run_command
 from data_tools.corpus_info import CorpusInfo
+from data_tools.encoding import num_text_bytes
 from data_tools.errors import DataError
 from data_tools.indexed import Chunk, IndexedDataset
-from data_tools.indexed_writer import IndexedDatasetWriter
-from data_tools.inspect_corpus import find_tokenizer
-from data_tools.merge import require_info
-from data_tools.permutation import TokenArray
+from data_tools.indexed_writer import IndexedDatasetWriter, vocab_size_of
+from data_tools.origin import Origin, origin_of, require_tokenizer
+from data_tools.permutation import IntArray, TokenArray
 from data_tools.tokenizers import Tokenizer
 
 _EXAMPLE = """example:
   python -m data_tools.split data/all --train data/train --validation data/validation --share 0.01
+  python -m data_tools.split megatron/corpus --split 969,30,1 \\
+      --train data/train --validation data/validation --test data/test
 """
 _HASH_RANGE = 1 << 64
 
-
-class Split(NamedTuple):
-    """The sidecars of the two halves."""
-
-    train: CorpusInfo
-    validation: CorpusInfo
+Choose = Callable[[Chunk, Sequence[TokenArray]], IntArray]
+"""The number of the part that each document of a chunk goes to."""
 
 
 def split(
@@ -44,58 +44,73 @@ def split(
     share: float,
     seed: int = 0,
     tokenizer: str | None = None,
+    eod: str | None = None,
     overwrite: bool = False,
     command: str = "",
-) -> Split:
+) -> list[CorpusInfo | None]:
     """Send a `share` of the documents to validation, chosen by a hash of their tokens and the seed.
 
     Equal documents go the same way, also those of different corpora that were split with one seed.
-    Bytes of text, which bits per byte divides by, are counted by decoding the validation documents.
+    Bytes of text, which bits per byte divides by, are counted by decoding. A corpus without a
+    sidecar, as Megatron writes them, is split into halves without; with `tokenizer` and `eod`, what
+    made it, they get one.
 
     Raises:
-        DataError: `share` is not between 0 and 1, the corpus has no sidecar, its tokenizer is not
-            at hand, an output exists, or one half would be empty.
+        DataError: `share` is not between 0 and 1, the tokenizer that a sidecar names is not at
+            hand, an output exists, or one half would be empty.
     """
-    _check(prefix, train, validation, share)
-    dataset = IndexedDataset(prefix)
-    info = require_info(dataset)
-    decoder = _require_tokenizer(dataset, tokenizer)
-    with (
-        IndexedDatasetWriter(train, vocab_size=info.vocab_size, overwrite=overwrite) as first,
-        IndexedDatasetWriter(validation, vocab_size=info.vocab_size, overwrite=overwrite) as second,
-    ):
-        num_bytes = _deal(dataset, first, second, decoder, share, seed)
-        kept = info.model_copy(update={"command": command, "sources": ()})
-        # Both before either is published: a half that is empty must leave nothing.
-        for writer in (first, second):
-            if writer.num_documents == 0:
-                raise DataError(
-                    f"{writer.prefix}: no document fell to it of {dataset.num_documents}; choose "
-                    "another --share or --seed"
-                )
-        return Split(
-            _finish(first, kept, info.num_bytes - num_bytes), _finish(second, kept, num_bytes)
-        )
-
-
-def _check(prefix: str, train: str, validation: str, share: float) -> None:
     if not 0 < share < 1:
         raise DataError(f"--share {share} must be between 0 and 1: what goes to validation")
-    if len({Path(path).absolute() for path in (prefix, train, validation)}) < 3:
-        raise DataError(
-            f"{prefix}, --train {train} and --validation {validation} must be three different "
-            "corpora; choose other outputs"
-        )
+
+    def choose(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
+        return np.array([goes_to_validation(d, share=share, seed=seed) for d in documents], int)
+
+    outputs = {"--train": train, "--validation": validation}
+    dataset = _open(prefix, outputs)
+    origin = origin_of(dataset, tokenizer=tokenizer, eod=eod)
+    parts = _Parts(dataset, origin, tokenizer, overwrite=overwrite, command=command)
+    return parts.write(outputs, choose, remedy="choose another --share or --seed")
 
 
-def _require_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer:
-    tokenizer = find_tokenizer(dataset, spec)
-    if tokenizer is None:
-        raise DataError(
-            f"{dataset.prefix}: its tokenizer {require_info(dataset).tokenizer} is not there or "
-            "has changed, so the bytes of the halves cannot be counted; pass --tokenizer SPEC"
-        )
-    return tokenizer
+def split_in_order(
+    prefix: str,
+    outputs: dict[str, str],
+    *,
+    ratios: str,
+    tokenizer: str | None = None,
+    eod: str | None = None,
+    overwrite: bool = False,
+    command: str = "",
+) -> list[CorpusInfo | None]:
+    """Cut a corpus in the order of its documents, where Megatron-LM cuts it with `--split ratios`.
+
+    `outputs`: `--train`, `--validation` and `--test` with their prefixes, as far as their ratio is
+    not zero. Otherwise as `split`; equal documents may go different ways.
+
+    Raises:
+        DataError: `ratios` are not one to three numbers, an output is missing or has nothing to
+            hold, or as for `split`.
+    """
+    dataset = _open(prefix, outputs)
+    bounds = split_bounds(ratios, dataset.num_documents)
+    names = ("--train", "--validation", "--test")
+    for name, (begin, end) in zip(names, bounds, strict=True):
+        if (end > begin) != (name in outputs):
+            problem = f"{outputs[name]} would be empty" if name in outputs else "is missing"
+            remedy = "remove it" if name in outputs else "name it"
+            raise DataError(
+                f"{name} {problem}: --split {ratios} gives it {end - begin} of "
+                f"{dataset.num_documents} documents; {remedy} or change the ratios"
+            )
+    ends = [end for begin, end in bounds if end > begin]
+
+    def choose(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
+        numbers = np.arange(chunk.first_document, chunk.first_document + len(documents))
+        return np.searchsorted(ends, numbers, side="right")
+
+    origin = origin_of(dataset, tokenizer=tokenizer, eod=eod)
+    parts = _Parts(dataset, origin, tokenizer, overwrite=overwrite, command=command)
+    return parts.write(outputs, choose, remedy="change --split")
 
 
 def goes_to_validation(document: TokenArray, *, share: float, seed: int) -> bool:
@@ -106,78 +121,180 @@ def goes_to_validation(document: TokenArray, *, share: float, seed: int) -> bool
     return int.from_bytes(digest, "little") < share * _HASH_RANGE
 
 
-def _deal(
-    dataset: IndexedDataset,
-    train: IndexedDatasetWriter,
-    validation: IndexedDatasetWriter,
-    decoder: Tokenizer,
-    share: float,
-    seed: int,
-) -> int:
-    """Write each document to one of two corpora; the bytes of text of the second."""
-    done = documents = num_bytes = 0
-    eod_id = require_info(dataset).eod_id
-    with progress_bar("splitting", dataset.tokens.nbytes) as report:
-        for chunk in dataset.chunks():
-            texts = np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1])
-            chosen = np.array([goes_to_validation(t, share=share, seed=seed) for t in texts])
-            _add(train, chunk, ~chosen)
-            _add(validation, chunk, chosen)
-            for text in (text for text, is_chosen in zip(texts, chosen, strict=True) if is_chosen):
-                ids = text[:-1] if eod_id is not None and text[-1] == eod_id else text
-                num_bytes += len(decoder.decode(ids.tolist()).encode("utf-8"))
-            documents += len(texts)
-            done += chunk.ids.nbytes
-            report(documents, done)
-    return num_bytes
+def split_bounds(ratios: str, num_documents: int) -> list[tuple[int, int]]:
+    """Begin and end of training, validation and test text, rounded as megatron.core.datasets does.
+
+    Raises:
+        DataError: `ratios` are not one to three numbers of 0 or more, one of them above 0.
+    """
+    try:
+        numbers = [float(each) for each in ratios.split(",")]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
+        raise DataError(
+            f"--split {ratios} must be one to three numbers for training, validation and test "
+            "text, such as 969,30,1"
+        )
+    shares = np.array([*numbers, 0.0, 0.0][:3]) / np.sum(numbers)
+    places = [round(float(end) * num_documents) for end in accumulate(shares, initial=0.0)]
+    return list(pairwise(places))
+
+
+def _open(prefix: str, outputs: dict[str, str]) -> IndexedDataset:
+    paths = [prefix, *outputs.values()]
+    if len({Path(path).absolute() for path in paths}) < len(paths):
+        named = " and ".join(f"{name} {path}" for name, path in outputs.items())
+        count = {2: "two", 3: "three", 4: "four"}[len(paths)]
+        raise DataError(
+            f"{prefix}, {named} must be {count} different corpora; choose other outputs"
+        )
+    return IndexedDataset(prefix)
+
+
+class _Parts:
+    """Writes the documents of a corpus to several ones."""
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        origin: Origin | None,
+        tokenizer: str | None,
+        *,
+        overwrite: bool,
+        command: str,
+    ) -> None:
+        self._dataset = dataset
+        self._origin = origin
+        self._decoder = None if origin is None else require_tokenizer(dataset, tokenizer)
+        self._overwrite = overwrite
+        self._command = command
+
+    def write(
+        self, outputs: dict[str, str], choose: Choose, *, remedy: str
+    ) -> list[CorpusInfo | None]:
+        origin = self._origin
+        known = vocab_size_of(self._dataset.dtype) if origin is None else origin.vocab_size
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    IndexedDatasetWriter(path, vocab_size=known, overwrite=self._overwrite)
+                )
+                for path in outputs.values()
+            ]
+            num_bytes = self._deal(writers, choose)
+            # All before any is published: a part that is empty must leave nothing.
+            for writer in writers:
+                if writer.num_documents == 0:
+                    raise DataError(
+                        f"{writer.prefix}: no document fell to it of "
+                        f"{self._dataset.num_documents}; {remedy}"
+                    )
+            return [self._finish(*pair) for pair in zip(writers, num_bytes, strict=True)]
+
+    def _deal(self, writers: Sequence[IndexedDatasetWriter], choose: Choose) -> list[int]:
+        """Write each document to one of the corpora; the bytes of text of each."""
+        done = documents = 0
+        num_bytes = [0] * len(writers)
+        with progress_bar("splitting", self._dataset.tokens.nbytes) as report:
+            for chunk in self._dataset.chunks():
+                texts = np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1])
+                chosen = choose(chunk, texts)
+                for number, writer in enumerate(writers):
+                    _add(writer, chunk, chosen == number)
+                    if self._decoder is not None and self._must_count(number):
+                        of_part = (t for t, c in zip(texts, chosen, strict=True) if c == number)
+                        num_bytes[number] += sum(map(self._text_bytes(self._decoder), of_part))
+                documents += len(texts)
+                done += chunk.ids.nbytes
+                report(documents, done)
+        if self._dataset.info is not None:
+            num_bytes[0] = self._dataset.info.num_bytes - sum(num_bytes)
+        return num_bytes
+
+    def _must_count(self, number: int) -> bool:
+        """The largest part, training text, is what the others leave of a known total."""
+        return number > 0 or self._dataset.info is None
+
+    def _text_bytes(self, decoder: Tokenizer) -> Callable[[npt.NDArray[np.integer]], int]:
+        assert self._origin is not None, "there is a decoder"
+        text = self._origin.text
+        return lambda ids: num_text_bytes(decoder, ids, text)
+
+    def _finish(self, writer: IndexedDatasetWriter, num_bytes: int) -> CorpusInfo | None:
+        origin = self._origin
+        if origin is None:
+            writer.finish_without_info()
+            return None
+        return writer.finish(
+            tokenizer=origin.tokenizer,
+            tokenizer_fingerprint=origin.tokenizer_fingerprint,
+            **origin.text._asdict(),
+            num_bytes=num_bytes,
+            command=self._command,
+            licence=origin.licence,
+        )
 
 
 def _add(writer: IndexedDatasetWriter, chunk: Chunk, chosen: TokenArray) -> None:
     writer.add_documents(chunk.ids[np.repeat(chosen, chunk.lengths)], chunk.lengths[chosen])
 
 
-def _finish(writer: IndexedDatasetWriter, info: CorpusInfo, num_bytes: int) -> CorpusInfo:
-    return writer.finish(
-        tokenizer=info.tokenizer,
-        tokenizer_fingerprint=info.tokenizer_fingerprint,
-        eod_id=info.eod_id,
-        num_bytes=num_bytes,
-        command=info.command,
-        licence=info.licence,
-    )
-
-
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     options = _parser().parse_args(arguments)
-    result = split(
-        options.prefix,
-        options.train,
-        options.validation,
-        share=options.share,
-        seed=options.seed,
-        tokenizer=options.tokenizer,
-        overwrite=options.overwrite,
-        command=shlex.join(["python", "-m", "data_tools.split", *arguments]),
-    )
-    for name, info in ((options.train, result.train), (options.validation, result.validation)):
-        print(f"{name}.bin/.idx: {info.num_documents:,} documents, {info.num_tokens:,} tokens")
+    outputs = {"--train": options.train, "--validation": options.validation, "--test": options.test}
+    outputs = {name: path for name, path in outputs.items() if path is not None}
+    common = {
+        "tokenizer": options.tokenizer,
+        "eod": options.eod,
+        "overwrite": options.overwrite,
+        "command": shlex.join(["python", "-m", "data_tools.split", *arguments]),
+    }
+    if options.split is not None:
+        if options.seed is not None:
+            raise DataError(
+                f"--seed {options.seed} has no effect with --split, which goes by the order of the "
+                "documents; remove it"
+            )
+        split_in_order(options.prefix, outputs, ratios=options.split, **common)
+    else:
+        if list(outputs) != ["--train", "--validation"]:
+            raise DataError("--share needs --train and --validation, and no --test; give these two")
+        share, seed = options.share, options.seed or 0
+        split(options.prefix, options.train, options.validation, share=share, seed=seed, **common)
+    for path in outputs.values():
+        part = IndexedDataset(path)
+        line = f"{path}.bin/.idx: {part.num_documents:,} documents, {part.num_tokens:,} tokens"
+        print(line + ("" if part.info is not None else "; no .json, its tokenizer is not known"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.split",
-        description="Split a .bin/.idx corpus by a hash of each document, so that equal documents "
-        "never cross.",
+        description="Split a .bin/.idx corpus: by a hash of each document, so that equal documents "
+        "never cross, or in order as Megatron-LM does.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prefix", metavar="PREFIX")
-    parser.add_argument("--train", required=True, metavar="PREFIX")
-    parser.add_argument("--validation", required=True, metavar="PREFIX")
-    parser.add_argument("--share", type=float, required=True, help="of documents, to validation")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another choice")
-    parser.add_argument("--tokenizer", metavar="SPEC", help="default: the one the corpus names")
+    for name in ("--train", "--validation", "--test"):
+        parser.add_argument(name, metavar="PREFIX")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--share", type=float, help="of documents, to validation, by their hash")
+    choice.add_argument(
+        "--split",
+        metavar="T,V,TEST",
+        help="ratios such as 969,30,1: the same documents that Megatron-LM holds out, in order",
+    )
+    parser.add_argument("--seed", type=int, help="with --share: another seed, another choice")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="SPEC",
+        help="default: the one the corpus names. Of a corpus without a .json, as Megatron's: what "
+        "made it; the parts then get a .json",
+    )
+    parser.add_argument("--eod", metavar="TOKEN", help="and what ends its documents")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     return parser
 

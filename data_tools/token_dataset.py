@@ -23,8 +23,10 @@ class IndexedStream:
 
     document_end = None
 
-    def __init__(self, dataset: IndexedDataset) -> None:
+    def __init__(self, dataset: IndexedDataset, *, eod_id: int | None = None) -> None:
+        """`eod_id`: what ends its documents, where the corpus itself does not say it."""
         self.dataset = dataset
+        self._eod_id = eod_id
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +38,12 @@ class IndexedStream:
 
     @property
     def eod_id(self) -> int | None:
-        return None if self.dataset.info is None else self.dataset.info.eod_id
+        info = self.dataset.info
+        return self._eod_id if info is None or info.eod_id is None else info.eod_id
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        return () if self.dataset.info is None else self.dataset.info.bos_ids
 
     @property
     def fingerprint(self) -> str:

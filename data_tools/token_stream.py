@@ -39,6 +39,10 @@ class TokenStream(Protocol):
     def eod_id(self) -> int | None:
         """The id that documents end with, where they do; None: unknown or there is none."""
 
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The ids that documents begin with, where they are known to."""
+
     def read(self, starts: IntArray, length: int) -> TokenArray:
         """Ids of the spans [start, start + length), [n, length] in the dtype of the file."""
 

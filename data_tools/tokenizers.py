@@ -5,60 +5,76 @@ The libraries are imported when a tokenizer of their kind is loaded.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-from data_tools.byte_bpe import FastByteBpe
+from data_tools import hugging_face_files, sentencepiece_files
 from data_tools.byte_dataset import BYTE_EOD, BYTE_VOCAB_SIZE
 from data_tools.errors import DataError
+from data_tools.hugging_face_files import MERGES, VOCAB, HuggingFaceTokenizer
+from data_tools.marks import Mark, Marks
+from data_tools.sentencepiece_files import SentencePieceTokenizer
+from data_tools.special_tokens import SpecialTokens
 from data_tools.tiktoken_files import RULES, TiktokenTokenizer, split_spec
 
 TOKENIZER_HELP = (
-    "bytes; a tokenizer.json, or a directory with one; a SentencePiece .model; or FILE:RULES, a "
-    f"file of tiktoken ranks and how text is split ({', '.join(RULES)})"
+    "bytes; a tokenizer.json, or a directory with one; a directory with vocab.json and merges.txt; "
+    "a SentencePiece .model; or FILE:RULES, a file of tiktoken ranks and how text is split "
+    f"({', '.join(RULES)})"
 )
-_EOD_CANDIDATES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<eod>",
-    "<|eos|>",
-    "[EOS]",
-)
+_FILES = ("tokenizer.json", "tokenizer.model", VOCAB)
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers; special tokens in the text are encoded as ordinary text."""
+    """What every tokenizer offers. What begins and ends a document is up to the caller."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def name(self) -> str:
+        """Its file, for messages."""
 
     @property
-    def eod_id(self) -> int:
-        """Token that ends a document."""
+    def vocab_size(self) -> int:
+        """One more than its largest id."""
+
+    @property
+    def marks(self) -> Marks:
+        """What may begin and end a document, and who says so."""
+
+    @property
+    def eod_id(self) -> int | None:
+        """Token that ends a document; None where nothing says which."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's file, or `bytes`."""
+        """SHA-256 of the tokenizer's file and of what files beside it add, or `bytes`."""
 
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+    def id_to_token(self, token: int) -> str | None: ...
+
+    def is_special(self, token: int) -> bool: ...
 
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0..255, and 256 ends a document."""
 
+    name = fingerprint = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
     eod_id = BYTE_EOD
-    fingerprint = "bytes"
+    marks = Marks(
+        end=Mark((BYTE_EOD,), "end of document", "as always with bytes"),
+        no_end="",
+        begin=None,
+        begins_documents=False,
+        special_tokens="plain",
+    )
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -66,175 +82,80 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(i for i in ids if i < BYTE_EOD).decode("utf-8", errors="replace")
 
+    def token_to_id(self, token: str) -> int | None:
+        return None
 
-class HuggingFaceTokenizer:
-    """A tokenizer.json, through the `tokenizers` library.
+    def id_to_token(self, token: int) -> str | None:
+        return None
 
-    Raises:
-        DataError: the file cannot be read, or names no end-of-document token.
-    """
-
-    def __init__(self, path: Path, *, eod: str | None) -> None:
-        self.fingerprint = _sha256(path)
-        self._backend = _open_hugging_face(path)
-        # Text that spells a special token must not become that token.
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-        self.eod_id = self._find_eod(path, eod)
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        fast = self._fast
-        ids = [None if fast is None else fast.encode(text) for text in texts]
-        left = [number for number, found in enumerate(ids) if found is None]
-        encodings = self._backend.encode_batch_fast(
-            [texts[number] for number in left], add_special_tokens=False
-        )
-        for number, encoding in zip(left, encodings, strict=True):
-            ids[number] = encoding.ids
-        return cast(list[list[int]], ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=True)
-
-    @cached_property
-    def _fast(self) -> FastByteBpe | None:
-        return FastByteBpe.of(self._backend)
-
-    def _find_eod(self, path: Path, eod: str | None) -> int:
-        candidates = _EOD_CANDIDATES if eod is None else (eod,)
-        declared = _declared_eos(path.with_name("tokenizer_config.json")) if eod is None else None
-        for candidate in (*([declared] if declared else []), *candidates):
-            token = self._backend.token_to_id(candidate)
-            if token is not None:
-                return token
-        raise _no_eod(path, candidates)
+    def is_special(self, token: int) -> bool:
+        return token == BYTE_EOD
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece .model.
-
-    Raises:
-        DataError: the file cannot be read, or has no end-of-document piece.
-    """
-
-    def __init__(self, path: Path, *, eod: str | None) -> None:
-        self.fingerprint = _sha256(path)
-        self._backend = _open_sentencepiece(path)
-        self.vocab_size: int = self._backend.get_piece_size()
-        self.eod_id = self._find_eod(path, eod)
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._backend.encode(list(texts), num_threads=1)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids])
-
-    def _find_eod(self, path: Path, eod: str | None) -> int:
-        if eod is None and self._backend.eos_id() >= 0:
-            return self._backend.eos_id()
-        candidates = _EOD_CANDIDATES if eod is None else (eod,)
-        for candidate in candidates:
-            token = _piece_id(self._backend, candidate)
-            if token is not None:
-                return token
-        raise _no_eod(path, candidates)
-
-
-def load_tokenizer(spec: str, *, eod: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    spec: str,
+    *,
+    eod: str | int | None = None,
+    special_tokens: SpecialTokens | None = "plain",
+) -> Tokenizer:
     """Load a tokenizer: see TOKENIZER_HELP for what `spec` may be.
 
-    `eod` names the token that ends a document where the file does not.
+    `eod`: the token or id that ends a document, in place of what the tokenizer's files declare.
+    `special_tokens`: what becomes of text that spells one; None: what transformers does with the
+    same files, which is to parse it unless they say otherwise.
 
     Raises:
-        DataError: there is no such tokenizer, or it has no end-of-document token.
+        DataError: there is no such tokenizer, or it does not have the token `eod`.
     """
     if spec == "bytes":
-        if eod is not None:
-            raise DataError(f"--eod {eod} has no effect with the tokenizer `bytes`; remove it")
+        if eod not in (None, BYTE_EOD) or special_tokens == "parse":
+            setting = "--special-tokens parse" if eod in (None, BYTE_EOD) else f"--eod {eod}"
+            raise DataError(f"{setting} has no effect with the tokenizer `bytes`; remove it")
         return ByteTokenizer()
     if (ranks := split_spec(spec)) is not None:
-        if eod is not None:
-            raise DataError(f"--eod {eod} has no effect with {spec}, which names one; remove it")
-        return TiktokenTokenizer(*ranks)
-    path = _tokenizer_file(Path(spec))
+        return TiktokenTokenizer(*ranks, eod=eod, special_tokens=special_tokens)
+    path = tokenizer_file(spec)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, eod=eod)
-    return SentencePieceTokenizer(path, eod=eod)
+        return HuggingFaceTokenizer(path, eod=eod, special_tokens=special_tokens)
+    return SentencePieceTokenizer(path, eod=eod, special_tokens=special_tokens)
 
 
 def token_finder(spec: str) -> Callable[[str], int | None]:
-    """Token -> id of a tokenizer.json or a SentencePiece .model, None for what it does not have.
-
-    Unlike `load_tokenizer` it needs no end-of-document token.
+    """Token -> id of a tokenizer, None for what it does not have.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
     """
-    path = _tokenizer_file(Path(spec))
-    if path.suffix == ".json":
-        return _open_hugging_face(path).token_to_id
-    return partial(_piece_id, _open_sentencepiece(path))
+    return load_tokenizer(spec).token_to_id
 
 
 def tokenizer_fingerprint(spec: str) -> str:
-    """The fingerprint of a tokenizer, without loading it.
+    """The fingerprint of a tokenizer, as far as possible without loading it.
 
     Raises:
-        DataError: there is no such tokenizer.
+        DataError: there is no such tokenizer, or a file beside it cannot be read.
     """
     if spec == "bytes":
         return ByteTokenizer.fingerprint
     if (ranks := split_spec(spec)) is not None:
         return TiktokenTokenizer(*ranks).fingerprint
-    return _sha256(_tokenizer_file(Path(spec)))
+    path = tokenizer_file(spec)
+    kind = hugging_face_files if path.suffix == ".json" else sentencepiece_files
+    return kind.fingerprint_of(path)
 
 
-def _open_hugging_face(path: Path) -> Any:
-    from tokenizers import Tokenizer as Backend
+def tokenizer_file(spec: str) -> Path:
+    """The file that `spec`, a file or a directory, means; vocab.json stands for merges.txt as well.
 
-    try:
-        return Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            f"{path}: not a tokenizer.json ({_one_line(error)}); give the path of one"
-        ) from error
-
-
-def _open_sentencepiece(path: Path) -> Any:
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"{path}: not a SentencePiece model ({_one_line(error)}); give the path of one"
-        ) from error
-
-
-def _piece_id(backend: Any, piece: str) -> int | None:
-    """The id of a piece; the library gives that of the unknown piece for what it does not have."""
-    token: int = backend.piece_to_id(piece)
-    return token if backend.id_to_piece(token) == piece else None
-
-
-def _tokenizer_file(path: Path) -> Path:
+    Raises:
+        DataError: there is no such file, or it is of no known kind.
+    """
+    path = Path(spec)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model")]
-        for file in found:
-            if file.is_file():
-                return file
-        raise DataError(f"{path}: no tokenizer.json or tokenizer.model in it; check the tokenizer")
+        path = _file_in(path)
     if not path.is_file():
         raise DataError(
             f"tokenizer {path}: no such file; give `bytes`, a tokenizer.json, a directory or "
@@ -250,31 +171,16 @@ def _tokenizer_file(path: Path) -> Path:
             f"tokenizer {path}: suffix {path.suffix or 'none'} found, .json (Hugging Face) or "
             ".model (SentencePiece) expected"
         )
+    if path.name == VOCAB and not path.with_name(MERGES).is_file():
+        raise DataError(f"tokenizer {path}: no {MERGES} beside it; get both, or a tokenizer.json")
     return path
 
 
-def _declared_eos(path: Path) -> str | None:
-    """`eos_token` of a tokenizer_config.json, a string or an object with `content`."""
-    if not path.is_file():
-        return None
-    try:
-        token: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a JSON object ({_one_line(error)}); repair it") from error
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _no_eod(path: Path, candidates: Sequence[str]) -> DataError:
-    return DataError(
-        f"{path}: none of {' '.join(candidates)} is in its vocabulary, so no token ends a "
-        "document; name one with --eod TOKEN"
+def _file_in(folder: Path) -> Path:
+    for name in _FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{folder}: no tokenizer.json, tokenizer.model or {VOCAB} with {MERGES} in it; check the "
+        "tokenizer"
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -59,7 +59,7 @@ def train_tokenizer(
     lines = _lines(reader, json_key=json_key, keep=keep, skip_bad_lines=skip_bad_lines)
     with replace_atomically(path) as file:
         file.write(_train(lines, vocab_size))
-    return SentencePieceTokenizer(path, eod=None)
+    return SentencePieceTokenizer(path, eod=None, special_tokens="plain")
 
 
 def _train(lines: Iterator[str], vocab_size: int) -> bytes:

@@ -14,14 +14,14 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data_tools.errors import DataError
 from data_tools.files import open_partial, replace_atomically
 from data_tools.indexed_writer import check_absent
 from data_tools.shards import Shard, report_path
 
-Settings = Mapping[str, str | int | None]
+Settings = Mapping[str, Any]
 
 
 class WorkFolder:

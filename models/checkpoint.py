@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -28,6 +28,21 @@ from parallel.weights_io import ShardedWeightsReader, find_weights, verify_weigh
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
+class StoredText(NamedTuple):
+    """How the text that a model was trained on became tokens; None where that is not known.
+
+    `eod_id` ends a document, `bos_ids` begin it (perhaps none). `special_tokens`: whether text that
+    spells a special token became it (parse) or ordinary tokens (plain).
+    """
+
+    eod_id: int | None = None
+    bos_ids: tuple[int, ...] | None = None
+    special_tokens: Literal["parse", "plain"] | None = None
+
+
+UNKNOWN_TEXT = StoredText()
+
+
 class StoredModel(NamedTuple):
     """What a checkpoint says about the model in it. `tokenizer` is None where it names none."""
 
@@ -35,6 +50,7 @@ class StoredModel(NamedTuple):
     family: ModelFamily
     config: Any
     tokenizer: str | None
+    text: StoredText = UNKNOWN_TEXT
 
 
 def open_checkpoint(path: Path | str) -> StoredModel:
@@ -45,17 +61,21 @@ def open_checkpoint(path: Path | str) -> StoredModel:
     """
     weights = find_weights(Path(path))
     manifest = weights.parent / "manifest.json"
-    run = _read_manifest(manifest)["config"]
+    content = _read_manifest(manifest)
+    run = content["config"]
     try:
         model, data = dict(run["model"]), dict(run["data"])
         family = get_family(model["family"])
         tokenizer = "bytes" if data.get("kind") == "bytes" else data.get("tokenizer")
         if not isinstance(tokenizer, str | None):
             raise TypeError(f"data.tokenizer={tokenizer!r}")
+        text = StoredText(**content.get("text", {}))
+        if text.bos_ids is not None:
+            text = text._replace(bos_ids=tuple(text.bos_ids))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{manifest} is damaged: no model configuration in it") from error
     verify_weights(weights)
-    return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer)
+    return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer, text)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -192,6 +212,7 @@ def write_manifest(directory: Path, stored: StoredModel) -> None:
             "model": stored.config.model_dump(mode="json"),
             "data": {"tokenizer": stored.tokenizer},
         },
+        "text": stored.text._asdict(),
         "fingerprints": {},
         "versions": {"torch": torch.__version__},
         "sharding": {

@@ -1,7 +1,7 @@
 """Checkpoints to Hugging Face directories and back. Safetensors only; nothing is unpickled.
 
     python -m models.convert to-hf --checkpoint DIR --output DIR [--dtype bf16|fp32]
-        [--max-shard-size 5GB] [--tokenizer SPEC | --no-tokenizer] [--plain]
+        [--max-shard-size 5GB] [--tokenizer SPEC | --no-tokenizer] [--eod TOKEN] [--plain]
     python -m models.convert from-hf --model DIR --output DIR [--dtype bf16|fp32]
         [--family NAME [--set KEY=VALUE ...] [--from-scratch]]
 
@@ -24,6 +24,7 @@ import json
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from models.checkpoint import StoredModel, open_checkpoint, write_manifest
 from models.hf_base import import_base_weights, plain_model, read_base_config
 from models.hf_export import export_model
 from models.hf_import import import_weights, read_foreign_config
-from models.hf_tokenizer import copy_tokenizer, export_tokenizer
+from models.hf_tokenizer import TOKENIZER_FILES, copy_tokenizer, export_tokenizer
 
 _CODE_REMARK = (
     "the directory holds the model's code: load it with from_pretrained(..., "
@@ -51,11 +52,13 @@ def to_hf(
     max_shard_size: str = "5GB",
     tokenizer: str | None = None,
     with_tokenizer: bool = True,
+    eod: str | None = None,
     plain: bool = False,
 ) -> list[str]:
     """Export a checkpoint; returns remarks for the user.
 
-    `tokenizer` replaces the one that the checkpoint names. `plain`: export the model of
+    `tokenizer` replaces the one that the checkpoint names, `eod` the token that ended the documents
+    of training, which is the end token of the export. `plain`: export the model of
     transformers that the family grows out of, without what it adds.
 
     Raises:
@@ -66,9 +69,13 @@ def to_hf(
     family = stored.family
     hf = plain_model(family, stored.config) if plain else family.require_hf()
     spec = (tokenizer or stored.tokenizer) if with_tokenizer else None
+    if spec is None and eod is not None:
+        raise ValueError(f"--eod {eod} has no effect without a tokenizer; remove it")
     remarks = [] if spec not in (None, "bytes") else [_why_no_tokenizer(spec)]
     with _published(output) as folder:
-        special_tokens = {} if spec is None else _write_tokenizer(spec, folder, stored)
+        special_tokens = _end_of_text(stored.text.eod_id)
+        if spec is not None:
+            special_tokens = _write_tokenizer(spec, folder, stored, eod=eod, remarks=remarks)
         export_model(
             stored,
             folder,
@@ -122,23 +129,50 @@ def from_hf(
     return remarks
 
 
-def _write_tokenizer(spec: str, folder: Path, stored: StoredModel) -> dict[str, int]:
+def _write_tokenizer(
+    spec: str, folder: Path, stored: StoredModel, *, eod: str | None, remarks: list[str]
+) -> dict[str, int]:
     """Tokenizer files, and the special tokens that config.json names."""
-    from data_tools.tokenizers import load_tokenizer
+    from data_tools.tokenizers import load_tokenizer, tokenizer_file
 
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec, eod=stored.text.eod_id if eod is None else eod)
     if tokenizer.vocab_size > stored.config.vocab_size:
+        remarks.append(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {stored.config.vocab_size}: "
+            f"give it no text with the others, such as "
+            f"{tokenizer.id_to_token(tokenizer.vocab_size - 1)}"
+        )
+    if tokenizer.eod_id is None:
+        remarks.append("the tokenizer names no end token, so generation will not end by itself")
+    elif tokenizer.eod_id >= stored.config.vocab_size:
         raise ValueError(
-            f"tokenizer {spec} has {tokenizer.vocab_size} tokens, the model "
-            f"{stored.config.vocab_size}; give the tokenizer of its data with --tokenizer"
+            f"tokenizer {spec} ends a text with id {tokenizer.eod_id}, the model has "
+            f"{stored.config.vocab_size}; give the tokenizer of its data with --tokenizer, or the "
+            "end token with --eod"
         )
     if spec != "bytes":
-        path = Path(spec)
-        if path.is_dir():
-            names = ("tokenizer.json", "tokenizer.model")
-            path = next(path / name for name in names if (path / name).is_file())
-        export_tokenizer(path, folder, eod_id=tokenizer.eod_id, encode=tokenizer.encode)
-    return {"eos_token_id": tokenizer.eod_id}
+        with _as_one_file(tokenizer_file(spec), tokenizer) as path:
+            export_tokenizer(path, folder, eod_id=tokenizer.eod_id, encode=tokenizer.encode)
+    return _end_of_text(tokenizer.eod_id)
+
+
+@contextlib.contextmanager
+def _as_one_file(path: Path, tokenizer: Any) -> Iterator[Path]:
+    """The file of a tokenizer; for vocab.json with merges.txt, a tokenizer.json equal to them."""
+    if path.name != "vocab.json":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for beside in TOKENIZER_FILES:
+            if beside not in ("vocab.json", "merges.txt") and path.with_name(beside).is_file():
+                shutil.copyfile(path.with_name(beside), folder / beside)
+        tokenizer.save(folder / "tokenizer.json")
+        yield folder / "tokenizer.json"
+
+
+def _end_of_text(token: int | None) -> dict[str, int]:
+    return {} if token is None else {"eos_token_id": token}
 
 
 def _why_no_tokenizer(spec: str | None) -> str:
@@ -190,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_shard_size=arguments.max_shard_size,
                 tokenizer=arguments.tokenizer,
                 with_tokenizer=not arguments.no_tokenizer,
+                eod=arguments.eod,
                 plain=arguments.plain,
             )
     except (ValueError, OSError) as error:
@@ -227,6 +262,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     choice = export.add_mutually_exclusive_group()
     choice.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     choice.add_argument("--no-tokenizer", action="store_true", help="write the model only")
+    export.add_argument(
+        "--eod", metavar="TOKEN", help="end token; default: what ended the documents of training"
+    )
     export.add_argument(
         "--plain", action="store_true", help="as the model that the family grows out of"
     )

@@ -2,8 +2,10 @@
 
     python -m models.generate --checkpoint DIR --prompt TEXT [--max-new-tokens N]
         [--temperature T] [--top-k K] [--top-p P] [--seed S] [--device cpu|cuda]
+        [--tokenizer SPEC] [--eod TOKEN] [--[no-]add-bos] [--special-tokens parse|plain]
 
-DIR is a checkpoint (`step_N`) or a run directory, whose newest checkpoint is taken.
+DIR is a checkpoint (`step_N`) or a run directory, whose newest checkpoint is taken. A prompt
+becomes tokens as the documents of training did; for an imported model, as in transformers.
 """
 
 from __future__ import annotations
@@ -126,22 +128,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _continue_text(arguments: argparse.Namespace) -> str:
-    from data_tools.tokenizers import load_tokenizer
     from models.checkpoint import load_model, open_checkpoint
+    from models.prompting import load_prompting
 
     stored = open_checkpoint(arguments.checkpoint)
     spec = arguments.tokenizer or stored.tokenizer
     if spec is None:
         raise ValueError(f"{arguments.checkpoint} names no tokenizer; give one with --tokenizer")
-    tokenizer = load_tokenizer(spec)
-    if tokenizer.vocab_size > stored.config.vocab_size:
-        raise ValueError(
-            f"tokenizer {spec} has {tokenizer.vocab_size} tokens, the model "
-            f"{stored.config.vocab_size}; give the tokenizer of its data with --tokenizer"
-        )
+    prompting = load_prompting(
+        spec,
+        stored.text,
+        eod=arguments.eod,
+        add_bos=arguments.add_bos,
+        special_tokens=arguments.special_tokens,
+    )
+    ids = prompting.encode(arguments.prompt, vocab_size=stored.config.vocab_size)
     model = load_model(stored, device=arguments.device)
-    # The end of a document is what a document begins after.
-    ids = tokenizer.encode(arguments.prompt) or [tokenizer.eod_id]
     rows = generate(
         model,
         torch.tensor([ids], device=arguments.device),
@@ -149,10 +151,10 @@ def _continue_text(arguments: argparse.Namespace) -> str:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        eos_id=tokenizer.eod_id,
+        eos_id=prompting.eod_id,
         generator=torch.Generator(arguments.device).manual_seed(arguments.seed),
     )
-    return tokenizer.decode([i for i in rows[0].tolist() if i != tokenizer.eod_id])
+    return prompting.decode(rows[0].tolist())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -172,6 +174,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=device_type())
     parser.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
+    parser.add_argument(
+        "--eod", metavar="TOKEN", help="stop at it; default: what ended the documents of training"
+    )
+    parser.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin the prompt with the begin token; default: as the documents of training did",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("parse", "plain"),
+        help="what becomes of a special token that the prompt spells; default: as in training",
+    )
     return parser.parse_args(argv)
 
 

@@ -28,7 +28,7 @@ _SAMPLES = (
 
 
 def export_tokenizer(
-    source: Path, output: Path, *, eod_id: int, encode: Callable[[str], list[int]]
+    source: Path, output: Path, *, eod_id: int | None, encode: Callable[[str], list[int]]
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json so that AutoTokenizer loads them.
 
@@ -49,7 +49,11 @@ def export_tokenizer(
 def copy_tokenizer(source: Path, output: Path) -> bool:
     """Copy the tokenizer files of a Hugging Face directory; False when there are none to use."""
     present = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not any(path.name in ("tokenizer.json", "tokenizer.model") for path in present):
+    names = {path.name for path in present}
+    if (
+        not names & {"tokenizer.json", "tokenizer.model"}
+        and not {"vocab.json", "merges.txt"} <= names
+    ):
         return False
     output.mkdir()
     for path in present:
@@ -92,7 +96,7 @@ def _from_sentencepiece(source: Path, target: Path) -> None:
     tokenizer.save(str(target))
 
 
-def _write_config(source: Path, output: Path, *, eod_id: int) -> None:
+def _write_config(source: Path, output: Path, *, eod_id: int | None) -> None:
     """tokenizer_config.json: that of the source where there is one, otherwise the least needed."""
     target = output / "tokenizer_config.json"
     if source.is_file():
@@ -100,12 +104,13 @@ def _write_config(source: Path, output: Path, *, eod_id: int) -> None:
         return
     from tokenizers import Tokenizer
 
-    eos_token = Tokenizer.from_file(str(output / "tokenizer.json")).id_to_token(eod_id)
-    contents = {
+    contents: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eos_token,
         "clean_up_tokenization_spaces": False,
     }
+    if eod_id is not None:
+        tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
+        contents["eos_token"] = tokenizer.id_to_token(eod_id)
     target.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="ascii")
 
 

@@ -6,14 +6,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from data_tools.build import build_eval_batches, build_train_loader
+from data_tools.corpus_info import TextRules
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
+from data_tools.sources import read_text_rules
 from parallel.context import ParallelContext
 from pretrain.checkpoint import (
     CheckpointStore,
     Layout,
     RunIdentity,
 )
+from pretrain.checkpoint.manifest import TextRecord
 from pretrain.checkpoint.rng_state import seed_rng
 from pretrain.checkpoint.saves import Saves
 from pretrain.checkpoint.storage import Storage
@@ -48,10 +51,11 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         watchdog.moved("the opening of the data")
         loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
         evaluation = ranks.together(lambda: _eval_batches(config, ctx))
+        text = ranks.together(lambda: read_text_rules(config.data))
         watchdog.moved("the search for a checkpoint")
         store = CheckpointStore(
             Path(config.run_dir),
-            identity=_identity(config, layout, zero),
+            identity=_identity(config, layout, zero, text),
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             # What agrees in the background must not meet what the main thread agrees on.
@@ -115,7 +119,9 @@ def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None
     )
 
 
-def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> RunIdentity:
+def _identity(
+    config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed, text: TextRules
+) -> RunIdentity:
     return RunIdentity(
         layout=Layout(
             tensor=layout.tensor,
@@ -128,4 +134,5 @@ def _identity(config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed) -> 
         config=resolved(config),
         fingerprints={},  # the loader compares those of its sources when its state is loaded
         layout_bound_by=layout_bound_by(config, zero),
+        text=TextRecord(**text._asdict()),
     )

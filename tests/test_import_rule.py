@@ -30,7 +30,7 @@ EXCEPTIONS = {
         "data_tools.publish",
         "data_tools.tokenizers",
     ),
-    "models/generate.py": ("data_tools.tokenizers",),
+    "models/prompting.py": ("data_tools.tokenizers",),
     "models/convert.py": ("data_tools.tokenizers",),
 }
 # A foreign module and the only files that may import it.

@@ -257,24 +257,19 @@ def _vocab_size(tokenizer: str) -> int:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from data_tools.tokenizers import load_tokenizer
     from models.daria_former.generation import DariaGenerator
     from models.daria_former.stored import load_checkpoint
+    from models.prompting import load_prompting
 
     if options.temperature == 0 and not options.greedy:
         raise ValueError("--temperature 0 draws nothing; for the most probable token use --greedy")
     _check_device(options.device)
-    model, spec = load_checkpoint(_checkpoint(options.checkpoint), device=options.device)
+    model, spec, text = load_checkpoint(_checkpoint(options.checkpoint), device=options.device)
     spec = options.tokenizer or spec
     if spec is None:
         raise ValueError(f"{options.checkpoint} names no tokenizer; give one with --tokenizer")
-    tokenizer = load_tokenizer(spec if spec == "bytes" else _local_tokenizer(spec))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer {spec} has {tokenizer.vocab_size} tokens, the model "
-            f"{model.config.vocab_size}; give the tokenizer of its data with --tokenizer"
-        )
-    ids = tokenizer.encode(options.prompt) or [tokenizer.eod_id]
+    prompting = load_prompting(spec if spec == "bytes" else _local_tokenizer(spec), text)
+    ids = prompting.encode(options.prompt, vocab_size=model.config.vocab_size)
     rows = DariaGenerator(model).generate(
         torch.tensor([ids], device=options.device),
         max_new_tokens=options.max_new_tokens,
@@ -282,11 +277,11 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k or None,
         top_p=options.top_p,
         do_sample=not options.greedy,
-        eos_token_id=tokenizer.eod_id,
+        eos_token_id=prompting.eod_id,
         use_variability=not options.no_variability,
         generator=torch.Generator(options.device).manual_seed(options.seed),
     )
-    print(tokenizer.decode([i for i in rows[0].tolist() if i != tokenizer.eod_id]))
+    print(prompting.decode(rows[0].tolist()))
 
 
 def _check_device(name: str) -> None:
@@ -308,9 +303,11 @@ def _export(options: argparse.Namespace) -> None:
     source, dtype = _checkpoint(options.checkpoint), torch.float16 if options.half else None
     with tempfile.TemporaryDirectory() as folder:
         if options.merge_lora or not is_run(source):
-            model, tokenizer = load_checkpoint(source, device="cpu")
+            model, tokenizer, text = load_checkpoint(source, device="cpu")
             source = Path(folder) / "step_0"
-            write_checkpoint(model, source, tokenizer=tokenizer, merge=options.merge_lora)
+            write_checkpoint(
+                model, source, tokenizer=tokenizer, text=text, merge=options.merge_lora
+            )
         for line in to_hf(source, Path(options.output), dtype=dtype):
             print(line)
     print(f"wrote {options.output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.checkpoint import (
+    UNKNOWN_TEXT,
     StoredModel,
+    StoredText,
     load_model,
     open_checkpoint,
     parameter_table,
@@ -31,8 +34,16 @@ def is_run(path: Path) -> bool:
     return not (path / "model.safetensors").is_file()
 
 
-def load_checkpoint(path: Path, *, device: str) -> tuple[DariaFormerModel, str | None]:
-    """The model, in evaluation, and the tokenizer that its data had.
+class Loaded(NamedTuple):
+    """A model, in evaluation, the tokenizer of its data, and how that became tokens."""
+
+    model: DariaFormerModel
+    tokenizer: str | None
+    text: StoredText
+
+
+def load_checkpoint(path: Path, *, device: str) -> Loaded:
+    """A model and what its checkpoint says of its data.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, or of another family.
@@ -40,14 +51,14 @@ def load_checkpoint(path: Path, *, device: str) -> tuple[DariaFormerModel, str |
     if not is_run(path):
         model = DariaFormerModel(read_trainer_config(path), device=device)
         load_trainer_weights(model, path, add_adapters=True)
-        return model.eval(), None
+        return Loaded(model.eval(), None, UNKNOWN_TEXT)
     stored = open_checkpoint(path)
     if stored.family.name != FAMILY.name:
         raise ValueError(f"{path} is a checkpoint of {stored.family.name}, not of {FAMILY.name}")
     model = DariaFormerModel(stored.config, device="meta")
     model.body = load_model(stored, device=device)
     model.variability = ReactionVariabilitySystem(stored.config).to(device)
-    return model.eval(), stored.tokenizer
+    return Loaded(model.eval(), stored.tokenizer, stored.text)
 
 
 def read_trainer_config(folder: Path) -> DariaFormerConfig:
@@ -99,7 +110,12 @@ def _with_tied(model: DariaFormerModel, state: dict[str, Tensor]) -> dict[str, T
 
 
 def write_checkpoint(
-    model: DariaFormerModel, folder: Path, *, tokenizer: str | None, merge: bool
+    model: DariaFormerModel,
+    folder: Path,
+    *,
+    tokenizer: str | None,
+    merge: bool,
+    text: StoredText = UNKNOWN_TEXT,
 ) -> None:
     """Write a model as the checkpoint of a run at step 0; `merge` puts adapters into the weights.
 
@@ -126,4 +142,4 @@ def write_checkpoint(
     position = ShardPosition()
     with (folder / "weights" / position.file_name).open("wb") as file:
         write_shard(file, weights, position=position)
-    write_manifest(folder, StoredModel(folder / "weights", FAMILY, config, tokenizer))
+    write_manifest(folder, StoredModel(folder / "weights", FAMILY, config, tokenizer, text))

@@ -55,6 +55,14 @@ class Layout(_Record):
         )
 
 
+class TextRecord(_Record):
+    """`data_tools.corpus_info.TextRules` of the run's data; None where that is not known."""
+
+    eod_id: int | None = None
+    bos_ids: tuple[int, ...] | None = None
+    special_tokens: str | None = None
+
+
 class FileEntry(_Record):
     """A file of the checkpoint and the rank that wrote it, which is the rank that verifies it."""
 
@@ -70,6 +78,7 @@ class Manifest(_Record):
     step: int
     layout: Layout
     config: dict[str, Any]
+    text: TextRecord = TextRecord()
     fingerprints: dict[str, str]
     versions: dict[str, str]
     sharding: dict[str, tuple[int | None, int | None]]

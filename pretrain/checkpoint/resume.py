@@ -14,6 +14,7 @@ import yaml
 from pretrain.checkpoint.manifest import (
     Layout,
     Manifest,
+    TextRecord,
     read_manifest,
     step_of_name,
     verify_content,
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 class RunIdentity(NamedTuple):
     """What a checkpoint must agree with to be continued by this run.
 
-    `config` is the resolved configuration, `fingerprints` those of data and tokenizer.
+    `config` is the resolved configuration, `fingerprints` those of data and tokenizer, `text` says
+    how text became tokens.
     `layout_bound_by` names the setting that ties the run's checkpoints to the layout they were
     written at, if there is one.
     """
@@ -42,6 +44,7 @@ class RunIdentity(NamedTuple):
     config: dict[str, Any]
     fingerprints: dict[str, str]
     layout_bound_by: str | None = None
+    text: TextRecord = TextRecord()
 
 
 class Checkpoint(NamedTuple):
@@ -166,8 +169,25 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
                 f"{name} has changed since {str(directory)!r} was written (fingerprint {old}, "
                 f"now {new}): restore it or start in another run_dir"
             )
+    _refuse_other_marks(directory, manifest, identity)
     trainer = _read_trainer(directory / TRAINER_NAME)
     return Checkpoint(directory, manifest.step, trainer, manifest.layout, any_layout)
+
+
+def _refuse_other_marks(directory: Path, manifest: Manifest, identity: RunIdentity) -> None:
+    """Documents must go on beginning and ending with the tokens that the model has learnt."""
+    before, now = manifest.text, identity.text
+    for what, old, new in (
+        ("end", before.eod_id, now.eod_id),
+        ("begin", before.bos_ids, now.bos_ids),
+    ):
+        if old is not None and new is not None and old != new:
+            ids = ["no token" if token == () else token for token in (old, new)]
+            raise CheckpointError(
+                f"{str(directory)!r} was trained on documents that {what} with {ids[0]}, those of "
+                f"this run {what} with {ids[1]}: preprocess the new ones like the old, or start in "
+                "another run_dir with training.init_from"
+            )
 
 
 def _read_trainer(path: Path) -> dict[str, Any]:

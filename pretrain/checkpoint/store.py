@@ -283,13 +283,14 @@ class CheckpointStore:
             if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
                 self._storage.sync(path)
                 files[name] = self._entry(path)
-        layout, config, fingerprints, _ = self.identity
+        identity = self.identity
         return Manifest(
             format_version=FORMAT_VERSION,
             step=step,
-            layout=layout,
-            config=config,
-            fingerprints=fingerprints,
+            layout=identity.layout,
+            config=identity.config,
+            text=identity.text,
+            fingerprints=identity.fingerprints,
             versions=_package_versions(),
             sharding=sharding,
             files=dict(sorted(files.items())),

@@ -21,6 +21,7 @@ RULES: dict[str, Change] = {
     "data.train": "training",  # the loader continues each source where its ledger stands
     "data.validation": "free",
     "data.tokenizer": "fixed",
+    "data.eod": "free",  # what documents really end with is compared when a checkpoint is found
     "data.documents": "fixed",
     "data.json_key": "fixed",
     "data.sequence_length": "fixed",

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_tools import tiktoken_files
-from data_tools.byte_bpe import _byte_letters
+from data_tools.byte_bpe import byte_letters
 from data_tools.errors import DataError
 from data_tools.tokenizers import load_tokenizer, tokenizer_fingerprint
 
@@ -22,7 +22,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Tokeni
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([_TEXT] * 10, trainer)
-    letters = _byte_letters()
+    letters = byte_letters()
     lines = [
         base64.b64encode(bytes(letters[letter] for letter in token)) + b" %d\n" % rank
         for token, rank in tokenizer.get_vocab().items()

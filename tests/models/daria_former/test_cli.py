@@ -142,7 +142,7 @@ def test_two_ranks_train_on_text_that_the_first_one_tokenizes(folder):
     assert config["model"]["vocab_size"] == 302
     assert config["training"]["precision"] == "bf16"
     assert len(list((run / "data").glob("train-*.bin"))) == 1
-    model, spec = load_checkpoint(run, device="cpu")
+    model, spec, _ = load_checkpoint(run, device="cpu")
     assert spec == str(tokenizer)
     assert model.config.lora_rank == 2
 

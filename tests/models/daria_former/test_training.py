@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_there_is_replaced(tmp_path):
         "model.safetensors",
         "training_state.pt",
     ]
-    loaded, tokenizer = load_checkpoint(folder, device="cpu")
+    loaded, tokenizer, _ = load_checkpoint(folder, device="cpu")
     assert tokenizer is None
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
@@ -239,11 +239,11 @@ def test_a_checkpoint_with_adapters_is_read_and_merged(tmp_path):
         parameter += 0.05
     trainer.save(tmp_path / "checkpoint-0")
     expected = trainer.model.eval()(STREAM)["logits"]
-    model, _ = load_checkpoint(tmp_path / "checkpoint-0", device="cpu")
+    model, *_ = load_checkpoint(tmp_path / "checkpoint-0", device="cpu")
     torch.testing.assert_close(model(STREAM)["logits"], expected)
     with pytest.raises(ValueError, match="use --merge_lora"):
         write_checkpoint(model, tmp_path / "step_0", tokenizer=None, merge=False)
     write_checkpoint(model, tmp_path / "step_1", tokenizer=None, merge=True)
-    merged, _ = load_checkpoint(tmp_path / "step_1", device="cpu")
+    merged, *_ = load_checkpoint(tmp_path / "step_1", device="cpu")
     assert not any(".lora." in name for name in merged.state_dict())
     torch.testing.assert_close(merged(STREAM)["logits"], expected, rtol=1e-4, atol=1e-5)

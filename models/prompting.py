@@ -1,0 +1,71 @@
+"""How a prompt becomes tokens: as the documents did that a model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from data_tools.tokenizers import Tokenizer, load_tokenizer
+from models.checkpoint import StoredText
+
+
+class Prompting(NamedTuple):
+    """How a prompt becomes tokens, and which token ends its continuation."""
+
+    tokenizer: Tokenizer
+    bos_ids: tuple[int, ...]
+    eod_id: int | None
+
+    def encode(self, prompt: str, *, vocab_size: int) -> list[int]:
+        """The ids of a prompt; of an empty one, what a document begins with or after.
+
+        Raises:
+            ValueError: the model lacks one of them, or there are none.
+        """
+        ids = [*self.bos_ids, *self.tokenizer.encode(prompt)]
+        if not ids and self.eod_id is not None:
+            ids = [self.eod_id]  # the end of a document is what a document begins after
+        if not ids:
+            raise ValueError(
+                "the prompt is empty, and no token is known to begin or end a document; give a "
+                "prompt, or name the end token with --eod"
+            )
+        if max(ids) >= vocab_size:
+            raise ValueError(
+                f"the prompt has id {max(ids)} ({self.tokenizer.id_to_token(max(ids))}), the model "
+                f"{vocab_size} ids; write it without that token, or give the tokenizer of the "
+                "model's data with --tokenizer"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids without special tokens."""
+        return self.tokenizer.decode([i for i in ids if i != self.eod_id])
+
+
+def load_prompting(
+    spec: str,
+    text: StoredText,
+    *,
+    eod: str | None = None,
+    add_bos: bool | None = None,
+    special_tokens: Literal["parse", "plain"] | None = None,
+) -> Prompting:
+    """A tokenizer, used as for the data of a model unless a setting says otherwise.
+
+    What neither says is done as transformers does it with the files of the tokenizer.
+
+    Raises:
+        ValueError: there is no such tokenizer, or it does not have a token that is asked for.
+    """
+    tokenizer = load_tokenizer(
+        spec,
+        eod=text.eod_id if eod is None else eod,
+        special_tokens=special_tokens or text.special_tokens,
+    )
+    if text.bos_ids and add_bos is not False:
+        bos_ids = text.bos_ids
+    else:
+        known = False if add_bos is None and text.bos_ids is not None else add_bos
+        bos_ids = tokenizer.marks.begin_ids(known)
+    return Prompting(tokenizer, bos_ids, tokenizer.eod_id)
