@@ -74,5 +74,11 @@ def evaluated(config: MoDConfig | DTFConfig, tokens: torch.Tensor) -> Sequential
 
 
 def tokens_of(length: int, *, batch: int = 1, seed: int = 1) -> torch.Tensor:
+    """int64 [batch, length]. No token occurs twice in a row where there are enough of them: equal
+    tokens have equal scores in a router of the first layer, and the last bit would choose."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=generator)
+    vocab_size = SIZES["vocab_size"]
+    if length > vocab_size:
+        return torch.randint(0, vocab_size, (batch, length), generator=generator)
+    rows = [torch.randperm(vocab_size, generator=generator)[:length] for _ in range(batch)]
+    return torch.stack(rows)

@@ -50,19 +50,17 @@ def test_a_training_step_is_that_of_the_equations(variant, packed):
     # Weights at which no loss is lost in the rounding of another.
     changes = {"router_z_loss_weight": 0.5, "causal_router_loss_weight": 0.5, **changes}
     config = config_of(family, **changes)
-    model = model_of(config, segmented=packed).double()
+    model = model_of(config, segmented=packed)
     stream = tokens_of(SEQ + 1, batch=BATCH)
     tokens, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
     documents = [0] * 7 + [1] * 10 if packed else None
     segments = torch.tensor(documents).int().expand(BATCH, -1).contiguous() if packed else None
     output = model(TokenInputs(tokens, segments))
-    # The cross entropy of the project has no fp64.
-    rounded = output._replace(logits=output.logits.float())
-    found = family_of(config).loss(rounded, labels, config=config, ctx=CTX).total
+    found = family_of(config).loss(output, labels, config=config, ctx=CTX).total
     parameters = dict(model.named_parameters())
     expected, logits = _expected_loss(config, parameters, tokens, labels, documents)
     torch.testing.assert_close(output.logits, logits, **TOLERANCE)
-    torch.testing.assert_close(found.double(), expected, **TOLERANCE)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
     _assert_equal_gradients(model, found, expected)
 
 

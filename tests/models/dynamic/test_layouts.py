@@ -12,6 +12,7 @@ from parallel.pipeline import layer_costs
 from pretrain.equivalence import Measured, measure
 from tests.distributed import run_ranks
 from tests.models.dynamic.cases import VARIANTS, config_of, family_of, tokens_of
+from tests.tolerance import FP64, assert_close
 
 SEQ, BATCH = 24, 2
 SEGMENTS = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 12, 7])).int()
@@ -25,9 +26,8 @@ def _measured(ctx: ParallelContext) -> dict[str, Measured]:
         segments = SEGMENTS.expand(BATCH, -1).contiguous() if i % 2 else None
         inputs = TokenInputs(stream[:, :-1].contiguous(), segments)
         labels = stream[:, 1:].contiguous()
-        measured[variant] = measure(
-            family_of(config), config, inputs, labels, ctx, seed=11, noise=0.2
-        )
+        of, options = family_of(config), {"seed": 11, "noise": 0.2, "dtype": torch.float64}
+        measured[variant] = measure(of, config, inputs, labels, ctx, **options)
     return measured
 
 
@@ -45,16 +45,11 @@ def test_two_tensor_ranks_equal_one_in_every_loss_and_every_gradient(sequence_pa
     for measured in run_ranks(_on_two_ranks, 2, sequence_parallel):
         for variant, one in expected.items():
             two = measured[variant]
-            torch.testing.assert_close(two.terms, one.terms, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(two.terms, one.terms, **FP64)
             assert two.gradients.keys() == one.gradients.keys()
             for name, gradient in one.gradients.items():
-                torch.testing.assert_close(
-                    two.gradients[name],
-                    gradient,
-                    rtol=1e-4,
-                    atol=1e-5,
-                    msg=lambda m, place=f"{variant}: {name}": f"{place}: {m}",
-                )
+                place = f"{variant}: {name}"
+                assert_close(two.gradients[name], gradient, FP64["rtol"], place)
 
 
 def test_stages_are_cut_by_what_is_computed_not_by_what_is_stored():
