@@ -13,12 +13,13 @@ RUN    := runs/demo_$(FAMILY)
 # Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
-.PHONY: help setup demo test soak check format bench gpu-check clean
+.PHONY: help setup demo test reordered soak check format bench gpu-check clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo       set-up, corpus, training through the deepspeed launcher, curve, sample"
 	@echo "make test       set-up, all tests that need no GPU"
+	@echo "make reordered  tests of models and layouts, with sums in another order"
 	@echo "make soak       the slow tests: kills, failing nodes, hostile files, every launcher"
 	@echo "make check      format, lint, types"
 	@echo "make bench      every benchmark, as ratios (tests/benchmarks)"
@@ -42,7 +43,12 @@ demo: $(STAMP)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow" \
+		-n 2 --dist loadgroup
+
+reordered: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest --reorder-sums tests/models tests/parallel \
+		tests/pretrain/test_layouts.py tests/pretrain/test_engine.py -m "not slow" -n 2 --dist loadgroup
 
 soak: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow
