@@ -37,6 +37,15 @@ _LAUNCHERS = (
     # SLURM_NTASKS would be that of the job, also for a single process in its batch script.
     _Launcher("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 )
+# Ranks on this machine: of torchrun and accelerate, deepspeed, Open MPI, MPICH, MVAPICH, srun.
+_LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_STEP_TASKS_PER_NODE",
+)
 _NODES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
 
 
@@ -66,6 +75,15 @@ def adopt_launcher(environment: Environment = os.environ) -> None:
     environment["RANK"] = environment[launcher.rank]
     environment["LOCAL_RANK"] = environment[launcher.local_rank]
     environment["WORLD_SIZE"] = environment[launcher.size]
+
+
+def ranks_on_this_machine(environment: Environment = os.environ) -> int:
+    """How many ranks of the run its launcher has started here; 1 for a process that is alone."""
+    for name in _LOCAL_SIZES:
+        number = re.match("[0-9]+", environment.get(name, ""))  # srun writes 8(x2) for two nodes
+        if number is not None:
+            return max(1, int(number[0]))
+    return 1
 
 
 def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple[str, int]:

@@ -19,6 +19,7 @@ if not __package__:
     # searched, or its modules could be imported by their bare names.
     sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
+from parallel.threads import cpu_times, prepare_threads
 from pretrain.errors import (
     EXIT_COMPLETED,
     EXIT_LOST_RANK,
@@ -32,7 +33,11 @@ from pretrain.errors import (
     TrainingError,
     is_out_of_memory,
 )
-from pretrain.launch_environment import adopt_launcher, environment_number
+from pretrain.launch_environment import (
+    adopt_launcher,
+    environment_number,
+    ranks_on_this_machine,
+)
 from pretrain.lifetime import end_with_launcher
 
 if TYPE_CHECKING:
@@ -70,14 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run training as the command line says; returns the exit code, 2 for an error of the user."""
     try:
         end_with_launcher()
+        beginning = cpu_times()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         adopt_launcher()
         config = _configure(arguments)
         if config is None:
             return EXIT_COMPLETED
+        remark = prepare_threads(ranks=ranks_on_this_machine(), since=beginning)
+        from parallel.cpu import device_type
         from pretrain.permissions import private_files
         from pretrain.run import run
 
+        if remark is not None and device_type() == "cpu" and _rank() == 0:
+            sys.stderr.write(f"warning: {remark}\n")
         with private_files():
             code = run(config, arguments.ds_config)
         # A job script reads the marker file; torchrun would report 75 as the failure of a rank.

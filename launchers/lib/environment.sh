@@ -2,7 +2,7 @@
 
 # Names that ranks inherit; everything else stays in the batch shell, keys and tokens above all.
 readonly INHERITED='PATH|HOME|USER|LOGNAME|SHELL|PWD|LANG|LC_*|TZ|TERM|TMPDIR|LD_LIBRARY_PATH|XDG_CACHE_HOME
-|SLURM*|CUDA*|NVIDIA_*|NCCL_*|GLOO_*|UCX_*|FI_*|OMP_*|MKL_*|TORCH*|PYTORCH_*|PET_*|TRITON_*|DS_*|PYTHON*
+|SLURM*|CUDA*|NVIDIA_*|NCCL_*|GLOO_*|UCX_*|FI_*|OMP_*|GOMP_*|MKL_*|TORCH*|PYTORCH_*|PET_*|TRITON_*|DS_*|PYTHON*
 |VIRTUAL_ENV|HF_HOME|HF_HUB_OFFLINE|HF_HUB_CACHE|WANDB_MODE|WANDB_DIR|WANDB_PROJECT|MANYFORMER_*'
 readonly SECRET='*KEY*|*TOKEN*|*SECRET*|*PASSW*|*CREDENTIAL*|*JWT*'
 
@@ -12,7 +12,8 @@ prepare_environment() {
   choose_container
   hide_other_variables
   use_fabric
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))}
+  local threads=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
   export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

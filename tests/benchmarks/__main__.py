@@ -9,7 +9,16 @@ import sys
 
 from tests.benchmarks.timing import machine
 
-NAMES = ("llama_step", "dynamic_step", "loader", "byte_path", "tokenization", "wire", "saving")
+NAMES = (
+    "llama_step",
+    "dynamic_step",
+    "loader",
+    "byte_path",
+    "tokenization",
+    "wire",
+    "saving",
+    "shared_cores",
+)
 
 
 def main() -> int:
