@@ -134,7 +134,7 @@ class Routed(NamedTuple):
 
     `fraction`: the share of tokens that the causal rule chooses; `recall`: the share of the k best
     that are among them. Only both together say how far the rule is from the k best. `spread`: the
-    standard deviation of a row's scores. All are means over the rows, fp32 scalars.
+    standard deviation of a row's scores. Each of every row, fp32 [b].
     """
 
     selection: Selection
@@ -200,7 +200,7 @@ class TokenRouter(nn.Module):
     @torch.no_grad()
     def _choose(self, scores: Tensor, logits: Tensor | None, forced: Tensor | None) -> Routed:
         ranked = agreed(scores, ctx=self.ctx)
-        spread = ranked.std(dim=1, correction=0).mean()
+        spread = ranked.std(dim=1, correction=0)
         if forced is not None:
             ranked = ranked.masked_fill(forced, math.inf)
         length = ranked.shape[1]
@@ -221,8 +221,8 @@ class TokenRouter(nn.Module):
             room = min(length, math.ceil(THRESHOLD_ROOM * k)) if self.training else length
             chosen = self._within(causal if rule == self.rule else ranked > self._tau, ranked, room)
             selection = chosen_first(chosen, room)
-        recall = (causal & among_best).sum() / among_best.sum()
-        return Routed(selection, chosen, causal.float().mean(), recall, spread)
+        recall = (causal & among_best).sum(dim=1) / k
+        return Routed(selection, chosen, causal.float().mean(dim=1), recall, spread)
 
     @property
     def _tau(self) -> Tensor:

@@ -117,7 +117,7 @@ class DariaEmbedding(nn.Module):
                 history=None if cache is None else cache.emotion,
             ),
             priors=None if self.router is None else self.router(hidden),
-            aux=torch.zeros(len(AUX), device=hidden.device),
+            aux=torch.zeros(len(given.tokens), len(AUX), device=hidden.device),
             bank=self._bank(given, cache),
             modality=self._modality(given, cache),
             positions=positions,

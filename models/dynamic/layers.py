@@ -60,7 +60,7 @@ class DynamicEmbedding(nn.Module):
             positions = positions_in_segments(inputs.segment_ids)
         return DynamicCarry(
             hidden,
-            hidden.new_zeros(self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
+            hidden.new_zeros(len(inputs.tokens), self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
             positions,
             inputs.tokens if self.hands_on_tokens else None,
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.base import LossOutput, ModelFamily
+from models.base import LossOutput, ModelFamily, num_scored_in, scored_mean
 from models.common.rope import RotaryTable
 from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
 from models.dynamic.config import DTFConfig, MoDConfig
@@ -17,7 +17,7 @@ from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoD
 from models.dynamic.pair import DTFPair
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.regions import own_length
 
 
@@ -70,7 +70,7 @@ def carry_schema(
     takes_tokens = config.num_routed > 0 and config.router_score == "random"
     return DynamicCarry(
         hidden=Field(shape, ctx.precision.dtype, gradient=True),
-        aux=Field((len(_aux_names(config)),), torch.float32, gradient=True),
+        aux=Field((micro_batch_size, len(_aux_names(config))), torch.float32, gradient=True),
         positions=Field(tokens, torch.int32) if segmented else None,
         tokens=Field(tokens, torch.int64) if takes_tokens else None,
     )
@@ -91,9 +91,10 @@ def loss(
 ) -> LossOutput:
     """Cross entropy of the scored tokens and the weighted losses of `aux`."""
     if num_scored is None:
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        num_scored = num_scored_in(labels)
     lm_loss = token_losses(output, labels, ctx).sum() / num_scored
-    aux = dict(zip(_aux_names(config), output.aux.unbind(), strict=True))
+    means = scored_mean(output.aux, labels, num_scored)
+    aux = dict(zip(_aux_names(config), means.unbind(), strict=True))
     total = lm_loss
     for name, weight in loss_weights(config).items():
         total = total + weight * aux[name]
