@@ -286,6 +286,7 @@ def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
     return _all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
 
 
+@torch.compiler.disable  # how many tokens an expert gets is another number in every step
 def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -> Tensor:
     """The slots [n k, h] to their experts' ranks, and the results back. The host reads counts."""
     if x.is_meta:  # shapes alone are asked for

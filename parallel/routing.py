@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from parallel.context import ParallelContext
 from parallel.gathered import Selection, chosen_first
 from parallel.layer_state import kept_in_dtype
-from parallel.recompute import once
+from parallel.recompute import add_once, once
 
 # How a token is chosen without looking at later ones, and the oracle that does look.
 Rule = Literal["threshold", "predictor", "aux", "topk"]
@@ -91,7 +91,7 @@ class ScoreThreshold(nn.Module):
         self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
         self.register_buffer("offset", torch.zeros(1, device=device))
         # Over rows: their number, middles, shares above tau less k / s, and 1 / d: fp64 [4].
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def observe(self, scores: Tensor, k: int) -> None:
         """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
@@ -106,12 +106,13 @@ class ScoreThreshold(nn.Module):
         slope = (values[:, k - 1] - values[:, lower]) * (length / (lower + 1 - k))
         rows = torch.stack((torch.ones_like(middle), middle, excess, slope))
         sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
-        self._sums = sums if self._sums is None else self._sums + sums
+        if self._sums.device != sums.device:  # the module has been moved
+            self._sums = torch.zeros_like(sums)
+        add_once(self._sums, sums)
 
     def take_sums(self) -> Tensor:
-        sums, self._sums = self._sums, None
-        if sums is None:
-            return torch.zeros(4, dtype=torch.float64, device=self.tau.device)
+        sums = self._sums.to(self.tau.device)
+        self._sums = torch.zeros_like(sums)
         return sums
 
     def after_step(self, sums: Tensor) -> None:

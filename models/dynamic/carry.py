@@ -19,13 +19,14 @@ class DynamicCarry(NamedTuple):
 
     `aux`: fp32 [b, entries], losses and measurements of every row, named by MOD_AUX or DTF_AUX.
     `positions`: int32 [b, s], from 0 in every document; None where a row is one document.
-    `tokens`: int64 [b, s], where the scores are random numbers that depend on them; else None.
+    `keys`: int64 [b, s], where scores are random: what the next routed layer makes them of; else
+    None.
     """
 
     hidden: Any
     aux: Any
     positions: Any = None
-    tokens: Any = None
+    keys: Any = None
 
 
 class DynamicOutput(NamedTuple):

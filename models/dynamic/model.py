@@ -28,7 +28,7 @@ def mod_layer_specs(config: MoDConfig, *, segmented: bool = False) -> list[Layer
     for i in range(config.num_layers):
         kwargs = {"config": config, "rotary": rotary}
         if config.is_routed_layer(i):
-            layers.append(LayerSpec(f"layer_{i}", MoDLayer, {**kwargs, "layer": i}))
+            layers.append(LayerSpec(f"layer_{i}", MoDLayer, kwargs))
         else:
             layers.append(LayerSpec(f"layer_{i}", DenseLayer, kwargs))
     return _between_embedding_and_head(config, layers, segmented=segmented)
@@ -41,9 +41,7 @@ def dtf_layer_specs(config: DTFConfig, *, segmented: bool = False) -> list[Layer
     """
     rotary = _rotary(config)
     kwargs = {"config": config, "rotary": rotary}
-    layers = [
-        LayerSpec(f"pair_{i}", DTFPair, {**kwargs, "pair": i}) for i in range(config.num_routed)
-    ]
+    layers = [LayerSpec(f"pair_{i}", DTFPair, kwargs) for i in range(config.num_routed)]
     layers += [
         LayerSpec(f"layer_{i}", DenseLayer, kwargs)
         for i in range(2 * config.num_routed, config.num_layers)
@@ -67,12 +65,12 @@ def carry_schema(
     local_length = own_length(seq_length, ctx=ctx)
     shape = (local_length, micro_batch_size, config.hidden_size)
     tokens = (micro_batch_size, seq_length)
-    takes_tokens = config.num_routed > 0 and config.router_score == "random"
+    takes_keys = config.num_routed > 0 and config.router_score == "random"
     return DynamicCarry(
         hidden=Field(shape, ctx.precision.dtype, gradient=True),
         aux=Field((micro_batch_size, len(_aux_names(config))), torch.float32, gradient=True),
         positions=Field(tokens, torch.int32) if segmented else None,
-        tokens=Field(tokens, torch.int64) if takes_tokens else None,
+        keys=Field(tokens, torch.int64) if takes_keys else None,
     )
 
 

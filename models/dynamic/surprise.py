@@ -187,9 +187,9 @@ class Judged(NamedTuple):
 class DTFRouter(nn.Module):
     """Scores, gates and chooses the tokens of a dynamic layer."""
 
-    def __init__(self, config: DTFConfig, *, pair: int, ctx: ParallelContext) -> None:
+    def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
-        self.config, self.pair, self.ctx = config, pair, ctx
+        self.config, self.ctx = config, ctx
         kind = config.router_score
         self.score = LinearScore(config, ctx=ctx) if kind == "linear" else None
         self.criteria = Criteria(config, ctx=ctx) if kind in ("vpr", "ce", "cu") else None
@@ -219,9 +219,9 @@ class DTFRouter(nn.Module):
         }
         return Judged(Scored(scores, self._gate(-torch.expm1(-scores))), means)
 
-    def random_numbers(self, tokens: Tensor, places: Places) -> Tensor:
+    def random_numbers(self, keys: Tensor, places: Places) -> Tensor:
         """The scores of router_score=random, of own tokens: [s/t, b]."""
-        numbers = random_scores(tokens, places.positions, layer=self.pair)
+        numbers = random_scores(keys, places.positions)
         return own_sequence(numbers.T, ctx=self.ctx)
 
     def _gate(self, gate: Tensor) -> Tensor:

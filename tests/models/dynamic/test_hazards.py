@@ -116,7 +116,7 @@ def test_scores_stay_ordered_where_the_gate_is_one():
         torch.nn.init.constant_(parameter, parameter.init.value)
     static = torch.linspace(60.0, 200.0, 16).unsqueeze(1)
     surprise = Surprise(static, torch.zeros_like(static), torch.ones_like(static))
-    router = DTFRouter(config_of("dtf"), pair=0, ctx=CTX)
+    router = DTFRouter(config_of("dtf"), ctx=CTX)
     router.criteria = criteria
     scored = router.judged(static, surprise, None).scored
     assert (scored.gate == 1.0).all()
@@ -134,7 +134,7 @@ def test_an_outlier_at_the_first_token_does_not_starve_those_after_it():
     assert average[0, 1:].max() < 2.0
     poisoned = moving_average(static, positions, window, skip_first=False)
     assert poisoned[0, 1:window].min() > 50.0
-    router = DTFRouter(config_of("dtf"), pair=0, ctx=CTX)
+    router = DTFRouter(config_of("dtf"), ctx=CTX)
     assert router.criteria is not None
     for parameter in router.criteria.parameters():
         torch.nn.init.constant_(parameter, parameter.init.value)
