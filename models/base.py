@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from parallel.carry import LayerSpec
+from parallel.cross_entropy import IGNORED_LABEL
 
 
 class TokenInputs(NamedTuple):
@@ -28,6 +29,25 @@ class LossOutput(NamedTuple):
 
     total: Tensor
     terms: dict[str, Tensor]
+
+
+def num_scored_in(labels: Tensor) -> Tensor:
+    """The number of scored tokens of labels int64 [b, s], at least 1: a scalar."""
+    return (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def scored_mean(values: Tensor, labels: Tensor, num_scored: Tensor) -> Tensor:
+    """`sum_r n_r v_r / num_scored`, n_r the number of scored tokens of row r.
+
+    How losses and measurements that are not sums over tokens (hinges, variances, products of means)
+    become those of a step: each is a value of one row, and rows count by their scored tokens, as in
+    the cross entropy. With the `num_scored` of `ModelFamily.loss` the result is the same function
+    of the rows of a step however these are cut into micro-batches, data ranks and stages.
+
+    `values` [b, ...] of the rows of `labels` int64 [b, s]; returns [...].
+    """
+    counts = (labels != IGNORED_LABEL).sum(dim=1).to(values.dtype)
+    return (counts.view(-1, *(1,) * (values.dim() - 1)) * values).sum(dim=0) / num_scored
 
 
 def logits_of(output: Any) -> Tensor:
@@ -100,7 +120,8 @@ class ModelFamily:
       -100 = not scored. The losses of the scored tokens are summed and divided by `num_scored`,
       a scalar tensor: how many tokens a micro-batch of this step scores on average, so that the
       mean over micro-batches is the mean over tokens however the batch is cut. None: by the number
-      in `labels`. Its terms are `loss_names`.
+      in `labels`. Every other loss and measurement is a value of each row, never of a micro-batch,
+      and is averaged by `scored_mean`. Its terms are `loss_names`.
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
     * `flops(config, seq_length) -> float`: forward FLOPs per token.
     * `num_parameters(config) -> int`: a tied parameter counts once.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from models.base import logits_of
+from models.base import logits_of, num_scored_in, scored_mean
 from models.hf_cache import FamilyCache, row_bounds
 from models.hf_config import FamilyPreTrainedConfig
 from parallel.carry import LayerSpec, SequentialModel
@@ -56,7 +56,8 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows."""
 
     def auxiliary_loss(self, output: Any) -> Tensor | None:
-        """What training minimises beside the cross entropy, in what the last layer returns."""
+        """What training minimises beside the cross entropy, of every row by itself, [b], in what
+        the last layer returns."""
         return None
 
     def new_cache(self, max_length: int) -> FamilyCache:
@@ -83,7 +84,9 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
         cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
         A call with a cache has no gradient. The loss is the mean cross entropy of each token from
-        those before it, and what `auxiliary_loss` adds.
+        those before it, and what `auxiliary_loss` adds, rows counting by their scored tokens
+        (`models.base.scored_mean`). With `num_items_in_batch`, the scored tokens of a whole step,
+        it is this batch's part of the step's loss: the parts of the step add up to it.
 
         Raises:
             ValueError: a mask, a cache or labels that do not fit, or too many tokens.
@@ -186,17 +189,12 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                 f"labels of shape {list(labels.shape)} with logits of {list(logits.shape[:2])} "
                 "positions; give a label for every token, and no logits_to_keep"
             )
-        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        losses = vocab_parallel_cross_entropy(
-            logits.transpose(0, 1), following.to(logits.device), ctx=self.model.ctx
-        )
-        own = (following != IGNORED_LABEL).sum().clamp(min=1).to(losses.device)
-        count = own if num_items_in_batch is None else num_items_in_batch
-        if isinstance(count, Tensor):
-            count = count.to(losses.device)
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)
+        losses = vocab_parallel_cross_entropy(logits.transpose(0, 1), following, ctx=self.model.ctx)
+        count = num_scored_in(following) if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(count, device=losses.device)
         loss = losses.sum() / count
-        # A batch in several parts counts the losses of each by its share of the tokens.
-        return loss if auxiliary is None else loss + auxiliary * (own / count)
+        return loss if auxiliary is None else loss + scored_mean(auxiliary, following, count)
 
     # What transformers asks of a model.
 

@@ -32,7 +32,8 @@ from parallel.sharding import Init, Normal, Sharding, declare, declare_replicate
 class MoEOutput(NamedTuple):
     """`hidden`: [s, b, h] ([s/t, b, h] under sequence parallelism).
 
-    `load_balancing_loss`, `z_loss`: fp32 scalars for the caller to weight and to add to the loss.
+    `load_balancing_loss`, `z_loss`: fp32 [b], of every row, for the caller to average over rows, to
+    weight and to add to the loss.
     """
 
     hidden: Tensor
@@ -41,7 +42,8 @@ class MoEOutput(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """`experts`: int64 [s, b, k], the most probable first. `weights`: fp32 [s, b, k]."""
+    """`experts`: int64 [s, b, k], the most probable first. `weights`: fp32 [s, b, k]. The losses:
+    fp32 [b]."""
 
     experts: Tensor
     weights: Tensor
@@ -60,7 +62,7 @@ class MoELayer(nn.Module):
     belongs to training: in `eval()` mode, and so in generation, every token is computed.
 
     What a row drops depends on that row alone, and on none of its later tokens (but on its length,
-    through C); losses are means over rows. So the result is the same at every layout.
+    through C); losses are those of each row. So the result is the same at every layout.
 
     Forward: at expert size > 1 an all-to-all to the experts and one back, without
     `capacity_factor` another of the counts, for which the host waits; over tensor ranks the
@@ -130,10 +132,12 @@ class TopKRouter(nn.Module):
     (Switch; a single expert needs that, or the router would learn nothing from the loss). Equal
     probabilities go to the lower expert number. Everything is fp32, whatever the run's precision.
 
-    `load_balancing_loss`: the mean over rows of `E sum_e f_e P_e` with `f_e` the fraction of a
-    row's choices that fell on e and `P_e` the mean of `p_e` over the row; 1 when even. `z_loss`:
-    the mean over tokens of `logsumexp(W x)^2`. Source: arXiv 2101.03961, 2202.08906, 2401.04088;
-    by row so that it does not matter how rows are spread over ranks and micro-batches.
+    `load_balancing_loss`: `E sum_e f_e P_e` of every row, with `f_e` the fraction of the row's
+    choices that fell on e and `P_e` the mean of `p_e` over the row; 1 when even. `z_loss`: the mean
+    of `logsumexp(W x)^2` over the row. Source: arXiv 2101.03961, 2202.08906, 2401.04088; of rows
+    (Megatron-Core's `seq_aux_loss`) and not of micro-batches (its `aux_loss`), whose losses would
+    depend on how rows are spread over ranks and micro-batches, nor of the whole step (its
+    `global_aux_loss`), which needs sums over ranks before the product.
 
     Every tensor rank makes the same choice: under sequence parallelism each scores its own tokens
     and the scores are gathered, otherwise the first rank's choice is sent to the others. A repeated
@@ -166,11 +170,10 @@ class TopKRouter(nn.Module):
         weights = probabilities.gather(-1, experts)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        fractions = (
-            _one_hot(experts, self.num_experts).to(probabilities.dtype).mean(dim=0) / self.top_k
-        )
-        balance = self.num_experts * (fractions * probabilities.mean(dim=0)).sum(dim=-1).mean()
-        z_loss = logits.logsumexp(dim=-1).square().mean()
+        chosen = _one_hot(experts, self.num_experts).to(probabilities.dtype)
+        fractions = chosen.mean(dim=0) / self.top_k
+        balance = self.num_experts * (fractions * probabilities.mean(dim=0)).sum(dim=-1)
+        z_loss = logits.logsumexp(dim=-1).square().mean(dim=0)
         return Routing(
             experts,
             weights,
@@ -283,6 +286,7 @@ def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
     return _all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
 
 
+@torch.compiler.disable  # how many tokens an expert gets is another number in every step
 def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -> Tensor:
     """The slots [n k, h] to their experts' ranks, and the results back. The host reads counts."""
     if x.is_meta:  # shapes alone are asked for

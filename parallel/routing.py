@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from parallel.context import ParallelContext
 from parallel.gathered import Selection, chosen_first
 from parallel.layer_state import kept_in_dtype
-from parallel.recompute import once
+from parallel.recompute import add_once, once
 
 # How a token is chosen without looking at later ones, and the oracle that does look.
 Rule = Literal["threshold", "predictor", "aux", "topk"]
@@ -91,7 +91,7 @@ class ScoreThreshold(nn.Module):
         self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
         self.register_buffer("offset", torch.zeros(1, device=device))
         # Over rows: their number, middles, shares above tau less k / s, and 1 / d: fp64 [4].
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def observe(self, scores: Tensor, k: int) -> None:
         """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
@@ -106,12 +106,13 @@ class ScoreThreshold(nn.Module):
         slope = (values[:, k - 1] - values[:, lower]) * (length / (lower + 1 - k))
         rows = torch.stack((torch.ones_like(middle), middle, excess, slope))
         sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
-        self._sums = sums if self._sums is None else self._sums + sums
+        if self._sums.device != sums.device:  # the module has been moved
+            self._sums = torch.zeros_like(sums)
+        add_once(self._sums, sums)
 
     def take_sums(self) -> Tensor:
-        sums, self._sums = self._sums, None
-        if sums is None:
-            return torch.zeros(4, dtype=torch.float64, device=self.tau.device)
+        sums = self._sums.to(self.tau.device)
+        self._sums = torch.zeros_like(sums)
         return sums
 
     def after_step(self, sums: Tensor) -> None:
@@ -134,7 +135,7 @@ class Routed(NamedTuple):
 
     `fraction`: the share of tokens that the causal rule chooses; `recall`: the share of the k best
     that are among them. Only both together say how far the rule is from the k best. `spread`: the
-    standard deviation of a row's scores. All are means over the rows, fp32 scalars.
+    standard deviation of a row's scores. Each of every row, fp32 [b].
     """
 
     selection: Selection
@@ -200,7 +201,7 @@ class TokenRouter(nn.Module):
     @torch.no_grad()
     def _choose(self, scores: Tensor, logits: Tensor | None, forced: Tensor | None) -> Routed:
         ranked = agreed(scores, ctx=self.ctx)
-        spread = ranked.std(dim=1, correction=0).mean()
+        spread = ranked.std(dim=1, correction=0)
         if forced is not None:
             ranked = ranked.masked_fill(forced, math.inf)
         length = ranked.shape[1]
@@ -221,8 +222,8 @@ class TokenRouter(nn.Module):
             room = min(length, math.ceil(THRESHOLD_ROOM * k)) if self.training else length
             chosen = self._within(causal if rule == self.rule else ranked > self._tau, ranked, room)
             selection = chosen_first(chosen, room)
-        recall = (causal & among_best).sum() / among_best.sum()
-        return Routed(selection, chosen, causal.float().mean(), recall, spread)
+        recall = (causal & among_best).sum(dim=1) / k
+        return Routed(selection, chosen, causal.float().mean(dim=1), recall, spread)
 
     @property
     def _tau(self) -> Tensor:

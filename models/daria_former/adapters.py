@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.daria_former.config import LORA_TARGETS
-from models.daria_former.noise import STREAMS, dropout
+from models.daria_former.noise import dropout
 from parallel.context import ParallelContext
 from parallel.layers import project_together
 from parallel.precision import at_least_fp32
@@ -75,11 +75,10 @@ class Conditions:
     """What the adapters of a block need to know of the call under way.
 
     `weights`: of the adapters that follow something, fp32 [s or 1, b or 1, 1], ready for what a
-    tensor rank computes alone. `keys` int64 [s, b]: what dropout is drawn from, in `stream`.
+    tensor rank computes alone. `keys` int64 [s, b]: what dropout is drawn from.
     """
 
-    def __init__(self, stream: int = 0) -> None:
-        self.stream = stream
+    def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
         self.keys: Tensor | None = None
         self.is_noisy = True
@@ -155,8 +154,8 @@ class LoRALinear(nn.Module):
         first = self.number * _DROPOUT_CHANNELS
         if self.is_row:
             first += self.ctx.tensor.rank * x.shape[-1]
-        keys, stream = self.conditions.keys, self.conditions.stream
-        return dropout(x, keys, self.dropout, stream=stream, first=first)
+        keys = self.conditions.keys
+        return dropout(x, keys, self.dropout, stream=_DROPOUT_STREAM, first=first)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -215,8 +214,7 @@ class BlockAdapters(nn.Module):
         self.ctx: Any = block.ctx
         self.sizes = {"esv": config.emotion_dim, "persona": config.persona_dim}
         self.esv, self.persona = nn.ParameterDict(), nn.ParameterDict()
-        layer: Any = block.layer
-        self.conditions = Conditions(STREAMS * layer + _DROPOUT_STREAM)
+        self.conditions = Conditions()
         self.given_persona: Tensor | None = None  # [b or 1, p], set by the manager
         self.following: dict[str, str] = {}  # active adapter -> what its weight follows
         self._hooks = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.daria_former.cache import BlockCache, History
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.fused import mix_paths
-from models.daria_former.noise import STREAMS, uniform
+from models.daria_former.noise import uniform
 from models.daria_former.paths import PATH_CLASSES, Rotaries, Sources, per_head, split_heads
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
@@ -54,7 +54,6 @@ class MultiContextAttention(nn.Module):
         self,
         config: DariaFormerConfig,
         *,
-        layer: int,
         rotaries: Rotaries,
         output_init: Normal,
         ctx: ParallelContext,
@@ -66,7 +65,7 @@ class MultiContextAttention(nn.Module):
                     f"{name}={count} is not divisible by parallel.tensor={ctx.tensor.size}; "
                     "choose a tensor size that divides it"
                 )
-        self.config, self.ctx, self.layer, self.rotaries = config, ctx, layer, rotaries
+        self.config, self.ctx, self.rotaries = config, ctx, rotaries
         hidden, heads = config.hidden_dim, config.num_heads
         width, init = heads * config.head_size, Normal(config.initializer_range)
         names = config.all_paths
@@ -147,7 +146,7 @@ class MultiContextAttention(nn.Module):
             device = self.gate_bias.device
             closed = torch.tensor([name == "modality" for name in names], device=device)
         if self.training and sources.keys is not None and self.config.path_dropout > 0:
-            numbers = uniform(sources.keys.T, len(names), stream=STREAMS * self.layer)
+            numbers = uniform(sources.keys.T, len(names), stream=0)
             dropped = numbers < self.config.path_dropout
             dropped[..., names.index("long" if "long" in names else "local")] = False
             dropped = dropped.unsqueeze(-2)

@@ -35,11 +35,12 @@ class DariaCarry(NamedTuple):
     `emotion` fp32 [s, b, E]: the state after the latest update site, whole on every rank.
     `priors` fp32 [s, b, num_priors]: gate priors and segment logit of the context router; None
     where a block has one path and so no gates.
-    `aux` fp32 [len(AUX)]: losses and measurements, see AUX.
+    `aux` fp32 [b, len(AUX)]: losses and measurements of every row, see AUX.
     `bank` [m, b or 1, h]: persistent keys, persistent values, persona slots; None without them.
     `modality` [m, b, h]: encoded images and sound.
     `positions` int32 [b, s], from 0 in every document; None where a row is one document.
-    `keys` int64 [b, s]: what noise is drawn from (models.daria_former.noise); None without noise.
+    `keys` int64 [b, s]: what the next layer draws noise from (models.daria_former.noise); None
+    without noise.
     """
 
     hidden: Any
@@ -62,7 +63,8 @@ class DariaOutput(NamedTuple):
     emotion: Tensor
 
 
-# Entries of `aux`: losses, unweighted, and measurements. The gates are means over the layers.
+# Entries of `aux`: losses, unweighted, and measurements, of every row by itself. The gates are
+# means over the layers.
 AUX = (
     "gate_loss",
     "memory_loss",

@@ -2,11 +2,13 @@
 
 They read and write activations far less often than the same operations one by one: five paths
 multiply whatever is done per path. Every function has its equation, which the tests evaluate in
-fp64. Shapes: s sequence, b batch, h hidden, n heads, d head dimension, P paths.
+fp64. torch.compile fuses such chains itself: where it cannot trace ours (`out=` of another layout)
+it gets the equation. Shapes: s sequence, b batch, h hidden, n heads, d head dimension, P paths.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,10 @@ from models.common.norms import inverse_rms
 
 def scaled_heads(x: Tensor, gain: Tensor) -> Tensor:
     """`y = gain * x` with heads first: [s, b, n, d] and [n, d] -> contiguous [b, n, s, d]."""
-    y: Tensor = _ScaledHeads.apply(x, gain.to(x.dtype))
+    gain = gain.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return (x * gain).permute(1, 2, 0, 3).contiguous()
+    y: Tensor = _ScaledHeads.apply(x, gain)
     return y
 
 
@@ -45,13 +50,19 @@ def mix_paths(
     Returns [s, b, n, d].
     """
     gains = [gain.to(readouts[0].dtype) for gain in gains]
+    if torch.compiler.is_compiling():
+        parts = [
+            x * gain.unsqueeze(1) * (gate * inverse_rms(x, eps=eps)).to(x.dtype)
+            for x, gain, gate in zip(readouts, gains, gates.split(1, dim=-1), strict=True)
+        ]
+        return functools.reduce(torch.add, parts).permute(2, 0, 1, 3).contiguous()
     y: Tensor = _MixPaths.apply(eps, gates, *readouts, *gains)
     return y
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All in the widest of their dtypes; torch.autocast mixes them."""
-    widest = max((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return tuple(x.to(widest) for x in tensors)
 
 

@@ -37,7 +37,7 @@ from models.daria_former.modulation import (
     RhythmGate,
     replicated,
 )
-from models.daria_former.noise import STREAMS, dropout, normal, prefix_keys
+from models.daria_former.noise import dropout, next_layer, normal, prefix_keys
 from models.daria_former.paths import Rotaries, Sources
 from models.daria_former.router import ContextRouter
 from parallel.context import ParallelContext
@@ -117,7 +117,7 @@ class DariaEmbedding(nn.Module):
                 history=None if cache is None else cache.emotion,
             ),
             priors=None if self.router is None else self.router(hidden),
-            aux=torch.zeros(len(AUX), device=hidden.device),
+            aux=torch.zeros(len(given.tokens), len(AUX), device=hidden.device),
             bank=self._bank(given, cache),
             modality=self._modality(given, cache),
             positions=positions,
@@ -140,7 +140,7 @@ class DariaEmbedding(nn.Module):
             parts.append(self.persona_bank(persona))
         elif given.persona is not None:
             raise ValueError("a persona was given to a model without the persona path")
-        batch = max((part.shape[1] for part in parts), default=1)
+        batch = max([1, *(part.shape[1] for part in parts)])
         bank = torch.cat([part.expand(-1, batch, -1) for part in parts]) if parts else None
         if cache is not None:
             cache.bank = bank
@@ -183,12 +183,12 @@ class DACBlock(nn.Module):
         ctx: ParallelContext,
     ) -> None:
         super().__init__()
-        self.config, self.ctx, self.layer = config, ctx, layer
+        self.config, self.ctx = config, ctx
         self.is_last = layer + 1 == config.num_layers
         output_init = residual_output(config.initializer_range, num_layers=config.num_layers)
         self.attention_norm = AdaptiveNorm(config, ctx=ctx)
         self.attention = MultiContextAttention(
-            config, layer=layer, rotaries=rotaries, output_init=output_init, ctx=ctx
+            config, rotaries=rotaries, output_init=output_init, ctx=ctx
         )
         self.attention_scale = replicated((1, config.emotion_dim), ZERO, ctx)
         self.ffn_norm = AdaptiveNorm(config, ctx=ctx)
@@ -232,13 +232,13 @@ class DACBlock(nn.Module):
                 is_last=self.is_last,
                 ctx=self.ctx,
             )
-        return carry._replace(hidden=x, emotion=emotion, aux=aux)
+        keys = None if carry.keys is None else next_layer(carry.keys)
+        return carry._replace(hidden=x, emotion=emotion, aux=aux, keys=keys)
 
     def _dropped(self, x: Tensor, carry: DariaCarry, *, stream: int) -> Tensor:
         if not self.training or self.config.dropout == 0 or carry.keys is None:
             return x
         keys = own_sequence(carry.keys.T, ctx=self.ctx)
-        stream += STREAMS * self.layer
         return dropout(x, keys, self.config.dropout, stream=stream)
 
 
@@ -287,8 +287,7 @@ class DariaHead(nn.Module):
         if not self.training or self.config.rhythm_noise_std == 0 or carry.keys is None:
             return None
         keys = own_sequence(carry.keys.T, ctx=self.ctx)
-        stream = STREAMS * self.config.num_layers
-        return normal(keys, self.config.hidden_dim, stream=stream)
+        return normal(keys, self.config.hidden_dim, stream=0)
 
 
 def _check_vectors(given: DariaInputs, config: DariaFormerConfig) -> None:

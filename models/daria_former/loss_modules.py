@@ -1,6 +1,7 @@
 """The losses of training as modules over tensors that a call returned, batch first.
 
-The equations are those of a training run (models.daria_former.losses, models.daria_former.model).
+The equations are those of a training run (models.daria_former.losses, models.daria_former.model);
+here every row of the given batch counts the same.
 Shapes: b batch, s sequence, h hidden, E emotion, C categories, c segments, V vocabulary.
 """
 
@@ -49,10 +50,10 @@ class EmotionAlignmentLoss(nn.Module):
             _check_together(emotion_logits=emotion_logits, emotion_labels=emotion_labels)
         terms = []
         if emotions is not None:
-            terms.append(emotion_smoothness(emotions.transpose(0, 1), None, ctx=_SINGLE))
+            terms.append(emotion_smoothness(emotions.transpose(0, 1), None, ctx=_SINGLE).mean())
         if prev_esv is not None and curr_esv is not None:
             pair = torch.stack((prev_esv, curr_esv)).flatten(1, -2)
-            terms.append(emotion_smoothness(pair, None, ctx=_SINGLE))
+            terms.append(emotion_smoothness(pair, None, ctx=_SINGLE).mean())
         if emotion_labels is None or emotion_logits is None:
             return _sum(terms)
         alignment = F.cross_entropy(emotion_logits, emotion_labels)
@@ -63,7 +64,7 @@ class RepetitionPenaltyLoss(nn.Module):
     """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` of hidden states [b, s, h]."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return repetition(hidden_states.transpose(0, 1), None, ctx=_SINGLE)
+        return repetition(hidden_states.transpose(0, 1), None, ctx=_SINGLE).mean()
 
 
 class RhythmRegularizer(nn.Module):
@@ -75,7 +76,7 @@ class RhythmRegularizer(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         entropies = vocab_parallel_entropy(logits.transpose(0, 1), ctx=_SINGLE)
-        return rhythm_regularizer(entropies, self.target_var)
+        return rhythm_regularizer(entropies, self.target_var).mean()
 
 
 class MemoryConsistencyLoss(nn.Module):
@@ -83,7 +84,7 @@ class MemoryConsistencyLoss(nn.Module):
     [b, c, h] each; the target gets no gradient."""
 
     def forward(self, memory_readout: Tensor, memory_target: Tensor) -> Tensor:
-        return disagreement(memory_readout, memory_target.detach())
+        return disagreement(memory_readout, memory_target.detach()).mean()
 
 
 class DariaFormerLoss(nn.Module):
@@ -128,7 +129,7 @@ class DariaFormerLoss(nn.Module):
                 emotion_labels=emotion_labels,
             ).to(zero),
             "repetition_loss": zero,
-            "rhythm_loss": rhythm_regularizer(entropies, self.config.rhythm_target_var),
+            "rhythm_loss": rhythm_regularizer(entropies, self.config.rhythm_target_var).mean(),
             "memory_loss": zero,
         }
         if hidden_states is not None:

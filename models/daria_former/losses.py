@@ -1,7 +1,8 @@
 """The losses beside the cross entropy, as they are computed inside the layers.
 
-Each is a mean over tokens and is the same at any layout. Shapes: s sequence, b batch, h hidden,
-n heads, d head dimension, P paths, c segments, t tensor size.
+Each is a value of every row by itself, [b], and is the same at any layout. The rows are averaged by
+`models.base.scored_mean`, so that a step is the same however it is cut into micro-batches. Shapes:
+s sequence, b batch, h hidden, n heads, d head dimension, P paths, c segments, t tensor size.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ FREE_SIMILARITY = 0.9
 
 
 def with_entries(**entries: Tensor) -> Tensor:
-    """fp32 [len(AUX)] with the given entries and 0 elsewhere."""
-    zero = torch.zeros((), device=next(iter(entries.values())).device)
-    return torch.stack([at_least_fp32(entries.get(name, zero)) for name in AUX])
+    """fp32 [b, len(AUX)] with the given entries [b] and 0 elsewhere."""
+    zero = torch.zeros_like(next(iter(entries.values())))
+    return torch.stack([at_least_fp32(entries.get(name, zero)) for name in AUX], dim=-1)
 
 
 def block_measurements(
@@ -49,9 +50,9 @@ def block_measurements(
     """What one block adds to `aux`: gate balance and mean gates, and in the last block the memory
     loss. x [s/t, b, h] is what the block returns."""
     gates = mean_gates(attended.gates, config.num_heads, ctx=ctx)
-    share = gates / config.num_layers
-    entries = {f"gate_{path}": share[i].detach() for i, path in enumerate(config.all_paths)}
-    entries["gate_loss"] = (LEAST_GATE - gates).relu().sum() / config.num_layers
+    shares = (gates.detach() / config.num_layers).unbind(dim=1)
+    entries = {f"gate_{path}": share for path, share in zip(config.all_paths, shares, strict=True)}
+    entries["gate_loss"] = (LEAST_GATE - gates).relu().sum(dim=1) / config.num_layers
     if is_last and attended.readout is not None:
         path = attention.paths["memory"]
         readout = rms_norm(attended.readout, None, eps=config.norm_eps)
@@ -66,8 +67,8 @@ def block_measurements(
 
 
 def mean_gates(gates: Tensor, num_heads: int, *, ctx: ParallelContext) -> Tensor:
-    """Mean of every path's gate over tokens and all heads: fp32 [s, b, n/t, P] -> [P]."""
-    return sum_over_tensor_ranks(gates.mean(dim=(0, 1)).sum(dim=0), ctx=ctx) / num_heads
+    """Mean of every path's gate over a row's tokens and all heads: [s, b, n/t, P] -> [b, P]."""
+    return sum_over_tensor_ranks(gates.mean(dim=0).sum(dim=1), ctx=ctx) / num_heads
 
 
 def memory_consistency(
@@ -78,14 +79,14 @@ def memory_consistency(
     segment_len: int,
     ctx: ParallelContext,
 ) -> Tensor:
-    """`mean_c (1 - cos(W_o m_c, mean of norm(x) in c))`, the target without gradient.
+    """`mean_c (1 - cos(W_o m_c, mean of norm(x) in c))` of every row, the target without gradient.
 
     What the memory path reads in a segment, as the block would write it, should resemble what the
     segment is about. `readout` [b, n/t, s, d]; segments are counted along the row.
     """
     num_segments = readout.shape[2] // segment_len
     if num_segments == 0:
-        return x.new_zeros((), dtype=fp32_or_wider(x.dtype))
+        return at_least_fp32(x.new_zeros(x.shape[1]))
     complete = num_segments * segment_len
     means = readout[:, :, :complete].unflatten(2, (num_segments, segment_len)).mean(dim=3)
     written = project_part(means.permute(2, 0, 1, 3).flatten(2), output_projection)
@@ -94,37 +95,41 @@ def memory_consistency(
         target = at_least_fp32(gather_sequence(x, ctx=ctx)[:complete])
         target = F.rms_norm(target, target.shape[-1:]).unflatten(0, (num_segments, segment_len))
         target = target.mean(dim=1)
-    return disagreement(written, target)
+    return disagreement(written, target).mean(dim=0)
 
 
 def disagreement(written: Tensor, target: Tensor) -> Tensor:
-    """`mean (1 - cos(x, y))` over the last dimension."""
-    return (1.0 - F.cosine_similarity(written, target, dim=-1)).mean()
+    """`1 - cos(x, y)` over the last dimension."""
+    return 1.0 - F.cosine_similarity(written, target, dim=-1)
 
 
 def emotion_smoothness(
     emotion: Tensor, positions: Tensor | None, *, ctx: ParallelContext
 ) -> Tensor:
-    """`mean_t |e_t - e_{t-1}|^2` over tokens that do not begin a document: [s, b, E]."""
+    """`mean_t |e_t - e_{t-1}|^2` over a row's tokens that do not begin a document.
+
+    [s, b, E] -> [b].
+    """
     steps = (emotion[1:] - emotion[:-1]).square().sum(dim=-1)
     if positions is None:
-        mean = steps.sum() / max(steps.numel(), 1)
+        mean = steps.sum(dim=0) / max(len(steps), 1)
     else:
         continues = positions.T[1:] > 0
-        mean = (steps * continues).sum() / continues.sum().clamp(min=1)
+        mean = (steps * continues).sum(dim=0) / continues.sum(dim=0).clamp(min=1)
     return computed_by_all(mean, ctx=ctx)
 
 
 @torch.no_grad()
 def emotion_variance(emotion: Tensor) -> Tensor:
-    """Variance over tokens, a mean over channels: [s, b, E]. Near 0 the state says nothing."""
-    tokens = emotion.flatten(0, 1)
-    return tokens.square().mean() - tokens.mean(dim=0).square().mean()
+    """Variance over a row's tokens, a mean over channels: [s, b, E] -> [b]. Near 0 the state says
+    nothing."""
+    return emotion.var(dim=0, correction=0).mean(dim=-1)
 
 
 def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> Tensor:
-    """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` over neighbours of one document: y [s/t, b, h].
+    """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` over a row's neighbours of one document.
 
+    y [s/t, b, h] -> [b].
     Published relatives: SimCTG (arXiv 2202.06417). Each rank scores the pairs that its own tokens
     begin, so the result does not depend on how many ranks there are.
     """
@@ -138,9 +143,9 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
     counted = excess.new_ones((length, y.shape[1]))
     counted[-1] = 0.0
     if positions is not None:
-        counted[:-1] = positions.T[1:] > 0
-    total = (excess * own_sequence(counted, ctx=ctx)).sum()
-    return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum().clamp(min=1.0)
+        counted[:-1] = (positions.T[1:] > 0).to(counted.dtype)
+    total = (excess * own_sequence(counted, ctx=ctx)).sum(dim=0)
+    return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum(dim=0).clamp(min=1.0)
 
 
 def _norms(x: Tensor) -> Tensor:

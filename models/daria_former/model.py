@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.base import LossOutput, ModelFamily
+from models.base import LossOutput, ModelFamily, num_scored_in, scored_mean
 from models.daria_former.carry import AUX, DariaCarry, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token, num_parameters
@@ -13,11 +13,7 @@ from models.daria_former.hf import HF
 from models.daria_former.specs import layer_specs
 from parallel.carry import Field
 from parallel.context import ParallelContext
-from parallel.cross_entropy import (
-    IGNORED_LABEL,
-    cross_entropy_and_entropy,
-    vocab_parallel_cross_entropy,
-)
+from parallel.cross_entropy import cross_entropy_and_entropy, vocab_parallel_cross_entropy
 from parallel.regions import own_length
 
 
@@ -58,7 +54,7 @@ def carry_schema(
         hidden=activation(local_length, micro_batch_size, config.hidden_dim, dtype=dtype),
         emotion=activation(*per_token, config.emotion_dim),
         priors=activation(*per_token, config.num_priors) if config.num_priors else None,
-        aux=activation(len(AUX)),
+        aux=activation(micro_batch_size, len(AUX)),
         bank=activation(num_slots, 1, config.hidden_dim, dtype=dtype) if num_slots else None,
         modality=activation(*modality, dtype=dtype) if num_modality_tokens else None,
         positions=Field(tokens, torch.int32) if segmented else None,
@@ -81,15 +77,16 @@ def loss(
 ) -> LossOutput:
     """Cross entropy of the scored tokens, and the weighted losses of `aux` and of rhythm."""
     if num_scored is None:
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        num_scored = num_scored_in(labels)
     rhythm_loss = output.aux.new_zeros(())
     if config.rhythm_loss_weight:
         losses, entropies = cross_entropy_and_entropy(output.logits, labels, ctx=ctx)
-        rhythm_loss = rhythm_regularizer(entropies, config.rhythm_target_var)
+        rhythm = rhythm_regularizer(entropies, config.rhythm_target_var)
+        rhythm_loss = scored_mean(rhythm, labels, num_scored)
     else:
         losses = token_losses(output, labels, ctx)
     lm_loss = losses.sum() / num_scored
-    aux = dict(zip(AUX, output.aux.unbind(), strict=True))
+    aux = dict(zip(AUX, scored_mean(output.aux, labels, num_scored).unbind(), strict=True))
     total = (
         lm_loss
         + config.rhythm_loss_weight * rhythm_loss
@@ -103,12 +100,13 @@ def loss(
 
 
 def rhythm_regularizer(entropies: Tensor, target: float) -> Tensor:
-    """`mean_b relu(v - Var_t(entropy_t))` in nats^2, entropies [s, b] of the predictions.
+    """`relu(v - Var_t(entropy_t))` of every row, in nats^2: entropies [s, b] of the predictions ->
+    [b].
 
     Predictions of an even, dull rhythm are penalised up to the variance v; more is not rewarded.
     """
     variances = (entropies - entropies.mean(dim=0)).square().mean(dim=0)
-    return (target - variances).relu().mean()
+    return (target - variances).relu()
 
 
 FAMILY = ModelFamily(

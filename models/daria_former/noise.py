@@ -2,9 +2,11 @@
 
 A pseudo-random generator would give other numbers at another layout: other ranks draw, in another
 order. Here the first layer hashes every prefix of a document to an int64 key, the keys ride in the
-carry, and whoever needs noise hashes the key with its own stream number. So a step draws the same
-at any tensor, pipeline and data size, under recomputation and after a resume, and no token's noise
-depends on a later token. The same text seen again, in a later epoch, gets the same noise.
+carry, and whoever needs noise hashes the key with a stream number; every block hands on the keys of
+the next one, so that no layer computes with its number and all share their compiled code. So a step
+draws the same at any tensor, pipeline and data size, compiled, under recomputation and after a
+resume, and no token's noise depends on a later token. The same text seen again, in a later epoch,
+gets the same noise.
 
 Shapes: s sequence, b batch, n channels.
 """
@@ -17,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Streams of each layer: layer l draws from STREAMS * l on.
+# Streams of each layer, and channels of each stream.
 STREAMS = 8
+_CHANNELS = 1 << 32
 
 # Multipliers of SplitMix64 (Steele, Lea and Flood 2014) and its increment, as signed integers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -36,6 +39,11 @@ def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
         before = F.pad(total, (1, 0))
         total = total - before.gather(1, (index - place).expand_as(total))
     return _mix(total)
+
+
+def next_layer(keys: Tensor) -> Tensor:
+    """The keys that the next layer draws from: int64 [b, s]."""
+    return keys + STREAMS * _CHANNELS
 
 
 def uniform(keys: Tensor, size: int, *, stream: int, first: int = 0) -> Tensor:
@@ -61,8 +69,10 @@ def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int, first: 
 
 def _bits(keys: Tensor, size: int, *, stream: int, first: int = 0) -> Tensor:
     """`size` hashes per key: int64 [...] -> int64 [..., size]."""
-    channels = torch.arange(size, device=keys.device) + (stream * (1 << 32) + first)
-    return _mix(keys.unsqueeze(-1) + channels * _GAMMA)
+    channels = torch.arange(size, device=keys.device) + (stream * _CHANNELS + first)
+    # Not `channels * _GAMMA`: inductor folds what is made of an arange alone into integers without
+    # bounds, where products do not wrap around (torch 2.13).
+    return _mix((keys.unsqueeze(-1) + channels) * _GAMMA)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class Trainer:
     """A loop over batches: `input_ids` and `labels` int64 [b, s] (a mapping, which may also hold
     `images`, `audio` and `persona`, or a pair).
 
-    A step is the mean over the scored tokens of all its micro-batches and ranks. With
+    A step is the mean over the scored tokens of all its micro-batches and ranks, however many rows
+    and scored tokens each of them has, also in the losses beside the cross entropy. With
     torch.distributed initialised, ranks begin with the weights of rank 0, each takes the batches of
     its own loader, and gradients are averaged. `use_amp` computes in bf16 and keeps weights in
     fp32. `max_grad_norm` 0: no clipping. Writes `save_dir/checkpoint-N/`, of which nothing is
@@ -221,7 +222,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for inputs in micro_batches:
             with self._autocast():
-                total, terms = self.model.loss(**inputs, num_scored=num_scored.float())
+                total, terms = self.model.loss(**inputs, num_scored=num_scored)
             (total / self.accumulation).backward()
             for name, value in {"loss": total.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value / self.accumulation

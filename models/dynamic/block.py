@@ -31,8 +31,8 @@ from parallel.sharding import Normal
 
 
 class BlockOutput(NamedTuple):
-    """`delta`: what a block adds, [s, b, h]. `expert_losses`: fp32 [2], load balancing and z-loss
-    of the block's experts; None without experts."""
+    """`delta`: what a block adds, [s, b, h]. `expert_losses`: fp32 [b, 2], load balancing and
+    z-loss of the block's experts, of every row; None without experts."""
 
     delta: Tensor
     expert_losses: Tensor | None = None
@@ -93,7 +93,8 @@ class Block(nn.Module):
         if not isinstance(self.mlp, MoELayer):
             return BlockOutput(a + self.mlp(u))
         moe = self.mlp(u)
-        return BlockOutput(a + moe.hidden, torch.stack([moe.load_balancing_loss, moe.z_loss]))
+        losses = torch.stack([moe.load_balancing_loss, moe.z_loss], dim=-1)
+        return BlockOutput(a + moe.hidden, losses)
 
 
 class Places(NamedTuple):

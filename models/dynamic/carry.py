@@ -17,15 +17,16 @@ from parallel.precision import at_least_fp32
 class DynamicCarry(NamedTuple):
     """`hidden`: the residual stream, [s/t, b, h] under sequence parallelism, else [s, b, h].
 
-    `aux`: fp32 vector of losses and measurements, named by MOD_AUX or DTF_AUX.
+    `aux`: fp32 [b, entries], losses and measurements of every row, named by MOD_AUX or DTF_AUX.
     `positions`: int32 [b, s], from 0 in every document; None where a row is one document.
-    `tokens`: int64 [b, s], where the scores are random numbers that depend on them; else None.
+    `keys`: int64 [b, s], where scores are random: what the next routed layer makes them of; else
+    None.
     """
 
     hidden: Any
     aux: Any
     positions: Any = None
-    tokens: Any = None
+    keys: Any = None
 
 
 class DynamicOutput(NamedTuple):
@@ -35,7 +36,8 @@ class DynamicOutput(NamedTuple):
     aux: Tensor
 
 
-# Entries of `aux`, means over the routed layers. Losses, unweighted: of large scores, and of the
+# Entries of `aux`, of every row by itself, means over the routed layers. Losses, unweighted: of
+# large scores, and of the
 # predictor or of scores as logits. Measurements: the share of tokens that the causal rule chooses,
 # the share of the k best that are among them, the spread of a row's scores, the mean gate. The
 # losses of experts are means over all layers.
@@ -54,17 +56,18 @@ DTF_AUX = (*MOD_AUX, "prior_loss", "s_ce", "s_cu")
 
 
 def with_entries(names: tuple[str, ...], entries: dict[str, Tensor]) -> Tensor:
-    """fp32 [len(names)] with the given entries and 0 elsewhere."""
-    zero = torch.zeros((), device=next(iter(entries.values())).device)
-    return torch.stack([at_least_fp32(entries.get(name, zero)) for name in names])
+    """fp32 [b, len(names)] with the given entries [b] and 0 elsewhere."""
+    zero = torch.zeros_like(next(iter(entries.values())))
+    return torch.stack([at_least_fp32(entries.get(name, zero)) for name in names], dim=-1)
 
 
 def with_expert_losses(
     carry: DynamicCarry, losses: Tensor | None, config: MoDConfig | DTFConfig
 ) -> DynamicCarry:
-    """The carry with what the experts of one layer cost, fp32 [2]; as it is where that is None."""
+    """The carry with what the experts of one layer cost, fp32 [b, 2]; as it is where that is
+    None."""
     if losses is None:
         return carry
     names = MOD_AUX if isinstance(config, MoDConfig) else DTF_AUX
-    shares = dict(zip(EXPERT_AUX, losses / config.num_layers, strict=True))
+    shares = dict(zip(EXPERT_AUX, (losses / config.num_layers).unbind(dim=-1), strict=True))
     return carry._replace(aux=carry.aux + with_entries(names, shares))

@@ -20,7 +20,7 @@ from parallel.routing import Routed, TokenRouter
 
 
 class Chosen(NamedTuple):
-    """`selection`: the tokens to compute. `aux`: named entries, empty outside of training."""
+    """`selection`: the tokens to compute. `aux`: named entries [b], empty outside of training."""
 
     selection: Selection
     aux: dict[str, Tensor]
@@ -31,8 +31,9 @@ class Choice(nn.Module):
     outside of training.
 
         z     = mean(r^2)                       of a linear score
-        loss  = BCE(p, chosen)                  of the predictor's logit p, or of p = r (aux)
+        loss  = mean BCE(p, chosen)             of the predictor's logit p, or of p = r (aux)
 
+    Means are over the tokens of every row by itself.
     Only the loss of the rule `aux` reaches the model; the predictor sees x without gradient.
     """
 
@@ -71,20 +72,21 @@ class Choice(nn.Module):
             "causal_fraction": routed.fraction,
             "causal_recall": routed.recall,
             "score_std": routed.spread,
-            "gate_mean": mean_over_tokens(scored.gate.detach(), ctx=self.ctx),
+            "gate_mean": row_means(scored.gate.detach(), ctx=self.ctx),
         }
         if self.is_linear:
-            entries["router_z_loss"] = mean_over_tokens(scored.scores.square(), ctx=self.ctx)
+            entries["router_z_loss"] = row_means(scored.scores.square(), ctx=self.ctx)
         if self.rule == "aux":
             logits = scored.scores
         if logits is not None:
             targets = own_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            entries["router_loss"] = mean_over_tokens(losses, ctx=self.ctx)
+            entries["router_loss"] = row_means(losses, ctx=self.ctx)
         return {name: entry / self.num_routed for name, entry in entries.items()}
 
 
-def mean_over_tokens(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """The mean over all tokens of what each rank has of its own, [s/t, b], on every rank."""
+def row_means(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """The mean over a row's tokens of what each rank has of its own, [s/t, b] -> [b] on every
+    rank."""
     ranks = ctx.tensor.size if ctx.sequence_parallel else 1
-    return sum_over_sequence_ranks(x.mean() / ranks, ctx=ctx)
+    return sum_over_sequence_ranks(x.mean(dim=0) / ranks, ctx=ctx)

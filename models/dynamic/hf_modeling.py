@@ -42,7 +42,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
     While it trains, call `update_thresholds` after every optimizer step, or give
     `ThresholdUpdates()` to transformers' Trainer: what chooses tokens outside of training is
     learnt there. Until then every token is computed. In training the padding of a row competes for
-    its capacity.
+    its capacity: pad all rows of a step to one length, or the step depends on how they are batched.
     """
 
     config: DynamicHFConfig
@@ -177,9 +177,9 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
     def auxiliary_loss(self, output: DynamicOutput) -> Tensor | None:
         if not self.aux_names:
             return None
-        entries = dict(zip(self.aux_names, output.aux.unbind(), strict=True))
+        entries = dict(zip(self.aux_names, output.aux.unbind(dim=-1), strict=True))
         weights = self.loss_weights(self._own(self.config.settings()))
-        return torch.stack([weight * entries[name] for name, weight in weights.items()]).sum()
+        return torch.stack([weight * entries[name] for name, weight in weights.items()]).sum(dim=0)
 
     def loss_weights(self, settings: Any) -> Mapping[str, float]:
         """Entry of `aux` -> its weight in the loss."""

@@ -25,7 +25,7 @@ from models.dynamic.carry import (
 )
 from models.dynamic.choice import Choice
 from models.dynamic.config import DTFConfig, MoDConfig
-from models.dynamic.scores import LinearScore, Scored, random_scores, through
+from models.dynamic.scores import LinearScore, Scored, next_keys, random_scores, through
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.precision import fp32_or_wider
@@ -42,7 +42,7 @@ class DynamicEmbedding(nn.Module):
         super().__init__()
         self.segmented = segmented
         self.num_aux = len(MOD_AUX if isinstance(config, MoDConfig) else DTF_AUX)
-        self.hands_on_tokens = config.num_routed > 0 and config.router_score == "random"
+        self.hands_on_keys = config.num_routed > 0 and config.router_score == "random"
         self.tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, ctx=ctx, init=Normal(config.init_std)
         )
@@ -60,9 +60,9 @@ class DynamicEmbedding(nn.Module):
             positions = positions_in_segments(inputs.segment_ids)
         return DynamicCarry(
             hidden,
-            hidden.new_zeros(self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
+            hidden.new_zeros(len(inputs.tokens), self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
             positions,
-            inputs.tokens if self.hands_on_tokens else None,
+            inputs.tokens if self.hands_on_keys else None,
         )
 
 
@@ -94,18 +94,18 @@ class MoDRouter(nn.Module):
     number and the gate 1.
     """
 
-    def __init__(self, config: MoDConfig, *, layer: int, ctx: ParallelContext) -> None:
+    def __init__(self, config: MoDConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
-        self.gate_fn, self.layer, self.ctx = config.gate_fn, layer, ctx
+        self.gate_fn, self.ctx = config.gate_fn, ctx
         is_linear = config.router_score == "linear"
         self.score = LinearScore(config, ctx=ctx) if is_linear else None
         self.choice = Choice(config, is_linear=is_linear, num_routed=config.num_routed, ctx=ctx)
 
-    def scored(self, x: Tensor, tokens: Tensor | None, places: Places) -> Scored:
+    def scored(self, x: Tensor, keys: Tensor | None, places: Places) -> Scored:
         """Scores and gates of own tokens x [s/t, b, h]."""
         if self.score is None:
-            assert tokens is not None
-            numbers = random_scores(tokens, places.positions, layer=self.layer)
+            assert keys is not None
+            numbers = random_scores(keys, places.positions)
             own = own_sequence(numbers.T, ctx=self.ctx)
             return Scored(own, torch.ones_like(own))
         scores = self.score(x)
@@ -118,13 +118,11 @@ class MoDRouter(nn.Module):
 class MoDLayer(nn.Module):
     """A routed layer: `x_t = x_t + gate_t block(x)_t` for chosen tokens t, x_t for the others."""
 
-    def __init__(
-        self, config: MoDConfig, *, layer: int, rotary: RotaryTable, ctx: ParallelContext
-    ) -> None:
+    def __init__(self, config: MoDConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.config = config
         self.force_first = config.force_first
-        self.router = MoDRouter(config, layer=layer, ctx=ctx)
+        self.router = MoDRouter(config, ctx=ctx)
         self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
@@ -135,7 +133,9 @@ class MoDLayer(nn.Module):
         x = carry.hidden
         places = self.dynamic.places(x, carry.positions, cache)
         forced = places.firsts if self.force_first else None
-        scored = self.router.scored(x, carry.tokens, places)
+        scored = self.router.scored(x, carry.keys, places)
+        if carry.keys is not None:
+            carry = carry._replace(keys=next_keys(carry.keys))
         if cache is not None:
             chosen = self.router.choice.decide(x, scored, forced)
             return carry._replace(hidden=self.dynamic.continued(x, scored.gate, chosen, cache))

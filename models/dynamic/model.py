@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.base import LossOutput, ModelFamily
+from models.base import LossOutput, ModelFamily, num_scored_in, scored_mean
 from models.common.rope import RotaryTable
 from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
 from models.dynamic.config import DTFConfig, MoDConfig
@@ -17,7 +17,7 @@ from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoD
 from models.dynamic.pair import DTFPair
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.regions import own_length
 
 
@@ -28,7 +28,7 @@ def mod_layer_specs(config: MoDConfig, *, segmented: bool = False) -> list[Layer
     for i in range(config.num_layers):
         kwargs = {"config": config, "rotary": rotary}
         if config.is_routed_layer(i):
-            layers.append(LayerSpec(f"layer_{i}", MoDLayer, {**kwargs, "layer": i}))
+            layers.append(LayerSpec(f"layer_{i}", MoDLayer, kwargs))
         else:
             layers.append(LayerSpec(f"layer_{i}", DenseLayer, kwargs))
     return _between_embedding_and_head(config, layers, segmented=segmented)
@@ -41,9 +41,7 @@ def dtf_layer_specs(config: DTFConfig, *, segmented: bool = False) -> list[Layer
     """
     rotary = _rotary(config)
     kwargs = {"config": config, "rotary": rotary}
-    layers = [
-        LayerSpec(f"pair_{i}", DTFPair, {**kwargs, "pair": i}) for i in range(config.num_routed)
-    ]
+    layers = [LayerSpec(f"pair_{i}", DTFPair, kwargs) for i in range(config.num_routed)]
     layers += [
         LayerSpec(f"layer_{i}", DenseLayer, kwargs)
         for i in range(2 * config.num_routed, config.num_layers)
@@ -67,12 +65,12 @@ def carry_schema(
     local_length = own_length(seq_length, ctx=ctx)
     shape = (local_length, micro_batch_size, config.hidden_size)
     tokens = (micro_batch_size, seq_length)
-    takes_tokens = config.num_routed > 0 and config.router_score == "random"
+    takes_keys = config.num_routed > 0 and config.router_score == "random"
     return DynamicCarry(
         hidden=Field(shape, ctx.precision.dtype, gradient=True),
-        aux=Field((len(_aux_names(config)),), torch.float32, gradient=True),
+        aux=Field((micro_batch_size, len(_aux_names(config))), torch.float32, gradient=True),
         positions=Field(tokens, torch.int32) if segmented else None,
-        tokens=Field(tokens, torch.int64) if takes_tokens else None,
+        keys=Field(tokens, torch.int64) if takes_keys else None,
     )
 
 
@@ -91,9 +89,10 @@ def loss(
 ) -> LossOutput:
     """Cross entropy of the scored tokens and the weighted losses of `aux`."""
     if num_scored is None:
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        num_scored = num_scored_in(labels)
     lm_loss = token_losses(output, labels, ctx).sum() / num_scored
-    aux = dict(zip(_aux_names(config), output.aux.unbind(), strict=True))
+    means = scored_mean(output.aux, labels, num_scored)
+    aux = dict(zip(_aux_names(config), means.unbind(), strict=True))
     total = lm_loss
     for name, weight in loss_weights(config).items():
         total = total + weight * aux[name]

@@ -29,7 +29,7 @@ class DecisionOutput(NamedTuple):
     """What a decision layer knows of every token, [b, s, h].
 
     `original`: its input. `posterior`: with what its block adds. `prior`: with what was expected of
-    it, None where the router needs no prior. `prior_loss`: how wrong that was, a scalar.
+    it, None where the router needs no prior. `prior_loss`: how wrong that was, a mean over rows.
     `update`, `expected`: the differences themselves, [s, b, h], which sums in bf16 would round.
     """
 
@@ -43,7 +43,7 @@ class DecisionOutput(NamedTuple):
 
 class RouterOutput(NamedTuple):
     """`scores`, `gate`: fp32 [b, s]. `selection`: the tokens to compute. `losses`: of the router
-    and measurements, in training."""
+    and measurements, in training: means over rows."""
 
     scores: Tensor
     gate: Tensor
@@ -76,7 +76,7 @@ class DTFDecisionLayer(nn.Module):
             update, expected, normalised=self.config.prior_loss == "nmse", ctx=_alone(x)
         )
         prior = hidden_states + expected.mean.transpose(0, 1)
-        return DecisionOutput(hidden_states, posterior, prior, loss, update, expected)
+        return DecisionOutput(hidden_states, posterior, prior, loss.mean(), update, expected)
 
 
 class DTFRouter(nn.Module):
@@ -100,7 +100,7 @@ class DTFRouter(nn.Module):
         scored, means = self.layer.judged(posterior, surprises, numbers)
         forced = places.firsts if self.config.force_first else None
         selection, losses = self.layer.choice(posterior, scored, forced)
-        return RouterOutput(scored.scores.T, scored.gate.T, selection, losses | means)
+        return RouterOutput(scored.scores.T, scored.gate.T, selection, _means(losses | means))
 
 
 class DTFDynamicLayer(nn.Module):
@@ -145,7 +145,7 @@ class MoDRouter(nn.Module):
         scored = self.layer.scored(x, tokens, places)
         forced = places.firsts if self.config.force_first else None
         selection, losses = self.layer.choice(x, scored, forced)
-        return RouterOutput(scored.scores.T, scored.gate.T, selection, losses)
+        return RouterOutput(scored.scores.T, scored.gate.T, selection, _means(losses))
 
 
 class MoDLayer(nn.Module):
@@ -162,6 +162,10 @@ class MoDLayer(nn.Module):
         """Hidden states [b, s, h], and what the router said."""
         routed = self.router(hidden_states, tokens)
         return _some(self.layer, hidden_states, routed), routed
+
+
+def _means(of_rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.mean() for name, values in of_rows.items()}
 
 
 def _some(layer: layers.SomeTokens, x: Tensor, routed: RouterOutput) -> Tensor:

@@ -16,6 +16,7 @@ from models.dynamic.block import Block, Places, SomeTokens
 from models.dynamic.cache import PairCache
 from models.dynamic.carry import DTF_AUX, DynamicCarry, with_entries, with_expert_losses
 from models.dynamic.config import DTFConfig
+from models.dynamic.scores import next_keys
 from models.dynamic.surprise import (
     DTFRouter,
     Expected,
@@ -71,13 +72,11 @@ class DTFPair(nn.Module):
     One layer of a pipeline, so that what the choice is made of never crosses a stage.
     """
 
-    def __init__(
-        self, config: DTFConfig, *, pair: int, rotary: RotaryTable, ctx: ParallelContext
-    ) -> None:
+    def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.config, self.ctx = config, ctx
         self.decision = DTFDecisionLayer(config, rotary=rotary, ctx=ctx)
-        self.router = DTFRouter(config, pair=pair, ctx=ctx)
+        self.router = DTFRouter(config, ctx=ctx)
         self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> PairCache:
@@ -91,7 +90,10 @@ class DTFPair(nn.Module):
         places = self.dynamic.places(x, carry.positions, None if cache is None else cache.dynamic)
         delta, expected, losses = self.decision(x, carry.positions, cache)
         post = x + delta
-        numbers = None if carry.tokens is None else router.random_numbers(carry.tokens, places)
+        numbers = None
+        if carry.keys is not None:
+            numbers = router.random_numbers(carry.keys, places)
+            carry = carry._replace(keys=next_keys(carry.keys))
         surprise = surprise_of(delta, expected, places, self.config, cache=cache, ctx=self.ctx)
         scored, aux = router.judged(post, surprise, numbers)
         forced = places.firsts if self.config.force_first else None

@@ -70,12 +70,20 @@ class Predictor(nn.Module):
         return F.linear(at_least_fp32(u), self.down.to(at_least_fp32(u).dtype)).squeeze(-1)
 
 
-def random_scores(tokens: Tensor, positions: Tensor, *, layer: int) -> Tensor:
-    """A number of [0, 1) for every token, position and layer, as good as random: fp32 [b, s].
+def random_scores(keys: Tensor, positions: Tensor) -> Tensor:
+    """A number of [0, 1) for every key and position, as good as random: fp32 [b, s].
 
-    The same at any layout, in a prefill and token by token.
+    Keys are the token ids in the first routed layer and `next_keys` after each, so that no layer
+    computes with its number. The same at any layout, in a prefill and token by token.
     """
-    keys = tokens * _MULTIPLIERS[0] + positions.long() * _MULTIPLIERS[1] + layer
+    # Not a multiple of the positions: inductor folds what is made of an arange alone into integers
+    # without bounds, where products do not wrap around (torch 2.13).
+    hashed = keys * _MULTIPLIERS[0] + positions.long()
     for multiplier in _MULTIPLIERS:
-        keys = (keys ^ (keys >> 31)) * multiplier
-    return ((keys >> 40) & 0xFFFFFF).float() * 2.0**-24
+        hashed = (hashed ^ (hashed >> 31)) * multiplier
+    return ((hashed >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def next_keys(keys: Tensor) -> Tensor:
+    """What the routed layer after this one makes its random scores of: int64 [b, s]."""
+    return keys + _MULTIPLIERS[1]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dynamic.block import Places
-from models.dynamic.choice import Choice, mean_over_tokens
+from models.dynamic.choice import Choice, row_means
 from models.dynamic.config import DTFConfig
 from models.dynamic.scores import LinearScore, Scored, random_scores, through
 from parallel.context import ParallelContext
@@ -83,18 +83,18 @@ def squared_error(delta: Tensor, expected: Expected) -> Tensor:
 def prior_loss(
     delta: Tensor, expected: Expected, *, normalised: bool, ctx: ParallelContext
 ) -> Tensor:
-    """The mean squared error of what was expected, delta without gradient.
+    """The mean squared error of what was expected of every row, delta without gradient: [b].
 
-    `normalised`: of every row, its sum over the row's sum of delta^2, so that a step is the same
-    however its batch is cut. With a variance it is the likelihood of `squared_error` instead.
+    `normalised`: its sum over the row's sum of delta^2. With a variance it is the likelihood of
+    `squared_error` instead.
     """
     delta = at_least_fp32(delta.detach())
     errors = squared_error(delta, expected)
     if not normalised or expected.logvar is not None:
-        return mean_over_tokens(errors, ctx=ctx)
+        return row_means(errors, ctx=ctx)
     squares = delta.square().mean(dim=-1)
     sums = sum_over_sequence_ranks(torch.stack((errors.sum(dim=0), squares.sum(dim=0))), ctx=ctx)
-    return (sums[0] / sums[1].clamp(min=NORM_EPS)).mean()
+    return sums[0] / sums[1].clamp(min=NORM_EPS)
 
 
 def moving_average(surprise: Tensor, positions: Tensor, window: int, *, skip_first: bool) -> Tensor:
@@ -187,9 +187,9 @@ class Judged(NamedTuple):
 class DTFRouter(nn.Module):
     """Scores, gates and chooses the tokens of a dynamic layer."""
 
-    def __init__(self, config: DTFConfig, *, pair: int, ctx: ParallelContext) -> None:
+    def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
-        self.config, self.pair, self.ctx = config, pair, ctx
+        self.config, self.ctx = config, ctx
         kind = config.router_score
         self.score = LinearScore(config, ctx=ctx) if kind == "linear" else None
         self.criteria = Criteria(config, ctx=ctx) if kind in ("vpr", "ce", "cu") else None
@@ -214,14 +214,14 @@ class DTFRouter(nn.Module):
         logits = self.criteria(surprise)
         scores = torch.stack([F.softplus(logit) for logit in logits.values()]).sum(dim=0)
         means = {
-            name: mean_over_tokens(logit.detach().sigmoid(), ctx=self.ctx)
+            name: row_means(logit.detach().sigmoid(), ctx=self.ctx)
             for name, logit in logits.items()
         }
         return Judged(Scored(scores, self._gate(-torch.expm1(-scores))), means)
 
-    def random_numbers(self, tokens: Tensor, places: Places) -> Tensor:
+    def random_numbers(self, keys: Tensor, places: Places) -> Tensor:
         """The scores of router_score=random, of own tokens: [s/t, b]."""
-        numbers = random_scores(tokens, places.positions, layer=self.pair)
+        numbers = random_scores(keys, places.positions)
         return own_sequence(numbers.T, ctx=self.ctx)
 
     def _gate(self, gate: Tensor) -> Tensor:

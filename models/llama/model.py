@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.base import LossOutput, ModelFamily
+from models.base import LossOutput, ModelFamily, num_scored_in
 from models.common.rope import RotaryTable
 from models.llama.config import LlamaConfig
 from models.llama.counts import forward_flops_per_token, num_parameters
@@ -13,7 +13,7 @@ from models.llama.hf import HF
 from models.llama.layers import LlamaBlock, LlamaCarry, LlamaEmbedding, LlamaHead
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.regions import own_length
 
 
@@ -78,7 +78,7 @@ def loss(
 ) -> LossOutput:
     """Sum of the cross entropy over `num_scored`, the mean when None; 0 where nothing is scored."""
     if num_scored is None:
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        num_scored = num_scored_in(labels)
     total = token_losses(output, labels, ctx).sum() / num_scored
     return LossOutput(total, {"lm_loss": total.detach()})
 

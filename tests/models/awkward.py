@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from models.base import LossOutput, ModelFamily, TokenInputs
+from models.base import LossOutput, ModelFamily, TokenInputs, num_scored_in, scored_mean
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -67,9 +67,8 @@ class Embedding(nn.Module):
         hidden = self.table(ids)
         state = at_least_fp32(hidden)[..., :STATE].tanh()
         noise = (ids.float() * 0.37).sin()
-        return AwkwardCarry(
-            hidden, state, ids, ids % 3 == 0, noise, at_least_fp32(hidden.new_zeros(2))
-        )
+        aux = at_least_fp32(hidden.new_zeros(len(ids), 2))
+        return AwkwardCarry(hidden, state, ids, ids % 3 == 0, noise, aux)
 
 
 class Block(nn.Module):
@@ -97,7 +96,8 @@ class Block(nn.Module):
         read = carry.state @ at_least_fp32(self.from_state)
         hidden = hidden + (read.masked_fill(allowed, 0.0) + 0.1 * position).to(dtype)
         state = torch.tanh(carry.state + at_least_fp32(self.to_state(hidden)))
-        terms = torch.stack([at_least_fp32(hidden).square().mean(), state.mean()])
+        squares = at_least_fp32(hidden).square()
+        terms = torch.stack([x.mean(dim=(0, 2)) for x in (squares, state)], dim=-1)
         if self.ctx.sequence_parallel:
             terms = _Mean.apply(terms, self.ctx)
         return AwkwardCarry(hidden, state, carry.ids, carry.flags, carry.noise, carry.aux + terms)
@@ -155,7 +155,7 @@ def carry_schema(
         ids=Field(tokens, torch.int64),
         flags=Field(tokens, torch.bool),
         noise=Field(tokens, torch.float32),
-        aux=Field((2,), torch.float32, gradient=True),
+        aux=Field((micro_batch_size, 2), torch.float32, gradient=True),
     )
 
 
@@ -172,11 +172,12 @@ def loss(
     num_scored: Tensor | None = None,
 ) -> LossOutput:
     if num_scored is None:
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        num_scored = num_scored_in(labels)
     lm_loss = token_losses(output, labels, ctx).sum() / num_scored
     weights = torch.tensor(AUX_WEIGHTS, device=output.aux.device)
-    terms = {"lm_loss": lm_loss.detach(), "aux_loss": output.aux.sum().detach()}
-    return LossOutput(lm_loss + (weights * output.aux).sum(), terms)
+    aux = scored_mean(output.aux, labels, num_scored)
+    terms = {"lm_loss": lm_loss.detach(), "aux_loss": aux.sum().detach()}
+    return LossOutput(lm_loss + (weights * aux).sum(), terms)
 
 
 def flops(config: AwkwardConfig, seq_length: int) -> float:

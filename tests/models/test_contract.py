@@ -138,26 +138,45 @@ def test_changing_a_token_changes_no_earlier_logit(name):
         assert not torch.equal(before[position], after[position]), position
 
 
-@torch.no_grad()
-def test_halves_of_a_batch_with_a_common_count_add_up_to_the_whole(name):
+def _step_in_parts(
+    name: str, parts: list[list[int]], *, segmented: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Loss and terms, and gradients, of four rows that score different numbers of tokens: fp64."""
     family, config = CASES[name]
-    tokens, labels = _tokens(name, batch=2)
-    labels[0, : SEQ // 2] = -100
-    num_scored = (labels != -100).sum()
-    model = _model(name)
-    whole = family.loss(model(TokenInputs(tokens)), labels, config=config, ctx=model.ctx).terms
-    halves = [
-        family.loss(
-            model(TokenInputs(tokens[i : i + 1])),
-            labels[i : i + 1],
-            config=config,
-            ctx=model.ctx,
-            num_scored=num_scored / 2,
-        ).terms
-        for i in range(2)
-    ]
-    mean = sum(half["lm_loss"] for half in halves) / 2
-    torch.testing.assert_close(mean, whole["lm_loss"])
+    tokens, labels = _tokens(name, batch=4)
+    starts = torch.tensor([[5, 20], [1, 2], [31, 31], [9, 10]])
+    segments = (torch.arange(SEQ).view(1, -1, 1) >= starts.unsqueeze(1)).sum(dim=2).int()
+    if segmented:
+        labels[:, :-1].masked_fill_(segments[:, 1:] != segments[:, :-1], -100)
+    labels[0, : SEQ // 2], labels[1, 7:] = -100, -100
+    num_scored = (labels != -100).sum().double() / len(parts)
+    model = _model(name, segmented=segmented).double()
+    means: dict[str, torch.Tensor] = {}
+    for part in parts:
+        output = model(TokenInputs(tokens[part], segments[part] if segmented else None))
+        total, terms = family.loss(
+            output, labels[part], config=config, ctx=model.ctx, num_scored=num_scored
+        )
+        (total / len(parts)).backward()
+        for term, value in {"loss": total.detach(), **terms}.items():
+            means[term] = means.get(term, 0.0) + value / len(parts)
+    return means, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_a_step_is_the_same_in_any_micro_batches(name, segmented):
+    """Loss, every reported term and every gradient: no value of a micro-batch may be in them."""
+    whole, gradients = _step_in_parts(name, [[0, 1, 2, 3]], segmented=segmented)
+    for parts in ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1, 0], [2]]):
+        terms, own = _step_in_parts(name, parts, segmented=segmented)
+        assert terms.keys() == whole.keys() == {"loss", *CASES[name].family.loss_names}
+        assert own.keys() == gradients.keys()
+        for found, expected in ((terms, whole), (own, gradients)):
+            for key, value in expected.items():
+                torch.testing.assert_close(
+                    found[key].double(), value.double(), rtol=1e-10, atol=1e-12,
+                    msg=lambda m, k=key, p=parts: f"{k} in {p}: {m}",
+                )  # fmt: skip
 
 
 @torch.no_grad()

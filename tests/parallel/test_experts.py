@@ -70,7 +70,7 @@ def _layer(ctx: ParallelContext, **settings) -> MoELayer:
 def _objective(output: MoEOutput, targets: Tensor) -> tuple[Tensor, Tensor]:
     """What the tokens given add to a mean over rows of SEQ tokens, and what the router adds."""
     of_tokens = (output.hidden * targets).sum() / (SEQ * targets.shape[1])
-    return of_tokens, 0.3 * output.load_balancing_loss + 0.1 * output.z_loss
+    return of_tokens, (0.3 * output.load_balancing_loss + 0.1 * output.z_loss).mean()
 
 
 def _loop(layer: MoELayer, x: Tensor, targets: Tensor) -> Measured:
@@ -82,7 +82,8 @@ def _loop(layer: MoELayer, x: Tensor, targets: Tensor) -> Measured:
     capacity = SEQ if factor is None else math.ceil(factor * SEQ * top_k / NUM_EXPERTS)
     rows, balances, z_losses = [], [], []
     for row in range(x.shape[1]):
-        taken, chosen, means, outputs = [0] * NUM_EXPERTS, [0] * NUM_EXPERTS, [], []
+        taken, chosen = [0] * NUM_EXPERTS, [0] * NUM_EXPERTS
+        means, outputs, squares = [], [], []
         for token in x[:, row]:
             scores = router @ token
             p = scores.exp() / scores.exp().sum()
@@ -97,7 +98,8 @@ def _loop(layer: MoELayer, x: Tensor, targets: Tensor) -> Measured:
                     output = output + p[e] / total * (down[e] @ inner)
             outputs.append(output)
             means.append(p)
-            z_losses.append(scores.exp().sum().log() ** 2)
+            squares.append(scores.exp().sum().log() ** 2)
+        z_losses.append(torch.stack(squares).mean())
         mean = torch.stack(means).mean(0)
         share = [number / (SEQ * top_k) for number in chosen]
         balances.append(NUM_EXPERTS * sum(f * m for f, m in zip(share, mean, strict=True)))
@@ -105,7 +107,7 @@ def _loop(layer: MoELayer, x: Tensor, targets: Tensor) -> Measured:
         assert chosen[IDLE] == 0
         assert (factor is None) == (sum(taken) == sum(chosen)), "some token must be dropped"
     hidden = torch.stack(rows, dim=1)
-    losses = torch.stack(balances).mean(), torch.stack(z_losses).mean()
+    losses = torch.stack(balances), torch.stack(z_losses)
     loss = sum(_objective(MoEOutput(hidden, *losses), targets.double()))
     loss.backward()
     gradients = {name: weight.grad for name, weight in weights.items()}
@@ -194,7 +196,8 @@ def test_the_layer_equals_a_loop_over_tokens_in_loss_and_every_gradient(name):
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     measured = Measured(loss.detach(), output.hidden.detach(), x.grad, gradients)
     _assert_equal(measured, expected)
-    assert output.load_balancing_loss.dtype == output.z_loss.dtype == torch.float32
+    for of_rows in (output.load_balancing_loss, output.z_loss):
+        assert (of_rows.dtype, of_rows.shape) == (torch.float32, (ROWS,))
     assert not gradients["experts.down"][IDLE].any()
 
 
@@ -266,8 +269,8 @@ def test_equal_scores_go_to_the_lower_number_and_an_even_spread_costs_1():
     layer.router.weight.zero_()
     routing = layer.router(_data()[0])
     assert routing.experts.unique(dim=0).flatten(0, 1).unique(dim=0).tolist() == [[0, 1]]
-    assert routing.load_balancing_loss.item() == pytest.approx(1.0)
-    assert routing.z_loss.item() == pytest.approx(math.log(NUM_EXPERTS) ** 2)
+    assert routing.load_balancing_loss.tolist() == pytest.approx([1.0] * ROWS)
+    assert routing.z_loss.tolist() == pytest.approx([math.log(NUM_EXPERTS) ** 2] * ROWS)
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,8 @@ def test_a_calibrated_threshold_takes_its_share_of_unseen_tokens(spread):
         router(scores(step, 32))
         update_layer_states(router, ctx=ParallelContext.single())
     held_out = router.eval()(scores(1000, 2048))
-    assert held_out.fraction.item() == pytest.approx(GAMMA, rel=0.1)
-    assert held_out.recall.item() > (0.4 if spread else 0.9)
+    assert held_out.fraction.mean().item() == pytest.approx(GAMMA, rel=0.1)
+    assert held_out.recall.mean().item() > (0.4 if spread else 0.9)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""The losses beside the cross entropy, at every layout as their equations in fp64 say."""
+"""The losses beside the cross entropy: of every row as their equations in fp64 say, at every
+layout, and of a step the same however it is cut."""
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +30,7 @@ POSITIONS = torch.tensor([[*range(5), *range(7)], [0, *range(11)]], dtype=torch.
 # The dimension that tensor ranks share: heads, the columns of W_o, and of y and x the tokens.
 SHARED = {"gates": 2, "readout": 1, "weight": 1}
 TOKENS = ("x", "y")
+ROW_WEIGHTS = torch.tensor([1.0, 3.0])
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -44,10 +45,11 @@ def _inputs() -> dict[str, Tensor]:
 
 
 def _losses(t: dict[str, Tensor], positions: Tensor | None, ctx: ParallelContext) -> Tensor:
+    """[losses, B]."""
     projection = SimpleNamespace(weight=t["weight"])
     return torch.stack(
         [
-            mean_gates(t["gates"], HEADS, ctx=ctx).square().sum(),
+            mean_gates(t["gates"], HEADS, ctx=ctx).square().sum(dim=1),
             memory_consistency(t["readout"], t["x"], projection, segment_len=5, ctx=ctx),
             repetition(t["y"], positions, ctx=ctx),
             emotion_smoothness(t["emotion"], positions, ctx=ctx),
@@ -56,8 +58,9 @@ def _losses(t: dict[str, Tensor], positions: Tensor | None, ctx: ParallelContext
 
 
 def _equations(t: dict[str, Tensor], positions: Tensor | None) -> Tensor:
-    memory, alike, steps = [], [], []
+    rows = []
     for b in range(B):
+        memory, alike, steps = [], [], []
         for c in (slice(0, 5), slice(5, 10)):
             written = t["weight"] @ t["readout"][b, :, c].mean(dim=1).flatten()
             x = t["x"][c, b].detach()
@@ -68,8 +71,9 @@ def _equations(t: dict[str, Tensor], positions: Tensor | None) -> Tensor:
                 y, e = t["y"][i : i + 2, b], t["emotion"][i : i + 2, b]
                 alike.append((F.cosine_similarity(y[0], y[1], dim=0) - 0.9).relu())
                 steps.append((e[1] - e[0]).square().sum())
-    gates = t["gates"].mean(dim=(0, 1, 2)).square().sum()
-    return torch.stack([gates, *(torch.stack(x).mean() for x in (memory, alike, steps))])
+        gates = t["gates"][:, b].mean(dim=(0, 1)).square().sum()
+        rows.append(torch.stack([gates, *(torch.stack(x).mean() for x in (memory, alike, steps))]))
+    return torch.stack(rows, dim=1)
 
 
 def _local(tensors: dict[str, Tensor], ctx: ParallelContext) -> dict[str, Tensor]:
@@ -91,7 +95,7 @@ def _measure(
         ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
     local = _local(_inputs(), ctx)
     losses = _losses(local, positions, ctx)
-    losses.sum().backward()
+    (losses * ROW_WEIGHTS).sum().backward()
     return losses.detach(), {n: t.grad for n, t in local.items() if t.grad is not None}
 
 
@@ -118,8 +122,8 @@ def test_values_and_gradients_are_those_of_the_equations_at_every_layout(
 ):
     whole = {name: x.double().requires_grad_() for name, x in _inputs().items()}
     expected = _equations(whole, positions)
-    assert (expected > 0.01).all()
-    expected.sum().backward()
+    assert (expected.mean(dim=1) > 0.01).all()
+    (expected * ROW_WEIGHTS).sum().backward()
     options = (positions, tensor, sequence_parallel)
     results = [_measure(*options)] if tensor == 1 else run_ranks(_measure, tensor, *options)
     for losses, _ in results:
@@ -134,21 +138,23 @@ def test_nothing_to_compare_costs_nothing():
     ctx = ParallelContext.single()
     inputs = _inputs()
     starts = torch.zeros(B, S, dtype=torch.int32)  # every token is a document
-    assert repetition(inputs["y"], starts, ctx=ctx) == 0
-    assert emotion_smoothness(inputs["emotion"], starts, ctx=ctx) == 0
-    assert repetition(inputs["y"][:1], None, ctx=ctx) == 0
-    assert repetition(torch.randn(S, B, 64), None, ctx=ctx) == 0  # no neighbours are alike
+    nothing = [0.0] * B
+    assert repetition(inputs["y"], starts, ctx=ctx).tolist() == nothing
+    assert emotion_smoothness(inputs["emotion"], starts, ctx=ctx).tolist() == nothing
+    assert repetition(inputs["y"][:1], None, ctx=ctx).tolist() == nothing
+    unlike = torch.randn(S, B, 64)
+    assert repetition(unlike, None, ctx=ctx).tolist() == nothing
     projection = SimpleNamespace(weight=inputs["weight"])  # no segment is complete
     short = inputs["readout"][:, :, :4], inputs["x"][:4], projection
-    assert memory_consistency(*short, segment_len=5, ctx=ctx) == 0
+    assert memory_consistency(*short, segment_len=5, ctx=ctx).tolist() == nothing
     still = torch.ones(S, B, 4, requires_grad=True)
-    assert repetition(still, None, ctx=ctx).item() == pytest.approx(0.1)
-    assert emotion_smoothness(still, None, ctx=ctx) == 0
+    assert repetition(still, None, ctx=ctx).tolist() == pytest.approx([0.1] * B)
+    assert emotion_smoothness(still, None, ctx=ctx).tolist() == nothing
 
 
 def test_hidden_states_of_zeros_have_finite_gradients():
     y = torch.zeros(S, B, H, requires_grad=True)
-    repetition(y, None, ctx=ParallelContext.single()).backward()
+    repetition(y, None, ctx=ParallelContext.single()).sum().backward()
     assert (y.grad == 0).all()
 
 
@@ -167,8 +173,9 @@ def test_the_total_is_the_weighted_sum_and_the_measurements_are_not_in_it():
     nats = F.cross_entropy(output.logits.flatten(0, 1), labels.T.flatten())
     log_p = output.logits.double().log_softmax(dim=-1)
     spread = (log_p.exp() * log_p).sum(dim=-1).var(dim=0, correction=0)
+    rhythm = (1 - spread).relu() @ torch.tensor([13 / 33, 20 / 33]).double()  # by scored tokens
     assert terms["lm_loss"].item() == pytest.approx(nats.item(), rel=1e-5)
-    assert terms["rhythm_loss"].item() == pytest.approx((1 - spread).relu().mean().item(), rel=1e-4)
+    assert terms["rhythm_loss"].item() == pytest.approx(rhythm.item(), rel=1e-4)
     expected = terms["lm_loss"] + sum(w * terms[name] for name, w in weights.items())
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert set(terms) == set(FAMILY.loss_names)
@@ -184,9 +191,45 @@ def test_an_evaluation_reports_no_loss_but_those_of_predictions():
 
 def test_rhythm_and_emotion_variance():
     entropies = torch.tensor([[1.0, 1.0], [3.0, 1.0]])
-    assert rhythm_regularizer(entropies, 3.0).item() == pytest.approx((2.0 + 3.0) / 2)
-    assert rhythm_regularizer(entropies, 0.5).item() == pytest.approx(0.25)
+    assert rhythm_regularizer(entropies, 3.0).tolist() == pytest.approx([2.0, 3.0])
+    assert rhythm_regularizer(entropies, 0.5).tolist() == pytest.approx([0.0, 0.5])
     e = torch.randn(40, 2, 5)
-    expected = e.flatten(0, 1).var(dim=0, correction=0).mean().item()
-    assert emotion_variance(e).item() == pytest.approx(expected, rel=1e-4)
-    assert not math.isnan(emotion_variance(e[:1, :1]).item())
+    expected = [e[:, row].var(dim=0, correction=0).mean().item() for row in range(2)]
+    assert emotion_variance(e).tolist() == pytest.approx(expected, rel=1e-4)
+    assert emotion_variance(e[:1]).tolist() == [0.0, 0.0]
+
+
+def _step_in_parts(parts: list[list[int]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Terms and gradients of a step over four packed rows in micro-batches, in fp64."""
+    weights = dict.fromkeys((f"{n}_loss_weight" for n in ("emotion", "repetition", "memory")), 1.0)
+    config = config_of(num_layers=2, gate_balance_weight=1.0, rhythm_loss_weight=1.0, **weights)
+    model, stream = model_of(config, segmented=True).train().double(), tokens_of(25, batch=4)
+    starts = torch.tensor([[24, 24], [1, 3], [12, 24], [2, 23]])
+    segments = (torch.arange(25).view(1, -1, 1) >= starts.unsqueeze(1)).sum(dim=2).int()
+    labels = stream[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -100)
+    labels[3, 4:] = -100
+    num_scored = (labels != -100).sum().double() / len(parts)
+    means: dict[str, Tensor] = {}
+    for part in parts:
+        output = model(TokenInputs(stream[part, :-1], segments[part, :-1]))
+        total, terms = FAMILY.loss(
+            output, labels[part], config=config, ctx=model.ctx, num_scored=num_scored
+        )
+        (total / len(parts)).backward()
+        for name, value in {"loss": total.detach(), **terms}.items():
+            means[name] = means.get(name, 0.0) + value / len(parts)
+    return means, [p.grad for p in model.parameters()]
+
+
+def test_a_step_with_every_loss_at_work_is_the_same_in_any_micro_batches(monkeypatch):
+    """Hinges bend where a mean over a micro-batch would differ from a mean over its rows."""
+    monkeypatch.setattr("models.daria_former.losses.LEAST_GATE", 0.1)
+    monkeypatch.setattr("models.daria_former.losses.FREE_SIMILARITY", 0.2)
+    terms, gradients = _step_in_parts([[0, 1, 2, 3]])
+    assert all(value > 0 for name, value in terms.items() if name != "gate_modality")
+    for parts in ([[0], [1], [2], [3]], [[0, 1, 2], [3]]):
+        found, own = _step_in_parts(parts)
+        for name, value in terms.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=0.0, msg=name)
+        for one, other in zip(own, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

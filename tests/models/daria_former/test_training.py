@@ -84,11 +84,38 @@ def test_accumulated_batches_equal_one_batch_of_all():
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_masked_tokens_count_the_same_however_a_batch_is_cut():
-    (expected,) = _trainer([_joined(_masked())], max_steps=1).train()
-    (found,) = _trainer(_masked(), max_steps=1, gradient_accumulation_steps=3).train()
-    assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
-    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+def _gradients_of_a_step(batches) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """What is logged of a step in fp64 over `batches`, whose losses weigh 1, and its gradients."""
+    weights = {f"{n}_loss_weight": 1.0 for n in ("emotion", "repetition", "memory", "rhythm")}
+    torch.manual_seed(0)
+    config = shrunk(gate_balance_weight=1.0, **weights)
+    model = DariaFormerModel(config).double()
+    options = {"max_steps": 1, "gradient_accumulation_steps": len(batches), "log_every": 1}
+    trainer = Trainer(model, config, batches, max_grad_norm=0.0, **options)
+    gradients: list[torch.Tensor] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(p.grad.clone() for p in model.parameters() if p.requires_grad)
+    )
+    (logged,) = trainer.train()
+    return logged, gradients
+
+
+def test_rows_count_by_their_scored_tokens_however_unequal_batches_are(monkeypatch):
+    """Every logged term and every gradient, also of the hinges, which are of rows."""
+    monkeypatch.setattr("models.daria_former.losses.LEAST_GATE", 0.2)
+    monkeypatch.setattr("models.daria_former.losses.FREE_SIMILARITY", 0.0)
+    whole = _joined(_masked())
+    logged, gradients = _gradients_of_a_step([whole])
+    assert min(logged["gate_loss"], logged["repetition_loss"], logged["memory_loss"]) > 0
+    for sizes in ([2, 2, 2], [1, 5], [3, 1, 1, 1]):
+        parts = [
+            dict(zip(whole, rows, strict=True))
+            for rows in zip(*(column.split(sizes) for column in whole.values()), strict=True)
+        ]
+        found, own = _gradients_of_a_step(parts)
+        assert found == pytest.approx(logged, rel=1e-6)  # the log is in fp32
+        for one, other in zip(own, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def _train_a_share(save_dir, resume_from=None) -> tuple[list[dict[str, float]], float, list]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.dynamic.config import DTFConfig, MoDConfig
-from models.dynamic.scores import random_scores
+from models.dynamic.scores import next_keys, random_scores
 
 # (name of the layer, scores, predictor's logits, forced tokens) -> chosen tokens
 Rule = Callable[[str, list[float], "list[float] | None", set[int]], set[int]]
@@ -110,9 +110,12 @@ class _Where:
         self.positions = [t - documents.index(d) for t, d in enumerate(documents)]
         self.forced = {t for t, q in enumerate(self.positions) if q == 0 and config.force_first}
 
-    def random(self, layer: int) -> Tensor:
-        positions = torch.tensor([self.positions])
-        return random_scores(self.tokens[None], positions, layer=layer)[0].double()
+    def random(self, number: int) -> Tensor:
+        """The scores of routed layer `number` of the model."""
+        keys = self.tokens[None]
+        for _ in range(number):
+            keys = next_keys(keys)
+        return random_scores(keys, torch.tensor([self.positions]))[0].double()
 
 
 def _mod_layer(
@@ -120,7 +123,7 @@ def _mod_layer(
 ) -> Tensor:
     r = p.below("router")
     if config.router_score == "random":
-        scores = where.random(layer)
+        scores = where.random(layer // config.mod_every)
         gate = torch.ones_like(scores)
     else:
         scores = _linear(config, r, x)

@@ -70,7 +70,7 @@ def test_the_losses_of_experts_are_means_over_all_layers():
             module.register_forward_hook(
                 lambda _, __, moe: found.append(torch.stack([moe[1], moe[2]]))
             )
-    aux = dict(zip(MOD_AUX, model(TokenInputs(tokens)).aux, strict=True))
+    aux = dict(zip(MOD_AUX, model(TokenInputs(tokens)).aux.unbind(dim=1), strict=True))
     assert len(found) == config.num_layers
     expected = torch.stack(found).mean(dim=0)
     torch.testing.assert_close(torch.stack([aux[name] for name in EXPERT_AUX]), expected)

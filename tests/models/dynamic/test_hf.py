@@ -303,6 +303,45 @@ def test_the_loss_of_training_has_those_of_routers_and_priors(exported):
     assert all(p.grad is not None for n, p in model.named_parameters() if ".router." in n)
 
 
+def _stepped(case: str, folder: Path, batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of a step of transformers' Trainer over four rows, and its gradients: fp64.
+
+    The rows score 1, 6, 11 and 20 tokens and have padding before and after their tokens.
+    """
+    tokens = torch.randint(0, 61, (4, 21), generator=torch.Generator().manual_seed(3))
+    scored = torch.arange(21) >= torch.tensor([[20], [15], [10], [0]])
+    mask = torch.ones_like(tokens)
+    mask[1, :4], mask[3, 17:] = 0, 0
+    labels = tokens.masked_fill(~scored | (mask == 0), -100)
+    columns = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(4)]
+    kind, config_kind = CLASSES[case.removesuffix("_experts")]
+    heavy = {"router_z_loss_weight": 0.5, "causal_router": "predictor"}
+    torch.manual_seed(5)
+    config = config_kind.from_settings(CASES[case].config.model_copy(update=heavy))
+    model = kind(config).double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(folder), max_steps=1, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=4 // batch_size, optim="sgd", learning_rate=1.0,
+        lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True,
+        disable_tqdm=True, report_to=[],
+    )  # fmt: skip
+    loss = Trainer(model, arguments, train_dataset=rows).train().training_loss
+    return loss, {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", ["mod", "dtf", "mod_experts"])
+def test_a_step_of_the_trainer_is_the_same_however_unequal_rows_are_accumulated(case, tmp_path):
+    loss, gradients = _stepped(case, tmp_path, 4)
+    for batch_size in (2, 1):
+        own_loss, own = _stepped(case, tmp_path, batch_size)
+        assert own_loss == pytest.approx(loss, rel=1e-6)  # the Trainer sums it in fp32
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(own[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+    assert all(gradient.any() for name, gradient in gradients.items() if ".predictor." in name)
+
+
 def test_the_trainer_of_transformers_trains_saves_and_goes_on(exported, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
     options = {

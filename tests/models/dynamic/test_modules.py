@@ -43,7 +43,7 @@ def _layer(config: DTFConfig | MoDConfig, name: str) -> torch.nn.Module:
 
 def _carry(hidden: Tensor, names: tuple[str, ...], config: DTFConfig | MoDConfig) -> DynamicCarry:
     tokens = TOKENS if config.router_score == "random" else None
-    return DynamicCarry(hidden.transpose(0, 1), torch.zeros(len(names)), None, tokens)
+    return DynamicCarry(hidden.transpose(0, 1), torch.zeros(len(hidden), len(names)), None, tokens)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -78,7 +78,7 @@ def test_decision_router_and_dynamic_layer_are_a_pair(changes, training):
     else:
         assert (decision.prior, decision.prior_loss) == (None, None)
     if training:
-        aux = dict(zip(DTF_AUX, carry.aux, strict=True))
+        aux = dict(zip(DTF_AUX, carry.aux.mean(dim=0), strict=True))
         losses = {name: entry * config.num_routed for name, entry in routed.losses.items()}
         if decision.prior_loss is not None:
             expected = aux["prior_loss"] * config.num_routed

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import LossOutput, ModelFamily, TokenInputs
+from models.base import LossOutput, ModelFamily, TokenInputs, num_scored_in, scored_mean
 from models.common.attention import CausalSelfAttention
 from models.common.cache import KVCache
 from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable, positions_in_segments
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.experts import MoELayer
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.regions import own_length
@@ -44,7 +44,9 @@ class Embedding(nn.Module):
     def forward(self, inputs: TokenInputs) -> MixtureCarry:
         hidden, segments = self.tokens(inputs.tokens), inputs.segment_ids
         positions = None if segments is None else positions_in_segments(segments)
-        return MixtureCarry(hidden, hidden.new_zeros(2, dtype=torch.float32), positions)
+        return MixtureCarry(
+            hidden, torch.zeros(hidden.shape[1], 2, device=hidden.device), positions
+        )
 
 
 class Block(nn.Module):
@@ -70,7 +72,7 @@ class Block(nn.Module):
         x = carry.hidden
         x = x + self.attention(self.attention_norm(x), positions=carry.positions, cache=cache)
         moe = self.moe(self.norm(x))
-        losses = carry.losses + torch.stack([moe.load_balancing_loss, moe.z_loss])
+        losses = carry.losses + torch.stack([moe.load_balancing_loss, moe.z_loss], dim=-1)
         return carry._replace(hidden=x + moe.hidden, losses=losses)
 
 
@@ -106,7 +108,7 @@ def carry_schema(
     shape = (own_length(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
     return MixtureCarry(
         Field(shape, ctx.precision.dtype, gradient=True),
-        Field((2,), torch.float32, gradient=True),
+        Field((micro_batch_size, 2), torch.float32, gradient=True),
         Field((micro_batch_size, seq_length), torch.int32) if segmented else None,
     )
 
@@ -124,9 +126,9 @@ def loss(
     num_scored: Tensor | None = None,
 ) -> LossOutput:
     if num_scored is None:
-        num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        num_scored = num_scored_in(labels)
     lm_loss = token_losses(output, labels, ctx).sum() / num_scored
-    balance, z_loss = output.losses
+    balance, z_loss = scored_mean(output.losses, labels, num_scored)
     total = lm_loss + config.balance_weight * balance + config.z_weight * z_loss
     terms = {"lm_loss": lm_loss, "balance_loss": balance, "z_loss": z_loss}
     return LossOutput(total, {name: term.detach() for name, term in terms.items()})
