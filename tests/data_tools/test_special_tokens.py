@@ -33,7 +33,9 @@ def test_text_is_cut_where_the_tokenizers_library_cuts_it(theirs: Tokenizer, tex
     ids = {token: theirs.token_to_id(token.content) for token in _TOKENS}
     ours: list[int] = []
     for part in Splitter(ids).split(text):
-        of_letters = [theirs.token_to_id(letter) for letter in part] if isinstance(part, str) else []
+        of_letters = (
+            [theirs.token_to_id(letter) for letter in part] if isinstance(part, str) else []
+        )
         ours += [part] if isinstance(part, int) else of_letters
     # A letter that is a token as well is found as one, or not at all inside a word.
     inner = {theirs.token_to_id(token.content) for token in _TOKENS if len(token.content) == 1}
