@@ -114,11 +114,12 @@ class FillInTheMiddle:
 
 def _without_marks(stream: TokenStream, piece: Span) -> Span:
     """The piece without the tokens that begin and end its document, which stay where they are."""
-    begin = piece.begin
-    num_bos = len(stream.bos_ids)
-    if 0 < num_bos <= piece.end - begin:
-        first = stream.read(np.array([begin]), num_bos)[0]
-        begin += num_bos * (tuple(first.tolist()) == stream.bos_ids)
+    begin, bos_ids = piece.begin, stream.bos_ids
+    # A window may begin between them.
+    for count in range(min(len(bos_ids), piece.end - begin), 0, -1):
+        if tuple(stream.read(np.array([begin]), count)[0].tolist()) == bos_ids[-count:]:
+            begin += count
+            break
     last = int(stream.read(np.array([piece.end - 1]), 1)[0, 0])
     return Span(begin, max(begin, piece.end - (last == stream.eod_id)))
 

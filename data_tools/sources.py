@@ -122,7 +122,8 @@ def _only_one(marks: Mapping[str, T], place: str, asked: int | None) -> T | None
 def _shown(mark: object) -> str:
     if mark is None or mark == ():
         return "no token for that"
-    return f"id {mark}" if isinstance(mark, int) else f"ids {mark}"
+    ids = mark if isinstance(mark, tuple) else (mark,)
+    return f"{'ids' if len(ids) > 1 else 'id'} {', '.join(map(str, ids))}"
 
 
 def _byte_stream(config: DataConfig, path: str) -> TokenStream:

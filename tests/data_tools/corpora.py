@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import torch
 
 from data_tools.corpus_info import CorpusInfo
 from data_tools.indexed_writer import IndexedDatasetWriter
 from data_tools.permutation import IntArray
+from data_tools.special_tokens import SpecialTokens
 
 
 def write_corpus(
@@ -19,18 +24,39 @@ def write_corpus(
     vocab_size: int = 1 << 20,
     tokenizer_fingerprint: str = "t" * 64,
     num_bytes: int = 1000,
+    eod_id: int | None = None,
+    bos_ids: tuple[int, ...] = (),
+    special_tokens: SpecialTokens = "plain",
 ) -> CorpusInfo:
-    """Write documents of ids as a .bin/.idx corpus."""
+    """Write documents of ids as a .bin/.idx corpus; they hold what ends and begins them."""
     with IndexedDatasetWriter(prefix, vocab_size=vocab_size) as writer:
         for document in documents:
             writer.add_document(document)
         return writer.finish(
             tokenizer="tokenizer.model",
             tokenizer_fingerprint=tokenizer_fingerprint,
-            eod_id=None,
+            eod_id=eod_id,
+            bos_ids=bos_ids,
+            special_tokens=special_tokens,
             num_bytes=num_bytes,
             command="a test",
         )
+
+
+def megatron_datasets(name: str) -> ModuleType:
+    """A module of megatron.core.datasets; the import takes seconds, and most tests need none."""
+    with warnings.catch_warnings(action="ignore"):  # it misses Transformer Engine and Apex
+        return importlib.import_module(f"megatron.core.datasets.{name}")
+
+
+def write_megatron_corpus(prefix: Path, documents: Iterable[IntArray], *, dtype: str) -> Path:
+    """Write documents with Megatron-Core's own writer, which leaves no .json."""
+    module = megatron_datasets("indexed_dataset")
+    builder = module.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.dtype(dtype).type)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
 
 
 def counting_documents(lengths: Iterable[int], *, first: int = 0) -> list[IntArray]:

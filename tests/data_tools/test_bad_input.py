@@ -19,6 +19,7 @@ from data_tools.errors import DataError
 from data_tools.indexed import HEADER, MAGIC, IndexedDataset
 from data_tools.preprocess import main
 from data_tools.verify import verify
+from tests.data_tools.tokenizer_folders import byte_level, declare
 
 
 def _preprocess(source: Path, output: Path, *options: str) -> IndexedDataset:
@@ -43,10 +44,11 @@ def test_line_of_200_megabytes_is_left_out_in_little_memory(tmp_path: Path) -> N
             file.write(b"x" * 1_000_000)
         file.write(b'"}\n{"text": "behind"}\n')
     output = tmp_path / "out"
+    limit = ["--max-document-megabytes", "16"]
     with pytest.raises(DataError, match=r"in.jsonl:2: a document of more than 16 MiB.* split it"):
-        _preprocess(tmp_path / "in.jsonl", output)
+        _preprocess(tmp_path / "in.jsonl", output, *limit)
     arguments = f"--input {tmp_path}/in.jsonl --output {output} --tokenizer bytes --workers 1"
-    program = _program_that_prints_its_peak([*arguments.split(), "--on-bad-line", "skip"])
+    program = _program_that_prints_its_peak([*arguments.split(), "--on-bad-line", "skip", *limit])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 200 * 1024
@@ -56,6 +58,27 @@ def test_line_of_200_megabytes_is_left_out_in_little_memory(tmp_path: Path) -> N
     assert dataset.info.sources[0].left_out == {"larger than 16 MiB": 1}
     [left_out] = (tmp_path / "out.left_out.jsonl").read_text().splitlines()
     assert json.loads(left_out)["line"] == 2
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json"])
+def test_document_of_any_length_is_tokenized_where_there_is_memory(
+    tmp_path: Path, tokenizer: str, name: str
+) -> None:
+    """Bytes need little; for other tokenizers, who raises the limit says that there is enough."""
+    size = (17 << 20) if tokenizer == "bytes" else (1 << 20) + 1
+    options = ["--overwrite", "--tokenizer", tokenizer]
+    if tokenizer != "bytes":
+        options[-1] = str(byte_level(tmp_path, ["</s>"]))
+    content = json.dumps({"text": "x" * size}) if name == "in.jsonl" else "x" * size
+    (tmp_path / name).write_text(content)
+    if tokenizer != "bytes":
+        small = [*options, "--max-document-megabytes", "1"]
+        with pytest.raises(DataError, match=r"in\.\w+(:1)?: a document of more than 1 MiB"):
+            _preprocess(tmp_path / name, tmp_path / "out", *small)
+    dataset = _preprocess(tmp_path / name, tmp_path / "out", *options)
+    assert dataset.info is not None
+    assert dataset.info.num_bytes == size
 
 
 def test_null_bytes_are_text_and_counted(tmp_path: Path) -> None:
@@ -91,12 +114,26 @@ def test_corrupt_files_publish_nothing(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("out*"))
 
 
-def test_tokenizer_larger_than_the_declared_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_ids_that_occur_must_fit_the_vocabulary_of_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in.txt").write_text("text")
-    message = r"--vocab-size 256: bytes has ids up to 256; a model needs 257 or more"
+    message = r"--vocab-size 256: documents begin or end with id 256; a model needs 257 or more"
     with pytest.raises(DataError, match=message):
         _preprocess(tmp_path / "in.txt", tmp_path / "out", "--vocab-size", "256")
     _preprocess(tmp_path / "in.txt", tmp_path / "out", "--vocab-size", "257")
+    # A token beyond the model, as [PAD] often is, does no harm as long as no text spells it.
+    byte_level(tmp_path / "t", ["</s>"])
+    declare(tmp_path / "t", tokenizer_config={"eos_token": "</s>", "pad_token": "[PAD]"})
+    options = ["--tokenizer", str(tmp_path / "t"), "--vocab-size", "301", "--overwrite"]
+    dataset = _preprocess(tmp_path / "in.txt", tmp_path / "out", *options)
+    assert dataset.document(0)[-1] == 300
+    assert "has ids up to 301; a document with one from 301 on ends" in capsys.readouterr().err
+    (tmp_path / "in.txt").write_text("text [PAD]")
+    message = r"in.txt: its text has id 301 \(\[PAD\]\), but --vocab-size is 301; raise it"
+    with pytest.raises(DataError, match=message):
+        _preprocess(tmp_path / "in.txt", tmp_path / "out", *options)
+    _preprocess(tmp_path / "in.txt", tmp_path / "out", *options, "--special-tokens", "plain")
 
 
 def test_vocabulary_with_holes_gets_a_dtype_for_its_largest_id(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import torch
 
 from data_tools.build import build_eval_batches, build_train_loader
 from data_tools.config import DataConfig
+from data_tools.corpus_info import TextRules
 from data_tools.errors import DataError
 from data_tools.loader import TrainLoader
+from data_tools.sources import open_sources, read_text_rules
 from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
+from tests.data_tools.tokenizer_folders import byte_level
 
 
 def _loader(section: dict[str, Any], *, vocab_size: int = 1 << 20) -> TrainLoader:
@@ -30,15 +33,86 @@ def _loader(section: dict[str, Any], *, vocab_size: int = 1 << 20) -> TrainLoade
     )
 
 
-def test_vocabulary_smaller_than_the_tokenizer_is_refused_naming_both(tmp_path: Path) -> None:
+def test_ids_that_occur_must_fit_the_model_and_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_corpus(tmp_path / "c", counting_documents([50]), vocab_size=100)
-    with pytest.raises(
-        DataError,
-        match=r"its tokenizer has 100 ids \(largest used: 49\), but model.vocab_size is 99",
+    message = r"ids up to 49 occur in it, but model.vocab_size is 49; set model.vocab_size to 50 or"
+    with pytest.raises(DataError, match=message):
+        _loader({"train": str(tmp_path / "c")}, vocab_size=49)
+    for vocab_size in (100, 50):
+        caplog.clear()
+        with (
+            caplog.at_level(logging.WARNING),
+            _loader({"train": str(tmp_path / "c")}, vocab_size=vocab_size) as loader,
+        ):
+            assert next(loader).tokens.shape == (4, 8)
+        said = "source c: its tokenizer has 100 ids, model.vocab_size is 50" in caplog.text
+        assert said == (vocab_size == 50)
+
+
+def _rules(folder: Path, *names: str, **settings: object) -> TextRules:
+    paths = [str(folder / name) for name in names]
+    section = {"train": paths[0], "validation": paths[1:], "sequence_length": 8, **settings}
+    return read_text_rules(DataConfig.model_validate(section))
+
+
+def test_rules_of_a_run_are_those_that_its_corpora_share(tmp_path: Path) -> None:
+    marks = {"eod_id": 3, "bos_ids": (1, 2)}
+    write_corpus(tmp_path / "a", counting_documents([50]), **marks)
+    write_corpus(tmp_path / "b", counting_documents([50]), special_tokens="parse", **marks)
+    write_corpus(tmp_path / "foreign", counting_documents([50]))
+    (tmp_path / "foreign.json").unlink()
+    assert _rules(tmp_path, "a") == (3, (1, 2), "plain")
+    assert _rules(tmp_path, "a", "b") == (3, (1, 2), "parse")
+    assert _rules(tmp_path, "a", "foreign") == (3, (1, 2), "plain")
+    assert _rules(tmp_path, "foreign") == (None, None, None)
+    assert _rules(tmp_path, "a", kind="bytes") == (256, (), "plain")
+
+
+def test_corpora_whose_documents_begin_or_end_differently_are_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", counting_documents([50]), eod_id=3)
+    write_corpus(tmp_path / "other", counting_documents([50]), eod_id=4)
+    write_corpus(tmp_path / "begun", counting_documents([50]), eod_id=3, bos_ids=(1,))
+    write_corpus(tmp_path / "endless", counting_documents([50]))
+    for name, message in (
+        (
+            "other",
+            "other: its documents end with id 4, but those of data source a with id 3",
+        ),
+        (
+            "begun",
+            "begun: its documents begin with id 1, but those of .* with no token",
+        ),
+        ("endless", "end with no token for that, .* or set data.eod=3 if the text of the other"),
     ):
-        _loader({"train": str(tmp_path / "c")}, vocab_size=99)
-    with _loader({"train": str(tmp_path / "c")}, vocab_size=100) as loader:
-        assert next(loader).tokens.shape == (4, 8)
+        section = {"train": [str(tmp_path / "a"), str(tmp_path / name)]}
+        with pytest.raises(DataError, match=message):
+            _loader(section)
+    # Whoever names the end token says that the text of the corpus holds it.
+    assert _rules(tmp_path, "a", "endless", eod=3).eod_id == 3
+    with pytest.raises(DataError, match="source a: its documents end with id 3, but those of"):
+        _rules(tmp_path, "a", eod=4)
+
+
+def test_end_token_of_a_foreign_corpus_is_what_the_run_says(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c", counting_documents([50]))
+    (tmp_path / "c.json").unlink()
+    tokenizer = byte_level(tmp_path / "t", ["<|doc|>"])
+    for eod, settings in ((7, {}), ("<|doc|>", {"tokenizer": str(tokenizer)})):
+        config = DataConfig.model_validate(
+            {"train": str(tmp_path / "c"), "sequence_length": 8, "eod": eod, **settings}
+        )
+        expected = 7 if eod == 7 else 300
+        assert read_text_rules(config).eod_id == expected
+        [source] = open_sources(config, config.train, vocab_size=400)
+        assert source.stream.eod_id == expected
+    with pytest.raises(DataError, match=r"data.eod=<no> is not in the vocabulary of data"):
+        _rules(tmp_path, "c", eod="<no>", tokenizer=str(tokenizer))
+    with pytest.raises(DataError, match=r"data.eod=<no> is a token, but there is no tokenizer"):
+        _rules(tmp_path, "c", eod="<no>")
+    with pytest.raises(ValueError, match=r"data.eod=7 has no effect with data.kind=bytes"):
+        _rules(tmp_path, "c", eod=7, kind="bytes")
 
 
 def test_ids_of_a_foreign_corpus_are_probed(

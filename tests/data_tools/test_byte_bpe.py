@@ -61,6 +61,36 @@ def test_ordinary_text_takes_the_fast_way(name: str) -> None:
     assert fast.encode(_CORPUS) == _TOKENIZERS[name].encode(_CORPUS).ids
 
 
+def _with_added_tokens(*, parse: bool) -> Tokenizer:
+    tokenizer = _train(_QWEN)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_special_tokens([AddedToken("<|end|>x", special=True), AddedToken("\u0338")])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    tokenizer.encode_special_tokens = not parse
+    return tokenizer
+
+
+_WITH_ADDED = {parse: _with_added_tokens(parse=parse) for parse in (False, True)}
+_FAST_WITH_ADDED = {parse: FastByteBpe.of(each) for parse, each in _WITH_ADDED.items()}
+_SPELLED = ["<|end|>", "<|end|>x", "\u0338", "<tool>", "<|end", "|>", "x", " "]
+
+
+@pytest.mark.parametrize("parse", [False, True])
+@given(text=st.lists(st.one_of(st.sampled_from(_SPELLED), _PIECES), max_size=12).map("".join))
+@settings(max_examples=400, deadline=None)
+def test_added_tokens_in_a_text_are_found_as_the_library_finds_them(parse: bool, text: str) -> None:
+    fast = _FAST_WITH_ADDED[parse]
+    assert fast is not None
+    assert fast.encode(text) in (None, _WITH_ADDED[parse].encode(text).ids)
+
+
+def test_chat_text_takes_the_fast_way() -> None:
+    text = "<|end|>user\nhello caf\u00e9<tool>1<|end|>x\n" * 3
+    for parse, fast in _FAST_WITH_ADDED.items():
+        assert fast is not None
+        assert fast.encode(text) == _WITH_ADDED[parse].encode(text).ids
+
+
 def test_text_on_which_the_two_could_differ_is_left_to_the_library() -> None:
     tokenizer = _train(_QWEN)
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])

@@ -27,9 +27,11 @@ _PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def _reader(*files: Path, piece_bytes: int = 1 << 30) -> DocumentReader:
+def _reader(
+    *files: Path, piece_bytes: int = 1 << 30, max_bytes: int | None = None
+) -> DocumentReader:
     pieces = cut_pieces([Source("", list(files))], piece_bytes=piece_bytes, json_key="text")
-    return DocumentReader(pieces, json_key="text")
+    return DocumentReader(pieces, json_key="text", max_bytes=max_bytes)
 
 
 def _lines(count: int) -> bytes:
@@ -112,28 +114,26 @@ def test_text_file_that_is_not_utf8_is_refused() -> None:
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize("piece_bytes", [1 << 30, 1 << 18])
 def test_line_larger_than_the_limit_is_passed_over(
-    tmp_path: Path, suffix: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, suffix: str, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / f"a{suffix}"
     data = b'{"text": "one"}\n' + b"x" * (5 << 20) + b'\n{"text": "three"}\n'
     path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
-    one, two, three = _reader(path, piece_bytes=piece_bytes)
+    one, two, three = _reader(path, piece_bytes=piece_bytes, max_bytes=1 << 20)
     assert [extract_text(document, json_key="text") for document in (one, three)] == [
         "one",
         "three",
     ]
     assert (two.data, two.too_large) == (b"", True)
-    with pytest.raises(BadDocumentError, match=r"a document of more than 1 MiB.*split it, or pass"):
-        extract_text(two, json_key="text")
+    message = r"a document of more than 1 MiB.*split it, raise --max-document-megabytes, or pass"
+    with pytest.raises(BadDocumentError, match=message):
+        extract_text(two, json_key="text", max_bytes=1 << 20)
+    assert [len(each.data) for each in _reader(path, piece_bytes=piece_bytes)][1] == (5 << 20) + 1
 
 
-def test_text_file_larger_than_the_limit_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
+def test_text_file_larger_than_the_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * 101)
-    [document] = _reader(tmp_path / "a.txt")
+    [document] = _reader(tmp_path / "a.txt", max_bytes=100)
     with pytest.raises(BadDocumentError, match=r"a.txt: a document of more than"):
         extract_text(document, json_key="text")
 

@@ -161,6 +161,25 @@ def test_the_token_that_ends_a_document_stays_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", ["document", "window"])
+def test_the_tokens_that_begin_a_document_stay_its_begin(tmp_path: Path, level: str) -> None:
+    marks = (1998, 1999)
+    documents = [np.concatenate((marks, part)) for part in counting_documents([28] * 40)]
+    write_corpus(tmp_path / "c", documents, vocab_size=2004, bos_ids=marks)
+    fim = {"rate": 1.0, "level": level, **_IDS}
+    with (
+        _loader(tmp_path / "c", fim=fim, length=31) as loader,
+        _loader(tmp_path / "c", length=31) as plain,
+    ):
+        changed = 0
+        for row, original in zip(_windows(loader, 9), _windows(plain, 9), strict=True):
+            for mark in marks:
+                places = [i for i, token in enumerate(original) if token == mark]
+                assert [i for i, token in enumerate(row) if token == mark] == places
+            changed += row != original
+    assert changed > 20
+
+
+@pytest.mark.parametrize("level", ["document", "window"])
 @pytest.mark.parametrize("documents", ["file", "blank_line", "jsonl"])
 def test_byte_sources_are_rearranged_too(tmp_path: Path, documents: str, level: str) -> None:
     texts = ["The first document. " * 5, "Another, of one word more. " * 7, "Short one."] * 4

@@ -15,6 +15,36 @@ from data_tools.inputs import cut_pieces, find_inputs
 _TEXTS = [f"row {i} " + "word " * (i % 7) + "\u00e9" for i in range(2000)]
 
 
+_KINDS = {
+    "as numbers of a dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    "as numbers of large texts": pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
+    "as numbers of bytes": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+    "as views": pyarrow.string_view(),
+    "as views of bytes": pyarrow.binary_view(),
+    "large": pyarrow.large_string(),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_text_is_read_however_a_table_stores_it(tmp_path: Path, kind: str) -> None:
+    texts = ["one", "two", None, "one", "caf\u00e9"] * 200
+    column = pyarrow.array(texts, pyarrow.string())
+    if pyarrow.types.is_dictionary(_KINDS[kind]):
+        column = column.cast(_KINDS[kind].value_type).dictionary_encode()
+    table = pyarrow.table({"text": column.cast(_KINDS[kind])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    assert pyarrow.parquet.read_schema(tmp_path / "a.parquet").field("text").type != "string"
+    found = [text for _, text in _places_and_texts([str(tmp_path / "a.parquet")], 1)]
+    assert found == [text or "" for text in texts]
+
+
+def test_numbers_of_a_dictionary_of_numbers_are_no_text(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": pyarrow.array([1, 2, 1]).dictionary_encode()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'text' is .*int64.*, not text; choose another"):
+        _places_and_texts([str(tmp_path / "a.parquet")], 1)
+
+
 def _write_parquet(path: Path, texts: list[str | None], *, column: str = "text") -> Path:
     table = pyarrow.table({column: pyarrow.array(texts, pyarrow.string()), "n": range(len(texts))})
     pyarrow.parquet.write_table(table, path, row_group_size=100)

@@ -9,7 +9,8 @@ from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
 from data_tools.merge import main, merge
 from data_tools.preprocess import main as preprocess
-from tests.data_tools.corpora import counting_documents, write_corpus
+from data_tools.verify import verify
+from tests.data_tools.corpora import counting_documents, write_corpus, write_megatron_corpus
 
 
 def _preprocess(folder: Path, name: str, text: str, licence: str) -> str:
@@ -24,6 +25,7 @@ def test_merged_corpus_holds_the_documents_in_order(tmp_path: Path) -> None:
         write_corpus(tmp_path / name, counting_documents(lengths), num_bytes=10)
     prefixes = [str(tmp_path / name) for name in "abc"]
     info = merge(prefixes, str(tmp_path / "out"))
+    assert info is not None
     out = IndexedDataset(tmp_path / "out")
     documents = [
         dataset.document(i)
@@ -62,6 +64,60 @@ def test_corpora_of_two_tokenizers_are_not_merged(tmp_path: Path) -> None:
         merge(prefixes[:1], str(tmp_path / "out"))
     with pytest.raises(DataError, match="is one of the corpora to merge"):
         merge([prefixes[0], prefixes[0]], prefixes[0], overwrite=True)
+
+
+def _documents(prefix: Path) -> list[list[int]]:
+    dataset = IndexedDataset(prefix)
+    return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
+
+
+def test_corpora_of_megatron_are_merged_as_they_are(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(0, 200, size=n) for n in (3, 1, 40)]
+    for name, dtype in (("a", "uint8"), ("b", "uint16")):
+        write_megatron_corpus(tmp_path / name, texts, dtype=dtype)
+    write_corpus(tmp_path / "out", counting_documents([3]))  # whose .json must not stay
+    prefixes = [str(tmp_path / name) for name in "ab"]
+    assert merge(prefixes, str(tmp_path / "out"), overwrite=True) is None
+    out = IndexedDataset(tmp_path / "out")
+    assert (out.info, out.dtype) == (None, np.dtype("<u2"))
+    assert _documents(tmp_path / "out") == [text.tolist() for text in texts] * 2
+
+
+def test_corpora_of_megatron_get_a_sidecar_with_the_tokenizer_that_made_them(
+    tmp_path: Path,
+) -> None:
+    ours = _preprocess(tmp_path, "ours", "caf\u00e9", "CC0")
+    theirs = [np.array([*b"river", 256]), np.array([*"\u00e9".encode(), 256])]
+    write_megatron_corpus(tmp_path / "theirs", theirs, dtype="uint16")
+    prefixes = [ours, str(tmp_path / "theirs")]
+    with pytest.raises(DataError, match=r"theirs: no theirs.json beside it, so nothing says"):
+        merge(prefixes, str(tmp_path / "out"))
+    info = merge(prefixes, str(tmp_path / "out"), tokenizer="bytes")
+    assert info is not None
+    assert (info.num_bytes, info.eod_id, info.vocab_size) == (5 + 5 + 2, 256, 257)
+    assert verify(str(tmp_path / "out"))
+    # Not all documents of this one end alike, so that it is another kind of corpus.
+    write_megatron_corpus(tmp_path / "theirs", [*theirs, np.array([*b"x"])], dtype="uint16")
+    with pytest.raises(DataError, match=r"theirs: eod_id None found, 256 expected as in .*ours"):
+        merge(prefixes, str(tmp_path / "out"), tokenizer="bytes", overwrite=True)
+    with pytest.raises(DataError, match=r"--eod x has no effect: every corpus has a .json; remove"):
+        merge([ours, ours], str(tmp_path / "out"), eod="x", overwrite=True)
+
+
+def test_corpora_that_begin_or_end_documents_differently_are_not_merged(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", counting_documents([3]), eod_id=2, bos_ids=(0,))
+    write_corpus(tmp_path / "b", counting_documents([3]), eod_id=1, bos_ids=(0,))
+    write_corpus(tmp_path / "c", counting_documents([3]), eod_id=2)
+    for name, message in (("b", "eod_id 1 found, 2 exp"), ("c", r"bos_ids \[\] found, \[0\] exp")):
+        with pytest.raises(DataError, match=message):
+            merge([str(tmp_path / "a"), str(tmp_path / name)], str(tmp_path / "out"))
+    write_corpus(
+        tmp_path / "d", counting_documents([3]), eod_id=2, bos_ids=(0,), special_tokens="parse"
+    )
+    info = merge([str(tmp_path / "a"), str(tmp_path / "d")], str(tmp_path / "out"))
+    assert info is not None
+    assert info.text_rules == (2, (0,), "parse")
 
 
 def test_a_damaged_corpus_is_not_joined(tmp_path: Path) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from data_tools.encoding import EncodingSettings
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
-from data_tools.preprocess import main
+from data_tools.preprocess import _identity, main
 from data_tools.verify import verify
+from data_tools.work_folder import WorkFolder
+from tests.data_tools.tokenizer_folders import byte_level, declare
 
 _TEXTS = [f"document number {i} " + "word " * (i % 50) + "\u00e9\n" for i in range(3000)]
 
@@ -132,6 +136,106 @@ def test_option_that_cannot_be_used_is_refused(
     source = _write_jsonl(tmp_path / "in.jsonl", ["x"])
     with pytest.raises(DataError, match=message):
         _preprocess(source, tmp_path / "out", *options)
+
+
+def _preprocess_with(
+    folder: Path, texts: Sequence[str], *options: str, tokenizer: Path | None = None
+) -> IndexedDataset:
+    source = _write_jsonl(folder / "in.jsonl", texts)
+    spec = str(tokenizer or folder / "t")
+    return _preprocess(source, folder / "out", "--overwrite", "--tokenizer", spec, *options)
+
+
+def _documents(dataset: IndexedDataset) -> list[list[int]]:
+    return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
+
+
+_CHAT = ["<|im_start|>user\nriver stone<|im_end|>\n", "water"]
+
+
+def test_documents_are_what_transformers_makes_of_them_and_an_end_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
+    byte_level(tmp_path / "t", special, begin="<|begin|>")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    declare(tmp_path / "t", tokenizer_config={**config, "bos_token": "<|begin|>"})
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
+    dataset = _preprocess_with(tmp_path, _CHAT)
+    expected = [[*theirs(text).input_ids, theirs.eos_token_id] for text in _CHAT]
+    assert _documents(dataset) == expected
+    assert dataset.info is not None
+    assert dataset.info.text_rules == (301, (300,), "parse")
+    assert "begin with <|begin|> (300; as its post-processor) and end with <|end|> (301; decla" in (
+        capsys.readouterr().out
+    )
+    dataset = _preprocess_with(tmp_path, _CHAT, "--no-add-bos", "--special-tokens", "plain")
+    assert _documents(dataset) == [
+        [*theirs.encode(t, add_special_tokens=False, split_special_tokens=True), 301] for t in _CHAT
+    ]
+    assert dataset.info is not None
+    assert dataset.info.text_rules == (301, (), "plain")
+    verify(str(tmp_path / "out"))
+
+
+def test_begin_token_can_be_asked_for_where_one_is_declared(tmp_path: Path) -> None:
+    byte_level(tmp_path / "t", ["<s>", "</s>"])
+    with pytest.raises(DataError, match="--add-bos: no file of the tokenizer declares a token"):
+        _preprocess_with(tmp_path, _CHAT, "--add-bos")
+    other = declare(
+        byte_level(tmp_path / "u", ["<s>", "</s>"]), tokenizer_config={"bos_token": "<s>"}
+    )
+    with_bos = _preprocess_with(tmp_path, ["a"], "--add-bos", tokenizer=other)
+    assert _documents(with_bos)[0][0] == 300
+    assert _documents(_preprocess_with(tmp_path, ["a"], tokenizer=other))[0][0] != 300
+    source = _write_jsonl(tmp_path / "in.jsonl", ["a"])
+    with pytest.raises(DataError, match="--add-bos: no file of the tokenizer declares a token"):
+        _preprocess(source, tmp_path / "bytes", "--add-bos")
+    with pytest.raises(DataError, match="--special-tokens parse has no effect with the tokenizer"):
+        _preprocess(source, tmp_path / "bytes", "--special-tokens", "parse")
+
+
+def test_tokenizer_without_an_end_token_works_where_none_is_wanted(tmp_path: Path) -> None:
+    byte_level(tmp_path / "t")
+    with pytest.raises(DataError, match="so no token ends a document; name one with --eod TOKEN"):
+        _preprocess_with(tmp_path, ["river"])
+    dataset = _preprocess_with(tmp_path, ["river stone", "river"], "--no-append-eod")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
+    assert _documents(dataset) == [tokenizer.encode(t).ids for t in ("river stone", "river")]
+    assert dataset.info is not None
+    assert dataset.info.eod_id is None
+
+
+def test_end_token_that_is_asked_for_replaces_the_declared_one(tmp_path: Path) -> None:
+    byte_level(tmp_path / "t", ["<|endoftext|>", "<|doc|>"])
+    declare(tmp_path / "t", tokenizer_config={"eos_token": "<|endoftext|>"})
+    dataset = _preprocess_with(tmp_path, ["river"], "--eod", "<|doc|>")
+    assert _documents(dataset)[0][-1] == 301
+    assert dataset.info is not None
+    assert dataset.info.eod_id == 301
+
+
+def test_unfinished_shards_of_other_rules_are_not_gone_on_from(tmp_path: Path) -> None:
+    byte_level(tmp_path / "t", ["<|endoftext|>"])
+    folder = WorkFolder(tmp_path / "out")
+    source = _write_jsonl(tmp_path / "in.jsonl", ["river"])
+    settings = EncodingSettings(str(tmp_path / "t"), None, True, "text", skip_bad_lines=False)
+    folder.plan(_identity(settings), [])
+    folder.claim(overwrite=False)
+    (folder.path / "kept.report").write_text("{}")
+    folder.release()
+    message = "unfinished run with special_tokens parse, but this one has plain; give the command"
+    with pytest.raises(DataError, match=message):
+        _preprocess(
+            source,
+            tmp_path / "out",
+            "--tokenizer",
+            str(tmp_path / "t"),
+            "--special-tokens",
+            "plain",
+        )
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:

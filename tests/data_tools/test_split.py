@@ -3,14 +3,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_tools.errors import DataError
 from data_tools.indexed import IndexedDataset
+from data_tools.origin import origin_of
 from data_tools.preprocess import main as preprocess
-from data_tools.split import main, split
+from data_tools.split import main, split, split_bounds, split_in_order
 from data_tools.verify import verify
-from tests.data_tools.corpora import counting_documents, write_corpus
+from tests.data_tools.corpora import (
+    counting_documents,
+    megatron_datasets,
+    write_corpus,
+    write_megatron_corpus,
+)
+from tests.data_tools.tokenizer_folders import byte_level, declare
 
 _TEXTS = [f"document number {i % 300}, caf\u00e9" for i in range(900)]  # each of them three times
 
@@ -67,6 +75,138 @@ def test_choice_depends_on_the_seed_and_the_document_alone(corpus: str, tmp_path
     arguments = ["--input", str(tmp_path / "few.jsonl"), "--output", str(tmp_path / "few")]
     preprocess([*arguments, "--tokenizer", "bytes"])
     assert first[1][0] in _split(str(tmp_path / "few"))[1]
+
+
+@pytest.fixture
+def megatron_corpus(tmp_path: Path) -> tuple[str, list[list[int]]]:
+    """50 documents that Megatron wrote, each of bytes and an end token."""
+    generator = np.random.default_rng(0)
+    documents = [np.append(generator.integers(0, 256, size=40), 256) for _ in range(50)]
+    prefix = write_megatron_corpus(tmp_path / "m", documents, dtype="uint16")
+    return str(prefix), [document.tolist() for document in documents]
+
+
+def _ids(prefix: str) -> list[list[int]]:
+    dataset = IndexedDataset(prefix)
+    return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
+
+
+@pytest.mark.parametrize("ratios", ["969,30,1", "900,50,50", "98,2,0", "1", "0,7,3", ".5,.25,.25"])
+@pytest.mark.parametrize("num_documents", [1, 10, 50, 12_345])
+def test_ratios_cut_where_megatron_cuts(ratios: str, num_documents: int) -> None:
+    module = megatron_datasets("blended_megatron_dataset_config")
+    shares = module.parse_and_normalize_split(ratios)
+    matrix = module.convert_split_vector_to_split_matrix(shares)
+    theirs = [
+        None if part is None else tuple(round(x * float(num_documents)) for x in part)
+        for part in matrix
+    ]
+    for ours, expected in zip(split_bounds(ratios, num_documents), theirs, strict=True):
+        assert ours == expected if expected is not None else ours[0] == ours[1]
+
+
+@pytest.mark.parametrize("tokenizer", [None, "bytes"])
+def test_parts_of_a_corpus_of_megatron_are_in_order_and_whole(
+    megatron_corpus: tuple[str, list[list[int]]],
+    tokenizer: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prefix, documents = megatron_corpus
+    options = [] if tokenizer is None else ["--tokenizer", tokenizer]
+    outputs = [f"{prefix}_{part}" for part in ("train", "validation", "test")]
+    named = dict(zip(("--train", "--validation", "--test"), outputs, strict=True))
+    arguments = [each for pair in named.items() for each in pair]
+    main([prefix, "--split", "900,60,40", *arguments, *options])
+    assert [_ids(each) for each in outputs] == [documents[:45], documents[45:48], documents[48:]]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2].startswith(f"{outputs[2]}.bin/.idx: 2 documents, 82 tokens")
+    for output, count in zip(outputs, (45, 3, 2), strict=True):
+        info = IndexedDataset(output).info
+        if tokenizer is None:
+            assert info is None
+        else:
+            assert info is not None
+            assert (info.num_bytes, info.eod_id, info.tokenizer) == (count * 40, 256, "bytes")
+            verify(output)
+
+
+def test_share_of_a_corpus_of_megatron_is_held_out_by_hash(
+    megatron_corpus: tuple[str, list[list[int]]],
+) -> None:
+    prefix, documents = megatron_corpus
+    train, validation = f"{prefix}_train", f"{prefix}_validation"
+    assert split(prefix, train, validation, share=0.2) == [None, None]
+    assert sorted(_ids(train) + _ids(validation)) == sorted(documents)
+    infos = split(prefix, train, validation, share=0.2, tokenizer="bytes", overwrite=True)
+    assert [info and info.num_bytes for info in infos] == [
+        40 * len(_ids(train)),
+        40 * len(_ids(validation)),
+    ]
+
+
+def test_parsed_tokens_count_as_the_text_that_spells_them(tmp_path: Path) -> None:
+    byte_level(tmp_path / "t", ["<|begin|>", "<|end|>", "<|im_end|>"], begin="<|begin|>")
+    declare(tmp_path / "t", tokenizer_config={"eos_token": "<|end|>"})
+    texts = [f"river {i}<|im_end|> caf\u00e9" for i in range(60)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "in.jsonl").write_text(lines)
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "all")]
+    preprocess([*arguments, "--tokenizer", str(tmp_path / "t"), "--workers", "1"])
+    whole = IndexedDataset(tmp_path / "all").info
+    infos = split_in_order(
+        str(tmp_path / "all"),
+        {"--train": str(tmp_path / "a"), "--validation": str(tmp_path / "b")},
+        ratios="1,1",
+    )
+    assert whole is not None
+    for info, part in zip(infos, (texts[:30], texts[30:]), strict=True):
+        assert info is not None
+        assert info.num_bytes == sum(len(text.encode()) for text in part)
+        assert info.text_rules == whole.text_rules == (301, (300,), "parse")
+    assert infos[0] is not None
+    # The tokenizer finds the marks of a corpus that says nothing of them.
+    (tmp_path / "all.json").unlink()
+    for eod, message in (("<|im_end|>", "document 0 does not end with id 302 of --eod"),):
+        with pytest.raises(DataError, match=message):
+            origin_of(IndexedDataset(tmp_path / "all"), tokenizer=str(tmp_path / "t"), eod=eod)
+    origin = origin_of(IndexedDataset(tmp_path / "all"), tokenizer=str(tmp_path / "t"))
+    assert origin is not None
+    assert origin.text == (301, (300,), "parse")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "9,1", "--train", "a"], "--validation is missing: --split 9,1 gives it 5 of"),
+        (
+            ["--split", "9,1,0", "--train", "a", "--validation", "b", "--test", "c"],
+            "--test c would be empty: --split 9,1,0 gives it 0 of 50 documents; remove it",
+        ),
+        (["--split", "9,x", "--train", "a"], "--split 9,x must be one to three numbers"),
+        (["--split", "0,0", "--train", "a"], "--split 0,0 must be one to three numbers"),
+        (["--split", "1,1,1,1", "--train", "a"], "--split 1,1,1,1 must be one to three numbers"),
+        (
+            ["--split", "9,1", "--train", "a", "--validation", "b", "--seed", "1"],
+            "--seed 1 has no effect with --split",
+        ),
+        (["--share", "0.1", "--train", "a"], "--share needs --train and --validation"),
+        (
+            ["--share", "0.1", "--train", "a", "--validation", "b", "--eod", "x"],
+            "--eod x has no effect: .*m has no tokenizer; give --tokenizer as well",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_each_other_are_refused(
+    megatron_corpus: tuple[str, list[list[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        main([megatron_corpus[0], *options])
+    assert not list(tmp_path.glob("[abc].*"))
 
 
 def test_split_that_cannot_be_made_leaves_nothing(corpus: str, tmp_path: Path) -> None:
