@@ -93,7 +93,7 @@ class PlainEngine:
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
         set_learning_rate(engine.optimizer, learning_rate)
-        names = ("loss", *self.plan.family.loss_names)
+        names = ("loss", *self.plan.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
         applied = True
@@ -260,7 +260,7 @@ def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
         schema=plan.schema(plan.ctx, seq_length=plan.run.data.sequence_length),
         inputs_type=TokenInputs,
         objective=plan.objective,
-        loss_names=plan.family.loss_names,
+        loss_names=plan.loss_names,
         seed=plan.run.training.seed,
         recompute=plan.run.training.activation_recomputation == "full",
         after_each=after_each,

@@ -48,6 +48,7 @@ RULES: dict[str, Change] = {
     "training.eps": "fixed",
     "training.weight_decay": "fixed",
     "training.grad_clip": "training",
+    "training.z_loss": "training",
     "training.precision": "fixed",
     "training.fp8_recipe": "fixed",
     "training.activation_recomputation": "free",

@@ -99,6 +99,13 @@ class TrainingConfig(BaseModel):
         default=1.0, ge=0, description="Largest global 2-norm of the gradient; 0: no clipping"
     )
 
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="Coefficient of the z-loss, the squared log-partition of the head's logits "
+        "averaged over scored tokens; PaLM's is 1e-4, 0: none",
+    )
+
     precision: Literal["fp32", "bf16", "fp8"] = Field(
         default="bf16", description="bf16 and fp8 keep fp32 master weights and accumulate in fp32"
     )
