@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from data_tools.byte_bpe import FastByteBpe
 from data_tools.byte_dataset import BYTE_EOD, BYTE_VOCAB_SIZE
-from data_tools.errors import DataError
+from data_tools.errors import DataError, looked_up
 from data_tools.tiktoken_files import RULES, TiktokenTokenizer, split_spec
 
 TOKENIZER_HELP = (
@@ -237,8 +237,8 @@ def _tokenizer_file(path: Path) -> Path:
         raise DataError(f"{path}: no tokenizer.json or tokenizer.model in it; check the tokenizer")
     if not path.is_file():
         raise DataError(
-            f"tokenizer {path}: no such file; give `bytes`, a tokenizer.json, a directory or "
-            "a .model"
+            f"tokenizer {path}: no such file{looked_up(path)}; give `bytes`, a tokenizer.json, a "
+            "directory or a .model"
         )
     if path.suffix == ".tiktoken":
         raise DataError(
