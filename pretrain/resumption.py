@@ -15,7 +15,9 @@ from pretrain.config.errors import show
 from pretrain.config.layout import RunLayout
 from pretrain.schedule import learning_rate
 
+_OF_THE_COMMAND = ("run_dir", "resume")
 _LIMITS = ("max_steps", "max_tokens", "max_epochs")
+_UNUSED = "training.init_from"
 # What decides the learning rate of a step, beside the number of steps of the run.
 _OF_THE_RATE = ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio")
 _OF_THE_BATCH = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
@@ -76,7 +78,7 @@ def changes_told(checkpoint: Checkpoint, config: RunConfig, layout: RunLayout) -
     """
     names = {each.key.removeprefix("training.") for each in checkpoint.differences}
     return [
-        *(_told(each) for each in checkpoint.differences),
+        *(_told(each) for each in checkpoint.differences if each.key not in _OF_THE_COMMAND),
         *_layout_told(checkpoint, layout),
         *_batch_told(checkpoint, layout, names),
         *_rate_told(checkpoint, config, layout, names),
@@ -84,8 +86,10 @@ def changes_told(checkpoint: Checkpoint, config: RunConfig, layout: RunLayout) -
 
 
 def _told(difference: Difference) -> str:
-    old, new = ("none" if x in (None, MISSING) else show(x) for x in difference[1:3])
-    return f"{difference.key}: {old} -> {new}"
+    values = (difference.old, difference.new)
+    old, new = ("none" if x in (None, MISSING) else show(x, longest=400) for x in values)
+    unused = ", which has no effect: the weights are the checkpoint's"
+    return f"{difference.key}: {old} -> {new}{unused * difference.key.startswith(_UNUSED)}"
 
 
 def _layout_told(checkpoint: Checkpoint, layout: RunLayout) -> Iterator[str]:

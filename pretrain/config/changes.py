@@ -104,7 +104,7 @@ def config_differences(
             if old_prints[key] == new_prints[key]:
                 continue
             values = tuple(
-                f"{value} (fingerprint {prints[key][:12]})"
+                f"{value} (fingerprint {prints[key][:12]})".removeprefix(f"{MISSING} ")
                 for value, prints in zip(values, (old_prints, new_prints), strict=True)
             )
         elif values[0] == values[1] or all(value in (MISSING, None) for value in values):
