@@ -119,7 +119,8 @@ def _check_function(path: Path, run: RunConfig, stored: StoredModel) -> None:
         )
     for key, name in named.items():
         if key not in differing:
-            guess = nearest(key, differing)
+            is_setting = key == TOKENIZER or key.removeprefix("model.") in ours
+            guess = None if is_setting else nearest(key, differing)
             remedy = f"did you mean {guess.removeprefix('model.')}?" if guess else "remove it"
             raise ConfigError(
                 f"training.init_from_changes names {name}, which is not different from "
