@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.byte_dataset import BYTE_VOCAB_SIZE
 from data_tools.config import DataConfig
-from data_tools.curriculum import Curriculum
-from data_tools.errors import DataError
+from data_tools.curriculum import Curriculum, Stage
+from data_tools.errors import DataError, NoSuchFileError
 from data_tools.evaluation import EvalBatches
 from data_tools.fim import FillInTheMiddle
 from data_tools.loader import TrainLoader
-from data_tools.mix import Phase
+from data_tools.overlap import overlap_remarks
 from data_tools.sentinels import find_sentinels
 from data_tools.sources import open_sources
 from data_tools.token_dataset import TokenDataset
+from data_tools.token_stream import NamedStream
 
 
 def build_train_loader(
@@ -23,11 +24,11 @@ def build_train_loader(
     *,
     sequence_length: int,
     micro_batch_size: int,
-    micro_batches_per_step: int,
     data_rank: int,
     data_size: int,
     seed: int,
     vocab_size: int,
+    micro_batches_per_step: int = 1,
     curriculum: Curriculum | None = None,
     consumed_samples: int = 0,
     state: Mapping[str, Any] | None = None,
@@ -36,19 +37,20 @@ def build_train_loader(
 
     The order of samples depends on the seed, the names, weights and contents of the sources and
     the sequence length; not on the batch size, `data_size`, the workers or restarts. `curriculum`
-    is the run's, which stages and `max_epochs` need. `state` is what `state_dict` gave; without one
-    the run's first `consumed_samples` samples are skipped.
+    is the run's, which stages and `max_epochs` need; it says how many samples a step takes, and
+    without one `micro_batches_per_step` does. `state` is what `state_dict` gave; without one the
+    run's first `consumed_samples` samples are skipped.
 
     Raises:
         DataError: a source is missing, damaged, too short or of another vocabulary or tokenizer,
             the run would read one more often than its `max_epochs`, or `state` belongs to other
             data.
     """
+    sequences_per_step = micro_batch_size * micro_batches_per_step * data_size
     loader = TrainLoader(
         _datasets(config, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size),
-        _phases(config, curriculum, sequence_length),
+        curriculum or _endless(config, sequence_length, sequences_per_step),
         micro_batch_size=micro_batch_size,
-        micro_batches_per_step=micro_batches_per_step,
         data_rank=data_rank,
         data_size=data_size,
         seed=seed,
@@ -56,7 +58,7 @@ def build_train_loader(
         num_workers=config.num_workers,
     )
     _move_to_position(loader, state, consumed_samples)
-    _check_epochs(config, curriculum, loader)
+    check_epochs(config, curriculum, loader)
     return loader
 
 
@@ -66,8 +68,17 @@ def count_training_tokens(config: DataConfig, *, vocab_size: int) -> int:
     Raises:
         DataError: a source is missing, damaged or of another vocabulary or tokenizer.
     """
-    sources = open_sources(config, config.train, vocab_size=vocab_size)
+    sources = _open(config, "train", vocab_size=vocab_size)
     return sum(stream.num_tokens for _, stream in sources)
+
+
+def _open(
+    config: DataConfig, split: Literal["train", "validation"], *, vocab_size: int
+) -> list[NamedStream]:
+    try:
+        return open_sources(config, getattr(config, split), vocab_size=vocab_size)
+    except NoSuchFileError as error:
+        raise DataError(f"data.{split}: {error}") from error
 
 
 def _datasets(
@@ -82,7 +93,7 @@ def _datasets(
             reset_at_documents=config.reset_at_documents,
             fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
         )
-        for name, stream in open_sources(config, config.train, vocab_size=vocab_size)
+        for name, stream in _open(config, "train", vocab_size=vocab_size)
     ]
 
 
@@ -104,32 +115,51 @@ def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | 
     )
 
 
-def _phases(config: DataConfig, curriculum: Curriculum | None, sequence_length: int) -> list[Phase]:
-    if curriculum is None:
-        if config.stages:
-            raise DataError("data.stages need the length of the run; give its curriculum")
-        return [Phase(0, {source.name: source.weight for source in config.train}, sequence_length)]
-    return [
-        Phase(
-            stage.first_step * curriculum.sequences_per_step, stage.weights, stage.sequence_length
-        )
-        for stage in curriculum.stages
-    ]
+def _endless(config: DataConfig, sequence_length: int, sequences_per_step: int) -> Curriculum:
+    if config.stages:
+        raise DataError("data.stages need the length of the run; give its curriculum")
+    weights = {source.name: source.weight for source in config.train}
+    stage = Stage(0, weights, sequence_length, {}, sequences_per_step)
+    return Curriculum([stage], total_steps=0)
 
 
-def _check_epochs(config: DataConfig, curriculum: Curriculum | None, loader: TrainLoader) -> None:
+def check_epochs(config: DataConfig, curriculum: Curriculum | None, loader: TrainLoader) -> None:
+    """Check how often the run will have read each source at its end.
+
+    Raises:
+        DataError: one more often than its `max_epochs`.
+    """
     limits = {s.name: s.max_epochs for s in config.train if s.max_epochs is not None}
     if not limits:
         return
     if curriculum is None:
         raise DataError("max_epochs needs the length of the run; give its curriculum")
-    epochs = loader.epochs_at(curriculum.total_steps * curriculum.sequences_per_step)
+    epochs = epochs_of(curriculum, loader)
     for name, limit in limits.items():
         if epochs.get(name, 0.0) > limit:
             raise DataError(
                 f"data source {name}: the run would read it {epochs[name]:.3g} times, more than "
                 f"max_epochs {limit:g}; lower its weight, shorten the run or raise max_epochs"
             )
+
+
+def epochs_of(curriculum: Curriculum, loader: TrainLoader) -> dict[str, float]:
+    """How often the run will have read each source at its end."""
+    return loader.epochs_at(curriculum.position_after(curriculum.total_steps).samples)
+
+
+def data_remarks(
+    config: DataConfig, curriculum: Curriculum, loader: TrainLoader, held_out: EvalBatches | None
+) -> list[str]:
+    """What there is to say of the data of a run, a line each: text that is read again and again,
+    and held-out text that is trained on."""
+    often = [
+        f"data source {name}: the run reads it {epochs:.3g} times, more than data.warn_epochs="
+        f"{config.warn_epochs:g}; add text, lower its weight, or raise data.warn_epochs"
+        for name, epochs in epochs_of(curriculum, loader).items()
+        if epochs > config.warn_epochs
+    ]
+    return often + ([] if held_out is None else overlap_remarks(loader.sources, held_out.sources))
 
 
 def _move_to_position(
@@ -166,7 +196,7 @@ def build_eval_batches(
         raise DataError("data.validation is empty; name held-out text, or turn evaluation off")
     if max_windows is not None and max_windows < 1:
         raise DataError(f"max_windows is {max_windows}, but at least 1 is needed; raise it")
-    streams = open_sources(config, config.validation, vocab_size=vocab_size)
+    streams = _open(config, "validation", vocab_size=vocab_size)
     for name, stream in streams:
         if stream.num_tokens < 2:
             raise DataError(

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.errors import DataError
-from data_tools.indexed import map_file
+from data_tools.errors import DataError, NoSuchFileError, looked_up
+from data_tools.indexed import bisect_right, map_file
 from data_tools.permutation import IntArray, TokenArray
 from data_tools.token_stream import Span, TokenStream
 
@@ -83,7 +83,7 @@ class ByteStream:
 
     def __init__(self, files: MappedFiles, *, blank_lines: bool = False) -> None:
         self._files = files
-        self._blank_lines = blank_lines
+        self._blank_lines = self.is_scanned = blank_lines
         self._ends = np.cumsum(files.sizes + 1)  # a file is its bytes and one end token
         self._begins = self._ends - files.sizes - 1
 
@@ -117,6 +117,8 @@ class ByteStream:
         return ids, ends
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
+        if not self._blank_lines:
+            return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
         return [find_document_starts(self, begin, length) for begin in begins.tolist()]
 
     def document_at(self, place: int) -> Span:
@@ -161,6 +163,15 @@ def find_span(ends: IntArray, place: int) -> Span:
     """Which of the spans that end at `ends`, each where the next begins, holds a place."""
     index = int(np.searchsorted(ends, place, side="right"))
     return Span(int(ends[index - 1]) if index else 0, int(ends[index]))
+
+
+def starts_between(ends: IntArray, begin: int, length: int) -> IntArray:
+    """Positions p, begin < p < begin + length, among the places where spans end and others begin.
+
+    `ends` may be mapped from a file: a few of its places are read, and what is returned.
+    """
+    first, last = bisect_right(ends, np.array([begin, begin + length - 1])).tolist()
+    return np.array(ends[first:last], dtype=np.int64)
 
 
 def _around(stream: TokenStream, place: int, file: Span) -> Span:
@@ -237,7 +248,9 @@ def expand_paths(pattern: str, *, suffixes: tuple[str, ...] = ()) -> list[Path]:
         files = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
     if not files:
         wanted = f" with {', '.join(suffixes)}" if suffixes and path.is_dir() else ""
-        raise DataError(f"{pattern}: no such file, or nothing in it{wanted}; check the path")
+        raise NoSuchFileError(
+            f"{pattern}: no such file, or nothing in it{wanted}{looked_up(pattern)}; check the path"
+        )
     return sorted(files)
 
 

@@ -147,6 +147,12 @@ class DataConfig(BaseModel):
     fim: FimConfig | None = Field(
         default=None, description="Rearrange documents to fill in the middle; null: none"
     )
+    warn_epochs: float = Field(
+        default=4.0,
+        gt=0,
+        description="Warn of a source that the run reads more often than this; one that is read "
+        "four times still teaches almost as much as new text (arXiv 2305.16264)",
+    )
     cache_dir: str | None = Field(
         default=None,
         min_length=1,

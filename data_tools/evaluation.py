@@ -37,22 +37,27 @@ class EvalBatches:
         reset_at_documents: bool,
         max_windows: int | None = None,
     ) -> None:
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._sequence_length = sequence_length
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
         self._vocab_size = vocab_size
         self._reset_at_documents = reset_at_documents
-        counts = [-(-(s.stream.num_tokens - 1) // sequence_length) for s in self._sources]
+        counts = [-(-(s.stream.num_tokens - 1) // sequence_length) for s in self.sources]
         self._pin = has_pinned_memory()
         self._last_windows = np.cumsum(counts)  # window numbers run on from source to source
         total = sum(counts)
         self.num_windows = total if max_windows is None else min(total, max_windows)
         self._windows = np.arange(self.num_windows) * total // self.num_windows
-        scored = [self._scored_tokens(i) for i in range(len(self._sources))]
+        scored = [self._scored_tokens(i) for i in range(len(self.sources))]
         self.num_tokens = sum(scored)
         self.num_bytes = self._scored_bytes(scored)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Name of each source -> fingerprint of its text."""
+        return {source.name: source.stream.fingerprint for source in self.sources}
 
     def __len__(self) -> int:
         return -(-self.num_windows // (self._micro_batch_size * self._data_size))
@@ -81,7 +86,7 @@ class EvalBatches:
 
     def _read(self, window: int) -> Windows:
         source = int(np.searchsorted(self._last_windows, window, side="right"))
-        name, stream = self._sources[source]
+        name, stream = self.sources[source]
         start = (window - self._first_window(source)) * self._sequence_length
         part = read_windows(
             stream,
@@ -96,7 +101,7 @@ class EvalBatches:
         return int(self._last_windows[source - 1]) if source else 0
 
     def _scored_tokens(self, source: int) -> int:
-        stream = self._sources[source].stream
+        stream = self.sources[source].stream
         first, last = self._first_window(source), int(self._last_windows[source])
         own = self._windows[(self._windows >= first) & (self._windows < last)] - first
         starts = own * self._sequence_length
@@ -112,7 +117,7 @@ class EvalBatches:
 
     def _scored_bytes(self, scored: Sequence[int]) -> int | None:
         total = 0.0
-        for source, num_scored in zip(self._sources, scored, strict=True):
+        for source, num_scored in zip(self.sources, scored, strict=True):
             if source.stream.num_bytes is None:
                 return None
             total += source.stream.num_bytes * num_scored / source.stream.num_tokens

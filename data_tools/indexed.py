@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.corpus_info import read_info
-from data_tools.errors import DataError
+from data_tools.errors import DataError, NoSuchFileError, looked_up
 from data_tools.permutation import IntArray
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -254,7 +254,9 @@ def map_file(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; check the path or preprocess it first") from error
+        raise NoSuchFileError(
+            f"{path}: no such file{looked_up(path)}; check the path or preprocess it first"
+        ) from error
     except ValueError as error:  # what mmap says of an empty file
         raise DataError(f"{path}: the file is empty; preprocess the corpus again") from error
     except OSError as error:

@@ -22,7 +22,7 @@ from typing import IO
 
 import numpy as np
 
-from data_tools.byte_dataset import BYTE_EOD, MappedFiles, find_document_starts
+from data_tools.byte_dataset import BYTE_EOD, MappedFiles, starts_between
 from data_tools.errors import DataError
 from data_tools.files import flush_to_disk, locked
 from data_tools.indexed import bisect_right, map_file
@@ -76,7 +76,7 @@ class JsonlImage:
         return np.add(found, found == _END[0], dtype=np.uint16)  # 255 becomes BYTE_EOD
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
-        return [find_document_starts(self, begin, length) for begin in begins.tolist()]
+        return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
 
     def document_at(self, place: int) -> Span:
         index = int(bisect_right(self._ends, np.array([place]))[0])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.byte_dataset import BYTE_EOD, MappedFiles, find_document_starts, find_span
+from data_tools.byte_dataset import BYTE_EOD, MappedFiles, find_span, starts_between
 from data_tools.errors import DataError
 from data_tools.permutation import IntArray, TokenArray
 from data_tools.token_stream import Span
@@ -59,7 +59,7 @@ class JsonlStream:
         return ids
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
-        return [find_document_starts(self, begin, length) for begin in begins.tolist()]
+        return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
 
     def document_at(self, place: int) -> Span:
         return find_span(self._ends, place)

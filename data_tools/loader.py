@@ -1,6 +1,6 @@
 """The training loader: micro-batches of one data-parallel rank in an order that nothing changes.
 
-Letters: b micro-batch size, s sequence length, M micro-batches per step, D data-parallel ranks.
+Letters: b micro-batch size, s sequence length, D data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 
 from data_tools.batch import IGNORED_LABEL, Batch
+from data_tools.curriculum import Curriculum
 from data_tools.errors import DataError
 from data_tools.loader_state import GivenState, LoaderState, MixState, SourceState
-from data_tools.mix import Leg, Mix, Phase, plan_mix
+from data_tools.mix import Leg, Mix, plan_mix
 from data_tools.permutation import IntArray, TokenArray
 from data_tools.token_dataset import Places, TokenDataset, Windows
+from data_tools.token_stream import NamedStream
 
 _PLANNED = 64  # micro-batches whose samples are looked up at once
 
@@ -38,8 +40,8 @@ class TrainLoader:
     """Endless iterator over the micro-batches of one data-parallel rank.
 
     Micro-batch n of rank r holds the run-wide samples (n*D + r)*b + [0, b) after the first sample,
-    so step t of all ranks together holds samples [t*G, (t + 1)*G) with G = b*M*D, at any D.
-    Where a phase begins, weights and sequence length change with the step.
+    so a step of G samples, a multiple of b*D, holds the same G samples in the same order at any b
+    and D. `curriculum` says how many each step takes, and from which mix and of which length.
     `num_workers` threads prepare the next `num_workers + 1` micro-batches; with 0 each is prepared
     when it is asked for. An error in a thread is raised by `next`.
     """
@@ -47,10 +49,9 @@ class TrainLoader:
     def __init__(
         self,
         datasets: Sequence[TokenDataset],
-        phases: Sequence[Phase],
+        curriculum: Curriculum,
         *,
         micro_batch_size: int,
-        micro_batches_per_step: int,
         data_rank: int,
         data_size: int,
         seed: int,
@@ -60,9 +61,8 @@ class TrainLoader:
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} must be in [0, data_size {data_size})")
         self._datasets = {dataset.name: dataset for dataset in datasets}
-        self._phases = tuple(phases)
+        self._curriculum = curriculum
         self._micro_batch_size = micro_batch_size
-        self._micro_batches_per_step = micro_batches_per_step
         self._data_rank = data_rank
         self._data_size = data_size
         self._seed = seed
@@ -73,20 +73,30 @@ class TrainLoader:
         self._sequence_length = datasets[0].sequence_length
         self._pending: deque[Future[Batch]] = deque()
         self._executor: ThreadPoolExecutor | None = None
-        self._move_to(0, plan_mix(phases))
+        first = curriculum.start.samples
+        self._move_to(first, plan_mix(curriculum.phases(), consumed_samples=first))
 
     @property
     def consumed_samples(self) -> int:
         """Samples of all ranks in the steps whose micro-batches have all been handed out."""
-        steps = self._num_drawn // self._micro_batches_per_step
-        per_step = self._micro_batch_size * self._micro_batches_per_step * self._data_size
-        return self._first_sample + steps * per_step
+        drawn = self._num_drawn * self._micro_batch_size * self._data_size
+        return self._curriculum.whole_steps(self._first_sample, self._first_sample + drawn)
 
     @property
     def tokens_per_source(self) -> dict[str, int]:
         """The ledger: tokens that each source has given to the run."""
         ledger = self._mix.ledger(self.consumed_samples)
         return {name: given.tokens for name, given in ledger.items()}
+
+    @property
+    def sources(self) -> list[NamedStream]:
+        """The sources of the run."""
+        return [NamedStream(name, dataset.stream) for name, dataset in self._datasets.items()]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Name of each source of the run -> fingerprint of its text."""
+        return {name: self._fingerprints[name] for name in self._datasets}
 
     def skip_to(self, consumed_samples: int) -> None:
         """Go on after the first `consumed_samples` samples of the run.
@@ -146,21 +156,27 @@ class TrainLoader:
             ),
         ).model_dump()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, curriculum: Curriculum | None = None
+    ) -> None:
         """Go on where `state` was taken, also with another batch size, data size or mix.
 
+        `curriculum`: the run's from there on, where it is not the one that the loader has.
+
         Raises:
-            DataError: the seed, the sequence length or the content of a source differs.
+            DataError: the seed, the sequence length or the content of a source differs, or a stage
+                would begin inside a step.
         """
         saved = LoaderState.parse(state)
         saved.check_resumable(
             seed=self._seed,
             sequence_length=self._sequence_length,
-            fingerprints={name: self._fingerprints[name] for name in self._datasets},
+            fingerprints=self.fingerprints,
         )
         earlier = {name: source.fingerprint for name, source in saved.sources.items()}
         self._fingerprints = {**earlier, **self._fingerprints}
-        self._move_to(saved.consumed_samples, saved.plan(self._phases))
+        self._curriculum = curriculum or self._curriculum
+        self._move_to(saved.consumed_samples, saved.plan(self._curriculum.phases()))
 
     def close(self) -> None:
         """End the threads and drop what they prepared; a later `next` starts them again."""
@@ -194,13 +210,18 @@ class TrainLoader:
         self._first_sample = first_sample
         self._num_drawn = 0  # micro-batches handed out since `_first_sample`
         self._plan: _Plan | None = None
-        per_step = self._micro_batch_size * self._micro_batches_per_step * self._data_size
-        for begin in mix.first_samples:
-            if begin > first_sample and (begin - first_sample) % per_step:
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        per_round = self._micro_batch_size * self._data_size
+        for stage in self._curriculum.stages:
+            if stage.sequences_per_step % per_round:
                 raise DataError(
-                    f"a stage begins at sample {begin}, inside a step: steps of {per_step} samples "
-                    f"go on from {first_sample}; keep the number of samples of a step"
+                    f"steps of {stage.sequences_per_step} samples are not whole micro-batches of "
+                    f"{self._micro_batch_size} samples on each of {self._data_size} data ranks; "
+                    "change training.batch_size"
                 )
+        self._curriculum.check_begin(self._first_sample)
 
     def _prefetched(self) -> Batch:
         if self._executor is None:

@@ -82,7 +82,8 @@ class LoaderState(BaseModel):
         """Refuse what would repeat or skip samples.
 
         Raises:
-            DataError: the seed, the sequence length or the content of a source has changed.
+            DataError: the seed, the sequence length, the content or the name of a source has
+                changed.
         """
         for what, saved, now in (
             ("training.seed", self.seed, seed),
@@ -100,6 +101,21 @@ class LoaderState(BaseModel):
                     f"data source {name} is not the corpus that the checkpoint was trained on "
                     f"(fingerprint {fingerprint[:12]}, {saved_source.fingerprint[:12]} saved); "
                     "restore it, or give the new corpus another name"
+                )
+        self._check_names(fingerprints)
+
+    def _check_names(self, fingerprints: Mapping[str, str]) -> None:
+        gone = {
+            source.fingerprint: name
+            for name, source in self.sources.items()
+            if name not in fingerprints
+        }
+        for name, fingerprint in fingerprints.items():
+            if name not in self.sources and (before := gone.get(fingerprint)) is not None:
+                raise DataError(
+                    f"data source {name} is the corpus that the checkpoint was trained on as "
+                    f"{before}, and under another name it would be read again from its beginning; "
+                    f"give it that one in data.train: {{path: ..., name: {before}}}"
                 )
 
     def plan(self, phases: Sequence[Phase]) -> Mix:

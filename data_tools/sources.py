@@ -177,9 +177,23 @@ def _check_vocabulary(name: str, dataset: IndexedDataset, vocab_size: int) -> No
             )
 
 
-def _check_tokenizers(config: DataConfig) -> None:
-    """All sources of training and validation must come from one tokenizer."""
-    expected = config.tokenizer and tokenizer_fingerprint(config.tokenizer)
+def corpus_tokenizer(config: DataConfig) -> str | None:
+    """The fingerprint of what made the tokens of the sources; None where nothing says it.
+
+    Raises:
+        DataError: the sources are of different tokenizers, or `data.tokenizer` is not there.
+    """
+    return "bytes" if config.kind == "bytes" else _check_tokenizers(config)
+
+
+def _check_tokenizers(config: DataConfig) -> str | None:
+    """All sources of training and validation must come from one tokenizer: its fingerprint."""
+    expected = None
+    if config.tokenizer is not None:
+        try:
+            expected = tokenizer_fingerprint(config.tokenizer)
+        except DataError as error:
+            raise DataError(f"data.tokenizer: {error}") from error
     owner = "data.tokenizer"
     for source in (*config.train, *config.validation):
         info = read_info(local_prefix(source.path, cache_dir=config.cache_dir))
@@ -193,3 +207,4 @@ def _check_tokenizers(config: DataConfig) -> None:
                 f"({info.tokenizer_fingerprint[:12]}), but {owner} has {expected[:12]}; "
                 "preprocess it with the same tokenizer"
             )
+    return expected

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from data_tools import hugging_face_files, sentencepiece_files
 from data_tools.byte_dataset import BYTE_EOD, BYTE_VOCAB_SIZE
-from data_tools.errors import DataError
+from data_tools.errors import DataError, looked_up
 from data_tools.hugging_face_files import MERGES, VOCAB, HuggingFaceTokenizer
 from data_tools.marks import Mark, Marks
 from data_tools.sentencepiece_files import SentencePieceTokenizer
@@ -158,8 +158,8 @@ def tokenizer_file(spec: str) -> Path:
         path = _file_in(path)
     if not path.is_file():
         raise DataError(
-            f"tokenizer {path}: no such file; give `bytes`, a tokenizer.json, a directory or "
-            "a .model"
+            f"tokenizer {path}: no such file{looked_up(path)}; give `bytes`, a tokenizer.json, a "
+            "directory or a .model"
         )
     if path.suffix == ".tiktoken":
         raise DataError(

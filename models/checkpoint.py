@@ -7,7 +7,6 @@ parallel.weights_io reads at any layout.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from models.base import ModelFamily
+from models.manifest import closed, read_manifest
 from models.registry import get_config_class, get_family
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
@@ -61,7 +61,7 @@ def open_checkpoint(path: Path | str) -> StoredModel:
     """
     weights = find_weights(Path(path))
     manifest = weights.parent / "manifest.json"
-    content = _read_manifest(manifest)
+    content = read_manifest(manifest)
     run = content["config"]
     try:
         model, data = dict(run["model"]), dict(run["data"])
@@ -76,22 +76,6 @@ def open_checkpoint(path: Path | str) -> StoredModel:
         raise ValueError(f"{manifest} is damaged: no model configuration in it") from error
     verify_weights(weights)
     return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer, text)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, exactly as it was written: its last entry is the checksum of the others."""
-    try:
-        raw = path.read_bytes()
-        content: dict[str, Any] = json.loads(raw)
-        checksum = content.pop("checksum")
-        is_whole = checksum == _checksum(content) and raw == _closed(content)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give a checkpoint or a run") from None
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: not the JSON that was written") from error
-    if not is_whole or "config" not in content:
-        raise ValueError(f"{path} is damaged: its checksum does not match its content")
-    return content
 
 
 def parse_config(values: dict[str, Any], *, source: Path) -> Any:
@@ -220,22 +204,10 @@ def write_manifest(directory: Path, stored: StoredModel) -> None:
         },
         "files": {path.relative_to(directory).as_posix(): _record(path) for path in paths},
     }
-    (directory / "manifest.json").write_bytes(_closed(content))
+    (directory / "manifest.json").write_bytes(closed(content))
 
 
 def _record(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest, "rank": 0}
-
-
-def _closed(content: dict[str, Any]) -> bytes:
-    return _dump({**content, "checksum": _checksum(content)})
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(_dump(content)).hexdigest()
-
-
-def _dump(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")

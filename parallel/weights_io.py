@@ -299,8 +299,8 @@ def find_weights(path: Path) -> Path:
         if any(_SHARD_NAME.fullmatch(entry.name) for entry in _entries(candidate)):
             return candidate
     raise WeightsError(
-        f"no weights in {str(path)!r}: give a run directory, a checkpoint (step_N) or a directory "
-        "of pp_XX_tp_XX.safetensors files"
+        f"no weights in {str(path.absolute())!r}: give a run directory, a checkpoint (step_N) or a "
+        "directory of pp_XX_tp_XX.safetensors files"
     )
 
 

@@ -61,8 +61,15 @@ class Engine(Protocol):
     def set_sequence_length(self, length: int) -> None:
         """The batches from here on have sequences of this length; called on all ranks alike."""
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Batches of each data rank that an optimizer step takes."""
+
+    def set_num_micro_batches(self, number: int) -> None:
+        """Steps from here on take so many batches; called on all ranks alike, between steps."""
+
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
-        """One optimizer step over `gradient_accumulation_steps` batches of this data rank."""
+        """One optimizer step over `num_micro_batches` batches of this data rank."""
 
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
         """Sum, in nats, of the losses of every scored token in `num_batches` batches of all data
@@ -80,7 +87,6 @@ class PlainEngine:
         self.module: nn.Module = deepspeed_engine.module
         self.plan = plan
         self.ctx = plan.ctx
-        self.num_micro_batches = plan.run.training.gradient_accumulation_steps
         needs_reduction = hasattr(deepspeed_engine.optimizer, "reduce_gradients")
         if plan.ctx.data.size == 1 and plan.resolved.zero_stage <= 1 and not needs_reduction:
             # ZeRO-0, and ZeRO-1 in bf16: with no other data rank DeepSpeed would still copy all
@@ -90,10 +96,18 @@ class PlainEngine:
     def set_sequence_length(self, length: int) -> None:
         """Nothing is kept that has the length of a sequence."""
 
+    @property
+    def num_micro_batches(self) -> int:
+        number: int = self.deepspeed.gradient_accumulation_steps()
+        return number
+
+    def set_num_micro_batches(self, number: int) -> None:
+        _set_accumulation(self.deepspeed, number)
+
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
         set_learning_rate(engine.optimizer, learning_rate)
-        names = ("loss", *self.plan.family.loss_names)
+        names = ("loss", *self.plan.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
         applied = True
@@ -152,11 +166,19 @@ class PipelineEngine:
             self.deepspeed.reset_activation_shape()
             self.sequence_length = length
 
+    @property
+    def num_micro_batches(self) -> int:
+        number: int = self.deepspeed.micro_batches
+        return number
+
+    def set_num_micro_batches(self, number: int) -> None:
+        _set_accumulation(self.deepspeed, number)
+
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         set_learning_rate(self.deepspeed.optimizer, learning_rate)
         num_scored = None
         if self.plan.segmented and self.ctx.is_last_stage:
-            batches, num_scored = count_scored(batches, self.deepspeed.micro_batches, self.ctx)
+            batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
         loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
         applied = self.deepspeed.was_step_applied()
         _finish_layer_states(self.module, self.ctx, applied=applied)
@@ -260,7 +282,7 @@ def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
         schema=plan.schema(plan.ctx, seq_length=plan.run.data.sequence_length),
         inputs_type=TokenInputs,
         objective=plan.objective,
-        loss_names=plan.family.loss_names,
+        loss_names=plan.loss_names,
         seed=plan.run.training.seed,
         recompute=plan.run.training.activation_recomputation == "full",
         after_each=after_each,
@@ -291,6 +313,15 @@ def _mpu(ctx: ParallelContext) -> Any:
     from parallel.megatron import DeepSpeedTopology
 
     return DeepSpeedTopology()
+
+
+def _set_accumulation(engine: Any, number: int) -> None:
+    """Let DeepSpeed accumulate over `number` micro-batches from the next step on."""
+    micro_batch, data_size = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
+    engine.set_train_batch_size(number * micro_batch * data_size)
+    # The plain engine takes a step where its count of micro-batches is a multiple of their number
+    # (0.19.8, is_gradient_accumulation_boundary): that count is of steps of the former size.
+    engine.micro_steps = 0
 
 
 def _finish_layer_states(module: nn.Module, ctx: ParallelContext, *, applied: bool) -> None:

@@ -36,6 +36,7 @@ from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.nonfinite import GuardedSteps, check_finite
 from pretrain.ranks import Ranks
 from pretrain.replicas import check_replicas
+from pretrain.resumption import go_on_from, last_rate
 from pretrain.schedule import learning_rate
 from pretrain.signals import GracefulStop
 from pretrain.spikes import SpikeWatch
@@ -85,13 +86,12 @@ class TrainLoop:
         self.ranks = ranks
         self.watchdog = watchdog
         self.step = 0
+        self.rate = 0.0  # the learning rate of that step
         self.steps = GuardedSteps(
             engine,
             loader,
             ranks,
             max_skipped=config.stability.max_skipped_steps,
-            samples_per_step=layout.curriculum.sequences_per_step,
-            micro_batches=config.training.gradient_accumulation_steps,
         )
         spike = config.stability.spike
         self.spikes = None if spike is None else SpikeWatch(spike)
@@ -107,6 +107,11 @@ class TrainLoop:
         """Tokens seen by all ranks so far."""
         return self.layout.curriculum.tokens_after(self.step)
 
+    @property
+    def _round(self) -> int:
+        """Samples of a micro-batch on each data rank."""
+        return self.config.training.batch_size * self.layout.data
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken: weights, optimizer, random numbers, step."""
         self.watchdog.moved(f"the restoration of step {checkpoint.step}")
@@ -120,7 +125,7 @@ class TrainLoop:
             restore_rng_state(checkpoint.rng_path(rank))
         else:
             seed_rng(seed=self.config.training.seed, step=checkpoint.step, rank=rank)
-        self.step = checkpoint.step
+        self.step, self.rate = checkpoint.step, last_rate(checkpoint)
         stability = checkpoint.trainer.get("stability", {})  # not in older checkpoints
         self.steps.num_skipped = stability.get("num_skipped", 0)
         self.steps.in_a_row = stability.get("in_a_row", 0)
@@ -150,7 +155,7 @@ class TrainLoop:
             rate = learning_rate(step, training, total_steps=total)
             self.watchdog.moved(f"step {step}", is_step=True)
             result = self._train(step, rate)
-            self.step, last = step, step == total
+            self.step, self.rate, last = step, rate, step == total
             stopping = stop.should_stop(self.ranks)
             saving = last or stopping or step % self.config.checkpoint.interval == 0
             if saving or step == first or step % training.log_interval == 0:
@@ -177,11 +182,13 @@ class TrainLoop:
     def _train(self, step: int, rate: float) -> StepResult | None:
         """Take a step; None when its data are left out, or it was not finite."""
         left_out = [*self.config.stability.skip_steps, *self.left_out]
+        position_after = self.layout.curriculum.position_after
+        samples = range(position_after(step - 1).samples, position_after(step).samples)
         if any(first <= step <= last for first, last in left_out):
             self._warn(f"step {step}: its data are left out")
-            self.loader.skip_to(step * self.layout.curriculum.sequences_per_step)
+            self.loader.skip_to(samples.stop)
             return None
-        result, message = self.steps.train(step, learning_rate=rate)
+        result, message = self.steps.train(step, samples, learning_rate=rate)
         if message is not None:
             self._warn(message)
         if result.applied and self.spikes is not None:
@@ -228,7 +235,9 @@ class TrainLoop:
                 f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
                 "or training.lr"
             )
-        self.ranks.together(lambda: self.loader.load_state_dict(checkpoint.trainer["data"]))
+        self.layout = self.ranks.together(
+            lambda: go_on_from(checkpoint, self.config, self.layout, self.loader)
+        )
         self.restore(checkpoint)
         begin = max(spike.step - config.skip_before, self.step + 1)
         self.left_out = [*left_out, (begin, reached)]
@@ -241,6 +250,7 @@ class TrainLoop:
         stage = self.layout.curriculum.stage_after(self.step)
         length = stage.sequence_length
         self.engine.set_sequence_length(length)
+        self.engine.set_num_micro_batches(stage.sequences_per_step // self._round)
         if first or stage.first_step == self.step:
             flops = training_flops_per_token(self.family, self.config.model, length)
             self.throughput.start(step=self.step, tokens=self.tokens, flops_per_token=flops)
@@ -291,6 +301,9 @@ class TrainLoop:
             trainer={
                 "step": self.step,
                 "tokens": self.tokens,
+                "learning_rate": self.rate,
+                "total_steps": self.layout.total_steps,
+                "sequences_per_step": self.engine.num_micro_batches * self._round,
                 "data": self.loader.state_dict(),
                 "stability": {
                     "num_skipped": self.steps.num_skipped,
@@ -327,7 +340,7 @@ class TrainLoop:
             f"{f' (expert {layout.expert})' * (layout.expert > 1)}, "
             f"{layout.total_steps:,} steps, {start}\n"
             f"{layout.curriculum.describe()}\n"
-            f"run directory {self.config.run_dir}"
+            f"run directory {Path(self.config.run_dir).absolute()}"
         )
 
     def _say(self, text: str) -> None:

@@ -130,7 +130,6 @@ class GuardedSteps:
 
     Args:
         max_skipped: how many in a row may be left out.
-        samples_per_step: of all data ranks together, in `micro_batches` of each of them.
 
     `num_skipped`: steps that the run has left out, the last `in_a_row` of them one after the other;
     part of a checkpoint, or a run that is started again and again would never reach the limit.
@@ -143,16 +142,17 @@ class GuardedSteps:
         ranks: Ranks,
         *,
         max_skipped: int,
-        samples_per_step: int,
-        micro_batches: int,
     ) -> None:
         self._engine, self._loader, self._ranks = engine, loader, ranks
         self._max_skipped = max_skipped
-        self._samples_per_step, self._micro_batches = samples_per_step, micro_batches
         self.num_skipped = self.in_a_row = 0
 
-    def train(self, step: int, *, learning_rate: float) -> tuple[StepResult, str | None]:
+    def train(
+        self, step: int, samples: range, *, learning_rate: float
+    ) -> tuple[StepResult, str | None]:
         """Take step number `step`, counted from 1; collective. Also what there is to say of it.
+
+        `samples`: their numbers in the run, those of all data ranks together.
 
         Raises:
             TrainingError: on every rank; more than `max_skipped` steps in a row were not finite, or
@@ -178,7 +178,7 @@ class GuardedSteps:
             )
         self.in_a_row += 1
         self.num_skipped += 1
-        message = f"step {step}: {before}; {self._told_by_all(step, witness.finding)}"
+        message = f"step {step}: {before}; {self._told_by_all(step, samples, witness.finding)}"
         self._check_limit(step, message)
         return result, (
             f"{message}; the step is left out ({self.in_a_row} in a row, "
@@ -195,17 +195,17 @@ class GuardedSteps:
                 f"stability.skip_steps=[[{first},{step}]] or a lower training.lr"
             )
 
-    def _told_by_all(self, step: int, finding: Finding | None) -> str:
+    def _told_by_all(self, step: int, samples: range, finding: Finding | None) -> str:
         """Collective: what the first rank that met it has found, on all ranks alike.
 
         Raises:
             TrainingError: a weight is not finite, and no other batch helps.
         """
-        text = "" if finding is None else self._told(step, finding)
+        text = "" if finding is None else self._told(samples, finding)
         every = self._ranks.broadcast(self._ranks.gather((finding, text))) or []
         found = [(each.order, each.is_weight, text) for each, text in every if each is not None]
         if not found:
-            return f"no single layer is to blame, the batch is {self._samples(step, None)}"
+            return f"no single layer is to blame, the batch is {self._places(samples, None)}"
         _, is_weight, text = min(found)
         if is_weight:
             raise TrainingError(
@@ -215,22 +215,22 @@ class GuardedSteps:
         more = len(found) - 1
         return text + (f", and has gone on to {more} more ranks" if more else "")
 
-    def _told(self, step: int, finding: Finding) -> str:
+    def _told(self, samples: range, finding: Finding) -> str:
         return (
             f"it begins on rank {self._ranks.rank} with {finding.what}, "
-            f"in {self._samples(step, finding.micro_batch)}"
+            f"in {self._places(samples, finding.micro_batch)}"
         )
 
-    def _samples(self, step: int, micro_batch: int | None) -> str:
-        """Which samples of the run a step, or a micro-batch of this data rank, is made of."""
-        data, count = self._engine.ctx.data, self._samples_per_step
-        first = (step - 1) * count
+    def _places(self, samples: range, micro_batch: int | None) -> str:
+        """Where the samples of a step, or of a micro-batch of this data rank, lie in the data."""
         if micro_batch is not None:
-            count //= self._micro_batches * data.size
-            first += (micro_batch * data.size + data.rank) * count
-        places = self._loader.describe(range(first, first + min(count, _NAMED)))
-        more = f" and {count - _NAMED} more" if count > _NAMED else ""
-        return f"samples {first} to {first + count - 1} of the run ({', '.join(places)}{more})"
+            data = self._engine.ctx.data
+            count = len(samples) // (self._engine.num_micro_batches * data.size)
+            first = (micro_batch * data.size + data.rank) * count
+            samples = samples[first : first + count]
+        places = self._loader.describe(samples[:_NAMED])
+        more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+        return f"samples {samples[0]} to {samples[-1]} of the run ({', '.join(places)}{more})"
 
 
 class _Kept(Iterator[Batch]):

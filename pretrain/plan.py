@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.base import ModelFamily, TokenInputs
+from data_tools.batch import IGNORED_LABEL
+from models.base import ModelFamily, TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, SequentialModel, check_layers
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_parallel_z_losses
 from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
 from pretrain.optimizers import check_multipliers, spoil
 from pretrain.targets import Targets
+
+Z_LOSS = "z_loss"
 
 
 class RunPlan(NamedTuple):
@@ -34,6 +38,12 @@ class RunPlan(NamedTuple):
     @property
     def segmented(self) -> bool:
         return self.run.data.reset_at_documents
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The terms that `objective` reports."""
+        extra = (Z_LOSS,) if self.run.training.z_loss else ()
+        return (*self.family.loss_names, *extra)
 
     def specs(self) -> list[LayerSpec]:
         return self.family.layer_specs(self.run.model, segmented=self.segmented)
@@ -56,13 +66,23 @@ class RunPlan(NamedTuple):
         total, terms = self.family.loss(
             output, labels, config=self.run.model, ctx=self.ctx, num_scored=num_scored
         )
+        if self.run.training.z_loss:
+            z_loss = self._z_loss(logits_of(output), labels, num_scored)
+            total = total + self.run.training.z_loss * z_loss
+            terms = terms | {Z_LOSS: z_loss.detach()}
         return spoil(total), terms
+
+    def _z_loss(self, logits: Tensor, labels: Tensor, num_scored: Tensor | None) -> Tensor:
+        """Mean of `(log Z)^2` over scored tokens, which are counted as those of lm_loss are."""
+        if num_scored is None:
+            num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        return vocab_parallel_z_losses(logits, labels, ctx=self.ctx).sum() / num_scored
 
     def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What evaluation sums: the losses of the scored tokens, in nats."""
         losses = self.family.token_losses(output, targets[0], ctx=self.ctx)
         zero = torch.zeros((), device=losses.device)
-        return losses.sum(), dict.fromkeys(self.family.loss_names, zero)
+        return losses.sum(), dict.fromkeys(self.loss_names, zero)
 
 
 def build_precision(run: RunConfig) -> Precision:
@@ -107,11 +127,24 @@ def check_model(plan: RunPlan) -> None:
             f"this model can be cut into; set parallel.pipeline to {num_parts} or less"
         )
     single = ParallelContext.single(device="meta")
+    whole = SequentialModel(plan.specs(), single)
+    check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
     for length in plan.run.data.sequence_lengths:
         shape = (plan.run.training.batch_size, length)
         tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
         segments = tokens.int() if plan.segmented else None
         schema = plan.schema(single, seq_length=length)
-        check_layers(plan.specs(), TokenInputs(tokens, segments), schema)
-    whole = SequentialModel(plan.specs(), single)
-    check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
+        inputs = TokenInputs(tokens, segments)
+        check_layers(plan.specs(), inputs, schema)
+        if plan.run.training.z_loss:
+            _check_z_loss(plan, whole(inputs))
+
+
+def _check_z_loss(plan: RunPlan, output: Any) -> None:
+    logits = logits_of(output)
+    if isinstance(logits, Tensor) and logits.shape[-1] == plan.run.model.vocab_size:
+        return
+    raise ConfigError(
+        f"training.z_loss={plan.run.training.z_loss} has no effect: the head of the "
+        f"{plan.family.name} family gives no logits over the vocabulary; set training.z_loss=0"
+    )

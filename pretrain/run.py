@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_tools.build import build_eval_batches, build_train_loader
+from data_tools.build import build_eval_batches, build_train_loader, data_remarks
 from data_tools.corpus_info import TextRules
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
-from data_tools.sources import read_text_rules
+from data_tools.sources import corpus_tokenizer, read_text_rules
 from parallel.context import ParallelContext
 from pretrain.checkpoint import (
     CheckpointStore,
@@ -25,12 +27,16 @@ from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolv
 from pretrain.config.layout import RunLayout, check_layout
 from pretrain.distributed import limit_groups
 from pretrain.engine import build_engine
+from pretrain.errors import EXIT_COMPLETED
 from pretrain.initial_weights import initial_weights
 from pretrain.loop import TrainLoop
 from pretrain.markers import clear_markers, leave_marker
 from pretrain.plan import RunPlan, build_precision, check_model
 from pretrain.rendezvous import World
+from pretrain.resumption import changes_told, go_on_from
 from pretrain.start import agreement, start
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, ds_config_path: str | None = None) -> int:
@@ -55,7 +61,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         watchdog.moved("the search for a checkpoint")
         store = CheckpointStore(
             Path(config.run_dir),
-            identity=_identity(config, layout, zero, text),
+            identity=_identity(config, layout, zero, text, loader, evaluation),
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             # What agrees in the background must not meet what the main thread agrees on.
@@ -64,9 +70,14 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
         if checkpoint is not None:
-            ranks.together(lambda: loader.load_state_dict(checkpoint.trainer.get("data", {})))
-        ranks.on_first(lambda: _write_config(config))
-        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
+            layout = ranks.together(lambda: go_on_from(checkpoint, config, layout, loader))
+            ranks.on_first(lambda: _say(changes_told(checkpoint, config, layout)))
+            if layout.total_steps == checkpoint.step:
+                ranks.on_first(lambda: _end_complete(config, checkpoint.step))
+                return EXIT_COMPLETED
+        ranks.on_first(
+            lambda: _warn(data_remarks(config.data, layout.curriculum, loader, evaluation))
+        )
         watchdog.moved("the building of the model")
         weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
         engine = build_engine(plan, load_layer=None if weights is None else weights.load)
@@ -79,11 +90,29 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
+        # Only now: a start that fails leaves nothing that speaks of its settings.
+        ranks.on_first(lambda: _write_config(config))
+        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         stop.started()
         code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
         return code
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.warning("%s", line)
+
+
+def _end_complete(config: RunConfig, step: int) -> None:
+    _say([f"{config.run_dir} is complete at step {step}: there is nothing left to train"])
+    leave_marker(Path(config.run_dir), EXIT_COMPLETED)
 
 
 def _write_config(config: RunConfig) -> None:
@@ -96,7 +125,6 @@ def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) ->
         config.data,
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.training.batch_size,
-        micro_batches_per_step=config.training.gradient_accumulation_steps,
         data_rank=ctx.data.rank,
         data_size=ctx.data.size,
         seed=config.training.seed,
@@ -120,7 +148,12 @@ def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None
 
 
 def _identity(
-    config: RunConfig, layout: RunLayout, zero: ResolvedDeepSpeed, text: TextRules
+    config: RunConfig,
+    layout: RunLayout,
+    zero: ResolvedDeepSpeed,
+    text: TextRules,
+    loader: TrainLoader,
+    evaluation: EvalBatches | None,
 ) -> RunIdentity:
     return RunIdentity(
         layout=Layout(
@@ -132,7 +165,23 @@ def _identity(
             precision=config.training.precision,
         ),
         config=resolved(config),
-        fingerprints={},  # the loader compares those of its sources when its state is loaded
+        fingerprints=_fingerprints(config, loader, evaluation),
         layout_bound_by=layout_bound_by(config, zero),
         text=TextRecord(**text._asdict()),
     )
+
+
+def _fingerprints(
+    config: RunConfig, loader: TrainLoader, evaluation: EvalBatches | None
+) -> dict[str, str]:
+    """Of every file that the configuration names: setting -> fingerprint, where one is known."""
+    splits = {"train": loader.fingerprints}
+    if evaluation is not None:
+        splits["validation"] = evaluation.fingerprints
+    found = {
+        f"data.{split}.{name}.path": fingerprint
+        for split, fingerprints in splits.items()
+        for name, fingerprint in fingerprints.items()
+    }
+    tokenizer = corpus_tokenizer(config.data)
+    return found if tokenizer is None else {**found, "data.tokenizer": tokenizer}

@@ -30,8 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup` a file's tests share a process, for their fixtures, and so
-    do all tests of the one Slurm cluster."""
+    """With `pytest -n 2 --dist loadgroup` the tests of a file share a process, for their fixtures,
+    and so do all tests of the one Slurm cluster."""
     for item in items:
         folder, file = item.path.parent.name, str(item.path)
         group = folder if folder == "launchers" else file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -87,6 +87,15 @@ class DecoderConfig(BaseModel):
     def head_size(self) -> int:
         """`head_dim` as the model uses it."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    def function(self) -> dict[str, Any]:
+        """What the model computes outside of training, given its weights, depends on.
+
+        Not in it are the spread of initial weights, and the number of positions, of which each has
+        the same angles in a longer table.
+        """
+        settings = self.model_dump(mode="json", exclude={"init_std", "max_position_embeddings"})
+        return settings | {"head_dim": self.head_size}
 
     def tensor_divisible(self) -> dict[str, int]:
         """The sizes that the tensor axis must divide."""

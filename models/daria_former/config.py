@@ -22,6 +22,24 @@ Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PathName = Literal["local", "long", "memory", "persona"]
+_OUTSIDE = frozenset(
+    {
+        "dropout",
+        "emotion_loss_weight",
+        "gate_balance_weight",
+        "initializer_range",
+        "lora_dropout",
+        "max_seq_len",
+        "memory_loss_weight",
+        "path_dropout",
+        "repetition_loss_weight",
+        "rhythm_loss_weight",
+        "rhythm_noise_std",
+        "rhythm_target_var",
+        "variability_ngram_size",
+        "variability_penalty_weight",
+    }
+)
 # YAML has lists where the schema has tuples.
 Names = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
@@ -144,6 +162,20 @@ class DariaFormerConfig(BaseModel):
     @property
     def max_position_embeddings(self) -> int:
         return self.max_seq_len
+
+    def function(self) -> dict[str, Any]:
+        """What the model computes outside of training, given its weights, depends on.
+
+        Not in it are the spread of initial weights, dropout and noise, the losses beside the cross
+        entropy, the number of positions, of which each has the same angles in a longer table, and
+        what only sampling uses.
+        """
+        settings = self.model_dump(mode="json", exclude=set(_OUTSIDE))
+        return settings | {
+            "head_dim": self.head_size,
+            "ffn_hidden_dim": self.ffn_size,
+            "paths": list(self.all_paths),
+        }
 
     def tensor_divisible(self) -> dict[str, int]:
         """The sizes that the tensor axis must divide."""

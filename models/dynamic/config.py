@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,24 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Rule = Literal["threshold", "predictor", "aux", "topk"]
 
 SURPRISE_SCORES = ("vpr", "ce", "cu", "dst", "dch")
+
+_TRAINING = frozenset(
+    {
+        "causal_router_loss_weight",
+        "expert_balance_loss_weight",
+        "expert_capacity_factor",
+        "expert_z_loss_weight",
+        "prior_detach_input",
+        "prior_loss",
+        "prior_loss_weight",
+        "router_aux_loss_weight",
+        "router_detach",
+        "router_init_std",
+        "router_z_loss_weight",
+        "routing_train",
+        "tau_momentum",
+    }
+)
 
 
 class DynamicConfig(DecoderConfig):
@@ -68,6 +86,11 @@ class DynamicConfig(DecoderConfig):
                 f"{self.num_experts}; choose fewer"
             )
         return self
+
+    def function(self) -> dict[str, Any]:
+        """As in `DecoderConfig`; nor is there what routes, weighs and drops tokens in training."""
+        settings = super().function()
+        return {name: value for name, value in settings.items() if name not in _TRAINING}
 
     @property
     def is_routed(self) -> bool:
@@ -164,6 +187,17 @@ class DTFConfig(DynamicConfig):
             )
         _check_aux_rule(self)
         return self
+
+    def function(self) -> dict[str, Any]:
+        """As in `DynamicConfig`; a constant that is learnt is in the weights."""
+        learnt = {
+            "beta_ce_init": True,
+            "beta_cu_init": True,
+            "ce_criterion_offset_init": self.learn_o_ce,
+            "cu_detection_multiplier_init": self.learn_m_cu,
+        }
+        settings = super().function()
+        return {name: value for name, value in settings.items() if not learnt.get(name)}
 
     @property
     def num_pairs(self) -> int:

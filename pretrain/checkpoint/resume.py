@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from pretrain.checkpoint.manifest import (
     Layout,
     Manifest,
@@ -21,7 +19,15 @@ from pretrain.checkpoint.manifest import (
     verify_listing,
 )
 from pretrain.checkpoint.stored_optimizer import FOLDER as OPTIMIZER_FOLDER
-from pretrain.config.changes import forbidden_changes, samples_per_step
+from pretrain.config import parse_config, resolved
+from pretrain.config.changes import (
+    Difference,
+    batch_settings,
+    config_differences,
+    forbidden_changes,
+    keep_batch,
+    samples_per_step,
+)
 from pretrain.errors import CheckpointError, one_line
 from pretrain.ranks import Ranks
 
@@ -34,8 +40,9 @@ logger = logging.getLogger(__name__)
 class RunIdentity(NamedTuple):
     """What a checkpoint must agree with to be continued by this run.
 
-    `config` is the resolved configuration, `fingerprints` those of data and tokenizer, `text` says
-    how text became tokens.
+    `config` is the resolved configuration, `fingerprints` of files that it names, by the key that
+    names each: they decide whether a file is the same, wherever it lies. `text` says how text
+    became tokens.
     `layout_bound_by` names the setting that ties the run's checkpoints to the layout they were
     written at, if there is one.
     """
@@ -51,6 +58,7 @@ class Checkpoint(NamedTuple):
     """A verified checkpoint of this run, and the layout that wrote it.
 
     `any_layout`: its optimizer state is ours, in `optimizer/`; otherwise DeepSpeed's, in `engine/`.
+    `differences`: what the run may have, and has, otherwise than the one that wrote it.
     """
 
     path: Path
@@ -58,6 +66,7 @@ class Checkpoint(NamedTuple):
     trainer: dict[str, Any]
     layout: Layout
     any_layout: bool
+    differences: tuple[Difference, ...] = ()
 
     def rng_path(self, rank: int) -> Path:
         return self.path / "rng" / rng_file_name(rank)
@@ -77,10 +86,10 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: `must` and there is none; `never` and there is one; only damaged ones; the
-            newest undamaged one, or the run directory, is of another run, layout or data.
+            newest undamaged one is of another run, layout or data.
     """
     problems: list[str] = []
-    for step in ranks.on_first(lambda: _candidates(run_dir, resume, identity)):
+    for step in ranks.on_first(lambda: _candidates(run_dir, resume)):
         directory = run_dir / "checkpoints" / f"step_{step}"
         manifest, problem = _verify(directory, ranks)
         if manifest is not None and problem is None:
@@ -104,7 +113,7 @@ def steps_in(directory: Path) -> list[int]:
     return sorted((n for n, e in steps if n is not None and not e.is_symlink()), reverse=True)
 
 
-def _candidates(run_dir: Path, resume: Resume, identity: RunIdentity) -> list[int]:
+def _candidates(run_dir: Path, resume: Resume) -> list[int]:
     directory = run_dir / "checkpoints"
     steps, latest = steps_in(directory), _read_latest(directory)
     if resume == "never" and (steps or latest is not None):
@@ -114,7 +123,7 @@ def _candidates(run_dir: Path, resume: Resume, identity: RunIdentity) -> list[in
         )
     if not steps and resume == "must":
         raise CheckpointError(
-            f"resume=must, but {str(directory)!r} holds no checkpoint: "
+            f"resume=must, but {str(directory.absolute())!r} holds no checkpoint: "
             "correct run_dir, or use resume=auto to start from the beginning"
         )
     if not steps and latest is not None:
@@ -122,9 +131,7 @@ def _candidates(run_dir: Path, resume: Resume, identity: RunIdentity) -> list[in
             f"{str(directory / LATEST_NAME)!r} names {latest!r}, but there is no such checkpoint: "
             "restore it, or delete that file to start from the beginning"
         )
-    if not steps:
-        _check_config_file(run_dir, identity)
-    elif latest != f"step_{steps[0]}":
+    if steps and latest != f"step_{steps[0]}":
         logger.warning("latest names %r, the newest checkpoint is step_%d", latest, steps[0])
     return steps
 
@@ -160,18 +167,32 @@ def _verify(directory: Path, ranks: Ranks) -> tuple[Manifest | None, str | None]
 
 def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Checkpoint:
     any_layout = any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in manifest.files)
-    _refuse_another_run(directory, manifest.config, identity)
-    _refuse_another_layout(directory, manifest, identity, any_layout=any_layout)
-    for name in sorted(set(manifest.fingerprints) | set(identity.fingerprints)):
-        old, new = manifest.fingerprints.get(name), identity.fingerprints.get(name)
-        if old != new:
-            raise CheckpointError(
-                f"{name} has changed since {str(directory)!r} was written (fingerprint {old}, "
-                f"now {new}): restore it or start in another run_dir"
-            )
+    differences = config_differences(
+        _with_defaults(manifest.config),
+        identity.config,
+        old_prints=manifest.fingerprints,
+        new_prints=identity.fingerprints,
+    )
+    if forbidden := forbidden_changes(differences):
+        raise CheckpointError(
+            f"{str(directory)!r} is of another run ({'; '.join(forbidden)}): "
+            "choose another run_dir or restore these values"
+        )
     _refuse_other_marks(directory, manifest, identity)
     trainer = _read_trainer(directory / TRAINER_NAME)
-    return Checkpoint(directory, manifest.step, trainer, manifest.layout, any_layout)
+    _refuse_another_layout(directory, manifest, identity, any_layout=any_layout)
+    _refuse_a_grown_batch(directory, manifest, identity, trainer)
+    return Checkpoint(
+        directory, manifest.step, trainer, manifest.layout, any_layout, tuple(differences)
+    )
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an earlier version with the defaults of what it did not know."""
+    try:
+        return resolved(parse_config(config))
+    except ValueError:
+        return config
 
 
 def _refuse_other_marks(directory: Path, manifest: Manifest, identity: RunIdentity) -> None:
@@ -203,7 +224,7 @@ def _read_trainer(path: Path) -> dict[str, Any]:
 def _refuse_another_layout(
     directory: Path, manifest: Manifest, identity: RunIdentity, *, any_layout: bool
 ) -> None:
-    """What another layout cannot continue: DeepSpeed's own files, and another global batch."""
+    """DeepSpeed's own files are of one layout, and of runs that it alone can restore."""
     old, new, bound = manifest.layout, identity.layout, identity.layout_bound_by
     if any_layout and bound is not None:
         raise CheckpointError(
@@ -217,34 +238,27 @@ def _refuse_another_layout(
             f"is in DeepSpeed's own files, which fit only the layout that wrote them{why}; resume "
             "at the layout of the checkpoint"
         )
-    before = samples_per_step(manifest.config, data_size=old.data)
-    now = samples_per_step(identity.config, data_size=new.data)
-    if before != now:
-        raise CheckpointError(
-            f"{str(directory)!r} was trained on {before} samples a step, this run would take {now} "
-            f"(batch_size x gradient_accumulation_steps x data size {new.data}): set "
-            f"training.gradient_accumulation_steps so that it is {before}"
-        )
 
 
-def _check_config_file(run_dir: Path, identity: RunIdentity) -> None:
-    """A run that has no checkpoint yet still owns its directory."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
+def _refuse_a_grown_batch(
+    directory: Path, manifest: Manifest, identity: RunIdentity, trainer: dict[str, Any]
+) -> None:
+    """A batch that changes with the number of processes alone may not be meant to."""
+    before = samples_per_step(manifest.config, data_size=manifest.layout.data)
+    now = samples_per_step(identity.config, data_size=identity.layout.data)
+    old, new = (batch_settings(config) for config in (manifest.config, identity.config))
+    if before is None or now is None or before == now or old != new:
         return
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read ({one_line(error)}): choose another run_dir"
-        ) from error
-    _refuse_another_run(path, config if isinstance(config, dict) else {}, identity)
-
-
-def _refuse_another_run(path: Path, config: dict[str, Any], identity: RunIdentity) -> None:
-    differences = forbidden_changes(config, identity.config)
-    if differences:
-        raise CheckpointError(
-            f"{str(path)!r} is of another run ({'; '.join(differences)}): "
-            "choose another run_dir or restore these values"
-        )
+    remedies = []
+    if (kept := keep_batch(identity.config, before, data_size=identity.layout.data)) is not None:
+        remedies.append(f"set {kept} to keep {before}")
+    else:
+        remedies.append(f"use a number of data ranks that divides {before} to keep it")
+    tokens, per_round = trainer.get("tokens"), now // old[1]  # samples of a micro-batch everywhere
+    if now > before and before % per_round == 0 and not old[2] and isinstance(tokens, int):
+        ramp = f"[{{until_tokens: {tokens}, sequences_per_step: {before}}}]"
+        remedies.append(f"training.batch_ramp={ramp} to go on with {now}")
+    raise CheckpointError(
+        f"{str(directory)!r} was trained on {before} samples a step by {manifest.layout.data} data "
+        f"ranks, and {identity.layout.data} would take {now}: {', or '.join(remedies)}"
+    )

@@ -1,9 +1,13 @@
-"""Models named by type and by the published model whose sizes they have.
+"""Models named by type and by the published model whose sizes they have, or by a checkpoint.
 
     model_type=dtf model.base_model_name=Qwen/Qwen2.5-0.5B model.num_hidden_layers=6
 
 stands for `model.family=dtf` and, where `model` does not say otherwise, the sizes of that model.
 Weights come from `training.init_from` alone.
+
+    model=checkpoint training.init_from=DIR
+
+stands for the model of that checkpoint, where `model` does not say otherwise.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from typing import Any
 
 import yaml
 
+from models.manifest import find_manifest, read_manifest
 from pretrain.config.errors import nearest, show
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
 
+CHECKPOINT = "checkpoint"
 _NAMES = ("base_model_name", "pretrained_model_name")
 
 
@@ -36,10 +42,29 @@ def resolve_model(values: dict[str, Any]) -> None:
                 f"{show(model['family'])}; remove one of them"
             )
     model = values.get("model")
+    if model == CHECKPOINT or (isinstance(model, dict) and model.get("family") == CHECKPOINT):
+        values["model"] = model = _of_checkpoint(model, values.get("training"))
     if isinstance(model, dict):
         names = {key: model.pop(key) for key in _NAMES if key in model}
         if names:
             values["model"] = {**_sizes(names, model.get("family")), **model}
+
+
+def _of_checkpoint(model: Any, training: Any) -> dict[str, Any]:
+    """The model that `training.init_from` holds, with the settings of `model` in place of its."""
+    path = training.get("init_from") if isinstance(training, Mapping) else None
+    if not isinstance(path, str):
+        raise ConfigError(
+            f"model={CHECKPOINT} is the model of training.init_from, which is {show(path)}; set it "
+            "to a checkpoint, a run or a converted model"
+        )
+    try:
+        stored = read_manifest(find_manifest(Path(path)))["config"]["model"]
+        sections = stored, {} if model == CHECKPOINT else model
+        return {k: v for section in sections for k, v in section.items() if v != CHECKPOINT}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError | OSError) else "names no model"
+        raise ConfigError(f"training.init_from={show(path)}: {' '.join(reason.split())}") from error
 
 
 def _sizes(names: Mapping[str, Any], family: Any) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 Change = Literal["free", "training", "layout", "fixed"]
 
-_ABSENT = "(absent)"
+MISSING = "(absent)"
 
 # free: does not touch what is computed. training: takes effect from the next step on, so the run
 # may continue but is no longer the same experiment. layout: the same mathematics on another
@@ -30,12 +31,14 @@ RULES: dict[str, Change] = {
     "data.fim.*": "training",
     "data.cache_dir": "free",
     "data.num_workers": "free",
+    "data.warn_epochs": "free",
     "training.max_steps": "training",
     "training.max_tokens": "training",
     "training.max_epochs": "training",
-    # Their product with the number of data ranks is what stays (samples_per_step).
+    # Their product with the number of data ranks is the batch (samples_per_step).
     "training.batch_size": "layout",
     "training.gradient_accumulation_steps": "layout",
+    "training.batch_ramp": "training",
     "training.lr": "training",
     "training.schedule": "training",
     "training.warmup_steps": "training",
@@ -49,10 +52,12 @@ RULES: dict[str, Change] = {
     "training.eps": "fixed",
     "training.weight_decay": "fixed",
     "training.grad_clip": "training",
+    "training.z_loss": "training",
     "training.precision": "fixed",
     "training.fp8_recipe": "fixed",
     "training.activation_recomputation": "free",
     "training.init_from": "free",
+    "training.init_from_changes": "free",
     "training.compile": "free",
     "training.seed": "fixed",
     "training.log_interval": "free",
@@ -77,19 +82,41 @@ class Difference(NamedTuple):
         return f"{self.key}: {self.old!r} in the checkpoint, {self.new!r} now"
 
 
-def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Every setting that differs between two resolved configurations, sorted by its key."""
+Prints = Mapping[str, str]
+
+
+def config_differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    old_prints: Prints = MappingProxyType({}),
+    new_prints: Prints = MappingProxyType({}),
+) -> list[Difference]:
+    """Every setting that differs between two resolved configurations, sorted by its key.
+
+    The prints are fingerprints of what settings name, by their keys: where both sides have one it
+    decides and not the path, so that a file may move, and may not become another one.
+    """
     before, after = _flatten(old), _flatten(new)
-    return [
-        Difference(key, before.get(key, _ABSENT), after.get(key, _ABSENT), change_of(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
+    found = []
+    for key in sorted(before.keys() | after.keys() | (old_prints.keys() & new_prints.keys())):
+        values = before.get(key, MISSING), after.get(key, MISSING)
+        if key in old_prints and key in new_prints:
+            if old_prints[key] == new_prints[key]:
+                continue
+            values = tuple(
+                f"{value} (fingerprint {prints[key][:12]})".removeprefix(f"{MISSING} ")
+                for value, prints in zip(values, (old_prints, new_prints), strict=True)
+            )
+        elif values[0] == values[1] or all(value in (MISSING, None) for value in values):
+            continue  # what is not there is as good as what is null
+        found.append(Difference(key, *values, change_of(key)))
+    return found
 
 
-def forbidden_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One text, with both values, per setting that makes `new` another run than `old`."""
-    return [str(each) for each in config_differences(old, new) if each.change == "fixed"]
+def forbidden_changes(differences: Sequence[Difference]) -> list[str]:
+    """One text, with both values, per setting that makes a run another one."""
+    return [str(each) for each in differences if each.change == "fixed"]
 
 
 def samples_per_step(config: Mapping[str, Any], *, data_size: int) -> int | None:
@@ -99,6 +126,25 @@ def samples_per_step(config: Mapping[str, Any], *, data_size: int) -> int | None
     if not all(isinstance(size, int) for size in sizes):
         return None
     return math.prod(sizes) * data_size
+
+
+def batch_settings(config: Mapping[str, Any]) -> list[Any]:
+    """What a resolved configuration says of the batch, the number of data ranks aside."""
+    training = config.get("training", {})
+    names = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
+    return [training.get(name) or None for name in names]
+
+
+def keep_batch(config: Mapping[str, Any], samples: int, *, data_size: int) -> str | None:
+    """Settings with which a step takes `samples` on so many data ranks, with micro-batches of at
+    most the size they have; None where there are none."""
+    own, rest = divmod(samples, data_size)
+    if rest:
+        return None
+    largest = config["training"]["batch_size"]
+    size = next(n for n in range(min(largest, own), 0, -1) if own % n == 0)
+    accumulation = f"training.gradient_accumulation_steps={own // size}"
+    return accumulation if size == largest else f"training.batch_size={size} {accumulation}"
 
 
 def change_of(key: str) -> Change:
@@ -115,8 +161,15 @@ def change_of(key: str) -> Change:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
+            # Sources go by their names, wherever in the list they are; other lists have an order.
+            value = {
+                str(each.get("name", number)): {k: v for k, v in each.items() if k != "name"}
+                for number, each in enumerate(value)
+            }
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{key}.")
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[key] = value
     return flat

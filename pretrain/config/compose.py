@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from data_tools.errors import looked_up
 from pretrain.config.aliases import ALIASES
 from pretrain.config.credentials import check_override
 from pretrain.config.errors import nearest, show
@@ -64,7 +65,8 @@ def _search_path(config_dir: str | Path | None) -> tuple[Path, ...]:
         return (CONFIGS,)
     directory = Path(config_dir).resolve()
     if not directory.is_dir():
-        raise ConfigError(f"--config-dir {str(config_dir)!r} is not a directory; check the path")
+        where = looked_up(config_dir)
+        raise ConfigError(f"--config-dir {str(config_dir)!r} is not a directory{where}; correct it")
     # Hydra opens the files of groups itself; those of the project need no check.
     for pattern in ("*/*.yaml", "*/*/*.yaml"):
         for file in sorted(directory.glob(pattern)):

@@ -60,10 +60,10 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, valid, n=1, cutoff=0.6)), None)
 
 
-def show(value: Any) -> str:
+def show(value: Any, *, longest: int = _LONGEST_VALUE) -> str:
     """`value` as it would be typed, cut to a length that fits in a line."""
     text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def schema_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:

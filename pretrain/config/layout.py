@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_tools.curriculum import Curriculum, plan_curriculum
+from data_tools.curriculum import START, BatchStep, Curriculum, Position, plan_curriculum
 from data_tools.errors import DataError
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
@@ -14,13 +14,17 @@ _MOST_LISTED = 8
 
 
 class RunLayout(NamedTuple):
-    """Sizes of the axes, and what the steps of the run consume over all data ranks."""
+    """Sizes of the axes, and what the steps of the run consume over all data ranks.
+
+    `max_tokens`: the least of what max_tokens and max_epochs allow.
+    """
 
     tensor: int
     pipeline: int
     data: int
     expert: int
     curriculum: Curriculum
+    max_tokens: int | None
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -30,6 +34,15 @@ class RunLayout(NamedTuple):
     @property
     def total_steps(self) -> int:
         return self.curriculum.total_steps
+
+    def continued(self, run: RunConfig, start: Position) -> RunLayout:
+        """The same layout, with the steps that are left of a run that has come to `start`.
+
+        Raises:
+            ConfigError: a stage gets no step, or a size of the batch is not one of this layout.
+        """
+        curriculum = _plan(run, self.data, self.max_tokens, start)
+        return self._replace(curriculum=curriculum)
 
 
 def check_layout(run: RunConfig, world_size: int) -> RunLayout:
@@ -146,14 +159,10 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
     training, parallel = run.training, run.parallel
     data = world_size // (parallel.tensor * parallel.pipeline)
     try:
-        curriculum = plan_curriculum(
-            run.data,
-            sequences_per_step=training.batch_size * training.gradient_accumulation_steps * data,
-            max_steps=training.max_steps,
-            max_tokens=_max_tokens(run),
-        )
+        max_tokens = _max_tokens(run)
     except DataError as error:
         raise ConfigError(str(error)) from error
+    curriculum = _plan(run, data, max_tokens, START)
     total = curriculum.total_steps
     ramps = training.warmup_steps + training.decay_steps
     if ramps >= total:
@@ -167,7 +176,47 @@ def _layout(run: RunConfig, world_size: int) -> RunLayout:
         data=data,
         expert=parallel.expert,
         curriculum=curriculum,
+        max_tokens=max_tokens,
     )
+
+
+def _plan(run: RunConfig, data: int, max_tokens: int | None, start: Position) -> Curriculum:
+    training = run.training
+    per_round = training.batch_size * data
+    full = per_round * training.gradient_accumulation_steps
+    ramp = [BatchStep(each.until_tokens, each.sequences_per_step) for each in training.batch_ramp]
+    for number, (until, size) in enumerate(ramp):
+        if start.tokens < until:
+            _check_size(f"training.batch_ramp.{number}.sequences_per_step", size, per_round, full)
+    try:
+        return plan_curriculum(
+            run.data,
+            sequences_per_step=full,
+            max_steps=training.max_steps,
+            max_tokens=max_tokens,
+            ramp=ramp,
+            start=start,
+        )
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_size(name: str, size: int, per_round: int, full: int) -> None:
+    """A step is made of whole micro-batches on every data rank, and a ramp ends below the rest."""
+    if size % per_round:
+        nearest = [
+            n for n in (size // per_round * per_round, -(-size // per_round) * per_round) if n
+        ]
+        raise ConfigError(
+            f"{name}={size} is not a multiple of {per_round}, which is training.batch_size x data "
+            f"ranks; nearest are {_listed(nearest)}"
+        )
+    if size >= full:
+        raise ConfigError(
+            f"{name}={size} is not less than the full batch of {full}, which is "
+            "training.batch_size x gradient_accumulation_steps x data ranks; raise "
+            "gradient_accumulation_steps or shorten the ramp"
+        )
 
 
 def _max_tokens(run: RunConfig) -> int | None:

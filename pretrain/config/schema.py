@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol, cast
 
@@ -48,7 +49,23 @@ class ModelConfig(Protocol):
         """Sizes, by their key below `model`, that parallel.tensor must divide."""
         ...
 
+    def function(self) -> dict[str, Any]:
+        """The settings that what the model computes outside of training depends on, given its
+        weights, with sizes that follow from others written out."""
+        ...
+
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class BatchRampStep(BaseModel):
+    """A size that the batch has before it has its full one."""
+
+    model_config = STRICT
+
+    until_tokens: Annotated[int, BeforeValidator(lambda value: _whole(value))] = Field(
+        gt=0, description="The size ends with the step in which the run reaches so many tokens"
+    )
+    sequences_per_step: int = Field(gt=0, description="Sequences of a step, over all data ranks")
 
 
 class TrainingConfig(BaseModel):
@@ -68,6 +85,14 @@ class TrainingConfig(BaseModel):
     batch_size: int = Field(gt=0, description="Sequences per micro-batch and data rank")
     gradient_accumulation_steps: int = Field(
         default=1, gt=0, description="Micro-batches per optimizer step and data rank"
+    )
+    batch_ramp: Annotated[
+        tuple[BatchRampStep, ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    ] = Field(
+        default=(),
+        description="Smaller batches at the beginning, in fewer micro-batches: ascending "
+        "{until_tokens, sequences_per_step}; the learning rate counts their steps as any others",
     )
 
     lr: float = Field(gt=0, description="Peak learning rate")
@@ -99,6 +124,13 @@ class TrainingConfig(BaseModel):
         default=1.0, ge=0, description="Largest global 2-norm of the gradient; 0: no clipping"
     )
 
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="Coefficient of the z-loss, the squared log-partition of the head's logits "
+        "averaged over scored tokens; PaLM's is 1e-4, 0: none",
+    )
+
     precision: Literal["fp32", "bf16", "fp8"] = Field(
         default="bf16", description="bf16 and fp8 keep fp32 master weights and accumulate in fp32"
     )
@@ -113,6 +145,14 @@ class TrainingConfig(BaseModel):
         min_length=1,
         description="Checkpoint, run or converted model whose weights training begins with",
     )
+    init_from_changes: Annotated[
+        tuple[str, ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    ] = Field(
+        default=(),
+        description="Settings of model, such as rope_theta, and data.tokenizer, that make another "
+        "function of the weights of init_from and are meant to",
+    )
     compile: bool = Field(default=False, description="torch.compile the layers")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
     log_interval: int = Field(default=10, gt=0, description="Steps between two logged lines")
@@ -120,8 +160,14 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         _check_length(self)
+        _check_ramp(self)
         _check_schedule(self)
         _check_numerics(self)
+        if self.init_from_changes and self.init_from is None:
+            raise ValueError(
+                f"training.init_from_changes={list(self.init_from_changes)} has no effect without "
+                "training.init_from; set it or remove the changes"
+            )
         return self
 
 
@@ -283,6 +329,17 @@ def _check_length(training: TrainingConfig) -> None:
             f"{name}={ramps} must be less than training.max_steps={training.max_steps}; "
             "shorten the ramps or train longer"
         )
+
+
+def _check_ramp(training: TrainingConfig) -> None:
+    for number, (before, step) in enumerate(itertools.pairwise(training.batch_ramp), start=1):
+        for name in ("until_tokens", "sequences_per_step"):
+            first, second = getattr(before, name), getattr(step, name)
+            if second <= first:
+                raise ValueError(
+                    f"training.batch_ramp.{number}.{name}={second} is not more than {first}, that "
+                    "of the step before it; a ramp ascends: order its steps or remove one"
+                )
 
 
 def _check_schedule(training: TrainingConfig) -> None:

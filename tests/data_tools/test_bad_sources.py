@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.build import build_train_loader
+from data_tools.build import build_eval_batches, build_train_loader
 from data_tools.config import DataConfig
 from data_tools.errors import DataError
 from data_tools.indexed import HEADER, MAGIC, IndexedDataset
@@ -122,3 +122,27 @@ def test_a_run_of_more_than_two_to_the_31_samples_keeps_its_ledger(tmp_path: Pat
     with _loader(prefix, state=state) as resumed, _loader(prefix, consumed_samples=1 << 40) as all_:
         next(all_)
         assert next(resumed).tokens.tolist() == next(all_).tokens.tolist()
+
+
+def test_a_relative_path_that_leads_nowhere_names_its_option_and_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "good", [np.arange(100)])
+    monkeypatch.chdir(tmp_path)
+    layout = {"sequence_length": 8, "micro_batch_size": 1, "data_rank": 0, "data_size": 1}
+    sizes = {**layout, "vocab_size": 1 << 20}
+    where = rf" in {tmp_path}, where relative paths begin"
+
+    def config(**data: Any) -> DataConfig:
+        return DataConfig.model_validate({"train": "good", "sequence_length": 8, **data})
+
+    with pytest.raises(DataError, match=rf"^data.train: data/mine.idx: no such file{where}; check"):
+        build_train_loader(config(train="data/mine"), seed=0, **sizes)
+    with pytest.raises(DataError, match=rf"^data.validation: held.idx: no such file{where}; check"):
+        build_eval_batches(config(validation="held"), **sizes)
+    with pytest.raises(DataError, match=rf"^data.train: \*.txt: no such file, .*it{where}; check"):
+        build_train_loader(config(train="*.txt", kind="bytes"), seed=0, **sizes)
+    with pytest.raises(DataError, match=rf"^data.tokenizer: tokenizer t.json: no such file{where}"):
+        build_train_loader(config(tokenizer="t.json"), seed=0, **sizes)
+    with pytest.raises(DataError, match=r"^data.train: /nowhere.idx: no such file; check"):
+        build_train_loader(config(train="/nowhere"), seed=0, **sizes)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from data_tools.config import DataConfig
-from data_tools.curriculum import Curriculum, plan_curriculum
+from data_tools.curriculum import START, BatchStep, Curriculum, Position, plan_curriculum
 from data_tools.errors import DataError
 
 
@@ -132,3 +133,134 @@ def test_a_weight_that_every_stage_overrides_is_refused() -> None:
     }
     with pytest.raises(ValueError, match=r"source wiki: weight 2.0 has no effect, every stage"):
         DataConfig.model_validate(section)
+
+
+RAMP = [BatchStep(1000, 2), BatchStep(4000, 5)]  # sequences of 64: steps of 128 and 320 tokens
+
+
+def _ramped(
+    *stages: dict[str, Any],
+    max_steps: int | None = None,
+    max_tokens: int | None = None,
+    ramp: Sequence[BatchStep] = RAMP,
+    start: Position = START,
+    sequences_per_step: int = 10,
+) -> Curriculum:
+    return plan_curriculum(
+        _config(*stages),
+        sequences_per_step=sequences_per_step,
+        max_steps=max_steps,
+        max_tokens=max_tokens,
+        ramp=ramp,
+        start=start,
+    )
+
+
+def _walk(curriculum: Curriculum) -> list[tuple[int, int, int]]:
+    """Sequences, their length and the tokens after each step, one step at a time."""
+    steps = range(curriculum.start.steps, curriculum.total_steps)
+    stages = [curriculum.stage_after(step) for step in steps]
+    return [
+        (stage.sequences_per_step, stage.sequence_length, curriculum.tokens_after(step + 1))
+        for step, stage in zip(steps, stages, strict=True)
+    ]
+
+
+def test_a_batch_grows_with_the_step_that_reaches_the_tokens() -> None:
+    sizes, tokens, expected = [], 0, []
+    while tokens < 9000:  # the definition, step by step
+        size = 2 if tokens < 1000 else 5 if tokens < 4000 else 10
+        tokens += size * 64
+        sizes.append(size)
+        expected.append((size, 64, tokens))
+    assert len(set(sizes)) == 3
+    curriculum = _ramped(max_tokens=9000)
+    assert _walk(curriculum) == expected
+    assert curriculum.position_after(len(sizes)) == (len(sizes), sum(sizes), tokens)
+    assert _walk(_ramped(max_steps=12)) == expected[:12]
+
+
+def test_a_ramp_and_stages_change_independently() -> None:
+    curriculum = _ramped(
+        {"until_step": 3, "sequence_length": 16}, {"until_step": 12}, {"sequence_length": 32},
+        max_steps=20,
+    )  # fmt: skip
+    tokens = 0
+    for step, (size, length, after) in enumerate(_walk(curriculum)):
+        assert size == (2 if tokens < 1000 else 5 if tokens < 4000 else 10)
+        assert length == (16 if step < 3 else 64 if step < 12 else 32)
+        tokens += size * length
+        assert after == tokens
+    assert curriculum.describe().count("\n") + 1 == len(curriculum.stages) >= 4
+
+
+def test_a_size_that_one_step_of_the_size_before_passes_is_left_out() -> None:
+    steep = [BatchStep(100, 8), BatchStep(110, 9)]
+    assert [size for size, *_ in _walk(_ramped(max_steps=3, ramp=steep))] == [8, 10, 10]
+
+
+STAGED = (
+    {"until_fraction": 0.2, "sequence_length": 16}, {"until_fraction": 0.7}, {"sequence_length": 32}
+)  # fmt: skip
+BY_STEP = ({"until_step": 4, "sequence_length": 16}, {"until_step": 9}, {"sequence_length": 32})
+
+
+@pytest.mark.parametrize(
+    ("stages", "limits", "ramp"),
+    [
+        ((), {"max_steps": 30}, RAMP),
+        ((), {"max_tokens": 9000}, RAMP),
+        (STAGED, {"max_tokens": 9000}, RAMP),
+        (STAGED, {"max_steps": 30}, []),
+        (BY_STEP, {"max_steps": 30}, RAMP),
+        (BY_STEP, {"max_tokens": 9000}, []),
+    ],
+)
+def test_a_plan_from_any_step_on_is_what_is_left_of_the_whole(
+    stages: Sequence[dict[str, Any]], limits: dict[str, int], ramp: list[BatchStep]
+) -> None:
+    whole = _ramped(*stages, **limits, ramp=ramp)
+    for step in range(whole.total_steps + 1):
+        rest = _ramped(*stages, **limits, ramp=ramp, start=whole.position_after(step))
+        assert rest.total_steps == whole.total_steps
+        assert _walk(rest) == _walk(whole)[step:]
+        phases = {(p.first_sample, p.sequence_length) for p in whole.phases()}
+        assert {(p.first_sample, p.sequence_length) for p in rest.phases()[1:]} <= phases
+
+
+def test_what_a_run_has_taken_counts_when_its_batch_changes() -> None:
+    start = _ramped(max_steps=6, ramp=[]).position_after(6)
+    assert start == (6, 60, 3840)
+    later = _ramped(max_tokens=9000, ramp=[], start=start, sequences_per_step=40)
+    assert _walk(later) == [(40, 64, 3840 + 2560), (40, 64, 3840 + 5120), (40, 64, 3840 + 7680)]
+    assert later.position_after(9) == (9, 180, 11_520)
+
+
+@pytest.mark.parametrize(
+    ("limits", "total"),
+    [({"max_steps": 6}, 6), ({"max_steps": 4}, 4), ({"max_tokens": 3840}, 6),
+     ({"max_tokens": 3201}, 6), ({"max_tokens": 3200}, 5), ({"max_tokens": 1}, 1)],
+)  # fmt: skip
+def test_a_run_that_is_over_says_after_how_many_steps_it_was(
+    limits: dict[str, int], total: int
+) -> None:
+    start = Position(6, 60, 3840)
+    assert _ramped(**limits, ramp=[], start=start).total_steps == total
+
+
+def test_shares_of_tokens_that_are_not_known_in_steps_are_refused() -> None:
+    message = (
+        r"until_fraction, training.batch_ramp and training.max_steps=30: .* set training.max_t"
+    )
+    with pytest.raises(DataError, match=message):
+        _ramped(*STAGED, max_steps=30)
+    with pytest.raises(DataError, match=message):
+        _ramped(*STAGED, max_steps=30, max_tokens=9000)
+
+
+def test_whole_steps_are_counted_in_the_sizes_they_have() -> None:
+    curriculum = _ramped(max_steps=20)
+    begins = [curriculum.position_after(step).samples for step in range(21)]
+    for samples in range(begins[-1]):
+        expected = max(begin for begin in begins if begin <= samples)
+        assert curriculum.whole_steps(0, samples) == expected

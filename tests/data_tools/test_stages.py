@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.build import build_train_loader
 from data_tools.config import DataConfig
-from data_tools.curriculum import plan_curriculum
+from data_tools.curriculum import BatchStep, plan_curriculum
 from data_tools.errors import DataError
 from data_tools.loader import TrainLoader
 from tests.data_tools.corpora import write_counting_corpus
@@ -58,7 +58,6 @@ def _loader(
         config,
         sequence_length=_LONGEST,
         micro_batch_size=micro_batch_size,
-        micro_batches_per_step=_PER_STEP // micro_batch_size // data_size,
         data_rank=data_rank,
         data_size=data_size,
         seed=3,
@@ -169,13 +168,12 @@ def test_stage_that_would_begin_inside_a_step_is_refused(corpora: Path) -> None:
     config = DataConfig.model_validate(
         {"train": [str(corpora / n) for n in "ab"], "sequence_length": 16, "stages": _STAGES}
     )
-    curriculum = plan_curriculum(config, sequences_per_step=8, max_steps=9, max_tokens=None)
-    with pytest.raises(DataError, match="begins at sample 16, inside a step: steps of 6 samples"):
+    curriculum = plan_curriculum(config, sequences_per_step=6, max_steps=9, max_tokens=None)
+    with pytest.raises(DataError, match="begins at sample 12, inside a step: steps of 6 samples"):
         build_train_loader(
             config,
             sequence_length=16,
             micro_batch_size=6,
-            micro_batches_per_step=1,
             data_rank=0,
             data_size=1,
             seed=3,
@@ -194,7 +192,6 @@ def test_stages_without_the_length_of_the_run_are_refused(corpora: Path) -> None
             config,
             sequence_length=16,
             micro_batch_size=1,
-            micro_batches_per_step=1,
             data_rank=0,
             data_size=1,
             seed=0,
@@ -219,3 +216,96 @@ def test_a_run_that_reads_a_source_too_often_is_refused(corpora: Path) -> None:
         _loader(corpora, stages=stages, max_steps=17, max_epochs=1.3)
     with _loader(corpora, stages=stages, max_steps=17, max_epochs=1.4) as loader:
         assert len(_rows(loader, 17 * 4)) == 17 * 8
+
+
+_RAMP = [BatchStep(100, 4), BatchStep(250, 8)]  # then 16 samples a step
+_SIZES = [4, 4, 4, 4, 8, 8, 16, 16]
+
+
+def _ramped(
+    folder: Path, *, state: dict[str, Any] | None = None, steps_done: int = 0, **layout: Any
+) -> TrainLoader:
+    config = DataConfig.model_validate(
+        {
+            "train": [str(folder / name) for name in "ab"],
+            "sequence_length": 8,
+            "stages": [{"until_step": 2, "weights": {"a": 1}}, {"weights": {"a": 1, "b": 1}}],
+        }
+    )
+    limits = {"sequences_per_step": 16, "max_steps": len(_SIZES), "max_tokens": None}
+    curriculum = plan_curriculum(config, ramp=_RAMP, **limits)
+    if steps_done:
+        start = curriculum.position_after(steps_done)
+        curriculum = plan_curriculum(config, ramp=_RAMP, start=start, **limits)
+    defaults = {"micro_batch_size": 4, "data_rank": 0, "data_size": 1}
+    return build_train_loader(
+        config, sequence_length=8, seed=3, vocab_size=1 << 20, curriculum=curriculum, state=state,
+        **(defaults | layout),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ramped(corpora: Path) -> list[list[int]]:
+    with _ramped(corpora) as loader:
+        rows = _rows(loader, sum(_SIZES) // 4)
+    tokens = [token for row in rows for token in row]
+    assert len(set(tokens)) == len(tokens)
+    return rows
+
+
+@pytest.mark.parametrize(("micro_batch_size", "data_size"), [(1, 1), (2, 2), (1, 4)])
+def test_a_ramp_reads_the_same_samples_in_the_same_order_at_every_layout(
+    corpora: Path, ramped: list[list[int]], micro_batch_size: int, data_size: int
+) -> None:
+    loaders = [
+        _ramped(corpora, micro_batch_size=micro_batch_size, data_rank=rank, data_size=data_size)
+        for rank in range(data_size)
+    ]
+    rows, consumed = [], []
+    for size in _SIZES:
+        for _ in range(size // micro_batch_size // data_size):
+            rows += [row for loader in loaders for row in _rows(loader, 1)]
+        consumed.append({loader.consumed_samples for loader in loaders})
+    assert rows == ramped
+    assert consumed == [{total} for total in np.cumsum(_SIZES).tolist()]
+    for loader in loaders:
+        loader.close()
+
+
+def test_a_ramp_without_stages_changes_no_sample_of_a_run_without_ramp(
+    corpora: Path,
+) -> None:
+    layout = {"sequence_length": 8, "micro_batch_size": 4, "data_rank": 0, "data_size": 1}
+    config = DataConfig.model_validate(
+        {"train": [str(corpora / name) for name in "ab"], "sequence_length": 8}
+    )
+    rows = []
+    for ramp in ([], _RAMP):
+        curriculum = plan_curriculum(
+            config, sequences_per_step=16, max_steps=8, max_tokens=None, ramp=ramp
+        )
+        with build_train_loader(
+            config, seed=3, vocab_size=1 << 20, curriculum=curriculum, **layout
+        ) as loader:
+            rows.append(_rows(loader, 16))
+    assert rows[0] == rows[1]
+
+
+def test_resume_after_every_step_of_a_ramp_is_exact(corpora: Path, ramped: list[list[int]]) -> None:
+    state, rows = None, []
+    for step, size in enumerate(_SIZES):
+        micro_batch_size = (1, 2, 4)[step % 3]
+        with _ramped(
+            corpora, state=state, steps_done=step, micro_batch_size=micro_batch_size
+        ) as loader:
+            rows += _rows(loader, size // micro_batch_size)
+            if micro_batch_size < (*_SIZES, 16)[step + 1]:
+                _rows(loader, 1)  # of a step that is not finished
+            state = json.loads(json.dumps(loader.state_dict()))
+        assert state["consumed_samples"] == sum(_SIZES[: step + 1])
+    assert rows == ramped
+
+
+def test_steps_that_are_not_whole_micro_batches_are_refused(corpora: Path) -> None:
+    with pytest.raises(DataError, match="steps of 4 samples are not whole micro-batches of 8"):
+        _ramped(corpora, micro_batch_size=8)

@@ -19,7 +19,7 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data_tools.encoding import _tokenizer as load_once
-from models.checkpoint import _closed as closed
+from models.manifest import closed
 from tests.data_tools.corpora import write_corpus
 from tests.hostile.attempt import Attempt
 from tests.hostile.commands import Outcome, data_tool, tool

@@ -17,8 +17,8 @@ import pytest
 import yaml
 import zstandard
 
-from models.checkpoint import _closed as closed
 from models.hf_import import INDEX_NAME, open_foreign_weights
+from models.manifest import closed
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.config import to_yaml
 from pretrain.errors import CheckpointError

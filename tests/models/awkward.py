@@ -39,6 +39,9 @@ class AwkwardConfig(BaseModel):
     num_layers: int = 6
     max_position_embeddings: int = 1 << 20
 
+    def function(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"max_position_embeddings"})
+
     def tensor_divisible(self) -> dict[str, int]:
         return {"inner_size": INNER}
 

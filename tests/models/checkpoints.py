@@ -10,9 +10,9 @@ import torch
 
 from models.base import ModelFamily
 from models.checkpoint import StoredModel, parameter_table, write_manifest
-from models.checkpoint import _closed as closed
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY
+from models.manifest import closed
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers

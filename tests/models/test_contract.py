@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import get_args
+
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -260,3 +264,45 @@ def test_parameters_and_flops_equal_their_formulas(name):
 
 def test_every_registered_family_is_under_the_contract(name):
     assert set(family_names()) <= {case.family.name for case in CASES.values()}
+
+
+def _others(value: object, annotation: object) -> list[object]:
+    """Values that a setting might have in place of its own."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value, value + 1]
+    if isinstance(value, float):
+        return [value / 2, 0.25]
+    return [choice for choice in get_args(annotation) if choice != value]
+
+
+def _changed(config: BaseModel, setting: str) -> BaseModel | None:
+    """The configuration with another value of a setting; None where no other is valid."""
+    values = config.model_dump(mode="json")
+    for other in _others(values[setting], type(config).model_fields[setting].annotation):
+        if other != values[setting]:
+            with suppress(ValidationError):
+                return type(config).model_validate({**values, setting: other})
+    return None
+
+
+def test_a_setting_that_is_not_of_the_function_changes_no_logit(name):
+    family, config = CASES[name]
+    tokens, _ = _tokens(name)
+    model = evaluated(_model(name), tokens)
+    with torch.no_grad():
+        expected = logits_of(model(TokenInputs(tokens)))
+    settings = sorted(type(config).model_fields.keys() - config.function().keys())
+    tried = 0
+    for setting in settings:
+        changed = _changed(config, setting)
+        if changed is None:
+            continue
+        tried += 1
+        assert changed.function() == config.function(), setting
+        other = build(family.layer_specs(changed), ParallelContext.single(), seed=8, noise=0.0)
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(logits_of(other.eval()(TokenInputs(tokens))), expected), setting
+    assert tried > 0 or not settings

@@ -13,6 +13,7 @@ from parallel.cross_entropy import (
     cross_entropy_and_entropy,
     vocab_parallel_cross_entropy,
     vocab_parallel_entropy,
+    vocab_parallel_z_losses,
 )
 from tests.distributed import run_ranks
 
@@ -167,3 +168,77 @@ def test_ranks_that_share_the_vocabulary_get_the_values_and_gradients_of_the_who
     assert gradient.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
     torch.testing.assert_close(gradient.double(), x.grad, rtol=tolerance, atol=tolerance)
+
+
+def _masked_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [7, 3, 50] whose last 14 columns are padding: all that the last of 4 ranks has."""
+    logits, labels = _inputs(torch.float64)
+    logits = logits.detach().clone()
+    logits[..., 36:] = -torch.inf
+    return logits.to(dtype), labels.clamp(max=35)
+
+
+def _z_losses_by_the_equation(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(log sum exp x)^2` of scored tokens in fp64, and the gradient of its weighted sum."""
+    x = logits.double().requires_grad_()
+    losses = x.exp().sum(dim=-1).log() ** 2 * (labels.T != -100)
+    (losses * _weights()).sum().backward()
+    return losses.detach(), x.grad
+
+
+def _weights() -> torch.Tensor:
+    return torch.arange(21, dtype=torch.float64).view(7, 3) - 8
+
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 32 * 2**-23, torch.bfloat16: 2**-7}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("chunk_size", [1, 200, 1 << 20])
+def test_z_losses_and_their_gradients_equal_the_equation(chunk_size, dtype, monkeypatch):
+    monkeypatch.setitem(cross_entropy._CHUNK_SIZE, "cpu", chunk_size)
+    logits, labels = _masked_logits(dtype)
+    expected, expected_gradient = _z_losses_by_the_equation(logits, labels)
+    before = logits.clone()
+    losses = vocab_parallel_z_losses(logits.requires_grad_(), labels, ctx=CTX)
+    (losses * _weights()).sum().backward()
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert logits.grad.dtype == dtype
+    assert torch.equal(logits.detach(), before)
+    assert (losses[labels.T == -100] == 0).all()
+    assert (logits.grad[labels.T == -100] == 0).all()
+    exact = min(TOLERANCES[dtype], TOLERANCES[torch.float32])  # losses are never in bf16
+    torch.testing.assert_close(losses.double(), expected, rtol=exact, atol=exact)
+    rtol = TOLERANCES[dtype]
+    torch.testing.assert_close(logits.grad.double(), expected_gradient, rtol=rtol, atol=rtol)
+
+
+def test_z_losses_of_very_large_logits_do_not_overflow():
+    logits = torch.tensor([[[1e4, 0.0, -1e4]]], requires_grad=True)
+    losses = vocab_parallel_z_losses(logits, torch.tensor([[1]]), ctx=CTX)
+    losses.sum().backward()
+    assert losses.item() == 1e8
+    assert logits.grad.tolist() == [[[2e4, 0.0, 0.0]]]
+
+
+def _shared_z_losses(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    ctx = ParallelContext.from_world(tensor=4)
+    logits, labels = _masked_logits(dtype)
+    padded = torch.nn.functional.pad(logits, (0, 2), value=-torch.inf)
+    own = padded.chunk(4, dim=-1)[ctx.tensor.rank].contiguous().requires_grad_()
+    losses = vocab_parallel_z_losses(own, labels, ctx=ctx)
+    (losses * _weights()).sum().backward()
+    return losses.detach(), own.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_z_losses_of_ranks_that_share_the_vocabulary_equal_those_of_the_whole(dtype):
+    expected, expected_gradient = _z_losses_by_the_equation(*_masked_logits(dtype))
+    results = run_ranks(_shared_z_losses, 4, dtype)
+    tolerance = {"rtol": TOLERANCES[dtype], "atol": TOLERANCES[dtype]}
+    for losses, _ in results:
+        torch.testing.assert_close(losses.double(), expected, **tolerance)
+    gradient = torch.cat([own for _, own in results], dim=-1)[..., :50]
+    torch.testing.assert_close(gradient.double(), expected_gradient, **tolerance)

@@ -307,21 +307,20 @@ def test_a_harmless_change_of_the_configuration_continues(run_dir: Path) -> None
 
 
 def test_changed_data_is_an_error(run_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"data has changed .*fingerprint abc, now xyz"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"data: '\(fingerprint abc\)' in the checkpoint, '\(fingerprint xyz\)' now",
+    ):
         open_store(run_dir, run=identity(data="xyz")).find("auto")
 
 
-def test_the_directory_of_another_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_checkpoint_is_reserved_by_nothing(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(identity().config))
-    assert open_store(tmp_path).find("auto") is None
-
-    config.write_text(yaml.safe_dump({"run_dir": "x", "training": {"lr": 0.1, "seed": 3}}))
-    with pytest.raises(CheckpointError, match=r"config.yaml' is of another run \(training.seed: 3"):
-        open_store(tmp_path).find("auto")
-    config.write_text("a: [")
-    with pytest.raises(CheckpointError, match=r"config.yaml' cannot be read"):
-        open_store(tmp_path).find("auto")
+    for text in (yaml.safe_dump({"run_dir": "x", "training": {"seed": 3}}), "a: ["):
+        config.write_text(text)
+        store = open_store(tmp_path)
+        assert store.find("auto") is None
+        store.close()
 
 
 def test_every_single_bit_flip_of_a_checkpoint_is_found(run_dir: Path) -> None:

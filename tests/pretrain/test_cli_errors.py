@@ -66,8 +66,11 @@ def _script(*argv: str, cwd: Path) -> Outcome:
         (["--config-name", "demo", "model.num_layer=3"], ["model.num_layer=3", "num_layers?"]),
         (["--config-name", "demo", "parallel.tensor=2"], ["tensor=2", "world size 1", "1 x 1"]),
         (["--config-name", "demo", "parallel.tensor=4"], ["tensor=4", "num_kv_heads=2", "1, 2"]),
-        (["--config-name", "demo", "--ds_config", "no.json"], ["no.json", "zero1.json"]),
-        (["--config-name", "demo", "--config-dir", "nowhere"], ["nowhere", "not a directory"]),
+        (
+            ["--config-name", "demo", "--ds_config", "no.json"],
+            ["no.json' (--ds_config) in ", "zero1.json"],
+        ),
+        (["--config-name", "demo", "--config-dir", "nowhere"], ["nowhere", "not a directory in "]),
         (["--config-name", "demo", "--lr", "3"], ["--lr", "--help"]),
         (["--config-name"], ["--config-name", "--help"]),
         ([], ["data/wikitext/train.idx: no such file", "preprocess it first"]),

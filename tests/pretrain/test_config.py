@@ -17,7 +17,13 @@ from pretrain.config import (
     resolved,
     to_yaml,
 )
-from pretrain.config.changes import RULES, config_differences, forbidden_changes
+from pretrain.config.changes import (
+    MISSING,
+    RULES,
+    config_differences,
+    forbidden_changes,
+    keep_batch,
+)
 from pretrain.config.errors import schema_paths
 from pretrain.errors import ConfigError
 from tests.pretrain.run_values import run_values
@@ -206,8 +212,8 @@ def test_only_settings_that_make_another_run_are_forbidden_at_a_resume() -> None
             )
         )
     )
-    changes = {each.key: each.change for each in config_differences(old, new)}
-    assert changes == {
+    differences = config_differences(old, new)
+    assert {each.key: each.change for each in differences} == {
         "run_dir": "free",
         "logging.tensorboard": "free",
         "training.max_steps": "training",
@@ -215,7 +221,7 @@ def test_only_settings_that_make_another_run_are_forbidden_at_a_resume() -> None
         "training.seed": "fixed",
         "model.hidden_size": "fixed",
     }
-    assert forbidden_changes(old, new) == [
+    assert forbidden_changes(differences) == [
         "model.hidden_size: 64 in the checkpoint, 128 now",
         "training.seed: 1234 in the checkpoint, 7 now",
     ]
@@ -228,6 +234,72 @@ def test_equal_configurations_do_not_differ() -> None:
 
 def test_a_file_of_another_program_differs_in_every_fixed_setting() -> None:
     new = resolved(parse_config(run_values()))
-    forbidden = forbidden_changes({"weights": 3}, new)
+    forbidden = forbidden_changes(config_differences({"weights": 3}, new))
     assert any(text.startswith("weights: 3") for text in forbidden)
     assert any(text.startswith("training.seed: '(absent)'") for text in forbidden)
+
+
+def test_a_file_is_known_by_its_fingerprint_wherever_it_lies() -> None:
+    def moved(folder: str) -> dict[str, Any]:
+        sources = [{"path": f"{folder}/{name}", "name": name} for name in ("a", "b")]
+        changes = {"data__train": sources, "data__tokenizer": f"{folder}/tokenizer.json"}
+        return resolved(parse_config(run_values(**changes)))
+
+    old, new = moved("here"), moved("there")
+    keys = ("data.tokenizer", "data.train.a.path", "data.train.b.path")
+    assert [each.key for each in config_differences(old, new)] == list(keys)
+    prints = dict.fromkeys(keys, "0123456789abcdef")
+    assert config_differences(old, new, old_prints=prints, new_prints=prints) == []
+    (unknown,) = config_differences(
+        old, new, old_prints=dict(list(prints.items())[1:]), new_prints=prints
+    )
+    assert unknown.key == "data.tokenizer"
+
+
+def test_another_file_under_the_same_path_is_a_change() -> None:
+    config = resolved(parse_config(run_values(data__tokenizer="tokenizer.json")))
+    prints = {"data.tokenizer": "abcdef0123456789", "data.validation.validation.path": "old"}
+    changed = {"data.tokenizer": "9876543210fedcba", "data.validation.validation.path": "new"}
+    found = config_differences(config, config, old_prints=prints, new_prints=changed)
+    assert [str(each) for each in found] == [
+        "data.tokenizer: 'tokenizer.json (fingerprint abcdef012345)' in the checkpoint, "
+        "'tokenizer.json (fingerprint 9876543210fe)' now",
+        "data.validation.validation.path: 'data/validation (fingerprint old)' in the checkpoint, "
+        "'data/validation (fingerprint new)' now",
+    ]
+    assert [each.change for each in found] == ["fixed", "free"]
+
+
+def test_sources_are_compared_by_name_and_stages_by_place() -> None:
+    def mixed(*weights: tuple[str, float], until: int) -> dict[str, Any]:
+        changes = {
+            "data__train": [{"path": name, "weight": weight} for name, weight in weights],
+            "data__stages": [{"until_step": until}, {"sequence_length": 64}],
+        }
+        return resolved(parse_config(run_values(**changes)))
+
+    old = mixed(("a", 1.0), ("b", 2.0), until=3)
+    new = mixed(("b", 3.0), ("a", 1.0), ("c", 1.0), until=4)
+    found = {each.key: (each.old, each.new) for each in config_differences(old, new)}
+    assert found == {
+        "data.stages.0.until_step": (3, 4),
+        "data.train.b.weight": (2.0, 3.0),
+        "data.train.c.path": (MISSING, "c"),
+        "data.train.c.weight": (MISSING, 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("samples", "data_size", "kept"),
+    [
+        (8, 1, "training.gradient_accumulation_steps=2"),
+        (8, 2, "training.gradient_accumulation_steps=1"),
+        (8, 4, "training.batch_size=2 training.gradient_accumulation_steps=1"),
+        (12, 2, "training.batch_size=3 training.gradient_accumulation_steps=2"),
+        (8, 3, None),
+    ],
+)
+def test_settings_that_keep_the_batch_are_found_where_there_are_any(
+    samples: int, data_size: int, kept: str | None
+) -> None:
+    assert keep_batch({"training": {"batch_size": 4}}, samples, data_size=data_size) == kept

@@ -63,7 +63,7 @@ def _train(
     return trained + evaluated
 
 
-NAMES = ("loss", "balance_loss", "z_loss", "eval_loss", "grad_norm")
+NAMES = ("loss", "balance_loss", "expert_z_loss", "eval_loss", "grad_norm")
 
 
 def _assert_equal(records, expected, *, rel: float = FP32_LOSS, names=NAMES) -> None:

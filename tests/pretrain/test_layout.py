@@ -122,7 +122,7 @@ def test_counts_of_a_step_follow_from_the_layout() -> None:
     run = parse_config(run_values(parallel__pipeline=2, training__gradient_accumulation_steps=3))
     layout = check_layout(run, 8)
     assert layout.data == 4
-    assert layout.curriculum.sequences_per_step == 2 * 3 * 4
+    assert layout.curriculum.stage_after(0).sequences_per_step == 2 * 3 * 4
     assert layout.curriculum.tokens_after(1) == 2 * 3 * 4 * 128
     assert layout.total_steps == 10
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pretrain.checkpoint import stored_optimizer
 from pretrain.checkpoint.saves import Saves
@@ -24,6 +25,7 @@ from tests.pretrain.layout_runs import (
     tail,
     train,
 )
+from tests.pretrain.tiny_run import SEQ
 from tests.tolerance import FP32_LOSS
 
 
@@ -121,12 +123,27 @@ def test_step_counts_that_one_zero_stage_cannot_keep_apart_are_refused(runs, tmp
     assert "resume at the ZeRO stage that wrote the checkpoint" in message
 
 
-def test_another_global_batch_is_refused_with_both_sizes(runs, tmp_path):
-    begin_at_checkpoint(runs.origin("llama", "fp32", "PP2 TP2"), tmp_path)
-    twice = runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path, training__batch_size=4)
-    message = refusal(twice, PLACES["ZeRO-1 DP2"])
-    assert "was trained on 8 samples a step, this run would take 16" in message
-    assert "set training.gradient_accumulation_steps so that it is 8" in message
+def test_a_batch_that_more_ranks_make_is_refused_with_remedies_that_work(runs, tmp_path):
+    origin = runs.origin("llama", "fp32", "PP2 TP2")
+    begin_at_checkpoint(origin, tmp_path)
+    place = PLACES["ZeRO-1 DP2"]
+    twice = {"training__batch_size": 4}
+    message = refusal(runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path, **twice), place)
+    assert "was trained on 8 samples a step by 1 data ranks, and 2 would take 16: " in message
+    assert "set training.gradient_accumulation_steps=1 to keep 8" in message
+    ramp = f"[{{until_tokens: {SAVED * 8 * SEQ}, sequences_per_step: 8}}]"
+    assert f"or training.batch_ramp={ramp} to go on with 16" in message
+    kept = {**twice, "training__gradient_accumulation_steps": 1}
+    config = runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path, **kept)
+    train(config, place)
+    expected = [r["loss"] for r in origin.curve]
+    assert [r["loss"] for r in tail(config)[0]] == pytest.approx(expected, rel=1e-5)
+    grown = {**twice, "training__batch_ramp": yaml.safe_load(ramp)}
+    begin_at_checkpoint(origin, tmp_path / "grown")
+    config = runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path / "grown", **grown)
+    train(config, place)
+    tokens = [r["tokens"] for r in tail(config)[0]]
+    assert tokens == [SEQ * (SAVED * 8 + n * 16) for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(

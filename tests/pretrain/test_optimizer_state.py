@@ -103,13 +103,29 @@ def test_only_our_form_goes_on_at_another_layout_with_the_same_global_batch(tmp_
         open_store(tmp_path / "deepspeed", run=muon).find("must")
 
 
+def test_a_batch_that_only_the_number_of_ranks_changes_is_refused(tmp_path) -> None:
+    save(tmp_path, folder="optimizer", config=CONFIG)
+    for data, remedy in (
+        (2, r"training.gradient_accumulation_steps=1 to keep 8"),
+        (8, r"training.batch_size=1 training.gradient_accumulation_steps=1 to keep 8"),
+        (3, r"use a number of data ranks that divides 8 to keep it"),
+    ):
+        run = identity(layout=Layout(data=data), config=CONFIG)
+        with pytest.raises(CheckpointError, match=f"take {8 * data}: .*{remedy}") as error:
+            open_store(tmp_path, run=run).find("must")
+        ramp = "training.batch_ramp=[{until_tokens: 100, sequences_per_step: 8}]"
+        assert (f"or {ramp} to go on with 16" in str(error.value)) == (data == 2)
+
+
 @pytest.mark.parametrize("data", [1, 2])
-def test_another_global_batch_is_refused_at_any_layout(data, tmp_path) -> None:
+def test_a_batch_that_a_setting_changes_goes_on(data, tmp_path) -> None:
     save(tmp_path, folder="optimizer", config=CONFIG)
     other = {"training": {"batch_size": 4, "gradient_accumulation_steps": 3}}
     run = identity(layout=Layout(data=data), config=other)
-    with pytest.raises(CheckpointError, match=f"on 8 samples a step, .* take {12 * data} "):
-        open_store(tmp_path, run=run).find("must")
+    found = open_store(tmp_path, run=run).find("must")
+    assert found is not None
+    (change,) = found.differences
+    assert (change.key, change.old, change.new) == ("training.gradient_accumulation_steps", 2, 3)
 
 
 def test_a_run_that_cannot_take_our_form_over_says_so(tmp_path) -> None:

@@ -71,7 +71,6 @@ def reference(data, tmp_path_factory) -> list[float]:
         config.data,
         sequence_length=32,
         micro_batch_size=8,
-        micro_batches_per_step=1,
         data_rank=0,
         data_size=1,
         seed=training.seed,

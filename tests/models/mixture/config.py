@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -25,6 +25,10 @@ class MixtureConfig(BaseModel):
     init_std: float = 0.3
     balance_weight: float = 0.1
     z_weight: float = 0.01
+
+    def function(self) -> dict[str, Any]:
+        training = {"init_std", "max_position_embeddings", "balance_weight", "z_weight"}
+        return self.model_dump(exclude=training | {"capacity_factor"})
 
     def tensor_divisible(self) -> dict[str, int]:
         return {"num_heads": self.num_heads, "intermediate_size": self.intermediate_size}

@@ -130,7 +130,7 @@ def loss(
     lm_loss = token_losses(output, labels, ctx).sum() / num_scored
     balance, z_loss = scored_mean(output.losses, labels, num_scored)
     total = lm_loss + config.balance_weight * balance + config.z_weight * z_loss
-    terms = {"lm_loss": lm_loss, "balance_loss": balance, "z_loss": z_loss}
+    terms = {"lm_loss": lm_loss, "balance_loss": balance, "expert_z_loss": z_loss}
     return LossOutput(total, {name: term.detach() for name, term in terms.items()})
 
 
@@ -159,7 +159,7 @@ FAMILY = ModelFamily(
     layer_specs=layer_specs,
     carry_schema=carry_schema,
     loss=loss,
-    loss_names=("lm_loss", "balance_loss", "z_loss"),
+    loss_names=("lm_loss", "balance_loss", "expert_z_loss"),
     token_losses=token_losses,
     flops=flops,
     num_parameters=num_parameters,
