@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _configure(arguments)
         if config is None:
             return EXIT_COMPLETED
+        if _rank() == 0:
+            print(
+                f"{config.run_dir}: settings checked; torch and DeepSpeed take seconds", flush=True
+            )
         from pretrain.permissions import private_files
         from pretrain.run import run
 
