@@ -8,7 +8,10 @@ VENV   ?= .venv
 FAMILY ?= daria_former
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
 RUN    := runs/demo_$(FAMILY)
+SAMPLING := --max-new-tokens 120 --temperature 0.5 --top-p 0.9
+export PROMPT := def read(self
 
 # Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
@@ -27,30 +30,48 @@ help:
 
 setup: $(STAMP)
 
+# One call of pip resolves once. The builds use the packages of the environment instead of fetching
+# their own, and byte code is left to the first import, which needs a tenth of the files. pip's
+# warnings are in its log; an error is on the terminal.
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
+
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt --editable '.[dev,mpi]'
-	touch $@
+	@echo "set-up 1/3: a virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "set-up 2/3: pip and what builds packages"
+	@$(PIP) pip setuptools wheel packaging
+	@echo "set-up 3/3: torch, DeepSpeed and all else at pinned versions, a minute or more (log: $(VENV)/pip.log)"
+	@rm -f $(VENV)/pip.log $(COMPILED)
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --log $(VENV)/pip.log --editable '.[dev,mpi]'
+	@touch $@
+
+# Tests take a warning for an error, and a compiler warns where it meets a file first.
+$(COMPILED): $(STAMP)
+	@echo "set-up: byte code of all packages, half a minute"
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
+	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m data_tools.demo_corpus --output data/demo
-	PATH="$(abspath $(BIN)):$$PATH" deepspeed pretrain/train.py --config-name demo model=$(FAMILY)/demo \
-		run_dir=$(RUN)
-	$(BIN)/python -m pretrain.plot $(RUN) --output $(RUN)/loss.png
-	$(BIN)/python -m models.generate --checkpoint $(RUN) --prompt "def read(self" --max-new-tokens 120
+	@echo "demo 1/4: a corpus of Python's own source, in data/demo (ten seconds)"
+	@$(BIN)/python -m data_tools.demo_corpus --output data/demo
+	@echo "demo 2/4: training; the deepspeed launcher starts (ten seconds)"
+	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet pretrain/train.py --config-name demo_muon \
+		model=$(FAMILY)/demo run_dir=$(RUN)
+	@echo "demo 3/4: the loss curve, in $(RUN)/loss.png"
+	@$(BIN)/python -m pretrain.plot $(RUN) --output $(RUN)/loss.png
+	@echo "demo 4/4: a sample"
+	@$(BIN)/python -m models.generate --checkpoint $(RUN) --prompt "$$PROMPT" $(SAMPLING)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo parallel.tensor=2 run_dir=$(RUN)_tp2"
 
-test: $(STAMP)
+test: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow" \
 		-n 2 --dist loadgroup
 
-reordered: $(STAMP)
+reordered: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest --reorder-sums tests/models tests/parallel \
 		tests/pretrain/test_layouts.py tests/pretrain/test_engine.py -m "not slow" -n 2 --dist loadgroup
 
-soak: $(STAMP)
+soak: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow
 
 check: $(STAMP)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,25 +57,38 @@ class _Module(NamedTuple):
     text: str
 
 
-def build_demo_corpus(output: Path, *, vocab_size: int = 4096, num_workers: int = 1) -> list[str]:
-    """Write text, tokenizer and the two splits under `output`; what was done, one line each.
+# Bytes per token hardly fall (3.0 with twice as many pieces, 2.7 with these), and the head of a
+# model so small is a fifth of its work.
+VOCAB_SIZE = 2048
 
-    A complete corpus of the same version, interpreter and vocabulary is left as it is.
+
+def build_demo_corpus(
+    output: Path,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    num_workers: int = 1,
+    say: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Write text, tokenizer and the two splits under `output`.
+
+    `say` gets one line about each as soon as it is there. A complete corpus of the same version,
+    interpreter and vocabulary is left as it is.
 
     Raises:
         DataError: the standard library's source is not installed, or `output` cannot be written.
     """
     recipe = {"version": _VERSION, "python": platform.python_version(), "vocab_size": vocab_size}
     if _claim_folder(output, recipe):
-        return [f"{output}: complete, nothing to do"]
-    lines = [_write_text(output / "text")]
+        say(f"{output}: complete, nothing to do")
+        return
+    say(_write_text(output / "text"))
     tokenizer = train_tokenizer(
         [str(output / "text" / "train")],
         str(output / "tokenizer.model"),
         vocab_size=vocab_size,
         overwrite=True,
     )
-    lines.append(f"{output}/tokenizer.model: {tokenizer.vocab_size} pieces, trained on it")
+    say(f"{output}/tokenizer.model: {tokenizer.vocab_size} pieces, trained on it")
     settings = EncodingSettings(
         tokenizer=str(output / "tokenizer.model"),
         eod=None,
@@ -94,9 +107,8 @@ def build_demo_corpus(output: Path, *, vocab_size: int = 4096, num_workers: int 
         )
         workers = num_workers if split == "train" else 1
         info = preprocess(job, num_workers=workers).info
-        lines.append(summary(str(output / split), info))
+        say(summary(str(output / split), info))
     _write_marker(output, {**recipe, "complete": True})
-    return lines
 
 
 def _claim_folder(output: Path, recipe: Mapping[str, object]) -> bool:
@@ -188,13 +200,14 @@ def main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N")
     options = parser.parse_args(arguments)
-    workers = min(2, usable_cpus())
-    for line in build_demo_corpus(
-        Path(options.output), vocab_size=options.vocab_size, num_workers=workers
-    ):
-        print(line)
+    build_demo_corpus(
+        Path(options.output),
+        vocab_size=options.vocab_size,
+        num_workers=min(2, usable_cpus()),
+        say=partial(print, flush=True),
+    )
 
 
 command = partial(run_command, main)

@@ -18,7 +18,7 @@ IGNORED_LABEL = -100
 _LEAST_LOG = -1e4
 
 # Logits that are in fp32 at a time: what the cache of a CPU core holds, or enough to fill a GPU.
-_CHUNK_SIZE = {"cpu": 1 << 19, "cuda": 1 << 25}
+_CHUNK_SIZE = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
@@ -166,9 +166,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             strict=True,
         )
         for out, x, target, normalizer, minus_one, scale in chunks:
-            difference = (x - normalizer).exp_()  # fp32 or wider: the normalizers are
+            difference = torch.sub(x, normalizer, out=_workspace(out, normalizer)).exp_()
             difference.scatter_add_(-1, target, minus_one)
-            out.copy_(difference.mul_(scale))
+            _store(difference.mul_(scale), out)
         return gradient, None, None
 
 
@@ -201,14 +201,8 @@ class _ChunkedBoth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        rows = _rows_per_chunk(logits)
-        normalizers, sums = [], []
-        for x in logits.split(rows):
-            normalizer = at_least_fp32(x).logsumexp(dim=-1, keepdim=True)
-            log_p = (x - normalizer).clamp_(min=_LEAST_LOG)
-            sums.append(torch.linalg.vecdot(log_p.exp(), log_p))
-            normalizers.append(normalizer.squeeze(-1))
-        normalizer, entropies = torch.cat(normalizers), -torch.cat(sums)
+        chunks = [_normalizer_and_entropy(x) for x in logits.split(_rows_per_chunk(logits))]
+        normalizer, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         scored = labels != IGNORED_LABEL
         targets = labels.clamp(min=0)
         ctx.save_for_backward(logits, targets, scored, normalizer, entropies)
@@ -229,11 +223,33 @@ class _ChunkedBoth(torch.autograd.Function):
             strict=True,
         )
         for out, x, target, normalizer, entropy, of_loss, of_entropy in chunks:
-            log_p = (x - normalizer).clamp_(min=_LEAST_LOG)
+            log_p = torch.sub(x, normalizer, out=_workspace(out, normalizer)).clamp_(min=_LEAST_LOG)
             # p (dloss - H dH) - p log p dH
             factor = torch.addcmul(of_loss - entropy * of_entropy, log_p, of_entropy, value=-1.0)
-            out.copy_(log_p.exp_().mul_(factor).scatter_add_(-1, target, -of_loss))
+            _store(log_p.exp_().mul_(factor).scatter_add_(-1, target, -of_loss), out)
         return gradient, None
+
+
+def _normalizer_and_entropy(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`log Z + max(x)` and `log Z - sum_j exp(z_j) z_j / Z` of every row, with z = x - max(x) and
+    Z = sum_j exp(z_j): the exponentials, which take longest, once for both."""
+    highest = at_least_fp32(x.amax(dim=-1))
+    shifted = x - highest.unsqueeze(-1)
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    products = torch.linalg.vecdot(weights, shifted.clamp_(min=_LEAST_LOG))
+    log_total = total.log()
+    return highest + log_total, log_total - products / total
+
+
+def _workspace(out: Tensor, like: Tensor) -> Tensor:
+    """Where a part of the gradient is computed in the dtype of `like`: in place, where it fits."""
+    return out if out.dtype == like.dtype else torch.empty_like(out, dtype=like.dtype)
+
+
+def _store(result: Tensor, out: Tensor) -> None:
+    if result is not out:
+        out.copy_(result)
 
 
 def _rows_per_chunk(logits: Tensor) -> int:

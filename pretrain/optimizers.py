@@ -86,7 +86,7 @@ def build_optimizer(
     )
     common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.optimizer == "muon":
-        return _muon(module, groups, common, ctx)
+        return _muon(module, groups, common, config, ctx)
     return _FACTORIES[config.optimizer](groups, common)
 
 
@@ -225,6 +225,7 @@ def _muon(
     module: nn.Module,
     groups: list[dict[str, Any]],
     common: dict[str, Any],
+    config: TrainingConfig,
     ctx: ParallelContext,
 ) -> torch.optim.Optimizer:
     """Muon for the matrices of hidden layers, AdamW for tables, head and vectors.
@@ -239,8 +240,6 @@ def _muon(
             f"training.optimizer=muon with parallel.tensor={ctx.tensor.size}: Muon orthogonalises "
             "whole matrices, a tensor rank holds shards; use parallel.tensor=1 or another optimizer"
         )
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
     tables = [
         m for m in module.modules() if isinstance(m, VocabParallelEmbedding | VocabParallelHead)
     ]
@@ -257,4 +256,23 @@ def _muon(
             if members:
                 specific = {"lr": common["lr"]} if use_muon else common
                 split.append({**group, **specific, "params": members, "use_muon": use_muon})
-    return MuonWithAuxAdam(split)
+    return _muon_class(compiles=config.compile or ctx.device.type != "cpu")(split)
+
+
+def _muon_class(*, compiles: bool) -> type[torch.optim.Optimizer]:
+    """DeepSpeed's Muon, or the same with its kernels as they are written.
+
+    It compiles them, per shape of a matrix (0.19.8, zero/muon/original_muon.py): on a CPU that
+    takes g++ minutes before the first step, and the kernels are matrix products anyway.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if compiles:
+        return MuonWithAuxAdam
+
+    class EagerMuon(MuonWithAuxAdam):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return super().step(*args, **kwargs)
+
+    return EagerMuon

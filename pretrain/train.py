@@ -81,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _configure(arguments)
         if config is None:
             return EXIT_COMPLETED
+        if _rank() == 0:
+            print(
+                f"{config.run_dir}: settings checked; torch and DeepSpeed take seconds", flush=True
+            )
         remark = prepare_threads(ranks=ranks_on_this_machine(), since=beginning)
         from parallel.cpu import device_type
         from pretrain.permissions import private_files

@@ -100,7 +100,8 @@ class ResidualFusion(nn.Module):
 
     def forward(self, attended: Tensor, fed: Tensor, x: Tensor) -> Tensor:
         inverse = inverse_rms(x, eps=self.eps)
-        of_attended, of_fed, of_x = self.gate.chunk(3, dim=1)
+        # As matrices of their own: autograd would multiply strided ones the slow way round.
+        of_attended, of_fed, of_x = (part.contiguous() for part in self.gate.chunk(3, dim=1))
         # W [a; f; norm(x)] without a copy of the three; a factor per token commutes with W.
         logits = F.linear(attended, of_attended, self.bias) + F.linear(fed, of_fed)
         logits = at_least_fp32(logits) + inverse * F.linear(x, of_x)

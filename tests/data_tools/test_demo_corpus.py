@@ -54,7 +54,9 @@ def test_complete_corpus_is_left_alone_and_a_damaged_one_is_made_again(tmp_path:
     build_demo_corpus(tmp_path, vocab_size=512)
     files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    assert build_demo_corpus(tmp_path, vocab_size=512) == [f"{tmp_path}: complete, nothing to do"]
+    said: list[str] = []
+    build_demo_corpus(tmp_path, vocab_size=512, say=said.append)
+    assert said == [f"{tmp_path}: complete, nothing to do"]
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     (tmp_path / "train.bin").write_bytes(b"damaged")
     build_demo_corpus(tmp_path, vocab_size=512)

@@ -162,6 +162,20 @@ def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
     assert call("--config-name", "demo").code == code
 
 
+def test_a_run_says_a_word_before_it_imports_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from pretrain.train import main\n"
+        "sys.exit(main(['--config-name', 'demo', 'run_dir=somewhere']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "torch was imported\n"
+    assert done.stdout.startswith("somewhere: settings checked")
+
+
 def test_the_argument_of_the_deepspeed_launcher_is_accepted(call: Call) -> None:
     outcome = call("--local_rank=0", "--config-name", "demo", "--print-config")
     assert outcome.code == 0

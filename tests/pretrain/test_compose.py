@@ -57,7 +57,7 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
     run = compose_config(name)
     layout = check_layout(run, _WORLD.get(name, 1))
     assert layout.total_steps > run.training.warmup_steps
-    stage = 0 if name == "demo" else 1  # fp32 in one process has nothing to shard
+    stage = 0 if name.startswith("demo") else 1  # fp32 in one process has nothing to shard
     assert resolve_ds_config(None, run, data_size=layout.data).zero_stage == stage
     assert run.run_dir == f"runs/{name}"
 
@@ -87,7 +87,7 @@ def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
 @pytest.mark.parametrize(
     ("size", "millions"),
     [
-        ("demo", 5.25),
+        ("demo", 2.41),
         ("125m", 134),
         ("350m", 374),
         ("1b3", 1350),
