@@ -126,7 +126,7 @@ def test_every_exception_is_used():
         ("parallel/a.py", "from models import base", "parallel may import none of ours"),
         ("models/a.py", "def f():\n    from pretrain import config", "models may import parallel"),
         ("models/llama/a.py", "from data_tools.tokenizers import b", "models may import parallel"),
-        ("models/generate.py", "from data_tools.loader import b", "may import parallel, data_t"),
+        ("models/prompting.py", "from data_tools.loader import b", "may import parallel, data_t"),
         ("launchers/a.py", "import pretrain.engine", "launchers may import pretrain.config"),
         ("launchers/a.py", "from pretrain import config_tools", "may import pretrain.config"),
         ("pretrain/a.py", "from ..models import b\nimport launchers", "pretrain may import"),

@@ -301,7 +301,8 @@ def test_a_setting_that_is_not_of_the_function_changes_no_logit(name):
             continue
         tried += 1
         assert changed.function() == config.function(), setting
-        other = build(family.layer_specs(changed), ParallelContext.single(), seed=8, noise=0.0)
+        specs = family.layer_specs(changed)
+        other = build(specs, ParallelContext.single(), seed=8, noise=0.0).double()
         other.load_state_dict(model.state_dict())
         with torch.no_grad():
             assert torch.equal(logits_of(other.eval()(TokenInputs(tokens))), expected), setting
