@@ -256,23 +256,10 @@ def _muon(
             if members:
                 specific = {"lr": common["lr"]} if use_muon else common
                 split.append({**group, **specific, "params": members, "use_muon": use_muon})
-    return _muon_class(compiles=config.compile or ctx.device.type != "cpu")(split)
+    if ctx.device.type == "cpu" and not config.compile:
+        from pretrain.muon import BatchedMuon
 
-
-def _muon_class(*, compiles: bool) -> type[torch.optim.Optimizer]:
-    """DeepSpeed's Muon, or the same with its kernels as they are written.
-
-    It compiles them, per shape of a matrix (0.19.8, zero/muon/original_muon.py): on a CPU that
-    takes g++ minutes before the first step, and the kernels are matrix products anyway.
-    """
+        return BatchedMuon(split)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    if compiles:
-        return MuonWithAuxAdam
-
-    class EagerMuon(MuonWithAuxAdam):
-        def step(self, *args: Any, **kwargs: Any) -> Any:
-            with torch.compiler.set_stance("force_eager"):
-                return super().step(*args, **kwargs)
-
-    return EagerMuon
+    return MuonWithAuxAdam(split)
