@@ -79,7 +79,6 @@ def changes_told(checkpoint: Checkpoint, config: RunConfig, layout: RunLayout) -
     names = {each.key.removeprefix("training.") for each in checkpoint.differences}
     return [
         *(_told(each) for each in checkpoint.differences if each.key not in _OF_THE_COMMAND),
-        *_layout_told(checkpoint, layout),
         *_batch_told(checkpoint, layout, names),
         *_rate_told(checkpoint, config, layout, names),
     ]
@@ -90,12 +89,6 @@ def _told(difference: Difference) -> str:
     old, new = ("none" if x in (None, MISSING) else show(x, longest=400) for x in values)
     unused = ", which has no effect: the weights are the checkpoint's"
     return f"{difference.key}: {old} -> {new}{unused * difference.key.startswith(_UNUSED)}"
-
-
-def _layout_told(checkpoint: Checkpoint, layout: RunLayout) -> Iterator[str]:
-    """What is not in the configuration, because it follows from the number of processes."""
-    if checkpoint.layout.data != layout.data:
-        yield f"data ranks: {checkpoint.layout.data} -> {layout.data}"
 
 
 def _batch_told(checkpoint: Checkpoint, layout: RunLayout, names: set[str]) -> Iterator[str]:

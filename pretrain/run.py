@@ -69,6 +69,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         )
         stack.callback(store.close)
         checkpoint = store.find(config.resume)
+        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         if checkpoint is not None:
             layout = ranks.together(lambda: go_on_from(checkpoint, config, layout, loader))
             ranks.on_first(lambda: _say(changes_told(checkpoint, config, layout)))
@@ -92,7 +93,6 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
         # Only now: a start that fails leaves nothing that speaks of its settings.
         ranks.on_first(lambda: _write_config(config))
-        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         stop.started()
         code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.

@@ -182,9 +182,11 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
     trainer = _read_trainer(directory / TRAINER_NAME)
     _refuse_another_layout(directory, manifest, identity, any_layout=any_layout)
     _refuse_a_grown_batch(directory, manifest, identity, trainer)
-    return Checkpoint(
-        directory, manifest.step, trainer, manifest.layout, any_layout, tuple(differences)
-    )
+    # What follows from the number of processes and from DeepSpeed's JSON.
+    old, new = manifest.layout, identity.layout
+    sizes = {"data ranks": (old.data, new.data), "ZeRO stage": (old.zero_stage, new.zero_stage)}
+    differences += [Difference(k, a, b, "layout") for k, (a, b) in sizes.items() if a != b]
+    return Checkpoint(directory, manifest.step, trainer, old, any_layout, tuple(differences))
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -134,11 +134,13 @@ def test_a_run_that_goes_on_as_it_was_says_nothing_of_changes(data, tmp_path):
 def test_an_end_before_the_checkpoint_is_an_error_that_changes_nothing(
     limit, message, data, run_dir
 ):
-    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "run.lock"}
+    others = ("run.lock", "DONE")
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name not in others}
     error, _ = _run(data, run_dir, **limit)
     assert message in error
     assert "step_4' has taken 4: train longer, or choose another run_dir" in error
     assert {p: p.read_bytes() for p in before} == before
+    assert not (run_dir / "DONE").exists(), "a launcher would read that the run has ended"
 
 
 def test_a_finished_run_says_so_and_writes_nothing_but_its_marker(data, run_dir):
