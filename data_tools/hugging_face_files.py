@@ -27,9 +27,11 @@ class _Rules(NamedTuple):
     end: str = "<|endoftext|>"
 
 
-# Without a class they are read as Megatron-LM's and ByteLevelBPETokenizer read them.
+# Without a class, or with one of any tokenizer, they are read as Megatron-LM and the library's own
+# ByteLevelBPETokenizer read them.
+_ANY = (None, "PreTrainedTokenizer", "TokenizersBackend")
 _RULES = {
-    None: _Rules(GPT2_PATTERN),
+    **dict.fromkeys(_ANY, _Rules(GPT2_PATTERN)),
     "GPT2Tokenizer": _Rules(GPT2_PATTERN),
     "CodeGenTokenizer": _Rules(GPT2_PATTERN),
     "Qwen2Tokenizer": _Rules(QWEN2_PATTERN, is_nfc=True),
@@ -210,7 +212,7 @@ def _open_vocab_and_merges(path: Path, declared: Declared) -> Any:
 def _rules(path: Path, declared: Declared) -> _Rules:
     rules = _RULES.get(declared.tokenizer_class)
     if rules is None:
-        known = ", ".join(name for name in _RULES if name)
+        known = ", ".join(name for name in _RULES if name and name not in _ANY)
         raise DataError(
             f"{path}: {CONFIG} beside it names {declared.tokenizer_class}, and {VOCAB} with "
             f"{MERGES} is read as {known} only; give its tokenizer.json"

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from models.base import ModelFamily
-from models.checkpoint import StoredModel, parameter_table, write_manifest
+from models.checkpoint import (
+    UNKNOWN_TEXT,
+    StoredModel,
+    StoredText,
+    parameter_table,
+    write_manifest,
+)
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY
 from models.manifest import closed
@@ -50,6 +56,7 @@ def write_checkpoint(
     pipeline: int = 1,
     tensor: int = 1,
     tokenizer: str | None = "bytes",
+    text: StoredText = UNKNOWN_TEXT,
     dtype: torch.dtype = torch.float32,
     whole: SequentialModel | None = None,
 ) -> SequentialModel:
@@ -74,7 +81,7 @@ def write_checkpoint(
                     )
             with (directory / "weights" / position.file_name).open("wb") as file:
                 write_shard(file, weights, position=position)
-    write_manifest(directory, StoredModel(directory / "weights", family, of, tokenizer))
+    write_manifest(directory, StoredModel(directory / "weights", family, of, tokenizer, text))
     return whole
 
 

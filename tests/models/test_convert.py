@@ -360,10 +360,3 @@ def test_generation_says_in_one_line_what_is_wrong(change, arguments, message, t
     line = ["--checkpoint", str(tmp_path / "step_5"), "--prompt", "a", *arguments]
     assert generate.main(line) == 2
     assert message in _error(capsys)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
-    write_checkpoint(tmp_path / "step_5", config(vocab_size=100))
-    line = ["--checkpoint", str(tmp_path / "step_5"), "--prompt", "a"]
-    assert generate.main(line) == 2
-    assert "tokenizer bytes has 257 tokens, the model 100; give" in _error(capsys)

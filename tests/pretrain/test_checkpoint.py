@@ -5,13 +5,15 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from pretrain.checkpoint.__main__ import main
-from pretrain.checkpoint.manifest import Layout, read_manifest
+from pretrain.checkpoint.manifest import Layout, TextRecord, read_manifest
+from pretrain.checkpoint.resume import RunIdentity
 from pretrain.errors import CheckpointError
 from tests.pretrain.checkpoint_fixtures import (
     assert_holds,
@@ -312,6 +314,24 @@ def test_changed_data_is_an_error(run_dir: Path) -> None:
         match=r"data: '\(fingerprint abc\)' in the checkpoint, '\(fingerprint xyz\)' now",
     ):
         open_store(run_dir, run=identity(data="xyz")).find("auto")
+
+
+def test_documents_that_end_or_begin_otherwise_are_an_error(tmp_path: Path) -> None:
+    def run(**text: Any) -> RunIdentity:
+        return identity()._replace(text=TextRecord(**text))
+
+    store = open_store(tmp_path, run=run(eod_id=0, bos_ids=()))
+    store.save(contents(1))
+    store.close()
+    manifest = read_manifest(tmp_path / "checkpoints" / "step_1")
+    assert manifest.text == TextRecord(eod_id=0, bos_ids=())
+    # What is not known, as in a checkpoint of an earlier version, is not compared.
+    for same in ({}, {"eod_id": 0}, {"eod_id": 0, "bos_ids": (), "special_tokens": "parse"}):
+        assert open_store(tmp_path, run=run(**same)).find("auto") is not None
+    with pytest.raises(CheckpointError, match="documents that end with 0, those of this run end"):
+        open_store(tmp_path, run=run(eod_id=5)).find("auto")
+    with pytest.raises(CheckpointError, match="begin with no token, those of this run begin with"):
+        open_store(tmp_path, run=run(bos_ids=(1,))).find("auto")
 
 
 def test_a_directory_without_a_checkpoint_is_reserved_by_nothing(tmp_path: Path) -> None:

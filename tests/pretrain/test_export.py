@@ -10,7 +10,7 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from models.base import TokenInputs
-from models.checkpoint import load_model, open_checkpoint
+from models.checkpoint import StoredText, load_model, open_checkpoint
 from models.convert import main as convert
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.run import run as run_training
@@ -51,6 +51,10 @@ def test_checkpoints_of_every_layout_hold_the_same_full_weights(layout, runs):
     for name in whole.names():
         # Four steps of Adam at 1e-2 turn rounding of a tiny gradient into up to 1e-4 of a weight.
         torch.testing.assert_close(cut.full(name), whole.full(name), rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_says_how_the_text_of_its_data_became_tokens(runs):
+    assert open_checkpoint(runs["whole"]).text == StoredText(None, (), "plain")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

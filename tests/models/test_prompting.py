@@ -1,0 +1,84 @@
+"""A prompt becomes tokens as the documents of training did, or as in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from models import convert, generate
+from models.checkpoint import UNKNOWN_TEXT, StoredText
+from models.prompting import load_prompting
+from tests.data_tools.tokenizer_folders import byte_level, declare
+from tests.models.checkpoints import config, write_checkpoint
+
+PROMPT = "<|im_start|>river stone"
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> str:
+    """<|begin|> 300, which its post-processor adds, <|end|> 301, <|im_start|> 302."""
+    folder = byte_level(tmp_path / "t", ["<|begin|>", "<|end|>", "<|im_start|>"], begin="<|begin|>")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    return str(declare(folder, tokenizer_config={**settings, "bos_token": "<|begin|>"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "begins", "parsed", "eod_id"),
+    [
+        (UNKNOWN_TEXT, {}, True, True, 301),
+        (StoredText(302, (), "plain"), {}, False, False, 302),
+        (StoredText(302, (300,), "parse"), {}, True, True, 302),
+        (StoredText(None, (), "plain"), {}, False, False, 301),
+        (StoredText(302, (), "plain"), {"add_bos": True}, True, False, 302),
+        (StoredText(302, (300,), "plain"), {"add_bos": False}, False, False, 302),
+        (StoredText(302, (300,), "plain"), {"special_tokens": "parse"}, True, True, 302),
+        (StoredText(302, (), "plain"), {"eod": "<|begin|>"}, False, False, 300),
+    ],
+)
+def test_what_a_setting_does_not_say_is_done_as_in_training(
+    tokenizer: str,
+    text: StoredText,
+    settings: dict[str, Any],
+    begins: bool,
+    parsed: bool,
+    eod_id: int,
+) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    expected = theirs.encode(PROMPT, add_special_tokens=begins, split_special_tokens=not parsed)
+    prompting = load_prompting(tokenizer, text, **settings)
+    assert prompting.encode(PROMPT, vocab_size=303) == expected
+    assert prompting.eod_id == eod_id
+
+
+def test_empty_prompt_is_what_a_document_begins_with_or_after(tmp_path, tokenizer: str) -> None:
+    assert load_prompting(tokenizer, UNKNOWN_TEXT).encode("", vocab_size=303) == [300]
+    text = StoredText(301, (), "plain")
+    assert load_prompting(tokenizer, text).encode("", vocab_size=303) == [301]
+    nameless = str(byte_level(tmp_path / "nameless"))
+    with pytest.raises(ValueError, match="the prompt is empty, and no token is known to begin or"):
+        load_prompting(nameless, UNKNOWN_TEXT).encode("", vocab_size=303)
+
+
+def test_the_command_line_continues_a_prompt_as_transformers_does(
+    tmp_path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model sees the begin token: without it the continuation is another one."""
+    write_checkpoint(tmp_path / "step_0", config(vocab_size=303), tokenizer=tokenizer)
+    convert.to_hf(tmp_path / "step_0", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    inputs = theirs(PROMPT, return_tensors="pt")
+    rows = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    line = ["--checkpoint", str(tmp_path / "step_0"), "--prompt", PROMPT, "--temperature", "0"]
+    line += ["--max-new-tokens", "12", "--device", "cpu"]
+    expected = theirs.decode(rows[0], skip_special_tokens=True)
+    assert generate.main(line) == 0
+    assert capsys.readouterr().out.rstrip("\n") == expected.rstrip("\n")
+    for changed in (["--no-add-bos"], ["--special-tokens", "plain"]):
+        assert generate.main([*line, *changed]) == 0
+        assert capsys.readouterr().out.rstrip("\n") != expected.rstrip("\n")
+    assert generate.main([*line, "--eod", "<no>"]) == 2
+    assert "<no> is not in its vocabulary" in capsys.readouterr().err
