@@ -15,7 +15,8 @@ from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
-from pretrain.optimizers import check_multipliers, spoil
+from pretrain.optimizers import spoil
+from pretrain.parameter_groups import check_multipliers
 from pretrain.targets import Targets
 
 
@@ -90,8 +91,10 @@ def build_context(run: RunConfig, *, precision: Precision, device: torch.device)
     )
 
 
-def check_model(plan: RunPlan) -> None:
+def check_model(plan: RunPlan) -> SequentialModel:
     """Run the layers on the meta device, so that wrong shapes and names cost no memory.
+
+    Returns the whole model on that device.
 
     Raises:
         ValueError: a layer breaks the carry of its family, or a setting fits no parameter.
@@ -114,4 +117,5 @@ def check_model(plan: RunPlan) -> None:
         schema = plan.schema(single, seq_length=length)
         check_layers(plan.specs(), TokenInputs(tokens, segments), schema)
     whole = SequentialModel(plan.specs(), single)
-    check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
+    check_multipliers(whole, plan.run.training.lr_multipliers)
+    return whole

@@ -58,6 +58,8 @@ def resolve_ds_config(
     _check_stage(stage, run, file)
     _check_stage_keys(stage, flat, file)
     _check_experts(stage, flat, run, file)
+    _check_precision(flat, run, file)
+    _check_pipeline(flat, run, file)
     _check_optimizer(stage, flat, run, file)
     config = _merge(flat, _owned(run, data_size), file)
     if clip_in_loop:
@@ -73,21 +75,14 @@ def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
     Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
     """
     training, zero = run.training, resolved.config.get("zero_optimization", {})
-    offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
     bound = {
         # muon keeps momentum of whole matrices; the others count steps per group of parameters.
         f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
         # Transformer Engine's scales are part of its layers, not of their weights.
         "training.precision=fp8": training.precision == "fp8",
-        "offloading to NVMe": any(each.get("device") == "nvme" for each in offloads),
-        "super_offload": any(each.get("super_offload") for each in offloads),
         # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
         "round_robin_gradients": zero.get("round_robin_gradients", False),
         "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-        "zero_quantized_weights": zero.get("zero_quantized_weights", False),
-        "zero_quantized_nontrainable_weights": zero.get(
-            "zero_quantized_nontrainable_weights", False
-        ),
     }
     return next((name for name, applies in bound.items() if applies), None)
 
@@ -140,9 +135,14 @@ def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
     }
 
 
-# What the file may set and DeepSpeed would otherwise decide against us: it prints in a step, and
-# its throughput timer waits for the device in every micro-batch.
-_DEFAULTS: dict[str, Any] = {"steps_per_print": _NEVER, "timers.throughput.enabled": False}
+# What the file may set and DeepSpeed would otherwise decide against us: it prints in a step, its
+# throughput timer waits for the device in every micro-batch, and in bf16 it would sum the fp32
+# gradients of data ranks in bf16.
+_DEFAULTS: dict[str, Any] = {
+    "steps_per_print": _NEVER,
+    "timers.throughput.enabled": False,
+    "communication_data_type": "fp32",
+}
 
 
 def _merge(flat: Mapping[str, Any], owned: Mapping[str, _Owned], file: Path) -> dict[str, Any]:
@@ -218,7 +218,6 @@ def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Pa
     needed = {
         "reduce_scatter": "DeepSpeed reduces the gradients of experts only with it",
         "contiguous_gradients": "DeepSpeed reduces the gradients of experts only with it",
-        "load_from_fp32_weights": "a resumed rank finds its experts in their fp32 weights alone",
     }
     for name, why in needed.items():
         if flat.get(f"zero_optimization.{name}", True) is False:
@@ -226,6 +225,24 @@ def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Pa
                 f"{file}: zero_optimization.{name}=false with parallel.expert={size}: {why}; "
                 "remove the key"
             )
+
+
+def _check_precision(flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
+    dtype, precision = flat.get("communication_data_type"), run.training.precision
+    if dtype == "bf16" and precision == "fp32":
+        raise ConfigError(
+            f"{file}: communication_data_type='bf16' with training.precision=fp32: gradients would "
+            "be rounded between data ranks; remove the key or use training.precision=bf16"
+        )
+
+
+def _check_pipeline(flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
+    pipeline = run.parallel.pipeline
+    if pipeline > 1 and flat.get("wall_clock_breakdown"):
+        raise ConfigError(
+            f"{file}: wall_clock_breakdown=true with parallel.pipeline={pipeline}: DeepSpeed's "
+            "pipeline engine starts a timer twice and fails; remove the key"
+        )
 
 
 def _is_stage_3_only(name: str) -> bool:
