@@ -33,8 +33,8 @@ from pretrain.optimizers import (
     changing_nothing,
     clip_gradients,
     forget_gradients,
+    muon_accepted,
     set_learning_rate,
-    stacked_accepted,
 )
 from pretrain.partitions import clear_padding
 from pretrain.plan import RunPlan
@@ -278,7 +278,9 @@ def _initialize(module: nn.Module, plan: RunPlan) -> Any:
 
     optimizer = build_optimizer(module, plan.run.training, plan.ctx)
     quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
-    with quiet, experts_found(plan.ctx), stacked_accepted():
+    is_muon = plan.run.training.optimizer == "muon"
+    muon = muon_accepted() if is_muon else contextlib.nullcontext()
+    with quiet, experts_found(plan.ctx), muon:
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -118,45 +118,32 @@ def add_norms_at_once(optimizer: Any) -> None:
 
 
 @contextmanager
-def stacked_accepted() -> Iterator[None]:
-    """Engines that are made in here let Muon have stacked matrices in bf16 with ZeRO-1, too.
+def muon_accepted() -> Iterator[None]:
+    """Engines that are made in here run Muon in bf16 in pipelines and on stacked matrices, too.
 
-    BF16_Optimizer (0.19.8) refuses what has not two dimensions, although what it computes with, as
-    in the other ZeRO optimizers, takes the last two for the matrix and all before for a batch.
+    BF16_Optimizer (DeepSpeed 0.19.8) refuses both when it is made, although what it computes with
+    takes the last two dimensions for the matrix, all before for a batch, and the norm from all
+    stages. So it meets Muon only afterwards.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     original = BF16_Optimizer.__init__
 
     def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        stacked = {
-            index
-            for index, group in enumerate(optimizer.param_groups)
-            if group.get("use_muon") and any(p.dim() > 2 for p in group["params"])
-        }
-        for index in stacked:
-            optimizer.param_groups[index]["use_muon"] = False
-        original(self, optimizer, *args, **kwargs)
-        for index in stacked:
-            optimizer.param_groups[index]["use_muon"] = True
-            self._muon_exchange_layouts[index] = _exchange_layout(self, index)
+        kind = type(optimizer)
+        optimizer.__class__ = torch.optim.Optimizer
+        try:
+            original(self, optimizer, *args, **kwargs)
+        finally:
+            optimizer.__class__ = kind
+        self._uses_muon = isinstance(optimizer, MuonWithAuxAdam)
 
     BF16_Optimizer.__init__ = init
     try:
         yield
     finally:
         BF16_Optimizer.__init__ = original
-
-
-def _exchange_layout(optimizer: Any, index: int) -> Any:
-    """Which parts of matrices that data ranks share have to be exchanged, of one group."""
-    group = optimizer.real_dp_process_group[index]
-    return optimizer._build_muon_exchange_layout(
-        [parameter.numel() for parameter in optimizer.bf16_groups[index]],
-        optimizer.fp32_groups_flat_partition[index].numel(),
-        dist.get_world_size(group),
-        dist.get_rank(group),
-    )
 
 
 def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -55,25 +55,23 @@ def parameter_groups(
     """Parameters of `module` that are trained, in groups of equal treatment and a fixed order.
 
     Parameters that expert ranks share have groups of their own, with the marks that DeepSpeed looks
-    for and `expert_group` as their name; so have stacked matrices (`optimizers.stacked_accepted`).
+    for and `expert_group` as their name.
 
     Args:
         module: has `specs`, the layers that say which parameters are tied.
     """
     names = canonical_names(module.specs)  # type: ignore[arg-type]
-    groups: dict[tuple[bool, Treatment, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, Treatment], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             treatment = treatment_of(names.get(name, name), parameter, training)
-            # ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
-            dims = len(getattr(parameter, "ds_shape", parameter.shape))
-            is_stacked = treatment.optimizer == "muon" and dims > 2
-            key = (is_shared_by_expert_ranks(parameter), treatment, is_stacked)
+            key = (is_shared_by_expert_ranks(parameter), treatment)
             groups.setdefault(key, []).append(parameter)
     marks = {"moe": True, "name": expert_group}
     return [
-        {"params": groups[key], **key[1]._asdict()} | (marks if key[0] else {})
-        for key in sorted(groups)
+        {"params": groups[is_expert, treatment], **treatment._asdict()}
+        | (marks if is_expert else {})
+        for is_expert, treatment in sorted(groups)
     ]
 
 

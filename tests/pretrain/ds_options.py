@@ -35,6 +35,8 @@ _SMALL = 1000  # elements; every matrix of the model has more, and a bucket then
 # Key -> the settings that try it, each a file of its own.
 TRIED: dict[str, list[dict[str, Any]]] = {
     "bf16.immediate_grad_update": [{"bf16.immediate_grad_update": True}],
+    "wall_clock_breakdown": [{"wall_clock_breakdown": True}],
+    "flops_profiler.enabled": [{"flops_profiler.enabled": True}],
     "communication_data_type": [{"communication_data_type": "bf16"}],
     **{
         f"zero_optimization.{name}": [{f"zero_optimization.{name}": value}]
@@ -92,7 +94,6 @@ REPORTS: dict[str, Any] = {
     "comms_logger.prof_ops": [],
     "comms_logger.verbose": False,
     "comms_logger.debug": False,
-    "flops_profiler.enabled": True,
     "flops_profiler.recompute_fwd_factor": 0.0,
     "flops_profiler.profile_step": 1,
     "flops_profiler.module_depth": 1,
@@ -107,8 +108,6 @@ NOT_TRIED = {
     "zero_optimization.stage": "part of the layout",
     "zero_optimization.offload_optimizer.device": "part of the layout",
     "zero_optimization.offload_param.device": "part of the layout",
-    "zero_optimization.zero_hpz_partition_size": "in a run of its own",
-    "wall_clock_breakdown": "in a run of its own",
 }
 
 

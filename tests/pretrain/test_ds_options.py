@@ -83,6 +83,9 @@ def references(tmp_path_factory) -> References:
     return References(tmp_path_factory.mktemp("references"))
 
 
+_TIMED = {"wall_clock_breakdown", "flops_profiler.enabled"}
+
+
 def _is_refused(settings: dict[str, Any], layout: Layout, precision: str) -> bool:
     """What is refused at a layout: it would have no effect there, or train another model."""
     names = {key.split(".")[1] for key in settings if key.startswith("zero_optimization.")}
@@ -91,7 +94,7 @@ def _is_refused(settings: dict[str, Any], layout: Layout, precision: str) -> boo
         (layout.stage == 0 and bool(names))
         or (layout.stage != 3 and bool(only_3))
         or (precision == "fp32" and settings.get("communication_data_type") == "bf16")
-        or (layout.pipeline > 1 and "wall_clock_breakdown" in settings)
+        or (layout.pipeline > 1 and bool(settings.keys() & _TIMED))
         or (layout.expert > 1 and bool(names & {"reduce_scatter", "contiguous_gradients"}))
     )
 

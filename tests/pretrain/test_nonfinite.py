@@ -155,8 +155,7 @@ LAYOUTS: dict[str, tuple[int, Zero, dict[str, Any]]] = {
         2, offloading(1), DP2 | BF16 | {"model": EXPERTS, "parallel__expert": 2},
     ),
     "Muon ZeRO-0": (1, 0, MUON),
-    "Muon PP2": (2, 1, MUON | NO_CLIP | {"parallel__pipeline": 2}),
-    "Muon ZeRO-2 DP2": (2, 2, MUON | NO_CLIP | DP2),
+    "Muon bf16 PP2": (2, 1, MUON | BF16 | {"parallel__pipeline": 2}),
     "Muon bf16 DP2": (2, 1, MUON | DP2 | BF16),
     "Muon bf16 experts": (1, 1, MUON | BF16 | {"model": EXPERTS}),
 }  # fmt: skip

@@ -125,8 +125,6 @@ def test_a_group_has_one_treatment_and_every_trained_parameter_one_group():
     groups = parameter_groups(model, training)
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    # BF16_Optimizer takes a group of stacked matrices only by itself.
-    assert all(len({p.dim() for p in g["params"]}) == 1 for g in groups if g["optimizer"] == "muon")
 
 
 def test_a_multiplier_without_effect_is_refused_and_a_tied_name_explained():

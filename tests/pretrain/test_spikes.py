@@ -104,7 +104,6 @@ LAYOUTS = {
     "PP2": (2, 1, {"parallel__pipeline": 2}),
     "mod": (1, 1, {"model": CASES["mod"].config.model_dump()}),
     "asynchronous saves": (2, 1, DP2 | {"checkpoint__asynchronous": True}),
-    "muon": (1, 1, {"training__optimizer": "muon", "training__grad_clip": 0.0}),
     "muon ZeRO-0": (1, 0, {"training__optimizer": "muon"}),
     "muon bf16 DP2": (2, 1, DP2 | BF16 | {"training__optimizer": "muon"}),
     "bf16 offload": (1, offloading(1), BF16),
