@@ -85,18 +85,35 @@ def ties(specs: Iterable[LayerSpec]) -> list[Tie]:
     """Every tied parameter of a model, in the order of its layers.
 
     Raises:
-        ValueError: a target does not belong to an earlier layer.
+        ValueError: a target does not belong to an earlier layer, or is itself tied to another.
     """
-    found, seen = [], set()
+    found: list[Tie] = []
+    seen: set[str] = set()
+    owners: dict[str, str] = {}
     for spec in specs:
         for path, target in spec.tied.items():
             if target.split(".")[0] not in seen:
                 raise ValueError(
                     f"layer {spec.name} ties {path} to {target}, which is not in an earlier layer"
                 )
+            if target in owners:
+                raise ValueError(
+                    f"layer {spec.name} ties {path} to {target}, which is itself tied; "
+                    f"tie it to {owners[target]}"
+                )
+            owners[f"{spec.name}.{path}"] = target
             found.append(Tie(spec.name, path, target))
         seen.add(spec.name)
     return found
+
+
+def canonical_names(specs: Iterable[LayerSpec]) -> dict[str, str]:
+    """Name of a tied parameter in its own layer -> the one name that all its copies go by.
+
+    That is its name in the first layer that holds it, as in the whole model and in checkpoints.
+    Whatever is decided by a parameter's name is decided by this one, or copies would differ.
+    """
+    return {f"{tie.layer}.{tie.path}": tie.target for tie in ties(specs)}
 
 
 def build_layers(
@@ -229,10 +246,27 @@ def check_layers(specs: Sequence[LayerSpec], inputs: Any, schema: Any) -> None:
 def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
     owner_path, _, name = path.rpartition(".")
     owner = module.get_submodule(owner_path)
-    own_shape = owner.get_parameter(name).shape
+    own = owner.get_parameter(name)
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
-    if own_shape != shape:
+    if own.shape != shape:
         raise ValueError(
-            f"cannot tie {path} of shape {tuple(own_shape)} to a parameter of shape {tuple(shape)}"
+            f"cannot tie {path} of shape {tuple(own.shape)} to a parameter of shape {tuple(shape)}"
+        )
+    mine, theirs = _declared(own), _declared(parameter)
+    if mine != theirs:
+        raise ValueError(
+            f"cannot tie {path}, declared {mine}, to a parameter declared {theirs}: a pipeline "
+            "stage trains its copy by its own declaration; declare both alike"
         )
     setattr(owner, name, parameter)
+
+
+def _declared(parameter: nn.Parameter) -> str:
+    """What decides how a copy of a tied parameter is held and trained.
+
+    Among roles only those that an optimizer tells apart: an embedding may be tied to a head.
+    """
+    role = getattr(parameter, "role", None)
+    kind = role if role in ("matrix", "vector") else "neither matrix nor vector"
+    trained = "trained" if parameter.requires_grad else "frozen"
+    return f"{kind}, {trained}, {getattr(parameter, 'sharding', None)}"

@@ -160,7 +160,7 @@ class TopKRouter(nn.Module):
         self.top_k = top_k
         self.renormalize = renormalize
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=ctx.device))
-        declare_replicated(self.weight, init, ctx=ctx)
+        declare_replicated(self.weight, init, ctx=ctx, role="router")
 
     def forward(self, x: Tensor) -> Routing:
         logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
@@ -212,7 +212,8 @@ class Experts(nn.Module):
 
         def stacked(shape: tuple[int, int], dim: int, start: Init) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(self.num_local, *shape, device=ctx.device))
-            return declare(parameter, Sharding(dim, intermediate_size, experts=num_experts), start)
+            sharding = Sharding(dim, intermediate_size, experts=num_experts)
+            return declare(parameter, sharding, start, role="matrix")
 
         self.gate = stacked((inner, hidden_size), 1, init)
         self.up = stacked((inner, hidden_size), 1, init)

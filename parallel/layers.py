@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from parallel.context import ParallelContext
 from parallel.precision import fp8_linear
 from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
-from parallel.sharding import Constant, Init, Normal, Sharding, declare, local_extent
+from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
 
 def ColumnParallelLinear(
@@ -30,21 +30,21 @@ def ColumnParallelLinear(
     ctx: ParallelContext,
     bias: bool = False,
     init: Init = Normal(0.02),
-    fp8: bool = True,
+    role: Role = "matrix",
 ) -> nn.Module:
     """`y = x W^T + b` with W [out, in] cut over its rows: rank r computes columns r of y.
 
     Input [s, b, in] (or [s/t, b, in] under sequence parallelism), output [s, b, out/t].
     Forward: no collective, or an all-gather over the sequence. Backward: an all-reduce of the
-    input gradient, or a reduce-scatter, overlapped with the weight gradient. With `fp8=False` it
-    stays in bf16 under FP8: gates and scores, which are narrow and decide.
+    input gradient, or a reduce-scatter, overlapped with the weight gradient. With `role="gate"` the
+    product stays in bf16 under FP8: gates and scores are narrow and decide.
 
     Raises:
         ValueError: the tensor size does not divide `out_features`.
     """
     _check_divides("out_features", out_features, ctx)
     shape = (out_features // ctx.tensor.size, in_features)
-    options = {"ctx": ctx, "bias": bias, "init": init, "fp8": fp8 and ctx.precision.is_fp8}
+    options = {"ctx": ctx, "bias": bias, "init": init, "role": role}
     return _linear("column", in_features, out_features, shape, **options)  # type: ignore[arg-type]
 
 
@@ -67,7 +67,7 @@ def RowParallelLinear(
     """
     _check_divides("in_features", in_features, ctx)
     shape = (out_features, in_features // ctx.tensor.size)
-    options = {"ctx": ctx, "bias": bias, "init": init, "fp8": ctx.precision.is_fp8}
+    options = {"ctx": ctx, "bias": bias, "init": init, "role": "matrix"}
     return _linear("row", in_features, out_features, shape, **options)  # type: ignore[arg-type]
 
 
@@ -135,7 +135,8 @@ class VocabParallelEmbedding(nn.Embedding):
         super().__init__(extent.padded, hidden_size, device=ctx.device)
         self.ctx = ctx
         self.first_id = ctx.tensor.rank * extent.padded
-        declare(self.get_parameter("weight"), Sharding(dim=0, full_size=vocab_size), init)
+        rows = Sharding(dim=0, full_size=vocab_size)
+        declare(self.get_parameter("weight"), rows, init, role="embedding")
 
     def reset_parameters(self) -> None:
         """Left to parallel.random.initialize, which knows the parameter's name."""
@@ -166,7 +167,7 @@ class VocabParallelHead(nn.Module):
         self.ctx = ctx
         self.num_real = extent.stop - extent.start
         self.weight = nn.Parameter(torch.empty(extent.padded, hidden_size, device=ctx.device))
-        declare(self.weight, Sharding(dim=0, full_size=vocab_size), init)
+        declare(self.weight, Sharding(dim=0, full_size=vocab_size), init, role="head")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ctx.tensor.size == 1:
@@ -257,11 +258,11 @@ def _linear(
     ctx: ParallelContext,
     bias: bool,
     init: Init,
-    fp8: bool,
+    role: Role,
 ) -> nn.Module:
     column = mode == "column"
     layer: nn.Module
-    if fp8:
+    if ctx.precision.is_fp8 and role == "matrix":
         layer = fp8_linear(
             in_features,
             out_features,
@@ -274,7 +275,7 @@ def _linear(
     else:
         layer = (_ColumnParallelLinear if column else _RowParallelLinear)(shape, ctx=ctx, bias=bias)
     rows, columns = Sharding(0, out_features), Sharding(1, in_features)
-    declare(layer.get_parameter("weight"), rows if column else columns, init)
+    declare(layer.get_parameter("weight"), rows if column else columns, init, role=role)
     if bias:
         replicated = Sharding(partial_gradient=ctx.sequence_parallel)
         declare(layer.get_parameter("bias"), rows if column else replicated, Constant(0.0))

@@ -37,6 +37,26 @@ class TiedParameter(NamedTuple):
     first_rank: int
 
 
+class _TiedGradient(NamedTuple):
+    """What PipelineEngine sums over the stages that hold a tied parameter.
+
+    It takes `grad`, or BF16_Optimizer's `_hp_grad` (DeepSpeed 0.19.8, pipe/engine.py,
+    `_exec_reduce_tied_grads`). But ZeRO-1 in bf16 with `offload_optimizer` sums micro-batches in
+    `grad_accum` and leaves no `grad`, and every copy would train on its own part of the gradient.
+    """
+
+    parameter: Any
+
+    @property
+    def grad(self) -> Tensor | None:
+        accumulated = getattr(self.parameter, "grad_accum", None)
+        return self.parameter.grad if accumulated is None else accumulated
+
+    @property
+    def _hp_grad(self) -> Tensor:
+        return self.parameter._hp_grad
+
+
 def partition(costs: Sequence[int], num_stages: int) -> list[int]:
     """Cut consecutive layers into stages so that the most expensive stage costs least.
 
@@ -204,12 +224,12 @@ class PipelineStage(PipelineModule):
 
     # What PipelineModule and PipelineEngine call for tied parameters.
 
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
-        return [(tied.parameter, tied.group) for tied in self.tied_parameters]
+    def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, dist.ProcessGroup]]:
+        return [(_TiedGradient(tied.parameter), tied.group) for tied in self.tied_parameters]
 
     def allreduce_tied_weight_gradients(self) -> None:
         for tied in self.tied_parameters:
-            dist.all_reduce(tied.parameter.grad, group=tied.group)
+            dist.all_reduce(_TiedGradient(tied.parameter).grad, group=tied.group)
 
     def _synchronize_tied_weights(self) -> None:
         for tied in self.tied_parameters:

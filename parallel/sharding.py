@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,15 @@ class Constant:
 Init = Normal | Constant | Callable[[torch.Size, torch.Generator], Tensor]
 
 
+# What a parameter is to an optimizer, whatever its number of dimensions:
+#   matrix: maps features to features, alone or stacked (one per expert);
+#   embedding, head: a row per entry of the vocabulary;
+#   router, gate: narrow weights that decide for each token;
+#   vector: gains, biases, scalars, one per channel or per head: never decayed;
+#   other: slots, modulations, adapters, filters.
+Role = Literal["matrix", "embedding", "head", "router", "gate", "vector", "other"]
+
+
 class Extent(NamedTuple):
     """Rows [start, stop) of the full tensor that a rank really holds, and its padded row count."""
 
@@ -76,14 +85,19 @@ def local_extent(full_size: int, *, size: int, rank: int) -> Extent:
     return Extent(start, min(start + padded, full_size), padded)
 
 
-def declare(parameter: nn.Parameter, sharding: Sharding, init: Init) -> nn.Parameter:
-    """Attach `sharding` and `init` to a parameter, and the attributes that DeepSpeed reads.
+def declare(
+    parameter: nn.Parameter, sharding: Sharding, init: Init, *, role: Role | None = None
+) -> nn.Parameter:
+    """Attach `sharding`, `init` and `role`, and the attributes that DeepSpeed reads.
+
+    Without a `role`, a parameter of one dimension is a vector and any larger one is "other".
 
     DeepSpeed counts a parameter without `tensor_model_parallel` once per tensor group in the
     gradient norm; a sharded parameter without it makes the norm silently wrong.
     """
     parameter.sharding = sharding  # type: ignore[attr-defined]
     parameter.init = init  # type: ignore[attr-defined]
+    parameter.role = role or ("vector" if parameter.dim() < 2 else "other")  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = sharding.dim is not None  # type: ignore[attr-defined]
     if sharding.dim is not None:
         parameter.partition_dim = sharding.dim  # type: ignore[attr-defined]
@@ -91,10 +105,10 @@ def declare(parameter: nn.Parameter, sharding: Sharding, init: Init) -> nn.Param
 
 
 def declare_replicated(
-    parameter: nn.Parameter, init: Init, *, ctx: ParallelContext
+    parameter: nn.Parameter, init: Init, *, ctx: ParallelContext, role: Role | None = None
 ) -> nn.Parameter:
     """Declare a parameter that every tensor rank holds whole and applies to its own tokens."""
-    return declare(parameter, Sharding(partial_gradient=ctx.sequence_parallel), init)
+    return declare(parameter, Sharding(partial_gradient=ctx.sequence_parallel), init, role=role)
 
 
 def sharding_of(name: str, parameter: nn.Parameter) -> Sharding:
@@ -110,6 +124,16 @@ def sharding_of(name: str, parameter: nn.Parameter) -> Sharding:
             "create it through parallel.layers or call parallel.sharding.declare_replicated on it"
         )
     return sharding
+
+
+def role_of(name: str, parameter: nn.Parameter) -> Role:
+    """What a parameter is to an optimizer.
+
+    Raises:
+        ValueError: the parameter declares nothing.
+    """
+    sharding_of(name, parameter)
+    return parameter.role  # type: ignore[attr-defined]
 
 
 def init_of(name: str, parameter: nn.Parameter) -> Init:

@@ -53,6 +53,9 @@ def process_group(
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+    # A product that cuBLAS splits over its inner dimension, as gradients of weights are, would add
+    # the parts up in bf16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dist.init_process_group(
         distributed_backend(),
         store=meet(world, purpose="", timeout=timeout) if store is None else store,

@@ -30,10 +30,13 @@ from pretrain.experts import experts_found, register_experts
 from pretrain.optimizers import (
     add_norms_at_once,
     build_optimizer,
+    changing_nothing,
     clip_gradients,
-    drop_gradients_unless_finite,
+    forget_gradients,
+    muon_accepted,
     set_learning_rate,
 )
+from pretrain.partitions import clear_padding
 from pretrain.plan import RunPlan
 from pretrain.targets import Targets, count_scored
 
@@ -121,11 +124,13 @@ class PlainEngine:
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
                 norm = clip_gradients(self.module, self.plan.run.training.grad_clip, self.ctx)
-                applied = drop_gradients_unless_finite(self.module, norm)
-            engine.step()
+                # As DeepSpeed's own optimizers do, it waits for the device.
+                applied = bool(norm.isfinite())
+            with contextlib.nullcontext() if applied else changing_nothing(engine.optimizer):
+                engine.step()
         if not clip_in_loop:
             norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
-        _finish_layer_states(self.module, self.ctx, applied=applied)
+        _finish_step(self, applied=applied)
         if self.ctx.data.size > 1:
             dist.all_reduce(sums, group=self.ctx.data.group)
         means = sums / (self.num_micro_batches * self.ctx.data.size)
@@ -181,7 +186,7 @@ class PipelineEngine:
             batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
         loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
         applied = self.deepspeed.was_step_applied()
-        _finish_layer_states(self.module, self.ctx, applied=applied)
+        _finish_step(self, applied=applied)
         terms = dict(self.deepspeed.agg_additional_losses)
         return StepResult(loss, terms, self.deepspeed.get_global_grad_norm(), applied)
 
@@ -269,6 +274,7 @@ def _after_each(plan: RunPlan, load_layer: AfterEach | None) -> AfterEach:
                 config_dict_or_path=plan.resolved.config,
                 mpu=_mpu(plan.ctx),
             )
+            clear_padding(layer.parameters())
 
     return finish
 
@@ -294,7 +300,9 @@ def _initialize(module: nn.Module, plan: RunPlan) -> Any:
 
     optimizer = build_optimizer(module, plan.run.training, plan.ctx)
     quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
-    with quiet, experts_found(plan.ctx):
+    is_muon = plan.run.training.optimizer == "muon"
+    muon = muon_accepted() if is_muon else contextlib.nullcontext()
+    with quiet, experts_found(plan.ctx), muon:
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -324,11 +332,13 @@ def _set_accumulation(engine: Any, number: int) -> None:
     engine.micro_steps = 0
 
 
-def _finish_layer_states(module: nn.Module, ctx: ParallelContext, *, applied: bool) -> None:
+def _finish_step(engine: Engine, *, applied: bool) -> None:
+    """Let layers learn from a step; of one that is left out nothing may stay behind."""
     if applied:
-        update_layer_states(module, ctx=ctx)
+        update_layer_states(engine.module, ctx=engine.ctx)
     else:
-        discard_layer_sums(module)
+        discard_layer_sums(engine.module)
+        forget_gradients(engine.deepspeed.optimizer)
 
 
 def _gathered(parameter: Tensor) -> Tensor:

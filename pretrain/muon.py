@@ -48,16 +48,17 @@ class BatchedMuon(MuonWithAuxAdam):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         momenta = torch.stack(buffers)
+        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
         updates = muon_update(
-            torch.stack([p.grad for p in parameters if p.grad is not None]),
-            momenta,
+            gradients.flatten(0, -3),  # matrices, or stacks of experts' matrices
+            momenta.flatten(0, -3),
             beta=group["momentum"],
             ns_method=group["ns_method"],
             is_expert_group=True,  # a stack of matrices, each on its own
         )
         torch._foreach_copy_(buffers, list(momenta.unbind()))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"])
+        torch._foreach_add_(parameters, list(updates.view_as(momenta).unbind()), alpha=-group["lr"])
 
 
 def _by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:

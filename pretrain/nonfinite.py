@@ -21,6 +21,7 @@ from data_tools.batch import Batch
 from data_tools.loader import TrainLoader
 from pretrain.engine import Engine, StepResult
 from pretrain.errors import TrainingError
+from pretrain.partitions import held
 from pretrain.ranks import Ranks
 
 _WEIGHT, _OUTPUT, _GRADIENT = range(3)  # the first numbers of `Finding.order`
@@ -97,10 +98,7 @@ class Witness:
 
 def first_not_finite(module: nn.Module) -> Finding | None:
     """The first parameter of which this rank holds a number that is not finite."""
-    parameters = {
-        name: getattr(parameter, "ds_tensor", parameter).detach()
-        for name, parameter in module.named_parameters()
-    }
+    parameters = {name: held(p).elements for name, p in module.named_parameters()}
     if not parameters:
         return None
     finite = torch.stack([tensor.isfinite().all() for tensor in parameters.values()])

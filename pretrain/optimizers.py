@@ -1,9 +1,10 @@
-"""Optimizers by name, parameter groups, and the gradient norm where DeepSpeed gives none."""
+"""Optimizers by name, and the gradient norm where DeepSpeed gives none."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,63 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
-from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from pretrain.config import TrainingConfig
 from pretrain.errors import ConfigError
-from pretrain.experts import group_name, is_shared_by_expert_ranks
-
-
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    weight_decay: float,
-    lr_multipliers: Mapping[str, float],
-    expert_group: str = "",
-) -> list[dict[str, Any]]:
-    """Groups with equal weight decay and equal learning-rate multiplier, in a fixed order.
-
-    Matrices decay; vectors (norms, biases) do not. A multiplier applies to every parameter whose
-    name contains its key; the longest matching key wins. Parameters that expert ranks share have
-    groups of their own, with the marks that DeepSpeed looks for and `expert_group` as their name.
-
-    Raises:
-        ConfigError: a key of `lr_multipliers` matches no parameter of this stage's model.
-    """
-    named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        keys = sorted((key for key in lr_multipliers if key in name), key=len)
-        multiplier = lr_multipliers[keys[-1]] if keys else 1.0
-        # ZeRO-3 leaves an empty tensor behind and keeps the shape beside it.
-        decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-        is_expert = is_shared_by_expert_ranks(parameter)
-        key = (is_expert, weight_decay if decays else 0.0, multiplier)
-        groups.setdefault(key, []).append(parameter)
-    marks = {"moe": True, "name": expert_group}
-    return [
-        {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
-        | (marks if is_expert else {})
-        for (is_expert, decay, multiplier), parameters in sorted(groups.items(), key=_first)
-    ]
-
-
-def _first(item: tuple[Any, Any]) -> Any:
-    return item[0]
-
-
-def check_multipliers(names: Iterable[str], lr_multipliers: Mapping[str, float]) -> None:
-    """Refuse a multiplier that would have no effect. `names`: all parameters of the whole model.
-
-    Raises:
-        ConfigError: a key matches no parameter.
-    """
-    names = list(names)
-    for key in lr_multipliers:
-        if not any(key in name for name in names):
-            raise ConfigError(
-                f"training.lr_multipliers.{key}: no parameter name contains {key!r}; "
-                f"names look like {', '.join(names[:3])}"
-            )
+from pretrain.experts import group_name
+from pretrain.parameter_groups import parameter_groups
 
 
 def build_optimizer(
@@ -78,15 +26,10 @@ def build_optimizer(
     Raises:
         ConfigError: the named implementation is not usable here; says what to install or choose.
     """
-    groups = parameter_groups(
-        module.named_parameters(),
-        weight_decay=config.weight_decay,
-        lr_multipliers=config.lr_multipliers,
-        expert_group=group_name(ctx),
-    )
+    groups = parameter_groups(module, config, expert_group=group_name(ctx))
     common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.optimizer == "muon":
-        return _muon(module, groups, common, config, ctx)
+        return _muon(groups, common, config, ctx)
     return _FACTORIES[config.optimizer](groups, common)
 
 
@@ -125,16 +68,27 @@ def spoil(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
-def drop_gradients_unless_finite(module: nn.Module, norm: Tensor) -> bool:
-    """Let the optimizer step change nothing where the norm is not finite; whether it is.
+@contextmanager
+def changing_nothing(optimizer: Any) -> Iterator[None]:
+    """In here an optimizer that DeepSpeed does not wrap takes its step without doing anything.
 
-    As DeepSpeed's own optimizers do, it waits for the device. Only where those are not in use.
+    Gradients of None would not do: Muon takes them for zeros, steps on and decays the weights.
     """
-    finite = bool(norm.isfinite())
-    if not finite:
-        for parameter in module.parameters():
-            parameter.grad = None
-    return finite
+    optimizer.step = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """Drop what DeepSpeed has summed in a step that it left out.
+
+    With `offload_optimizer`, ZeRO-1 and 2 in bf16 keep those sums and add the next step's to them
+    (0.19.8, zero/stage_1_and_2.py, `step`): one NaN would make every later step NaN.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
 
 def add_norms_at_once(optimizer: Any) -> None:
@@ -161,6 +115,35 @@ def add_norms_at_once(optimizer: Any) -> None:
         return optimizer.get_grad_norm_direct(gradients, parameters, norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+@contextmanager
+def muon_accepted() -> Iterator[None]:
+    """Engines that are made in here run Muon in bf16 in pipelines and on stacked matrices, too.
+
+    BF16_Optimizer (DeepSpeed 0.19.8) refuses both when it is made, although what it computes with
+    takes the last two dimensions for the matrix, all before for a batch, and the norm from all
+    stages. So it meets Muon only afterwards.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    original = BF16_Optimizer.__init__
+
+    def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        kind = type(optimizer)
+        optimizer.__class__ = torch.optim.Optimizer
+        try:
+            original(self, optimizer, *args, **kwargs)
+        finally:
+            optimizer.__class__ = kind
+        self._uses_muon = isinstance(optimizer, MuonWithAuxAdam)
+
+    BF16_Optimizer.__init__ = init
+    try:
+        yield
+    finally:
+        BF16_Optimizer.__init__ = original
 
 
 def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
@@ -222,13 +205,12 @@ def _from(module: str, attribute: str, name: str) -> Any:
 
 
 def _muon(
-    module: nn.Module,
     groups: list[dict[str, Any]],
     common: dict[str, Any],
     config: TrainingConfig,
     ctx: ParallelContext,
 ) -> torch.optim.Optimizer:
-    """Muon for the matrices of hidden layers, AdamW for tables, head and vectors.
+    """Muon for matrices, each expert's by itself, and AdamW for everything else.
 
     Every matrix must be whole on its rank: orthogonalising a shard is another algorithm.
 
@@ -240,26 +222,15 @@ def _muon(
             f"training.optimizer=muon with parallel.tensor={ctx.tensor.size}: Muon orthogonalises "
             "whole matrices, a tensor rank holds shards; use parallel.tensor=1 or another optimizer"
         )
-    tables = [
-        m for m in module.modules() if isinstance(m, VocabParallelEmbedding | VocabParallelHead)
-    ]
-    outer = {id(m.weight) for m in tables}
-    split: list[dict[str, Any]] = []
     for group in groups:
-        for use_muon in (True, False):
-            members = []
-            for parameter in group["params"]:
-                matrix = len(getattr(parameter, "ds_shape", parameter.shape)) == 2
-                if (matrix and id(parameter) not in outer) is use_muon:
-                    parameter.use_muon = use_muon
-                    members.append(parameter)
-            if members:
-                specific = {"lr": common["lr"]} if use_muon else common
-                split.append({**group, **specific, "params": members, "use_muon": use_muon})
+        group["use_muon"] = group["optimizer"] == "muon"
+        group.update({"lr": common["lr"]} if group["use_muon"] else common)
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
     if ctx.device.type == "cpu" and not config.compile:
         from pretrain.muon import BatchedMuon
 
-        return BatchedMuon(split)
+        return BatchedMuon(groups)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    return MuonWithAuxAdam(split)
+    return MuonWithAuxAdam(groups)

@@ -17,7 +17,8 @@ from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import ResolvedDeepSpeed
 from pretrain.errors import ConfigError
-from pretrain.optimizers import check_multipliers, spoil
+from pretrain.optimizers import spoil
+from pretrain.parameter_groups import check_multipliers
 from pretrain.targets import Targets
 
 Z_LOSS = "z_loss"
@@ -110,8 +111,10 @@ def build_context(run: RunConfig, *, precision: Precision, device: torch.device)
     )
 
 
-def check_model(plan: RunPlan) -> None:
+def check_model(plan: RunPlan) -> SequentialModel:
     """Run the layers on the meta device, so that wrong shapes and names cost no memory.
+
+    Returns the whole model on that device.
 
     Raises:
         ValueError: a layer breaks the carry of its family, or a setting fits no parameter.
@@ -128,7 +131,7 @@ def check_model(plan: RunPlan) -> None:
         )
     single = ParallelContext.single(device="meta")
     whole = SequentialModel(plan.specs(), single)
-    check_multipliers((n for n, _ in whole.named_parameters()), plan.run.training.lr_multipliers)
+    check_multipliers(whole, plan.run.training.lr_multipliers)
     for length in plan.run.data.sequence_lengths:
         shape = (plan.run.training.batch_size, length)
         tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
@@ -138,6 +141,7 @@ def check_model(plan: RunPlan) -> None:
         check_layers(plan.specs(), inputs, schema)
         if plan.run.training.z_loss:
             _check_z_loss(plan, whole(inputs))
+    return whole
 
 
 def _check_z_loss(plan: RunPlan, output: Any) -> None:

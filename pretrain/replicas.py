@@ -1,10 +1,10 @@
 """Finds ranks whose copies of the same numbers have come to differ.
 
 Data ranks hold the same parameters (but for ZeRO-3, which leaves no copies, and for experts, which
-only some of them have in common), tensor ranks the same replicated ones. Nothing compares them in
-training: a flipped bit or a reduction that was left out goes on unseen, and the loss falls on.
-(With ZeRO-1 and 2 a step overwrites the copies of data ranks from the masters, so that there only
-what has gone wrong since is seen.)
+only some of them have in common), tensor ranks the same replicated ones, pipeline stages a copy
+each of a tied one. Nothing compares them in training: a flipped bit or a reduction that was left
+out goes on unseen, and the loss falls on. (With ZeRO-1 and 2 a step overwrites the copies of data
+ranks from the masters, so that there only what has gone wrong since is seen.)
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from pretrain.errors import TrainingError
 from pretrain.experts import is_shared_by_expert_ranks
 from pretrain.ranks import Ranks
 
+# Copies of a tied parameter may differ by so much of their norm. Each stage sums over its own data
+# ranks, and two sums of many ranks round apart; a stage that trains its own copy is soon further.
+_TIED_TOLERANCE = 2.0**-8
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,7 +33,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, step: int) -> None:
     """Compare what ranks hold in common; collective over all ranks.
 
-    One pass over the parameters and, where all is well, two all-reduces of a number per parameter.
+    One pass over the parameters and, where all is well, two all-reduces of a number per parameter;
+    a tied parameter is sent from its first pipeline stage to the others.
 
     Raises:
         TrainingError: on every rank; names the tensor and the ranks that differ from the others.
@@ -49,6 +54,7 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, ste
         _difference(replicated, ctx.tensor),
         _difference(common, ctx.data),
         _difference(experts, ctx.expert_data),
+        _drift(module),
     ]
     message = ranks.first_message(next((text for text in found if text is not None), None))
     if message is not None:
@@ -79,6 +85,23 @@ def _difference(tensors: Mapping[str, Tensor], axis: Axis) -> str | None:
     who = f"rank {', '.join(odd)}" if count > 1 else f"ranks {', '.join(names)}"
     others = " from the others" if count > 1 else " from each other"
     return f"{list(tensors)[column]} of {who} differs{others}"
+
+
+def _drift(module: nn.Module) -> str | None:
+    """The first tied parameter whose copy here is not that of its first stage, or None."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = []
+    for parameter, group, first_rank in getattr(module, "tied_parameters", []):
+        own, first = parameter.detach(), parameter.detach().clone()
+        dist.broadcast(first, src=first_rank, group=group)
+        distance, size = (own.float() - first.float()).norm(), first.float().norm()
+        if not distance <= _TIED_TOLERANCE * size:  # NaN is not, either
+            found.append(
+                f"{names[id(parameter)]} of rank {dist.get_rank()} differs by "
+                f"{float(distance / size):.1e} of its norm from the copy of rank {first_rank} that "
+                "it is tied to"
+            )
+    return found[0] if found else None
 
 
 def digest(tensor: Tensor) -> Tensor:

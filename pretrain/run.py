@@ -31,6 +31,7 @@ from pretrain.errors import EXIT_COMPLETED
 from pretrain.initial_weights import initial_weights
 from pretrain.loop import TrainLoop
 from pretrain.markers import clear_markers, leave_marker
+from pretrain.parameter_groups import describe_groups
 from pretrain.plan import RunPlan, build_precision, check_model
 from pretrain.rendezvous import World
 from pretrain.resumption import changes_told, go_on_from
@@ -53,7 +54,7 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
     with ExitStack() as stack:
         stop, watchdog, ctx, ranks = start(config, layout, precision, stack)
         plan = RunPlan.of(config, zero, ctx)
-        ranks.together(lambda: check_model(plan))
+        whole = ranks.together(lambda: check_model(plan))
         watchdog.moved("the opening of the data")
         loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
         evaluation = ranks.together(lambda: _eval_batches(config, ctx))
@@ -94,6 +95,8 @@ def run(config: RunConfig, ds_config_path: str | None = None) -> int:
         # Only now: a start that fails leaves nothing that speaks of its settings.
         ranks.on_first(lambda: _write_config(config))
         stop.started()
+        if ctx.is_main:
+            print(describe_groups(whole, config.training), flush=True)
         code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))

@@ -74,10 +74,10 @@ class MultiContextAttention(nn.Module):
         if config.is_gated:
             num_gates = heads * len(names)
             self.gate = ColumnParallelLinear(
-                hidden, num_gates, ctx=ctx, init=Constant(0.0), fp8=False
+                hidden, num_gates, ctx=ctx, init=Constant(0.0), role="gate"
             )
             start = partial(_initial_gates, paths=names)
-            self.gate_bias = per_head(heads, (len(names),), start, ctx)
+            self.gate_bias = per_head(heads, (len(names),), start, ctx, role="vector")
         self.paths = nn.ModuleDict(
             {name: PATH_CLASSES[name](config, rotaries=rotaries, ctx=ctx) for name in names}
         )

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from parallel.sharding import role_of
+
 
 def build_optimizer(
     model: nn.Module,
@@ -40,7 +42,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = next((kind for kind in ("lora", "emotion") if f".{kind}." in name), "base")
-            decays = "decay" if parameter.ndim >= 2 else "no_decay"
+            decays = "no_decay" if role_of(name, parameter) == "vector" else "decay"
             groups[f"{kind}_{decays}"]["params"].append(parameter)  # type: ignore[attr-defined]
     used = [{"name": name, **group} for name, group in groups.items() if group["params"]]
     if not used:

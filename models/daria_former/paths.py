@@ -36,7 +36,7 @@ from models.daria_former.memory import (
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, project_replicated
 from parallel.precision import at_least_fp32
-from parallel.sharding import Constant, Init, Normal, Sharding, declare
+from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare
 
 
 class Rotaries(NamedTuple):
@@ -88,9 +88,9 @@ class ContextPath(nn.Module, ABC):
         init = Normal(config.initializer_range)
         self.k_proj = ColumnParallelLinear(hidden, config.num_kv_heads * d, ctx=ctx, init=init)
         self.v_proj = ColumnParallelLinear(hidden, config.num_kv_heads * d, ctx=ctx, init=init)
-        self.query_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx)
-        self.key_gain = per_head(config.num_kv_heads, (d,), Constant(1.0), ctx)
-        self.output_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx)
+        self.query_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx, role="vector")
+        self.key_gain = per_head(config.num_kv_heads, (d,), Constant(1.0), ctx, role="vector")
+        self.output_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx, role="vector")
 
     def token_projections(self) -> list[nn.Module]:
         """The column-parallel layers of the path that are applied to the block's tokens."""
@@ -197,7 +197,9 @@ class MemoryPath(ContextPath):
     ) -> None:
         super().__init__(config, rotaries=rotaries, ctx=ctx)
         groups, init = config.num_kv_heads, Normal(config.initializer_range)
-        self.anchor = ColumnParallelLinear(config.hidden_dim, groups, ctx=ctx, init=init, fp8=False)
+        self.anchor = ColumnParallelLinear(
+            config.hidden_dim, groups, ctx=ctx, init=init, role="gate"
+        )
         self.segment_gain = per_head(groups, (), Constant(0.0), ctx)
         self.initial_query = None
         if config.persistent_memory_slots:  # else the first segment has nothing to choose from
@@ -323,11 +325,16 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def per_head(
-    num_heads: int, shape: tuple[int, ...], init: Init, ctx: ParallelContext
+    num_heads: int,
+    shape: tuple[int, ...],
+    init: Init,
+    ctx: ParallelContext,
+    *,
+    role: Role | None = None,
 ) -> nn.Parameter:
     """A parameter [heads, ...] of which each tensor rank holds its own heads."""
     local = torch.empty((num_heads // ctx.tensor.size, *shape), device=ctx.device)
-    return declare(nn.Parameter(local), Sharding(dim=0, full_size=num_heads), init)
+    return declare(nn.Parameter(local), Sharding(dim=0, full_size=num_heads), init, role=role)
 
 
 def _rotation(

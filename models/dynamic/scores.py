@@ -63,7 +63,7 @@ class Predictor(nn.Module):
             nn.Parameter(torch.empty(shape, device=ctx.device)) for shape in shapes
         )
         for weight in (self.up, self.down):
-            declare_replicated(weight, Normal(config.init_std), ctx=ctx)
+            declare_replicated(weight, Normal(config.init_std), ctx=ctx, role="router")
 
     def forward(self, x: Tensor) -> Tensor:
         u = F.silu(F.linear(x.detach(), self.up.to(x.dtype)))

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.carry import canonical_names
 from parallel.sharding import Sharding, sharding_of
+from pretrain.partitions import held
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -150,14 +152,12 @@ class LiveOptimizer:
 
 
 def _place_of_stage_3(zero: Any, parameter: Any) -> Place | None:
-    group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-    start = zero._get_param_partition_rank(parameter) * padded
-    length = min(padded, parameter.ds_numel - start)
-    if length <= 0:
+    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+    start, weight = held(parameter)
+    if weight.numel() == 0:
         return None
     flat = zero.fp32_partitioned_groups_flat[group]
-    weight = parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)
-    return Place(start, flat.detach().narrow(0, offset, length), weight, flat, offset)
+    return Place(start, flat.detach().narrow(0, offset, weight.numel()), weight, flat, offset)
 
 
 def _cut(parts: list[Part], place: Place, *, is_tied_copy: bool) -> Iterator[Fragment]:
@@ -193,15 +193,9 @@ def _is_stage_3(optimizer: Any) -> bool:
     return hasattr(optimizer, "grad_position") and hasattr(optimizer, "fp16_groups")
 
 
-def canonical_names(module: nn.Module) -> dict[str, str]:
-    """Name of a tied parameter in its own layer -> the name that checkpoints know it by."""
-    specs: Any = module.specs
-    return {f"{spec.name}.{path}": target for spec in specs for path, target in spec.tied.items()}
-
-
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of this stage that an optimizer updates, by the names of checkpoints."""
-    names = canonical_names(module)
+    names = canonical_names(module.specs)  # type: ignore[arg-type]
     return {names.get(n, n): p for n, p in module.named_parameters() if p.requires_grad}
 
 

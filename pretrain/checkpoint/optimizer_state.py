@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.carry import canonical_names
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.sharding import Sharding, sharding_of, split
@@ -22,12 +23,12 @@ from pretrain.checkpoint.live_optimizer import (
     LiveOptimizer,
     Part,
     Place,
-    canonical_names,
     local_shape,
     publish_weights,
 )
 from pretrain.checkpoint.stored_optimizer import FOLDER, HEADER, Run, StoredOptimizer
 from pretrain.errors import CheckpointError
+from pretrain.partitions import held
 
 
 class OptimizerShard(NamedTuple):
@@ -179,7 +180,7 @@ def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
 
 def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
     """Buffers and frozen parameters, which no optimizer knows, from the weights."""
-    names = canonical_names(module)
+    names = canonical_names(module.specs)  # type: ignore[arg-type]
     frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
     tensors = {**persistent_buffers(module), **frozen}
     if not tensors:
@@ -202,10 +203,5 @@ def _copy_weight(
             f"has {tensor.dtype} {list(local_shape(tensor))}: it is of another model; resume with "
             "the configuration that wrote it"
         )
-    partition = getattr(tensor, "ds_tensor", None)
-    if partition is None:
-        tensor.data.copy_(local)
-        return
-    start = partition.numel() * ctx.data.rank
-    part = local.reshape(-1)[start : start + partition.numel()]
-    partition.data.view(-1)[: part.numel()].copy_(part)
+    start, elements = held(tensor)
+    elements.copy_(local.reshape(-1).narrow(0, start, elements.numel()))

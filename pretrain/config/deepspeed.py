@@ -62,6 +62,8 @@ def resolve_ds_config(
     _check_stage(stage, run, file)
     _check_stage_keys(stage, flat, file)
     _check_experts(stage, flat, run, file)
+    _check_precision(flat, run, file)
+    _check_pipeline(flat, run, file)
     _check_optimizer(stage, flat, run, file)
     config = _merge(flat, _owned(run, data_size), file)
     if clip_in_loop:
@@ -77,21 +79,13 @@ def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
     Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
     """
     training, zero = run.training, resolved.config.get("zero_optimization", {})
-    offloads = (zero.get("offload_optimizer", {}), zero.get("offload_param", {}))
     bound = {
         # muon keeps momentum of whole matrices; the others count steps per group of parameters.
         f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
         # Transformer Engine's scales are part of its layers, not of their weights.
         "training.precision=fp8": training.precision == "fp8",
-        "offloading to NVMe": any(each.get("device") == "nvme" for each in offloads),
-        "super_offload": any(each.get("super_offload") for each in offloads),
         # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
         "round_robin_gradients": zero.get("round_robin_gradients", False),
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
-        "zero_quantized_weights": zero.get("zero_quantized_weights", False),
-        "zero_quantized_nontrainable_weights": zero.get(
-            "zero_quantized_nontrainable_weights", False
-        ),
     }
     return next((name for name, applies in bound.items() if applies), None)
 
@@ -116,10 +110,11 @@ def _default_file(run: RunConfig, data_size: int) -> Path:
     """ZeRO-1, but ZeRO-0 where it would shard nothing and is not needed for anything else.
 
     With one data rank ZeRO-1 only copies gradients and weights once more. bf16 needs it for its
-    fp32 accumulation, a pipeline for its gradient norm.
+    fp32 accumulation, a pipeline for its gradient norm. Muon in fp32 cannot run on it.
     """
-    nothing_to_shard = data_size == 1 and run.parallel.pipeline == 1
-    stage = 0 if nothing_to_shard and run.training.precision == "fp32" else 1
+    of_no_use = data_size == 1 or run.training.optimizer == "muon"
+    is_possible = run.parallel.pipeline == 1 and run.training.precision == "fp32"
+    stage = 0 if of_no_use and is_possible else 1
     return FILES / f"zero{stage}.json"
 
 
@@ -151,9 +146,14 @@ def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
     }
 
 
-# What the file may set and DeepSpeed would otherwise decide against us: it prints in a step, and
-# its throughput timer waits for the device in every micro-batch.
-_DEFAULTS: dict[str, Any] = {"steps_per_print": _NEVER, "timers.throughput.enabled": False}
+# What the file may set and DeepSpeed would otherwise decide against us: it prints in a step, its
+# throughput timer waits for the device in every micro-batch, and in bf16 it would sum the fp32
+# gradients of data ranks in bf16.
+_DEFAULTS: dict[str, Any] = {
+    "steps_per_print": _NEVER,
+    "timers.throughput.enabled": False,
+    "communication_data_type": "fp32",
+}
 
 
 def _merge(flat: Mapping[str, Any], owned: Mapping[str, _Owned], file: Path) -> dict[str, Any]:
@@ -229,13 +229,31 @@ def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Pa
     needed = {
         "reduce_scatter": "DeepSpeed reduces the gradients of experts only with it",
         "contiguous_gradients": "DeepSpeed reduces the gradients of experts only with it",
-        "load_from_fp32_weights": "a resumed rank finds its experts in their fp32 weights alone",
     }
     for name, why in needed.items():
         if flat.get(f"zero_optimization.{name}", True) is False:
             raise ConfigError(
                 f"{file}: zero_optimization.{name}=false with parallel.expert={size}: {why}; "
                 "remove the key"
+            )
+
+
+def _check_precision(flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
+    dtype, precision = flat.get("communication_data_type"), run.training.precision
+    if dtype == "bf16" and precision == "fp32":
+        raise ConfigError(
+            f"{file}: communication_data_type='bf16' with training.precision=fp32: gradients would "
+            "be rounded between data ranks; remove the key or use training.precision=bf16"
+        )
+
+
+def _check_pipeline(flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
+    pipeline = run.parallel.pipeline
+    for key in ("wall_clock_breakdown", "flops_profiler.enabled"):  # which includes the former
+        if pipeline > 1 and flat.get(key):
+            raise ConfigError(
+                f"{file}: {key}=true with parallel.pipeline={pipeline}: DeepSpeed's pipeline "
+                "engine starts one of its timers twice and fails; remove the key"
             )
 
 
@@ -257,28 +275,23 @@ def _check_optimizer(stage: int, flat: Mapping[str, Any], run: RunConfig, file: 
 
 
 def _check_muon(stage: int, run: RunConfig, file: Path) -> None:
-    training, pipeline = run.training, run.parallel.pipeline
-    if stage == 3:
-        raise ConfigError(
-            f"{file}: zero_optimization.stage=3 with training.optimizer=muon: Muon needs whole "
-            "matrices on a rank; use configs/ds/zero1.json or training.optimizer=adamw"
-        )
-    # DeepSpeedZeroOptimizer clips after the orthogonalisation, which clips the update itself;
-    # BF16_Optimizer (bf16, ZeRO-1) and the loop (ZeRO-0) clip the gradient.
-    clips_gradient = stage == 0 or (stage == 1 and training.precision != "fp32")
-    if training.grad_clip > 0 and not clips_gradient:
-        raise ConfigError(
-            f"training.optimizer=muon with training.grad_clip={training.grad_clip}, "
-            f"training.precision={training.precision} and ZeRO stage {stage}: DeepSpeed would clip "
-            "the orthogonalised update; use training.precision=bf16 with configs/ds/zero1.json, "
-            "or training.grad_clip=0"
-        )
-    if pipeline > 1 and training.precision != "fp32":
-        raise ConfigError(
-            f"training.optimizer=muon with parallel.pipeline={pipeline} and training.precision="
-            f"{training.precision}: DeepSpeed's Muon in bf16 runs in one stage only; "
-            "set parallel.pipeline=1 or training.optimizer=adamw"
-        )
+    """Muon runs where the gradient itself is clipped and measured, before it is orthogonalised.
+
+    BF16_Optimizer (bf16, ZeRO-1) and the loop (fp32, ZeRO-0) do so. DeepSpeed's other optimizers
+    clip the update that Muon makes of it; at stage 2 in bf16 they also lose gradients of AdamW's
+    parameters that lie before a matrix in a bucket (0.19.8), and at stage 3 a rank has no matrix.
+    """
+    precision = run.training.precision
+    if stage == (0 if precision == "fp32" else 1):
+        return
+    remedy = "configs/ds/zero1.json with training.precision=bf16"
+    if run.parallel.pipeline == 1:
+        remedy += ", configs/ds/zero0.json with fp32,"
+    raise ConfigError(
+        f"{file}: zero_optimization.stage={stage} with training.optimizer=muon and "
+        f"training.precision={precision}: DeepSpeed would clip and report the norm of the "
+        f"orthogonalised update, not of the gradient; use {remedy} or training.optimizer=adamw"
+    )
 
 
 def _check_keys(

@@ -107,19 +107,21 @@ class TrainingConfig(BaseModel):
     )
     lr_multipliers: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
-        description="Part of a parameter name -> factor on lr; the longest match counts",
+        description="Part of a parameter name -> factor on lr; the longest match counts. A tied "
+        "parameter goes by its name in the first layer that holds it",
     )
 
     optimizer: Literal["adamw", "fused_adam", "cpu_adam", "te_adam", "apex_adam", "muon"] = Field(
         default="adamw",
         description="AdamW of torch, of DeepSpeed for the device (fused) or for the host (cpu), of "
-        "Transformer Engine, of NVIDIA apex; or Muon for matrices with AdamW for the rest",
+        "Transformer Engine, of NVIDIA apex; or Muon for the matrices of hidden layers, each "
+        "expert's by itself, with AdamW for the rest",
     )
     betas: Annotated[tuple[float, float], BeforeValidator(lambda value: _pair(value))] = Field(
         default=(0.9, 0.95), description="Decay rates of AdamW's first and second moment"
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator")
-    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled; matrices only")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled; not of vectors")
     grad_clip: float = Field(
         default=1.0, ge=0, description="Largest global 2-norm of the gradient; 0: no clipping"
     )

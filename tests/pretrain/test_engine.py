@@ -19,7 +19,7 @@ from pretrain.config import RunConfig
 from pretrain.run import run as run_training
 from pretrain.schedule import learning_rate
 from tests.distributed import run_ranks
-from tests.pretrain.tiny_run import metrics, tiny_run
+from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
 from tests.tolerance import BF16_LOSS, FP32_LOSS, FP32_NORM
 
 STEPS = 4
@@ -127,6 +127,18 @@ def test_a_multiplier_that_one_stage_alone_has_trains_alike_across_stages(data, 
     cut, _ = metrics(_train(data, tmp_path / "cut", 2, 1, parallel__pipeline=2, **slower))
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in cut] == pytest.approx([r[name] for r in whole], rel=FP32_LOSS)
+
+
+@pytest.mark.parametrize("multipliers", [{"embedding": 0.1, "head": 0.5}, {"head": 0.0}], ids=str)
+def test_a_tied_matrix_has_one_learning_rate_at_every_layout(multipliers, data, tmp_path):
+    changes = {"model__tie_embeddings": True, "training__lr_multipliers": multipliers}
+    whole = _train(data, tmp_path / "whole", 1, 0, **changes)
+    cut = _train(data, tmp_path / "cut", 2, 1, parallel__pipeline=2, **changes)
+    for name in ("loss", "grad_norm"):
+        expected = [r[name] for r in metrics(whole)[0]]
+        assert [r[name] for r in metrics(cut)[0]] == pytest.approx(expected, rel=FP32_LOSS)
+    name = "embedding.tokens.weight"
+    torch.testing.assert_close(final_weights(cut)[name], final_weights(whole)[name])
 
 
 BF16 = {"training__precision": "bf16"}

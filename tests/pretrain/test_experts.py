@@ -220,7 +220,6 @@ def test_expert_ranks_for_a_family_without_experts_are_refused(data):
         ({"stage": 3}, "stage=3 with parallel.expert=2"),
         ({"stage": 1, "reduce_scatter": False}, "reduce_scatter=false with parallel.expert=2"),
         ({"stage": 2, "contiguous_gradients": False}, "contiguous_gradients=false"),
-        ({"stage": 2, "load_from_fp32_weights": False}, "load_from_fp32_weights=false"),
     ],
 )
 def test_what_deepspeed_does_wrongly_with_experts_is_refused(zero, part, data, tmp_path):

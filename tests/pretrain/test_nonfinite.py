@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  what bf16 imports
 import pytest
 import torch
 
@@ -20,9 +21,18 @@ from pretrain.ranks import Ranks
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
+from tests.pretrain.tiny_run import final_weights, metrics, offloading, tiny_run, zero_file
 
 STEPS, BAD = 5, 3
+Zero = int | dict[str, Any]  # a ZeRO stage, or a section of its own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """Muon's kernels compile for a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "disable", True)
+        yield
 
 
 class Fault(NamedTuple):
@@ -105,8 +115,8 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     return end, "\n".join(lines)
 
 
-def _run(config, fault: Fault, world_size: int, stage: int) -> list[tuple[int | str, str]]:
-    ds_config = f"configs/ds/zero{stage}.json"
+def _run(config, fault: Fault, world_size: int, zero: Zero) -> list[tuple[int | str, str]]:
+    ds_config = zero_file(zero, Path(config.run_dir))
     return run_ranks(_broken, world_size, config, ds_config, fault, init=False)
 
 
@@ -117,7 +127,10 @@ def _curve(config) -> list[tuple[float, ...]]:
 NOBODY = Fault("nowhere", -1)
 DP2: dict[str, Any] = {"training__batch_size": 2}
 BF16 = {"training__precision": "bf16"}
-LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+EXPERTS = CASES["mod_experts"].config.model_dump()
+MUON = {"training__optimizer": "muon"}
+NO_CLIP = {"training__grad_clip": 0.0}
+LAYOUTS: dict[str, tuple[int, Zero, dict[str, Any]]] = {
     "ZeRO-0": (1, 0, {}),
     "ZeRO-0 DP2": (2, 0, DP2),
     "ZeRO-1 DP2": (2, 1, DP2),
@@ -129,9 +142,23 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "TP2": (2, 1, {"parallel__tensor": 2}),
     "PP2": (2, 1, {"parallel__pipeline": 2}),
     "PP2 bf16": (2, 1, {"parallel__pipeline": 2} | BF16),
-    "no clipping": (2, 1, DP2 | {"training__grad_clip": 0.0}),
+    "no clipping": (2, 1, DP2 | NO_CLIP),
     "mod": (1, 1, {"model": CASES["mod"].config.model_dump()}),
-}
+    "experts": (2, 1, DP2 | {"model": EXPERTS, "parallel__expert": 2}),
+    "offload": (2, offloading(1), DP2),
+    "bf16 offload": (1, offloading(1), BF16),
+    "bf16 offload ZeRO-2 DP2": (2, offloading(2), DP2 | BF16),
+    "bf16 offload ZeRO-3 DP2": (2, offloading(3), DP2 | BF16),
+    "bf16 offload TP2": (2, offloading(1), {"parallel__tensor": 2} | BF16),
+    "bf16 offload PP2": (2, offloading(1), {"parallel__pipeline": 2} | BF16),
+    "bf16 offload experts": (
+        2, offloading(1), DP2 | BF16 | {"model": EXPERTS, "parallel__expert": 2},
+    ),
+    "Muon ZeRO-0": (1, 0, MUON),
+    "Muon bf16 PP2": (2, 1, MUON | BF16 | {"parallel__pipeline": 2}),
+    "Muon bf16 DP2": (2, 1, MUON | DP2 | BF16),
+    "Muon bf16 experts": (1, 1, MUON | BF16 | {"model": EXPERTS}),
+}  # fmt: skip
 
 
 ORDINARY = {
@@ -142,6 +169,10 @@ ORDINARY = {
     ("TP2", "activation"),
     ("PP2", "loss"),
     ("mod", "gradient"),
+    ("bf16 offload", "activation"),
+    ("bf16 offload PP2", "loss"),
+    ("Muon ZeRO-0", "gradient"),
+    ("Muon bf16 experts", "gradient"),
 }
 
 
@@ -169,7 +200,8 @@ def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
     assert f"step {BAD}: loss" in said
     named = {"loss": r"the gradient of \S+", "activation": r"the output of \S+norm"}
     named["gradient"] = r"the gradient of \S+"
-    if not (where == "loss" and "TP2" in layout):  # there the loss of one rank goes on to the other
+    # Over tensor or expert ranks the loss of one goes on to the other.
+    if not (where == "loss" and ("TP2" in layout or "parallel__expert" in changes)):
         assert re.search(rf"it begins on rank {rank} with {named[where]}, in samples \d+ to", said)
     assert "of the run (train token" in said
     assert _curve(faulted) == _curve(expected)
@@ -179,7 +211,7 @@ def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
         assert torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.parametrize("layout", ["ZeRO-0", "ZeRO-3 DP2", "PP2", "mod"])
+@pytest.mark.parametrize("layout", ["ZeRO-0", "ZeRO-3 DP2", "PP2", "mod", "bf16 offload"])
 def test_a_fault_that_does_not_come_again_changes_nothing(layout, data, tmp_path):
     world_size, stage, changes = LAYOUTS[layout]
     undisturbed = _config(data, tmp_path / "a", **changes)

@@ -19,16 +19,16 @@ from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 
-def _flip(tensor: torch.Tensor, bit: int) -> None:
+def _flip(tensor: torch.Tensor) -> None:
     bits = tensor.detach().view(torch.int32).view(-1)
-    bits[5] ^= 1 << bit
+    bits[5] ^= 1 << 3
 
 
-def _train(config, rank: int, name: str, after: int) -> str:
-    """Train with one bit of a parameter flipped on one rank after a step."""
+def _train(config, rank: int, name: str, after: int, change=_flip) -> str:
+    """Train with a parameter changed, by one bit, on one rank after a step."""
     if int(os.environ["RANK"]) == rank:
         for engine in (PlainEngine, PipelineEngine):
-            engine.train_step = _flipping(engine.train_step, name, after)
+            engine.train_step = _changing(engine.train_step, name, after, change)
     try:
         run_training(config)
     except TrainingError as error:
@@ -36,7 +36,7 @@ def _train(config, rank: int, name: str, after: int) -> str:
     return "nothing was found"
 
 
-def _flipping(train_step, name: str, after: int):
+def _changing(train_step, name: str, after: int, change):
     steps = 0
 
     def step(self, *args, **kwargs):
@@ -44,7 +44,7 @@ def _flipping(train_step, name: str, after: int):
         result = train_step(self, *args, **kwargs)
         steps += 1
         if steps == after:
-            _flip(self.module.get_parameter(name), bit=3)
+            change(self.module.get_parameter(name))
         return result
 
     return step
@@ -80,6 +80,28 @@ def test_before_a_save_ranks_are_compared_whatever_the_interval(tmp_path):
     said = run_ranks(_train, 2, config, 1, "head.norm.weight", 6, init=False)
     assert said[0].startswith("after step 6 head.norm.weight of ranks 0, 1 differs")
     assert not list(Path(config.run_dir, "checkpoints").glob("step_*"))
+
+
+def _grow(factor: float):
+    def change(tensor: torch.Tensor) -> None:
+        tensor.detach().mul_(factor)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [(1.01, r"after step 4 head\.output\.weight of rank 1 differs by 1\.0e-02 of its norm from the "
+      "copy of rank 0 that it is tied to: "), (1 + 1e-6, "nothing was found$")],
+    ids=["a copy that trains by itself", "sums that round apart"],
+)  # fmt: skip
+def test_a_tied_copy_that_leaves_the_other_is_found(factor, expected, tmp_path):
+    tied = {"parallel__pipeline": 2, "model__tie_embeddings": True, "training__max_steps": 4}
+    write_data(tmp_path)
+    config = tiny_run(tmp_path, **tied, training__lr=1e-9, checkpoint__interval=4)
+    said = run_ranks(_train, 2, config, 1, "head.output.weight", 4, _grow(factor), init=False)
+    assert len(set(said)) == 1
+    assert re.match(expected, said[0]), said[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

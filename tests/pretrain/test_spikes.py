@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  what bf16 imports
 import pytest
 import torch
 
@@ -17,9 +19,17 @@ from pretrain.run import run as run_training
 from pretrain.spikes import SpikeWatch
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
+from tests.pretrain.tiny_run import final_weights, metrics, offloading, tiny_run, zero_file
 
 STEPS, SPIKE = 10, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """Muon's kernels compile for a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "disable", True)
+        yield
 
 
 def test_a_loss_stands_out_from_a_full_window_only_and_does_not_enter_it():
@@ -71,8 +81,10 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
         return str(error)
 
 
-def _run(config, steps: tuple[int, ...], world_size: int, stage: int) -> list[int | str]:
-    ds_config = f"configs/ds/zero{stage}.json"
+def _run(
+    config, steps: tuple[int, ...], world_size: int, zero: int | dict[str, Any]
+) -> list[int | str]:
+    ds_config = zero_file(zero, Path(config.run_dir))
     return run_ranks(_spiking, world_size, config, ds_config, steps, init=False)
 
 
@@ -83,19 +95,25 @@ def _curve(config) -> list[tuple[float, ...]]:
 
 
 DP2 = {"training__batch_size": 2}
+BF16 = {"training__precision": "bf16"}
 LAYOUTS = {
     "ZeRO-0": (1, 0, {}),
     "ZeRO-1 DP2": (2, 1, DP2),
     "ZeRO-3 DP2": (2, 3, DP2),
-    "bf16": (1, 1, {"training__precision": "bf16"}),
+    "bf16": (1, 1, BF16),
     "PP2": (2, 1, {"parallel__pipeline": 2}),
     "mod": (1, 1, {"model": CASES["mod"].config.model_dump()}),
     "asynchronous saves": (2, 1, DP2 | {"checkpoint__asynchronous": True}),
-    "muon": (1, 1, {"training__optimizer": "muon", "training__grad_clip": 0.0}),
+    "muon ZeRO-0": (1, 0, {"training__optimizer": "muon"}),
+    "muon bf16 DP2": (2, 1, DP2 | BF16 | {"training__optimizer": "muon"}),
+    "bf16 offload": (1, offloading(1), BF16),
+    "bf16 offload ZeRO-2 DP2": (2, offloading(2), DP2 | BF16),
+    "bf16 offload ZeRO-3 DP2": (2, offloading(3), DP2 | BF16),
+    "bf16 offload PP2": (2, offloading(1), BF16 | {"parallel__pipeline": 2}),
 }
 
 
-ORDINARY = {("ZeRO-0", 1), ("ZeRO-3 DP2", 4), ("PP2", 1), ("mod", 4)}
+ORDINARY = {("ZeRO-0", 1), ("ZeRO-3 DP2", 4), ("PP2", 1), ("mod", 4), ("bf16 offload", 4)}
 
 
 def _cases():

@@ -70,6 +70,22 @@ def tiny_run(directory: Path, **changes: Any) -> RunConfig:
     return parse_config(values)
 
 
+def zero_file(zero: int | dict[str, Any], directory: Path) -> str:
+    """The DeepSpeed file of a ZeRO stage, or one written here of a section of its own."""
+    if isinstance(zero, int):
+        return f"configs/ds/zero{zero}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return str(path)
+
+
+def offloading(stage: int) -> dict[str, Any]:
+    """A ZeRO section whose optimizer, at stage 3 also the parameters, is in host memory."""
+    names = ("offload_optimizer", "offload_param")[: 2 if stage == 3 else 1]
+    return {"stage": stage, **{name: {"device": "cpu"} for name in names}}
+
+
 def metrics(run: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The training lines and the evaluation lines of a finished run."""
     lines = Path(run.run_dir, "metrics.jsonl").read_text().splitlines()

@@ -16,7 +16,11 @@ def test_groups_of_the_optimizer_have_their_rates():
     rates = {group["lr"] for group in groups}
     assert sorted(rates) == pytest.approx([1e-4, 3e-4, 1e-3])
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    assert all(p.ndim < 2 for g in groups if g["weight_decay"] == 0 for p in g["params"])
+    still = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    path = model.layers[0].attention.paths["local"]
+    assert {id(path.query_gain), id(path.key_gain)} <= still  # per head, and vectors all the same
+    assert id(path.k_proj.weight) not in still
+    assert all(id(p) in still for p in model.parameters() if p.ndim < 2)
 
 
 def test_groups_hold_what_their_names_say():

@@ -1,0 +1,42 @@
+"""What a rank holds of a parameter that ZeRO-3 has partitioned, without the padding.
+
+DeepSpeed (0.19.8, zero/partition_parameters.py) cuts a flattened parameter into equal partitions.
+Where the number of ranks does not divide it, the last ones end in padding: memory that nobody
+writes. It is no part of the model, so nothing may look at it, and `clear_padding` makes it zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Held(NamedTuple):
+    """Elements of a parameter from element `start` of the flattened whole on, as a view."""
+
+    start: int
+    elements: Tensor
+
+
+def held(parameter: Tensor) -> Held:
+    """What this rank holds of a parameter: all of it, or its partition under ZeRO-3."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return Held(0, parameter.detach().view(-1))
+    flat = partition.detach().view(-1)
+    numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+    rank: int = parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
+    start = min(flat.numel() * rank, numel)
+    return Held(start, flat.narrow(0, 0, min(numel - start, flat.numel())))
+
+
+@torch.no_grad()
+def clear_padding(parameters: Iterable[Tensor]) -> None:
+    """Zero the padding of parameters that have just been partitioned."""
+    for parameter in parameters:
+        partition = getattr(parameter, "ds_tensor", None)
+        if partition is not None:
+            partition.view(-1)[held(parameter).elements.numel() :].zero_()
