@@ -142,7 +142,7 @@ def _token(path: Path, name: str, value: Any) -> TokenSpec:
     if not isinstance(content, str):
         raise DataError(f"{path}: {name} is {str(value)[:60]}, not a token; correct it")
     wanted = {flag: flags[flag] is True for flag in TokenSpec._fields[1:] if flag in flags}
-    return TokenSpec(content)._replace(**wanted)
+    return TokenSpec(content, **wanted)
 
 
 def _added_with_flags(path: Path, entries: Any) -> dict[int, TokenSpec]:

@@ -75,7 +75,7 @@ def read_text_rules(config: DataConfig) -> TextRules:
     ends = {name: info.eod_id for name, info in infos.items()}
     if asked is not None:
         # What has no end token of its own may have one in its text, as chats do: that is said here.
-        ends = {"data.eod": asked} | {n: end for n, end in ends.items() if end is not None}
+        ends = {"data.eod": asked, **{n: end for n, end in ends.items() if end is not None}}
     eod_id = _only_one(ends, "end", asked)
     bos_ids = _only_one({name: info.bos_ids for name, info in infos.items()}, "begin", None)
     parsed = any(info.special_tokens == "parse" for info in infos.values())

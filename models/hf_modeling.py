@@ -6,8 +6,8 @@ Shapes: b batch, s tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from models.base import logits_of, num_scored_in, scored_mean
+from models.hf_arguments import StateReader, check_arguments, recording, wanted_states
 from models.hf_cache import FamilyCache, row_bounds
 from models.hf_config import FamilyPreTrainedConfig
 from parallel.carry import LayerSpec, SequentialModel
@@ -23,6 +24,14 @@ from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 
 # Tokens of a prompt that go through the layers at a time.
 PREFILL_CHUNK = 512
+
+
+class Computed(NamedTuple):
+    """Logits [b, kept, V] of a call, and its hidden states, [b, s, h] each: as many as were asked
+    for."""
+
+    logits: Tensor
+    states: tuple[Tensor, ...] = ()
 
 
 class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
@@ -69,7 +78,7 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Any,
         given: Mapping[str, Tensor | None],
         *,
         attention_mask: Tensor | None,
@@ -78,8 +87,10 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         labels: Tensor | None,
         logits_to_keep: int | Tensor,
         num_items_in_batch: int | Tensor | None,
+        others: Mapping[str, Any],
     ) -> CausalLMOutputWithPast:
-        """`forward` for tokens [b, s] and whatever else the first layer takes.
+        """`forward` for tokens [b, s] and whatever else the first layer takes; `others`: what it
+        was given beside (models.hf_arguments).
 
         `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
         cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
@@ -89,29 +100,58 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         it is this batch's part of the step's loss: the parts of the step add up to it.
 
         Raises:
-            ValueError: a mask, a cache or labels that do not fit, or too many tokens.
+            ValueError: a mask, a cache, labels or another argument that does not fit, or too many
+                tokens.
         """
-        present = {name: value for name, value in given.items() if value is not None}
         cache = past_key_values
+        if use_cache is None and not self.training and labels is None:
+            use_cache = getattr(self.config, "use_cache", None)
         if cache is None and use_cache:
             cache = self.new_cache(self.config.max_position_embeddings)
+        first = cache.length if isinstance(cache, FamilyCache) else 0
+        check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
+        readers = self.state_readers()
+        wanted = wanted_states(others, self.config, len(readers))
+        readers = readers if wanted else []
+        present = {name: value for name, value in given.items() if value is not None}
         auxiliary = None
         if cache is None:
-            logits, output = self._whole(tokens, present, attention_mask)
+            (logits, states), output = self._whole(tokens, present, attention_mask, readers)
             logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
         else:
-            logits = self._continued(tokens, present, attention_mask, cache, logits_to_keep)
+            logits, states = self._continued(
+                tokens, present, attention_mask, cache, logits_to_keep, readers
+            )
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, num_items_in_batch, auxiliary)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        chosen = tuple(x if i in wanted else None for i, x in enumerate(states))
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
+        )
+
+    def state_readers(self) -> list[StateReader]:
+        """Where the hidden states are: before the first block and after every block, the last of
+        them as the head multiplies it, after the final norm."""
+        layers = self.model.layers[:-1]
+        after = [reader for layer in layers for reader in self.readers_of(layer)]
+        head = StateReader(self.get_output_embeddings(), lambda arguments, output: arguments[0])
+        return [*after[:-1], head]
+
+    def readers_of(self, layer: nn.Module) -> list[StateReader]:
+        """The hidden states that one layer makes, in their order."""
+        return [StateReader(layer, lambda arguments, output: output.hidden)]
 
     def _whole(
-        self, tokens: Tensor, given: Mapping[str, Tensor], attention_mask: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """Logits [b, s, V] without a cache, and what the last layer returned.
+        self,
+        tokens: Tensor,
+        given: Mapping[str, Tensor],
+        attention_mask: Tensor | None,
+        readers: list[StateReader],
+    ) -> tuple[Computed, Any]:
+        """What is computed without a cache, and what the last layer returned.
 
-        Rows are turned until they begin at column 0, and their logits are turned back: the layers
+        Rows are turned until they begin at column 0, and the results are turned back: the layers
         are causal, so that padding after a row's tokens does not reach them.
         """
         back = None
@@ -126,11 +166,15 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                 columns = torch.arange(tokens.shape[1], device=tokens.device)
                 tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
                 back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
-        output = self.model(self.inputs(tokens, given))
-        logits = logits_of(output).transpose(0, 1)
-        if back is not None:
-            logits = logits.gather(1, back.unsqueeze(-1).expand_as(logits))
-        return logits, output
+        with recording(readers) as states:
+            output = self.model(self.inputs(tokens, given))
+        computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
+        if back is None:
+            return computed, output
+        logits, *states = (
+            x.gather(1, back.unsqueeze(-1).expand_as(x)) for x in _tensors_of(computed)
+        )
+        return Computed(logits, tuple(states)), output
 
     @torch.no_grad()
     def _continued(
@@ -140,8 +184,9 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         attention_mask: Tensor | None,
         cache: FamilyCache,
         logits_to_keep: int | Tensor,
-    ) -> Tensor:
-        """Logits [b, kept, V] of tokens after those in the cache; 0 where a row has padding."""
+        readers: list[StateReader],
+    ) -> Computed:
+        """What tokens after those in the cache give; 0 where a row has padding."""
         if not isinstance(cache, FamilyCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}; this model needs the cache that its "
@@ -151,31 +196,46 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         chosen = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
         count = length if chosen is not None else min(int(logits_to_keep) or length, length)
         parts = cache.extend(length, attention_mask, self.model.new_cache, batch_size=batch_size)
-        logits: Tensor | None = None
+        whole: list[Tensor] = []
         for group, first in parts:
             if group.rows is None:
-                logits = self._extended(tokens, given, group.layers, count)
+                whole = _tensors_of(self._extended(tokens, given, group.layers, count, readers))
                 continue
             own = {n: x[group.rows] if len(x) > 1 else x for n, x in given.items()}
             rows = tokens[group.rows, first:]
-            last = self._extended(rows, own, group.layers, min(count, rows.shape[1]))
-            if logits is None:
-                logits = last.new_zeros(batch_size, count, last.shape[-1])
-            logits[group.rows, count - last.shape[1] :] = last
-        assert logits is not None
-        return logits if chosen is None else logits[:, chosen]
+            kept = min(count, rows.shape[1])
+            part = _tensors_of(self._extended(rows, own, group.layers, kept, readers))
+            columns = (count, *[length] * len(readers))
+            whole = whole or [
+                x.new_zeros(batch_size, n, x.shape[-1]) for x, n in zip(part, columns, strict=True)
+            ]
+            for x, last in zip(whole, part, strict=True):
+                x[group.rows, x.shape[1] - last.shape[1] :] = last
+        logits, *states = whole
+        return Computed(logits if chosen is None else logits[:, chosen], tuple(states))
 
     def _extended(
-        self, tokens: Tensor, given: Mapping[str, Tensor], layers: dict[str, Any], count: int
-    ) -> Tensor:
-        """The last `count` logits [b, count, V] of tokens that continue the layers' caches."""
-        parts, to_come = [], tokens.shape[1]
+        self,
+        tokens: Tensor,
+        given: Mapping[str, Tensor],
+        layers: dict[str, Any],
+        count: int,
+        readers: list[StateReader],
+    ) -> Computed:
+        """The last `count` logits, and the states, of tokens that continue the layers' caches."""
+        logits, states, to_come = [], [], tokens.shape[1]
         for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            logits = logits_of(self.model(self.inputs(chunk, given), layers)).transpose(0, 1)
+            with recording(readers) as found:
+                output = self.model(self.inputs(chunk, given), layers)
             given, to_come = {}, to_come - chunk.shape[1]
+            states.append(found)
             if count > to_come:
-                parts.append(logits[:, max(0, chunk.shape[1] - (count - to_come)) :])
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+                first = max(0, chunk.shape[1] - (count - to_come))
+                logits.append(logits_of(output).transpose(0, 1)[:, first:])
+        return Computed(
+            _concatenated_columns(logits),
+            tuple(map(_concatenated_columns, zip(*states, strict=True))),
+        )
 
     def _loss(
         self,
@@ -253,6 +313,28 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                     f"the weights lack {path}.{name}: they are not of this configuration"
                 )
 
+    def set_input_embeddings(self, value: nn.Module) -> NoReturn:
+        """Refused: the embedding belongs to the layers.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the embeddings of this model cannot be replaced; change the values of "
+            "get_input_embeddings().weight in place"
+        )
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> NoReturn:
+        """Refused, as in `set_input_embeddings`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the head of this model cannot be replaced; change the values of "
+            "get_output_embeddings().weight in place"
+        )
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the vocabulary is a setting of the layers.
 
@@ -263,6 +345,14 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
             f"the vocabulary of this model is fixed at vocab_size={self.config.vocab_size}; use a "
             "tokenizer of at most that size"
         )
+
+
+def _tensors_of(computed: Computed) -> list[Tensor]:
+    return [computed.logits, *computed.states]
+
+
+def _concatenated_columns(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:

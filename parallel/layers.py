@@ -1,8 +1,12 @@
 """Linear layers, embedding and head that tensor ranks share, under Megatron's names.
 
-At tensor size 1 they are nn.Linear and nn.Embedding (same keys and shapes) and nothing of Megatron
-is imported. At tensor size > 1 the collectives and the overlapped backward are Megatron-Core's.
-Under FP8 the linear layers are Transformer Engine's.
+At tensor size 1 linear layers and head are instances of nn.Linear itself, which tools such as
+torch's dynamic quantisation look for by its exact type, and nothing of Megatron is imported. At
+tensor size > 1 the collectives and the overlapped backward are Megatron-Core's. Under FP8 the
+linear layers are Transformer Engine's.
+
+Every product goes through the call of its layer, so that whatever wraps or replaces a layer
+(adapters, hooks, quantisation, FSDP, offloading) has its effect.
 
 Shapes: s sequence, b batch, h hidden, t tensor size. Under sequence parallelism the activations
 between layers are [s/t, b, h]; `ColumnParallelLinear` gathers them and `RowParallelLinear`
@@ -11,14 +15,13 @@ scatters the sum.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
-from parallel.precision import fp8_linear
+from parallel.precision import fp8_linear, is_fp8_linear
 from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
@@ -77,19 +80,19 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     Query, key and value (or gate and up) projections share their input: it is gathered once in
     forward, and the sum of their input gradients is reduced once in backward. With `joined` it is
     one product with the weights one after another: for many narrow layers that is faster than many
-    products and the sum of as many input gradients. Results are then views of one tensor.
+    products and the sum of as many input gradients. Results are then views of one tensor. Layers
+    that are more than a product with their weight are called one by one.
     """
-    first: Any = linears[0]
-    if not _has_local(first):
-        return tuple(linear(x) for linear in linears)
-    x = enter_tensor_region(gather_sequence(x, ctx=first.ctx), ctx=first.ctx)
-    plain = (type(linear) is _ColumnParallelLinear for linear in linears)
-    if joined and all(plain) and first.bias is None:
+    contexts = [_context_of(linear) for linear in linears]
+    ctx = None if None in contexts else contexts[0]
+    if ctx is not None:
+        x = enter_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
+    if joined and all(_is_bare(linear) for linear in linears):
         weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
         y = F.linear(x, torch.cat(weights))
         return y.split([len(weight) for weight in weights], dim=-1)
-    calls: Any = linears if first.ctx.tensor.size == 1 else [linear.local for linear in linears]
-    return tuple(call(x) for call in calls)
+    options = {} if ctx is None else {"collectives": False}
+    return tuple(linear(x, **options) for linear in linears)
 
 
 def project_replicated(x: Tensor, *linears: nn.Module, ctx: ParallelContext) -> tuple[Tensor, ...]:
@@ -102,22 +105,37 @@ def project_replicated(x: Tensor, *linears: nn.Module, ctx: ParallelContext) -> 
     return tuple(_without_tokens(x, linear) for linear in linears)
 
 
-def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
-    if not _has_local(linear):  # Transformer Engine's would gather x as if it were tokens
-        return F.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
-    sharded: Any = linear
-    call = sharded if sharded.ctx.tensor.size == 1 else sharded.local
-    return call(x, per_token=False)
-
-
 def project_part(x: Tensor, linear: nn.Module) -> Tensor:
-    """What this rank adds to the product of a row-parallel layer, before the sum and the bias.
+    """What this rank adds to the product of a row-parallel layer without bias, before the sum.
 
     For what has no tokens, as in `project_replicated`: x [m, b, in/t].
     """
-    if _has_local(linear):
-        return linear.local(x, per_token=False)  # type: ignore[operator]
-    return F.linear(x, linear.weight)  # type: ignore[arg-type]
+    return _without_tokens(x, linear)
+
+
+def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
+    if _context_of(linear) is not None:
+        product: Tensor = linear(x, collectives=False, per_token=False)
+        return product
+    if is_fp8_linear(linear):  # would gather x as if it were tokens, and may refuse its length
+        return F.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
+    y: Tensor = linear(x)
+    return y
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether calling a layer means the product with its weight and nothing else.
+
+    That is: no hook, no other `forward`, no bias, and no weight that multiplies in a way of its
+    own, as quantised ones do.
+    """
+    if type(linear) not in (nn.Linear, _ColumnParallelLinear) or "forward" in linear.__dict__:
+        return False
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return False
+    if linear._backward_hooks or linear._backward_pre_hooks or _has_any_global_hook():
+        return False
+    return linear.bias is None and type(linear.weight) is nn.Parameter
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -152,39 +170,21 @@ class VocabParallelEmbedding(nn.Embedding):
         return leave_tensor_region(rows, ctx=self.ctx)
 
 
-class VocabParallelHead(nn.Module):
+def VocabParallelHead(
+    vocab_size: int, hidden_size: int, *, ctx: ParallelContext, init: Init = Normal(0.02)
+) -> nn.Module:
     """Logits `x W^T` over this rank's part of the vocabulary: [s, b, h] -> [s, b, ceil(V/t)].
 
     The weight has the shape and sharding of `VocabParallelEmbedding`, so the two can be tied.
     Columns that only pad the vocabulary are -inf and so never take part in a softmax.
     """
-
-    def __init__(
-        self, vocab_size: int, hidden_size: int, *, ctx: ParallelContext, init: Init = Normal(0.02)
-    ) -> None:
-        super().__init__()
-        extent = local_extent(vocab_size, size=ctx.tensor.size, rank=ctx.tensor.rank)
-        self.ctx = ctx
-        self.num_real = extent.stop - extent.start
-        self.weight = nn.Parameter(torch.empty(extent.padded, hidden_size, device=ctx.device))
-        declare(self.weight, Sharding(dim=0, full_size=vocab_size), init, role="head")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.ctx.tensor.size == 1:
-            return F.linear(x, self.weight)
-        from parallel import megatron
-
-        logits = megatron.column_linear(
-            x,
-            self.weight,
-            None,
-            group=self.ctx.tensor.group,
-            sequence_parallel=self.ctx.sequence_parallel,
-        )
-        if self.num_real < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.num_real
-            logits = logits.masked_fill(padding, float("-inf"))
-        return logits
+    if ctx.tensor.size == 1:
+        layer: nn.Module = _empty_linear((vocab_size, hidden_size), bias=False, ctx=ctx)
+    else:
+        layer = _VocabParallelHead(vocab_size, hidden_size, ctx=ctx)
+    weight = layer.get_parameter("weight")
+    declare(weight, Sharding(dim=0, full_size=vocab_size), init, role="head")
+    return layer
 
 
 def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
@@ -202,26 +202,23 @@ def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
 class _ShardedLinear(nn.Linear):
     """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random.
 
-    `local` is the product without collectives. What stands in for such a layer has it, too, and
-    `ctx`; `per_token` tells it whether x holds tokens or, for instance, memory slots.
+    A linear layer that has `ctx` is called with more than x. `collectives=False`: for the product
+    alone, of an input that has been gathered already, or before the sum and the bias.
+    `per_token=False`: where x does not hold tokens but, for instance, memory slots.
     """
 
     def __init__(self, shape: tuple[int, int], *, ctx: ParallelContext, bias: bool) -> None:
         super().__init__(shape[1], shape[0], bias=bias, device=ctx.device)
         self.ctx = ctx
-        self.lora: Any = None
 
     def reset_parameters(self) -> None:
         """Left to parallel.random.initialize, which knows the parameter's name."""
 
 
 class _ColumnParallelLinear(_ShardedLinear):
-    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def forward(self, x: Tensor, *, per_token: bool = True) -> Tensor:
-        if self.ctx.tensor.size == 1:
-            return self.local(x)
+    def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
+        if not collectives:
+            return F.linear(x, self.weight, self.bias)
         from parallel import megatron
 
         return megatron.column_linear(
@@ -234,19 +231,47 @@ class _ColumnParallelLinear(_ShardedLinear):
 
 
 class _RowParallelLinear(_ShardedLinear):
-    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
-        return F.linear(x, self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.ctx.tensor.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = leave_tensor_region(self.local(x), ctx=self.ctx)
+    def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
+        y = F.linear(x, self.weight)
+        if not collectives:
+            return y
+        y = leave_tensor_region(y, ctx=self.ctx)
         return y if self.bias is None else y + self.bias
 
 
-def _has_local(linear: nn.Module) -> bool:
-    """False for the layers of Transformer Engine, which do their own collectives."""
-    return hasattr(linear, "local")
+class _VocabParallelHead(nn.Module):
+    """The head of one of several tensor ranks."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        extent = local_extent(vocab_size, size=ctx.tensor.size, rank=ctx.tensor.rank)
+        self.ctx = ctx
+        self.num_real = extent.stop - extent.start
+        self.weight = nn.Parameter(torch.empty(extent.padded, hidden_size, device=ctx.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        from parallel import megatron
+
+        logits = megatron.column_linear(
+            x,
+            self.weight,
+            None,
+            group=self.ctx.tensor.group,
+            sequence_parallel=self.ctx.sequence_parallel,
+        )
+        if self.num_real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= self.num_real
+            logits = logits.masked_fill(padding, float("-inf"))
+        return logits
+
+
+def _context_of(linear: nn.Module) -> ParallelContext | None:
+    return getattr(linear, "ctx", None)
+
+
+def _empty_linear(shape: tuple[int, int], *, bias: bool, ctx: ParallelContext) -> nn.Linear:
+    """An nn.Linear that parallel.random.initialize will fill: it knows the parameters' names."""
+    return nn.utils.skip_init(nn.Linear, shape[1], shape[0], bias=bias, device=ctx.device)
 
 
 def _linear(
@@ -272,6 +297,8 @@ def _linear(
             sequence_parallel=ctx.sequence_parallel,
             device=ctx.device,
         )
+    elif ctx.tensor.size == 1:
+        layer = _empty_linear(shape, bias=bias, ctx=ctx)
     else:
         layer = (_ColumnParallelLinear if column else _RowParallelLinear)(shape, ctx=ctx, bias=bias)
     rows, columns = Sharding(0, out_features), Sharding(1, in_features)

@@ -138,6 +138,11 @@ def fp8_linear(
     )
 
 
+def is_fp8_linear(layer: nn.Module) -> bool:
+    """Whether `layer` is one of `fp8_linear`, which does its own collectives and counts rows."""
+    return type(layer).__module__.split(".")[0] == "transformer_engine"
+
+
 def _recipe(name: str | None) -> Any:
     from transformer_engine.common import recipe
 

@@ -57,7 +57,7 @@ def once(decide: Callable[[], T]) -> T:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for i, kept in zip(places, _decided([leaves[i] for i in places]), strict=True):
             leaves[i] = kept
-        return tree_unflatten(leaves, structure)  # type: ignore[no-any-return]
+        return tree_unflatten(leaves, structure)
     return _on_tape_or_new(decide)
 
 
@@ -72,7 +72,7 @@ def _on_tape_or_new(decide: Callable[[], T]) -> T:
         return decide()
     if _tape.position is None:
         _tape.values.append(decide())
-        return _tape.values[-1]  # type: ignore[no-any-return]
+        return _tape.values[-1]
     value: T = _tape.values[_tape.position]
     _tape.position += 1
     return value
@@ -93,7 +93,7 @@ def _copies(values: Sequence[Tensor]) -> list[Tensor]:
     return [value.clone() for value in values]
 
 
-def _operator(run: Any, fake: Any, *, changes: str | tuple[()] = ()) -> Any:
+def _operator(run: Any, fake: Any, *, changes: tuple[str, ...] = ()) -> Any:
     """`run` as an operator, under a name of this copy of the module: an exported model has its own
     copy and may be loaded beside the project."""
     name = f"manyformer_{zlib.crc32(__name__.encode()):x}::{run.__name__.strip('_')}"

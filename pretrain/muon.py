@@ -25,7 +25,7 @@ class BatchedMuon(MuonWithAuxAdam):
 
     @torch.no_grad()
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        groups = self.param_groups
+        groups: list[dict[str, Any]] = self.param_groups  # type: ignore[has-type]
         parameters = [p for group in groups for p in group["params"]]
         if all(p.grad is None for p in parameters):
             return None

@@ -195,7 +195,6 @@ class CausalSelfAttention(nn.Module):
                 )
         self.ctx = ctx
         self.head_dim = head_dim
-        self.num_local_kv_heads = num_kv_heads // ctx.tensor.size
         self.rotary = rotary
         rotary.on(ctx.device)
 
@@ -215,16 +214,8 @@ class CausalSelfAttention(nn.Module):
         Raises:
             ValueError: there are no rotary angles for that many positions.
         """
-        weight = next(self.key.parameters())  # may have moved since it was built
-        self.rotary.at(weight.device, start=0, length=max_length)
-        return KVCache(
-            batch_size,
-            self.num_local_kv_heads,
-            max_length,
-            self.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.rotary.check(max_length)
+        return KVCache(max_length)
 
     def forward(
         self,

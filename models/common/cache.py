@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -16,31 +15,21 @@ class KeysValues(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of one layer in memory that is allocated once: [b, n_kv, max_length, d]."""
+    """Keys and values of one layer in memory that is allocated once: [b, n_kv, max_length, d].
 
-    def __init__(
-        self,
-        batch_size: int,
-        num_kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (batch_size, num_kv_heads, max_length, head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+    The first keys decide on dtype and device: weights need not say them, since they may be
+    quantised, offloaded or those of a wrapper.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
         self.length = 0
-
-    @property
-    def max_length(self) -> int:
-        return self._keys.shape[2]
+        self._stored: KeysValues | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole cache, filled or not."""
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes of the whole cache, filled or not; 0 before anything is stored."""
+        return 0 if self._stored is None else sum(x.nbytes for x in self._stored)
 
     def append(self, keys: Tensor, values: Tensor) -> KeysValues:
         """Store [b, n_kv, s, d] after what is there and return everything up to it (views).
@@ -54,10 +43,14 @@ class KVCache:
                 f"cache of max_length={self.max_length} cannot hold {stop} positions; "
                 "make it with a larger max_length"
             )
-        self._keys[:, :, self.length : stop] = keys
-        self._values[:, :, self.length : stop] = values
+        if self._stored is None:
+            batch, heads, _, size = keys.shape
+            shape = (batch, heads, self.max_length, size)
+            self._stored = KeysValues(keys.new_empty(shape), values.new_empty(shape))
+        for stored, new in zip(self._stored, (keys, values), strict=True):
+            stored[:, :, self.length : stop] = new
         self.length = stop
-        return KeysValues(self._keys[:, :, :stop], self._values[:, :, :stop])
+        return KeysValues(*(stored[:, :, :stop] for stored in self._stored))
 
     def rollback(self, length: int) -> None:
         """Forget every position from `length` on.

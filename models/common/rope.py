@@ -48,9 +48,25 @@ class RotaryTable:
 
     def on(self, device: torch.device) -> Rotation:
         """The table [max_positions, d] on `device`, computed when first asked for."""
-        if device not in self._by_device:
-            self._by_device[device] = self._compute(device)
-        return self._by_device[device]
+        table = self._by_device.get(device)
+        if table is None:
+            table = self._compute(device)
+            # While torch.export traces, tensors are stand-ins, which only its own graph can use.
+            if type(table.cos) is Tensor:
+                self._by_device[device] = table
+        return table
+
+    def check(self, length: int) -> None:
+        """Whether there are angles for a sequence of `length` tokens.
+
+        Raises:
+            ValueError: the positions do not fit into the table.
+        """
+        if length > self.max_positions:
+            raise ValueError(
+                f"position {length - 1} is beyond max_position_embeddings={self.max_positions}; "
+                "shorten the sequence or raise max_position_embeddings"
+            )
 
     def at(self, device: torch.device, *, start: int, length: int) -> Rotation:
         """Rotation of positions start .. start + length - 1, the same for every row: [s, d].
@@ -58,11 +74,7 @@ class RotaryTable:
         Raises:
             ValueError: the positions do not fit into the table.
         """
-        if start + length > self.max_positions:
-            raise ValueError(
-                f"position {start + length - 1} is beyond max_position_embeddings="
-                f"{self.max_positions}; shorten the sequence or raise max_position_embeddings"
-            )
+        self.check(start + length)
         return Rotation(*(table[start : start + length] for table in self.on(device)))
 
     def gather(self, positions: Tensor) -> Rotation:
@@ -74,7 +86,7 @@ class RotaryTable:
         # Positions count tokens of a row, so only a longer row than the table can leave it: the
         # look at the numbers, for which a GPU has to wait, is rare.
         if positions.shape[1] > self.max_positions and not positions.is_meta:
-            self.at(positions.device, start=int(positions.max()), length=1)
+            self.check(int(positions.max()) + 1)
         return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
 
     @torch.inference_mode(False)  # a table first asked for by a generation serves training, too

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from models.daria_former.config import LORA_TARGETS
 from models.daria_former.noise import dropout
 from parallel.context import ParallelContext
-from parallel.layers import project_together
 from parallel.precision import at_least_fp32
-from parallel.regions import enter_tensor_region, leave_tensor_region
+from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
 from parallel.sharding import Constant, Normal, Sharding, declare, declare_replicated
 
 PRIMARY = "primary"
@@ -127,14 +126,17 @@ class LoRALinear(nn.Module):
     def is_merged(self) -> bool:
         return self._original is not None
 
-    def forward(self, x: Tensor, *, per_token: bool = True) -> Tensor:
-        if self.ctx.tensor.size > 1 and not self.is_row:
-            return project_together(x, self)[0]
-        y = leave_tensor_region(self.local(x, per_token=per_token), ctx=self.ctx)
-        return y + self.bias if self.is_row and self.bias is not None else y
+    def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
+        if not collectives:
+            return self._product(x, per_token=per_token)
+        if not self.is_row:
+            x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+            return self._product(x, per_token=per_token)
+        y = leave_tensor_region(self._product(x, per_token=per_token), ctx=self.ctx)
+        return y if self.bias is None else y + self.bias
 
-    def local(self, x: Tensor, *, per_token: bool = True) -> Tensor:
-        """The product without collectives, of a row-parallel layer without its bias."""
+    def _product(self, x: Tensor, *, per_token: bool) -> Tensor:
+        """Without collectives, and of a row-parallel layer without its bias."""
         y = F.linear(x, self.weight, None if self.is_row else self.bias)
         if self.is_merged:
             return y

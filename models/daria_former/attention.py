@@ -16,7 +16,14 @@ from models.daria_former.cache import BlockCache, History
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.fused import mix_paths
 from models.daria_former.noise import uniform
-from models.daria_former.paths import PATH_CLASSES, Rotaries, Sources, per_head, split_heads
+from models.daria_former.paths import (
+    PATH_CLASSES,
+    Read,
+    Rotaries,
+    Sources,
+    per_head,
+    split_heads,
+)
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32
@@ -90,14 +97,15 @@ class MultiContextAttention(nn.Module):
         Raises:
             ValueError: there are no rotary angles for that many positions.
         """
-        self.rotaries.long.at(self.ctx.device, start=0, length=max_length)
+        self.rotaries.long.check(max_length)
         paths: dict[str, Any] = dict(self.paths.items())
         return BlockCache(
-            long=paths["long"].new_cache(batch_size, max_length) if "long" in paths else None,
+            long=paths["long"].new_cache(max_length) if "long" in paths else None,
             local=paths["local"].new_cache() if "local" in paths else None,
             memory=paths["memory"].new_cache() if "memory" in paths else None,
             emotion=emotion,
             max_rollback=self.config.segment_len,
+            num_sinks=self.config.num_global_tokens,
         )
 
     def forward(self, x: Tensor, sources: Sources, cache: BlockCache | None = None) -> Attended:
@@ -113,17 +121,16 @@ class MultiContextAttention(nn.Module):
             gates = self._gates(next(projected), sources)
         else:
             gates = queries.new_ones((*queries.shape[:3], 1), dtype=torch.float32)
-        readouts = {}
+        read: dict[str, Read] = {}
         for name, path in self.paths.items():
             own = [next(projected) for _ in path.token_projections()]  # type: ignore[operator]
-            readouts[name] = path(queries, own, sources, cache)
+            read[name] = path(queries, own, sources, cache)
         if cache is not None:
             cache.length += len(queries)
-        gains: list[Any] = [path.output_gain for path in self.paths.values()]
-        mixed = mix_paths(
-            list(readouts.values()), gates.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps
-        )
-        return Attended(self.o_proj(mixed.flatten(2)), gates, readouts.get("memory"))
+        readouts, gains = zip(*read.values(), strict=True)
+        mixed = mix_paths(readouts, gates.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps)
+        memory = read["memory"].values if "memory" in read else None
+        return Attended(self.o_proj(mixed.flatten(2)), gates, memory)
 
     def _gates(self, x: Tensor, sources: Sources) -> Tensor:
         """fp32 [s, b, n, P]; a path that is switched off or dropped gets none."""

@@ -173,13 +173,14 @@ class BlockCache:
         memory: MemoryCache | None,
         emotion: History | None,
         max_rollback: int,
+        num_sinks: int = 0,
     ) -> None:
         self.length = 0
         self._limit = _RollbackLimit(max_rollback)
         self.long, self.local, self.memory, self.emotion = long, local, memory, emotion
         # Keys and values of what does not grow, by path; made by the first call.
         self.static: dict[str, Slots] = {}
-        self.num_sinks = 0 if long is None else long.length
+        self.num_sinks = num_sinks
 
     def rollback(self, length: int) -> None:
         """Forget every token from `length` on.
@@ -188,7 +189,7 @@ class BlockCache:
             ValueError: that is more than `max_rollback` tokens before the most that it has held.
         """
         self._limit.check(self.length, length)
-        if self.long is not None:
+        if self.long is not None and self.long.length:
             self.long.rollback(self.num_sinks + length)
         for history in (*(self.local or ()), self.emotion):
             if history is not None:

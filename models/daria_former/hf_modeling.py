@@ -46,7 +46,7 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
@@ -57,6 +57,7 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
         persona: Tensor | None = None,
         emotion_state: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [b, s, V] of `input_ids` [b, s]; see `FamilyForCausalLM.run`.
 
@@ -74,4 +75,5 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
             labels=labels,
             logits_to_keep=logits_to_keep,
             num_items_in_batch=num_items_in_batch,
+            others=others,
         )

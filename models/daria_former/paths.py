@@ -71,6 +71,17 @@ class Sources(NamedTuple):
     keys: Tensor | None = None
 
 
+class Read(NamedTuple):
+    """`values` [b, n, s, d] that a path has read, and the `gain` [n, d] by which they are mixed.
+
+    The gain is returned because only inside the call of its module is a parameter certain to be
+    there: offloading takes it away after that.
+    """
+
+    values: Tensor
+    gain: Tensor
+
+
 class ContextPath(nn.Module, ABC):
     """One path: `attention(query_gain * q, key_gain * norm(W_k z), W_v z)`.
 
@@ -102,11 +113,11 @@ class ContextPath(nn.Module, ABC):
         projected: Sequence[Tensor],
         sources: Sources,
         cache: BlockCache | None,
-    ) -> Tensor:
-        """What the path reads, [b, n, s, d]: `queries` [s, b, n, d] normalised, `projected` what
+    ) -> Read:
+        """What the path reads: `queries` [s, b, n, d] normalised, `projected` what
         `token_projections` gave, [s, b, .] each."""
         q = scaled_heads(queries, self.query_gain)
-        return self.attend(q, projected, sources, cache)
+        return Read(self.attend(q, projected, sources, cache), self.output_gain)
 
     @abstractmethod
     def attend(
@@ -153,19 +164,9 @@ class LongPath(ContextPath):
             shape, init = (2, self.num_sinks, config.head_size), Normal(config.initializer_range)
             self.sinks = per_head(config.num_kv_heads, shape, init, ctx)
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """A cache that holds the sinks already."""
-        cache = KVCache(
-            batch_size,
-            self.config.num_kv_heads // self.ctx.tensor.size,
-            self.num_sinks + max_length,
-            self.config.head_size,
-            dtype=self.key_gain.dtype,
-            device=self.key_gain.device,
-        )
-        if self.sinks is not None:
-            cache.append(*self.sinks.detach().expand(batch_size, -1, -1, -1, -1).unbind(2))
-        return cache
+    def new_cache(self, max_length: int) -> KVCache:
+        """A cache with room for the sinks, which the first tokens put in front of their own."""
+        return KVCache(self.num_sinks + max_length)
 
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
@@ -173,11 +174,12 @@ class LongPath(ContextPath):
         k, v = self.keys_values(*projected)
         rotation = _rotation(self.rotaries.long, q, sources, cache)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None and cache.long is not None:
-            return continued_attention(q, *cache.long.append(k, v))
-        if self.sinks is not None:
+        long = None if cache is None else cache.long
+        if self.sinks is not None and (long is None or long.length == 0):
             sinks = self.sinks.to(k.dtype).expand(len(k), -1, -1, -1, -1).unbind(2)
             k, v = (torch.cat(pair, dim=2) for pair in zip(sinks, (k, v), strict=True))
+        if long is not None:
+            return continued_attention(q, *long.append(k, v))
         if sources.positions is not None:
             return packed_attention(q, k, v, sources.positions, num_sinks=self.num_sinks)
         # As many queries in front as there are sinks make the mask that of causal attention.

@@ -125,16 +125,8 @@ class SomeTokens(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
         """Empty state for generation."""
-        attention, weight = self.block.attention, next(self.block.parameters())
-        return RaggedKVCache(
-            batch_size,
-            attention.num_local_kv_heads,
-            max_length,
-            attention.head_dim,
-            share=self.token_share,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.block.attention.rotary.check(max_length)
+        return RaggedKVCache(batch_size, max_length, share=self.token_share)
 
     def places(self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None) -> Places:
         """Where the tokens of x [s/t, b, h] are; `positions` of packed documents.
@@ -146,7 +138,7 @@ class SomeTokens(nn.Module):
             return Places(positions, packed=True)
         start = 0 if cache is None else cache.length
         length = x.shape[0] * (self.ctx.tensor.size if self.ctx.sequence_parallel else 1)
-        self.block.attention.rotary.at(x.device, start=start, length=length)
+        self.block.attention.rotary.check(start + length)
         index = torch.arange(start, start + length, dtype=torch.int32, device=x.device)
         return Places(index.expand(x.shape[1], -1), packed=False)
 

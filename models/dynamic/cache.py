@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.common.attention import QUERY_BLOCK, continued_attention
-from models.common.cache import KVCache
+from models.common.cache import KeysValues, KVCache
 from parallel.gathered import Selection, chosen_first
-from parallel.precision import fp32_or_wider
 
 # Room at first, over the share of tokens that is expected; it grows when it is used up.
 FIRST_ROOM, LEAST_ROOM = 1.25, 64
@@ -35,41 +34,28 @@ class RaggedKVCache:
     """Keys and values of the computed tokens, another number in every row: [b, g, room, d].
 
     `length` counts the tokens of the sequence, computed or not. Nothing is ever dropped: `room`
-    doubles when a row needs more.
+    doubles when a row needs more. The first tokens and keys decide on dtype and device, as in
+    `KVCache`. `share`: of the tokens, how many are expected to be computed.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        num_kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        *,
-        share: float,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, batch_size: int, max_length: int, *, share: float) -> None:
+        self.batch_size = batch_size
         self.max_length = max_length
         self.length = 0
-        room = min(max_length, math.ceil(FIRST_ROOM * share * max_length) + LEAST_ROOM)
-        # Zeros: where rows differ in length, attention multiplies what is beyond a row by 0.
-        shape = (batch_size, num_kv_heads, room, head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
-        self._chosen = torch.zeros((batch_size, max_length), dtype=torch.bool, device=device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._keys.dtype
+        self._room = min(max_length, math.ceil(FIRST_ROOM * share * max_length) + LEAST_ROOM)
+        self._stored: KeysValues | None = None
+        self._chosen: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole cache, filled or not."""
-        return self._keys.nbytes + self._values.nbytes + self._chosen.nbytes
+        """Bytes of the whole cache, filled or not; 0 before anything is stored."""
+        return sum(x.nbytes for x in (*(self._stored or ()), self._chosen) if x is not None)
 
     @property
     def counts(self) -> Tensor:
         """Tokens kept of every row: int64 [b]."""
+        if self._chosen is None:
+            return torch.zeros(self.batch_size, dtype=torch.int64)
         return self._chosen[:, : self.length].sum(dim=1)
 
     def begin(self, chosen: Tensor) -> Step | None:
@@ -84,6 +70,8 @@ class RaggedKVCache:
                 f"cache of max_length={self.max_length} cannot hold {stop} positions; "
                 "make it with a larger max_length"
             )
+        if self._chosen is None:
+            self._chosen = chosen.new_zeros(self.batch_size, self.max_length)
         self._chosen[:, start:stop] = chosen
         self.length = stop
         # .tolist() waits for the device: what is not computed is not even started.
@@ -104,13 +92,13 @@ class RaggedKVCache:
         after = self.counts[step.rows]
         before = after - valid.sum(dim=1)
         total = int(after.max())
-        self._make_room(total)
+        stored = self._with_room(total, k)
         offsets = torch.arange(q.shape[2], device=q.device)
         slots = (before[:, None] + offsets)[valid]
         owners = step.rows[:, None].expand_as(valid)[valid]
-        self._keys[owners, :, slots] = k.transpose(1, 2)[valid]
-        self._values[owners, :, slots] = v.transpose(1, 2)[valid]
-        keys, values = (self._rows(x, step.rows, total) for x in (self._keys, self._values))
+        for held, new in zip(stored, (k, v), strict=True):
+            held[owners, :, slots] = new.transpose(1, 2)[valid]
+        keys, values = (self._rows(held, step.rows, total) for held in stored)
         if len(step.rows) == 1:
             return continued_attention(q, keys, values)
         # The last key of a query; what fills a row up sees those of the row.
@@ -130,12 +118,17 @@ class RaggedKVCache:
     def _rows(self, x: Tensor, rows: Tensor, total: int) -> Tensor:
         return x[:, :, :total] if len(rows) == len(x) else x[rows, :, :total]
 
-    def _make_room(self, total: int) -> None:
-        room = self._keys.shape[2]
+    def _with_room(self, total: int, like: Tensor) -> KeysValues:
+        """Keys and values with room for `total` tokens; `like`: new keys [r, g, m, d]."""
+        if self._stored is None:
+            # Zeros: where rows differ in length, attention multiplies what is beyond a row by 0.
+            shape = (self.batch_size, like.shape[1], self._room, like.shape[3])
+            self._stored = KeysValues(like.new_zeros(shape), like.new_zeros(shape))
+        room = self._stored.keys.shape[2]
         if total > room:
             more = min(self.max_length, max(2 * room, total)) - room
-            self._keys = F.pad(self._keys, (0, 0, 0, more))
-            self._values = F.pad(self._values, (0, 0, 0, more))
+            self._stored = KeysValues(*(F.pad(x, (0, 0, 0, more)) for x in self._stored))
+        return self._stored
 
 
 def _attend_up_to(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
@@ -157,11 +150,9 @@ class PairCache:
     """What a pair keeps: its decision layer's keys and values, those of its dynamic layer, and the
     surprise of every token, fp32 or wider [b, max_length], of which the moving average is made."""
 
-    def __init__(self, decision: KVCache, dynamic: RaggedKVCache, *, batch_size: int) -> None:
+    def __init__(self, decision: KVCache, dynamic: RaggedKVCache) -> None:
         self.decision, self.dynamic = decision, dynamic
-        shape = (batch_size, dynamic.max_length)
-        dtype = fp32_or_wider(dynamic.dtype)
-        self._surprise = torch.zeros(shape, dtype=dtype, device=dynamic.counts.device)
+        self._surprise: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -170,12 +161,15 @@ class PairCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of everything that is kept, reserved room included."""
-        return self.decision.num_bytes + self.dynamic.num_bytes + self._surprise.nbytes
+        surprise = 0 if self._surprise is None else self._surprise.nbytes
+        return self.decision.num_bytes + self.dynamic.num_bytes + surprise
 
     def with_surprise(self, surprise: Tensor) -> Tensor:
         """Append the newest tokens' surprise [b, c]; all so far [b, length]. The decision layer
         has counted these tokens already."""
         stop = self.decision.length
+        if self._surprise is None:
+            self._surprise = surprise.new_zeros(len(surprise), self.dynamic.max_length)
         self._surprise[:, stop - surprise.shape[1] : stop] = surprise
         return self._surprise[:, :stop]
 

@@ -24,6 +24,8 @@ from models.dynamic.carry import DynamicOutput
 from models.dynamic.hf_config import DynamicHFConfig
 from models.dynamic.hf_names import file_name, is_added, is_plain
 from models.dynamic.model import loss_weights
+from models.dynamic.pair import DTFPair
+from models.hf_arguments import StateReader
 from models.hf_modeling import FamilyForCausalLM
 from parallel.carry import LayerSpec
 from parallel.context import Axis
@@ -75,6 +77,14 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
 
     def inputs(self, tokens: Tensor, given: Mapping[str, Tensor]) -> TokenInputs:
         return TokenInputs(tokens)
+
+    def readers_of(self, layer: nn.Module) -> list[StateReader]:
+        """A pair is two layers; what is between them is no one's output."""
+        after = super().readers_of(layer)
+        if not isinstance(layer, DTFPair):
+            return after
+        between = StateReader(layer.decision, lambda arguments, output: arguments[0] + output.delta)
+        return [between, *after]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_submodule("embedding.tokens")
@@ -210,13 +220,14 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [b, s, V] of `input_ids` [b, s]; see `FamilyForCausalLM.run`.
 
@@ -238,6 +249,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
             labels=labels,
             logits_to_keep=logits_to_keep,
             num_items_in_batch=num_items_in_batch,
+            others=others,
         )
 
 

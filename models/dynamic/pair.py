@@ -83,7 +83,7 @@ class DTFPair(nn.Module):
         """Empty state for generation."""
         decision = self.decision.block.attention.new_cache(batch_size, max_length)
         dynamic = self.dynamic.new_cache(batch_size, max_length)
-        return PairCache(decision, dynamic, batch_size=batch_size)
+        return PairCache(decision, dynamic)
 
     def forward(self, carry: DynamicCarry, cache: PairCache | None = None) -> DynamicCarry:
         x, router = carry.hidden, self.router

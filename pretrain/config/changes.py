@@ -100,17 +100,17 @@ def config_differences(
     before, after = _flatten(old), _flatten(new)
     found = []
     for key in sorted(before.keys() | after.keys() | (old_prints.keys() & new_prints.keys())):
-        values = before.get(key, MISSING), after.get(key, MISSING)
+        values = [before.get(key, MISSING), after.get(key, MISSING)]
         if key in old_prints and key in new_prints:
             if old_prints[key] == new_prints[key]:
                 continue
-            values = tuple(
+            values = [
                 f"{value} (fingerprint {prints[key][:12]})".removeprefix(f"{MISSING} ")
                 for value, prints in zip(values, (old_prints, new_prints), strict=True)
-            )
+            ]
         elif values[0] == values[1] or all(value in (MISSING, None) for value in values):
             continue  # what is not there is as good as what is null
-        found.append(Difference(key, *values, change_of(key)))
+        found.append(Difference(key, values[0], values[1], change_of(key)))
     return found
 
 

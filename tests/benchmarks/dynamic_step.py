@@ -147,7 +147,9 @@ def _decode(model: Model, prompts: torch.Tensor) -> Callable[[], None]:
     return decode
 
 
+@torch.no_grad()
 def _cache_bytes(model: Model, batch: int) -> int:
     """Reserved for a sequence of SEQ_LENGTH; a short one is dominated by the least room."""
     cache = model.layers.new_cache(batch, SEQ_LENGTH)
+    model.layers(TokenInputs(torch.zeros(batch, 64, dtype=torch.int64)), cache)
     return sum(layer.num_bytes for layer in cache.values())

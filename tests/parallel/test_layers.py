@@ -80,8 +80,12 @@ def _parallel_run(tensor: int, sequence_parallel: bool, dtype: torch.dtype = tor
     ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
     block = Block(ctx).to(dtype)
     sum_partial_gradients(block, ctx)
+    called: list[nn.Module] = []
+    for layer in block.children():
+        layer.register_forward_hook(lambda layer, *_: called.append(layer))
     tokens, labels = _data()
     logits = block(tokens)
+    assert len(called) == len(set(called)) == 6, "every layer is called, and once"
     before = logits.detach().clone()
     losses = vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
     losses.sum().backward()
@@ -132,8 +136,50 @@ def test_the_loss_of_bf16_logits_is_fp32_and_leaves_them_untouched():
 def test_at_tensor_size_1_the_layers_are_torch_s_own_classes():
     block = Block(ParallelContext.single())
     assert isinstance(block.embedding, nn.Embedding)
-    assert all(isinstance(x, nn.Linear) for x in (block.single, block.left, block.row))
+    # Exactly: tools look for the type.
+    assert {type(x) for x in (block.single, block.left, block.row, block.head)} == {nn.Linear}
     assert set(block.state_dict()) == set(Oracle(block).state_dict())
+
+
+def _changed(kind: str) -> tuple[list[nn.Module], list[torch.Tensor]]:
+    """Three layers of which the second has been changed, and what they give one by one."""
+    ctx = ParallelContext.single()
+    layers = [ColumnParallelLinear(HIDDEN, n, ctx=ctx, init=Normal(0.3)) for n in (5, 7, 3)]
+    for i, layer in enumerate(layers):
+        initialize(layer, seed=i, prefix="layer", tensor_rank=0)
+    second = layers[1]
+    if kind == "hook":
+        second.register_forward_hook(lambda layer, arguments, output: 2 * output)
+    elif kind == "pre-hook":
+        second.register_forward_pre_hook(lambda layer, arguments: (2 * arguments[0],))
+    elif kind == "forward":
+        second.forward = lambda x: 2 * F.linear(x, second.weight)
+    elif kind == "parametrization":
+        nn.utils.parametrizations.orthogonal(second)
+    elif kind == "bias":
+        second.bias = nn.Parameter(torch.ones(7))
+    elif kind == "wrapper":
+        layers[1] = nn.Sequential(second, nn.Tanh())
+    x = torch.randn(4, 2, HIDDEN, generator=torch.Generator().manual_seed(3))
+    return layers, [x, *(layer(x) for layer in layers)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["nothing", "hook", "pre-hook", "forward", "parametrization", "bias", "wrapper"]
+)
+def test_one_product_for_several_layers_is_what_each_of_them_gives(kind):
+    layers, (x, *expected) = _changed(kind)
+    for found, own in zip(project_together(x, *layers, joined=True), expected, strict=True):
+        torch.testing.assert_close(found, own)
+
+
+def test_a_backward_hook_of_a_layer_sees_its_gradient():
+    layers, (x, *_) = _changed("nothing")
+    seen = []
+    layers[2].register_full_backward_hook(lambda layer, before, after: seen.append(after[0]))
+    for y in project_together(x.requires_grad_(), *layers, joined=True):
+        y.sum().backward()
+    assert [g.shape for g in seen] == [(4, 2, 3)]
 
 
 def _initial_weights(tensor: int):

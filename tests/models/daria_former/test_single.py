@@ -113,7 +113,7 @@ def test_int8_is_near_fp32_and_a_quarter_of_the_size():
     quantized = quantize_int8(model)
     assert (quantized(TOKENS)["logits"] - expected).norm() < 0.1 * expected.norm()
     assert torch.equal(model(TOKENS)["logits"], expected)
-    weight = quantized.layers[0].attention.q_proj.product[0].weight()
+    weight = quantized.layers[0].attention.q_proj.weight()
     assert weight.dtype == torch.qint8
     assert 4 * weight.element_size() == model.layers[0].attention.q_proj.weight.element_size()
     rows = DariaGenerator(quantized).generate(TOKENS, max_new_tokens=5, do_sample=False)

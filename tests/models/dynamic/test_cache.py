@@ -100,24 +100,29 @@ def test_a_cache_takes_every_token_when_all_are_chosen_and_grows_for_it():
             module.tau.fill_(-float("inf"))
     cache = model.new_cache(2, length)
     (first, *_) = _routed(cache)
+    found = [_fed(model, cache, tokens[:, :50], 50)]
     room = first.num_bytes
-    found = _fed(model, cache, tokens, 100)
-    torch.testing.assert_close(found, model(TokenInputs(tokens)).logits, **FP64)
+    found.append(_fed(model, cache, tokens[:, 50:], 100))
+    whole = model(TokenInputs(tokens)).logits
+    torch.testing.assert_close(torch.cat(found), whole, **FP64)
     assert first.counts.tolist() == [length] * 2
     assert first.num_bytes > 2 * room
 
 
 def test_the_cache_of_a_routed_layer_is_as_large_as_its_share_of_tokens():
     config = config_of("mod", capacity_gamma=0.125, max_position_embeddings=4096)
-    model = evaluated(config, tokens_of(16))
-    dense, routed, *_ = (model.new_cache(4, 4096)[f"layer_{i}"].num_bytes for i in range(4))
+    tokens = tokens_of(16, batch=4)
+    model = evaluated(config, tokens)
+    cache = model.new_cache(4, 4096)
+    _fed(model, cache, tokens, 16)
+    dense, routed, *_ = (cache[f"layer_{i}"].num_bytes for i in range(4))
     expected = (1.25 * 0.125 * 4096 + LEAST_ROOM) / 4096
     assert routed / dense == pytest.approx(expected, rel=0.05)
 
 
 def test_more_tokens_than_a_cache_has_room_for_are_refused():
     model, _ = _variant("mod")
-    cache = RaggedKVCache(1, 2, 4, 8, share=0.5, dtype=torch.float32, device=torch.device("cpu"))
+    cache = RaggedKVCache(1, 4, share=0.5)
     with pytest.raises(ValueError, match="cache of max_length=4 cannot hold 5 positions"):
         cache.begin(torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="position 128 is beyond max_position_embeddings=128"):

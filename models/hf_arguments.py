@@ -1,0 +1,100 @@
+"""Arguments and settings that transformers documents for every causal model.
+
+What a family's model names in its `forward` is its own. Everything else comes here: it is honoured,
+it asks for nothing, or it is refused; nothing is taken and forgotten.
+
+Shapes: b batch, s tokens of a call, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_COUNTED = ("position_ids", "cache_position")
+# `generate` of transformers hands tokenizers on to the model although it alone uses them.
+_KNOWN = ("output_hidden_states", "tokenizer", "assistant_tokenizer", *_COUNTED)
+_REFUSED = {
+    "output_attentions": "attention weights are never stored; leave it out",
+    "output_router_logits": "routers report in the loss alone; leave it out",
+    "inputs_embeds": "the layers depend on token ids, not on embeddings alone; give input_ids",
+    "is_causal": "the layers are causal; leave it out",
+}
+
+
+class StateReader(NamedTuple):
+    """`read(arguments, output)` of a call of `module`: a hidden state [s, b, h]."""
+
+    module: nn.Module
+    read: Callable[[tuple[Any, ...], Any], Tensor]
+
+
+def check_arguments(
+    others: Mapping[str, Any], config: Any, *, first: int, tokens: Any, mask: Tensor | None
+) -> None:
+    """Look at the arguments of a call that a model's `forward` does not name.
+
+    `first`: how many columns precede those of `tokens` [b, s] in a cache.
+
+    Raises:
+        ValueError: one of them asks for what the model does not do, or there are no tokens.
+    """
+    asked = {"output_attentions": getattr(config, "output_attentions", None)} | dict(others)
+    for name, value in asked.items():
+        if name in _KNOWN or value is None or value is (name == "is_causal"):
+            continue
+        reason = _REFUSED.get(name, "this model has no such argument; leave it out")
+        raise ValueError(f"{name}: {reason}")
+    if tokens is None:
+        raise ValueError("input_ids is missing: the layers need token ids")
+    for name in _COUNTED:
+        value = others.get(name)
+        if value is not None and not _as_counted(name, value, first, tokens, mask):
+            raise ValueError(
+                f"{name} differs from what the model counts itself, from 0 at the first token of "
+                "every row; leave it out, and pass packed documents as rows of their own"
+            )
+
+
+def _as_counted(name: str, value: Tensor, first: int, tokens: Tensor, mask: Tensor | None) -> bool:
+    columns = torch.arange(first, first + tokens.shape[1], device=value.device)
+    if name == "cache_position" or mask is None:
+        return value.shape[-1] == len(columns) and bool((value == columns).all())
+    seen = mask.to(value.device)[:, first:] != 0
+    counted = (mask.to(value.device) != 0).cumsum(dim=1)[:, first:] - 1
+    return value.shape[-1] == seen.shape[1] and bool(((value == counted) | ~seen).all())
+
+
+def wanted_states(others: Mapping[str, Any], config: Any, count: int) -> frozenset[int]:
+    """Which of `count` hidden states `output_hidden_states` asks for, here or in the configuration:
+    all, those of a number or of several (negative ones count from the end), or none."""
+    wanted = others.get("output_hidden_states")
+    if wanted is None:
+        wanted = getattr(config, "output_hidden_states", None)
+    if wanted is None or isinstance(wanted, bool):
+        return frozenset(range(count) if wanted else ())
+    numbers = [wanted] if isinstance(wanted, int) else list(wanted)
+    return frozenset(i % count for i in numbers if -count <= i < count)
+
+
+@contextmanager
+def recording(readers: Sequence[StateReader]) -> Iterator[list[Tensor]]:
+    """Within it, a call of the modules appends the states that `readers` find: [b, s, h] each."""
+    states: list[Tensor] = []
+
+    def hook(read: Callable[[tuple[Any, ...], Any], Tensor]) -> Callable[..., None]:
+        def append(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            states.append(read(arguments, output).transpose(0, 1))
+
+        return append
+
+    handles = [module.register_forward_hook(hook(read)) for module, read in readers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
