@@ -257,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="begin every document with the tokenizer's begin token; default: where transformers "
         "does so for a plain text, that is where a tokenizer.json's own post-processor does, or "
-        "add_bos_token is set beside another file",
+        "add_bos_token is set beside another file. Text that begins with it already, as from a "
+        "chat template, needs --no-add-bos",
     )
     parser.add_argument(
         "--special-tokens",

@@ -14,6 +14,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "generation_config.json",  # which may be the only one to name the end token
     "vocab.json",
     "merges.txt",
 )

@@ -118,7 +118,8 @@ class TrainLoop:
         engine, path, rank = self.engine.deepspeed, checkpoint.path, self.ranks.rank
         if checkpoint.any_layout:
             self.ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
-            finish_restore(engine, step=checkpoint.step)
+            samples = self.layout.curriculum.start.samples
+            finish_restore(engine, step=checkpoint.step, samples=samples)
         else:
             load_engine_state(engine, path)
         if checkpoint.layout.grid == self.layout.grid:

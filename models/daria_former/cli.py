@@ -27,6 +27,15 @@ from models.daria_former.settings_file import read_config
 
 _SIZES = ("small", "base", "large", "b7", "b13", "b70")
 _WAIT_SECONDS = 24 * 3600
+# What a tokenizer consists of on the hub, and what beside it may say which token ends a text.
+_TOKENIZER_PATTERNS = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+]
 _SEQUENCE_LENGTH = 1024  # or what the model can see, if that is less
 
 
@@ -183,7 +192,7 @@ def _local_tokenizer(given: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(given, allow_patterns=["tokenizer*", "special_tokens_map.json"])
+        return snapshot_download(given, allow_patterns=_TOKENIZER_PATTERNS)
     except Exception as error:  # of many types: no network, no such name, not allowed
         reason = " ".join(str(error).split())[:120]
         raise ValueError(

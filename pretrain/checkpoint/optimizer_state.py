@@ -141,11 +141,11 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
     _restore_untrained(engine.module, directory, ctx)
 
 
-def finish_restore(engine: Any, *, step: int) -> None:
+def finish_restore(engine: Any, *, step: int, samples: int) -> None:
     """Collective: complete what `restore_optimizer_state` has begun on every rank."""
     publish_weights(engine)
     engine.global_steps = step
-    engine.global_samples = step * engine.train_batch_size()
+    engine.global_samples = samples
 
 
 def _check_part(part: Part, stored: StoredOptimizer) -> None:

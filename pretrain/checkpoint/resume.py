@@ -19,7 +19,7 @@ from pretrain.checkpoint.manifest import (
     verify_listing,
 )
 from pretrain.checkpoint.stored_optimizer import FOLDER as OPTIMIZER_FOLDER
-from pretrain.config import parse_config, resolved
+from pretrain.config import RunConfig, resolved
 from pretrain.config.changes import (
     Difference,
     batch_settings,
@@ -192,7 +192,7 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of an earlier version with the defaults of what it did not know."""
     try:
-        return resolved(parse_config(config))
+        return resolved(RunConfig.model_validate(config))
     except ValueError:
         return config
 

@@ -182,8 +182,8 @@ MUTANTS = {
     ),
     "another configuration is refused": Mutant(
         RESUME,
-        "    if differences:\n        raise",
-        "    if False:\n        raise",
+        "    if forbidden := forbidden_changes(differences):\n",
+        "    if forbidden := []:\n",
         (f"{_TESTS}another_configuration_is_an_error_with_both_values",),
     ),
     "a save in the background has a copy of its own": Mutant(
@@ -211,9 +211,9 @@ MUTANTS = {
         KILLS,
     ),
     "the place in the data goes on": Mutant(
-        "pretrain/run.py",
-        'loader.load_state_dict(checkpoint.trainer.get("data", {}))',
-        "None",
+        "pretrain/resumption.py",
+        '    loader.load_state_dict(checkpoint.trainer["data"], curriculum=layout.curriculum)\n',
+        "",
         KILLS,
     ),
     "moments of the optimizer go on": Mutant(
