@@ -113,7 +113,7 @@ def _settings(layout: Layout) -> dict[str, dict[str, Any]]:
 _ORDINARY = {
     ("ZeRO-1 DP2", "bf16"),
     ("ZeRO-2 DP2", "fp32"),
-    ("ZeRO-3 DP2 offload", "bf16"),
+    ("ZeRO-3", "bf16"),
     ("PP2 offload", "bf16"),
 }
 _CASES = [
