@@ -8,10 +8,12 @@ time slice that the thread it waits for needs, and a step takes many times its s
 sleep at once share well, but waking them for every operation costs more than a tenth of a step on a
 quiet machine.
 
-`SPIN_COUNT` lies between: longer than the gaps between the operations of a step, and short beside
-the time slices of a scheduler. It needs no knowledge of neighbours, so it serves for those that
-come later, too. The number of threads follows only from what a run and its continuation have in
-common (cores, quota, ranks), because sums are taken in another order with another number.
+`SPIN_COUNT` is meant to lie between: longer than the gaps between the operations of a step, and
+short beside the time slices of a scheduler. It needs no knowledge of neighbours, so it serves for
+those that come later, too. Its value is an estimate: tests/benchmarks/shared_cores.py measures it
+and has not been run on a quiet machine. The number of threads follows only from what a run and its
+continuation have in common (cores, quota, ranks), because sums are taken in another order with
+another number.
 
 libgomp reads its variables when it is loaded: call `prepare_threads` before torch is imported. This
 module does not import it.
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 THREADS, SPIN, POLICY = "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
-SPIN_COUNT = 10_000  # libgomp's own is 300,000; see tests/benchmarks/shared_cores.py
+SPIN_COUNT = 10_000  # an estimate, not measured yet; libgomp's own is 300,000
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
