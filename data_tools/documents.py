@@ -67,7 +67,7 @@ class PieceReader:
     def __init__(self, piece: Piece, *, json_key: str, max_bytes: int | None = None) -> None:
         self._piece = piece
         self._json_key = json_key
-        self._max_bytes = max_bytes
+        self._max_bytes = _limit(piece.path, max_bytes)
         self.bytes_read = 0
         self.lines_read = 0
 
@@ -169,7 +169,7 @@ def extract_text(
             `json_key`.
     """
     if document.too_large:
-        limit = f"{(max_bytes or 0) >> 20} MiB"
+        limit = f"{(_limit(document.path, max_bytes) or 0) >> 20} MiB"
         raise BadDocumentError(
             document,
             f"larger than {limit}",
@@ -241,6 +241,11 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _limit(path: str, max_bytes: int | None) -> int | None:
+    """Bytes that a document of a file may have; a packed one may unpack to more than memory."""
+    return MAX_DOCUMENT_BYTES if max_bytes is None and path.endswith((".gz", ".zst")) else max_bytes
 
 
 def _size_to_read(max_bytes: int | None) -> int:

@@ -185,13 +185,6 @@ def _check_marks(settings: EncodingSettings, vocab_size: int) -> None:
             f"--vocab-size {vocab_size}: documents begin or end with id {max(ids)}; a model needs "
             f"{max(ids) + 1} or more for it"
         )
-    num_ids = settings.load_tokenizer().vocab_size
-    if num_ids > vocab_size:
-        print(
-            f"{settings.tokenizer} has ids up to {num_ids - 1}; a document with one from "
-            f"{vocab_size} on ends the run",
-            file=sys.stderr,
-        )
 
 
 def _max_document_bytes(options: argparse.Namespace) -> int | None:

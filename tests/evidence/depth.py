@@ -116,7 +116,9 @@ def _shares(model: SequentialModel) -> Iterator[list[float]]:
     """What share of tokens every routed layer chooses in every call."""
     shares: list[float] = []
     hooks = [
-        router.register_forward_hook(lambda _, __, routed: shares.append(float(routed.fraction)))
+        router.register_forward_hook(
+            lambda _, __, routed: shares.append(float(routed.fraction.mean()))
+        )
         for router in _routers(model)
     ]
     try:

@@ -171,7 +171,7 @@ PROMPT = ["--checkpoint", "checkpoint-1", "--prompt", "a", "--tokenizer", "bytes
         (generate, [*PROMPT, "--top_p", "2"], "top_p=2.0 must be above 0 and at most 1"),
         (generate, [*PROMPT, "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (generate, [*PROMPT, "--max_new_tokens", "512"], "longer than max_seq_len=512"),
-        (generate, [*PROMPT[:-1], "t.json"], "302 tokens, the model 257"),
+        (generate, [*PROMPT[:3], "w299", "--tokenizer", "t.json"], "the model 257 ids"),
         (generate, ["--checkpoint", "damaged", *PROMPT[2:]], "it is damaged"),
         (export, ["--checkpoint", "checkpoint-1", "--output", "o", "--merge_lora"], "no adapters"),
         (export, ["--checkpoint", "checkpoint-1", "--output", "."], "is not empty"),

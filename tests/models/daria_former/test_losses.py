@@ -3,12 +3,10 @@ layout, and of a step the same however it is cut."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from models.base import TokenInputs
@@ -44,9 +42,20 @@ def _inputs() -> dict[str, Tensor]:
     return found
 
 
+class Projection(nn.Module):
+    """A linear layer whose weight has a gradient of its own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.product = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.product)
+
+
 def _losses(t: dict[str, Tensor], positions: Tensor | None, ctx: ParallelContext) -> Tensor:
     """[losses, B]."""
-    projection = SimpleNamespace(weight=t["weight"])
+    projection = Projection(t["weight"])
     return torch.stack(
         [
             mean_gates(t["gates"], HEADS, ctx=ctx).square().sum(dim=1),
@@ -144,7 +153,7 @@ def test_nothing_to_compare_costs_nothing():
     assert repetition(inputs["y"][:1], None, ctx=ctx).tolist() == nothing
     unlike = torch.randn(S, B, 64)
     assert repetition(unlike, None, ctx=ctx).tolist() == nothing
-    projection = SimpleNamespace(weight=inputs["weight"])  # no segment is complete
+    projection = Projection(inputs["weight"])  # no segment is complete
     short = inputs["readout"][:, :, :4], inputs["x"][:4], projection
     assert memory_consistency(*short, segment_len=5, ctx=ctx).tolist() == nothing
     still = torch.ones(S, B, 4, requires_grad=True)
