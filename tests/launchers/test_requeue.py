@@ -87,9 +87,9 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, configs, run_dir)
-    wait_until(lambda: len(losses(run_dir)) >= 3, 120)
+    wait_until(lambda: len(losses(run_dir)) >= 3, 300)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: cluster.job(job)["Restarts"] == "1", 120)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", 300)
     [stopped] = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*")]
     assert 3 <= stopped < STEPS
     assert (run_dir / "REQUEUE").exists()
@@ -113,7 +113,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on_from_its_last_checkpoi
     killed = cluster.hosts(job)[1]
     cluster.kill_node(killed)
     try:
-        wait_until(lambda: cluster.job(job)["Restarts"] == "1", 120)
+        wait_until(lambda: cluster.job(job)["Restarts"] == "1", 300)
         fields = cluster.wait(job, timeout=240)
         output = cluster.output(job)
         assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
