@@ -64,12 +64,11 @@ demo: $(STAMP)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(COMPILED)
-	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow" \
-		-n 2 --dist loadgroup
+	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
 
 reordered: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest --reorder-sums tests/models tests/parallel \
-		tests/pretrain/test_layouts.py tests/pretrain/test_engine.py -m "not slow" -n 2 --dist loadgroup
+		tests/pretrain/test_layouts.py tests/pretrain/test_engine.py -m "not slow"
 
 soak: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow
