@@ -238,10 +238,23 @@ def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engin
     register_experts(module, ctx)
     sum_partial_gradients(module, ctx)
     if run.training.compile:
-        for layer in module.children():  # equal layers share their code, start-up stays short
-            layer.compile(dynamic=False)
+        compile_layers(module, num_lengths=len(plan.run.data.sequence_lengths))
     engine = _initialize(module, plan)
     return (PipelineEngine if ctx.pipeline.size > 1 else PlainEngine)(engine, plan)
+
+
+def compile_layers(module: nn.Module, *, num_lengths: int, **options: Any) -> None:
+    """Compile every layer, to train and to be evaluated at so many lengths of a sequence.
+
+    Equal layers share their code, so that start-up does not grow with depth. `options`: of
+    torch.compile.
+    """
+    # Beyond its limit, 8 variants of a `forward`, torch (2.13) runs layers uncompiled and only
+    # warns. A family has a few kinds of blocks, each in training and in evaluation.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 16 * num_lengths)
+    for layer in module.children():
+        layer.compile(dynamic=False, **options)
 
 
 def _build_whole(plan: RunPlan, after_each: AfterEach) -> nn.Module:

@@ -1,0 +1,71 @@
+"""Compiled layers: whole graphs, no more of them at any depth, equal to eager ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from models.base import TokenInputs
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from pretrain.engine import compile_layers
+from pretrain.equivalence import build
+from tests.models.families import CASES
+from tests.tolerance import FP64
+
+SEQ, DEPTH = 16, 10
+# Settings beside those of the case.
+COMPILED: dict[str, dict[str, str | float]] = {"llama": {}, "mod": {}}
+
+
+# torch's own tracing reads it (2.13).
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def _step(
+    name: str, counter: CompileCounterWithBackend | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Loss and terms, gradients, and what layers have counted: one step in fp64, recomputed and
+    compiled with `counter`, or eager."""
+    family, config = CASES[name.split()[0]]
+    config = config.model_copy(update={"num_layers": DEPTH, **COMPILED[name]})
+    model: SequentialModel = build(
+        family.layer_specs(config, segmented=True), ParallelContext.single(), seed=3, noise=0.2,
+        recompute=counter is not None,
+    ).double()  # fmt: skip
+    if counter is not None:
+        compile_layers(model, num_lengths=1, backend=counter)
+    generator = torch.Generator().manual_seed(1)
+    stream = torch.randint(0, config.vocab_size, (2, SEQ + 1), generator=generator)
+    segments = (torch.arange(SEQ) >= 7).int().expand(2, -1).contiguous()
+    output = model(TokenInputs(stream[:, :-1].contiguous(), segments))
+    total, terms = family.loss(output, stream[:, 1:], config=config, ctx=model.ctx)
+    total.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    sums = [m.take_sums() for m in model.modules() if hasattr(m, "take_sums")]
+    return {"loss": total.detach(), **terms}, gradients, sums
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers_are_whole_graphs_and_equal_eager_ones(name):
+    """With noise drawn, decisions taken once and counted once although the pass is repeated."""
+    counter = CompileCounterWithBackend("aot_eager")
+    terms, gradients, sums = _step(name, counter)
+    expected_terms, expected, expected_sums = _step(name, None)
+    assert not counters["graph_break"]
+    assert 0 < counter.frame_count < DEPTH, "graphs of single layers, not of kinds of them"
+    assert gradients.keys() == expected.keys()
+    for found, wanted in ((terms, expected_terms), (gradients, expected)):
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key].double(), value.double(), **FP64, msg=key)
+    assert len(sums) == len(expected_sums)
+    for found, wanted in zip(sums, expected_sums, strict=True):
+        torch.testing.assert_close(found, wanted, **FP64)
