@@ -31,7 +31,7 @@ help:
 setup: $(STAMP)
 
 # One call of pip resolves once. The builds use the packages of the environment instead of fetching
-# their own, and byte code is left to the first import, which needs a tenth of the files. pip's
+# their own, and byte code is left to the first import, which needs few of the files. pip's
 # warnings are in its log; an error is on the terminal.
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
@@ -40,21 +40,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "set-up 2/3: pip and what builds packages"
 	@$(PIP) pip setuptools wheel packaging
-	@echo "set-up 3/3: torch, DeepSpeed and all else at pinned versions, a minute or more (log: $(VENV)/pip.log)"
+	@echo "set-up 3/3: torch, DeepSpeed and all else at pinned versions (minutes; log: $(VENV)/pip.log)"
 	@rm -f $(VENV)/pip.log $(COMPILED)
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --log $(VENV)/pip.log --editable '.[dev,mpi]'
 	@touch $@
 
 # Tests take a warning for an error, and a compiler warns where it meets a file first.
 $(COMPILED): $(STAMP)
-	@echo "set-up: byte code of all packages, half a minute"
+	@echo "set-up: byte code of all packages"
 	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 demo: $(STAMP)
-	@echo "demo 1/4: a corpus of Python's own source, in data/demo (ten seconds)"
+	@echo "demo 1/4: a corpus of Python's own source, in data/demo"
 	@$(BIN)/python -m data_tools.demo_corpus --output data/demo
-	@echo "demo 2/4: training; the deepspeed launcher starts (ten seconds)"
+	@echo "demo 2/4: training; the deepspeed launcher starts and imports torch"
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet pretrain/train.py --config-name demo_muon \
 		model=$(FAMILY)/demo run_dir=$(RUN)
 	@echo "demo 3/4: the loss curve, in $(RUN)/loss.png"
