@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from models.daria_former import DariaFormerForCausalLM, DariaFormerHFConfig
@@ -21,10 +23,11 @@ FAMILIES = tuple(_CLASSES)
 TOKENS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
-def exported(kind: str) -> FamilyForCausalLM:
+def exported(kind: str, **changes: Any) -> FamilyForCausalLM:
     """In evaluation and fp32, with gates and gains away from where they start and thresholds that
-    have seen tokens."""
+    have seen tokens. `changes`: of the configuration."""
     family, config = CASES[kind]
+    config = config.model_copy(update=changes)
     whole = model(config, family)
     if family.name != "daria_former":
         whole = evaluated(whole.train(), TOKENS)

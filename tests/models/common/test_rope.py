@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from models.common.config import RopeScaling
 from models.common.rope import RotaryTable, positions_in_segments, rotate, stretch
@@ -102,6 +103,15 @@ def test_the_table_equals_that_of_transformers(scaling):
 def test_one_table_serves_every_layer():
     table = RotaryTable(8, 16, theta=100.0)
     assert table.on(CPU).cos is table.on(torch.device("cpu")).cos
+
+
+def test_stand_ins_of_a_tracer_are_not_kept():
+    table = RotaryTable(8, 16, theta=1e4)
+    with FakeTensorMode():
+        assert isinstance(table.on(CPU).cos, FakeTensor)
+    assert type(table.on(CPU).cos) is torch.Tensor
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(table.on(CPU).cos) is torch.Tensor
 
 
 def test_positions_beyond_the_table_are_refused():
