@@ -78,6 +78,17 @@ def open_checkpoint(path: Path | str) -> StoredModel:
     return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer, text)
 
 
+def origin_of(checkpoint: Path) -> str | None:
+    """Where the run of a checkpoint took its first weights from (`training.init_from`), if it did.
+
+    Raises:
+        ValueError: its manifest is damaged.
+    """
+    training = read_manifest(checkpoint / "manifest.json")["config"].get("training")
+    origin = training.get("init_from") if isinstance(training, dict) else None
+    return origin if isinstance(origin, str) else None
+
+
 def parse_config(values: dict[str, Any], *, source: Path) -> Any:
     """The configuration of a family, `family` naming which.
 

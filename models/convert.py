@@ -24,7 +24,6 @@ import json
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,29 @@ import torch
 
 from models.checkpoint import StoredModel, open_checkpoint, write_manifest
 from models.hf_base import import_base_weights, plain_model, read_base_config
-from models.hf_export import export_model
-from models.hf_import import import_weights, read_foreign_config
-from models.hf_tokenizer import TOKENIZER_FILES, copy_tokenizer, export_tokenizer
+from models.hf_declared import (
+    GENERATION_CONFIG,
+    Declared,
+    OwnTokens,
+    declared_of,
+    generation_contents,
+    read_declared,
+    write_declared,
+)
+from models.hf_export import export_configuration, export_weights, write_json
+from models.hf_import import (
+    has_unread_index,
+    import_weights,
+    read_contents,
+    read_foreign_config,
+)
+from models.hf_tokenizer import (
+    Exported,
+    copy_tokenizer,
+    export_byte_tokenizer,
+    export_tokenizer_files,
+)
+from models.hf_tokenizer_check import Training
 
 _CODE_REMARK = (
     "the directory holds the model's code: load it with from_pretrained(..., "
@@ -71,19 +90,18 @@ def to_hf(
     spec = (tokenizer or stored.tokenizer) if with_tokenizer else None
     if spec is None and eod is not None:
         raise ValueError(f"--eod {eod} has no effect without a tokenizer; remove it")
-    remarks = [] if spec not in (None, "bytes") else [_why_no_tokenizer(spec)]
+    declared, remarks = declared_of(stored)
     with _published(output) as folder:
-        special_tokens = _end_of_text(stored.text.eod_id)
-        if spec is not None:
-            special_tokens = _write_tokenizer(spec, folder, stored, eod=eod, remarks=remarks)
-        export_model(
-            stored,
-            folder,
-            hf=hf,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            special_tokens=special_tokens,
-        )
+        export_configuration(stored, folder, hf=hf, dtype=dtype)
+        # Before the weights: what is wrong with a tokenizer need not wait for them.
+        if spec is None:
+            remarks.append("no tokenizer files were written")
+            own = OwnTokens(stored.text.eod_id)
+        else:
+            written = _write_tokenizer(spec, folder, stored, eod=eod)
+            remarks, own = [*remarks, *written.remarks], written.tokens
+        _write_declared(folder, stored, declared, own)
+        export_weights(stored, folder, hf=hf, dtype=dtype, max_shard_size=max_shard_size)
     if plain:
         remarks.append("the plain model computes every token in every layer")
     return [*remarks, _CODE_REMARK] if hf.code else remarks
@@ -120,22 +138,37 @@ def from_hf(
                 foreign, folder / "weights", dtype=dtype, from_scratch=from_scratch
             )
             remarks.append(f"{len(taken)} tensors are those of {model}; all others are new")
+        declared = read_declared(model, read_contents(model / "config.json"))
+        write_declared(folder, declared)
         has_tokenizer = copy_tokenizer(model, folder / "tokenizer")
+        ends = generation_contents(declared, OwnTokens()).generation
+        if has_tokenizer and ends:  # which may be alone in saying what ends a text
+            write_json(folder / "tokenizer" / GENERATION_CONFIG, ends)
         spec = str((output / "tokenizer").absolute()) if has_tokenizer else None
         stored = StoredModel(folder / "weights", foreign.family, foreign.config, spec)
         write_manifest(folder, stored)
     if not has_tokenizer:
         remarks.append(f"{model} has no tokenizer files; none were copied")
+    if has_unread_index(model):
+        remarks.append(
+            f"{model}: model.safetensors was read, as transformers does, and not the shards of "
+            "model.safetensors.index.json"
+        )
     return remarks
 
 
-def _write_tokenizer(
-    spec: str, folder: Path, stored: StoredModel, *, eod: str | None, remarks: list[str]
-) -> dict[str, int]:
-    """Tokenizer files, and the special tokens that config.json names."""
-    from data_tools.tokenizers import load_tokenizer, tokenizer_file
+def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str | None) -> Exported:
+    """Tokenizer files, what is to be said about them, and the tokens that they name."""
+    from data_tools.tokenizers import load_tokenizer, split_spec, tokenizer_file
 
+    if split_spec(spec) is not None:
+        raise ValueError(
+            f"tokenizer {spec}: ranks of tiktoken have no form that transformers loads; give an "
+            "equal tokenizer.json with --tokenizer, or pass --no-tokenizer to export the model "
+            "without it"
+        )
     tokenizer = load_tokenizer(spec, eod=stored.text.eod_id if eod is None else eod)
+    remarks = []
     if tokenizer.vocab_size > stored.config.vocab_size:
         remarks.append(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {stored.config.vocab_size}: "
@@ -150,35 +183,27 @@ def _write_tokenizer(
             f"{stored.config.vocab_size}; give the tokenizer of its data with --tokenizer, or the "
             "end token with --eod"
         )
-    if spec != "bytes":
-        with _as_one_file(tokenizer_file(spec), tokenizer) as path:
-            export_tokenizer(path, folder, eod_id=tokenizer.eod_id, encode=tokenizer.encode)
-    return _end_of_text(tokenizer.eod_id)
-
-
-@contextlib.contextmanager
-def _as_one_file(path: Path, tokenizer: Any) -> Iterator[Path]:
-    """The file of a tokenizer; for vocab.json with merges.txt, a tokenizer.json equal to them."""
-    if path.name != "vocab.json":
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for beside in TOKENIZER_FILES:
-            if beside not in ("vocab.json", "merges.txt") and path.with_name(beside).is_file():
-                shutil.copyfile(path.with_name(beside), folder / beside)
-        tokenizer.save(folder / "tokenizer.json")
-        yield folder / "tokenizer.json"
-
-
-def _end_of_text(token: int | None) -> dict[str, int]:
-    return {} if token is None else {"eos_token_id": token}
-
-
-def _why_no_tokenizer(spec: str | None) -> str:
+    training = Training(tokenizer.encode, tokenizer.decode, getattr(tokenizer, "save", None))
     if spec == "bytes":
-        return "no tokenizer files: tokens are UTF-8 bytes 0..255 and 256 ends a document"
-    return "no tokenizer files were written"
+        written = export_byte_tokenizer(folder, training)
+    else:
+        written = export_tokenizer_files(
+            tokenizer_file(spec), folder, training, eod_id=tokenizer.eod_id
+        )
+    return written._replace(remarks=[*remarks, *written.remarks])
+
+
+def _write_declared(
+    folder: Path, stored: StoredModel, declared: Declared, own: OwnTokens
+) -> None:
+    """generation_config.json, and in config.json the tokens that begin, end and fill up texts."""
+    if stored.text.bos_ids is not None and len(stored.text.bos_ids) == 1:
+        own = own._replace(begin=stored.text.bos_ids[0])
+    known = (i if i is None or i < stored.config.vocab_size else None for i in own)
+    contents = generation_contents(declared, OwnTokens(*known))
+    path = folder / "config.json"
+    write_json(path, read_contents(path) | contents.ids)
+    write_json(folder / GENERATION_CONFIG, contents.generation)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from models.hf_import import (
     load_sound,
     open_foreign_weights,
     read_contents,
+    stored_dtype,
+    with_prefix,
     without_copies,
 )
 from models.registry import get_family
@@ -112,6 +114,7 @@ def base_weights(model: ForeignModel) -> Iterator[BaseWeights]:
     whole = base.from_config(read_contents(source / "config.json"), {})
     names, table = base.names(model.config), parameter_table(model.family, model.config)
     with open_foreign_weights(source) as tensors:
+        tensors = with_prefix(tensors, base.names(whole).values())
         kept = without_copies(tensors, model.hf, whole, source=source)
         check_names(kept, base.names(whole).values(), source=source)
         for ours, theirs in names.items():
@@ -140,7 +143,7 @@ def import_base_weights(
             taken = stack.enter_context(base_weights(model))
         weights = []
         for name, info in parameter_table(model.family, model.config).items():
-            target = info.buffer_dtype or dtype or taken.dtype
+            target = info.buffer_dtype or dtype or stored_dtype(taken.dtype)
             layer, _, path = name.partition(".")
             load = partial(_initial, specs[layer], path, target)
             if name in taken.names:

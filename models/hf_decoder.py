@@ -1,8 +1,9 @@
-"""A decoder of Llama or Qwen2 shape in Hugging Face's names, for the families that have one."""
+"""Decoders of Llama, Qwen2 and Mistral shape in Hugging Face's names, for the families with one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from models.common.config import DecoderConfig, RopeScaling
@@ -29,7 +30,10 @@ BLOCK_BIAS_NAMES = {
     "attention.value.bias": "self_attn.v_proj.bias",
 }
 # Their tensors that hold nothing learnt.
-DERIVED_NAMES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+DERIVED_NAMES = (
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\."
+    r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 # ours -> theirs, for settings that mean the same
 SETTING_NAMES = {
     "vocab_size": "vocab_size",
@@ -62,6 +66,8 @@ FIXED_SETTINGS = {
     "mlp_bias": False,
     "use_sliding_window": False,
 }
+# Their names of the activation silu.
+_SILU = ("silu", "swish")
 
 
 def tied_names(config: DecoderConfig) -> dict[str, str]:
@@ -76,6 +82,7 @@ def decoder_contents(
     contents: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
     contents |= {theirs: getattr(config, ours) for ours, theirs in SETTING_NAMES.items()}
     contents |= {"head_dim": config.head_size, "hidden_act": "silu", "attention_dropout": 0.0}
+    contents |= _own_contents(config, model_type)
     # transformers 5 reads rope_parameters; what reads the older format would use its default theta.
     rope = rope_parameters(config)
     older = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -86,8 +93,17 @@ def decoder_contents(
     }
 
 
+def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    """What only one model type asks; said although it is their default, which may change."""
+    if model_type == "llama":
+        return {"attention_bias": False, "mlp_bias": False}
+    layers = config.num_layers
+    return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
+
+
 def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, Any]:
-    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama or Qwen2.
+    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama, Qwen2 or
+    Mistral.
 
     Raises:
         ValueError: a setting that our decoders do not have; `family` is named.
@@ -96,12 +112,7 @@ def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, A
 
     settings = {k: v for k, v in contents.items() if k != "model_type"}
     theirs = AutoConfig.for_model(contents["model_type"], **settings)
-    for name, required in FIXED_SETTINGS.items():
-        if getattr(theirs, name, required) != required:
-            raise ValueError(
-                f"config.json: {name}={getattr(theirs, name)!r}, the {family} family only has "
-                f"{required!r}; such a model cannot be imported"
-            )
+    _check_function(theirs, family=family)
     values = {ours: getattr(theirs, name) for ours, name in SETTING_NAMES.items()}
     head_dim = getattr(theirs, "head_dim", None)
     if head_dim is not None and head_dim * theirs.num_attention_heads != theirs.hidden_size:
@@ -112,6 +123,34 @@ def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, A
         "rope_theta": rope["rope_theta"],
         "rope_scaling": rope_scaling(rope, family=family),
     }
+
+
+def _check_function(theirs: Any, *, family: str) -> None:
+    """Refuse a configuration of transformers that says another function than our decoders have.
+
+    Only what its class reads counts: a Qwen2 model with the key `attention_bias` is a Qwen2 model.
+    """
+    read = {field.name for field in fields(theirs)}
+    given = {name: getattr(theirs, name) for name in FIXED_SETTINGS if name in read}
+    if given["hidden_act"] in _SILU:
+        given["hidden_act"] = "silu"
+    given.pop("use_sliding_window", None)
+    for name, value in given.items():
+        if value != FIXED_SETTINGS[name]:
+            remedy = "such a model cannot be imported"
+            if name == "attention_dropout":  # another training, not another function
+                remedy = "change that there to train on without it"
+            raise ValueError(
+                f"config.json: {name}={value!r}, the {family} family only has "
+                f"{FIXED_SETTINGS[name]!r}; {remedy}"
+            )
+    window, longest = getattr(theirs, "sliding_window", None), theirs.max_position_embeddings
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"]
+    if window is not None and window < longest and "sliding_attention" in kinds:
+        raise ValueError(
+            f"config.json: sliding_window={window} with max_position_embeddings={longest}, the "
+            f"{family} family has no windows; such a model cannot be imported"
+        )
 
 
 def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
@@ -130,6 +169,8 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
         ValueError: a type that our decoders do not have.
     """
     kind = rope.get("rope_type", "default")
+    if kind == "linear" and rope.get("factor") == 1.0:  # which divides positions by 1
+        kind = "default"
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"config.json: rope_parameters={dict(rope)!r}, the {family} family only has the types "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +19,62 @@ from models.hf_bundle import bundle
 from parallel.weights_io import ShardedWeightsReader
 
 
-def export_model(
+def export_configuration(
+    stored: StoredModel, output: Path, *, hf: HFMapping, dtype: torch.dtype | None
+) -> None:
+    """Write config.json and, for a model that transformers does not have, its code into `output`.
+
+    Raises:
+        ValueError: transformers has no model of this shape, or the weights are not those of the
+            configuration.
+    """
+    with _reader(stored) as reader:
+        target = dtype or _first_dtype(reader, stored)
+    contents = hf.to_config(stored.config) | {"dtype": str(target).removeprefix("torch.")}
+    write_json(output / "config.json", contents)
+    for name, text in bundle(hf.code).items():
+        (output / name).write_text(text, encoding="utf-8")
+
+
+def export_weights(
     stored: StoredModel,
     output: Path,
     *,
     hf: HFMapping,
     dtype: torch.dtype | None,
     max_shard_size: str,
-    special_tokens: dict[str, int],
 ) -> None:
-    """Write config.json, generation_config.json, the weights and, for a model that transformers
-    does not have, its code into the directory `output`.
+    """Write the weights into `output`, one shard in memory at a time.
 
     `hf`: in whose names; tensors that it does not name are left out. `dtype` None keeps that of the
-    weights. `special_tokens`: `eos_token_id` and the like.
+    weights.
 
     Raises:
-        ValueError: the weights are not those of the configuration, are of several dtypes and
-            `dtype` is None, or transformers has no model of this shape.
+        ValueError: the weights are not those of the configuration, or are of several dtypes and
+            `dtype` is None.
     """
-    contents = hf.to_config(stored.config)
-    with ShardedWeightsReader(stored.weights) as reader:
-        table = parameter_table(stored.family, stored.config)
-        check_names(reader.names(), table, source=stored.weights)
-        target = dtype or reader.full(next(iter(table))).dtype
+    with _reader(stored) as reader:
         _write_weights(
             reader,
             stored,
             output,
             hf.names(stored.config),
-            target,
+            dtype or _first_dtype(reader, stored),
             max_shard_size=max_shard_size,
             cast=dtype is not None,
         )
-    contents |= special_tokens | {"dtype": str(target).removeprefix("torch.")}
-    _write_json(output / "config.json", contents)
-    _write_json(output / "generation_config.json", special_tokens)
-    for name, text in bundle(hf.code).items():
-        (output / name).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _reader(stored: StoredModel) -> Iterator[ShardedWeightsReader]:
+    with ShardedWeightsReader(stored.weights) as reader:
+        table = parameter_table(stored.family, stored.config)
+        check_names(reader.names(), table, source=stored.weights)
+        yield reader
+
+
+def _first_dtype(reader: ShardedWeightsReader, stored: StoredModel) -> torch.dtype:
+    return reader.full(next(iter(parameter_table(stored.family, stored.config)))).dtype
 
 
 def _write_weights(
@@ -96,8 +115,9 @@ def _write_weights(
         save_file(shard, output / file_name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(output / "model.safetensors.index.json", index)
+        write_json(output / "model.safetensors.index.json", index)
 
 
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write the contents of a file of the directory."""
     path.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="ascii")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,17 @@ from parallel.weights_io import ShardPosition, Weight, write_shard
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_PREFIX = "model."
 _MOST_LAYERS = 10_000  # each is listed before a tensor is read, which takes memory
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_WEIGHTS_NAME = re.compile(_SHARD_NAME.pattern + r"(\.index\.json)?")
+_INDEX_ENDING = ".safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 class ForeignTensor(NamedTuple):
@@ -109,13 +117,14 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
     """
     names = model.hf.names(model.config)
     with open_foreign_weights(model.directory) as tensors:
+        tensors = with_prefix(tensors, names.values())
         tensors = without_copies(tensors, model.hf, model.config, source=model.directory)
         check_names(tensors, names.values(), source=model.directory)
         weights = []
         for name, info in parameter_table(model.family, model.config).items():
             foreign = tensors[names[name]]
             check_shape(names[name], foreign.shape, info.shape, source=model.directory)
-            target = info.buffer_dtype or dtype or foreign.dtype
+            target = info.buffer_dtype or dtype or stored_dtype(foreign.dtype)
             # Of a buffer, infinity may be where it starts.
             refuse = torch.isnan if info.buffer_dtype else not_finite
             load = partial(load_sound, names[name], foreign, target, refuse)
@@ -127,7 +136,7 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
 
 @contextlib.contextmanager
 def open_foreign_weights(directory: Path) -> Iterator[dict[str, ForeignTensor]]:
-    """Every tensor of the safetensors files that `directory` declares, by its name.
+    """Every tensor of the safetensors files that transformers would read in `directory`, by name.
 
     Raises:
         ValueError: no such files, a damaged one, a name twice, or an index that is not true.
@@ -163,11 +172,16 @@ def _entry(file: Any, name: str, path: Path) -> ForeignTensor:
 
 
 def _read_index(directory: Path) -> dict[Path, set[str] | None]:
-    """Weight files and the names that the index puts into each (None: there is no index)."""
-    index = directory / INDEX_NAME
+    """Weight files and the names that the index puts into each (None: there is no index).
+
+    In transformers' order: what config.json names, a single file, an index, however old.
+    """
+    index = directory / (_named_file(directory) or _SINGLE_NAME)
+    if index.name == _SINGLE_NAME and not index.is_file():
+        index = directory / INDEX_NAME
+    if not index.name.endswith(_INDEX_ENDING):
+        return {index: None}
     if not index.is_file():
-        if (directory / _SINGLE_NAME).is_file():
-            return {directory / _SINGLE_NAME: None}
         pickled = sorted(p.name for p in directory.glob("*.bin"))
         if pickled:
             raise ValueError(
@@ -185,6 +199,56 @@ def _read_index(directory: Path) -> dict[Path, set[str] | None]:
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged: no weight_map in it") from error
     return dict(files)
+
+
+def _named_file(directory: Path) -> str | None:
+    """The file that `transformers_weights` of config.json names.
+
+    Raises:
+        ValueError: it names none of the directory, or the weights are those of another one.
+    """
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory / 'adapter_config.json'}: transformers loads an adapter on another model; "
+            "merge it (merge_and_unload of peft), save the whole model and import that"
+        )
+    path = directory / "config.json"
+    name = read_contents(path).get("transformers_weights") if path.is_file() else None
+    if name is None or (isinstance(name, str) and _WEIGHTS_NAME.fullmatch(name)):
+        return name
+    raise ValueError(
+        f"{path}: transformers_weights={name!r} is no safetensors file of the directory; correct it"
+    )
+
+
+def has_unread_index(directory: Path) -> bool:
+    """Whether there is an index that is not read, because a single file comes before it."""
+    both = all((directory / name).is_file() for name in (INDEX_NAME, _SINGLE_NAME))
+    return both and _named_file(directory) is None
+
+
+def with_prefix(
+    tensors: dict[str, ForeignTensor], expected: Collection[str]
+) -> dict[str, ForeignTensor]:
+    """Tensors of a model that was saved without its head, whose names have no `model.` in front."""
+    if any(name.startswith(_PREFIX) for name in tensors):
+        return tensors
+    known = set(expected)
+    return {
+        (_PREFIX + name if _PREFIX + name in known else name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a file as that of a checkpoint.
+
+    Raises:
+        ValueError: checkpoints do not have it.
+    """
+    if dtype == torch.float64:
+        raise ValueError("the weights are F64, which checkpoints do not have; give --dtype fp32")
+    return dtype
 
 
 def without_copies(
@@ -224,7 +288,7 @@ def load_sound(
     Raises:
         ValueError: `refuse` finds some of its values.
     """
-    tensor = foreign.load()
+    tensor = foreign.load().to(dtype)
     if bool(refuse(tensor).any()):
         raise ValueError(f"{name} holds values that are not finite; the model is damaged")
-    return tensor.to(dtype)
+    return tensor

@@ -6,124 +6,200 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-# What a tokenizer may consist of in a Hugging Face directory.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
+from models.hf_declared import OwnTokens
+from models.hf_sentencepiece import write_sentencepiece
+from models.hf_tokenizer_check import Loaded, Training, difference, load_alone, sample_of
+
+_CONFIG = "tokenizer_config.json"
+# What a tokenizer may consist of in a Hugging Face directory, beside its own file.
+_COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",  # which may be the only one to name the end token
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
 )
-# Each line is one that conversions have got wrong: prefixes, runs of spaces, bytes, specials.
-_SAMPLES = (
-    "The quick brown fox jumps over 12345 lazy dogs.",
-    " leading and trailing ",
-    "def f(x):\n\n    return  x\t# tab\r\n",
-    "h\u00e9llo \u65e5\u672c \U0001f600 \u2581",
-    "</s> <s> <|endoftext|> <unk> [EOS]",
-)
+_TEMPLATES = "additional_chat_templates"
+# The class with which transformers takes tokenizer.json as it is; others build parts of it anew.
+_GENERIC_CLASS = "PreTrainedTokenizerFast"
+_END_OF_DOCUMENT = "<|endoftext|>"
+
+
+class Exported(NamedTuple):
+    """`remarks` for the user, and the tokens that the exported files name."""
+
+    remarks: list[str]
+    tokens: OwnTokens
 
 
 def export_tokenizer(
     source: Path, output: Path, *, eod_id: int | None, encode: Callable[[str], list[int]]
-) -> None:
-    """Write tokenizer.json and tokenizer_config.json so that AutoTokenizer loads them.
+) -> Exported:
+    """`export_tokenizer_files` for what encodes text and does nothing else."""
+    return export_tokenizer_files(source, output, Training(encode), eod_id=eod_id)
 
-    `source`: a tokenizer.json or a SentencePiece .model. `encode`: the tokenizer of training, with
-    which the result is compared on samples.
+
+def export_tokenizer_files(
+    source: Path, output: Path, training: Training, *, eod_id: int | None
+) -> Exported:
+    """Write the files with which AutoTokenizer loads the tokenizer of training from `output`.
+
+    `source`: a tokenizer.json, a SentencePiece .model, or a vocab.json with merges.txt beside it.
+    With `training` is compared what a process with transformers alone loads from `output`
+    (models.hf_tokenizer_check); so whatever else decides on how it is loaded, such as config.json,
+    has to be there already.
 
     Raises:
-        ValueError: the file has no equal among fast tokenizers.
+        ValueError: transformers would load another tokenizer.
     """
+    _copy_companions(source.parent, output)
+    marked: list[str] = []
     if source.suffix == ".model":
-        _from_sentencepiece(source, output / "tokenizer.json")
+        shutil.copyfile(source, output / "tokenizer.model")
+        marked = write_sentencepiece(source, output / "tokenizer.json", training)
+    elif source.name == "vocab.json" and training.save is not None:
+        training.save(output / "tokenizer.json")
     else:
         shutil.copyfile(source, output / "tokenizer.json")
-    _write_config(source.with_name("tokenizer_config.json"), output, eod_id=eod_id)
-    _compare(source, output, encode)
+    remarks = _write_config(source.with_name(_CONFIG), output, eod_id=eod_id)
+    return _checked(str(source), output, marked, training, remarks, eod_id)
+
+
+def export_byte_tokenizer(output: Path, training: Training) -> Exported:
+    """Write a tokenizer of UTF-8 bytes, ids 0..255, and 256 for the end of a document.
+
+    Raises:
+        ValueError: transformers would load another tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_END_OF_DOCUMENT])
+    tokenizer.save(str(output / "tokenizer.json"))
+    remarks = _write_config(None, output, eod_id=len(vocabulary))
+    return _checked("bytes", output, [], training, remarks, len(vocabulary))
 
 
 def copy_tokenizer(source: Path, output: Path) -> bool:
     """Copy the tokenizer files of a Hugging Face directory; False when there are none to use."""
-    present = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    names = {path.name for path in present}
-    if (
-        not names & {"tokenizer.json", "tokenizer.model"}
-        and not {"vocab.json", "merges.txt"} <= names
-    ):
+    present = {path.name for path in source.iterdir() if path.is_file()}
+    kinds = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
+    if not any(kind <= present for kind in kinds):
         return False
     output.mkdir()
-    for path in present:
-        shutil.copyfile(path, output / path.name)
+    for name in present & {"tokenizer.json", _CONFIG}:
+        shutil.copyfile(source / name, output / name)
+    _copy_companions(source, output)
     return True
 
 
-def _from_sentencepiece(source: Path, target: Path) -> None:
-    from tokenizers import Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor
-
-    extractor = SentencePieceExtractor(str(source))
-    trainer, rules = extractor.proto.trainer_spec, extractor.proto.normalizer_spec
-    if trainer.model_type != trainer.BPE or rules.precompiled_charsmap:
-        raise ValueError(
-            f"{source}: only byte-pair SentencePiece models without normalization can be exported; "
-            "pass --no-tokenizer to export the model without it"
-        )
-    parts = extractor.extract(BPE)
-    tokenizer = Tokenizer(
-        BPE(
-            vocab=parts["vocab"],
-            merges=parts["merges"],
-            unk_token=trainer.unk_piece,
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    )
-    prefix = rules.add_dummy_prefix
-    steps = [normalizers.Prepend("\u2581")] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
-    strip = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    added = parts["additional_special_tokens"]
-    tokenizer.add_tokens([token for token in added if not token.special])
-    tokenizer.add_special_tokens([token for token in added if token.special])
-    tokenizer.save(str(target))
+def _copy_companions(source: Path, output: Path) -> None:
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    for path in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (output / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, output / _TEMPLATES / path.name)
 
 
-def _write_config(source: Path, output: Path, *, eod_id: int | None) -> None:
-    """tokenizer_config.json: that of the source where there is one, otherwise the least needed."""
-    target = output / "tokenizer_config.json"
-    if source.is_file():
-        shutil.copyfile(source, target)
-        return
+def _checked(
+    source: str,
+    output: Path,
+    marked: list[str],
+    training: Training,
+    remarks: list[str],
+    eod_id: int | None,
+) -> Exported:
+    """Compare what transformers loads; where the class of the tokenizer's files makes it another
+    one, take the class that leaves tokenizer.json as it is."""
     from tokenizers import Tokenizer
 
-    contents: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
+    tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
+    sample = sample_of(tokenizer, [*marked, *_declared_tokens(output)])
+    loaded = load_alone(output, sample)
+    wrong = difference(loaded, sample, training)
+    if wrong is not None and _take_generic_class(output):
+        first = loaded
+        loaded = load_alone(output, sample)
+        other = difference(loaded, sample, training)
+        if other is None:
+            remarks.append(
+                f"tokenizer_class is {_GENERIC_CLASS} now: as {first.name} transformers {wrong}"
+            )
+        wrong = other
+    if wrong is not None:
+        raise ValueError(f"{source}: {_refusal(output, loaded, wrong)}")
+    return Exported(remarks, OwnTokens(eod_id, loaded.bos_token_id, loaded.pad_token_id))
+
+
+def _declared_tokens(output: Path) -> list[str]:
+    """Tokens that the files beside tokenizer.json add to its own."""
+    config = _read_json(output / _CONFIG)
+    added = config.get("added_tokens_decoder", {}).values()
+    named = [*config.values(), *_read_json(output / "special_tokens_map.json").values()]
+    objects = [t for t in (*added, *named) if isinstance(t, dict)]
+    contents = [token["content"] for token in objects if isinstance(token.get("content"), str)]
+    texts = [v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)]
+    return [*contents, *texts, *_read_json(output / "added_tokens.json")]
+
+
+def _refusal(output: Path, loaded: Loaded, wrong: str) -> str:
+    text = f"the exported tokenizer would be another one: as {loaded.name} transformers {wrong}"
+    declared = _read_json(output / _CONFIG).get("tokenizer_class")
+    if declared == _GENERIC_CLASS and loaded.name not in (_GENERIC_CLASS, "TokenizersBackend"):
+        kind = _read_json(output / "config.json").get("model_type")
+        text += f", a class that it takes for every model of type {kind}"
+    return f"{text}; pass --no-tokenizer to export the model without it"
+
+
+def _take_generic_class(output: Path) -> bool:
+    """Change the class in tokenizer_config.json; False where it is that already."""
+    contents = _read_json(output / _CONFIG)
+    if contents.get("tokenizer_class") == _GENERIC_CLASS:
+        return False
+    _write_json(output / _CONFIG, contents | {"tokenizer_class": _GENERIC_CLASS})
+    return True
+
+
+def _write_config(source: Path | None, output: Path, *, eod_id: int | None) -> list[str]:
+    """tokenizer_config.json: that of the source where there is one, otherwise the least needed."""
+    if source is not None and source.is_file():
+        contents = _read_json(source)
+        code = contents.pop("auto_map", None)
+        _write_json(output / _CONFIG, contents)
+        if code is None:
+            return []
+        return [f"{source}: auto_map names code of the tokenizer's own, which is not exported"]
+    from tokenizers import Tokenizer
+
+    contents = {"tokenizer_class": _GENERIC_CLASS, "clean_up_tokenization_spaces": False}
     if eod_id is not None:
         tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
         contents["eos_token"] = tokenizer.id_to_token(eod_id)
-    target.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="ascii")
+    _write_json(output / _CONFIG, contents)
+    return []
 
 
-def _compare(source: Path, output: Path, encode: Callable[[str], list[int]]) -> None:
-    from transformers import AutoTokenizer
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        contents: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON object; repair it") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is not a JSON object; repair it")
+    return contents
 
-    # False and not the default, with which transformers asks a person at the terminal.
-    loaded = AutoTokenizer.from_pretrained(output, local_files_only=True, trust_remote_code=False)
-    for sample in _SAMPLES:
-        ids = loaded.encode(sample, add_special_tokens=False, split_special_tokens=True)
-        if ids != encode(sample):
-            raise ValueError(
-                f"{source}: its export encodes {sample!r} differently, so it would not be the same "
-                "tokenizer; pass --no-tokenizer to export the model without it"
-            )
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    text = json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

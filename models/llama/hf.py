@@ -1,4 +1,5 @@
-"""The llama family in Hugging Face's names: transformers' Llama and Qwen2, read and written."""
+"""The llama family in Hugging Face's names: transformers' Llama and Qwen2, read and written, and
+Mistral without a window, read."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def from_hf_config(contents: Mapping[str, Any]) -> LlamaConfig:
-    """Our configuration from the contents of a config.json of transformers' Llama or Qwen2.
+    """Our configuration from the contents of a config.json of one of `HF.model_types`.
 
     Raises:
         ValueError: a setting that the family does not have.
@@ -59,7 +60,7 @@ def from_hf_config(contents: Mapping[str, Any]) -> LlamaConfig:
 
 
 HF = HFMapping(
-    model_types=("llama", "qwen2"),
+    model_types=("llama", "qwen2", "mistral"),
     to_config=to_hf_config,
     from_config=from_hf_config,
     names=parameter_names,

@@ -71,7 +71,7 @@ def _their_logits(directory: Path) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_checkpoint_of_four_ranks_gives_the_same_logits_in_transformers(shape, tmp_path):
     of = config(**SHAPES[shape])
-    whole = write_checkpoint(tmp_path / "step_5", of, pipeline=2, tensor=2)
+    whole = write_checkpoint(tmp_path / "step_5", of, pipeline=2, tensor=2, tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
     expected = whole(TokenInputs(TOKENS)).transpose(0, 1)
     torch.testing.assert_close(_their_logits(tmp_path / "hf"), expected, rtol=1e-5, atol=1e-5)
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_four_ranks_gives_the_same_logits_in_transformers(shape,
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_model_of_transformers_gives_the_same_logits_here(shape, tmp_path):
-    write_checkpoint(tmp_path / "step_5", config(**SHAPES[shape]))
+    write_checkpoint(tmp_path / "step_5", config(**SHAPES[shape]), tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     for parameter in theirs.parameters():
@@ -93,7 +93,7 @@ def test_a_model_of_transformers_gives_the_same_logits_here(shape, tmp_path):
 
 def test_export_and_import_give_back_every_bit(tmp_path):
     of = config()
-    whole = write_checkpoint(tmp_path / "step_5", of, pipeline=2, tensor=2)
+    whole = write_checkpoint(tmp_path / "step_5", of, pipeline=2, tensor=2, tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf", max_shard_size="30KB")
     convert.from_hf(tmp_path / "hf", tmp_path / "back")
     stored = open_checkpoint(tmp_path / "back")
@@ -104,7 +104,7 @@ def test_export_and_import_give_back_every_bit(tmp_path):
 
 
 def test_a_large_model_is_split_into_files_below_the_limit(tmp_path):
-    write_checkpoint(tmp_path / "step_5", config())
+    write_checkpoint(tmp_path / "step_5", config(), tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf", max_shard_size="40KB")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -121,7 +121,7 @@ def test_a_large_model_is_split_into_files_below_the_limit(tmp_path):
 
 
 def test_the_precision_can_be_chosen(tmp_path):
-    write_checkpoint(tmp_path / "step_5", config())
+    write_checkpoint(tmp_path / "step_5", config(), tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf", dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
@@ -192,7 +192,7 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_directory_that_holds_anything_is_left_alone(tmp_path, capsys):
-    write_checkpoint(tmp_path / "step_5", config())
+    write_checkpoint(tmp_path / "step_5", config(), tokenizer=None)
     output = tmp_path / "hf"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
@@ -203,7 +203,7 @@ def test_a_directory_that_holds_anything_is_left_alone(tmp_path, capsys):
 
 
 def _exported(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "step_5", config())
+    write_checkpoint(tmp_path / "step_5", config(), tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf", max_shard_size="40KB")
     return tmp_path / "hf"
 
@@ -233,7 +233,7 @@ BAD_TENSORS = {
     "has unexpected model.extra": lambda t: t.update({"model.extra": torch.zeros(1)}),
     "model.norm.weight has shape [31]": lambda t: t.update({NORM: torch.zeros(31)}),
     "model.norm.weight holds values that are not finite": lambda t: t[NORM].fill_(torch.nan),
-    "model.norm.weight is I8; F32, BF16, F16 can": lambda t: t.update({NORM: t[NORM].char()}),
+    "model.norm.weight is I8; F64, F32, BF16, F16 can": lambda t: t.update({NORM: t[NORM].char()}),
 }
 
 
@@ -244,17 +244,102 @@ def test_a_model_with_bad_tensors_is_refused(message, tmp_path, capsys):
     assert message in _refusal(model, capsys)
 
 
-def test_frequencies_that_old_files_hold_are_ignored(tmp_path):
+def _same_weights(directory: Path, expected: Path) -> None:
+    found, own = (
+        load_model(open_checkpoint(path), device="cpu").state_dict()
+        for path in (directory, expected)
+    )
+    assert set(found) == set(own)
+    assert [name for name in own if not torch.equal(found[name], own[name])] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.2.self_attn.rotary_emb.cos_cached",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    ],
+)
+def test_frequencies_that_old_files_hold_are_ignored(name, tmp_path):
     model = _exported(tmp_path)
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     _rewrite(model, lambda tensors: tensors.update({name: torch.ones(4)}))
     convert.from_hf(model, tmp_path / "back")
-    assert open_checkpoint(tmp_path / "back").config == config()
+    _same_weights(tmp_path / "back", tmp_path / "step_5")
+
+
+def test_a_model_that_was_saved_without_its_head_is_read(tmp_path):
+    write_checkpoint(tmp_path / "step_5", config(tie_embeddings=True), tokenizer=None)
+    convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
+    # As transformers saves the base model alone, and loads it under a head that is tied.
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "body")
+    assert "embed_tokens.weight" in load_file(tmp_path / "body" / "model.safetensors")
+    convert.from_hf(tmp_path / "body", tmp_path / "back")
+    _same_weights(tmp_path / "back", tmp_path / "step_5")
+
+
+def test_weights_of_fp64_are_rounded_when_a_dtype_is_given(tmp_path, capsys):
+    model = _exported(tmp_path)
+    _rewrite(model, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    assert "the weights are F64, which checkpoints do not have; give --dtype" in _refusal(
+        model, capsys
+    )
+    convert.from_hf(model, tmp_path / "back", dtype=torch.float32)
+    _same_weights(tmp_path / "back", tmp_path / "step_5")
+
+
+def _other_weights(model: Path) -> dict[str, torch.Tensor]:
+    """Those of the files of a sharded model, all one larger."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in model.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return {name: tensor + 1 for name, tensor in tensors.items()}
+
+
+def _theirs(model: Path, name: str) -> torch.Tensor:
+    return transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()[name]
+
+
+@pytest.mark.parametrize("named", [None, "new.safetensors", "new.safetensors.index.json"])
+def test_of_several_weights_those_are_read_that_transformers_reads(named, tmp_path):
+    model = _exported(tmp_path)
+    single = "model.safetensors" if named is None else "new.safetensors"
+    save_file(_other_weights(model), model / single, metadata={"format": "pt"})
+    if named is not None:
+        edit_json(model / "config.json", transformers_weights=named)
+        placed = dict.fromkeys(load_file(model / single), single)
+        (model / "new.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": placed})
+        )
+    remarks = convert.from_hf(model, tmp_path / "back")
+    assert any("model.safetensors was read" in r for r in remarks) is (named is None)
+    found = load_model(open_checkpoint(tmp_path / "back"), device="cpu").state_dict()
+    assert torch.equal(found["head.norm.weight"], _theirs(model, NORM))
+    own = load_model(open_checkpoint(tmp_path / "step_5"), device="cpu").state_dict()
+    assert torch.equal(found["head.norm.weight"], own["head.norm.weight"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "message"),
+    [
+        ("config.json", {"transformers_weights": "../x.safetensors"}, "is no safetensors file of"),
+        ("config.json", {"transformers_weights": ["x"]}, "transformers_weights=['x'] is no"),
+        ("adapter_config.json", {}, "loads an adapter on another model; merge it"),
+    ],
+)
+def test_weights_of_another_place_are_refused(file, contents, message, tmp_path, capsys):
+    model = _exported(tmp_path)
+    path = model / file
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(old | contents))
+    assert message in _refusal(model, capsys)
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_second_copy_of_a_tied_head_must_equal_the_embedding(same, tmp_path, capsys):
-    write_checkpoint(tmp_path / "step_5", config(tie_embeddings=True))
+    write_checkpoint(tmp_path / "step_5", config(tie_embeddings=True), tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(file)
@@ -306,7 +391,7 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
     [
         (
             {"model_type": "gpt2"},
-            "model_type='gpt2' cannot be imported; known are daria_former, dtf, llama, mod",
+            "model_type='gpt2' cannot be imported; known are daria_former, dtf, llama, mistral,",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),

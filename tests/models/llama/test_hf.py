@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import transformers
@@ -98,7 +100,7 @@ def test_config_json_of_older_transformers_is_read():
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"attention_bias": True}, "attention_bias=True, .* only has False"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1, .* to train on without it"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "only has the types default and llama3",
@@ -111,10 +113,67 @@ def test_a_setting_that_the_family_lacks_is_refused(change, message):
         HF.from_config(contents)
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+
+
 def test_sliding_windows_are_refused():
-    contents = HF.to_config(_config("qwen2")) | {"use_sliding_window": True}
-    with pytest.raises(ValueError, match="use_sliding_window=True"):
+    contents = HF.to_config(_config("qwen2")) | WINDOW
+    with pytest.raises(ValueError, match="sliding_window=16 with max_position_embeddings=128"):
         HF.from_config(contents)
+    mistral = HF.to_config(_config("llama")) | {"model_type": "mistral", "sliding_window": 16}
+    with pytest.raises(ValueError, match="sliding_window=16 with"):
+        HF.from_config(mistral)
+
+
+LINEAR = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+# What transformers computes as the same function: a shape, and what its config.json says otherwise.
+SPELLINGS = {
+    "swish": ("llama", {"hidden_act": "swish"}),
+    "positions divided by 1": ("llama", {"rope_parameters": LINEAR, "rope_scaling": None}),
+    "a bias that Qwen2 does not ask for": ("qwen2", {"attention_bias": True, "mlp_bias": True}),
+    "a window in no layer": ("qwen2", WINDOW | {"max_window_layers": 2}),
+    "a window over everything": ("qwen2", WINDOW | {"sliding_window": 256}),
+    "Mistral": ("llama", {"model_type": "mistral", "sliding_window": None}),
+    "Mistral with a window over everything": (
+        "head_dim",
+        {"model_type": "mistral", "sliding_window": 256},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_same_function_under_another_spelling_is_read(spelling):
+    shape, change = SPELLINGS[spelling]
+    contents = HF.to_config(_config(shape)) | change
+    contents.pop("architectures")
+    assert HF.from_config(contents) == _config(shape)
+    kind, settings = (
+        contents["model_type"],
+        {k: v for k, v in contents.items() if k != "model_type"},
+    )
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **settings)
+    ).eval()
+    ours = SequentialModel(FAMILY.layer_specs(_config(shape)), ParallelContext.single())
+    names, parameters = HF.names(_config(shape)), dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        parameter.copy_(parameters[names[name]])
+    tokens = torch.randint(0, 61, (2, 100))
+    expected = theirs(tokens).logits
+    torch.testing.assert_close(ours(TokenInputs(tokens)).transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_config_json_says_whatever_transformers_has_a_default_for(shape):
+    contents = HF.to_config(_config(shape))
+    kind = type(transformers.AutoConfig.for_model(**contents))
+    general = {field.name for field in fields(transformers.PreTrainedConfig)}
+    own = {field.name for field in fields(kind)} - general
+    # The tokens are those of the exported tokenizer; the others change nothing that is computed.
+    elsewhere = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    assert own - set(contents) - elsewhere <= {"use_cache", "pretraining_tp", "layer_types"}
 
 
 def test_a_shape_that_transformers_refuses_cannot_be_exported():
