@@ -68,14 +68,14 @@ def _forms(source: _Source) -> list[Any]:
     """Tokenizers that may be equal to the model, the usual one first.
 
     SentencePiece puts its dummy prefix before the whole text and then looks for user-defined
-    symbols. Added tokens are looked for first, so that what follows each of them gets a prefix.
-    The second form splits the text at symbols instead, each of which is then found in the
-    vocabulary as a whole.
+    symbols. Added tokens are looked for first, so that what follows each of them gets a prefix, and
+    `<s>` is found before a symbol `<s`. The second form splits the text at symbols instead, each of
+    which is then found in the vocabulary as a whole.
     """
     tokenizer = _tokenizer(source, ignore_merges=False)
     tokenizer.add_tokens(source.added)
     forms = [tokenizer]
-    if source.prefix and source.symbols:
+    if source.symbols:
         forms.append(_split_at_symbols(source))
     return [form for form in forms if form is not None]
 
@@ -94,7 +94,8 @@ def _split_at_symbols(source: _Source) -> Any:
     parts = {word: _parted(word, pieces) for word in words}
     if any(not set(part) or set(part) & set(words) for part in parts.values()):
         return None
-    longest_first = sorted((s.replace(" ", _SPACE) for s in source.symbols), key=len, reverse=True)
+    # A symbol that holds a space is never found: by then every space is another character.
+    longest_first = sorted(source.symbols, key=len, reverse=True)
     steps = ["|".join(map(re.escape, longest_first))]
     if parts:
         whole = (f"{re.escape(a)}(?={re.escape(b)}\\z)" for a, b in parts.values())
