@@ -15,7 +15,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from data_tools.tokenizers import load_tokenizer
 from models import convert
 from models.hf_tokenizer import export_tokenizer
-from models.hf_tokenizer_check import sample_of
+from models.hf_tokenizer_check import Loaded, Sample, Training, difference, sample_of
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.tokenizer_files import hugging_face_file, sentencepiece_file
 
@@ -94,21 +94,13 @@ def test_what_decodes_otherwise_is_refused(tmp_path):
         export_tokenizer(source, tmp_path / "hf", decode=lambda ids: "x", **options)
 
 
-def test_a_special_token_that_would_not_be_read_as_one_is_refused(tmp_path):
-    """A second token takes the place of the end of the text that it begins with."""
-    source = hugging_face_file(tmp_path / "tokenizer.json")
-    contents = json.loads(source.read_text())
-    contents["added_tokens"].append(
-        {**contents["added_tokens"][0], "id": 300, "content": "<|end", "special": False}
-    )
-    del contents["added_tokens"][0]
-    contents["model"]["vocab"]["<|endoftext|>"] = 299
-    source.write_text(json.dumps(contents))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
-    )
-    with pytest.raises(ValueError, match="the exported tokenizer would be another one"):
-        _exported(source, tmp_path)
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_special_token_has_to_be_read_as_one_unless_its_owner_says_otherwise(splits, tmp_path):
+    sample = Sample(["ab"], {"<s>": 256})
+    loaded = Loaded("Some", [[97, 98]], ["ab"], [[60, 115, 62]], splits, None, None)
+    training = Training(load_tokenizer("bytes").encode, load_tokenizer("bytes").decode)
+    expected = None if splits else "reads the special token '<s>' as [60, 115, 62], not as 256"
+    assert difference(loaded, sample, training) == expected
 
 
 def test_code_of_the_tokenizer_s_own_is_left_out(tmp_path):
