@@ -193,9 +193,7 @@ def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str |
     return written._replace(remarks=[*remarks, *written.remarks])
 
 
-def _write_declared(
-    folder: Path, stored: StoredModel, declared: Declared, own: OwnTokens
-) -> None:
+def _write_declared(folder: Path, stored: StoredModel, declared: Declared, own: OwnTokens) -> None:
     """generation_config.json, and in config.json the tokens that begin, end and fill up texts."""
     if stored.text.bos_ids is not None and len(stored.text.bos_ids) == 1:
         own = own._replace(begin=stored.text.bos_ids[0])

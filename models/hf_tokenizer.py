@@ -123,7 +123,10 @@ def _checked(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
-    sample = sample_of(tokenizer, [*marked, *_declared_tokens(output)])
+    beside = _declared_tokens(output)
+    sample = sample_of(tokenizer, [*marked, *beside])
+    named = {token: number for token, number in beside.items() if number is not None}
+    sample = sample._replace(special=sample.special | named)
     loaded = load_alone(output, sample)
     wrong = difference(loaded, sample, training)
     if wrong is not None and _take_generic_class(output):
@@ -140,15 +143,18 @@ def _checked(
     return Exported(remarks, OwnTokens(eod_id, loaded.bos_token_id, loaded.pad_token_id))
 
 
-def _declared_tokens(output: Path) -> list[str]:
-    """Tokens that the files beside tokenizer.json add to its own."""
+def _declared_tokens(output: Path) -> dict[str, int | None]:
+    """Tokens that the files beside tokenizer.json name, with the ids of special ones where they say
+    those, too."""
     config = _read_json(output / _CONFIG)
-    added = config.get("added_tokens_decoder", {}).values()
-    named = [*config.values(), *_read_json(output / "special_tokens_map.json").values()]
-    objects = [t for t in (*added, *named) if isinstance(t, dict)]
-    contents = [token["content"] for token in objects if isinstance(token.get("content"), str)]
-    texts = [v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)]
-    return [*contents, *texts, *_read_json(output / "added_tokens.json")]
+    named = config | _read_json(output / "special_tokens_map.json")
+    named = {name: value for name, value in named.items() if name.endswith("_token")}
+    contents = [v.get("content") if isinstance(v, dict) else v for v in named.values()]
+    found: dict[str, int | None] = dict.fromkeys(filter(None, contents))
+    found |= dict.fromkeys(_read_json(output / "added_tokens.json"))
+    for number, token in config.get("added_tokens_decoder", {}).items():
+        found[token["content"]] = int(number) if token.get("special") else None
+    return found
 
 
 def _refusal(output: Path, loaded: Loaded, wrong: str) -> str:

@@ -14,7 +14,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from data_tools.tokenizers import load_tokenizer
 from models import convert
-from models.hf_tokenizer import export_tokenizer
+from models.hf_tokenizer import export_tokenizer, export_tokenizer_files
 from models.hf_tokenizer_check import Loaded, Sample, Training, difference, sample_of
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.tokenizer_files import hugging_face_file, sentencepiece_file
@@ -89,9 +89,9 @@ def test_what_decodes_otherwise_is_refused(tmp_path):
     source = hugging_face_file(tmp_path / "tokenizer.json")
     training = load_tokenizer(str(source))
     (tmp_path / "hf").mkdir()
-    options = {"eod_id": training.eod_id, "encode": training.encode}
+    other = Training(training.encode, lambda ids: "x")
     with pytest.raises(ValueError, match=r"transformers decodes .* to .*, training to 'x'"):
-        export_tokenizer(source, tmp_path / "hf", decode=lambda ids: "x", **options)
+        export_tokenizer_files(source, tmp_path / "hf", other, eod_id=training.eod_id)
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -117,7 +117,7 @@ def test_a_tokenizer_without_a_form_in_transformers_is_refused(tmp_path):
     write_checkpoint(tmp_path / "step_5", config(vocab_size=60_000), tokenizer=None)
     ranks = tmp_path / "gpt2.tiktoken"
     ranks.write_text("")
-    with pytest.raises(ValueError, match=r"gpt2\.tiktoken"):
+    with pytest.raises(ValueError, match=r"gpt2\.tiktoken:gpt2: ranks of tiktoken have no form"):
         convert.to_hf(tmp_path / "step_5", tmp_path / "hf", tokenizer=f"{ranks}:gpt2")
     assert not (tmp_path / "hf").exists()
 
