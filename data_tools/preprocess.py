@@ -196,6 +196,13 @@ def _max_document_bytes(options: argparse.Namespace) -> int | None:
 def _print_report(output: str, settings: EncodingSettings, report: Report) -> None:
     print(summary(output, report.info))
     print(f"  {_describe_marks(settings, report.info)}")
+    num_ids = settings.load_tokenizer().vocab_size
+    if settings.vocab_size is not None and num_ids > settings.vocab_size:
+        print(
+            f"{settings.tokenizer} has ids up to {num_ids - 1}; a document with one from "
+            f"{settings.vocab_size} on ends a run like this one",
+            file=sys.stderr,
+        )
     for source in report.info.sources:
         parts = [f"{source.num_documents:,} documents", f"{source.num_tokens:,} tokens"]
         parts += [f"{count:,} left out: {what}" for what, count in source.left_out.items()]

@@ -64,7 +64,7 @@ def _of_checkpoint(model: Any, training: Any) -> dict[str, Any]:
         return {k: v for section in sections for k, v in section.items() if v != CHECKPOINT}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError | OSError) else "names no model"
-        raise ConfigError(f"training.init_from={show(path)}: {' '.join(reason.split())}") from error
+        raise ConfigError(f"training.init_from={path!r}: {' '.join(reason.split())}") from error
 
 
 def _sizes(names: Mapping[str, Any], family: Any) -> dict[str, Any]:

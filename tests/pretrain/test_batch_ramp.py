@@ -25,7 +25,7 @@ from pretrain.run import run as run_training
 from pretrain.schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.pretrain.run_values import run_values
-from tests.pretrain.tiny_run import SEQ, VOCAB, metrics, tiny_run
+from tests.pretrain.tiny_run import SEQ, VOCAB, metrics, stopped_after, tiny_run
 
 RAMP = [
     {"until_tokens": 384, "sequences_per_step": 4},
@@ -142,29 +142,10 @@ def test_a_run_continues_inside_a_ramp_bit_for_bit(world_size, changes, data, tm
     curve = [(r["loss"], r["grad_norm"], r["tokens"], r["lr"]) for r in metrics(undisturbed)[0]]
     config = _config(data, tmp_path / "b", **changes)
     for stop in (2, 1, 2):  # after steps 2, 3 (where a size ends) and 5
-        assert set(_train(config, world_size, entry=_stopped_after(stop))) == {75}
+        assert set(_train(config, world_size, entry=stopped_after(stop))) == {75}
     assert set(_train(config, world_size)) == {0}
     again = [(r["loss"], r["grad_norm"], r["tokens"], r["lr"]) for r in metrics(config)[0]]
     assert again == curve
-
-
-def _stopped_after(steps: int):
-    """`run`, asked to stop in its step of this number."""
-
-    def entry(config, ds_config_path):
-        from pretrain.signals import GracefulStop
-
-        original, count = GracefulStop.should_stop, 0
-
-        def should_stop(self, ranks):
-            nonlocal count
-            count += 1
-            return original(self, ranks) or count == steps
-
-        GracefulStop.should_stop = should_stop
-        return run_training(config, ds_config_path)
-
-    return entry
 
 
 def test_steps_that_are_left_out_have_the_size_of_their_place_in_the_ramp(data, tmp_path):
@@ -186,7 +167,7 @@ def test_a_batch_changed_at_a_resume_trains_on_like_a_plain_loop(
     half = {"training__batch_ramp": [], "training__gradient_accumulation_steps": 2, **changes}
     whole = half | {"training__gradient_accumulation_steps": 4}
     begun = _config(data, tmp_path / "run", **half)
-    assert set(_train(begun, world_size, entry=_stopped_after(3))) == {75}
+    assert set(_train(begun, world_size, entry=stopped_after(3))) == {75}
     config = _config(data, tmp_path / "run", **whole)
     assert set(_train(config, world_size)) == {0}
     _assert_is(config, _plain_loop(config, [8] * 3 + [16] * 5))
@@ -200,7 +181,7 @@ def test_a_batch_changed_at_a_resume_trains_on_like_a_plain_loop(
 def test_max_tokens_counts_what_was_taken_before_the_batch_changed(data, tmp_path):
     limits = {"training__max_steps": None, "training__max_tokens": SEQ * 104}
     half = {"training__batch_ramp": [], "training__gradient_accumulation_steps": 2, **limits}
-    _train(_config(data, tmp_path / "run", **half), entry=_stopped_after(3))
+    _train(_config(data, tmp_path / "run", **half), entry=stopped_after(3))
     config = _config(data, tmp_path / "run", training__batch_ramp=[], **limits)
     _train(config)
     assert [r["tokens"] for r in metrics(config)[0]] == [

@@ -21,7 +21,9 @@ from tests.models.families import CASES
 from tests.pretrain.tiny_run import metrics, tiny_run
 from tests.tolerance import BF16_LOSS, FP32_LOSS, FP32_NORM, FP64
 
-MODEL = CASES["daria_former"].config.model_dump()
+# All slots of memory are retrieved: a choice among them that is close may fall differently at
+# another layout, and the runs part (with 3 of 11, in the third step, by 1e-4 instead of 1e-7).
+MODEL = {**CASES["daria_former"].config.model_dump(), "memory_top_k": 11}
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "data 2, ZeRO-3": (2, 3, {"training__batch_size": 2}),
     "tensor 2, sequence parallel": (

@@ -27,14 +27,6 @@ STEPS, BAD = 5, 3
 Zero = int | dict[str, Any]  # a ZeRO stage, or a section of its own
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    """Muon's kernels compile for a minute."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)
-        yield
-
-
 class Fault(NamedTuple):
     """What goes wrong on one rank in the steps `steps`; only the first time where `once`."""
 

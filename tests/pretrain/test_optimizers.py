@@ -27,14 +27,6 @@ from tests.pretrain.tiny_run import SEQ, VOCAB, final_weights, tiny_run, zero_fi
 LR, DECAY, MOMENTUM = 0.1, 0.1, 0.95
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    """Muon's kernels compile for a minute."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)
-        yield
-
-
 def _config(data, run_dir, **changes) -> RunConfig:
     values = {
         "model": CASES["mod_experts"].config.model_dump(),

@@ -24,14 +24,6 @@ from tests.pretrain.tiny_run import final_weights, metrics, offloading, tiny_run
 STEPS, SPIKE = 10, 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    """Muon's kernels compile for a minute."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)
-        yield
-
-
 def test_a_loss_stands_out_from_a_full_window_only_and_does_not_enter_it():
     watch = SpikeWatch(SpikeConfig(sigma=3.0, window=4))
     assert not any(watch.stands_out(loss) for loss in (100.0, 2.0, 2.1, 1.9))

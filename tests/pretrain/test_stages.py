@@ -24,7 +24,7 @@ from pretrain.schedule import learning_rate
 from tests.data_tools.corpora import write_counting_corpus
 from tests.distributed import run_ranks
 from tests.pretrain.run_values import run_values
-from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.pretrain.tiny_run import metrics, stopped_after, tiny_run, write_data
 from tests.tolerance import FP32_LOSS
 
 VOCAB, STEPS = 3100, 7
@@ -131,29 +131,10 @@ def test_a_run_continues_inside_any_stage_bit_for_bit(pipeline, stops, data, tmp
     curve = [(r["loss"], r["grad_norm"], r["tokens"]) for r in metrics(undisturbed)[0]]
     for stop in stops:
         config = _config(data, tmp_path / f"b{stop}", **changes)
-        assert set(_train(config, pipeline, entry=_stopped_after(stop))) == {75}
+        assert set(_train(config, pipeline, entry=stopped_after(stop))) == {75}
         assert set(_train(config, pipeline)) == {0}
         again = [(r["loss"], r["grad_norm"], r["tokens"]) for r in metrics(config)[0]]
         assert again == curve
-
-
-def _stopped_after(step: int):
-    """`run`, asked to stop in the given step."""
-
-    def entry(config, ds_config_path):
-        from pretrain.signals import GracefulStop
-
-        original, count = GracefulStop.should_stop, 0
-
-        def should_stop(self, ranks):
-            nonlocal count
-            count += 1
-            return original(self, ranks) or count == step
-
-        GracefulStop.should_stop = should_stop
-        return run_training(config, ds_config_path)
-
-    return entry
 
 
 def _watched(config, ds_config_path) -> list[list[int]]:

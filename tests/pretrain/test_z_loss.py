@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
@@ -16,17 +14,14 @@ from models.base import TokenInputs
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.sharding import Sharding, merge, sharding_of
 from pretrain import plan as plan_module
 from pretrain.config import ConfigError
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
-from pretrain.distributed import process_group
-from pretrain.engine import build_engine
-from pretrain.plan import RunPlan, build_context, build_precision, check_model
-from pretrain.rendezvous import World
+from pretrain.plan import RunPlan, check_model
 from pretrain.run import _train_loader, run
 from tests.distributed import run_ranks
+from tests.pretrain.first_step import first_step
 from tests.pretrain.tiny_run import metrics, tiny_run
 
 SAMPLES, Z_LOSS = 8, 0.05
@@ -39,14 +34,6 @@ CUTS = {
     "tensor 2, accumulation 2": (2, 1, 2, {"parallel__tensor": 2}),
     "pipeline 2 x tensor 2": (4, 1, 2, {"parallel__pipeline": 2, "parallel__tensor": 2}),
 }
-
-
-class Step(NamedTuple):
-    """What the first step measured; a pipeline rank has the gradients of its stage."""
-
-    loss: float
-    terms: dict[str, float]
-    gradients: dict[str, torch.Tensor]
 
 
 def _config(data: Path, world_size: int, accumulation: int, **changes):
@@ -62,41 +49,8 @@ def _config(data: Path, world_size: int, accumulation: int, **changes):
     )
 
 
-def _step(config, stage: int) -> Step:
-    layout = check_layout(config, World.from_environment().size)
-    zero = resolve_ds_config(f"configs/ds/zero{stage}.json", config, data_size=layout.data)
-    with process_group() as device:
-        ctx = build_context(config, precision=build_precision(config), device=device)
-        engine = build_engine(RunPlan.of(config, zero, ctx))
-        gradients: dict[str, torch.Tensor] = {}
-        take_step = engine.deepspeed._take_model_step
-
-        def capture(*args, **kwargs):
-            from deepspeed.utils import safe_get_full_grad
-
-            for name, parameter in engine.module.named_parameters():
-                own = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
-                own = own.detach().view(parameter.shape).contiguous()
-                gradients[name] = _whole(own, sharding_of(name, parameter), ctx)
-            return take_step(*args, **kwargs)
-
-        engine.deepspeed._take_model_step = capture
-        with _train_loader(config, layout, ctx) as loader:
-            result = engine.train_step(loader, learning_rate=1e-3)
-        terms = {name: float(term) for name, term in result.terms.items()}
-        return Step(float(result.loss), terms, gradients)
-
-
-def _whole(gradient: torch.Tensor, sharding: Sharding, ctx: ParallelContext) -> torch.Tensor:
-    shards = [gradient]
-    if ctx.tensor.size > 1:
-        shards = [torch.empty_like(gradient) for _ in range(ctx.tensor.size)]
-        dist.all_gather(shards, gradient, group=ctx.tensor.group)
-    return merge(shards, sharding).clone()
-
-
 @pytest.fixture(scope="module")
-def expected(data) -> Step:
+def expected(data) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     """Eager equations on logits in fp64, all samples of the step at once."""
     config, ctx = _config(data, 1, 1), ParallelContext.single()
     specs = get_family("llama").layer_specs(config.model, segmented=True)
@@ -112,23 +66,22 @@ def expected(data) -> Step:
     total = lm_loss + Z_LOSS * z_loss
     total.backward()
     terms = {"lm_loss": lm_loss.item(), "z_loss": z_loss.item()}
-    return Step(total.item(), terms, {n: p.grad for n, p in model.named_parameters()})
+    return total.item(), terms, {n: p.grad for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_loss_and_gradients_are_those_of_the_equation_at_every_cut(cut, data, expected):
     world_size, stage, accumulation, changes = CUTS[cut]
     config = _config(data, world_size, accumulation, **changes)
+    loss, terms, gradients = expected
     seen = set()
-    for found in run_ranks(_step, world_size, config, stage, init=False):
-        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-        assert found.terms == pytest.approx(expected.terms, rel=1e-5)
+    for found in run_ranks(first_step, world_size, config, stage, init=False):
+        assert found.loss == pytest.approx(loss, rel=1e-5)
+        assert found.terms == pytest.approx(terms, rel=1e-5)
         for name, gradient in found.gradients.items():
-            torch.testing.assert_close(
-                gradient, expected.gradients[name], rtol=1e-5, atol=1e-6, msg=name
-            )
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-5, atol=1e-6, msg=name)
         seen |= found.gradients.keys()
-    assert seen == expected.gradients.keys()
+    assert seen == gradients.keys()
 
 
 def test_it_is_part_of_the_training_loss_and_not_of_the_held_out_one(data, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from parallel.weights_io import ShardedWeightsReader
 from pretrain.config import RunConfig, parse_config, to_yaml
+from pretrain.run import run
+from pretrain.signals import GracefulStop
 from tests.data_tools.corpora import write_corpus
 
 VOCAB, SEQ = 61, 32
@@ -118,3 +121,20 @@ def write_endless_run(directory: Path) -> None:
         evaluation__interval=1_000_000,
     )
     (directory / "tiny.yaml").write_text(to_yaml(run))
+
+
+def stopped_after(step: int) -> Callable[[RunConfig, str | None], Any]:
+    """`pretrain.run.run`, asked to stop in the step of this number."""
+
+    def entry(config: RunConfig, ds_config_path: str | None) -> Any:
+        original, count = GracefulStop.should_stop, 0
+
+        def should_stop(self, ranks):
+            nonlocal count
+            count += 1
+            return original(self, ranks) or count == step
+
+        GracefulStop.should_stop = should_stop  # for good: each rank is a process of its own
+        return run(config, ds_config_path)
+
+    return entry

@@ -1,0 +1,62 @@
+"""What a run measures in its first step, with the gradients that its optimizer is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from parallel.context import ParallelContext
+from parallel.sharding import Sharding, merge, sharding_of
+from pretrain.config import RunConfig
+from pretrain.config.deepspeed import resolve_ds_config
+from pretrain.config.layout import check_layout
+from pretrain.distributed import process_group
+from pretrain.engine import build_engine
+from pretrain.plan import RunPlan, build_context, build_precision
+from pretrain.rendezvous import World
+from pretrain.run import _train_loader
+
+
+class FirstStep(NamedTuple):
+    """Its gradients are whole, by name; a pipeline rank has those of its stage."""
+
+    loss: float
+    norm: float
+    terms: dict[str, float]
+    gradients: dict[str, torch.Tensor]
+
+
+def first_step(config: RunConfig, stage: int) -> FirstStep:
+    """Take the first step of `config` under configs/ds/zero{stage}.json, on each of its ranks."""
+    layout = check_layout(config, World.from_environment().size)
+    zero = resolve_ds_config(f"configs/ds/zero{stage}.json", config, data_size=layout.data)
+    with process_group() as device:
+        ctx = build_context(config, precision=build_precision(config), device=device)
+        engine = build_engine(RunPlan.of(config, zero, ctx))
+        gradients: dict[str, torch.Tensor] = {}
+        take_step = engine.deepspeed._take_model_step
+
+        def capture(*args, **kwargs):
+            from deepspeed.utils import safe_get_full_grad
+
+            for name, parameter in engine.module.named_parameters():
+                own = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
+                own = own.detach().view(parameter.shape).contiguous()
+                gradients[name] = _whole(own, sharding_of(name, parameter), ctx)
+            return take_step(*args, **kwargs)
+
+        engine.deepspeed._take_model_step = capture
+        with _train_loader(config, layout, ctx) as loader:
+            result = engine.train_step(loader, learning_rate=1e-3)
+        terms = {name: float(term) for name, term in result.terms.items()}
+        return FirstStep(float(result.loss), float(result.grad_norm), terms, gradients)
+
+
+def _whole(gradient: torch.Tensor, sharding: Sharding, ctx: ParallelContext) -> torch.Tensor:
+    shards = [gradient]
+    if ctx.tensor.size > 1:
+        shards = [torch.empty_like(gradient) for _ in range(ctx.tensor.size)]
+        dist.all_gather(shards, gradient, group=ctx.tensor.group)
+    return merge(shards, sharding).clone()
