@@ -62,9 +62,9 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     original_objective = pretrain.plan.RunPlan.objective
     original_build = pretrain.run.build_engine
 
-    def train(self, step, **kwargs):
+    def train(self, step, samples, **kwargs):
         now.update(step=step, times=0)
-        return original_train(self, step, **kwargs)
+        return original_train(self, step, samples, **kwargs)
 
     def objective(self, output, targets):
         total, terms = original_objective(self, output, targets)

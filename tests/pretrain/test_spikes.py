@@ -56,10 +56,10 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
     now = 0
     train, objective = pretrain.nonfinite.GuardedSteps.train, pretrain.plan.RunPlan.objective
 
-    def noted(self, step, **kwargs):
+    def noted(self, step, samples, **kwargs):
         nonlocal now
         now = step
-        return train(self, step, **kwargs)
+        return train(self, step, samples, **kwargs)
 
     def multiplied(self, output, targets):
         total, terms = objective(self, output, targets)
