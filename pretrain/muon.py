@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.runtime.zero.muon.original_muon import muon_update
 from torch import Tensor
@@ -59,6 +60,19 @@ class BatchedMuon(MuonWithAuxAdam):
         torch._foreach_copy_(buffers, list(momenta.unbind()))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates.view_as(momenta).unbind()), alpha=-group["lr"])
+
+
+def leave_kernels_uncompiled() -> None:
+    """Let the engines too, which call the kernels on their own under ZeRO, run them as written."""
+    compiled = original_muon.muon_update
+    if compiled.__module__ == __name__:
+        return
+
+    def muon_update(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return compiled(*args, **kwargs)
+
+    original_muon.muon_update = muon_update  # they import it where they call it
 
 
 def _by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -228,8 +228,9 @@ def _muon(
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
     if ctx.device.type == "cpu" and not config.compile:
-        from pretrain.muon import BatchedMuon
+        from pretrain.muon import BatchedMuon, leave_kernels_uncompiled
 
+        leave_kernels_uncompiled()
         return BatchedMuon(groups)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 

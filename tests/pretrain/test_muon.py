@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from torch import nn
 
-from pretrain.muon import BatchedMuon
+from pretrain.muon import BatchedMuon, leave_kernels_uncompiled
 
 # Matrices of one shape and of its transpose, a single one, and what AdamW takes.
 SHAPES = [(6, 4), (6, 4), (4, 6), (6, 4), (8, 8), (3,), (5,)]
@@ -87,3 +88,17 @@ def test_no_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)
     parameters = _parameters()
     _stepped(BatchedMuon(_groups(parameters)), parameters)
+
+
+def test_the_engines_run_the_kernels_as_they_are_written_too():
+    from torch._dynamo.utils import counters
+
+    leave_kernels_uncompiled()
+    leave_kernels_uncompiled()
+    gradient, momentum = _parameters()[0].detach(), torch.zeros(SHAPES[0])
+    with torch.compiler.set_stance("force_eager"):
+        expected = original_muon.muon_update(gradient.clone(), momentum.clone())
+    counters.clear()
+    found = original_muon.muon_update(gradient.clone(), momentum.clone())
+    assert torch.equal(found, expected)
+    assert not counters["frames"]
