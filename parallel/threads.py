@@ -1,19 +1,9 @@
-"""How many threads a process computes with, and how long they spin before they sleep.
+"""How many threads a process computes with.
 
 torch starts a thread for every core, whatever a container or the other ranks of a run leave of
-them. The threads of libgomp, the OpenMP library of torch's wheels, meet at the end of every
-operation, and one that waits spins for milliseconds before it sleeps. With a core for each thread
-that is the fastest way to wait. When other work shares the cores, a spinning thread uses up the
-time slice that the thread it waits for needs, and a step takes many times its share. Threads that
-sleep at once share well, but waking them for every operation costs more than a tenth of a step on a
-quiet machine.
-
-`SPIN_COUNT` is meant to lie between: longer than the gaps between the operations of a step, and
-short beside the time slices of a scheduler. It needs no knowledge of neighbours, so it serves for
-those that come later, too. Its value is an estimate: tests/benchmarks/shared_cores.py measures it
-and has not been run on a quiet machine. The number of threads follows only from what a run and its
-continuation have in common (cores, quota, ranks), because sums are taken in another order with
-another number.
+them. The number follows only from what a run and its continuation have in common (cores, quota,
+ranks), and never from other work, because sums are taken in another order with another number. How
+threads wait for each other follows from other work: parallel/waiting.py.
 
 libgomp reads its variables when it is loaded: call `prepare_threads` before torch is imported. This
 module does not import it.
@@ -23,17 +13,14 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
 THREADS, SPIN, POLICY = "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
-SPIN_COUNT = 10_000  # an estimate, not measured yet; libgomp's own is 300,000
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
-_CONTENDED = 0.5  # cores that are wanted beyond those that are free, for a remark
 
 
 class Facts(NamedTuple):
@@ -41,13 +28,11 @@ class Facts(NamedTuple):
 
     `cores`: physical ones among the CPUs that it may run on. `quota`: CPU seconds a second that its
     control groups grant; None without a limit. `ranks`: processes of this run that share both.
-    `busy`: how many of the cores other work has kept busy.
     """
 
     cores: int
     quota: float | None = None
     ranks: int = 1
-    busy: float = 0.0
 
     @property
     def usable(self) -> int:
@@ -62,69 +47,18 @@ class Choice(NamedTuple):
 
 
 def choose(facts: Facts, given: Mapping[str, str]) -> Choice:
-    """Threads and waiting for a process of which `facts` hold. What is `given` is not changed."""
+    """Threads of a process of which `facts` hold. A number that is `given` is not changed."""
     threads = max(1, facts.usable // facts.ranks)
-    variables = {}
-    if THREADS not in given and threads < facts.cores:
-        variables[THREADS] = str(threads)
-    if SPIN not in given and POLICY not in given:
-        variables[SPIN] = str(SPIN_COUNT)
-    return Choice(variables, _remark(facts, threads, given.get(THREADS, str(threads))))
-
-
-def _remark(facts: Facts, fitting: int, threads: str) -> str | None:
-    wanted = int(threads) if threads.isdecimal() else fitting
-    if wanted > fitting:
-        return (
-            f"{THREADS}={threads} in each of {facts.ranks} ranks here makes more threads than the "
-            f"{facts.usable} cores that they may use; set it to {fitting}"
-        )
-    free = max(0.0, facts.usable - facts.busy)
-    if facts.ranks * wanted - free > _CONTENDED and wanted > 1:
-        fewer = max(1, int(free) // facts.ranks)
-        return (
-            f"other processes keep {facts.busy:.1f} of {facts.cores} cores busy: {wanted} threads "
-            f"will wait for them and each other; stop them, or set {THREADS}={fewer}"
-        )
-    return None
-
-
-class CpuTimes(NamedTuple):
-    """Seconds since the start of the machine: of the clock, of work on the CPUs that this process
-    may use, and of work of this process."""
-
-    clock: float
-    work: float
-    own: float
-
-
-def cpu_times(*, proc: Path = _PROC) -> CpuTimes | None:
-    """A moment from which to measure how busy the machine is; None without /proc."""
-    work = _work(_read(proc / "stat"), usable_cpus())
-    own = os.times()
-    return None if work is None else CpuTimes(time.monotonic(), work, own.user + own.system)
-
-
-def _work(stat: str, cpus: set[int]) -> float | None:
-    """Seconds that some CPUs have worked, by /proc/stat."""
-    total, found = 0, False
-    for line in stat.splitlines():
-        name, *ticks = line.split()
-        if name[:3] == "cpu" and name[3:].isdecimal() and int(name[3:]) in cpus:
-            user, nice, system, _idle, _iowait, irq, softirq = map(int, ticks[:7])
-            total, found = total + user + nice + system + irq + softirq, True
-    return total / os.sysconf("SC_CLK_TCK") if found else None
-
-
-def busy_cores(since: CpuTimes | None, until: CpuTimes | None, *, ranks: int) -> float:
-    """Cores that others have kept busy between two moments.
-
-    The ranks of a run start together and do the same, so each of them counts as this one.
-    """
-    if since is None or until is None or until.clock <= since.clock:
-        return 0.0
-    own = (until.own - since.own) * ranks
-    return max(0.0, (until.work - since.work - own) / (until.clock - since.clock))
+    if THREADS not in given:
+        return Choice({THREADS: str(threads)} if threads < facts.cores else {}, None)
+    wanted = given[THREADS]
+    if not wanted.isdecimal() or int(wanted) <= threads:
+        return Choice({}, None)
+    return Choice(
+        {},
+        f"{THREADS}={wanted} in each of {facts.ranks} ranks here makes more threads than the "
+        f"{facts.usable} cores that they may use; set it to {threads}",
+    )
 
 
 def usable_cpus() -> set[int]:
@@ -191,31 +125,25 @@ def _read(path: Path) -> str:
 def prepare_threads(
     *,
     ranks: int = 1,
-    since: CpuTimes | None = None,
     environment: MutableMapping[str, str] = os.environ,
 ) -> str | None:
     """Set what `choose` chooses for this process; returns its remark.
 
-    `ranks`: processes of this run on this machine. `since`: an earlier moment, of `cpu_times`.
+    `ranks`: processes of this run on this machine.
     Nothing happens once torch is imported, or on a system other than Linux.
     """
     if "torch" in sys.modules or not sys.platform.startswith("linux"):
         return None
-    ranks = ranks if _shares_cpus() else 1
-    facts = Facts(
-        cores=count_cores(usable_cpus()),
-        quota=cpu_quota(),
-        ranks=ranks,
-        busy=busy_cores(since, cpu_times(), ranks=ranks),
-    )
+    facts = Facts(cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=sharing(ranks))
     choice = choose(facts, environment)
     environment.update(choice.variables)
     return choice.remark
 
 
-def _shares_cpus() -> bool:
-    """Whether a launcher has left this process all CPUs, not some of its own as mpirun does."""
+def sharing(ranks: int) -> int:
+    """Of the `ranks` on this machine those that share the CPUs of this process: all, or one if its
+    launcher has bound it to some of them, as mpirun does."""
     try:
-        return os.sched_getaffinity(os.getppid()) <= os.sched_getaffinity(0)
+        return ranks if os.sched_getaffinity(os.getppid()) <= os.sched_getaffinity(0) else 1
     except OSError:
-        return True
+        return ranks

@@ -14,6 +14,7 @@ import torch
 from data_tools.evaluation import EvalBatches
 from data_tools.loader import TrainLoader
 from models.registry import get_family
+from parallel.waiting import Waiting
 from parallel.weights_io import ShardPosition
 from pretrain.checkpoint import (
     Checkpoint,
@@ -32,6 +33,7 @@ from pretrain.config.layout import RunLayout
 from pretrain.engine import Engine, StepResult
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.launch_environment import ranks_on_this_machine
 from pretrain.metrics import Throughput, evaluation_record, training_record
 from pretrain.nonfinite import GuardedSteps, check_finite
 from pretrain.ranks import Ranks
@@ -101,6 +103,11 @@ class TrainLoop:
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
         self.num_parameters = self.family.num_parameters(config.model)
+        self.waiting: Waiting | None = None
+        if self.ctx.device.type == "cpu":
+            self.waiting = Waiting.of_this_process(
+                ranks=ranks_on_this_machine(), threads=torch.get_num_threads()
+            )
 
     @property
     def tokens(self) -> int:
@@ -248,6 +255,8 @@ class TrainLoop:
 
     def _prepare(self, *, first: bool) -> None:
         """Ready the engine for the stage of the next step, and where one begins measure anew."""
+        if self.waiting is not None and (remark := self.waiting.adapt()) is not None:
+            self._warn(remark)
         stage = self.layout.curriculum.stage_after(self.step)
         length = stage.sequence_length
         self.engine.set_sequence_length(length)

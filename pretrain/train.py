@@ -19,7 +19,7 @@ if not __package__:
     # searched, or its modules could be imported by their bare names.
     sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
-from parallel.threads import cpu_times, prepare_threads
+from parallel.threads import prepare_threads
 from pretrain.errors import (
     EXIT_COMPLETED,
     EXIT_LOST_RANK,
@@ -75,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run training as the command line says; returns the exit code, 2 for an error of the user."""
     try:
         end_with_launcher()
-        beginning = cpu_times()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         adopt_launcher()
         config = _configure(arguments)
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"{config.run_dir}: settings checked; torch and DeepSpeed take seconds", flush=True
             )
-        remark = prepare_threads(ranks=ranks_on_this_machine(), since=beginning)
+        remark = prepare_threads(ranks=ranks_on_this_machine())
         from parallel.cpu import device_type
         from pretrain.permissions import private_files
         from pretrain.run import run

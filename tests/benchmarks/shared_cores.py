@@ -14,37 +14,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from parallel.threads import (
-    POLICY,
-    SPIN,
-    THREADS,
-    CpuTimes,
-    Facts,
-    choose,
-    count_cores,
-    cpu_times,
-    usable_cpus,
-)
+from parallel.threads import POLICY, SPIN, THREADS
+from parallel.waiting import CpuTimes, Waiting, cpu_times
 from tests.benchmarks.timing import Table
 
 FAMILIES = ("llama", "daria_former")
 SEQ_LENGTH, BATCH_SIZE = 256, 2
-SECONDS, ROUNDS, WARMUP_STEPS = 3.0, 5, 3
+SECONDS, ROUNDS, WARMUP_STEPS = 2.0, 5, 3
+LEAD = 1.2  # seconds before each interval, in which what is ours notices who is there
 DISTURBED = 0.15  # cores that anything else may use in an interval
 PATIENCE = 200.0  # seconds of a family, with intervals that are measured again
 ALONE, BESIDE = "alone", "beside an equal job"
-SPINS = "libgomp's own: spin for 300,000 turns"
-POLICIES: dict[str, Mapping[str, str]] = {
-    SPINS: {},
-    "sleep at once (OMP_WAIT_POLICY=PASSIVE)": {POLICY: "PASSIVE"},
-    "ours": choose(Facts(cores=count_cores(usable_cpus())), {}).variables,
-    "ours, OMP_NUM_THREADS=1": choose(Facts(cores=1), {}).variables | {THREADS: "1"},
-}
+SPINS = "always spin (libgomp's own)"
+SLEEPS = "always sleep (OMP_WAIT_POLICY=PASSIVE)"
+OURS = "ours: sleep while others are busy"
+POLICIES = (SPINS, SLEEPS, OURS, "one thread")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -56,12 +45,16 @@ class Speed(NamedTuple):
 class Worker:
     """A process that trains whenever it is told to, with variables of its own."""
 
-    def __init__(self, family: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, family: str, policy: str) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in (THREADS, SPIN, POLICY)}
+        if policy == SLEEPS:
+            environment[POLICY] = "PASSIVE"
+        if policy == POLICIES[-1]:
+            environment[THREADS] = "1"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.shared_cores", family],
+            [sys.executable, "-m", "tests.benchmarks.shared_cores", family, policy],
             cwd=_ROOT,
-            env=environment | variables,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -89,8 +82,8 @@ def tables() -> Iterator[Table]:
     for family in FAMILIES:
         with ExitStack() as stack:
             pairs = {
-                name: [stack.enter_context(Worker(family, variables)) for _ in range(2)]
-                for name, variables in POLICIES.items()
+                policy: [stack.enter_context(Worker(family, policy)) for _ in range(2)]
+                for policy in POLICIES
             }
             for worker in (worker for pair in pairs.values() for worker in pair):
                 worker.read()  # it has warmed up
@@ -155,7 +148,7 @@ def _table(family: str, speeds: Mapping[tuple[str, str], list[float]], disturbed
     return Table(title, header, rows)
 
 
-def _train(family_name: str) -> None:
+def _train(family: str, policy: str) -> None:
     """The worker: for every number of seconds on standard input, a line with what came of it."""
     import torch
     import yaml
@@ -167,17 +160,23 @@ def _train(family_name: str) -> None:
     from parallel.cpu import keep_freed_memory
 
     keep_freed_memory()
-    text = (_ROOT / "configs" / "model" / family_name / "demo.yaml").read_text()
-    family, config = get_family(family_name), get_config_class(family_name)(**yaml.safe_load(text))
+    text = (_ROOT / "configs" / "model" / family / "demo.yaml").read_text()
+    own, config = get_family(family), get_config_class(family)(**yaml.safe_load(text))
     torch.manual_seed(0)
-    model = SequentialModel(family.layer_specs(config), ParallelContext.single())
+    model = SequentialModel(own.layer_specs(config), ParallelContext.single())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     stream = torch.randint(config.vocab_size, (BATCH_SIZE, SEQ_LENGTH + 1))
     tokens, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
+    waiting = None
+    if policy == OURS:
+        waiting = Waiting.of_this_process(ranks=1, threads=torch.get_num_threads())
+
     def step() -> None:
+        if waiting is not None:
+            waiting.adapt()
         output = model(TokenInputs(tokens))
-        family.loss(output, labels, config=config, ctx=model.ctx).total.backward()
+        own.loss(output, labels, config=config, ctx=model.ctx).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -185,16 +184,24 @@ def _train(family_name: str) -> None:
         step()
     print(json.dumps(Speed(0.0, 0.0)), flush=True)
     for line in sys.stdin:
-        steps, cpu, begin = 0, time.process_time(), time.perf_counter()
-        while time.perf_counter() - begin < float(line):
-            step()
-            steps += 1
-        seconds = time.perf_counter() - begin
-        speed = Speed(steps * BATCH_SIZE * SEQ_LENGTH / seconds, time.process_time() - cpu)
-        print(json.dumps(speed), flush=True)
+        cpu = time.process_time()
+        _steps_in(LEAD, step)
+        begin = time.perf_counter()
+        steps = _steps_in(float(line), step)
+        rate = steps * BATCH_SIZE * SEQ_LENGTH / (time.perf_counter() - begin)
+        print(json.dumps(Speed(rate, time.process_time() - cpu)), flush=True)
+
+
+def _steps_in(seconds: float, step: Callable[[], None]) -> int:
+    steps, end = 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        step()
+        steps += 1
+    return steps
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.shared_cores")
     parser.add_argument("family", choices=FAMILIES)
-    _train(parser.parse_args().family)
+    parser.add_argument("policy", choices=POLICIES)
+    _train(**vars(parser.parse_args()))

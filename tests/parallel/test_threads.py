@@ -9,20 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.threads import (
-    POLICY,
-    SPIN,
-    SPIN_COUNT,
-    THREADS,
-    CpuTimes,
-    Facts,
-    busy_cores,
-    choose,
-    count_cores,
-    cpu_quota,
-    cpu_times,
-    prepare_threads,
-)
+from parallel.threads import THREADS, Facts, choose, count_cores, cpu_quota, prepare_threads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,58 +41,29 @@ def test_threads_are_the_cores_that_the_quota_and_other_ranks_leave(facts, threa
     assert choice.remark is None
 
 
-@pytest.mark.parametrize("busy", [0.0, 1.0, 2.0])
-def test_threads_and_waiting_do_not_depend_on_what_neighbours_do_at_the_start(busy):
-    quiet = choose(Facts(cores=2), {})
-    assert (
-        choose(Facts(cores=2, busy=busy), {}).variables
-        == quiet.variables
-        == {SPIN: str(SPIN_COUNT)}
-    )
-
-
-@pytest.mark.parametrize("given", [{SPIN: "7"}, {POLICY: "ACTIVE"}, {POLICY: "PASSIVE", SPIN: "1"}])
-def test_a_wait_policy_that_is_given_stays(given):
-    choice = choose(Facts(cores=4, ranks=2), given)
-    assert choice.variables == {THREADS: "2"}
-
-
 def test_a_number_of_threads_that_is_given_stays():
-    assert choose(Facts(cores=4, ranks=2), {THREADS: "3"}).variables == {SPIN: str(SPIN_COUNT)}
+    assert choose(Facts(cores=4, ranks=2), {THREADS: "3"}).variables == {}
 
 
 @pytest.mark.parametrize(
-    ("facts", "given", "parts"),
+    ("facts", "threads", "parts"),
     [
-        (Facts(2, busy=1.0), {}, ["keep 1.0 of 2 cores busy", "set OMP_NUM_THREADS=1"]),
-        (Facts(8, busy=3.2), {}, ["keep 3.2 of 8 cores busy", "set OMP_NUM_THREADS=4"]),
-        (Facts(8, ranks=2, busy=3.2), {}, ["4 threads", "set OMP_NUM_THREADS=2"]),
-        (Facts(2, busy=9.0), {}, ["set OMP_NUM_THREADS=1"]),
-        (Facts(2), {THREADS: "3"}, ["OMP_NUM_THREADS=3", "set it to 2"]),
-        (Facts(2, ranks=2), {THREADS: "2"}, ["OMP_NUM_THREADS=2", "2 ranks", "set it to 1"]),
-        (Facts(64, quota=4.0), {THREADS: "64"}, ["4 cores that they may use", "set it to 4"]),
+        (Facts(2), "3", ["OMP_NUM_THREADS=3", "set it to 2"]),
+        (Facts(2, ranks=2), "2", ["OMP_NUM_THREADS=2", "2 ranks", "set it to 1"]),
+        (Facts(64, quota=4.0), "64", ["4 cores that they may use", "set it to 4"]),
     ],
 )
-def test_a_remark_has_the_cause_and_the_remedy_in_one_line(facts, given, parts):
-    remark = choose(facts, given).remark
+def test_a_remark_has_the_cause_and_the_remedy_in_one_line(facts, threads, parts):
+    remark = choose(facts, {THREADS: threads}).remark
     assert remark is not None
     assert "\n" not in remark
     for part in parts:
         assert part in remark
 
 
-@pytest.mark.parametrize(
-    ("facts", "given"),
-    [
-        (Facts(2, busy=0.4), {}),
-        (Facts(2, busy=2.0), {THREADS: "1"}),  # the remedy has been taken
-        (Facts(8, busy=3.0), {THREADS: "5"}),
-        (Facts(2, ranks=4, busy=2.0), {}),  # a layout that is tried out: it has no fewer threads
-        (Facts(2), {THREADS: "2,1"}),  # a list: for libgomp to judge
-    ],
-)
-def test_nothing_is_remarked_where_nothing_could_be_better(facts, given):
-    assert choose(facts, given).remark is None
+@pytest.mark.parametrize("threads", ["1", "5", "2,1"])  # the last one is for libgomp to judge
+def test_nothing_is_remarked_where_the_threads_have_cores(threads):
+    assert choose(Facts(8), {THREADS: threads}).remark is None
 
 
 def test_a_quota_of_version_2_is_the_least_on_the_way_to_the_root(tmp_path):
@@ -151,52 +109,26 @@ def test_threads_of_one_core_count_once(tmp_path):
     assert count_cores({4, 5}, folder=tmp_path) == 2, "nothing is known of them"
 
 
-def _stat(*cpus: tuple[int, int]) -> str:
-    """/proc/stat with (user, idle) ticks of each CPU."""
-    rows = [f"cpu{n} {user} 0 0 {idle} 5 0 0 0 0 0" for n, (user, idle) in enumerate(cpus)]
-    return "\n".join(["cpu 99999 0 0 99999 0 0 0 0 0 0", *rows, "intr 1 2 3\n"])
-
-
-def test_work_is_that_of_the_cpus_this_process_may_use(tmp_path, monkeypatch):
-    monkeypatch.setattr("parallel.threads.usable_cpus", lambda: {0, 2})
-    _write(tmp_path, stat=_stat((100, 900), (5000, 10), (300, 700)))
-    times = cpu_times(proc=tmp_path)
-    assert times is not None
-    assert times.work == pytest.approx(400 / os.sysconf("SC_CLK_TCK"))
-    assert cpu_times(proc=tmp_path / "nothing") is None
-
-
-def test_busy_cores_are_those_of_others_and_not_of_the_ranks_of_the_run():
-    since, until = CpuTimes(10.0, work=100.0, own=1.0), CpuTimes(12.0, work=104.0, own=2.0)
-    assert busy_cores(since, until, ranks=1) == pytest.approx(1.5)
-    assert busy_cores(since, until, ranks=2) == pytest.approx(1.0)
-    assert busy_cores(since, until, ranks=8) == 0.0
-    assert busy_cores(None, until, ranks=1) == 0.0
-    assert busy_cores(since, since, ranks=1) == 0.0
-
-
-def test_libgomp_takes_the_choice_and_keeps_what_is_given():
+def test_torch_takes_the_choice_and_keeps_what_is_given():
     code = (
         "from parallel.threads import prepare_threads; prepare_threads(ranks=64)\n"
         "import torch; print(torch.get_num_threads())"
     )
 
-    def display(**given: str) -> tuple[str, str]:
-        environment = {k: v for k, v in os.environ.items() if k not in (THREADS, SPIN, POLICY)}
-        environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **given}
+    def threads(**given: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != THREADS}
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
-            env=environment,
+            env=environment | given,
             capture_output=True,
             text=True,
             check=True,
         )
-        [spin] = [line for line in done.stderr.splitlines() if SPIN in line]
-        return done.stdout.strip(), spin.split("=")[1].strip(" '")
+        return done.stdout.strip()
 
-    assert display() == ("1", str(SPIN_COUNT))
-    assert display(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="123") == ("2", "123")
+    assert threads() == "1"
+    assert threads(OMP_NUM_THREADS="2") == "2"
 
 
 def test_nothing_is_set_once_torch_is_loaded():
