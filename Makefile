@@ -31,18 +31,19 @@ help:
 setup: $(STAMP)
 
 # One call of pip resolves once. The builds use the packages of the environment instead of fetching
-# their own, and byte code is left to the first import, which needs few of the files. pip's
-# warnings are in its log; an error is on the terminal.
-PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
+# their own, and byte code is left to the first import, which needs few of the files. What pip says
+# is in its log, and the end of it on the terminal if it fails.
+PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --no-input -c constraints.txt
+LOGGED := >> $(VENV)/pip.log 2>&1 || { tail -n 20 $(VENV)/pip.log >&2; exit 1; }
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "set-up 1/3: a virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "set-up 2/3: pip and what builds packages"
-	@$(PIP) pip setuptools wheel packaging
-	@echo "set-up 3/3: torch, DeepSpeed and all else at pinned versions (minutes; log: $(VENV)/pip.log)"
 	@rm -f $(VENV)/pip.log $(COMPILED)
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --log $(VENV)/pip.log --editable '.[dev,mpi]'
+	@echo "set-up 2/3: pip and what builds packages"
+	@$(PIP) pip setuptools wheel packaging $(LOGGED)
+	@echo "set-up 3/3: torch, DeepSpeed and all else at pinned versions (minutes; log: $(VENV)/pip.log)"
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev,mpi]' $(LOGGED)
 	@touch $@
 
 # Tests take a warning for an error, and a compiler warns where it meets a file first.

@@ -13,7 +13,7 @@ from models.llama.model import FAMILY
 FOLDER = Path(__file__).parents[3] / "configs" / "model" / "llama"
 # What the names of the files promise, in parameters.
 SIZES = {
-    "demo": 2_410_176,
+    "demo": 3_015_936,
     "125m": 134_105_856,
     "350m": 373_867_520,
     "1b3": 1_345_423_360,
