@@ -57,7 +57,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m data_tools.demo_corpus --output data/demo
 	@echo "demo 2/4: training; the deepspeed launcher starts and imports torch"
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet pretrain/train.py --config-name demo_muon \
-		model=$(FAMILY)/demo run_dir=$(RUN)
+		model=$(FAMILY)/demo_wide run_dir=$(RUN)
 	@echo "demo 3/4: the loss curve, in $(RUN)/loss.png"
 	@$(BIN)/python -m pretrain.plot $(RUN) --output $(RUN)/loss.png
 	@echo "demo 4/4: a sample"

@@ -195,7 +195,7 @@ def test_a_mistake_is_found_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
         "from pretrain.train import main\n"
-        "sys.exit(main(['--config-name', 'demo', 'model=mod/demo', 'parallel.pipeline=3']))"
+        "sys.exit(main(['--config-name', 'demo', 'parallel.pipeline=3']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -87,7 +87,8 @@ def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
 @pytest.mark.parametrize(
     ("size", "millions"),
     [
-        ("demo", 3.02),
+        ("demo", 2.41),
+        ("demo_wide", 3.02),
         ("125m", 134),
         ("350m", 374),
         ("1b3", 1350),
@@ -111,9 +112,9 @@ def test_every_layout_file_is_valid(layout: str) -> None:
     assert check_layout(run, 512).data * run.parallel.tensor * run.parallel.pipeline == 512
 
 
-def test_the_demonstration_runs_at_every_layout_up_to_pipeline_2_and_tensor_2() -> None:
+def test_the_demonstration_runs_at_every_layout_up_to_pipeline_4_and_tensor_2() -> None:
     for tensor in (1, 2):
-        for pipeline in (1, 2):
+        for pipeline in (1, 2, 4):
             run = compose_config(
                 "demo", overrides=[f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
             )

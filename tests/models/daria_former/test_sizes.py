@@ -14,7 +14,8 @@ FOLDER = Path(__file__).parents[3] / "configs" / "model" / "daria_former"
 # What the names of the files promise, in parameters.
 SIZES = {
     "tiny": 180_431,
-    "demo": 2_903_279,
+    "demo": 2_808_089,
+    "demo_wide": 2_903_279,
     "125m": 121_524_633,
     "350m": 351_071_341,
     "1b3": 1_328_335_949,

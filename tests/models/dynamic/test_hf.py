@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,31 +17,16 @@ from transformers import (
     AutoModelForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
 from models import convert
-from models.base import ModelFamily, TokenInputs
+from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
-from models.dynamic import (
-    DTFForCausalLM,
-    DTFHFConfig,
-    MoDForCausalLM,
-    MoDHFConfig,
-    ThresholdUpdates,
-)
 from models.generate import generate
 from parallel.carry import SequentialModel
-from tests.distributed import run_ranks
-from tests.models.checkpoints import write_checkpoint
-from tests.models.dynamic.settled import settled
-from tests.models.families import CASES
+from tests.models.dynamic.exports import CLASSES, TOKENS, Exported, export
 from tests.tolerance import FP64, assert_close, rounding
 
-CLASSES = {"mod": (MoDForCausalLM, MoDHFConfig), "dtf": (DTFForCausalLM, DTFHFConfig)}
-VOCAB_SIZE = 301
-TOKENS = torch.randint(0, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS)
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 NEW = 30
@@ -76,44 +59,6 @@ try:
 except ImportError:
     save_file(result, outputs)
 """
-
-
-class Exported(NamedTuple):
-    """A checkpoint of 2 x 2 ranks, the model in it, and what it was exported to."""
-
-    folder: Path
-    family: ModelFamily
-    config: Any
-    whole: SequentialModel
-
-    @property
-    def hf(self) -> Path:
-        return self.folder / "hf"
-
-    def loaded(self, **options: Any) -> Any:
-        """In fp64, so that what differs from ours differs by more than the order of a sum."""
-        options = {"dtype": torch.float64, **options}
-        return CLASSES[self.family.name][0].from_pretrained(self.hf, **options)
-
-    @property
-    def double(self) -> SequentialModel:
-        return copy.deepcopy(self.whole).double()
-
-
-def _exported(folder: Path, case: str) -> Exported:
-    family, config = CASES[case]
-    config = config.model_copy(update={"vocab_size": VOCAB_SIZE})
-    whole = settled(config, family)
-    write_checkpoint(
-        folder / "step_1", config, family=family, pipeline=2, tensor=2, tokenizer=None, whole=whole
-    )
-    convert.to_hf(folder / "step_1", folder / "hf", max_shard_size="60KB")
-    return Exported(folder, family, config, whole)
-
-
-@pytest.fixture(scope="module", params=["mod", "dtf"])
-def exported(request, tmp_path_factory) -> Exported:
-    return _exported(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @torch.no_grad()
@@ -192,7 +137,7 @@ def _routed_name(name: str, exported: Exported) -> str:
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["mod_variant", "dtf_variant"])
 def test_every_feature_is_exported(case, tmp_path):
-    exported = _exported(tmp_path, case)
+    exported = export(tmp_path, case)
     model, loaded = exported.loaded(output_loading_info=True)
     assert not any(loaded.values())
     logits = exported.double(TokenInputs(TOKENS)).logits.transpose(0, 1)
@@ -284,110 +229,6 @@ def test_drafts_that_are_refused_leave_no_trace(exported):
     expected = model.generate(TOKENS[:1], **options)
     drafts = model.generate(TOKENS[:1], prompt_lookup_num_tokens=3, **options)
     assert torch.equal(drafts, expected)
-
-
-# Training.
-
-
-def test_the_loss_of_training_has_those_of_routers_and_priors(exported):
-    model, whole = exported.loaded().train(), exported.double.train()
-    output = whole(TokenInputs(TOKENS))
-    following = F.pad(TOKENS[:, 1:], (0, 1), value=-100)
-    expected = exported.family.loss(output, following, config=exported.config, ctx=whole.ctx)
-    assert expected.total != expected.terms["lm_loss"]
-    loss = model(TOKENS, labels=TOKENS).loss
-    torch.testing.assert_close(loss, expected.total, **FP64)
-    half = model(TOKENS, labels=TOKENS, num_items_in_batch=torch.tensor(2 * 40)).loss
-    torch.testing.assert_close(half, loss / 2, **FP64)
-    loss.backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if ".router." in n)
-
-
-def _stepped(case: str, folder: Path, batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of a step of transformers' Trainer over four rows, and its gradients: fp64.
-
-    The rows score 1, 6, 11 and 20 tokens and have padding before and after their tokens.
-    """
-    tokens = torch.randint(0, 61, (4, 21), generator=torch.Generator().manual_seed(3))
-    scored = torch.arange(21) >= torch.tensor([[20], [15], [10], [0]])
-    mask = torch.ones_like(tokens)
-    mask[1, :4], mask[3, 17:] = 0, 0
-    labels = tokens.masked_fill(~scored | (mask == 0), -100)
-    columns = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-    rows = [{name: column[i] for name, column in columns.items()} for i in range(4)]
-    kind, config_kind = CLASSES[case.removesuffix("_experts")]
-    heavy = {"router_z_loss_weight": 0.5, "causal_router": "predictor"}
-    torch.manual_seed(5)
-    config = config_kind.from_settings(CASES[case].config.model_copy(update=heavy))
-    model = kind(config).double()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = TrainingArguments(
-        str(folder), max_steps=1, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=4 // batch_size, optim="sgd", learning_rate=1.0,
-        lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, report_to=[],
-    )  # fmt: skip
-    loss = Trainer(model, arguments, train_dataset=rows).train().training_loss
-    return loss, {name: before[name] - p.detach() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("case", ["mod", "dtf", "mod_experts"])
-def test_a_step_of_the_trainer_is_the_same_however_unequal_rows_are_accumulated(case, tmp_path):
-    loss, gradients = _stepped(case, tmp_path, 4)
-    for batch_size in (2, 1):
-        own_loss, own = _stepped(case, tmp_path, batch_size)
-        assert own_loss == pytest.approx(loss, rel=1e-6)  # the Trainer sums it in fp32
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(own[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
-    assert all(gradient.any() for name, gradient in gradients.items() if ".predictor." in name)
-
-
-def test_the_trainer_of_transformers_trains_saves_and_goes_on(exported, tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_steps": 2,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": [],
-    }
-
-    def train(name: str, steps: int, **resume: str) -> dict[str, torch.Tensor]:
-        model = exported.loaded(dtype=torch.float32)
-        arguments = TrainingArguments(str(tmp_path / name), max_steps=steps, **options)
-        callbacks = [ThresholdUpdates()]
-        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train(**resume)
-        return model.state_dict()
-
-    whole = train("whole", 4)
-    continued = train("part", 4, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    before = exported.loaded(dtype=torch.float32).state_dict()
-    for name, tensor in whole.items():
-        assert torch.equal(continued[name], tensor), name
-        if name.endswith("tau"):
-            assert not torch.equal(before[name], tensor), name
-
-
-@torch.no_grad()
-def _thresholds_of_a_step(model: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    rank, size = 0, 1
-    if torch.distributed.is_initialized():
-        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model.train()(rows[rank::size])
-    model.update_thresholds()
-    return {n: b.clone() for n, b in model.named_buffers() if n.endswith(("tau", "offset"))}
-
-
-def test_processes_that_train_together_have_the_thresholds_of_all_their_rows(exported):
-    rows = torch.randint(0, VOCAB_SIZE, (4, 21), generator=torch.Generator().manual_seed(2))
-    expected = _thresholds_of_a_step(exported.loaded(), rows)
-    models = exported.loaded()
-    for found in run_ranks(_thresholds_of_a_step, 2, models, rows):
-        for name, buffer in expected.items():
-            torch.testing.assert_close(found[name], buffer, **FP64)
-            assert not torch.equal(buffer, models.get_buffer(name)), name
 
 
 # What cannot be done.

@@ -13,7 +13,8 @@ from models.llama.model import FAMILY
 FOLDER = Path(__file__).parents[3] / "configs" / "model" / "llama"
 # What the names of the files promise, in parameters.
 SIZES = {
-    "demo": 3_015_936,
+    "demo": 2_410_176,
+    "demo_wide": 3_015_936,
     "125m": 134_105_856,
     "350m": 373_867_520,
     "1b3": 1_345_423_360,
