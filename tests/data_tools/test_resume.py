@@ -57,19 +57,26 @@ def _run_with_kills(source: Path, folder: Path, num_kills: int, seed: int) -> No
         try:
             wait = generator.uniform(0, longest) if kills < num_kills else None
             _, errors = process.communicate(timeout=wait)
+            assert process.returncode == 0, errors
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            kills += 1
             _assert_nothing_half(folder)
-            continue
-        assert process.returncode == 0, errors
+            if not _has_ended(folder):
+                kills += 1
+                continue
         if kills >= num_kills:
             return
         # It was faster than the kill: begin anew, and kill earlier.
         longest = (time.monotonic() - begin) * 0.9
-        for name in os.listdir(folder):
-            (folder / name).unlink()
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+def _has_ended(folder: Path) -> bool:
+    """Whether the output is there and nothing is left to do: the kill met the exit of the process."""
+    markers = (folder / "out.work" / name for name in ("publishing", "published"))
+    return (folder / "out.idx").exists() and not any(marker.exists() for marker in markers)
 
 
 def _assert_nothing_half(folder: Path) -> None:
