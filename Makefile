@@ -10,11 +10,18 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 RUN    := runs/demo_$(FAMILY)
+# A step of llama takes half the time of one of the others.
+STEPS  := $(if $(filter llama,$(FAMILY)),400,300)
 SAMPLING := --max-new-tokens 120 --temperature 0.5 --top-p 0.9
 export PROMPT := def read(self
 
 # Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
+
+# Some tests only wait, for Slurm or for a timeout, so there is one worker more than there are cores;
+# each needs 1 to 2 GB. All tests of a file share a worker. `make test TEST_WORKERS=0` uses no workers.
+TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((cores < 8 ? cores + 1 : 8)))
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .PHONY: help setup demo test reordered soak check format bench gpu-check clean
 
@@ -57,7 +64,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m data_tools.demo_corpus --output data/demo
 	@echo "demo 2/4: training; the deepspeed launcher starts and imports torch"
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet pretrain/train.py --config-name demo_muon \
-		model=$(FAMILY)/demo_wide run_dir=$(RUN)
+		model=$(FAMILY)/demo_wide training.max_steps=$(STEPS) run_dir=$(RUN)
 	@echo "demo 3/4: the loss curve, in $(RUN)/loss.png"
 	@$(BIN)/python -m pretrain.plot $(RUN) --output $(RUN)/loss.png
 	@echo "demo 4/4: a sample"
@@ -65,10 +72,10 @@ demo: $(STAMP)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(COMPILED)
-	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
+	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
 
 reordered: $(COMPILED)
-	$(TEST_ENV) $(BIN)/python -m pytest --reorder-sums tests/models tests/parallel \
+	$(PYTEST) --reorder-sums tests/models tests/parallel \
 		tests/pretrain/test_layouts.py tests/pretrain/test_engine.py -m "not slow"
 
 soak: $(COMPILED)

@@ -27,12 +27,3 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.summation import reorder_sums
 
         reorder_sums()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup` the tests of a file share a process, for their fixtures,
-    and so do all tests of the one Slurm cluster."""
-    for item in items:
-        folder, file = item.path.parent.name, str(item.path)
-        group = folder if folder == "launchers" else file
-        item.add_marker(pytest.mark.xdist_group(group))
