@@ -23,6 +23,7 @@ _COMPANIONS = (
     "tokenizer.model",
 )
 _TEMPLATES = "additional_chat_templates"
+_FURTHER_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 # The class with which transformers takes tokenizer.json as it is; others build parts of it anew.
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
 _END_OF_DOCUMENT = "<|endoftext|>"
@@ -148,9 +149,13 @@ def _declared_tokens(output: Path) -> dict[str, int | None]:
     those, too."""
     config = _read_json(output / _CONFIG)
     named = config | _read_json(output / "special_tokens_map.json")
-    named = {name: value for name, value in named.items() if name.endswith("_token")}
-    contents = [v.get("content") if isinstance(v, dict) else v for v in named.values()]
-    found: dict[str, int | None] = dict.fromkeys(filter(None, contents))
+    values = [value for name, value in named.items() if name.endswith("_token")]
+    for name in _FURTHER_TOKENS:
+        further = named.get(name) or []
+        values += further.values() if isinstance(further, dict) else further
+    contents = [value.get("content") if isinstance(value, dict) else value for value in values]
+    # Settings such as add_bos_token are named like tokens and are none.
+    found: dict[str, int | None] = dict.fromkeys(c for c in contents if c and isinstance(c, str))
     found |= dict.fromkeys(_read_json(output / "added_tokens.json"))
     for number, token in config.get("added_tokens_decoder", {}).items():
         found[token["content"]] = int(number) if token.get("special") else None

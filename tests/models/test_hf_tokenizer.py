@@ -103,6 +103,21 @@ def test_a_special_token_has_to_be_read_as_one_unless_its_owner_says_otherwise(s
     assert difference(loaded, sample, training) == expected
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_settings_beside_a_tokenizer_that_are_named_like_tokens_are_none(kind, tmp_path):
+    """As in the files of Llama 2, Mistral and Gemma."""
+    end = "</s>" if kind == "tokenizer.model" else "<|endoftext|>"
+    source = tmp_path / "own" / kind
+    source.parent.mkdir()
+    sentencepiece_file(source) if source.suffix == ".model" else hugging_face_file(source)
+    declared = {"eos_token": end, "add_bos_token": True, "add_eos_token": False}
+    declared |= {"bos_token": end, "extra_special_tokens": ["<more>"]}
+    declared |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (source.parent / "tokenizer_config.json").write_text(json.dumps(declared))
+    _exported(source.parent, tmp_path, vocab_size=320)
+    _assert_same(tmp_path / "hf", source.parent)
+
+
 def test_code_of_the_tokenizer_s_own_is_left_out(tmp_path):
     source = hugging_face_file(tmp_path / "tokenizer.json")
     code = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
