@@ -17,11 +17,13 @@ class TokenInputs(NamedTuple):
     """What the first layer of a token model takes.
 
     `tokens`: int64 [b, s]. `segment_ids`: int32 [b, s], another number for every document of a row,
-    or None when a row is one document.
+    or None when a row is one document. `lengths`: int64 [b], how many tokens each row has, in
+    columns 0 to lengths - 1; the rest is padding. None when no row has any, as in every run.
     """
 
     tokens: Tensor
     segment_ids: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class LossOutput(NamedTuple):

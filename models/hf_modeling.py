@@ -61,8 +61,14 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         """The family's layers."""
 
     @abstractmethod
-    def inputs(self, tokens: Tensor, given: Mapping[str, Tensor]) -> Any:
-        """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows."""
+    def inputs(
+        self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
+    ) -> Any:
+        """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows.
+
+        `lengths`: int64 [b], tokens of each row, in training where rows end in padding; for layers
+        that look at a row as a whole.
+        """
 
     def auxiliary_loss(self, output: Any) -> Tensor | None:
         """What training minimises beside the cross entropy, of every row by itself, [b], in what
@@ -152,22 +158,25 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         """What is computed without a cache, and what the last layer returned.
 
         Rows are turned until they begin at column 0, and the results are turned back: the layers
-        are causal, so that padding after a row's tokens does not reach them.
+        are causal, so that padding after a row's tokens does not reach them. Those that are not in
+        training are told how long rows are.
         """
-        back = None
+        back, lengths = None, None
         if attention_mask is not None:
             if attention_mask.shape != tokens.shape:
                 raise ValueError(
                     f"attention_mask of shape {list(attention_mask.shape)} must be "
                     f"{list(tokens.shape)}, as input_ids"
                 )
-            starts, _ = row_bounds(attention_mask)
+            starts, stops = row_bounds(attention_mask)
+            if self.training and not bool(attention_mask.all()):
+                lengths = stops - starts
             if bool(starts.any()):
                 columns = torch.arange(tokens.shape[1], device=tokens.device)
                 tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
                 back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
         with recording(readers) as states:
-            output = self.model(self.inputs(tokens, given))
+            output = self.model(self.inputs(tokens, given, lengths))
         computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
         if back is None:
             return computed, output

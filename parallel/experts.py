@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import Axis, ParallelContext
+from parallel.gathered import mean_of_tokens
 from parallel.precision import at_least_fp32
 from parallel.recompute import once
 from parallel.regions import (
@@ -99,23 +100,26 @@ class MoELayer(nn.Module):
             ctx=ctx, init=init, output_init=output_init,
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> MoEOutput:
-        routing = self.router(x)
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> MoEOutput:
+        """`lengths`: int64 [b], tokens of each row, where what follows them is padding."""
+        routing = self.router(x, lengths)
         x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
         weights = enter_tensor_region(routing.weights, ctx=self.ctx)
-        y = self._experts_of(x.flatten(0, 1), routing.experts)
+        y = self._experts_of(x.flatten(0, 1), routing.experts, lengths)
         y = (y * weights.to(y.dtype).unsqueeze(-1)).sum(dim=2)
         hidden = leave_tensor_region(y, ctx=self.ctx)
         return MoEOutput(hidden, routing.load_balancing_loss, routing.z_loss)
 
-    def _experts_of(self, tokens: Tensor, experts: Tensor) -> Tensor:
+    def _experts_of(self, tokens: Tensor, experts: Tensor, lengths: Tensor | None) -> Tensor:
         """What each of its experts makes of each token: [n, h], [s, b, k] -> [s, b, k, h]."""
         num_experts, top_k = self.router.num_experts, experts.shape[-1]
-        capacity = None
+        capacity, limits = None, None
         if self.capacity_factor is not None and self.training:
-            share = self.capacity_factor * len(experts) * top_k / num_experts
-            capacity = min(math.ceil(share), len(experts))
-        slots = _assign_slots(experts, num_experts=num_experts, capacity=capacity)
+            capacity = self._capacity(len(experts), top_k)
+            if lengths is not None:
+                each = [self._capacity(length, top_k) for length in lengths.tolist()]
+                limits = torch.tensor(each, device=lengths.device)
+        slots = _assign_slots(experts, num_experts=num_experts, capacity=capacity, limits=limits)
         sent = _Move.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
         if capacity is None:
             computed = _without_capacity(sent, slots.counts, self.experts, self.ctx.expert)
@@ -123,6 +127,12 @@ class MoELayer(nn.Module):
             computed = _with_capacity(sent, self.experts, self.ctx.expert)
         returned = _Move.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
         return returned.view(*experts.shape, -1)
+
+    def _capacity(self, length: int, top_k: int) -> int:
+        """Slots of each expert for a row of so many tokens."""
+        assert self.capacity_factor is not None
+        share = self.capacity_factor * length * top_k / self.router.num_experts
+        return min(math.ceil(share), length)
 
 
 class TopKRouter(nn.Module):
@@ -162,7 +172,7 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=ctx.device))
         declare_replicated(self.weight, init, ctx=ctx, role="router")
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Routing:
         logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
         logits = gather_sequence(logits, ctx=self.ctx)
         probabilities = logits.softmax(dim=-1)
@@ -171,9 +181,11 @@ class TopKRouter(nn.Module):
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         chosen = _one_hot(experts, self.num_experts).to(probabilities.dtype)
-        fractions = chosen.mean(dim=0) / self.top_k
-        balance = self.num_experts * (fractions * probabilities.mean(dim=0)).sum(dim=-1)
-        z_loss = logits.logsumexp(dim=-1).square().mean(dim=0)
+        fractions = mean_of_tokens(chosen, lengths) / self.top_k
+        balance = self.num_experts * (fractions * mean_of_tokens(probabilities, lengths)).sum(
+            dim=-1
+        )
+        z_loss = mean_of_tokens(logits.logsumexp(dim=-1).square(), lengths)
         return Routing(
             experts,
             weights,
@@ -249,8 +261,11 @@ class _Slots(NamedTuple):
     counts: Tensor
 
 
-def _assign_slots(experts: Tensor, *, num_experts: int, capacity: int | None) -> _Slots:
-    """Slots for the choices [s, b, k]: as many as pairs, or C of each expert for each row."""
+def _assign_slots(
+    experts: Tensor, *, num_experts: int, capacity: int | None, limits: Tensor | None = None
+) -> _Slots:
+    """Slots for the choices [s, b, k]: as many as pairs, or C of each expert for each row, of which
+    `limits` int64 [b] may leave a row fewer."""
     num_pairs = experts.numel()
     chosen = _one_hot(experts, num_experts)
     counts = chosen.sum(dim=(0, 1))
@@ -262,7 +277,8 @@ def _assign_slots(experts: Tensor, *, num_experts: int, capacity: int | None) ->
     rows = torch.arange(num_rows, device=experts.device).unsqueeze(-1)
     num_slots = num_experts * num_rows * capacity
     slots = (experts * num_rows + rows) * capacity + earlier
-    slots = slots.masked_fill(earlier >= capacity, num_slots).flatten()
+    most = capacity if limits is None else limits.unsqueeze(-1)
+    slots = slots.masked_fill(earlier >= most, num_slots).flatten()
     return _Slots(_inverse(slots, num_slots, num_slots=num_pairs), slots, counts)
 
 

@@ -27,11 +27,13 @@ class Selection(NamedTuple):
 
     `indices`: int64 [b, k], positions in the sequence, none twice; the valid ones come first and
     ascend, so that a causal mask over them is exact. `valid`: bool [b, k], False for what only
-    fills a row up and is not added back; None where all are valid.
+    fills a row up and is not added back; None where all are valid. `lengths`: int64 [b], the size
+    of every row's own selection, where padded rows have selections of different sizes; else None.
     """
 
     indices: Tensor
     valid: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 def chosen_first(chosen: Tensor, k: int) -> Selection:
@@ -41,6 +43,18 @@ def chosen_first(chosen: Tensor, k: int) -> Selection:
     """
     order = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     return Selection(order, chosen.gather(1, order))
+
+
+def mean_of_tokens(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The mean of every row over its tokens, the first `lengths` int64 [b] or all: [s, b, ...] ->
+    [b, ...]."""
+    if lengths is None:
+        return x.mean(dim=0)
+    trailing = (1,) * (x.dim() - 2)
+    there = torch.arange(len(x), device=x.device).unsqueeze(1) < lengths
+    return x.where(there.view(*there.shape, *trailing), 0.0).sum(dim=0) / lengths.view(
+        -1, *trailing
+    )
 
 
 def whole_tokens(ctx: ParallelContext) -> ParallelContext:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
@@ -174,13 +176,20 @@ class TokenRouter(nn.Module):
         self.threshold = ScoreThreshold(momentum=momentum, device=ctx.device)
 
     def forward(
-        self, scores: Tensor, *, logits: Tensor | None = None, forced: Tensor | None = None
+        self,
+        scores: Tensor,
+        *,
+        logits: Tensor | None = None,
+        forced: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Routed:
         """Choose from scores [s/t, b] of own tokens; `logits` alike, for the predictor.
 
-        `forced`: bool [b, s], tokens that are chosen whatever their score.
+        `forced`: bool [b, s], tokens that are chosen whatever their score. `lengths`: int64 [b],
+        tokens of each row, where what follows them is padding; without sequence parallelism.
         """
-        routed: Routed = once(lambda: self._choose(scores, logits, forced))
+        choose = self._choose if lengths is None else partial(self._choose_of_rows, lengths)
+        routed: Routed = once(lambda: choose(scores, logits, forced))
         return routed
 
     def decide(
@@ -224,6 +233,28 @@ class TokenRouter(nn.Module):
             selection = chosen_first(chosen, room)
         recall = (causal & among_best).sum(dim=1) / k
         return Routed(selection, chosen, causal.float().mean(dim=1), recall, spread)
+
+    def _choose_of_rows(
+        self, lengths: Tensor, scores: Tensor, logits: Tensor | None, forced: Tensor | None
+    ) -> Routed:
+        """`_choose` for every row by itself: padding neither competes nor counts."""
+        rows = [
+            self._choose(
+                scores[:length, row : row + 1],
+                None if logits is None else logits[:length, row : row + 1],
+                None if forced is None else forced[row : row + 1, :length],
+            )
+            for row, length in enumerate(lengths.tolist())
+        ]
+        length = scores.shape[0]
+        chosen = torch.cat([F.pad(r.chosen, (0, length - r.chosen.shape[1])) for r in rows])
+        sizes = [r.selection.indices.shape[1] for r in rows]
+        selection = chosen_first(chosen, max(sizes))
+        return Routed(
+            selection._replace(lengths=torch.tensor(sizes, device=lengths.device)),
+            chosen,
+            *(torch.cat(values) for values in zip(*(r[2:] for r in rows), strict=True)),
+        )
 
     @property
     def _tau(self) -> Tensor:

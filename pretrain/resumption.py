@@ -93,6 +93,8 @@ def _told(difference: Difference) -> str:
 
 def _batch_told(checkpoint: Checkpoint, layout: RunLayout, names: set[str]) -> Iterator[str]:
     step, stage = checkpoint.step, layout.curriculum.stages[0]
+    if step == layout.total_steps:
+        return
     before = checkpoint.trainer.get("sequences_per_step")
     is_changed = names & {*_OF_THE_BATCH} or checkpoint.layout.data != layout.data
     if is_changed and isinstance(before, int) and before != stage.sequences_per_step:

@@ -34,7 +34,9 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
     def layer_specs(self, settings: DariaFormerConfig) -> list[LayerSpec]:
         return layer_specs(settings)
 
-    def inputs(self, tokens: Tensor, given: Mapping[str, Tensor]) -> DariaInputs:
+    def inputs(
+        self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
+    ) -> DariaInputs:
         return DariaInputs(tokens, **given)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -85,6 +85,7 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         gathered: Gathered | None = None,
+        lengths: Tensor | None = None,
     ) -> BlockOutput:
         a = self.attention(
             self.attention_norm(x), positions=positions, cache=cache, gathered=gathered
@@ -92,7 +93,7 @@ class Block(nn.Module):
         u = self.mlp_norm(x + a)
         if not isinstance(self.mlp, MoELayer):
             return BlockOutput(a + self.mlp(u))
-        moe = self.mlp(u)
+        moe = self.mlp(u, lengths)
         losses = torch.stack([moe.load_balancing_loss, moe.z_loss], dim=-1)
         return BlockOutput(a + moe.hidden, losses)
 
@@ -147,7 +148,8 @@ class SomeTokens(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [s/t, b, h], gate fp32 [s/t, b] -> y [s/t, b, h], and the losses of experts."""
         chosen = gather_tokens(x, selection, ctx=self.ctx)
-        output = self.block(chosen, gathered=_gathered(selection, places))
+        gathered = _gathered(selection, places)
+        output = self.block(chosen, gathered=gathered, lengths=selection.lengths)
         return add_tokens(x, output.delta, gate, selection, ctx=self.ctx), output.expert_losses
 
     def continued(self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache) -> Tensor:

@@ -20,13 +20,14 @@ class DynamicCarry(NamedTuple):
     `aux`: fp32 [b, entries], losses and measurements of every row, named by MOD_AUX or DTF_AUX.
     `positions`: int32 [b, s], from 0 in every document; None where a row is one document.
     `keys`: int64 [b, s], where scores are random: what the next routed layer makes them of; else
-    None.
+    None. `lengths`: int64 [b], as in TokenInputs.
     """
 
     hidden: Any
     aux: Any
     positions: Any = None
     keys: Any = None
+    lengths: Any = None
 
 
 class DynamicOutput(NamedTuple):

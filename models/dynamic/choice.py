@@ -6,6 +6,7 @@ Shapes: s sequence, b batch, t tensor size.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from models.dynamic.config import DynamicConfig
 from models.dynamic.scores import Predictor, Scored
 from parallel.context import ParallelContext
-from parallel.gathered import Selection
+from parallel.gathered import Selection, mean_of_tokens
 from parallel.regions import own_sequence, sum_over_sequence_ranks
 from parallel.routing import Routed, TokenRouter
 
@@ -55,11 +56,14 @@ class Choice(nn.Module):
         )
         self.predictor = Predictor(config, ctx=ctx) if config.has_predictor else None
 
-    def forward(self, x: Tensor, scored: Scored, forced: Tensor | None) -> Chosen:
-        """x [s/t, b, h], scores and gate [s/t, b], `forced` bool [b, s]."""
+    def forward(
+        self, x: Tensor, scored: Scored, forced: Tensor | None, lengths: Tensor | None = None
+    ) -> Chosen:
+        """x [s/t, b, h], scores and gate [s/t, b], `forced` bool [b, s], `lengths` as in
+        TokenInputs."""
         logits = None if self.predictor is None else self.predictor(x)
-        routed = self.tokens(scored.scores, logits=logits, forced=forced)
-        aux = self._aux(scored, logits, routed) if self.training else {}
+        routed = self.tokens(scored.scores, logits=logits, forced=forced, lengths=lengths)
+        aux = self._aux(scored, logits, routed, lengths) if self.training else {}
         return Chosen(routed.selection, aux)
 
     def decide(self, x: Tensor, scored: Scored, forced: Tensor | None) -> Tensor:
@@ -67,26 +71,31 @@ class Choice(nn.Module):
         logits = None if self.predictor is None else self.predictor(x)
         return self.tokens.decide(scored.scores, logits=logits, forced=forced)
 
-    def _aux(self, scored: Scored, logits: Tensor | None, routed: Routed) -> dict[str, Tensor]:
+    def _aux(
+        self, scored: Scored, logits: Tensor | None, routed: Routed, lengths: Tensor | None
+    ) -> dict[str, Tensor]:
+        means = partial(row_means, lengths=lengths, ctx=self.ctx)
         entries = {
             "causal_fraction": routed.fraction,
             "causal_recall": routed.recall,
             "score_std": routed.spread,
-            "gate_mean": row_means(scored.gate.detach(), ctx=self.ctx),
+            "gate_mean": means(scored.gate.detach()),
         }
         if self.is_linear:
-            entries["router_z_loss"] = row_means(scored.scores.square(), ctx=self.ctx)
+            entries["router_z_loss"] = means(scored.scores.square())
         if self.rule == "aux":
             logits = scored.scores
         if logits is not None:
             targets = own_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            entries["router_loss"] = row_means(losses, ctx=self.ctx)
+            entries["router_loss"] = means(losses)
         return {name: entry / self.num_routed for name, entry in entries.items()}
 
 
-def row_means(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+def row_means(x: Tensor, *, ctx: ParallelContext, lengths: Tensor | None = None) -> Tensor:
     """The mean over a row's tokens of what each rank has of its own, [s/t, b] -> [b] on every
-    rank."""
+    rank. `lengths` as in TokenInputs, without sequence parallelism."""
+    if lengths is not None:
+        return mean_of_tokens(x, lengths)
     ranks = ctx.tensor.size if ctx.sequence_parallel else 1
     return sum_over_sequence_ranks(x.mean(dim=0) / ranks, ctx=ctx)

@@ -43,8 +43,8 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
 
     While it trains, call `update_thresholds` after every optimizer step, or give
     `ThresholdUpdates()` to transformers' Trainer: what chooses tokens outside of training is
-    learnt there. Until then every token is computed. In training the padding of a row competes for
-    its capacity: pad all rows of a step to one length, or the step depends on how they are batched.
+    learnt there. Until then every token is computed. Padding changes nothing for a row: in
+    training, too, it does not compete for the row's capacity and is in none of its losses.
     """
 
     config: DynamicHFConfig
@@ -75,8 +75,10 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         once for its configuration and again for its model."""
         return self.config_class.settings_class(**settings.model_dump())
 
-    def inputs(self, tokens: Tensor, given: Mapping[str, Tensor]) -> TokenInputs:
-        return TokenInputs(tokens)
+    def inputs(
+        self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
+    ) -> TokenInputs:
+        return TokenInputs(tokens, lengths=lengths)
 
     def readers_of(self, layer: nn.Module) -> list[StateReader]:
         """A pair is two layers; what is between them is no one's output."""

@@ -63,6 +63,7 @@ class DynamicEmbedding(nn.Module):
             hidden.new_zeros(len(inputs.tokens), self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
             positions,
             inputs.tokens if self.hands_on_keys else None,
+            inputs.lengths,
         )
 
 
@@ -82,7 +83,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, carry: DynamicCarry, cache: KVCache | None = None) -> DynamicCarry:
         x = carry.hidden
-        output = self.block(x, positions=carry.positions, cache=cache)
+        output = self.block(x, positions=carry.positions, cache=cache, lengths=carry.lengths)
         losses = output.expert_losses if self.training else None
         return with_expert_losses(carry._replace(hidden=x + output.delta), losses, self.config)
 
@@ -139,7 +140,7 @@ class MoDLayer(nn.Module):
         if cache is not None:
             chosen = self.router.choice.decide(x, scored, forced)
             return carry._replace(hidden=self.dynamic.continued(x, scored.gate, chosen, cache))
-        selection, aux = self.router.choice(x, scored, forced)
+        selection, aux = self.router.choice(x, scored, forced, carry.lengths)
         y, losses = self.dynamic(x, scored.gate, selection, places)
         total = carry.aux + with_entries(MOD_AUX, aux) if aux else carry.aux
         losses = losses if self.training else None

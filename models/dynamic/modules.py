@@ -53,7 +53,7 @@ class RouterOutput(NamedTuple):
     @property
     def chosen(self) -> Tensor:
         """The tokens to compute: bool [b, s]."""
-        indices, valid = self.selection
+        indices, valid = self.selection.indices, self.selection.valid
         there = torch.ones_like(indices, dtype=torch.bool) if valid is None else valid
         return torch.zeros_like(self.scores, dtype=torch.bool).scatter(1, indices, there)
 

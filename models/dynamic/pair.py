@@ -52,10 +52,19 @@ class DTFDecisionLayer(nn.Module):
             self.prior_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
             self.prior = PriorFFN(config, ctx=ctx)
 
-    def forward(self, x: Tensor, positions: Tensor | None, cache: PairCache | None) -> Decided:
-        """x [s/t, b, h]."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        cache: PairCache | None,
+        lengths: Tensor | None = None,
+    ) -> Decided:
+        """x [s/t, b, h], `lengths` as in TokenInputs."""
         delta, losses = self.block(
-            x, positions=positions, cache=None if cache is None else cache.decision
+            x,
+            positions=positions,
+            cache=None if cache is None else cache.decision,
+            lengths=lengths,
         )
         expected = None
         if self.prior is not None and self.prior_norm is not None:
@@ -88,20 +97,20 @@ class DTFPair(nn.Module):
     def forward(self, carry: DynamicCarry, cache: PairCache | None = None) -> DynamicCarry:
         x, router = carry.hidden, self.router
         places = self.dynamic.places(x, carry.positions, None if cache is None else cache.dynamic)
-        delta, expected, losses = self.decision(x, carry.positions, cache)
+        delta, expected, losses = self.decision(x, carry.positions, cache, carry.lengths)
         post = x + delta
         numbers = None
         if carry.keys is not None:
             numbers = router.random_numbers(carry.keys, places)
             carry = carry._replace(keys=next_keys(carry.keys))
         surprise = surprise_of(delta, expected, places, self.config, cache=cache, ctx=self.ctx)
-        scored, aux = router.judged(post, surprise, numbers)
+        scored, aux = router.judged(post, surprise, numbers, carry.lengths)
         forced = places.firsts if self.config.force_first else None
         if cache is not None:
             chosen = router.choice.decide(post, scored, forced)
             y = self.dynamic.continued(post, scored.gate, chosen, cache.dynamic)
             return carry._replace(hidden=y)
-        selection, measured = router.choice(post, scored, forced)
+        selection, measured = router.choice(post, scored, forced, carry.lengths)
         y, more_losses = self.dynamic(post, scored.gate, selection, places)
         if not self.training:
             return carry._replace(hidden=y)
@@ -109,7 +118,9 @@ class DTFPair(nn.Module):
             carry = with_expert_losses(carry, each, self.config)
         if expected is not None:
             normalised = self.config.prior_loss == "nmse"
-            aux["prior_loss"] = prior_loss(delta, expected, normalised=normalised, ctx=self.ctx)
+            aux["prior_loss"] = prior_loss(
+                delta, expected, normalised=normalised, lengths=carry.lengths, ctx=self.ctx
+            )
         shares = {name: entry / self.config.num_routed for name, entry in aux.items()}
         return carry._replace(hidden=y, aux=carry.aux + with_entries(DTF_AUX, measured | shares))
 

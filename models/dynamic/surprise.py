@@ -18,6 +18,7 @@ from models.dynamic.choice import Choice, row_means
 from models.dynamic.config import DTFConfig
 from models.dynamic.scores import LinearScore, Scored, random_scores, through
 from parallel.context import ParallelContext
+from parallel.gathered import mean_of_tokens
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence, own_sequence, sum_over_sequence_ranks
@@ -81,18 +82,27 @@ def squared_error(delta: Tensor, expected: Expected) -> Tensor:
 
 
 def prior_loss(
-    delta: Tensor, expected: Expected, *, normalised: bool, ctx: ParallelContext
+    delta: Tensor,
+    expected: Expected,
+    *,
+    normalised: bool,
+    ctx: ParallelContext,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """The mean squared error of what was expected of every row, delta without gradient: [b].
 
     `normalised`: its sum over the row's sum of delta^2. With a variance it is the likelihood of
-    `squared_error` instead.
+    `squared_error` instead. `lengths` as in TokenInputs.
     """
     delta = at_least_fp32(delta.detach())
     errors = squared_error(delta, expected)
     if not normalised or expected.logvar is not None:
-        return row_means(errors, ctx=ctx)
+        return row_means(errors, ctx=ctx, lengths=lengths)
     squares = delta.square().mean(dim=-1)
+    if lengths is not None:
+        errors, squares = (
+            mean_of_tokens(x, lengths).unsqueeze(0) * lengths for x in (errors, squares)
+        )
     sums = sum_over_sequence_ranks(torch.stack((errors.sum(dim=0), squares.sum(dim=0))), ctx=ctx)
     return sums[0] / sums[1].clamp(min=NORM_EPS)
 
@@ -197,9 +207,15 @@ class DTFRouter(nn.Module):
             config, is_linear=kind == "linear", num_routed=config.num_routed, ctx=ctx
         )
 
-    def judged(self, post: Tensor, surprise: Surprise | None, numbers: Tensor | None) -> Judged:
+    def judged(
+        self,
+        post: Tensor,
+        surprise: Surprise | None,
+        numbers: Tensor | None,
+        lengths: Tensor | None = None,
+    ) -> Judged:
         """Scores of own tokens: `post` [s/t, b, h] for a linear score, else of their surprise, or
-        the given random numbers [s/t, b]."""
+        the given random numbers [s/t, b]. `lengths` as in TokenInputs."""
         if numbers is not None:
             return Judged(Scored(numbers, torch.ones_like(numbers)), {})
         if self.score is not None:
@@ -214,7 +230,7 @@ class DTFRouter(nn.Module):
         logits = self.criteria(surprise)
         scores = torch.stack([F.softplus(logit) for logit in logits.values()]).sum(dim=0)
         means = {
-            name: row_means(logit.detach().sigmoid(), ctx=self.ctx)
+            name: row_means(logit.detach().sigmoid(), ctx=self.ctx, lengths=lengths)
             for name, logit in logits.items()
         }
         return Judged(Scored(scores, self._gate(-torch.expm1(-scores))), means)

@@ -74,7 +74,7 @@ def _run_with_kills(source: Path, folder: Path, num_kills: int, seed: int) -> No
 
 
 def _has_ended(folder: Path) -> bool:
-    """Whether the output is there and nothing is left to do: the kill met the exit of the process."""
+    """Whether the output is there and nothing is left to do: the kill met the process's exit."""
     markers = (folder / "out.work" / name for name in ("publishing", "published"))
     return (folder / "out.idx").exists() and not any(marker.exists() for marker in markers)
 

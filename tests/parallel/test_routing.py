@@ -59,7 +59,7 @@ def test_of_equal_scores_the_earlier_wins_and_there_are_always_k():
 
 def test_rows_with_fewer_chosen_tokens_are_filled_up():
     chosen = torch.tensor([[False, True, False, True], [False, False, True, False]])
-    indices, valid = chosen_first(chosen, 3)
+    indices, valid, _ = chosen_first(chosen, 3)
     assert indices.tolist() == [[1, 3, 0], [2, 0, 1]]
     assert valid is not None
     assert valid.tolist() == [[True, True, False], [True, False, False]]

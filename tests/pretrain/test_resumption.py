@@ -147,10 +147,11 @@ def test_a_finished_run_says_so_and_writes_nothing_but_its_marker(data, run_dir)
     (run_dir / "DONE").unlink()
     config = run_dir / "config.yaml"
     before = config.read_bytes()
-    error, lines = _run(data, run_dir, checkpoint__interval=3)
+    error, lines = _run(data, run_dir, checkpoint__interval=3, training__batch_size=2)
     assert error == ""
     assert lines == [
         "checkpoint.interval: 2 -> 3",
+        "training.batch_size: 4 -> 2",
         f"{run_dir} is complete at step 4: there is nothing left to train",
     ]
     assert config.read_bytes() == before
