@@ -141,8 +141,10 @@ def _is_bare(linear: nn.Module) -> bool:
 class VocabParallelEmbedding(nn.Embedding):
     """The token table cut over its rows: a rank looks up its own ids, and the ranks are summed.
 
-    Input int64 [b, s], output [s, b, h] (or [s/t, b, h] under sequence parallelism). A vocabulary
-    that the tensor size does not divide is padded with zero rows that are never looked up.
+    Input int64 [b, s], output [b, s, h] (or [b, s/t, h] under sequence parallelism) as that of
+    `nn.Embedding`, so that adapters and hooks around it work; it is a view of [s, b, h], the layout
+    of the layers. A vocabulary that the tensor size does not divide is padded with zero rows that
+    are never looked up.
     Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an all-gather.
     """
 
@@ -162,12 +164,12 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens.T.contiguous()  # before the look-up: that many fewer numbers to move
         if self.ctx.tensor.size == 1:
-            return super().forward(tokens)
+            return super().forward(tokens).transpose(0, 1)
         local = tokens - self.first_id
         foreign = (local < 0) | (local >= self.num_embeddings)
         rows = super().forward(local.masked_fill(foreign, 0))
         rows = rows.masked_fill(foreign.unsqueeze(-1), 0.0)
-        return leave_tensor_region(rows, ctx=self.ctx)
+        return leave_tensor_region(rows, ctx=self.ctx).transpose(0, 1)
 
 
 def VocabParallelHead(

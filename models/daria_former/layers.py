@@ -102,7 +102,7 @@ class DariaEmbedding(nn.Module):
         if cache is not None:
             optional = ("images", "audio", "persona", "emotion")
             cache.check_given(frozenset(x for x in optional if getattr(given, x) is not None))
-        hidden = self.tokens(given.tokens)
+        hidden = self.tokens(given.tokens).transpose(0, 1)
         positions = None
         if given.segment_ids is not None:
             positions = positions_in_segments(given.segment_ids)

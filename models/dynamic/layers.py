@@ -54,7 +54,7 @@ class DynamicEmbedding(nn.Module):
                 f"{'None' if inputs.segment_ids is None else 'a tensor'}; "
                 "build the model as the data is"
             )
-        hidden = self.tokens(inputs.tokens)
+        hidden = self.tokens(inputs.tokens).transpose(0, 1)
         positions = None
         if inputs.segment_ids is not None:
             positions = positions_in_segments(inputs.segment_ids)

@@ -51,7 +51,7 @@ class LlamaEmbedding(nn.Module):
                 f"{'None' if inputs.segment_ids is None else 'a tensor'}; "
                 "build the model as the data is"
             )
-        hidden = self.tokens(inputs.tokens)
+        hidden = self.tokens(inputs.tokens).transpose(0, 1)
         if inputs.segment_ids is None:
             return LlamaCarry(hidden)
         return LlamaCarry(hidden, positions_in_segments(inputs.segment_ids))

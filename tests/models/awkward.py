@@ -67,7 +67,7 @@ class Embedding(nn.Module):
 
     def forward(self, inputs: TokenInputs) -> AwkwardCarry:
         ids = inputs.tokens
-        hidden = self.table(ids)
+        hidden = self.table(ids).transpose(0, 1)
         state = at_least_fp32(hidden)[..., :STATE].tanh()
         noise = (ids.float() * 0.37).sin()
         aux = at_least_fp32(hidden.new_zeros(len(ids), 2))

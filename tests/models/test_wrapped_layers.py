@@ -116,6 +116,22 @@ def test_every_adapter_gets_a_gradient_and_every_hook_is_called(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", EXPORTED)
+def test_what_is_put_around_the_token_table_gets_the_rows_of_its_ids(kind):
+    """In the order of torch's own, as noise (NEFTune) and adapters of the table expect them."""
+    theirs = exported(kind).double()
+    table = theirs.get_input_embeddings()
+    assert torch.equal(table(TOKENS), table.weight[TOKENS])
+    more = 0.3 * torch.randn(table.weight.shape, dtype=table.weight.dtype)
+    hook = table.register_forward_hook(lambda _, given, rows: rows + more[given[0]])
+    found = theirs(TOKENS).logits
+    hook.remove()
+    # Not in place: a tied head shares the weight and has no adapter.
+    table.weight = nn.Parameter(table.weight + more)
+    torch.testing.assert_close(found, theirs(TOKENS).logits, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_weights_that_are_there_only_during_the_call_of_their_module_are_enough(kind):
     theirs = exported(kind).double()
     expected, rows = theirs(TOKENS).logits, theirs.generate(TOKENS, **GREEDY)

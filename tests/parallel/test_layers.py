@@ -45,7 +45,7 @@ class Block(nn.Module):
         initialize(self, seed=5, prefix="layer", tensor_rank=ctx.tensor.rank)
 
     def forward(self, tokens):
-        x = self.embedding(tokens)
+        x = self.embedding(tokens).transpose(0, 1)
         left, right = project_together(x, self.left, self.right)
         y = self.row(torch.tanh(self.single(x)) + left * right)
         return self.head(x + y)

@@ -42,7 +42,8 @@ class Embedding(nn.Module):
         )
 
     def forward(self, inputs: TokenInputs) -> MixtureCarry:
-        hidden, segments = self.tokens(inputs.tokens), inputs.segment_ids
+        hidden = self.tokens(inputs.tokens).transpose(0, 1)
+        segments = inputs.segment_ids
         positions = None if segments is None else positions_in_segments(segments)
         return MixtureCarry(
             hidden, torch.zeros(hidden.shape[1], 2, device=hidden.device), positions
