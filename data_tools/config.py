@@ -173,6 +173,11 @@ class DataConfig(BaseModel):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _accept_none(cls, value: Any) -> Any:
+        return () if value is None else value
+
     @field_validator("stages", mode="before")
     @classmethod
     def _accept_a_list(cls, value: Any) -> Any:

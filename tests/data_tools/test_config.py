@@ -23,6 +23,11 @@ def test_a_path_stands_for_a_source_with_weight_one() -> None:
     assert short == DataConfig.model_validate({"train": ["data/web"], "sequence_length": 8})
 
 
+def test_null_is_no_held_out_text() -> None:
+    none = DataConfig.model_validate({"train": "a", "validation": None, "sequence_length": 8})
+    assert none == DataConfig.model_validate({"train": "a", "sequence_length": 8})
+
+
 def test_configuration_survives_a_round_trip() -> None:
     config = DataConfig.model_validate(
         {"train": ["a", {"path": "b", "weight": 2}], "validation": "c", "sequence_length": 8}
