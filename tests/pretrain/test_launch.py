@@ -81,7 +81,13 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+_ORDINARY = ("deepspeed, pipeline 2", "torchrun, data 2", "mpirun, data 2")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(n, marks=[] if n in _ORDINARY else [pytest.mark.slow]) for n in LAUNCHERS],
+)
 def test_every_launcher_trains_to_the_losses_of_one_process(
     launcher, configs, one_process, tmp_path
 ):
@@ -108,7 +114,7 @@ def _two_ranks(configs: Path, *overrides: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train=nowhere", "nowhere.idx: no such file"),
+        pytest.param("data.train=nowhere", "nowhere.idx: no such file", marks=pytest.mark.slow),
         ("training.lr_multipliers={router: 2.0}", "no parameter name contains 'router'"),
     ],
 )

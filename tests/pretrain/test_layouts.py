@@ -89,7 +89,6 @@ PAIRS = [
     Pair("llama", "bf16", "PP2 TP2", "ZeRO-2 DP2"),
     Pair("llama", "bf16", "PP2 TP2", "ZeRO-3 DP2"),
     Pair("llama", "bf16", "ZeRO-1", "PP2 DP2"),
-    Pair("daria_former", "fp32", "PP2 TP2", "ZeRO-3 DP2"),
     Pair("daria_former", "bf16", "ZeRO-2 DP2", "TP2"),
     Pair("mod", "fp32", "PP2 TP2", "ZeRO-3 DP2"),
     Pair("mod", "bf16", "ZeRO-1", "PP2 TP2"),
