@@ -70,7 +70,7 @@ def test_a_refused_draft_leaves_no_trace():
 
 def test_parts_are_where_they_were_published():
     model = _model(**MODALITIES)
-    assert model.text_encoder(TOKENS).shape == (40, 2, 64)
+    assert model.text_encoder(TOKENS).shape == (2, 40, 64)
     assert [type(site) for site in model.emotion] == [EmotionExpressionLayer] * 3
     assert len(model.layers) == 2
     assert model.rope is model.layers[1].attention.rotaries
