@@ -16,8 +16,17 @@ from tests.models.families import CASES
 from tests.tolerance import FP64
 
 SEQ, DEPTH = 16, 10
-# Settings beside those of the case.
-COMPILED: dict[str, dict[str, str | float]] = {"llama": {}, "mod": {}}
+# Of the families with their defaults, dropout and adapters; experts with constant shapes.
+COMPILED: dict[str, dict[str, str | float]] = {
+    "llama": {},
+    "daria_former": {},
+    "daria_former_lora": {},
+    "mod": {},
+    "mod_experts": {"expert_capacity_factor": 1.0},
+    "mod random": {"router_score": "random"},
+    "dtf": {},
+    "dtf random": {"router_score": "random"},
+}
 
 
 # torch's own tracing reads it (2.13).
@@ -54,7 +63,13 @@ def _step(
     return {"loss": total.detach(), **terms}, gradients, sums
 
 
-@pytest.mark.parametrize("name", COMPILED)
+_ORDINARY = ("llama", "mod", "dtf")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in _ORDINARY else [pytest.mark.slow]) for n in COMPILED],
+)
 def test_compiled_layers_are_whole_graphs_and_equal_eager_ones(name):
     """With noise drawn, decisions taken once and counted once although the pass is repeated."""
     counter = CompileCounterWithBackend("aot_eager")
