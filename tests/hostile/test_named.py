@@ -147,7 +147,8 @@ def test_a_decompression_bomb_takes_no_memory_and_is_refused(name: str, tmp_path
     [(outcome, memory, seconds)] = run_ranks(_tokenize_bomb, 1, tmp_path, path, init=False)
     print(f"{name}: {path.stat().st_size:,} bytes, {memory >> 20} MiB, {seconds:.1f} s")
     assert fault_of_refusal(outcome, (str(path),)) is None, outcome
-    assert memory < 200 << 20
+    # Half of what it unpacks to: pages of the parent that the fork touches first count here, too.
+    assert memory < 256 << 20
     assert not list(tmp_path.glob("out.[bij]*"))
 
 
