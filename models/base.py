@@ -18,7 +18,7 @@ class TokenInputs(NamedTuple):
 
     `tokens`: int64 [b, s]. `segment_ids`: int32 [b, s], another number for every document of a row,
     or None when a row is one document. `lengths`: int64 [b], how many tokens each row has, in
-    columns 0 to lengths - 1; the rest is padding. None when no row has any, as in every run.
+    columns 0 to lengths - 1; the rest is padding. None without padding, as in pretraining.
     """
 
     tokens: Tensor

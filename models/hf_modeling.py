@@ -158,8 +158,8 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         """What is computed without a cache, and what the last layer returned.
 
         Rows are turned until they begin at column 0, and the results are turned back: the layers
-        are causal, so that padding after a row's tokens does not reach them. Those that are not in
-        training are told how long rows are.
+        are causal, so that padding after a row's tokens does not reach them. Layers that are not
+        causal in training get the lengths of the rows.
         """
         back, lengths = None, None
         if attention_mask is not None:

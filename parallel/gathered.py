@@ -28,7 +28,7 @@ class Selection(NamedTuple):
     `indices`: int64 [b, k], positions in the sequence, none twice; the valid ones come first and
     ascend, so that a causal mask over them is exact. `valid`: bool [b, k], False for what only
     fills a row up and is not added back; None where all are valid. `lengths`: int64 [b], the size
-    of every row's own selection, where padded rows have selections of different sizes; else None.
+    of each row's own selection when padded rows select different numbers of tokens; else None.
     """
 
     indices: Tensor

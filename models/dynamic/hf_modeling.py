@@ -44,7 +44,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
     While it trains, call `update_thresholds` after every optimizer step, or give
     `ThresholdUpdates()` to transformers' Trainer: what chooses tokens outside of training is
     learnt there. Until then every token is computed. Padding changes nothing for a row: in
-    training, too, it does not compete for the row's capacity and is in none of its losses.
+    training, too, it neither competes for the row's capacity nor adds to its losses.
     """
 
     config: DynamicHFConfig

@@ -20,6 +20,7 @@ from data_tools.indexed import HEADER, MAGIC, IndexedDataset
 from data_tools.preprocess import main
 from data_tools.verify import verify
 from tests.data_tools.tokenizer_folders import byte_level, declare
+from tests.missing import cannot_run
 
 
 def _preprocess(source: Path, output: Path, *options: str) -> IndexedDataset:
@@ -162,7 +163,7 @@ def test_full_disk_is_one_line_and_leaves_no_output(
 ) -> None:
     """A real file system, too small for the shards or for joining them, in its own namespace."""
     if shutil.which("unshare") is None or _in_namespace("true").returncode != 0:
-        pytest.skip("needs unshare with user and mount namespaces")
+        cannot_run("no user and mount namespaces here", needs="unshare")
     text = "".join(json.dumps({"text": "x" * 1000}) + "\n" for _ in range(6000))
     (tmp_path / "in.jsonl").write_text(text)
     disk = tmp_path / "disk"

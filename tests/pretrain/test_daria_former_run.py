@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def _train(data: Path, directory: Path, world_size: int, stage: int, **changes: Any):
-    changes = {"model": MODEL, "training__max_steps": 2, **changes}
+    changes = {"model": MODEL, **changes}
     config = tiny_run(data, run_dir=str(directory / "run"), **changes)
     codes = run_ranks(run_training, world_size, config, f"configs/ds/zero{stage}.json", init=False)
     assert codes == [0] * world_size

@@ -72,7 +72,7 @@ _ORDINARY = ("bf16 ZeRO-3 DP3", "bf16 ZeRO-2 DP3")
 )
 def test_a_run_in_memory_full_of_nan_is_the_same_run(layout, data, tmp_path):
     world_size, zero, changes = LAYOUTS[layout]
-    settings = {"training__max_steps": 2, "watchdog__replica_interval": 1, **changes}
+    settings = {"training__max_steps": 3, "watchdog__replica_interval": 1, **changes}
     curves, weights = [], []
     for fill in (False, True):
         config = tiny_run(data, run_dir=str(tmp_path / str(fill)), **settings)
