@@ -240,7 +240,8 @@ class RunConfig(BaseModel):
         if not self.data.validation and self.evaluation != EvaluationConfig():
             raise ValueError(
                 "evaluation has no effect without held-out text; "
-                "set data.validation or remove the evaluation section (~evaluation on the command line)"
+                "set data.validation or remove the evaluation section "
+                "(~evaluation on the command line)"
             )
         return self
 
