@@ -74,14 +74,9 @@ demo: $(STAMP)
 test: $(COMPILED)
 	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
 
-# Tests that compare numbers; the rest has no sum in it.
-REORDERED := tests/parallel tests/models/test_contract.py tests/models/test_generate.py \
-	$(foreach name,cache equations experts hf layers layouts lora losses model single, \
-		$(wildcard tests/models/*/test_$(name).py)) \
-	$(foreach name,daria_former_run engine layouts,tests/pretrain/test_$(name).py)
-
 reordered: $(COMPILED)
-	$(PYTEST) --reorder-sums $(REORDERED) -m "not slow"
+	$(PYTEST) --reorder-sums tests/models tests/parallel tests/pretrain/test_daria_former_run.py \
+		tests/pretrain/test_engine.py tests/pretrain/test_layouts.py -m "not slow"
 
 soak: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow
