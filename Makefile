@@ -12,7 +12,7 @@ COMPILED := $(VENV)/.compiled
 RUN    := runs/demo_$(FAMILY)
 # A step of llama takes half the time of one of the others.
 STEPS  := $(if $(filter llama,$(FAMILY)),400,300)
-SAMPLING := --max-new-tokens 120 --temperature 0.5 --top-p 0.9
+SAMPLING := --max-new-tokens 120 --temperature 0.7 --top-p 0.8
 export PROMPT := def read(self
 
 # Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
