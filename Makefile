@@ -75,8 +75,8 @@ test: $(COMPILED)
 	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
 
 reordered: $(COMPILED)
-	$(PYTEST) --reorder-sums tests/models tests/parallel tests/pretrain/test_daria_former_run.py \
-		tests/pretrain/test_engine.py tests/pretrain/test_layouts.py -m "not slow"
+	$(PYTEST) --reorder-sums tests/models tests/parallel tests/pretrain/layouts/test_daria_former_run.py \
+		tests/pretrain/engine/test_engine.py tests/pretrain/layouts/test_layouts.py -m "not slow"
 
 soak: $(COMPILED)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow

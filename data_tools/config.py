@@ -69,7 +69,7 @@ class StageConfig(BaseModel):
 
 
 class FimConfig(BaseModel):
-    """Fill-in-the-middle, see `data_tools/fim.py`; only training samples are rearranged."""
+    """Fill-in-the-middle (`data_tools/sampling/fim.py`); rearranges training samples only."""
 
     model_config = _STRICT
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.cli import run_command, usable_cpus
-from data_tools.encoding import EncodingSettings
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
-from data_tools.indexed import IndexedDataset
 from data_tools.preprocess import preprocess
-from data_tools.publish import Job, summary
-from data_tools.tokenizers import load_tokenizer
+from data_tools.preprocessing.encoding import EncodingSettings
+from data_tools.preprocessing.join_shards import Job, summary
+from data_tools.tokenization.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import train_tokenizer
 
 _VERSION = 1  # raise it when the files change for the same interpreter

@@ -1,16 +1,18 @@
-"""Durable, all-or-nothing output files."""
+"""Files: durable, all-or-nothing output; mapped input; patterns of paths."""
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, NoSuchFileError, looked_up
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -99,3 +101,54 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a whole file read-only, without read-ahead: windows are visited in random order.
+
+    Raises:
+        DataError: it is missing, unreadable or empty.
+    """
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise NoSuchFileError(
+            f"{path}: no such file{looked_up(path)}; check the path or preprocess it first"
+        ) from error
+    except ValueError as error:  # what mmap says of an empty file
+        raise DataError(f"{path}: the file is empty; preprocess the corpus again") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path and its permissions") from error
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return mapped
+
+
+def expand_paths(pattern: str, *, suffixes: tuple[str, ...] = ()) -> list[Path]:
+    """Files of a path, a directory (recursively, no hidden files) or a glob, sorted.
+
+    `suffixes` limits what is taken from directories.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [
+            file
+            for file in path.rglob("*")
+            if file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and (not suffixes or file.name.endswith(suffixes))
+        ]
+    else:
+        files = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    if not files:
+        wanted = f" with {', '.join(suffixes)}" if suffixes and path.is_dir() else ""
+        raise NoSuchFileError(
+            f"{pattern}: no such file, or nothing in it{wanted}{looked_up(pattern)}; check the path"
+        )
+    return sorted(files)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.arrays import IntArray
 from data_tools.cli import run_command
-from data_tools.corpus_info import CorpusInfo
+from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
-from data_tools.indexed import IndexedDataset
-from data_tools.permutation import IntArray
-from data_tools.tokenizers import Tokenizer, load_tokenizer
+from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
 
 _EXAMPLE = """example:
   python -m data_tools.inspect_corpus data/demo/train --samples 3 --histogram lengths.png

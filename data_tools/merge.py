@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import progress_bar, run_command
-from data_tools.corpus_info import CorpusInfo
+from data_tools.cli import run_command
+from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter, append_corpora, vocab_size_of
+from data_tools.corpus.origin import Origin, count_text_bytes, origin_of, require_tokenizer
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
-from data_tools.indexed_writer import IndexedDatasetWriter, vocab_size_of
-from data_tools.origin import Origin, count_text_bytes, origin_of, require_tokenizer
-from data_tools.special_tokens import SpecialTokens
-from data_tools.workers import ReportProgress
+from data_tools.progress import progress_bar
+from data_tools.tokenization.special_tokens import SpecialTokens
 
 _EXAMPLE = """example:
   python -m data_tools.merge data/books data/code --output data/both
@@ -107,30 +106,6 @@ def _num_bytes(dataset: IndexedDataset, origin: Origin, tokenizer: str | None) -
 
 def _special_tokens(origins: Sequence[Origin]) -> SpecialTokens:
     return "parse" if any(o.text.special_tokens == "parse" for o in origins) else "plain"
-
-
-def append_corpora(
-    writer: IndexedDatasetWriter, datasets: Iterable[IndexedDataset], report: ReportProgress
-) -> None:
-    """Copy documents in chunks.
-
-    Raises:
-        DataError: a corpus is not what its sidecar says, so that damage is not copied.
-    """
-    documents = num_bytes = 0
-    for dataset in datasets:
-        digest = hashlib.sha256()
-        for chunk in dataset.chunks():
-            digest.update(chunk.ids.tobytes())
-            writer.add_documents(chunk.ids, chunk.lengths)
-            documents += len(chunk.lengths)
-            num_bytes += chunk.ids.nbytes
-            report(documents, num_bytes)
-        if dataset.info is not None and digest.hexdigest() != dataset.info.bin_sha256:
-            raise DataError(
-                f"{dataset.paths.bin}: SHA-256 {digest.hexdigest()} found, "
-                f"{dataset.info.bin_sha256} expected; it is damaged: make it again"
-            )
 
 
 def _check_same_tokenizer(

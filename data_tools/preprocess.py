@@ -14,18 +14,25 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import add_text_arguments, progress_bar, run_command, usable_cpus
-from data_tools.corpus_info import CorpusInfo, left_out_list
-from data_tools.documents import MAX_DOCUMENT_BYTES
-from data_tools.encoding import EncodingSettings
+from data_tools.cli import add_text_arguments, run_command, usable_cpus
+from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.errors import DataError
-from data_tools.inputs import Source, cut_pieces, find_inputs, total_size
-from data_tools.publish import MAX_LISTED, Job, Report, publish, summary
-from data_tools.ranks import OneRank, Ranks, find_ranks
-from data_tools.shards import Shard, encode_shard, plan_shards, read_report, shard_bytes
-from data_tools.tokenizers import TOKENIZER_HELP
-from data_tools.work_folder import Settings, WorkFolder
-from data_tools.workers import run_tasks
+from data_tools.preprocessing.documents import MAX_DOCUMENT_BYTES
+from data_tools.preprocessing.encoding import EncodingSettings
+from data_tools.preprocessing.inputs import Source, cut_pieces, find_inputs, total_size
+from data_tools.preprocessing.join_shards import MAX_LISTED, Job, Report, publish, summary
+from data_tools.preprocessing.multi_node import OneRank, Ranks, find_ranks
+from data_tools.preprocessing.resume_folder import Settings, WorkFolder
+from data_tools.preprocessing.shards import (
+    Shard,
+    encode_shard,
+    plan_shards,
+    read_report,
+    shard_bytes,
+)
+from data_tools.preprocessing.workers import run_tasks
+from data_tools.progress import progress_bar
+from data_tools.tokenization.tokenizers import TOKENIZER_HELP
 
 _EXAMPLE = """example:
   python -m data_tools.preprocess --input corpus/ more.jsonl.zst --output data/train \\

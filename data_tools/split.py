@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.cli import progress_bar, run_command
-from data_tools.corpus_info import CorpusInfo
-from data_tools.encoding import num_text_bytes
+from data_tools.arrays import IntArray, TokenArray
+from data_tools.cli import run_command
+from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.corpus.indexed import Chunk, IndexedDataset
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
+from data_tools.corpus.origin import Origin, origin_of, require_tokenizer
 from data_tools.errors import DataError
-from data_tools.indexed import Chunk, IndexedDataset
-from data_tools.indexed_writer import IndexedDatasetWriter, vocab_size_of
-from data_tools.origin import Origin, origin_of, require_tokenizer
-from data_tools.permutation import IntArray, TokenArray
-from data_tools.tokenizers import Tokenizer
+from data_tools.preprocessing.encoding import num_text_bytes
+from data_tools.progress import progress_bar
+from data_tools.tokenization.tokenizers import Tokenizer
 
 _EXAMPLE = """example:
   python -m data_tools.split data/all --train data/train --validation data/validation --share 0.01

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import add_text_arguments, progress_bar, run_command
-from data_tools.documents import BadDocumentError, DocumentReader, extract_text
+from data_tools.cli import add_text_arguments, run_command
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
-from data_tools.inputs import cut_pieces, find_inputs, total_size
-from data_tools.tokenizers import SentencePieceTokenizer
+from data_tools.preprocessing.documents import BadDocumentError, DocumentReader, extract_text
+from data_tools.preprocessing.inputs import cut_pieces, find_inputs, total_size
+from data_tools.progress import progress_bar
+from data_tools.tokenization.tokenizers import SentencePieceTokenizer
 
 _EXAMPLE = """example:
   python -m data_tools.train_tokenizer --input corpus/ --output data/tokenizer.model \\

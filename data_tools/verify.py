@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.cli import progress_bar, run_command
-from data_tools.corpus_info import CorpusInfo, left_out_list
+from data_tools.cli import run_command
+from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
+from data_tools.corpus.indexed import Chunk, IndexedDataset
+from data_tools.corpus.jsonl_cache import verify_images
 from data_tools.errors import DataError
-from data_tools.indexed import Chunk, IndexedDataset
-from data_tools.jsonl_image import verify_images
-from data_tools.tiktoken_files import split_spec
-from data_tools.tokenizers import tokenizer_fingerprint
-from data_tools.workers import ReportProgress
+from data_tools.progress import ReportProgress, progress_bar
+from data_tools.tokenization.tiktoken_files import split_spec
+from data_tools.tokenization.tokenizers import tokenizer_fingerprint
 
 _EXAMPLE = """example:
   python -m data_tools.verify data/train data/validation

@@ -93,7 +93,7 @@ class HFMapping:
     * `tied(config)`: their second name of a tied tensor -> the first one.
     * `derived`: regular expression of their tensors that hold nothing learnt.
     * `code`: for a model that transformers does not have, the files that an exported directory
-      holds -> the modules that models.hf_bundle generates them from.
+      holds -> the modules that models.hf.code_bundle generates them from.
     * `base`: for a family that grows out of a model of transformers.
     """
 

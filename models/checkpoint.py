@@ -1,46 +1,39 @@
 """A checkpoint directory as a model sees it: configuration, weights, tokenizer. Nothing unpickled.
 
 The directory holds `manifest.json`, whose `config` is that of the run, and `weights/`, which
-parallel.weights_io reads at any layout.
+parallel.checkpoint.weights reads at any layout.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from models.base import ModelFamily
-from models.manifest import closed, read_manifest
 from models.registry import get_config_class, get_family
 from parallel.carry import LayerSpec, SequentialModel
+from parallel.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    UNKNOWN_TEXT,
+    FileEntry,
+    Layout,
+    Manifest,
+    TextRecord,
+    load_manifest,
+)
+from parallel.checkpoint.weights_reader import ShardedWeightsReader, find_weights, verify_weights
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.precision import Precision
 from parallel.sharding import Sharding, sharding_of
-from parallel.weights_io import ShardedWeightsReader, find_weights, verify_weights
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-class StoredText(NamedTuple):
-    """How the text that a model was trained on became tokens; None where that is not known.
-
-    `eod_id` ends a document, `bos_ids` begin it (perhaps none). `special_tokens`: whether text that
-    spells a special token became it (parse) or ordinary tokens (plain).
-    """
-
-    eod_id: int | None = None
-    bos_ids: tuple[int, ...] | None = None
-    special_tokens: Literal["parse", "plain"] | None = None
-
-
-UNKNOWN_TEXT = StoredText()
 
 
 class StoredModel(NamedTuple):
@@ -50,7 +43,7 @@ class StoredModel(NamedTuple):
     family: ModelFamily
     config: Any
     tokenizer: str | None
-    text: StoredText = UNKNOWN_TEXT
+    text: TextRecord = UNKNOWN_TEXT
 
 
 def open_checkpoint(path: Path | str) -> StoredModel:
@@ -60,22 +53,18 @@ def open_checkpoint(path: Path | str) -> StoredModel:
         ValueError: there is none, or its manifest or a weight file is damaged.
     """
     weights = find_weights(Path(path))
-    manifest = weights.parent / "manifest.json"
-    content = read_manifest(manifest)
-    run = content["config"]
+    path = weights.parent / MANIFEST_NAME
+    manifest = load_manifest(path)
     try:
-        model, data = dict(run["model"]), dict(run["data"])
+        model, data = dict(manifest.config["model"]), dict(manifest.config["data"])
         family = get_family(model["family"])
         tokenizer = "bytes" if data.get("kind") == "bytes" else data.get("tokenizer")
         if not isinstance(tokenizer, str | None):
             raise TypeError(f"data.tokenizer={tokenizer!r}")
-        text = StoredText(**content.get("text", {}))
-        if text.bos_ids is not None:
-            text = text._replace(bos_ids=tuple(text.bos_ids))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{manifest} is damaged: no model configuration in it") from error
+        raise ValueError(f"{path} is damaged: no model configuration in it") from error
     verify_weights(weights)
-    return StoredModel(weights, family, parse_config(model, source=manifest), tokenizer, text)
+    return StoredModel(weights, family, parse_config(model, source=path), tokenizer, manifest.text)
 
 
 def origin_of(checkpoint: Path) -> str | None:
@@ -84,7 +73,7 @@ def origin_of(checkpoint: Path) -> str | None:
     Raises:
         ValueError: its manifest is damaged.
     """
-    training = read_manifest(checkpoint / "manifest.json")["config"].get("training")
+    training = load_manifest(checkpoint / MANIFEST_NAME).config.get("training")
     origin = training.get("init_from") if isinstance(training, dict) else None
     return origin if isinstance(origin, str) else None
 
@@ -197,28 +186,25 @@ def write_manifest(directory: Path, stored: StoredModel) -> None:
 
     The format is that of training checkpoints, so that whatever reads those reads this one.
     """
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
     table = parameter_table(stored.family, stored.config)
-    content = {
-        "format_version": 1,
-        "step": 0,
-        "layout": {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0, "precision": "fp32"},
-        "config": {
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        step=0,
+        layout=Layout(),
+        config={
             "model": stored.config.model_dump(mode="json"),
             "data": {"tokenizer": stored.tokenizer},
         },
-        "text": stored.text._asdict(),
-        "fingerprints": {},
-        "versions": {"torch": torch.__version__},
-        "sharding": {
-            name: [info.sharding.dim, info.sharding.full_size] for name, info in table.items()
+        text=stored.text,
+        fingerprints={},
+        versions={"torch": torch.__version__},
+        sharding={
+            name: (info.sharding.dim, info.sharding.full_size) for name, info in table.items()
         },
-        "files": {path.relative_to(directory).as_posix(): _record(path) for path in paths},
-    }
-    (directory / "manifest.json").write_bytes(closed(content))
-
-
-def _record(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest, "rank": 0}
+        files={
+            path.relative_to(directory).as_posix(): FileEntry.of(path, rank=0)
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        },
+    )
+    (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())

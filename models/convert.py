@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from models.checkpoint import StoredModel, open_checkpoint, write_manifest
-from models.hf_base import import_base_weights, plain_model, read_base_config
-from models.hf_declared import (
+from models.hf.base_model import import_base_weights, plain_model, read_base_config
+from models.hf.declared import (
     GENERATION_CONFIG,
     Declared,
     OwnTokens,
@@ -41,20 +41,20 @@ from models.hf_declared import (
     read_declared,
     write_declared,
 )
-from models.hf_export import export_configuration, export_weights, write_json
-from models.hf_import import (
+from models.hf.export_weights import export_configuration, export_weights, write_json
+from models.hf.import_weights import (
     has_unread_index,
     import_weights,
     read_contents,
     read_foreign_config,
 )
-from models.hf_tokenizer import (
+from models.hf.tokenizer import (
     Exported,
     copy_tokenizer,
     export_byte_tokenizer,
     export_tokenizer_files,
 )
-from models.hf_tokenizer_check import Training
+from models.hf.tokenizer_check import Training
 
 _CODE_REMARK = (
     "the directory holds the model's code: load it with from_pretrained(..., "
@@ -159,7 +159,7 @@ def from_hf(
 
 def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str | None) -> Exported:
     """Tokenizer files, what is to be said about them, and the tokens that they name."""
-    from data_tools.tokenizers import load_tokenizer, split_spec, tokenizer_file
+    from data_tools.tokenization.tokenizers import load_tokenizer, split_spec, tokenizer_file
 
     if split_spec(spec) is not None:
         raise ValueError(

@@ -158,7 +158,7 @@ def _continue_text(arguments: argparse.Namespace) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from parallel.cpu import device_type
+    from parallel.cpu.compat import device_type
 
     parser = argparse.ArgumentParser(
         prog="python -m models.generate", description="Sample text from a checkpoint."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from data_tools.tokenizers import Tokenizer, load_tokenizer
-from models.checkpoint import StoredText
+from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
+from parallel.checkpoint.manifest import TextRecord
 
 
 class Prompting(NamedTuple):
@@ -45,7 +45,7 @@ class Prompting(NamedTuple):
 
 def load_prompting(
     spec: str,
-    text: StoredText,
+    text: TextRecord,
     *,
     eod: str | None = None,
     add_bos: bool | None = None,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.cpu import let_megatron_run_on_cpu
+from parallel.cpu.compat import let_megatron_run_on_cpu
 
 with warnings.catch_warnings():
     # Megatron-Core warns about optional packages (Transformer Engine, Apex) that it does not find.

@@ -11,39 +11,39 @@ from typing import NamedTuple
 
 import torch
 
-from data_tools.evaluation import EvalBatches
-from data_tools.loader import TrainLoader
+from data_tools.loading.evaluation import EvalBatches
+from data_tools.loading.loader import TrainLoader
 from models.registry import get_family
-from parallel.waiting import Waiting
-from parallel.weights_io import ShardPosition
-from pretrain.checkpoint import (
+from parallel.checkpoint.weights import ShardPosition
+from parallel.cpu.waiting import Waiting
+from pretrain.checkpointing import (
     Checkpoint,
     CheckpointContents,
 )
-from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
-from pretrain.checkpoint.optimizer_state import (
+from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.optimizer_state import (
     finish_restore,
     optimizer_shard,
     restore_optimizer_state,
 )
-from pretrain.checkpoint.rng_state import restore_rng_state, rng_states, seed_rng
-from pretrain.checkpoint.saves import Saves
+from pretrain.checkpointing.resumption import go_on_from, last_rate
+from pretrain.checkpointing.rng_state import restore_rng_state, rng_states, seed_rng
 from pretrain.config import RunConfig, resolved
 from pretrain.config.layout import RunLayout
-from pretrain.engine import Engine, StepResult
+from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.launcher_env import ranks_on_this_machine
+from pretrain.engine.deepspeed_files import load_engine_state, save_engine_state
+from pretrain.engine.engine import Engine, StepResult
+from pretrain.engine.lr_schedule import learning_rate
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
-from pretrain.flops import device_name, peak_flops, training_flops_per_token
-from pretrain.launch_environment import ranks_on_this_machine
-from pretrain.metrics import Throughput, evaluation_record, training_record
-from pretrain.nonfinite import GuardedSteps, check_finite
-from pretrain.ranks import Ranks
-from pretrain.replicas import check_replicas
-from pretrain.resumption import go_on_from, last_rate
-from pretrain.schedule import learning_rate
-from pretrain.signals import GracefulStop
-from pretrain.spikes import SpikeWatch
-from pretrain.watchdog import Watchdog
-from pretrain.writers import Writers, build_writers
+from pretrain.metrics.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.metrics.records import Throughput, evaluation_record, training_record
+from pretrain.metrics.writers import Writers, build_writers
+from pretrain.stability.loss_spikes import SpikeWatch
+from pretrain.stability.nonfinite_steps import GuardedSteps, check_finite
+from pretrain.stability.replica_check import check_replicas
+from pretrain.supervision.signals import GracefulStop
+from pretrain.supervision.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

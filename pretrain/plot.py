@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.writers import METRICS_NAME, read_metrics
+from pretrain.metrics.writers import METRICS_NAME, read_metrics
 
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 

@@ -7,34 +7,34 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from data_tools.build import build_eval_batches, build_train_loader, data_remarks
-from data_tools.corpus_info import TextRules
-from data_tools.evaluation import EvalBatches
-from data_tools.loader import TrainLoader
-from data_tools.sources import corpus_tokenizer, read_text_rules
+from data_tools.corpus.corpus_info import TextRules
+from data_tools.loading.builders import build_eval_batches, build_train_loader, data_remarks
+from data_tools.loading.evaluation import EvalBatches
+from data_tools.loading.loader import TrainLoader
+from data_tools.loading.sources import corpus_tokenizer, read_text_rules
+from parallel.checkpoint.manifest import TextRecord
+from parallel.checkpoint.storage import Storage
 from parallel.context import ParallelContext
-from pretrain.checkpoint import (
+from pretrain.checkpointing import (
     CheckpointStore,
     Layout,
     RunIdentity,
 )
-from pretrain.checkpoint.manifest import TextRecord
-from pretrain.checkpoint.rng_state import seed_rng
-from pretrain.checkpoint.saves import Saves
-from pretrain.checkpoint.storage import Storage
+from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.resumption import changes_told, go_on_from
+from pretrain.checkpointing.rng_state import seed_rng
 from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
 from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed import limit_groups
-from pretrain.engine import build_engine
+from pretrain.distributed.process_groups import limit_groups
+from pretrain.distributed.rendezvous import World
+from pretrain.engine.engine import build_engine
+from pretrain.engine.initial_weights import initial_weights
+from pretrain.engine.parameter_groups import describe_groups
+from pretrain.engine.train_spec import RunPlan, build_precision, check_model
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.initial_weights import initial_weights
 from pretrain.loop import TrainLoop
-from pretrain.markers import clear_markers, leave_marker
-from pretrain.parameter_groups import describe_groups
-from pretrain.plan import RunPlan, build_precision, check_model
-from pretrain.rendezvous import World
-from pretrain.resumption import changes_told, go_on_from
+from pretrain.run_status import clear_markers, leave_marker
 from pretrain.start import agreement, start
 
 logger = logging.getLogger(__name__)

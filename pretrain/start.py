@@ -12,12 +12,12 @@ from parallel.context import ParallelContext
 from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.layout import RunLayout
-from pretrain.distributed import group_timeout, prepare, process_group
-from pretrain.plan import build_context
-from pretrain.ranks import Ranks
-from pretrain.rendezvous import World, meet
-from pretrain.signals import GracefulStop
-from pretrain.watchdog import Watchdog
+from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.process_groups import group_timeout, prepare, process_group
+from pretrain.distributed.rendezvous import World, meet
+from pretrain.engine.train_spec import build_context
+from pretrain.supervision.signals import GracefulStop
+from pretrain.supervision.watchdog import Watchdog
 
 
 class Start(NamedTuple):

@@ -19,7 +19,13 @@ if not __package__:
     # searched, or its modules could be imported by their bare names.
     sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
-from parallel.threads import prepare_threads
+from parallel.checkpoint.errors import AgreedError
+from parallel.cpu.threads import prepare_threads
+from pretrain.distributed.launcher_env import (
+    adopt_launcher,
+    environment_number,
+    ranks_on_this_machine,
+)
 from pretrain.errors import (
     EXIT_COMPLETED,
     EXIT_LOST_RANK,
@@ -27,18 +33,12 @@ from pretrain.errors import (
     EXIT_OUT_OF_MEMORY,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
-    AgreedError,
     ConfigError,
     LostRankError,
     TrainingError,
     is_out_of_memory,
 )
-from pretrain.launch_environment import (
-    adopt_launcher,
-    environment_number,
-    ranks_on_this_machine,
-)
-from pretrain.lifetime import end_with_launcher
+from pretrain.supervision.launcher_exit import end_with_launcher
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{config.run_dir}: settings checked; torch and DeepSpeed take seconds", flush=True
             )
         remark = prepare_threads(ranks=ranks_on_this_machine())
-        from parallel.cpu import device_type
-        from pretrain.permissions import private_files
+        from parallel.checkpoint.file_modes import private_files
+        from parallel.cpu.compat import device_type
         from pretrain.run import run
 
         if remark is not None and device_type() == "cpu" and _rank() == 0:

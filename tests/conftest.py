@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from parallel.cpu import prepare_environment
+from parallel.cpu.compat import prepare_environment
 
 prepare_environment()
 # A shell starts what runs in its background with SIGINT ignored, and every process that a test

@@ -5,27 +5,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "DariaFormerConfig": "config",
-    "DariaFormerModel": "single",
-    "DariaFormerForCausalLM": "hf_auto",
-    "DariaFormerHFConfig": "hf_auto",
-    "DariaGenerator": "generation",
-    "Trainer": "training",
-    "DariaFormerLoss": "training",
-    "build_optimizer": "training",
-    "MemoryIntegrationSystem": "memory_api",
-    "ReactionVariabilitySystem": "variability",
+    "DariaFormerModel": "standalone.model",
+    "DariaFormerForCausalLM": "hf.auto",
+    "DariaFormerHFConfig": "hf.auto",
+    "DariaGenerator": "standalone.generation",
+    "Trainer": "standalone.training",
+    "DariaFormerLoss": "standalone.training",
+    "build_optimizer": "standalone.training",
+    "MemoryIntegrationSystem": "standalone.memory_api",
+    "ReactionVariabilitySystem": "standalone.logits_processor",
     "FAMILY": "model",
     "LoRALinear": "adapters",
-    "LoRAManager": "lora",
-    "merged_state_dict": "lora_state",
+    "LoRAManager": "standalone.lora",
+    "merged_state_dict": "standalone.lora_state",
 }
 
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

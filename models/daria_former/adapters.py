@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.daria_former.config import LORA_TARGETS
-from models.daria_former.noise import dropout
+from models.daria_former.counter_rng import dropout
 from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.daria_former.cache import BlockCache, History
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.fused import mix_paths
-from models.daria_former.noise import uniform
+from models.daria_former.counter_rng import uniform
+from models.daria_former.manual_backward import mix_paths
 from models.daria_former.paths import (
     PATH_CLASSES,
     Read,

@@ -19,6 +19,7 @@ from models.daria_former.attention import MultiContextAttention
 from models.daria_former.cache import BlockCache, EmbeddingCache, History
 from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.counter_rng import dropout, next_layer, normal, prefix_keys
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.encoders import ModalityEncoder
 from models.daria_former.losses import (
@@ -37,7 +38,6 @@ from models.daria_former.modulation import (
     RhythmGate,
     replicated,
 )
-from models.daria_former.noise import dropout, next_layer, normal, prefix_keys
 from models.daria_former.paths import Rotaries, Sources
 from models.daria_former.router import ContextRouter
 from parallel.context import ParallelContext

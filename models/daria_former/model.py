@@ -9,7 +9,7 @@ from models.base import LossOutput, ModelFamily, num_scored_in, scored_mean
 from models.daria_former.carry import AUX, DariaCarry, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token, num_parameters
-from models.daria_former.hf import HF
+from models.daria_former.hf.mapping import HF
 from models.daria_former.specs import layer_specs
 from parallel.carry import Field
 from parallel.context import ParallelContext
@@ -38,7 +38,7 @@ def carry_schema(
         raise ValueError(
             f"image_enabled={config.image_enabled}, audio_enabled={config.audio_enabled}, and the "
             "data has neither images nor sound; set both to false, or train with "
-            "models.daria_former.training on batches that have them"
+            "models.daria_former.standalone.training on batches that have them"
         )
     local_length = own_length(seq_length, ctx=ctx)
     dtype, tokens = ctx.precision.dtype, (micro_batch_size, seq_length)

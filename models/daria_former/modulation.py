@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.common.norms import inverse_rms, rms_norm
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.fused import multiply_add, weighted_sum
+from models.daria_former.manual_backward import multiply_add, weighted_sum
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32, fp32_or_wider

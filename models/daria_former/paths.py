@@ -25,7 +25,7 @@ from models.common.norms import inverse_rms
 from models.common.rope import RotaryTable, Rotation, rotate
 from models.daria_former.cache import BlockCache, History, MemoryCache
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.fused import scaled_heads
+from models.daria_former.manual_backward import scaled_heads
 from models.daria_former.memory import (
     MemoryLayout,
     Slots,

@@ -8,31 +8,31 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "DTFConfig": "config",
     "MoDConfig": "config",
     "DTF": "model",
     "MOD": "model",
-    "DTFDecisionLayer": "modules",
-    "DTFDynamicLayer": "modules",
-    "DTFRouter": "modules",
-    "MoDLayer": "modules",
-    "MoDRouter": "modules",
-    "PriorFFN": "modules",
-    "BaseDynamicCausalLM": "hf_auto",
-    "DTFForCausalLM": "hf_auto",
-    "DTFHFConfig": "hf_auto",
-    "MoDForCausalLM": "hf_auto",
-    "MoDHFConfig": "hf_auto",
-    "ThresholdUpdates": "hf_auto",
-    "model_classes": "hf_auto",
-    "register": "hf_auto",
+    "DTFDecisionLayer": "standalone_modules",
+    "DTFDynamicLayer": "standalone_modules",
+    "DTFRouter": "standalone_modules",
+    "MoDLayer": "standalone_modules",
+    "MoDRouter": "standalone_modules",
+    "PriorFFN": "standalone_modules",
+    "BaseDynamicCausalLM": "hf.auto",
+    "DTFForCausalLM": "hf.auto",
+    "DTFHFConfig": "hf.auto",
+    "MoDForCausalLM": "hf.auto",
+    "MoDHFConfig": "hf.auto",
+    "ThresholdUpdates": "hf.auto",
+    "model_classes": "hf.auto",
+    "register": "hf.auto",
 }
 
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

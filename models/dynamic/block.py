@@ -24,9 +24,9 @@ from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable, positions_in_segments
 from models.dynamic.cache import RaggedKVCache
 from models.dynamic.config import DynamicConfig
+from models.dynamic.token_gather import Selection, add_tokens, gather_tokens, whole_tokens
 from parallel.context import ParallelContext
-from parallel.experts import MoELayer
-from parallel.gathered import Selection, add_tokens, gather_tokens, whole_tokens
+from parallel.moe import MoELayer
 from parallel.sharding import Normal
 
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
     """What a pre-norm block adds to x: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
 
     The sum itself, not block(x) - x, in which bf16 would cancel. [s, b, h], or [s/t, b, h]. With
-    `num_experts` the mlp is a layer of experts (parallel.experts).
+    `num_experts` the mlp is a layer of experts (parallel.moe).
     """
 
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
@@ -115,7 +115,8 @@ class SomeTokens(nn.Module):
     """A block that computes chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
 
     Attention sees only chosen tokens, at their positions in the sequence, of the same document.
-    Under sequence parallelism tensor ranks bring the chosen tokens together (parallel.gathered).
+    Under sequence parallelism tensor ranks bring the chosen tokens together
+    (models.dynamic.token_gather).
     """
 
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:

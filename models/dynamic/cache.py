@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.common.attention import QUERY_BLOCK, continued_attention
 from models.common.cache import KeysValues, KVCache
-from parallel.gathered import Selection, chosen_first
+from models.dynamic.token_gather import Selection, chosen_first
 
 # Room at first, over the share of tokens that is expected; it grows when it is used up.
 FIRST_ROOM, LEAST_ROOM = 1.25, 64

@@ -46,7 +46,7 @@ def forward_flops_per_token(config: MoDConfig | DTFConfig, seq_length: int) -> f
 
 
 def capacity_of(config: DynamicConfig, seq_length: int) -> int:
-    """Tokens of a row that a routed layer computes (parallel.routing.capacity)."""
+    """Tokens of a row that a routed layer computes (models.dynamic.token_router.capacity)."""
     multiple = config.capacity_multiple
     return min(seq_length, math.ceil(config.capacity_gamma * seq_length / multiple) * multiple)
 

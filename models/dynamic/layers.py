@@ -23,9 +23,9 @@ from models.dynamic.carry import (
     with_entries,
     with_expert_losses,
 )
-from models.dynamic.choice import Choice
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.scores import LinearScore, Scored, next_keys, random_scores, through
+from models.dynamic.token_selection import Choice
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.precision import fp32_or_wider

@@ -12,7 +12,7 @@ from models.common.rope import RotaryTable
 from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.counts import forward_flops_per_token, num_parameters
-from models.dynamic.hf import DTF_HF, MOD_HF
+from models.dynamic.hf.mapping import DTF_HF, MOD_HF
 from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoDLayer
 from models.dynamic.pair import DTFPair
 from parallel.carry import Field, LayerSpec

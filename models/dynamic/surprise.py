@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dynamic.block import Places
-from models.dynamic.choice import Choice, row_means
 from models.dynamic.config import DTFConfig
 from models.dynamic.scores import LinearScore, Scored, random_scores, through
+from models.dynamic.token_selection import Choice, row_means
 from parallel.context import ParallelContext
-from parallel.gathered import mean_of_tokens
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence, own_sequence, sum_over_sequence_ranks
 from parallel.sharding import Constant, Normal, declare_replicated

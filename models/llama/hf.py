@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.base import HFMapping
-from models.hf_decoder import (
+from models.hf.llama_names import (
     BLOCK_BIAS_NAMES,
     BLOCK_NAMES,
     DERIVED_NAMES,

@@ -1,6 +1,5 @@
 """The configuration of a run: schema, composition from YAML, layout, DeepSpeed's JSON. No torch."""
 
-from pretrain.config.operation import LoggingConfig, WandbConfig
 from pretrain.config.schema import (
     RunConfig,
     TrainingConfig,
@@ -8,6 +7,7 @@ from pretrain.config.schema import (
     resolved,
     to_yaml,
 )
+from pretrain.config.sections import LoggingConfig, WandbConfig
 from pretrain.errors import ConfigError
 
 __all__ = [

@@ -1,10 +1,10 @@
 """Which keys a DeepSpeed JSON may hold here, as data; read from DeepSpeed 0.19.8.
 
 DeepSpeed ignores unknown keys outside a few sections, so a misspelt one would have no effect.
-`tests/pretrain/test_ds_config.py` compares these tables with the installed DeepSpeed.
+`tests/pretrain/config/test_deepspeed.py` compares these tables with the installed DeepSpeed.
 
 What is accepted trains as one process does, at every layout that accepts it:
-`tests/pretrain/test_ds_options.py` tries every key at every kind of layout. What does not is
+`tests/pretrain/engine/test_ds_options.py` tries every key at every kind of layout. What does not is
 refused, and so is what no test can try.
 """
 

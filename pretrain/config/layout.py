@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_tools.curriculum import START, BatchStep, Curriculum, Position, plan_curriculum
 from data_tools.errors import DataError
+from data_tools.sampling.curriculum import START, BatchStep, Curriculum, Position, plan_curriculum
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 
@@ -223,7 +223,7 @@ def _max_tokens(run: RunConfig) -> int | None:
     """The least of what max_tokens and max_epochs allow; opens the data for the latter."""
     limits = [run.training.max_tokens]
     if run.training.max_epochs is not None:
-        from data_tools.build import count_training_tokens
+        from data_tools.loading.builders import count_training_tokens
 
         tokens = count_training_tokens(run.data, vocab_size=run.model.vocab_size)
         limits.append(round(run.training.max_epochs * tokens))

@@ -18,11 +18,11 @@ from pydantic import (
 )
 
 from data_tools.config import DataConfig
-from pretrain.config.aliases import resolve_aliases
+from pretrain.config.compat.aliases import resolve_aliases
 from pretrain.config.credentials import check_credentials
 from pretrain.config.errors import config_error, show
-from pretrain.config.limits import check_numbers
-from pretrain.config.operation import (
+from pretrain.config.input_checks import check_numbers
+from pretrain.config.sections import (
     STRICT,
     CheckpointConfig,
     EvaluationConfig,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.build import build_train_loader
 from data_tools.config import DataConfig
+from data_tools.loading.builders import build_train_loader
 from tests.benchmarks.timing import Table, interleaved, ratio
 
 SEQ_LENGTHS, BATCH_TOKENS = (1024, 2048, 32_768), 32_768

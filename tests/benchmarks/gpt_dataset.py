@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.indexed import HEADER, MAGIC
-from data_tools.indexed_writer import IndexedDatasetWriter
+from data_tools.corpus.indexed import HEADER, MAGIC
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 
 
 class _Tokenizer:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_tools.batch import Batch
+from data_tools.loading.batch import Batch
 from models.registry import get_family
-from pretrain.distributed import process_group
+from pretrain.distributed.process_groups import process_group
 from tests.benchmarks.timing import Table, interleaved, ratio
 from tests.benchmarks.training import (
     OurStep,

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_tools.build import build_train_loader
 from data_tools.config import DataConfig
-from data_tools.loader import TrainLoader
+from data_tools.loading.builders import build_train_loader
+from data_tools.loading.loader import TrainLoader
 from tests.benchmarks import gpt_dataset
 from tests.benchmarks.timing import Table
 

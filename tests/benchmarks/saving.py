@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from models.registry import get_family
-from pretrain.checkpoint import CheckpointContents, CheckpointStore, Layout, RunIdentity
-from pretrain.checkpoint.optimizer_state import optimizer_shard
-from pretrain.checkpoint.rng_state import rng_states
-from pretrain.checkpoint.saves import Saves
-from pretrain.distributed import process_group
-from pretrain.engine import Engine
+from pretrain.checkpointing import CheckpointContents, CheckpointStore, Layout, RunIdentity
+from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.optimizer_state import optimizer_shard
+from pretrain.checkpointing.rng_state import rng_states
+from pretrain.distributed.process_groups import process_group
+from pretrain.engine.engine import Engine
 from tests.benchmarks.timing import Table, ratio
 from tests.benchmarks.training import OurStep, random_batch, run_config, start_engine
 

@@ -19,8 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from parallel.threads import POLICY, SPIN, THREADS
-from parallel.waiting import CpuTimes, Waiting, cpu_times
+from parallel.cpu.threads import POLICY, SPIN, THREADS
+from parallel.cpu.waiting import CpuTimes, Waiting, cpu_times
 from tests.benchmarks.timing import Table
 
 FAMILIES = ("llama", "daria_former")
@@ -157,7 +157,7 @@ def _train(family: str, policy: str) -> None:
     from models.registry import get_config_class, get_family
     from parallel.carry import SequentialModel
     from parallel.context import ParallelContext
-    from parallel.cpu import keep_freed_memory
+    from parallel.cpu.compat import keep_freed_memory
 
     keep_freed_memory()
     text = (_ROOT / "configs" / "model" / family / "demo.yaml").read_text()

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from data_tools.encoding import EncodingSettings
-from data_tools.indexed import IndexedDataset
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.preprocess import preprocess
-from data_tools.publish import Job
+from data_tools.preprocessing.encoding import EncodingSettings
+from data_tools.preprocessing.join_shards import Job
 from tests.benchmarks import gpt_dataset
 from tests.benchmarks.fetch import TEXT, TOKENIZERS
 from tests.benchmarks.timing import Table, interleaved, ratio

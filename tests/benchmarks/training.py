@@ -1,7 +1,8 @@
 """One training step of ours and of a plain loop over transformers' model of the same shape.
 
-Ours is what a run executes: `pretrain.engine`, DeepSpeed, ZeRO-1, fused AdamW, clipping. Theirs is
-the loop that anyone would write: forward, backward, clip_grad_norm_, fused AdamW, zero_grad.
+Ours is what a run executes: `pretrain.engine.engine`, DeepSpeed, ZeRO-1, fused AdamW, clipping.
+Theirs is the loop that anyone would write: forward, backward, clip_grad_norm_, fused AdamW,
+zero_grad.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_tools.batch import Batch
+from data_tools.loading.batch import Batch
 from models.base import HFMapping
 from models.registry import get_family
 from pretrain.config import RunConfig, parse_config
 from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.engine import Engine, build_engine
-from pretrain.plan import RunPlan, build_context, build_precision, check_model
+from pretrain.engine.engine import Engine, build_engine
+from pretrain.engine.train_spec import RunPlan, build_context, build_precision, check_model
 
 LEARNING_RATE = 3e-4
 

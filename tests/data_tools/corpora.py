@@ -11,10 +11,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from data_tools.corpus_info import CorpusInfo
-from data_tools.indexed_writer import IndexedDatasetWriter
-from data_tools.permutation import IntArray
-from data_tools.special_tokens import SpecialTokens
+from data_tools.arrays import IntArray
+from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter
+from data_tools.tokenization.special_tokens import SpecialTokens
 
 
 def write_corpus(

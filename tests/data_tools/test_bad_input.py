@@ -15,11 +15,11 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from data_tools.corpus.indexed import HEADER, MAGIC, IndexedDataset
 from data_tools.errors import DataError
-from data_tools.indexed import HEADER, MAGIC, IndexedDataset
 from data_tools.preprocess import main
 from data_tools.verify import verify
-from tests.data_tools.tokenizer_folders import byte_level, declare
+from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 from tests.missing import cannot_run
 
 
@@ -225,8 +225,7 @@ def test_more_than_32_bits_of_tokens_are_written_and_verified(tmp_path: Path) ->
     """2.2 billion tokens go through `merge` and `verify`: about 5 GB are written."""
     for name in ("a", "b"):
         _write_sparse(tmp_path / name, [100_000_000] * 11)
-    from data_tools.indexed_writer import IndexedDatasetWriter
-    from data_tools.merge import append_corpora
+    from data_tools.corpus.indexed_writer import IndexedDatasetWriter, append_corpora
 
     datasets = [IndexedDataset(tmp_path / name) for name in ("a", "b")]
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=60_000) as writer:

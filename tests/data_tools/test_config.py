@@ -75,7 +75,14 @@ def test_wrong_setting_is_refused(changes: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize(
     "module",
-    ["config", "preprocess", "train_tokenizer", "inspect_corpus", "demo_corpus", "token_dataset"],
+    [
+        "config",
+        "preprocess",
+        "train_tokenizer",
+        "inspect_corpus",
+        "demo_corpus",
+        "sampling.token_dataset",
+    ],
 )
 def test_importing_needs_no_torch(module: str) -> None:
     program = f"import sys, data_tools.{module}; print('torch' in sys.modules)"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from data_tools import demo_corpus
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.demo_corpus import build_demo_corpus, standard_library_modules
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
-from data_tools.tokenizers import load_tokenizer
+from data_tools.tokenization.tokenizers import load_tokenizer
 from data_tools.verify import verify
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
 from data_tools.inspect_corpus import document_lengths, duplicate_share, main
 from data_tools.preprocess import main as preprocess
 from tests.data_tools.corpora import counting_documents, write_corpus

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
 from data_tools.merge import main, merge
 from data_tools.preprocess import main as preprocess
 from data_tools.verify import verify

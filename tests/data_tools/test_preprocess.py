@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from data_tools.encoding import EncodingSettings
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
 from data_tools.preprocess import _identity, main
+from data_tools.preprocessing.encoding import EncodingSettings
+from data_tools.preprocessing.resume_folder import WorkFolder
 from data_tools.verify import verify
-from data_tools.work_folder import WorkFolder
-from tests.data_tools.tokenizer_folders import byte_level, declare
+from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 
 _TEXTS = [f"document number {i} " + "word " * (i % 50) + "\u00e9\n" for i in range(3000)]
 

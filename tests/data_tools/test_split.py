@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.origin import origin_of
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
-from data_tools.origin import origin_of
 from data_tools.preprocess import main as preprocess
 from data_tools.split import main, split, split_bounds, split_in_order
 from data_tools.verify import verify
@@ -18,7 +18,7 @@ from tests.data_tools.corpora import (
     write_corpus,
     write_megatron_corpus,
 )
-from tests.data_tools.tokenizer_folders import byte_level, declare
+from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 
 _TEXTS = [f"document number {i % 300}, caf\u00e9" for i in range(900)]  # each of them three times
 

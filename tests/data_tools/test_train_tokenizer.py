@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.documents import DocumentReader
 from data_tools.errors import DataError
-from data_tools.inputs import cut_pieces, find_inputs
-from data_tools.tokenizers import load_tokenizer
+from data_tools.preprocessing.documents import DocumentReader
+from data_tools.preprocessing.inputs import cut_pieces, find_inputs
+from data_tools.tokenization.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import _lines, main, train_tokenizer
 
 _SOURCE = Path(os.__file__).read_text()

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
-from data_tools.indexed_writer import IndexedDatasetWriter
 from data_tools.preprocess import main as preprocess
 from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import main, verify

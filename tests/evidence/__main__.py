@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from parallel.cpu import prepare_environment
+from parallel.cpu.compat import prepare_environment
 from tests.benchmarks.timing import machine
 
 NAMES = ("recall", "mood", "language", "cost", "depth")

@@ -17,10 +17,10 @@ import torch
 
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.model import DTF, MOD
+from models.dynamic.token_router import TokenRouter
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
-from parallel.routing import TokenRouter
 from tests.benchmarks.timing import Table
 from tests.evidence.language import (
     LENGTH,

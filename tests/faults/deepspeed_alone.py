@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.cpu import prepare_deepspeed
+from parallel.cpu.compat import prepare_deepspeed
 from tests.distributed import run_ranks
 from tests.faults.damage import damages
 

@@ -14,9 +14,9 @@ from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import pretrain.checkpoint.store
-import pretrain.engine
-from data_tools.batch import Batch
+import pretrain.checkpointing.store
+import pretrain.engine.engine
+from data_tools.loading.batch import Batch
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
@@ -169,14 +169,14 @@ def _observe_storage(killer: _Killer) -> Counter[int]:
             points[killer.step] += 1
             killer.reached("save")
 
-    pretrain.checkpoint.store.fault_hook = lambda environment, rank: hook  # type: ignore[assignment]
+    pretrain.checkpointing.store.fault_hook = lambda environment, rank: hook  # type: ignore[assignment]
     return points
 
 
 def _observe_steps(killer: _Killer, path: Path) -> None:
     # Unbuffered: what was written is known to the kernel when the process dies.
     file = path.open("ab", buffering=0)
-    for engine in (pretrain.engine.PlainEngine, pretrain.engine.PipelineEngine):
+    for engine in (pretrain.engine.engine.PlainEngine, pretrain.engine.engine.PipelineEngine):
         engine.train_step = _observed(engine.train_step, killer, file)  # type: ignore[method-assign]
 
 

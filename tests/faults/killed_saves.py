@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.__main__ import main
-from pretrain.checkpoint.storage import Storage
+from parallel.checkpoint.storage import Storage
+from pretrain.checkpoint import main
 from tests.distributed import run_ranks
-from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
-from tests.pretrain.test_checkpoint_faults import ranks_of_world
+from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
+from tests.pretrain.checkpointing.test_store_faults import ranks_of_world
 
 RANKS = (0, 1)
 

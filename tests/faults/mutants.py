@@ -37,12 +37,12 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-STORE, STORAGE = "pretrain/checkpoint/store.py", "pretrain/checkpoint/storage.py"
-RESUME, MANIFEST = "pretrain/checkpoint/resume.py", "pretrain/checkpoint/manifest.py"
-LOOP, SAVES = "pretrain/loop.py", "pretrain/checkpoint/saves.py"
-_TESTS = "tests/pretrain/test_checkpoint.py::test_"
-_SAVES = "tests/pretrain/test_saves.py::test_"
-_FAULTS = "tests/pretrain/test_checkpoint_faults.py::test_"
+STORE, STORAGE = "pretrain/checkpointing/store.py", "parallel/checkpoint/storage.py"
+RESUME, MANIFEST = "pretrain/checkpointing/selection.py", "parallel/checkpoint/manifest.py"
+LOOP, SAVES = "pretrain/loop.py", "pretrain/checkpointing/async_save.py"
+_TESTS = "tests/pretrain/checkpointing/test_store.py::test_"
+_SAVES = "tests/pretrain/checkpointing/test_async_save.py::test_"
+_FAULTS = "tests/pretrain/checkpointing/test_store_faults.py::test_"
 POWER_LOSS = (f"{_FAULTS}a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
 KILLED_SAVE = (f"{_FAULTS}a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
 CRASHES = (
@@ -107,7 +107,7 @@ MUTANTS = {
         KILLED_SAVE,
     ),
     "a deletion begins with a rename": Mutant(
-        "pretrain/checkpoint/retention.py",
+        "pretrain/checkpointing/retention.py",
         """    storage.rename(directory / f"step_{step}", doomed)
     storage.remove_tree(doomed)
 """,
@@ -151,7 +151,7 @@ MUTANTS = {
         (f"{_TESTS}a_manifest_that_names_a_file_outside_is_refused",),
     ),
     "one job for a run directory": Mutant(
-        "pretrain/checkpoint/lock.py",
+        "parallel/checkpoint/lock.py",
         "            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "",
         (f"{_TESTS}a_second_job_in_the_same_directory_is_refused",),
@@ -211,43 +211,47 @@ MUTANTS = {
         KILLS,
     ),
     "the place in the data goes on": Mutant(
-        "pretrain/resumption.py",
+        "pretrain/checkpointing/resumption.py",
         '    loader.load_state_dict(checkpoint.trainer["data"], curriculum=layout.curriculum)\n',
         "",
         KILLS,
     ),
     "moments of the optimizer go on": Mutant(
-        "pretrain/checkpoint/optimizer_state.py",
+        "pretrain/checkpointing/optimizer_state.py",
         "        for key in (MASTER, *MOMENTS):\n            live",
         "        for key in (MASTER,):\n            live",
         KILLS,
     ),
     "a rank that stands still ends the run": Mutant(
-        "pretrain/watchdog.py",
+        "pretrain/supervision/watchdog.py",
         "        if found is None and waited > limit:\n",
         "        if False:\n",
-        ("tests/pretrain/test_watchdog.py::test_one_process_alone_is_watched_too",),
+        ("tests/pretrain/supervision/test_watchdog.py::test_one_process_alone_is_watched_too",),
     ),
     "every group has a timeout": Mutant(
-        "pretrain/distributed.py",
+        "pretrain/distributed/process_groups.py",
         "            distributed_c10d._set_pg_timeout(limit, group)\n",
         "            pass\n",
-        ("tests/pretrain/test_watchdog.py::test_every_group_of_a_run_has_the_timeout_of_the_run",),
+        (
+            "tests/pretrain/supervision/test_watchdog.py::test_every_group_of_a_run_has_the_timeout_of_the_run",
+        ),
     ),
     "replicas are compared": Mutant(
-        "pretrain/replicas.py",
+        "pretrain/stability/replica_check.py",
         "    if torch.equal(least, most):\n",
         "    if True:\n",
         (
-            "tests/pretrain/test_replicas.py"
+            "tests/pretrain/stability/test_replica_check.py"
             "::test_before_a_save_ranks_are_compared_whatever_the_interval",
         ),
     ),
     "what is not finite is never saved": Mutant(
-        "pretrain/nonfinite.py",
+        "pretrain/stability/nonfinite_steps.py",
         "    finding = first_not_finite(module)\n",
         "    finding = None\n",
-        ("tests/pretrain/test_nonfinite.py::test_what_is_not_finite_is_never_saved",),
+        (
+            "tests/pretrain/stability/test_nonfinite_steps.py::test_what_is_not_finite_is_never_saved",
+        ),
     ),
     "a run that could not save takes no step": Mutant(
         STORE,
@@ -262,7 +266,7 @@ MUTANTS = {
         ("tests/data_tools/test_verify.py::test_verify_finds_every_flipped_bit",),
     ),
     "the description of a corpus has a checksum": Mutant(
-        "data_tools/corpus_info.py",
+        "data_tools/corpus/corpus_info.py",
         "    _check_undamaged(path, text)\n",
         "",
         ("tests/data_tools/test_verify.py::test_edited_sidecar_is_refused_when_it_is_opened",),
@@ -331,7 +335,7 @@ def _applied(mutant: Mutant, tree: Path) -> Iterator[None]:
 
 def _import_what_is_slow() -> None:
     """Everything but our own packages, which a forked process imports from its own tree."""
-    from parallel.cpu import prepare_environment
+    from parallel.cpu.compat import prepare_environment
 
     prepare_environment()
     warnings.simplefilter("ignore")

@@ -14,13 +14,15 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-import pretrain.engine
-from parallel.weights_io import ShardedWeightsReader, WeightsError
-from pretrain.checkpoint import CheckpointStore, RunIdentity
-from pretrain.checkpoint.manifest import FileEntry, read_manifest
-from pretrain.checkpoint.storage import file_record
+import pretrain.engine.engine
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.manifest import FileEntry, read_manifest
+from parallel.checkpoint.storage import file_record
+from parallel.checkpoint.weights import WeightsError
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
+from pretrain.checkpointing import CheckpointStore, RunIdentity
 from pretrain.config import to_yaml
-from pretrain.errors import EXIT_COMPLETED, CheckpointError
+from pretrain.errors import EXIT_COMPLETED
 from pretrain.run import run as run_training
 from pretrain.train import main
 from tests.distributed import run_ranks
@@ -37,7 +39,7 @@ from tests.faults.deepspeed_alone import (
 from tests.faults.killed_runs import Moment, read_trace, small_run, train
 from tests.faults.killed_saves import crash_everywhere
 from tests.faults.test_resume_cases import CASES, difference
-from tests.pretrain.test_nonfinite import Fault, _broken
+from tests.pretrain.stability.test_nonfinite_steps import Fault, _broken
 from tests.pretrain.tiny_run import write_data
 
 STEPS, DS_CONFIG = 4, "configs/ds/zero1.json"
@@ -168,14 +170,14 @@ def stopped_rank(folder: Path) -> str:
     config = small_run(folder / "run", steps=9, interval=9, watchdog__timeout=10.0)
 
     def stopping() -> None:
-        original = pretrain.engine.PlainEngine.train_step
+        original = pretrain.engine.engine.PlainEngine.train_step
 
         def train_step(self, *args, **kwargs):
             if self.deepspeed.global_steps == 3 and self.ctx.data.rank == 1:
                 stop_here(folder)
             return original(self, *args, **kwargs)
 
-        pretrain.engine.PlainEngine.train_step = train_step  # type: ignore[method-assign]
+        pretrain.engine.engine.PlainEngine.train_step = train_step  # type: ignore[method-assign]
         run_training(config, DS_CONFIG)
 
     return ended_after(lambda: run_ranks(stopping, 2, init=False, timeout=STOPPED_BOUND), folder)

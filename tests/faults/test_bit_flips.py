@@ -12,16 +12,17 @@ import pytest
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from data_tools.byte_dataset import MappedFiles
+from data_tools.corpus.byte_dataset import MappedFiles
+from data_tools.corpus.indexed import HEADER, IndexedDataset
+from data_tools.corpus.jsonl_cache import open_jsonl, verify_images
 from data_tools.errors import DataError
-from data_tools.indexed import HEADER, IndexedDataset
-from data_tools.jsonl_image import open_jsonl, verify_images
 from data_tools.preprocess import main as preprocess
 from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
-from pretrain.checkpoint import CheckpointStore, RunIdentity
-from pretrain.checkpoint.manifest import read_manifest
-from pretrain.errors import EXIT_COMPLETED, CheckpointError
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.manifest import read_manifest
+from pretrain.checkpointing import CheckpointStore, RunIdentity
+from pretrain.errors import EXIT_COMPLETED
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.faults.damage import Damage, Tally, damages

@@ -9,7 +9,7 @@ import pytest
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from pretrain.checkpoint.manifest import read_manifest
+from parallel.checkpoint.manifest import read_manifest
 from tests.faults.killed_runs import Moment, small_run, train, undisturbed
 from tests.faults.killed_saves import assert_nothing_torn, crash_everywhere, every_point
 from tests.pretrain.tiny_run import write_data

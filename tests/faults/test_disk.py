@@ -18,17 +18,17 @@ import torch
 import torch._dynamo
 import torch.fx.experimental.symbolic_shapes
 
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.manifest import MANIFEST_NAME
+from parallel.checkpoint.storage import Storage
+from parallel.checkpoint.weights import Weight
 from parallel.sharding import Sharding
-from parallel.weights_io import Weight
-from pretrain.checkpoint import CheckpointContents
-from pretrain.checkpoint.manifest import MANIFEST_NAME
-from pretrain.checkpoint.optimizer_state import OptimizerShard
-from pretrain.checkpoint.storage import Storage
-from pretrain.errors import CheckpointError
+from pretrain.checkpointing import CheckpointContents
+from pretrain.checkpointing.optimizer_state import OptimizerShard
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.faults.deepspeed_alone import small_files
-from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
+from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 KINDS = ("optimizer", "weights", "rng", "trainer.json", MANIFEST_NAME)
@@ -304,12 +304,12 @@ def may_mount() -> bool:
 
 def refused_run(config) -> str:
     """`run`, whose folder for checkpoints cannot be written; before its first step."""
-    import pretrain.engine
+    import pretrain.engine.engine
 
     def train_step(self, *args: object, **kwargs: object) -> NoReturn:
         raise AssertionError("a step was taken")
 
-    pretrain.engine.PlainEngine.train_step = train_step  # type: ignore[method-assign]
+    pretrain.engine.engine.PlainEngine.train_step = train_step  # type: ignore[method-assign]
     with as_nobody(Path(config.run_dir)), pytest.raises(CheckpointError) as failure:
         run_training(config, "configs/ds/zero1.json")
     return str(failure.value)

@@ -12,7 +12,7 @@ import pytest
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from pretrain.checkpoint.manifest import read_manifest
+from parallel.checkpoint.manifest import read_manifest
 from tests.faults.killed_runs import (
     Moment,
     Run,

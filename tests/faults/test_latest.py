@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.errors import CheckpointError
-from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
+from parallel.checkpoint.errors import CheckpointError
+from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
 
 NEWEST = 2
 

@@ -11,7 +11,7 @@ import pytest
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from pretrain.checkpoint.manifest import read_manifest
+from parallel.checkpoint.manifest import read_manifest
 from tests.data_tools.corpora import write_corpus
 from tests.faults.killed_runs import Moment, read_trace, train
 from tests.models.families import CASES as FAMILIES
@@ -112,7 +112,7 @@ CASES = {
     "data workers": Case(data=2, changes={"data__num_workers": 2}, place="load"),
     "recomputation": Case(changes={"training__activation_recomputation": "full"}),
 }
-# What the runs of tests/pretrain/test_resume.py do not show.
+# What the runs of tests/pretrain/checkpointing/test_resume.py do not show.
 ORDINARY = ("expert 2, ZeRO-2 bf16", "epoch edge", "inside an accumulation", "dtf PP2")
 
 

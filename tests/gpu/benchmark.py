@@ -24,11 +24,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from data_tools.batch import Batch
+from data_tools.loading.batch import Batch
 from models.registry import get_family
 from pretrain.config import RunConfig
-from pretrain.distributed import process_group
-from pretrain.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.distributed.process_groups import process_group
+from pretrain.metrics.flops import device_name, peak_flops, training_flops_per_token
 from tests.benchmarks.timing import Table, machine
 from tests.benchmarks.training import (
     OurStep,

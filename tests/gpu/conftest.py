@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def process_device() -> Iterator[torch.device]:
     """The device of an initialised process group of one, as a run has it."""
-    from pretrain.distributed import process_group
+    from pretrain.distributed.process_groups import process_group
 
     with process_group() as device:
         assert device.type == DEVICE.type

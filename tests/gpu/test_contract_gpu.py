@@ -8,7 +8,7 @@ import torch
 from models.base import TokenInputs, logits_of
 from parallel.carry import check_carry
 from parallel.wire import Wire
-from pretrain.equivalence import Measured, measure
+from tests.equivalence import Measured, measure
 from tests.gpu.device import (
     BATCH,
     DEVICE,

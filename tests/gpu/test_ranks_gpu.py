@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.context import ParallelContext
-from pretrain.equivalence import measure
 from tests.distributed import free_port
+from tests.equivalence import measure
 from tests.gpu.device import DEVICE, SEED, context, tokens_of
 from tests.models.families import CASES
 

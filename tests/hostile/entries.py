@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import zstandard
 
-from data_tools.encoding import _tokenizer as load_once
-from models.daria_former import cli as daria
-from models.daria_former.single import DariaFormerModel
-from models.daria_former.training import Trainer
+from data_tools.preprocessing.encoding import _tokenizer as load_once
+from models.daria_former.standalone import cli as daria
+from models.daria_former.standalone.model import DariaFormerModel
+from models.daria_former.standalone.training import Trainer
 from pretrain.config import to_yaml
 from tests.data_tools.corpora import write_corpus
 from tests.distributed import run_ranks
@@ -69,8 +69,8 @@ def _checkpoints(folder: Path) -> list[Entry]:
         "generate": partial(
             tool, "models.generate", "--checkpoint", str(step), "--prompt", "x", "--device", "cpu"
         ),
-        "checkpoint verify": partial(tool, "pretrain.checkpoint.__main__", "verify", str(step)),
-        "checkpoint list": partial(tool, "pretrain.checkpoint.__main__", "list", str(step)),
+        "checkpoint verify": partial(tool, "pretrain.checkpoint", "verify", str(step)),
+        "checkpoint list": partial(tool, "pretrain.checkpoint", "list", str(step)),
     }
     weights = step / "weights" / "pp_00_tp_00.safetensors"
     made = []
@@ -82,7 +82,7 @@ def _checkpoints(folder: Path) -> list[Entry]:
 
 
 def _daria_checkpoints(folder: Path) -> list[Entry]:
-    """What models.daria_former.training writes, whose optimizer state is a file of torch."""
+    """What the standalone trainer writes, whose optimizer state is a file of torch."""
     sizes = shrunk()
     stream = torch.randint(0, 257, (2, 25))
     batches = [(stream[:, :-1], stream[:, 1:])]

@@ -18,8 +18,8 @@ import numpy as np
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data_tools.encoding import _tokenizer as load_once
-from models.manifest import closed
+from data_tools.preprocessing.encoding import _tokenizer as load_once
+from parallel.checkpoint.manifest import encode_manifest
 from tests.data_tools.corpora import write_corpus
 from tests.hostile.attempt import Attempt
 from tests.hostile.commands import Outcome, data_tool, tool
@@ -196,7 +196,7 @@ class CheckpointManifest:
         return Attempt(what, run, spoilt != self.valid, (str(self.file), str(self.step)))
 
     def _verify(self) -> Outcome:
-        outcome = tool("pretrain.checkpoint.__main__", "verify", str(self.step))
+        outcome = tool("pretrain.checkpoint", "verify", str(self.step))
         # Its verdict on damage is its output, and has an exit code of its own.
         if outcome.code == 3 and outcome.out.startswith(f"{self.step.name}: DAMAGED "):
             return Outcome(2, "", f"error: {outcome.out.strip()}\n")
@@ -258,7 +258,7 @@ def vouch_for(step: Path) -> None:
         data = (step / name).read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         content["files"][name] = {"size": len(data), "sha256": sha256, "rank": 0}
-    path.write_bytes(closed(content))
+    path.write_bytes(encode_manifest(content))
 
 
 class ForeignModel:

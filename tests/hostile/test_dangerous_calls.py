@@ -8,13 +8,16 @@ from tests.hostile.dangerous_calls import ROOT, findings_in, sources
 
 # File and rule -> why the call is there.
 EXCEPTIONS = {
-    ("pretrain/checkpoint/engine_state.py", "load_checkpoint"): (
+    ("pretrain/engine/deepspeed_files.py", "load_checkpoint"): (
         "DeepSpeed's own files, where only it can restore the optimizer: after their manifest has "
         "been compared, and never at another layout (SECURITY.md)"
     ),
-    ("pretrain/ranks.py", "gather_object"): "what ranks of one job tell each other",
-    ("pretrain/ranks.py", "broadcast_object_list"): "what ranks of one job tell each other",
-    ("models/daria_former/training.py", "all_gather_object"): (
+    ("pretrain/distributed/consensus.py", "gather_object"): "what ranks of one job tell each other",
+    (
+        "pretrain/distributed/consensus.py",
+        "broadcast_object_list",
+    ): "what ranks of one job tell each other",
+    ("models/daria_former/standalone/training.py", "all_gather_object"): (
         "what ranks of one job tell each other"
     ),
 }

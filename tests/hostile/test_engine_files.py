@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.cpu import prepare_deepspeed, prepare_environment
-from pretrain.checkpoint.engine_state import load_engine_state, save_engine_state
+from parallel.cpu.compat import prepare_deepspeed, prepare_environment
 from pretrain.config import to_yaml
+from pretrain.engine.deepspeed_files import load_engine_state, save_engine_state
 from tests.distributed import run_ranks
 from tests.hostile.commands import Outcome, fault_of_refusal, train
 from tests.hostile.payloads import payloads

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.distributed.launcher_env import adopt_launcher
+from pretrain.distributed.rendezvous import World
 from pretrain.errors import ConfigError
-from pretrain.launch_environment import adopt_launcher
-from pretrain.rendezvous import World
 from tests.launchers.hostile import hostile_strings
 
 ROOT = Path(__file__).resolve().parents[2]

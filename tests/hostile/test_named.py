@@ -16,15 +16,14 @@ import pytest
 import yaml
 import zstandard
 
-from models.hf_import import INDEX_NAME, open_foreign_weights
-from models.manifest import closed
-from pretrain.checkpoint.manifest import read_manifest
+from models.hf.import_weights import INDEX_NAME, open_foreign_weights
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.manifest import encode_manifest, read_manifest
 from pretrain.config import to_yaml
-from pretrain.errors import CheckpointError
 from tests.hostile.commands import Outcome, fault_of_refusal, tool, train
 from tests.hostile.settings import REFERENCES
 from tests.models.checkpoints import config, write_checkpoint
-from tests.pretrain.checkpoint_fixtures import assert_holds, contents, open_store
+from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
 from tests.pretrain.tiny_run import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +43,7 @@ def test_names_that_lead_out_of_a_checkpoint_are_refused(tmp_path: Path) -> None
     for name in LEADING_OUT:
         entry = {"size": 0, "sha256": "0" * 64, "rank": 0}
         forged = {**content, "files": {**content["files"], name: entry}}
-        (step / "manifest.json").write_bytes(closed(forged))
+        (step / "manifest.json").write_bytes(encode_manifest(forged))
         with pytest.raises(CheckpointError, match=r"manifest\.json.*files"):
             read_manifest(step)
 
@@ -177,7 +176,7 @@ COMMANDS = {
     ],
     "no such model": ["-m", "models.convert", "from-hf", "--model", "nothing", "--output", "x"],
     "no such run": ["-m", "pretrain.plot", "nothing"],
-    "no such checkpoint": ["-m", "pretrain.checkpoint", "verify", "nothing"],
+    "no such checkpoint": ["-m", "pretrain.checkpointing", "verify", "nothing"],
 }
 IMPORT_TORCH = ("no such model", "no such run", "no such checkpoint")  # for seconds
 

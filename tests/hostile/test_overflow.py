@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_tools.build import build_train_loader
 from data_tools.config import DataConfig
-from data_tools.corpus_info import read_info
+from data_tools.corpus.corpus_info import read_info
+from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter, smallest_dtype
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedDataset
-from data_tools.indexed_writer import IndexedDatasetWriter, smallest_dtype
-from data_tools.loader import TrainLoader
+from data_tools.loading.builders import build_train_loader
+from data_tools.loading.loader import TrainLoader
 from data_tools.merge import merge
 from data_tools.split import split
 from tests.data_tools.corpora import write_corpus

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from models.convert import _published
-from pretrain.checkpoint.lock import LOCK_NAME
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.lock import LOCK_NAME
 from pretrain.config import RunConfig, to_yaml
-from pretrain.errors import CheckpointError
 from pretrain.train import main
 from tests.distributed import run_ranks
-from tests.pretrain.checkpoint_fixtures import open_store
+from tests.pretrain.checkpointing.fixtures import open_store
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 UMASKS = (0o000, 0o022, 0o077)

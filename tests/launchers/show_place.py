@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from pretrain.launch_environment import adopt_launcher  # noqa: E402
+from pretrain.distributed.launcher_env import adopt_launcher  # noqa: E402
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

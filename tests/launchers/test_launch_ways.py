@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from pretrain.distributed.launcher_env import adopt_launcher
 from pretrain.errors import ConfigError
-from pretrain.launch_environment import adopt_launcher
 from tests.launchers.cluster import ROOT, Cluster
 
 SHOW = "tests/launchers/show_place.py"

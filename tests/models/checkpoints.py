@@ -9,22 +9,16 @@ from typing import Any
 import torch
 
 from models.base import ModelFamily
-from models.checkpoint import (
-    UNKNOWN_TEXT,
-    StoredModel,
-    StoredText,
-    parameter_table,
-    write_manifest,
-)
+from models.checkpoint import StoredModel, parameter_table, write_manifest
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY
-from models.manifest import closed
 from parallel.carry import SequentialModel
+from parallel.checkpoint.manifest import UNKNOWN_TEXT, TextRecord, encode_manifest
+from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.sharding import split
-from parallel.weights_io import ShardPosition, Weight, write_shard
-from pretrain.equivalence import build
+from tests.equivalence import build
 
 VOCAB_SIZE = 301  # not divisible by 2: tensor ranks pad it
 
@@ -56,7 +50,7 @@ def write_checkpoint(
     pipeline: int = 1,
     tensor: int = 1,
     tokenizer: str | None = "bytes",
-    text: StoredText = UNKNOWN_TEXT,
+    text: TextRecord = UNKNOWN_TEXT,
     dtype: torch.dtype = torch.float32,
     whole: SequentialModel | None = None,
 ) -> SequentialModel:
@@ -89,4 +83,4 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Replace top-level keys of a JSON file; a manifest keeps a checksum that fits."""
     content = json.loads(path.read_text()) | changes
     is_manifest = content.pop("checksum", None) is not None
-    path.write_bytes(closed(content) if is_manifest else json.dumps(content).encode())
+    path.write_bytes(encode_manifest(content) if is_manifest else json.dumps(content).encode())

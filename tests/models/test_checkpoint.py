@@ -8,7 +8,7 @@ import torch
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from models.llama.model import FAMILY
-from pretrain.checkpoint.manifest import read_manifest, verify_content, verify_listing
+from parallel.checkpoint.manifest import read_manifest, verify_content, verify_listing
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 
 TOKENS = TokenInputs(torch.arange(40).view(2, 20))

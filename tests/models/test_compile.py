@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from models.base import TokenInputs
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.engine import compile_layers
-from pretrain.equivalence import build
+from pretrain.engine.engine import compile_layers
+from tests.equivalence import build
 from tests.models.families import CASES
 from tests.tolerance import FP64
 

@@ -17,8 +17,8 @@ from models.registry import family_names
 from parallel.carry import SequentialModel, check_layers
 from parallel.context import ParallelContext
 from parallel.sharding import sharding_table
-from pretrain.equivalence import Measured, build, measure
 from tests.distributed import run_ranks
+from tests.equivalence import Measured, build, measure
 from tests.models.families import CASES, evaluated
 from tests.tolerance import FP64, assert_close, rounding
 

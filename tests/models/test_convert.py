@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from data_tools.tokenizers import load_tokenizer
+from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert, generate
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint

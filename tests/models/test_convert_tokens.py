@@ -10,10 +10,11 @@ import pytest
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 
-from data_tools.tokenizers import load_tokenizer
+from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert, generate
-from models.checkpoint import StoredText, open_checkpoint
-from tests.data_tools.tokenizer_folders import TEXT, byte_level, declare
+from models.checkpoint import open_checkpoint
+from parallel.checkpoint.manifest import TextRecord
+from tests.data_tools.tokenization.tokenizer_folders import TEXT, byte_level, declare
 from tests.models.checkpoints import config, write_checkpoint
 
 
@@ -53,7 +54,7 @@ def test_a_prompt_must_have_ids_of_the_model(tmp_path, capsys):
 
 def test_the_end_token_of_an_export_is_that_of_the_data(tmp_path, capsys):
     spec = str(byte_level(tmp_path / "t", ["<|endoftext|>", "<|doc|>"]))
-    text = StoredText(eod_id=301, bos_ids=(), special_tokens="parse")
+    text = TextRecord(eod_id=301, bos_ids=(), special_tokens="parse")
     write_checkpoint(tmp_path / "step_5", config(vocab_size=302), tokenizer=spec, text=text)
     line = ["to-hf", "--checkpoint", str(tmp_path / "step_5"), "--output"]
     for name, options, expected in (

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from models import convert, generate
-from models.checkpoint import UNKNOWN_TEXT, StoredText
 from models.prompting import load_prompting
-from tests.data_tools.tokenizer_folders import byte_level, declare
+from parallel.checkpoint.manifest import UNKNOWN_TEXT, TextRecord
+from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 from tests.models.checkpoints import config, write_checkpoint
 
 PROMPT = "<|im_start|>river stone"
@@ -29,18 +29,42 @@ def tokenizer(tmp_path) -> str:
     ("text", "settings", "begins", "parsed", "eod_id"),
     [
         (UNKNOWN_TEXT, {}, True, True, 301),
-        (StoredText(302, (), "plain"), {}, False, False, 302),
-        (StoredText(302, (300,), "parse"), {}, True, True, 302),
-        (StoredText(None, (), "plain"), {}, False, False, 301),
-        (StoredText(302, (), "plain"), {"add_bos": True}, True, False, 302),
-        (StoredText(302, (300,), "plain"), {"add_bos": False}, False, False, 302),
-        (StoredText(302, (300,), "plain"), {"special_tokens": "parse"}, True, True, 302),
-        (StoredText(302, (), "plain"), {"eod": "<|begin|>"}, False, False, 300),
+        (TextRecord(eod_id=302, bos_ids=(), special_tokens="plain"), {}, False, False, 302),
+        (TextRecord(eod_id=302, bos_ids=(300,), special_tokens="parse"), {}, True, True, 302),
+        (TextRecord(eod_id=None, bos_ids=(), special_tokens="plain"), {}, False, False, 301),
+        (
+            TextRecord(eod_id=302, bos_ids=(), special_tokens="plain"),
+            {"add_bos": True},
+            True,
+            False,
+            302,
+        ),
+        (
+            TextRecord(eod_id=302, bos_ids=(300,), special_tokens="plain"),
+            {"add_bos": False},
+            False,
+            False,
+            302,
+        ),
+        (
+            TextRecord(eod_id=302, bos_ids=(300,), special_tokens="plain"),
+            {"special_tokens": "parse"},
+            True,
+            True,
+            302,
+        ),
+        (
+            TextRecord(eod_id=302, bos_ids=(), special_tokens="plain"),
+            {"eod": "<|begin|>"},
+            False,
+            False,
+            300,
+        ),
     ],
 )
 def test_what_a_setting_does_not_say_is_done_as_in_training(
     tokenizer: str,
-    text: StoredText,
+    text: TextRecord,
     settings: dict[str, Any],
     begins: bool,
     parsed: bool,
@@ -55,7 +79,7 @@ def test_what_a_setting_does_not_say_is_done_as_in_training(
 
 def test_empty_prompt_is_what_a_document_begins_with_or_after(tmp_path, tokenizer: str) -> None:
     assert load_prompting(tokenizer, UNKNOWN_TEXT).encode("", vocab_size=303) == [300]
-    text = StoredText(301, (), "plain")
+    text = TextRecord(eod_id=301, bos_ids=(), special_tokens="plain")
     assert load_prompting(tokenizer, text).encode("", vocab_size=303) == [301]
     nameless = str(byte_level(tmp_path / "nameless"))
     with pytest.raises(ValueError, match="the prompt is empty, and no token is known to begin or"):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from models.base import TokenInputs, logits_of
 from parallel.carry import SequentialModel
 from tests.models.checkpoints import model
-from tests.models.exports import EXPORTED, FAMILIES, TOKENS, exported
 from tests.models.families import CASES, evaluated
+from tests.models.hf.exports import EXPORTED, FAMILIES, TOKENS, exported
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 8}

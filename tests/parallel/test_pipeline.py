@@ -13,7 +13,7 @@ import torch
 from models.base import TokenInputs
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
-from parallel.cpu import prepare_deepspeed
+from parallel.cpu.compat import prepare_deepspeed
 from parallel.pipeline import PipelineStage, layer_costs, partition
 from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients

@@ -12,10 +12,10 @@ from parallel.sharding import Sharding, merge, sharding_of
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
-from pretrain.distributed import process_group
-from pretrain.engine import build_engine
-from pretrain.plan import RunPlan, build_context, build_precision
-from pretrain.rendezvous import World
+from pretrain.distributed.process_groups import process_group
+from pretrain.distributed.rendezvous import World
+from pretrain.engine.engine import build_engine
+from pretrain.engine.train_spec import RunPlan, build_context, build_precision
 from pretrain.run import _train_loader
 
 

@@ -13,16 +13,16 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from data_tools.batch import IGNORED_LABEL
-from data_tools.build import build_train_loader
+from data_tools.loading.batch import IGNORED_LABEL
+from data_tools.loading.builders import build_train_loader
 from models.base import TokenInputs
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config.layout import check_layout
+from pretrain.engine.lr_schedule import learning_rate
 from pretrain.run import run as run_training
-from pretrain.schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import SEQ, VOCAB, metrics, stopped_after, tiny_run

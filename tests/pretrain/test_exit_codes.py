@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from data_tools.token_dataset import TokenDataset
+from data_tools.sampling.token_dataset import TokenDataset
 from pretrain import errors, train
-from pretrain.checkpoint import CheckpointStore
+from pretrain.checkpointing import CheckpointStore
 from pretrain.config import to_yaml
-from pretrain.engine import PlainEngine
+from pretrain.engine.engine import PlainEngine
 from pretrain.errors import (
     EXIT_COMPLETED,
     EXIT_LOST_RANK,
@@ -33,7 +33,7 @@ from pretrain.errors import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
 )
-from pretrain.signals import GracefulStop
+from pretrain.supervision.signals import GracefulStop
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 

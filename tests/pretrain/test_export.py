@@ -10,9 +10,10 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from models.base import TokenInputs
-from models.checkpoint import StoredText, load_model, open_checkpoint
+from models.checkpoint import load_model, open_checkpoint
 from models.convert import main as convert
-from parallel.weights_io import ShardedWeightsReader
+from parallel.checkpoint.manifest import TextRecord
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.tiny_run import VOCAB, metrics, tiny_run, write_data
@@ -54,7 +55,9 @@ def test_checkpoints_of_every_layout_hold_the_same_full_weights(layout, runs):
 
 
 def test_a_checkpoint_says_how_the_text_of_its_data_became_tokens(runs):
-    assert open_checkpoint(runs["whole"]).text == StoredText(None, (), "plain")
+    assert open_checkpoint(runs["whole"]).text == TextRecord(
+        eod_id=None, bos_ids=(), special_tokens="plain"
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,16 +11,16 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from data_tools.build import build_train_loader
+from data_tools.loading.builders import build_train_loader
 from models.base import TokenInputs
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.checkpoint.__main__ import main as checkpoint_main
+from pretrain.checkpoint import main as checkpoint_main
 from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config.layout import check_layout
+from pretrain.engine.lr_schedule import learning_rate
 from pretrain.run import run as run_training
-from pretrain.schedule import learning_rate
 from tests.data_tools.corpora import write_counting_corpus
 from tests.distributed import run_ranks
 from tests.pretrain.run_values import run_values
@@ -139,7 +139,7 @@ def test_a_run_continues_inside_any_stage_bit_for_bit(pipeline, stops, data, tmp
 
 def _watched(config, ds_config_path) -> list[list[int]]:
     """`run`, returning the rows of tokens that the engine trained on."""
-    from pretrain.engine import PlainEngine
+    from pretrain.engine.engine import PlainEngine
 
     rows: list[list[int]] = []
     original = PlainEngine.train_step

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.weights_io import ShardedWeightsReader
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from pretrain.config import RunConfig, parse_config, to_yaml
 from pretrain.run import run
-from pretrain.signals import GracefulStop
+from pretrain.supervision.signals import GracefulStop
 from tests.data_tools.corpora import write_corpus
 
 VOCAB, SEQ = 61, 32

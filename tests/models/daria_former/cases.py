@@ -10,7 +10,7 @@ from models.daria_former.config import DariaFormerConfig
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.equivalence import build
+from tests.equivalence import build
 from tests.models.families import CASES
 
 BASE = CASES["daria_former"].config

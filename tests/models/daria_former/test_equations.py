@@ -10,7 +10,7 @@ from models.daria_former.carry import DariaInputs
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.equivalence import build
+from tests.equivalence import build
 from tests.models.daria_former import oracle
 from tests.models.daria_former.cases import MODALITIES, SUBSETS, config_of, model_of, tokens_of
 from tests.tolerance import FP64

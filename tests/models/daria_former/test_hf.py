@@ -257,7 +257,7 @@ def test_a_long_prompt_is_worked_off_in_parts_and_only_the_asked_for_logits_are_
     theirs, monkeypatch
 ):
     whole = theirs(TOKENS).logits
-    monkeypatch.setattr("models.hf_modeling.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("models.hf.modeling.PREFILL_CHUNK", 8)
     for count in (1, 6, 21):
         output = theirs(TOKENS, use_cache=True, logits_to_keep=count)
         assert output.past_key_values.get_seq_length() == 21

@@ -12,7 +12,7 @@ from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.wire import Wire
-from pretrain.equivalence import run_cut
+from tests.equivalence import run_cut
 from tests.models.daria_former.cases import BASE, config_of, model_of, tokens_of
 from tests.tolerance import FP64
 

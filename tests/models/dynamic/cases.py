@@ -12,7 +12,7 @@ from models.dynamic.model import DTF, MOD
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.layer_state import update_layer_states
-from pretrain.equivalence import build
+from tests.equivalence import build
 
 CTX = ParallelContext.single()
 SIZES: dict[str, Any] = {

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models.dynamic.exports import Exported, export
+from tests.models.dynamic.hf.exports import Exported, export
 
 
 @pytest.fixture(scope="module", params=["mod", "dtf"])

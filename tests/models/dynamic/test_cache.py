@@ -10,8 +10,8 @@ from models.generate import generate
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.layer_state import update_layer_states
-from pretrain.equivalence import build
 from tests.distributed import run_ranks
+from tests.equivalence import build
 from tests.models.dynamic.cases import (
     VARIANTS,
     config_of,

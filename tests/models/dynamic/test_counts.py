@@ -7,10 +7,10 @@ import yaml
 
 from models.checkpoint import parameter_table
 from models.dynamic.counts import capacity_of, forward_flops_per_token, num_parameters
+from models.dynamic.token_router import capacity
 from models.llama.config import LlamaConfig
 from models.llama.counts import forward_flops_per_token as dense_flops
 from models.registry import get_config_class, get_family
-from parallel.routing import capacity
 from tests.models.dynamic.cases import VARIANTS, config_of, family_of, model_of
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "model"

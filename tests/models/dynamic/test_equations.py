@@ -7,8 +7,8 @@ import torch
 
 from models.base import TokenInputs
 from models.dynamic.model import loss_weights
+from models.dynamic.token_router import capacity
 from parallel.layer_state import persistent_buffers, update_layer_states
-from parallel.routing import capacity
 from tests.models.dynamic import oracle
 from tests.models.dynamic.cases import CTX, VARIANTS, config_of, family_of, model_of, tokens_of
 

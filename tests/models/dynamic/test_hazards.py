@@ -11,12 +11,12 @@ from models.base import TokenInputs
 from models.dynamic.block import Places
 from models.dynamic.carry import MOD_AUX
 from models.dynamic.surprise import Criteria, DTFRouter, Surprise, moving_average
+from models.dynamic.token_router import TokenRouter, top_k
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
 from parallel.layer_state import update_layer_states
-from parallel.routing import TokenRouter, top_k
-from pretrain.equivalence import build
+from tests.equivalence import build
 from tests.models.dynamic.cases import (
     CTX,
     SIZES,

@@ -9,8 +9,8 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from models.base import TokenInputs
 from parallel.context import ParallelContext
 from parallel.pipeline import layer_costs
-from pretrain.equivalence import Measured, measure
 from tests.distributed import run_ranks
+from tests.equivalence import Measured, measure
 from tests.models.dynamic.cases import VARIANTS, config_of, family_of, tokens_of
 from tests.tolerance import FP64, assert_close
 

@@ -15,8 +15,8 @@ from models.common.rope import RotaryTable, positions_in_segments
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import vocab_parallel_cross_entropy
-from parallel.experts import MoELayer
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
+from parallel.moe import MoELayer
 from parallel.regions import own_length
 from parallel.sharding import Normal
 from tests.models.mixture.config import MixtureConfig

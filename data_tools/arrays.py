@@ -1,0 +1,23 @@
+"""Types of arrays, and a search in a mapped one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.integer]  # in the dtype of the file
+
+
+def bisect_right(values: npt.NDArray[Any], keys: IntArray) -> IntArray:
+    """`np.searchsorted(values, keys, side="right")` that reads only log2(n) values for each key."""
+    low = np.zeros(len(keys), dtype=np.int64)
+    high = np.full(len(keys), len(values), dtype=np.int64)
+    while (active := low < high).any():
+        middle = np.where(active, (low + high) // 2, 0)
+        go_right = values[middle] <= keys
+        low = np.where(active & go_right, middle + 1, low)
+        high = np.where(active & ~go_right, middle, high)
+    return low

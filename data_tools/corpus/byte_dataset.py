@@ -1,0 +1,230 @@
+"""Raw files as a token stream: no tokenizer, nothing to preprocess."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.arrays import IntArray, TokenArray, bisect_right
+from data_tools.corpus.token_stream import Span, TokenStream
+from data_tools.errors import DataError
+from data_tools.files import map_file
+from data_tools.tokenization.byte_vocabulary import BYTE_EOD
+
+_OPEN_FILES = 128  # mappings kept: each holds a file descriptor
+_FINGERPRINT_BLOCKS = 256
+_FINGERPRINT_BLOCK_SIZE = 4096  # bytes
+_SCANNED_TOKENS = 1 << 22  # read at once when documents are looked for
+_SCANNED_AROUND = 1 << 14  # and when one document is
+_CONTEXT = 2  # ids on either side that decide whether a newline ends a blank line
+_NEWLINE, _RETURN = ord("\n"), ord("\r")
+
+
+class MappedFiles:
+    """The bytes of files, mapped when first read; empty files are left out.
+
+    Raises:
+        DataError: no file, or none with a byte in it.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        sizes = [_size(file) for file in files]
+        self.paths = [file for file, size in zip(files, sizes, strict=True) if size > 0]
+        if not self.paths:
+            raise DataError(
+                f"the {len(files)} files of a byte source hold no byte; "
+                "check data.train and data.validation"
+            )
+        self.sizes = np.array([size for size in sizes if size > 0], dtype=np.int64)
+        self.map = lru_cache(maxsize=_OPEN_FILES)(self._map_checked)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes and 256 blocks spread over the bytes."""
+        folder = os.path.commonpath([os.path.abspath(path.parent) for path in self.paths])
+        digest = hashlib.sha256()
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            digest.update(f"{os.path.relpath(path, folder)}\0{size}\0".encode())
+        ends = np.cumsum(self.sizes)
+        places = np.unique(np.linspace(0, ends[-1] - 1, _FINGERPRINT_BLOCKS).astype(np.int64))
+        for place, file in zip(places, np.searchsorted(ends, places, side="right"), strict=True):
+            begin = int(place - ends[file] + self.sizes[file])
+            digest.update(self.map(int(file))[begin : begin + _FINGERPRINT_BLOCK_SIZE].tobytes())
+        return digest.hexdigest()
+
+    def _map_checked(self, index: int) -> npt.NDArray[np.uint8]:
+        data = np.frombuffer(map_file(self.paths[index]), dtype=np.uint8)
+        if len(data) != self.sizes[index]:
+            raise DataError(
+                f"{self.paths[index]}: {len(data)} bytes found, {self.sizes[index]} when the run "
+                "started; do not change files that are in use"
+            )
+        return data
+
+
+class ByteStream:
+    """The bytes of files in sorted order, each file ending with id 256.
+
+    A document is a file, or with `blank_lines` what blank lines separate: there id 256 takes the
+    place of the newline that ends the last blank line between two documents, so that every byte
+    keeps its place and nothing is indexed. A line of "\\r\\n" is blank as well.
+    """
+
+    document_end = eod_id = BYTE_EOD
+    bos_ids = ()
+
+    def __init__(self, files: MappedFiles, *, blank_lines: bool = False) -> None:
+        self._files = files
+        self._blank_lines = self.is_scanned = blank_lines
+        self._ends = np.cumsum(files.sizes + 1)  # a file is its bytes and one end token
+        self._begins = self._ends - files.sizes - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._files.sizes.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        return self._files.fingerprint + ("-blank_lines" if self._blank_lines else "")
+
+    def read(self, starts: IntArray, length: int) -> TokenArray:
+        return self.read_with_ends(starts, length)[0]
+
+    def read_with_ends(self, starts: IntArray, length: int) -> tuple[TokenArray, IntArray]:
+        """What `read` gives, and the places of id 256 in its flattened rows, in any order."""
+        context = _CONTEXT if self._blank_lines else 0
+        wide, ends = self._read(starts - context, length + 2 * context)
+        if self._blank_lines:
+            ends = np.concatenate([ends, _blank_line_ends(wide.reshape(-1), ends)])
+            rows, columns = np.divmod(ends, length + 2 * context)
+            columns -= context
+            within = (columns >= 0) & (columns < length)
+            ends = (rows * length + columns)[within]
+        ids = wide[:, context : context + length].astype(np.uint16, order="C")
+        ids.reshape(-1)[ends] = BYTE_EOD
+        return ids, ends
+
+    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
+        if not self._blank_lines:
+            return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
+        return [find_document_starts(self, begin, length) for begin in begins.tolist()]
+
+    def document_at(self, place: int) -> Span:
+        file = find_span(self._ends, place)
+        return _around(self, place, file) if self._blank_lines else file
+
+    def _read(self, starts: IntArray, length: int) -> tuple[npt.NDArray[np.uint8], IntArray]:
+        """Bytes of spans that may reach over both ends of the stream, and where end tokens are.
+
+        Those are places in the flattened rows, which hold 0 there; what is outside is filled up
+        with them.
+        """
+        rows = np.empty((len(starts), length), dtype=np.uint8)
+        files = np.searchsorted(self._ends, np.maximum(starts, 0), side="right")
+        begins = starts - self._begins[files]
+        within = (begins >= 0) & (begins + length <= self._files.sizes[files])
+        ends = [np.empty(0, dtype=np.int64)]
+        places = zip(begins.tolist(), files.tolist(), within.tolist(), strict=True)
+        for number, (begin, file, is_within) in enumerate(places):
+            if is_within:
+                rows[number] = self._files.map(file)[begin : begin + length]
+                continue
+            ids = self._read_across(int(starts[number]), length, file)
+            rows[number] = ids  # of an end token the low byte
+            ends.append(number * length + np.flatnonzero(ids == BYTE_EOD))
+        return rows, np.concatenate(ends)
+
+    def _read_across(self, start: int, length: int, file: int) -> TokenArray:
+        ids = np.full(length, BYTE_EOD, dtype=np.uint16)
+        place = max(0, start)
+        end = min(start + length, self.num_tokens)
+        while place < end:
+            begin = place - int(self._begins[file])
+            piece = self._files.map(file)[begin : begin + end - place]
+            ids[place - start : place - start + len(piece)] = piece
+            place += len(piece) + 1
+            file += 1
+        return ids
+
+
+def find_span(ends: IntArray, place: int) -> Span:
+    """Which of the spans that end at `ends`, each where the next begins, holds a place."""
+    index = int(np.searchsorted(ends, place, side="right"))
+    return Span(int(ends[index - 1]) if index else 0, int(ends[index]))
+
+
+def starts_between(ends: IntArray, begin: int, length: int) -> IntArray:
+    """Positions p, begin < p < begin + length, among the places where spans end and others begin.
+
+    `ends` may be mapped from a file: a few of its places are read, and what is returned.
+    """
+    first, last = bisect_right(ends, np.array([begin, begin + length - 1])).tolist()
+    return np.array(ends[first:last], dtype=np.int64)
+
+
+def _around(stream: TokenStream, place: int, file: Span) -> Span:
+    """The document at a place of a file, found by reading on either side of it."""
+    begin, end = file
+    for first in range(place, file.begin, -_SCANNED_AROUND):
+        block = Span(max(file.begin, first - _SCANNED_AROUND), first)
+        found = np.flatnonzero(_ids(stream, block) == BYTE_EOD)
+        if len(found):
+            begin = block.begin + int(found[-1]) + 1
+            break
+    for first in range(place, file.end, _SCANNED_AROUND):
+        block = Span(first, min(file.end, first + _SCANNED_AROUND))
+        found = np.flatnonzero(_ids(stream, block) == BYTE_EOD)
+        if len(found):
+            end = block.begin + int(found[0]) + 1
+            break
+    return Span(begin, end)
+
+
+def _ids(stream: TokenStream, span: Span) -> TokenArray:
+    return stream.read(np.array([span.begin]), span.end - span.begin)[0]
+
+
+def find_document_starts(stream: TokenStream, begin: int, length: int) -> IntArray:
+    """Positions p, begin < p < begin + length, that follow an id 256."""
+    end = begin + length - 1
+    found = [np.empty(0, dtype=np.int64)]
+    for first in range(begin, end, _SCANNED_TOKENS):
+        ids = _ids(stream, Span(first, min(end, first + _SCANNED_TOKENS)))
+        found.append(first + 1 + np.flatnonzero(ids == BYTE_EOD))
+    return np.concatenate(found)
+
+
+def _blank_line_ends(found: npt.NDArray[np.uint8], file_ends: IntArray) -> IntArray:
+    """Places, in flattened rows, of newlines that end the last blank line before more text.
+
+    The first and last two columns are context: for them the answer means nothing. Blank lines are
+    few: all bytes are only compared with a newline, what is around it is looked at where one
+    follows another.
+    """
+    newline = found == _NEWLINE
+    blank = newline[_CONTEXT:-_CONTEXT] & newline[1:-3]
+    if b"\r" in found.tobytes():  # three times as fast as to compare and look for a True
+        returns = found[1:-3] == _RETURN
+        blank |= newline[_CONTEXT:-_CONTEXT] & returns & newline[:-4]
+    places = _CONTEXT + np.flatnonzero(blank)
+    after = found[places + 1]
+    ends_blank = (after == _NEWLINE) | ((after == _RETURN) & newline[places + _CONTEXT])
+    places = places[~ends_blank]
+    return places[~np.isin(places + 1, file_ends)] if len(file_ends) else places
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; check the path") from error

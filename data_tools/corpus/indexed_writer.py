@@ -1,0 +1,275 @@
+"""Streaming writer of .bin/.idx corpora: bounded memory, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.arrays import IntArray
+from data_tools.corpus.corpus_info import CorpusInfo, SourceInfo, info_path
+from data_tools.corpus.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, IndexPaths
+from data_tools.errors import DataError
+from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
+from data_tools.progress import ReportProgress
+from data_tools.tokenization.special_tokens import SpecialTokens
+
+_MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max  # the index stores lengths as int32
+_CHUNK = 1 << 20  # documents whose index entries are built at once
+_CODES = {name: code for code, name in DTYPES.items()}
+
+
+def vocab_size_of(dtype: np.dtype[Any]) -> int:
+    """How many ids a token dtype holds: a vocabulary size that keeps it."""
+    return int(np.iinfo(dtype).max) + 1
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedinteger]:
+    """The narrowest token dtype of the format that holds ids in [0, vocab_size)."""
+    if vocab_size <= 1 << 8:
+        return np.dtype(np.uint8)
+    if vocab_size <= 1 << 16:
+        return np.dtype(np.uint16)
+    return np.dtype(np.int32 if vocab_size <= 1 << 31 else np.int64)
+
+
+def check_absent(prefix: Path) -> None:
+    """Refuse an output that exists.
+
+    Raises:
+        DataError: one of its three files does.
+    """
+    existing = [path for path in (*IndexPaths.of(prefix), info_path(prefix)) if path.exists()]
+    if existing:
+        raise DataError(
+            f"{existing[0]} exists; choose another output or pass --overwrite to replace it"
+        )
+
+
+class IndexedDatasetWriter:
+    """Write documents one batch after the other, then `finish`.
+
+    Used as a context manager: leaving it without `finish` removes everything that was written.
+    The index gets its final name last, so a prefix that has an .idx is complete.
+
+    Raises:
+        DataError: the output exists and `overwrite` is false, or another process is writing it.
+    """
+
+    def __init__(
+        self, prefix: str | os.PathLike[str], *, vocab_size: int, overwrite: bool = False
+    ) -> None:
+        self.prefix = Path(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = smallest_dtype(vocab_size)
+        self.paths = IndexPaths.of(self.prefix)
+        if not overwrite:
+            check_absent(self.prefix)
+        # The lock on .bin.partial guards the other two files as well.
+        self._bin = open_partial(self.paths.bin)
+        self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
+        self._lengths = open_partial(self._lengths_path)
+        self._bin_digest = hashlib.sha256()
+        self._num_tokens = 0
+        self.num_documents = 0
+        self._max_token_id = -1
+
+    def add_document(self, ids: npt.ArrayLike) -> None:
+        """Append one document of token ids."""
+        array = np.asarray(ids)
+        self.add_documents(array, np.array([len(array)]))
+
+    def add_documents(self, ids: npt.ArrayLike, lengths: IntArray) -> None:
+        """Append documents whose tokens are concatenated in `ids`; empty ones are left out.
+
+        Raises:
+            DataError: an id outside [0, vocab_size) or a document of 2**31 tokens or more.
+        """
+        tokens = np.asarray(ids)
+        if int(lengths.sum()) != len(tokens):
+            raise ValueError(f"lengths add up to {lengths.sum()}, but there are {len(tokens)} ids")
+        if len(tokens) == 0:
+            return
+        if int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
+            raise DataError(
+                f"{self.prefix}: document {self.num_documents + int(np.argmax(lengths))} has "
+                f"{lengths.max()} tokens; at most {_MAX_DOCUMENT_TOKENS} fit: split it"
+            )
+        self._check_ids(tokens, lengths)
+        lengths = lengths[lengths > 0]
+        data = tokens.astype(self.dtype).tobytes()
+        self._bin.write(data)
+        self._bin_digest.update(data)
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._num_tokens += len(tokens)
+        self.num_documents += len(lengths)
+        self._max_token_id = max(self._max_token_id, int(tokens.max()))
+
+    def finish(
+        self,
+        *,
+        tokenizer: str,
+        tokenizer_fingerprint: str,
+        eod_id: int | None,
+        num_bytes: int,
+        command: str,
+        bos_ids: tuple[int, ...] | None = (),
+        special_tokens: SpecialTokens | None = "plain",
+        licence: str | None = None,
+        sources: Sequence[SourceInfo] = (),
+        left_out_sha256: str | None = None,
+    ) -> CorpusInfo:
+        """Write the index and the sidecar, and publish the three files.
+
+        Raises:
+            DataError: no document was added.
+        """
+        self._check_not_empty()
+        info = CorpusInfo(
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            vocab_size=self.vocab_size,
+            eod_id=eod_id,
+            bos_ids=bos_ids or (),
+            special_tokens=special_tokens or "plain",
+            dtype=self.dtype.name,
+            num_tokens=self._num_tokens,
+            num_documents=self.num_documents,
+            num_bytes=num_bytes,
+            max_token_id=self._max_token_id,
+            bin_sha256=self._bin_digest.hexdigest(),
+            idx_sha256=self._write_index(),
+            command=command,
+            licence=licence,
+            sources=tuple(sources),
+            left_out_sha256=left_out_sha256,
+        )
+        self._publish(info)
+        return info
+
+    def finish_without_info(self) -> None:
+        """Publish the two files that Megatron knows, of a corpus whose tokenizer is not known.
+
+        Raises:
+            DataError: no document was added.
+        """
+        self._check_not_empty()
+        self._write_index()
+        self._publish(None)
+
+    def _check_not_empty(self) -> None:
+        if self.num_documents == 0:
+            raise DataError(
+                f"{self.prefix}: the input holds no documents with text; nothing was written"
+            )
+
+    def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(f"{self.prefix}: token ids are {tokens.dtype}, integers expected")
+        if tokens.min() >= 0 and tokens.max() < self.vocab_size:
+            return
+        position = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+        ends = np.cumsum(lengths)
+        document = int(np.searchsorted(ends, position, side="right"))
+        offset = position - int(ends[document] - lengths[document])
+        raise DataError(
+            f"{self.prefix}: token id {tokens[position]} at token {offset} of document "
+            f"{self.num_documents + document} is outside [0, {self.vocab_size}); use the "
+            "vocabulary size of the tokenizer that made it"
+        )
+
+    def _write_index(self) -> str:
+        """Write the .idx from the spooled lengths, a chunk at a time; return its SHA-256."""
+        self._lengths.flush()
+        lengths = np.memmap(partial_path(self._lengths_path), dtype="<i4", mode="r")
+        digest = hashlib.sha256()
+        with open_partial(self.paths.idx) as file:
+
+            def write(data: bytes) -> None:
+                file.write(data)
+                digest.update(data)
+
+            count = self.num_documents
+            write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype.name], count, count + 1))
+            chunks = [slice(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+            for chunk in chunks:
+                write(lengths[chunk].tobytes())
+            offset = 0
+            for chunk in chunks:
+                sizes = lengths[chunk] * np.int64(self.dtype.itemsize)
+                ends = offset + np.cumsum(sizes)
+                write((ends - sizes).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            for begin in range(0, count + 1, _CHUNK):
+                end = min(begin + _CHUNK, count + 1)
+                write(np.arange(begin, end, dtype="<i8").tobytes())
+            flush_to_disk(file)
+        return digest.hexdigest()
+
+    def _publish(self, info: CorpusInfo | None) -> None:
+        sidecar = info_path(self.prefix)
+        if info is not None:
+            with open_partial(sidecar) as file:
+                file.write(info.to_bytes())
+                flush_to_disk(file)
+        flush_to_disk(self._bin)
+        # Without an index no older or newer half of a pair can be opened in between.
+        self.paths.idx.unlink(missing_ok=True)
+        if info is None:
+            sidecar.unlink(missing_ok=True)
+        for path in (self.paths.bin, *([] if info is None else [sidecar]), self.paths.idx):
+            os.replace(partial_path(path), path)
+        sync_folder(self.prefix.parent)
+        self._close()
+
+    def _close(self) -> None:
+        files: tuple[BinaryIO, ...] = (self._bin, self._lengths)
+        for file in files:
+            # On a full disk closing fails as well: what it would flush is of no use here.
+            with suppress(OSError):
+                file.close()
+        for path in (*self.paths, info_path(self.prefix), self._lengths_path):
+            partial_path(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._bin.closed:
+            self._close()
+
+
+def append_corpora(
+    writer: IndexedDatasetWriter, datasets: Iterable[IndexedDataset], report: ReportProgress
+) -> None:
+    """Copy documents in chunks.
+
+    Raises:
+        DataError: a corpus is not what its sidecar says, so that damage is not copied.
+    """
+    documents = num_bytes = 0
+    for dataset in datasets:
+        digest = hashlib.sha256()
+        for chunk in dataset.chunks():
+            digest.update(chunk.ids.tobytes())
+            writer.add_documents(chunk.ids, chunk.lengths)
+            documents += len(chunk.lengths)
+            num_bytes += chunk.ids.nbytes
+            report(documents, num_bytes)
+        if dataset.info is not None and digest.hexdigest() != dataset.info.bin_sha256:
+            raise DataError(
+                f"{dataset.paths.bin}: SHA-256 {digest.hexdigest()} found, "
+                f"{dataset.info.bin_sha256} expected; it is damaged: make it again"
+            )

@@ -1,0 +1,140 @@
+"""The text of one field of .jsonl files as a byte stream, parsed whenever it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.arrays import IntArray, TokenArray
+from data_tools.corpus.byte_dataset import MappedFiles, find_span, starts_between
+from data_tools.corpus.token_stream import Span
+from data_tools.errors import DataError
+from data_tools.tokenization.byte_vocabulary import BYTE_EOD
+
+
+class JsonlStream:
+    """UTF-8 bytes of the text under `json_key` of every line, each document ending with id 256.
+
+    Opening parses every line once, to know how long its text is without the escapes of JSON; a
+    line is parsed again when it is read. Blank lines and empty texts are left out. `JsonlImage` is
+    the same without parsing again, where its file can be kept.
+
+    Raises:
+        DataError: a line is not an object with a text under `json_key`, or there is no text.
+    """
+
+    document_end = eod_id = BYTE_EOD
+    bos_ids = ()
+
+    def __init__(self, files: MappedFiles, *, json_key: str) -> None:
+        self._files = files
+        self._json_key = json_key
+        lines = [_scan(path, json_key) for path in files.paths]
+        self._files_of = np.repeat(np.arange(len(lines)), [len(each) for each in lines])
+        self._begins, self._line_sizes, self._text_sizes = np.concatenate(lines).T
+        if len(self._begins) == 0:
+            raise no_text(files, json_key)
+        self._ends = np.cumsum(self._text_sizes + 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._text_sizes.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self._files.fingerprint}-jsonl-{self._json_key}"
+
+    def read(self, starts: IntArray, length: int) -> TokenArray:
+        ids = np.empty((len(starts), length), dtype=np.uint16)
+        documents = np.searchsorted(self._ends, starts, side="right")
+        for row, start, document in zip(ids, starts.tolist(), documents.tolist(), strict=True):
+            self._read_span(row, start, document)
+        return ids
+
+    def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
+        return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
+
+    def document_at(self, place: int) -> Span:
+        return find_span(self._ends, place)
+
+    def _read_span(self, out: TokenArray, start: int, document: int) -> None:
+        filled = 0
+        while filled < len(out):
+            text = self._text(document)
+            begin = start + filled - (int(self._ends[document]) - len(text) - 1)
+            piece = np.frombuffer(text, dtype=np.uint8)[begin : begin + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if filled < len(out):
+                out[filled] = BYTE_EOD
+                filled += 1
+            document += 1
+
+    def _text(self, document: int) -> bytes:
+        file, begin = int(self._files_of[document]), int(self._begins[document])
+        line = self._files.map(file)[begin : begin + int(self._line_sizes[document])]
+        place = f"{self._files.paths[file]}, byte {begin}"
+        text = _text_of(line.tobytes(), self._json_key, place)
+        if len(text) != self._text_sizes[document]:
+            raise DataError(
+                f"{place}: {len(text)} bytes of text found, {self._text_sizes[document]} when the "
+                "run started; do not change files that are in use"
+            )
+        return text
+
+
+class Line(NamedTuple):
+    """A line that has text, and the text."""
+
+    begin: int
+    size: int
+    text: bytes
+
+
+def lines_of(path: Path, json_key: str) -> Iterator[Line]:
+    """The lines of a file that have text.
+
+    Raises:
+        DataError: a line is not an object with a text under `json_key`.
+    """
+    begin = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                text = _text_of(line, json_key, f"{path}:{number}")
+                if text:
+                    yield Line(begin, len(line), text)
+            begin += len(line)
+
+
+def no_text(files: MappedFiles, json_key: str) -> DataError:
+    return DataError(
+        f"{files.paths[0]}: neither it nor the {len(files.paths) - 1} files beside it have text "
+        f"under {json_key!r}; check data.train and data.json_key"
+    )
+
+
+def _scan(path: Path, json_key: str) -> IntArray:
+    """Begin and size of every line that has text, and the size of the text, [lines, 3]."""
+    found = [(line.begin, line.size, len(line.text)) for line in lines_of(path, json_key)]
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
+
+
+def _text_of(line: bytes, json_key: str, place: str) -> bytes:
+    try:
+        record: Any = json.loads(line)
+        text = record.get(json_key) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            return text.encode()
+        reason = f"no text under {json_key!r}"
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON of valid text ({error})"
+    raise DataError(f"{place}: {reason}; repair the line or set data.json_key")

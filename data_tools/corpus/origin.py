@@ -1,0 +1,106 @@
+"""What made a corpus: its sidecar says it, or for one that Megatron wrote whoever has it does."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.corpus.corpus_info import TextRules
+from data_tools.corpus.indexed import IndexedDataset
+from data_tools.errors import DataError
+from data_tools.inspect_corpus import find_tokenizer
+from data_tools.preprocessing.encoding import num_text_bytes
+from data_tools.progress import ReportProgress
+from data_tools.tokenization.tokenizers import Tokenizer
+
+
+class Origin(NamedTuple):
+    """The tokenizer of a corpus and how its text became tokens."""
+
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    text: TextRules
+    licence: str | None = None
+
+
+def origin_of(
+    dataset: IndexedDataset, *, tokenizer: str | None, eod: str | None = None
+) -> Origin | None:
+    """The origin of a corpus; None where it has no sidecar and no tokenizer is given.
+
+    Raises:
+        DataError: `tokenizer` is not what made it, or `eod` has no effect.
+    """
+    info = dataset.info
+    if eod is not None and (info is not None or tokenizer is None):
+        remedy = "give --tokenizer as well" if info is None else "remove it"
+        has = "no tokenizer" if info is None else f"the end token {info.eod_id}"
+        raise DataError(f"--eod {eod} has no effect: {dataset.prefix} has {has}; {remedy}")
+    if info is not None:
+        if tokenizer is not None:
+            find_tokenizer(dataset, tokenizer)
+        return Origin(
+            info.tokenizer,
+            info.tokenizer_fingerprint,
+            info.vocab_size,
+            info.text_rules,
+            info.licence,
+        )
+    if tokenizer is None:
+        return None
+    loaded = find_tokenizer(dataset, tokenizer, eod=eod)
+    assert loaded is not None, "one is named"
+    text = _text_rules(dataset, loaded, must_end=eod is not None)
+    return Origin(tokenizer, loaded.fingerprint, loaded.vocab_size, text)
+
+
+def require_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer:
+    """The tokenizer that decodes a corpus.
+
+    Raises:
+        DataError: it is not at hand.
+    """
+    tokenizer = find_tokenizer(dataset, spec)
+    if tokenizer is None:
+        named = "" if dataset.info is None else f"{dataset.info.tokenizer} "
+        raise DataError(
+            f"{dataset.prefix}: its tokenizer {named}is not there or has changed, so the bytes of "
+            "its text cannot be counted; pass --tokenizer SPEC"
+        )
+    return tokenizer
+
+
+def count_text_bytes(
+    dataset: IndexedDataset, tokenizer: Tokenizer, text: TextRules, report: ReportProgress
+) -> int:
+    """UTF-8 bytes of the text behind a corpus, by decoding all of it."""
+    count = documents = done = 0
+    for chunk in dataset.chunks():
+        for ids in np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1]):
+            count += num_text_bytes(tokenizer, ids, text)
+        documents += len(chunk.lengths)
+        done += chunk.ids.nbytes
+        report(documents, done)
+    return count
+
+
+def _text_rules(dataset: IndexedDataset, tokenizer: Tokenizer, *, must_end: bool) -> TextRules:
+    """What all documents begin and end with, of what the tokenizer has for that."""
+    ends = dataset.document_ends(0, dataset.num_documents)
+    begins = np.concatenate(([0], ends[:-1]))
+    eod_id = tokenizer.eod_id
+    without = np.flatnonzero(dataset.tokens[ends - 1] != eod_id)
+    if must_end and len(without):
+        raise DataError(
+            f"{dataset.prefix}: document {without[0]} does not end with id {eod_id} of --eod; name "
+            "the token that ends them, or leave it out"
+        )
+    begin = tokenizer.marks.begin
+    bos_ids: tuple[int, ...] = () if begin is None else begin.ids
+    is_long = bool(np.all(ends - begins >= len(bos_ids)))
+    if not is_long or any((dataset.tokens[begins + i] != t).any() for i, t in enumerate(bos_ids)):
+        bos_ids = ()
+    # Whoever wrote it may have parsed them.
+    return TextRules(None if len(without) else eod_id, bos_ids, "parse")

@@ -1,0 +1,124 @@
+"""Tasks over worker processes that report their progress and die with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import connection, get_context, parent_process
+from typing import Any, NamedTuple, TypeVar
+
+from data_tools.errors import DataError
+from data_tools.progress import ReportProgress
+
+_Item = TypeVar("_Item")
+_TASKS_PER_WORKER = 2  # handed out: one in work, one waiting
+_REPORT_SECONDS = 0.2
+
+
+class Advance(NamedTuple):
+    """Progress of a task since it last reported."""
+
+    documents: int
+    num_bytes: int
+
+
+class _Stopped(Exception):
+    """Another task failed; this one is of no use any more."""
+
+
+def run_tasks(
+    task: Callable[[_Item], Iterator[Advance]],
+    items: Iterable[_Item],
+    *,
+    num_workers: int,
+    report: ReportProgress,
+) -> None:
+    """Run a task for every item, in the caller or in worker processes, in no certain order.
+
+    Raises:
+        DataError: a worker process died.
+        Exception: the first that a task raised; the others are stopped.
+    """
+    if num_workers == 1:
+        _run_here(task, items, report)
+        return
+    # Spawned, not forked: tokenizer libraries hold threads that do not survive a fork.
+    context = get_context("spawn")
+    shared = context.Array("q", 3)  # documents, bytes, and whether to stop
+    pool = ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_prepare_worker, initargs=(shared,)
+    )
+    try:
+        _run_pool(pool, task, items, num_workers, lambda: report(shared[0], shared[1]))
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {num_workers} worker processes died, most likely out of memory; pass a "
+            "smaller --workers"
+        ) from error
+    finally:
+        shared[2] = 1
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_here(
+    task: Callable[[_Item], Iterator[Advance]], items: Iterable[_Item], report: ReportProgress
+) -> None:
+    documents = num_bytes = 0
+    for item in items:
+        for advance in task(item):
+            documents += advance.documents
+            num_bytes += advance.num_bytes
+            report(documents, num_bytes)
+
+
+def _run_pool(
+    pool: ProcessPoolExecutor,
+    task: Callable[[_Item], Iterator[Advance]],
+    items: Iterable[_Item],
+    num_workers: int,
+    report: Callable[[], None],
+) -> None:
+    waiting = iter(items)
+    pending: set[Future[None]] = set()
+    while True:
+        free = _TASKS_PER_WORKER * num_workers - len(pending)
+        pending |= {pool.submit(_run_in_worker, task, item) for item in islice(waiting, free)}
+        if not pending:
+            return
+        finished, pending = wait(pending, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
+        for future in finished:
+            future.result()
+        report()
+
+
+_shared: Any = None  # in a worker process: the array that its parent reads
+
+
+def _run_in_worker(task: Callable[[_Item], Iterator[Advance]], item: _Item) -> None:
+    for advance in task(item):
+        with _shared.get_lock():
+            _shared[0] += advance.documents
+            _shared[1] += advance.num_bytes
+            if _shared[2]:
+                raise _Stopped
+
+
+def _prepare_worker(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interrupt, once
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per CPU is enough
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, which would wait for tasks for ever."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

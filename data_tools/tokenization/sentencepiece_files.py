@@ -1,0 +1,201 @@
+"""SentencePiece models, with the tokens that the files beside them declare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import DataError
+from data_tools.files import sha256_of
+from data_tools.tokenization.declared import Declared, read_declared, tokens_to_add
+from data_tools.tokenization.document_marks import Mark, Marks, find_end
+from data_tools.tokenization.special_tokens import SpecialTokens, Splitter, TokenSpec
+
+# Fields that come again at the end of a protocol buffer replace those before: normalizer_spec (3)
+# with add_dummy_prefix (3) false.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece .model.
+
+    The library knows nothing of tokens that files beside the model add, and never reads control
+    pieces in a text. Both are cut out here, and the text between them is encoded by the library,
+    with its dummy prefix at the begin of the text alone (everywhere where `legacy` is declared).
+
+    Raises:
+        DataError: a file cannot be read, or `eod` is not in the vocabulary.
+    """
+
+    def __init__(
+        self, path: Path, *, eod: str | int | None, special_tokens: SpecialTokens | None
+    ) -> None:
+        declared = read_declared(path.parent)
+        self.name = str(path)
+        self._backend = _open(path)
+        own = _own_tokens(self._backend)
+        added = _added_tokens(self._backend, declared, own)
+        self.fingerprint = _fingerprint(path, declared, added)
+        self._ids = {token.content: number for number, token in added.items()}
+        self._names = {number: token.content for number, token in added.items()}
+        self._size: int = self._backend.get_piece_size()
+        self.vocab_size = max(self._size, 1 + max(added, default=0))
+        self._special = {n for n, token in (own | added).items() if token.special}
+        self._apart = self._special | added.keys()
+        default: SpecialTokens = "plain" if declared.splits_special_tokens else "parse"
+        is_plain = (special_tokens or default) == "plain"
+        self._splitter = Splitter(
+            {t: n for n, t in (own | added).items() if not (is_plain and t.special)}
+        )
+        self._inner = self._backend
+        if not declared.is_legacy:
+            model = self._backend.serialized_model_proto() + _NO_DUMMY_PREFIX
+            self._inner = type(self._backend)(model_proto=model)
+        self.marks = self._find_marks(declared, eod, default)
+
+    @property
+    def eod_id(self) -> int | None:
+        return self.marks.eod_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not any(map(self._splitter.occurs_in, texts)):
+            return self._backend.encode(list(texts), num_threads=1)
+        return [self._encode_parts(text) for text in texts]
+
+    def _encode_parts(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(self._splitter.split(text)):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += (self._inner if number else self._backend).encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids, without the space that the dummy prefix puts before the first of it.
+
+        Ids that the tokenizer lacks, as a model with a padded vocabulary may have, are left out.
+        """
+        text = ""
+        known = (int(i) for i in ids if i < self._size or i in self._names)
+        for is_apart, group in groupby(known, self._apart.__contains__):
+            if is_apart:
+                text += "".join(self._shown(group, skip_special_tokens))
+            else:
+                text += (self._inner if text else self._backend).decode(list(group))
+        return text
+
+    def _shown(self, ids: Iterator[int], skip_special_tokens: bool) -> Iterator[str]:
+        for token in ids:
+            if not (skip_special_tokens and token in self._special):
+                yield self.id_to_token(token) or ""
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self._ids:
+            return self._ids[token]
+        # The library gives the id of the unknown piece for what it does not have.
+        found: int = self._backend.piece_to_id(token)
+        return found if self._backend.id_to_piece(found) == token else None
+
+    def id_to_token(self, token: int) -> str | None:
+        if token in self._names:
+            return self._names[token]
+        return self._backend.id_to_piece(token) if 0 <= token < self._size else None
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def _find_marks(
+        self, declared: Declared, eod: str | int | None, default: SpecialTokens
+    ) -> Marks:
+        own = self._piece_mark(self._backend.eos_id())
+        end = find_end(self, declared, eod=eod, own=own)
+        begin = self._piece_mark(self._backend.bos_id())
+        if (role := declared.named.get("bos_token")) is not None:
+            token = self.token_to_id(role.token.content)
+            if token is not None:
+                begin = Mark((token,), role.token.content, f"declared in {role.file}")
+        return Marks(
+            end=end.mark,
+            no_end=end.reason,
+            begin=begin,
+            begins_documents=declared.adds_bos and begin is not None,
+            special_tokens=default,
+        )
+
+    def _piece_mark(self, token: int) -> Mark | None:
+        if token < 0:
+            return None
+        return Mark((token,), self._backend.id_to_piece(token), "as the model says")
+
+
+def fingerprint_of(path: Path) -> str:
+    """The fingerprint of `SentencePieceTokenizer(path)`.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    declared = read_declared(path.parent)
+    if not (declared.named or declared.extra or declared.added):
+        return sha256_of(path)
+    backend = _open(path)
+    return _fingerprint(path, declared, _added_tokens(backend, declared, _own_tokens(backend)))
+
+
+def _fingerprint(path: Path, declared: Declared, added: dict[int, TokenSpec]) -> str:
+    """SHA-256 of the file alone where it says everything itself."""
+    digest = sha256_of(path)
+    if not added and not declared.is_legacy:
+        return digest
+    content = [digest, sorted(added.items()), declared.is_legacy]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _own_tokens(backend: Any) -> dict[int, TokenSpec]:
+    """Control pieces and the unknown piece, which a text never becomes by itself."""
+    return {
+        number: TokenSpec(backend.id_to_piece(number))
+        for number in range(backend.get_piece_size())
+        if backend.is_control(number) or backend.is_unknown(number)
+    }
+
+
+def _added_tokens(
+    backend: Any, declared: Declared, own: dict[int, TokenSpec]
+) -> dict[int, TokenSpec]:
+    """Tokens that the files beside a model add to its own or change, with their ids."""
+    known = {token.content: token for token in own.values()}
+    # Normalization is the library's, and comes after the tokens are cut out.
+    tokens = (token._replace(normalized=False) for token in tokens_to_add(declared, known))
+    wanted = [token for token in tokens if known.get(token.content) != token]
+    numbers = {token.content: number for number, token in declared.added.items()}
+    size = max(backend.get_piece_size(), 1 + max(declared.added, default=0))
+    added: dict[int, TokenSpec] = {}
+    for token in wanted:
+        number = numbers.get(token.content)
+        if number is None:
+            found = backend.piece_to_id(token.content)
+            is_piece = backend.id_to_piece(found) == token.content
+            number = found if is_piece else size
+            size += not is_piece
+        added[number] = token
+    return added
+
+
+def _open(path: Path) -> Any:
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(
+            f"{path}: not a SentencePiece model ({reason}); give the path of one"
+        ) from error

@@ -1,7 +1,0 @@
-"""Daria-Former in Hugging Face's form: its own names, and its own code."""
-
-from __future__ import annotations
-
-from models.hf_own import own_mapping
-
-HF = own_mapping("daria_former", "models.daria_former.hf_config", "DariaFormerHFConfig")

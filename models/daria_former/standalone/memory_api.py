@@ -1,0 +1,335 @@
+"""The four levels of memory as what they are: the slots that attention reads, to look at and write.
+
+Working and episodic memory are state of a generation, one set of slots per block, in its cache.
+Persistent memory and the persona are learned rows of the first layer that every block projects
+for itself. The banks here are views: they keep nothing of their own.
+
+Shapes: b batch, g key/value heads, d head dimension, m slots, h hidden, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from models.daria_former.cache import BlockCache, History, MemoryCache
+from models.daria_former.memory import Retrieved, Slots
+from models.daria_former.paths import MemoryPath, PersonaPath, Sources
+from parallel.layers import project_replicated
+
+if TYPE_CHECKING:
+    from models.daria_former.standalone.model import Cache, DariaFormerModel
+
+_WORKING, _EPISODIC = 0, 1
+
+
+class MemoryBank(Protocol):
+    """What the banks have in common: `read_kv`, the keys and values [b or 1, g, m, d] that one
+    block attends to. What `read` returns and `write` takes is what the bank really holds."""
+
+    def read_kv(self, layer: int, *args: Any) -> Slots: ...
+
+
+class PersistentRows(NamedTuple):
+    """What keys and what values are projected from, [m, h] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Fit(NamedTuple):
+    """How well consolidated slots say, over all blocks, what the episode said: mean cosine of the
+    keys, and relative error of the values (0: exactly)."""
+
+    key_cosine: float
+    value_error: float
+
+
+class SlotMemory:
+    """Working or episodic memory: the slots that blocks have pooled from a text, in its cache."""
+
+    def __init__(self, model: DariaFormerModel, level: int) -> None:
+        self.model, self.level = model, level
+        config = model.config
+        self.capacity = (config.working_memory_slots, config.episodic_memory_slots)[level]
+        self.stride = (config.working_stride, config.episodic_stride)[level]
+
+    def num_slots(self, kv_cache: Cache) -> int:
+        """How many slots the segment to come can choose from."""
+        return min(self.capacity, self._histories(0, kv_cache)[0].length)
+
+    def read_kv(self, layer: int, kv_cache: Cache) -> Slots:
+        """The slots of one block, oldest first: [b, g, m, d] (views; valid until the next call)."""
+        count = self.num_slots(kv_cache)
+        histories = self._histories(layer, kv_cache)
+        if count == 0:
+            path = _memory_path(self.model, layer)
+            heads, size = self.model.config.num_kv_heads, self.model.config.head_size
+            empty = path.key_gain.new_zeros(0, heads, 0, size)
+            return Slots(empty, empty)
+        return Slots(*(history.last(count) for history in histories))
+
+    def read(self, kv_cache: Cache) -> list[Slots]:
+        """The slots of every block."""
+        return [self.read_kv(i, kv_cache) for i in range(self.model.config.num_layers)]
+
+    @torch.no_grad()
+    def write(
+        self,
+        layer: int,
+        kv_cache: Cache,
+        slot: int,
+        *,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> None:
+        """Replace the key or the value, [b, g, d], of one slot (0: the oldest) of one block.
+
+        The open segment chooses again among the slots before it reads on.
+
+        Raises:
+            ValueError: there is no such slot, or a tensor of another shape.
+        """
+        slots = self.read_kv(layer, kv_cache)
+        _check_index("slot", slot, slots.keys.shape[2])
+        for name, stored, given in zip(Slots._fields, slots, (keys, values), strict=True):
+            if given is not None:
+                target = stored[:, :, slot]
+                _check_shape(name, given, target)
+                target.copy_(given)
+        _memory_cache(layer, kv_cache).retrieved_for = -1
+
+    def _histories(self, layer: int, kv_cache: Cache) -> tuple[History, History]:
+        return _memory_cache(layer, kv_cache).levels[self.level]
+
+
+class PersistentMemory:
+    """Learned slots that every segment can choose: two rows of the bank each, one for the key."""
+
+    def __init__(self, model: DariaFormerModel) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return self.model.config.persistent_memory_slots
+
+    def read(self) -> PersistentRows:
+        """The rows that blocks project, without gradient (views)."""
+        return PersistentRows(*self.model.embedding.persistent.detach().split(len(self)))
+
+    def read_kv(self, layer: int) -> Slots:
+        """Keys and values of one block: [1, g, m, d]."""
+        bank = self.model.embedding.persistent.unsqueeze(1)
+        return _memory_path(self.model, layer).persistent_slots(Sources(bank=bank))
+
+    @torch.no_grad()
+    def write(
+        self,
+        index: int | Sequence[int],
+        *,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> None:
+        """Replace the rows of slots, [h] or [k, h].
+
+        Generations that begin afterwards read them; one under way after
+        `MemoryIntegrationSystem.refresh`.
+
+        Raises:
+            ValueError: the model is in training, an index is unknown, or a tensor of another shape.
+        """
+        indices = torch.tensor([index] if isinstance(index, int) else list(index))
+        for number in indices.tolist():
+            _check_index("index", number, len(self))
+        if self.model.training:
+            raise ValueError(
+                "persistent memory is written in evaluation alone, because in training its rows "
+                "belong to the optimizer; call model.eval() first"
+            )
+        for name, rows, given in zip(
+            PersistentRows._fields, self.read(), (keys, values), strict=True
+        ):
+            if given is not None:
+                given = given.unsqueeze(0) if given.dim() == 1 else given
+                _check_shape(name, given, rows[: len(indices)])
+                rows[indices.to(rows.device)] = given.to(rows)
+
+    @torch.no_grad()
+    def consolidate(
+        self, kv_cache: Cache, *, slots: Sequence[int], into: Sequence[int], row: int = 0
+    ) -> Fit:
+        """Write episodic slots of one row of a text into persistent ones, to outlive the text.
+
+        An episodic slot is another key and value in every block, a persistent one is two rows z of
+        which all blocks project theirs: the least squares of `gain * W z` against the keys, and of
+        `W z` against the values, over all blocks together. With L g d <= h both can be met; keys
+        keep their direction alone where blocks normalise them (`qk_norm`).
+
+        Raises:
+            ValueError: see `write`; or there are not as many of `slots` as of `into`, or no such.
+        """
+        episodic = self.model.memory.episodic
+        if len(slots) != len(into) or not slots:
+            raise ValueError(
+                f"slots={list(slots)} and into={list(into)} must be equally many, and not none"
+            )
+        for slot in slots:
+            _check_index("slots", slot, episodic.num_slots(kv_cache))
+        systems = [self._system(i, episodic.read_kv(i, kv_cache), slots, row) for i in self._layers]
+        maps, targets = zip(*systems, strict=True)
+        rows = [
+            torch.linalg.lstsq(torch.cat(a), torch.cat(y), driver="gelsd").solution.T
+            for a, y in zip(zip(*maps, strict=True), zip(*targets, strict=True), strict=True)
+        ]
+        self.write(into, keys=rows[0], values=rows[1])
+        return self._fit(episodic.read(kv_cache), slots, into, row)
+
+    @property
+    def _layers(self) -> range:
+        return range(self.model.config.num_layers)
+
+    def _system(
+        self, layer: int, stored: Slots, slots: Sequence[int], row: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Of one block, for keys and for values: the map [g d, h] from rows to slots, and what it
+        should give, [g d, k]. In fp64 on the CPU: the driver that copes with any rank is there."""
+        path = _memory_path(self.model, layer)
+        unit = torch.eye(self.model.config.hidden_dim).to(path.key_gain).unsqueeze(1)
+        to_keys, to_values = (
+            y.squeeze(1).T.double().cpu()
+            for y in project_replicated(unit, path.k_proj, path.v_proj, ctx=path.ctx)
+        )
+        to_keys = to_keys * path.key_gain.double().cpu().flatten().unsqueeze(1)
+        keys, values = (x[row, :, list(slots)].transpose(1, 2).flatten(0, 1) for x in stored)
+        return (to_keys, to_values), (keys.double().cpu(), values.double().cpu())
+
+    def _fit(
+        self, wanted: Sequence[Slots], slots: Sequence[int], into: Sequence[int], row: int
+    ) -> Fit:
+        cosines, wrong, whole = [], 0.0, 0.0
+        for layer, stored in enumerate(wanted):
+            found = self.read_kv(layer)
+            keys, values = (x[row, :, list(slots)].float() for x in stored)
+            own_keys, own_values = (x[0, :, list(into)].float() for x in found)
+            cosines.append(torch.cosine_similarity(own_keys, keys, dim=-1).mean())
+            wrong += (own_values - values).square().sum().item()
+            whole += values.square().sum().item()
+        return Fit(torch.stack(cosines).mean().item(), (wrong / max(whole, 1e-30)) ** 0.5)
+
+
+class PersonaMemory:
+    """The slots of the persona path: learned rows, moved by the persona that is given."""
+
+    def __init__(self, model: DariaFormerModel) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return self.model.config.persona_memory_slots
+
+    def read(self, persona: Tensor | None = None) -> Tensor:
+        """`slots + W_p p` [m, b or 1, h], for `persona` [b, persona_dim] or the learned one."""
+        embedding = self.model.embedding
+        given = embedding.persona.unsqueeze(0) if persona is None else persona
+        return embedding.persona_bank(given)
+
+    def read_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
+        """Keys and values of one block: [b or 1, g, m + 1, d], the last one the empty slot."""
+        path = self.model.layers[layer].attention.paths["persona"]  # type: ignore[union-attr, index]
+        assert isinstance(path, PersonaPath)
+        return path.slots(Sources(bank=self.read(persona)))
+
+
+class MemoryIntegrationSystem:
+    """All memory of a model, as `model.memory`. `kv_cache`: that of the generation in question.
+
+    `persistent` and `persona` are None where the model has none.
+
+    Raises:
+        ValueError: on use, of what the model does not have or a text that has not begun.
+    """
+
+    def __init__(self, model: DariaFormerModel) -> None:
+        self.model, config = model, model.config
+        self.working, self.episodic = SlotMemory(model, _WORKING), SlotMemory(model, _EPISODIC)
+        has_rows = config.has("memory") and config.persistent_memory_slots > 0
+        self.persistent = PersistentMemory(model) if has_rows else None
+        self.persona = PersonaMemory(model) if config.has("persona") else None
+
+    def get_memory_kv(self, layer: int, kv_cache: Cache) -> Slots:
+        """All slots that the memory path of a block chooses from: working, episodic, persistent."""
+        parts = [self.working.read_kv(layer, kv_cache), self.episodic.read_kv(layer, kv_cache)]
+        if self.persistent is not None:
+            parts.append(self.persistent.read_kv(layer))
+        batch = max(len(part.keys) for part in parts)
+        columns = zip(*parts, strict=True)
+        return Slots(*(torch.cat([_rows(x, batch) for x in column], dim=2) for column in columns))
+
+    def get_persona_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
+        """What the persona path of a block reads."""
+        if self.persona is None:
+            raise ValueError("the model has no persona path; add persona to paths before building")
+        return self.persona.read_kv(layer, persona)
+
+    def retrieved(self, layer: int, kv_cache: Cache) -> Retrieved | None:
+        """The slots that the segment of the latest token reads; None before the first token."""
+        return _memory_cache(layer, kv_cache).retrieved
+
+    def encode_and_store_episode(self, input_ids: Tensor, kv_cache: Cache) -> int:
+        """Read a text into a generation's memory; how many episodic slots that closed."""
+        before = self._num_pooled(kv_cache)
+        with torch.no_grad():
+            self.model(input_ids, kv_cache=kv_cache)
+        return self._num_pooled(kv_cache) - before
+
+    def refresh(self, kv_cache: Cache) -> None:
+        """Let a generation under way read persistent memory as it is now."""
+        embedding = kv_cache["embedding"]
+        if embedding.bank is not None and self.persistent is not None:
+            rows = self.model.embedding.persistent.detach().unsqueeze(1)
+            kept = embedding.bank[len(rows) :]
+            embedding.bank = torch.cat((rows.expand(-1, embedding.bank.shape[1], -1), kept))
+        for layer in range(self.model.config.num_layers):
+            block: BlockCache = kv_cache[f"block_{layer}"]
+            block.static.pop("memory", None)
+            if block.memory is not None:
+                block.memory.retrieved_for = -1
+
+    def _num_pooled(self, kv_cache: Cache) -> int:
+        return _memory_cache(0, kv_cache).levels[_EPISODIC][0].length
+
+
+def _memory_path(model: DariaFormerModel, layer: int) -> MemoryPath:
+    _check_index("layer", layer, model.config.num_layers)
+    paths: Any = model.layers[layer].attention.paths  # type: ignore[union-attr]
+    if "memory" not in paths:
+        raise ValueError("the model has no memory path; add memory to paths before building it")
+    path: MemoryPath = paths["memory"]
+    return path
+
+
+def _memory_cache(layer: int, kv_cache: Cache) -> MemoryCache:
+    block: BlockCache | None = kv_cache.get(f"block_{layer}")
+    if block is None:
+        raise ValueError(f"layer={layer} is not in the cache; count blocks from 0")
+    if block.memory is None:
+        raise ValueError("the model has no memory path; add memory to paths before building it")
+    return block.memory
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    """x for `batch` rows; one without slots may have no rows at all."""
+    return x.expand(batch, -1, -1, -1) if len(x) else x.new_empty(batch, *x.shape[1:])
+
+
+def _check_index(name: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise ValueError(f"{name}={index} is not one of the {count} there are; count from 0")
+
+
+def _check_shape(name: str, given: Tensor, like: Tensor) -> None:
+    if given.shape != like.shape:
+        raise ValueError(
+            f"{name} of shape {list(given.shape)} must be {list(like.shape)}, as they are stored"
+        )

@@ -1,0 +1,284 @@
+"""Which tokens of every row a layer computes, decided from one score per token.
+
+Training takes the k best tokens of a row, which needs the whole row; what decides in evaluation and
+generation looks at one token alone. Decisions are the same on every tensor rank and in a repeated
+forward pass; they have no gradient, which reaches the scores through the gate of the caller.
+
+Shapes: s sequence, b batch, k chosen tokens of a row, t tensor size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.dynamic.token_gather import Selection, chosen_first
+from parallel.context import ParallelContext
+from parallel.layer_state import kept_in_dtype
+from parallel.recompute import add_once, once
+
+# How a token is chosen without looking at later ones, and the oracle that does look.
+Rule = Literal["threshold", "predictor", "aux", "topk"]
+# Room in training by threshold, over the capacity: what exceeds it loses the lowest scores.
+THRESHOLD_ROOM = 1.25
+
+
+def capacity(gamma: float, length: int, *, multiple: int = 1) -> int:
+    """`min(s, ceil(gamma s / m) m)`: tokens of a row of s that are computed.
+
+    Raises:
+        ValueError: gamma outside (0, 1], or a multiple below 1.
+    """
+    if not 0.0 < gamma <= 1.0:
+        raise ValueError(f"capacity_gamma={gamma} must be above 0 and at most 1")
+    if multiple < 1:
+        raise ValueError(f"capacity_multiple={multiple} must be 1 or more")
+    return min(length, math.ceil(gamma * length / multiple) * multiple)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Positions of the k largest scores of every row, ascending: [b, s] -> int64 [b, k].
+
+    Always exactly k; of equal scores the earlier position wins, on every device, which
+    torch.topk does not promise.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :k].sort(dim=1).values
+
+
+def agreed(values: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Values of own tokens [s/t, b] as every tensor rank sees them, bit for bit: [b, s].
+
+    Without gradient. Under sequence parallelism an all-gather; else a broadcast from the first
+    rank, because equal activations of two ranks may differ in the last bit.
+    """
+    values = values.detach()
+    if ctx.sequence_parallel:
+        parts = [torch.empty_like(values) for _ in range(ctx.tensor.size)]
+        dist.all_gather(parts, values.contiguous(), group=ctx.tensor.group)
+        values = torch.cat(parts)
+    elif ctx.tensor.size > 1:
+        values = values.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(values, group=ctx.tensor.group, group_src=0)
+    return values.T.contiguous()
+
+
+class ScoreThreshold(nn.Module):
+    """`tau`, above which a share gamma of all scores lies; an average over the steps of training.
+
+        a   <- m a + (1 - m) mean over rows of (r_(k) + r_(k+1)) / 2
+        o   <- o + (1 - m) (f - k / s) / d
+        tau  = a + o
+
+    with r_(k) the k-th largest score of a row, f the share of the step's tokens above tau, and d
+    how much that share shrinks when tau grows by one, from the scores below r_(k). The offset o
+    makes up for rows that differ: their mean quantile is not the quantile of all tokens. The first
+    step sets a; before that tau is -inf, so that every token is chosen. fp32 at any precision,
+    equal on all ranks, saved with the weights. Source of a: arXiv 2603.11535.
+    """
+
+    tau: Tensor
+    offset: Tensor
+
+    def __init__(self, *, momentum: float, device: torch.device) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
+        self.register_buffer("offset", torch.zeros(1, device=device))
+        # Over rows: their number, middles, shares above tau less k / s, and 1 / d: fp64 [4].
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def observe(self, scores: Tensor, k: int) -> None:
+        """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
+        nor do those in which scores that were set to infinity leave none to choose."""
+        length = scores.shape[1]
+        if k >= length:
+            return
+        lower = min(k + (k + 1) // 2, length - 1)
+        values = scores.double().topk(lower + 1, dim=1).values
+        middle = (values[:, k - 1] + values[:, k]) / 2
+        excess = ((scores > self.tau).sum(dim=1) - k) / length
+        slope = (values[:, k - 1] - values[:, lower]) * (length / (lower + 1 - k))
+        rows = torch.stack((torch.ones_like(middle), middle, excess, slope))
+        sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
+        if self._sums.device != sums.device:  # the module has been moved
+            self._sums = torch.zeros_like(sums)
+        add_once(self._sums, sums)
+
+    def take_sums(self) -> Tensor:
+        sums = self._sums.to(self.tau.device)
+        self._sums = torch.zeros_like(sums)
+        return sums
+
+    def after_step(self, sums: Tensor) -> None:
+        middle, excess, slope = (sums[1:] / sums[0]).to(self.tau.dtype).split(1)
+        rate, begins = 1.0 - self.momentum, self.tau.isinf()
+        moved = self.offset + rate * excess * slope
+        offset = torch.where(begins, self.offset, moved)
+        average = torch.where(begins, middle, (self.tau - self.offset).lerp(middle, rate))
+        saw_rows = sums[:1] > 0
+        self.offset.copy_(torch.where(saw_rows, offset, self.offset))
+        self.tau.copy_(torch.where(saw_rows, average + offset, self.tau))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(kept_in_dtype(self, fn), recurse)
+        return self
+
+
+class Routed(NamedTuple):
+    """`selection`: what is computed. `chosen`: the same as a mask, bool [b, s].
+
+    `fraction`: the share of tokens that the causal rule chooses; `recall`: the share of the k best
+    that are among them. Only both together say how far the rule is from the k best. `spread`: the
+    standard deviation of a row's scores. Each of every row, fp32 [b].
+    """
+
+    selection: Selection
+    chosen: Tensor
+    fraction: Tensor
+    recall: Tensor
+    spread: Tensor
+
+
+class TokenRouter(nn.Module):
+    """Chooses tokens: the k best of a row while it trains, by a causal rule when it does not.
+
+    * `rule`: "threshold" `score > tau`; "aux" `score > least_logit`, where an auxiliary loss has
+      made a logit of the score; "predictor" `logit > least_logit`, where logits are given; "topk":
+      the k best of the row, which looks at later tokens: an oracle, no model that can generate.
+    * `train_rule`: "topk", or "threshold" with room for 1.25 k tokens, of which those with the
+      highest scores stay.
+
+    The training flag of the module decides which is used.
+    """
+
+    def __init__(
+        self,
+        gamma: float,
+        *,
+        rule: Rule,
+        train_rule: Literal["topk", "threshold"],
+        least_logit: float,
+        multiple: int,
+        momentum: float,
+        ctx: ParallelContext,
+    ) -> None:
+        super().__init__()
+        self.gamma, self.multiple, self.ctx = gamma, multiple, ctx
+        self.rule, self.train_rule, self.least_logit = rule, train_rule, least_logit
+        self.threshold = ScoreThreshold(momentum=momentum, device=ctx.device)
+
+    def forward(
+        self,
+        scores: Tensor,
+        *,
+        logits: Tensor | None = None,
+        forced: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Routed:
+        """Choose from scores [s/t, b] of own tokens; `logits` alike, for the predictor.
+
+        `forced`: bool [b, s], tokens that are chosen whatever their score. `lengths`: int64 [b],
+        tokens of each row, where what follows them is padding; without sequence parallelism.
+        """
+        choose = self._choose if lengths is None else partial(self._choose_of_rows, lengths)
+        routed: Routed = once(lambda: choose(scores, logits, forced))
+        return routed
+
+    def decide(
+        self, scores: Tensor, *, logits: Tensor | None = None, forced: Tensor | None = None
+    ) -> Tensor:
+        """What the causal rule chooses of tokens that continue a sequence: bool [b, s].
+
+        Raises:
+            ValueError: the rule is topk.
+        """
+        if self.rule == "topk":
+            raise ValueError(
+                "causal_router=topk compares a token with later ones, which a generation does not "
+                "have; use threshold, predictor or aux"
+            )
+        return _with(self._causal(scores, logits), forced)
+
+    @torch.no_grad()
+    def _choose(self, scores: Tensor, logits: Tensor | None, forced: Tensor | None) -> Routed:
+        ranked = agreed(scores, ctx=self.ctx)
+        spread = ranked.std(dim=1, correction=0)
+        if forced is not None:
+            ranked = ranked.masked_fill(forced, math.inf)
+        length = ranked.shape[1]
+        k = capacity(self.gamma, length, multiple=self.multiple)
+        if self.training:
+            self.threshold.observe(ranked, k)
+        best = top_k(ranked, k)
+        among_best = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True)
+        causal = among_best
+        if self.rule != "topk":
+            causal = _with(self._causal(scores, logits, ranked), forced)
+        rule = self.train_rule if self.training else self.rule
+        if rule == "topk":
+            selection, chosen = Selection(best), among_best
+        else:
+            # All tokens outside of training: the number of chosen ones depends on later tokens,
+            # and with it would the shapes of what is computed, and the last bits of the results.
+            room = min(length, math.ceil(THRESHOLD_ROOM * k)) if self.training else length
+            chosen = self._within(causal if rule == self.rule else ranked > self._tau, ranked, room)
+            selection = chosen_first(chosen, room)
+        recall = (causal & among_best).sum(dim=1) / k
+        return Routed(selection, chosen, causal.float().mean(dim=1), recall, spread)
+
+    def _choose_of_rows(
+        self, lengths: Tensor, scores: Tensor, logits: Tensor | None, forced: Tensor | None
+    ) -> Routed:
+        """`_choose` for every row by itself: padding neither competes nor counts."""
+        rows = [
+            self._choose(
+                scores[:length, row : row + 1],
+                None if logits is None else logits[:length, row : row + 1],
+                None if forced is None else forced[row : row + 1, :length],
+            )
+            for row, length in enumerate(lengths.tolist())
+        ]
+        length = scores.shape[0]
+        chosen = torch.cat([F.pad(r.chosen, (0, length - r.chosen.shape[1])) for r in rows])
+        sizes = [r.selection.indices.shape[1] for r in rows]
+        selection = chosen_first(chosen, max(sizes))
+        return Routed(
+            selection._replace(lengths=torch.tensor(sizes, device=lengths.device)),
+            chosen,
+            *(torch.cat(values) for values in zip(*(r[2:] for r in rows), strict=True)),
+        )
+
+    @property
+    def _tau(self) -> Tensor:
+        return self.threshold.tau
+
+    def _within(self, chosen: Tensor, ranked: Tensor, room: int) -> Tensor:
+        """`chosen`, or of each row the `room` best of them."""
+        if room == chosen.shape[1]:
+            return chosen
+        best = top_k(ranked.masked_fill(~chosen, -math.inf), room)
+        return chosen & torch.zeros_like(chosen).scatter_(1, best, True)
+
+    @torch.no_grad()
+    def _causal(
+        self, scores: Tensor, logits: Tensor | None, ranked: Tensor | None = None
+    ) -> Tensor:
+        """The causal rule: bool [b, s]. `ranked`: agreed scores, where they are known."""
+        if self.rule == "predictor":
+            assert logits is not None
+            return agreed(logits, ctx=self.ctx) > self.least_logit
+        if ranked is None:
+            ranked = agreed(scores, ctx=self.ctx)
+        return ranked > (self.least_logit if self.rule == "aux" else self._tau)
+
+
+def _with(chosen: Tensor, forced: Tensor | None) -> Tensor:
+    return chosen if forced is None else chosen | forced

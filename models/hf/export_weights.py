@@ -1,0 +1,123 @@
+"""Weights written as a Hugging Face directory, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.base import HFMapping
+from models.checkpoint import StoredModel, check_names, check_shape, parameter_table
+from models.hf.code_bundle import bundle
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
+
+
+def export_configuration(
+    stored: StoredModel, output: Path, *, hf: HFMapping, dtype: torch.dtype | None
+) -> None:
+    """Write config.json and, for a model that transformers does not have, its code into `output`.
+
+    Raises:
+        ValueError: transformers has no model of this shape, or the weights are not those of the
+            configuration.
+    """
+    with _reader(stored) as reader:
+        target = dtype or _first_dtype(reader, stored)
+    contents = hf.to_config(stored.config) | {"dtype": str(target).removeprefix("torch.")}
+    write_json(output / "config.json", contents)
+    for name, text in bundle(hf.code).items():
+        (output / name).write_text(text, encoding="utf-8")
+
+
+def export_weights(
+    stored: StoredModel,
+    output: Path,
+    *,
+    hf: HFMapping,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> None:
+    """Write the weights into `output`, one shard in memory at a time.
+
+    `hf`: in whose names; tensors that it does not name are left out. `dtype` None keeps that of the
+    weights.
+
+    Raises:
+        ValueError: the weights are not those of the configuration, or are of several dtypes and
+            `dtype` is None.
+    """
+    with _reader(stored) as reader:
+        _write_weights(
+            reader,
+            stored,
+            output,
+            hf.names(stored.config),
+            dtype or _first_dtype(reader, stored),
+            max_shard_size=max_shard_size,
+            cast=dtype is not None,
+        )
+
+
+@contextlib.contextmanager
+def _reader(stored: StoredModel) -> Iterator[ShardedWeightsReader]:
+    with ShardedWeightsReader(stored.weights) as reader:
+        table = parameter_table(stored.family, stored.config)
+        check_names(reader.names(), table, source=stored.weights)
+        yield reader
+
+
+def _first_dtype(reader: ShardedWeightsReader, stored: StoredModel) -> torch.dtype:
+    return reader.full(next(iter(parameter_table(stored.family, stored.config)))).dtype
+
+
+def _write_weights(
+    reader: ShardedWeightsReader,
+    stored: StoredModel,
+    output: Path,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    *,
+    max_shard_size: str,
+    cast: bool,
+) -> None:
+    table = parameter_table(stored.family, stored.config)
+    ours = {theirs: name for name, theirs in names.items()}
+    plan = split_torch_state_dict_into_shards(
+        {
+            theirs: torch.empty(
+                table[name].shape, dtype=table[name].buffer_dtype or dtype, device="meta"
+            )
+            for name, theirs in names.items()
+        },
+        max_shard_size=max_shard_size,
+    )
+
+    def load(name: str) -> Tensor:
+        full = reader.full(name)
+        check_shape(name, full.shape, table[name].shape, source=stored.weights)
+        if table[name].buffer_dtype is not None:
+            return full.contiguous()
+        if full.dtype != dtype and not cast:
+            raise ValueError(
+                f"{stored.weights}: {name} is {full.dtype}, others are {dtype}; choose --dtype"
+            )
+        return full.to(dtype).contiguous()
+
+    for file_name, tensors in plan.filename_to_tensors.items():
+        shard = {theirs: load(ours[theirs]) for theirs in tensors}
+        save_file(shard, output / file_name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(output / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write the contents of a file of the directory."""
+    path.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="ascii")

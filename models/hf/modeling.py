@@ -1,0 +1,368 @@
+"""A family's layers as a causal language model of transformers.
+
+Shapes: b batch, s tokens of a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models.base import logits_of, num_scored_in, scored_mean
+from models.hf.arguments import StateReader, check_arguments, recording, wanted_states
+from models.hf.cache import FamilyCache, row_bounds
+from models.hf.config import FamilyPreTrainedConfig
+from parallel.carry import LayerSpec, SequentialModel
+from parallel.context import ParallelContext
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+
+# Tokens of a prompt that go through the layers at a time.
+PREFILL_CHUNK = 512
+
+
+class Computed(NamedTuple):
+    """Logits [b, kept, V] of a call, and its hidden states, [b, s, h] each: as many as were asked
+    for."""
+
+    logits: Tensor
+    states: tuple[Tensor, ...] = ()
+
+
+class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
+    """The layers of a family, `model`, behind the interface of transformers.
+
+    Subclasses say which layers and what the first one takes, and define `forward`, whose signature
+    transformers reads, by means of `run`.
+    """
+
+    config: FamilyPreTrainedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the Trainer then gives `num_items_in_batch`
+    gradient_checkpointing = False
+    _supports_sdpa = True
+
+    def __init__(self, config: FamilyPreTrainedConfig) -> None:
+        super().__init__(config)
+        # from_pretrained builds the model on the meta device and in the dtype of its weights.
+        ctx = ParallelContext.single(device=torch.get_default_device())
+        specs = self.layer_specs(config.settings())
+        self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
+        self.post_init()
+
+    @abstractmethod
+    def layer_specs(self, settings: Any) -> list[LayerSpec]:
+        """The family's layers."""
+
+    @abstractmethod
+    def inputs(
+        self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
+    ) -> Any:
+        """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows.
+
+        `lengths`: int64 [b], tokens of each row, in training where rows end in padding; for layers
+        that look at a row as a whole.
+        """
+
+    def auxiliary_loss(self, output: Any) -> Tensor | None:
+        """What training minimises beside the cross entropy, of every row by itself, [b], in what
+        the last layer returns."""
+        return None
+
+    def new_cache(self, max_length: int) -> FamilyCache:
+        """An empty cache for at most `max_length` tokens, padding included.
+
+        `generate` makes its own; make one here to continue it in later calls.
+        """
+        return FamilyCache(max_length)
+
+    def run(
+        self,
+        tokens: Any,
+        given: Mapping[str, Tensor | None],
+        *,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
+        others: Mapping[str, Any],
+    ) -> CausalLMOutputWithPast:
+        """`forward` for tokens [b, s] and whatever else the first layer takes; `others`: what it
+        was given beside (models.hf.arguments).
+
+        `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
+        cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
+        A call with a cache has no gradient. The loss is the mean cross entropy of each token from
+        those before it, and what `auxiliary_loss` adds, rows counting by their scored tokens
+        (`models.base.scored_mean`). With `num_items_in_batch`, the scored tokens of a whole step,
+        it is this batch's part of the step's loss: the parts of the step add up to it.
+
+        Raises:
+            ValueError: a mask, a cache, labels or another argument that does not fit, or too many
+                tokens.
+        """
+        cache = past_key_values
+        if use_cache is None and not self.training and labels is None:
+            use_cache = getattr(self.config, "use_cache", None)
+        if cache is None and use_cache:
+            cache = self.new_cache(self.config.max_position_embeddings)
+        first = cache.length if isinstance(cache, FamilyCache) else 0
+        check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
+        readers = self.state_readers()
+        wanted = wanted_states(others, self.config, len(readers))
+        readers = readers if wanted else []
+        present = {name: value for name, value in given.items() if value is not None}
+        auxiliary = None
+        if cache is None:
+            (logits, states), output = self._whole(tokens, present, attention_mask, readers)
+            logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
+        else:
+            logits, states = self._continued(
+                tokens, present, attention_mask, cache, logits_to_keep, readers
+            )
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, num_items_in_batch, auxiliary)
+        chosen = tuple(x if i in wanted else None for i, x in enumerate(states))
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
+        )
+
+    def state_readers(self) -> list[StateReader]:
+        """Where the hidden states are: before the first block and after every block, the last of
+        them as the head multiplies it, after the final norm."""
+        layers = self.model.layers[:-1]
+        after = [reader for layer in layers for reader in self.readers_of(layer)]
+        head = StateReader(self.get_output_embeddings(), lambda arguments, output: arguments[0])
+        return [*after[:-1], head]
+
+    def readers_of(self, layer: nn.Module) -> list[StateReader]:
+        """The hidden states that one layer makes, in their order."""
+        return [StateReader(layer, lambda arguments, output: output.hidden)]
+
+    def _whole(
+        self,
+        tokens: Tensor,
+        given: Mapping[str, Tensor],
+        attention_mask: Tensor | None,
+        readers: list[StateReader],
+    ) -> tuple[Computed, Any]:
+        """What is computed without a cache, and what the last layer returned.
+
+        Rows are turned until they begin at column 0, and the results are turned back: the layers
+        are causal, so that padding after a row's tokens does not reach them. Layers that are not
+        causal in training get the lengths of the rows.
+        """
+        back, lengths = None, None
+        if attention_mask is not None:
+            if attention_mask.shape != tokens.shape:
+                raise ValueError(
+                    f"attention_mask of shape {list(attention_mask.shape)} must be "
+                    f"{list(tokens.shape)}, as input_ids"
+                )
+            starts, stops = row_bounds(attention_mask)
+            if self.training and not bool(attention_mask.all()):
+                lengths = stops - starts
+            if bool(starts.any()):
+                columns = torch.arange(tokens.shape[1], device=tokens.device)
+                tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
+                back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
+        with recording(readers) as states:
+            output = self.model(self.inputs(tokens, given, lengths))
+        computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
+        if back is None:
+            return computed, output
+        logits, *states = (
+            x.gather(1, back.unsqueeze(-1).expand_as(x)) for x in _tensors_of(computed)
+        )
+        return Computed(logits, tuple(states)), output
+
+    @torch.no_grad()
+    def _continued(
+        self,
+        tokens: Tensor,
+        given: Mapping[str, Tensor],
+        attention_mask: Tensor | None,
+        cache: FamilyCache,
+        logits_to_keep: int | Tensor,
+        readers: list[StateReader],
+    ) -> Computed:
+        """What tokens after those in the cache give; 0 where a row has padding."""
+        if not isinstance(cache, FamilyCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; this model needs the cache that its "
+                "new_cache(max_length) makes"
+            )
+        batch_size, length = tokens.shape
+        chosen = logits_to_keep if isinstance(logits_to_keep, Tensor) else None
+        count = length if chosen is not None else min(int(logits_to_keep) or length, length)
+        parts = cache.extend(length, attention_mask, self.model.new_cache, batch_size=batch_size)
+        whole: list[Tensor] = []
+        for group, first in parts:
+            if group.rows is None:
+                whole = _tensors_of(self._extended(tokens, given, group.layers, count, readers))
+                continue
+            own = {n: x[group.rows] if len(x) > 1 else x for n, x in given.items()}
+            rows = tokens[group.rows, first:]
+            kept = min(count, rows.shape[1])
+            part = _tensors_of(self._extended(rows, own, group.layers, kept, readers))
+            columns = (count, *[length] * len(readers))
+            whole = whole or [
+                x.new_zeros(batch_size, n, x.shape[-1]) for x, n in zip(part, columns, strict=True)
+            ]
+            for x, last in zip(whole, part, strict=True):
+                x[group.rows, x.shape[1] - last.shape[1] :] = last
+        logits, *states = whole
+        return Computed(logits if chosen is None else logits[:, chosen], tuple(states))
+
+    def _extended(
+        self,
+        tokens: Tensor,
+        given: Mapping[str, Tensor],
+        layers: dict[str, Any],
+        count: int,
+        readers: list[StateReader],
+    ) -> Computed:
+        """The last `count` logits, and the states, of tokens that continue the layers' caches."""
+        logits, states, to_come = [], [], tokens.shape[1]
+        for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+            with recording(readers) as found:
+                output = self.model(self.inputs(chunk, given), layers)
+            given, to_come = {}, to_come - chunk.shape[1]
+            states.append(found)
+            if count > to_come:
+                first = max(0, chunk.shape[1] - (count - to_come))
+                logits.append(logits_of(output).transpose(0, 1)[:, first:])
+        return Computed(
+            _concatenated_columns(logits),
+            tuple(map(_concatenated_columns, zip(*states, strict=True))),
+        )
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        num_items_in_batch: int | Tensor | None,
+        auxiliary: Tensor | None,
+    ) -> Tensor:
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels of shape {list(labels.shape)} with logits of {list(logits.shape[:2])} "
+                "positions; give a label for every token, and no logits_to_keep"
+            )
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)
+        losses = vocab_parallel_cross_entropy(logits.transpose(0, 1), following, ctx=self.model.ctx)
+        count = num_scored_in(following) if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(count, device=losses.device)
+        loss = losses.sum() / count
+        return loss if auxiliary is None else loss + scored_mean(auxiliary, following, count)
+
+    # What transformers asks of a model.
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot be chosen:"
+                " this model has a cache of its own; leave it out"
+            )
+        given = model_kwargs.get("past_key_values") is not None
+        if given or generation_config.use_cache is False:
+            return
+        longest = self.config.max_position_embeddings
+        if generation_config.is_assistant:  # called again and again with the same cache
+            max_cache_length = longest
+        # What is looked up in the prompt may reach beyond the last token that is asked for.
+        drafted = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
+        room = max(max_cache_length, min(drafted, longest))
+        model_kwargs["past_key_values"] = self.new_cache(room)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] | None = None,
+        every_n_layers: int = 1,
+    ) -> None:
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if options.get("use_reentrant") or every_n_layers != 1:
+            raise ValueError(
+                f"gradient checkpointing with {options} and every_n_layers={every_n_layers}: this "
+                "model recomputes every block, without reentrance; leave the options out"
+            )
+        self.model.recompute = self.gradient_checkpointing = enable
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: parallel.random has initialised what is new.
+
+        Raises:
+            ValueError: weights that were loaded lack a parameter of the model.
+        """
+        for name, parameter in module.named_parameters(recurse=False):
+            # A parameter from the layers says how it starts; one that loading has put in does not.
+            if not hasattr(parameter, "init") and not getattr(
+                parameter, "_is_hf_initialized", False
+            ):
+                path = next(path for path, other in self.named_modules() if other is module)
+                raise ValueError(
+                    f"the weights lack {path}.{name}: they are not of this configuration"
+                )
+
+    def set_input_embeddings(self, value: nn.Module) -> NoReturn:
+        """Refused: the embedding belongs to the layers.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the embeddings of this model cannot be replaced; change the values of "
+            "get_input_embeddings().weight in place"
+        )
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> NoReturn:
+        """Refused, as in `set_input_embeddings`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the head of this model cannot be replaced; change the values of "
+            "get_output_embeddings().weight in place"
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the vocabulary is a setting of the layers.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the vocabulary of this model is fixed at vocab_size={self.config.vocab_size}; use a "
+            "tokenizer of at most that size"
+        )
+
+
+def _tensors_of(computed: Computed) -> list[Tensor]:
+    return [computed.logits, *computed.states]
+
+
+def _concatenated_columns(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

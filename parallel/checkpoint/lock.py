@@ -1,0 +1,90 @@
+"""One job per run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.file_modes import refuse_if_others_can_write
+
+LOCK_NAME = "run.lock"
+
+
+class RunLock:
+    """Holds a run directory for this process until `release` or the end of the process.
+
+    A POSIX record lock: the kernel (over NFS: the server) drops it when the owner dies, so a stale
+    one cannot exist, and forked data workers do not inherit it.
+
+    Raises:
+        CheckpointError: another process holds it (the message says which and since when), the
+            directory cannot be made or written, or everybody can write it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LOCK_NAME
+        self._descriptor = -1
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            refuse_if_others_can_write(run_dir)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+            refuse_if_others_can_write(self._path)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(_own_description()).encode(), 0)
+        except (BlockingIOError, PermissionError) as error:
+            if self._descriptor < 0:
+                raise _unusable(run_dir, error) from error
+            owner = self._describe_owner()
+            self.release()
+            raise CheckpointError(
+                f"run_dir {str(run_dir)!r} is in use by {owner}: "
+                "wait until that job ends or choose another run_dir"
+            ) from None
+        except CheckpointError:
+            self.release()
+            raise
+        except OSError as error:
+            self.release()
+            raise _unusable(run_dir, error) from error
+
+    def is_held(self) -> bool:
+        """False once somebody has removed or replaced the lock file: then publish nothing."""
+        # The path is never opened again: closing any descriptor of the file would drop the lock.
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _describe_owner(self) -> str:
+        try:
+            owner = json.loads(os.pread(self._descriptor, 4096, 0))
+            job = f", job {owner['job']}" if owner["job"] else ""
+            return f"process {owner['pid']} on {owner['host']} since {owner['since']}{job}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def _unusable(run_dir: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}): choose a writable one"
+    )
+
+
+def _own_description() -> dict[str, object]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+    }

@@ -1,0 +1,251 @@
+"""The manifest of a checkpoint: what is in it, under which layout and configuration it was made.
+
+`manifest.json` is written last. A directory `step_N` that holds one is complete; whether it is
+undamaged is what `verify_listing` and `verify_content` find out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.storage import file_record
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,17})")
+_FILE_NAME = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}"
+)
+_MAX_MANIFEST_BYTES = 256 * 1024**2
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Layout(_Record):
+    """How the run was spread over ranks when a checkpoint was written."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert: int = 1
+    zero_stage: int = 0
+    precision: str = "fp32"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Sizes of the axes: at the same ones each rank has the same place."""
+        return self.tensor, self.pipeline, self.data
+
+    def __str__(self) -> str:
+        return (
+            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+            f"{f' (expert {self.expert})' * (self.expert > 1)}, "
+            f"ZeRO-{self.zero_stage}, {self.precision}"
+        )
+
+
+class TextRecord(_Record):
+    """How the text that a model was trained on became tokens; None where that is not known.
+
+    `eod_id` ends a document, `bos_ids` begin it (perhaps none). `special_tokens`: whether text that
+    spells a special token became it (parse) or ordinary tokens (plain).
+    """
+
+    eod_id: int | None = None
+    bos_ids: tuple[int, ...] | None = None
+    special_tokens: Literal["parse", "plain"] | None = None
+
+
+UNKNOWN_TEXT = TextRecord()
+
+
+class FileEntry(_Record):
+    """A file of the checkpoint and the rank that wrote it, which is the rank that verifies it."""
+
+    size: int
+    sha256: str
+    rank: int
+
+    @classmethod
+    def of(cls, path: Path, *, rank: int) -> FileEntry:
+        size, sha256 = file_record(path)
+        return cls(size=size, sha256=sha256, rank=rank)
+
+
+class Manifest(_Record):
+    """What a directory `step_N` holds; `config` is that of the run, whose `model` is the model."""
+
+    format_version: int
+    step: int
+    layout: Layout
+    config: dict[str, Any]
+    text: TextRecord = UNKNOWN_TEXT
+    fingerprints: dict[str, str]
+    versions: dict[str, str]
+    sharding: dict[str, tuple[int | None, int | None]]
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
+        return files
+
+    def to_bytes(self) -> bytes:
+        return encode_manifest(self.model_dump(mode="json"))
+
+
+def encode_manifest(content: Mapping[str, Any]) -> bytes:
+    """Canonical JSON, closed by a checksum over everything before it."""
+    return _dump({**content, "checksum": _checksum(content)})
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_dump(content)).hexdigest()
+
+
+def step_of_name(name: str) -> int | None:
+    """The N of a directory name `step_N`; None for any other name."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The complete `step_N` of the highest step of a run; None if there is none."""
+    folder = run_dir / "checkpoints"
+    steps = [
+        (step, entry)
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if (step := step_of_name(entry.name)) is not None and (entry / MANIFEST_NAME).is_file()
+    ]
+    return max(steps)[1] if steps else None
+
+
+def find_manifest(path: Path) -> Path:
+    """The manifest of a checkpoint (`step_N`), of its weights, or of a run's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for directory in (path, newest_checkpoint(path), path.parent):
+        if directory is not None and (directory / MANIFEST_NAME).is_file():
+            return directory / MANIFEST_NAME
+    raise CheckpointError(
+        f"{path.absolute()} is no checkpoint and no run that has one; give the path of one"
+    )
+
+
+def load_manifest(path: Path) -> Manifest:
+    """The manifest in a file, exactly as it was written.
+
+    Raises:
+        CheckpointError: it is absent, not exactly what was written, of another format version, or
+            names a file outside its directory.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{str(path.parent)!r} has no {path.name}: it is incomplete"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    return _parse(raw, path)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint directory `step_N`.
+
+    Raises:
+        CheckpointError: as `load_manifest`; or it is of another step than the directory's name
+            says, or behind a symbolic link.
+    """
+    path = directory / MANIFEST_NAME
+    if directory.is_symlink() or path.is_symlink():
+        raise CheckpointError(
+            f"{str(path)!r} is behind a symbolic link, which checkpoints never use"
+        )
+    manifest = load_manifest(path)
+    if manifest.step != step_of_name(directory.name):
+        raise CheckpointError(f"{str(path)!r} is of step {manifest.step}, not of {directory.name}")
+    return manifest
+
+
+def _parse(raw: bytes, path: Path) -> Manifest:
+    try:
+        content = json.loads(raw.decode("ascii"))
+        version = content.get("format_version")
+        checksum = content.pop("checksum", None)
+        expected = _checksum(content)  # ValueError: a number that JSON does not have
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: not a JSON object") from error
+    if checksum != expected or raw != _dump({**content, "checksum": checksum}):
+        raise CheckpointError(f"{str(path)!r} is damaged: its checksum does not match its content")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has format version {version}, this program reads {FORMAT_VERSION}: "
+            "use the version of manyformer that wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{str(path)!r} is not a manifest: {place}: {first['msg']}"
+        ) from error
+
+
+def verify_listing(directory: Path, manifest: Manifest) -> str | None:
+    """The first file that is missing, surplus, a link or of another size; None when all is well."""
+    present: dict[str, os.stat_result] = {}
+    for folder, folder_names, file_names in os.walk(directory):
+        for name in (*folder_names, *file_names):
+            path = Path(folder, name)
+            if path.is_symlink():
+                return f"{str(path)!r} is a symbolic link, which checkpoints never contain"
+        for name in file_names:
+            path = Path(folder, name)
+            present[path.relative_to(directory).as_posix()] = path.stat()
+    present.pop(MANIFEST_NAME, None)
+    for name, entry in manifest.files.items():
+        if name not in present:
+            return f"{str(directory / name)!r} is missing"
+        if present[name].st_size != entry.size:
+            actual = present[name].st_size
+            return f"{str(directory / name)!r} has {actual} bytes, expected {entry.size}"
+    surplus = sorted(set(present) - set(manifest.files))
+    if surplus:
+        return f"{str(directory / surplus[0])!r} does not belong to the checkpoint: move it away"
+    return None
+
+
+def verify_content(directory: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
+    """The first of `names` whose sha256 differs from the manifest's; None when all is well."""
+    for name in names:
+        path, expected = directory / name, manifest.files[name].sha256
+        try:
+            actual = file_record(path).sha256
+        except OSError as error:
+            return f"{str(path)!r} cannot be read: {error.strerror}"
+        if actual != expected:
+            return f"{str(path)!r} is damaged: sha256 {actual}, expected {expected}"
+    return None

@@ -1,0 +1,426 @@
+"""A feed-forward layer of many experts, of which a router gives each token a few.
+
+`MoELayer` stands where a family's dense feed-forward layer would. Tensor ranks share the columns of
+every expert, expert ranks (a part of the data axis) share the experts.
+
+Shapes: s sequence, b batch, h hidden, f intermediate, E experts, k experts per token, n = s b
+tokens, C slots per expert and row, m slots in all, t tensor size, p expert size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.context import Axis, ParallelContext
+from parallel.padding import mean_of_tokens
+from parallel.precision import at_least_fp32
+from parallel.recompute import once
+from parallel.regions import (
+    computed_by_all,
+    enter_tensor_region,
+    gather_sequence,
+    leave_tensor_region,
+)
+from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
+
+
+class MoEOutput(NamedTuple):
+    """`hidden`: [s, b, h] ([s/t, b, h] under sequence parallelism).
+
+    `load_balancing_loss`, `z_loss`: fp32 [b], of every row, for the caller to average over rows, to
+    weight and to add to the loss.
+    """
+
+    hidden: Tensor
+    load_balancing_loss: Tensor
+    z_loss: Tensor
+
+
+class Routing(NamedTuple):
+    """`experts`: int64 [s, b, k], the most probable first. `weights`: fp32 [s, b, k]. The losses:
+    fp32 [b]."""
+
+    experts: Tensor
+    weights: Tensor
+    load_balancing_loss: Tensor
+    z_loss: Tensor
+
+
+class MoELayer(nn.Module):
+    """`y = sum_j w_j expert_j(x)` over the k experts that the router gives a token.
+
+    `expert(x) = W_down (silu(W_gate x) * W_up x)`; see `TopKRouter` for `w`.
+
+    Without `capacity_factor` no token is dropped. With it an expert takes at most `C =
+    ceil(capacity_factor s k / E)` tokens of a row, the earliest first, and what it does not take is
+    missing from the sum: shapes are then constant and a step never waits for the device. Dropping
+    belongs to training: in `eval()` mode, and so in generation, every token is computed.
+
+    What a row drops depends on that row alone, and on none of its later tokens (but on its length,
+    through C); losses are those of each row. So the result is the same at every layout.
+
+    Forward: at expert size > 1 an all-to-all to the experts and one back, without
+    `capacity_factor` another of the counts, for which the host waits; over tensor ranks the
+    collectives of a column- and a row-parallel layer, with k weights per token beside the input.
+    Backward: the same in reverse. Under FP8 the experts multiply in bf16.
+
+    Raises:
+        ValueError: sizes that do not fit each other or the layout.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        ctx: ParallelContext,
+        init: Init = Normal(0.02),
+        output_init: Init = Normal(0.02),
+        capacity_factor: float | None = None,
+        renormalize: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(intermediate_size, num_experts, top_k, capacity_factor, renormalize, ctx)
+        self.ctx = ctx
+        self.capacity_factor = capacity_factor
+        self.router = TopKRouter(
+            hidden_size, num_experts=num_experts, top_k=top_k, renormalize=renormalize,
+            ctx=ctx, init=init,
+        )  # fmt: skip
+        self.experts = Experts(
+            hidden_size, intermediate_size, num_experts=num_experts,
+            ctx=ctx, init=init, output_init=output_init,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> MoEOutput:
+        """`lengths`: int64 [b], tokens of each row, where what follows them is padding."""
+        routing = self.router(x, lengths)
+        x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+        weights = enter_tensor_region(routing.weights, ctx=self.ctx)
+        y = self._experts_of(x.flatten(0, 1), routing.experts, lengths)
+        y = (y * weights.to(y.dtype).unsqueeze(-1)).sum(dim=2)
+        hidden = leave_tensor_region(y, ctx=self.ctx)
+        return MoEOutput(hidden, routing.load_balancing_loss, routing.z_loss)
+
+    def _experts_of(self, tokens: Tensor, experts: Tensor, lengths: Tensor | None) -> Tensor:
+        """What each of its experts makes of each token: [n, h], [s, b, k] -> [s, b, k, h]."""
+        num_experts, top_k = self.router.num_experts, experts.shape[-1]
+        capacity, limits = None, None
+        if self.capacity_factor is not None and self.training:
+            capacity = self._capacity(len(experts), top_k)
+            if lengths is not None:
+                each = [self._capacity(length, top_k) for length in lengths.tolist()]
+                limits = torch.tensor(each, device=lengths.device)
+        slots = _assign_slots(experts, num_experts=num_experts, capacity=capacity, limits=limits)
+        sent = _Move.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
+        if capacity is None:
+            computed = _without_capacity(sent, slots.counts, self.experts, self.ctx.expert)
+        else:
+            computed = _with_capacity(sent, self.experts, self.ctx.expert)
+        returned = _Move.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
+        return returned.view(*experts.shape, -1)
+
+    def _capacity(self, length: int, top_k: int) -> int:
+        """Slots of each expert for a row of so many tokens."""
+        assert self.capacity_factor is not None
+        share = self.capacity_factor * length * top_k / self.router.num_experts
+        return min(math.ceil(share), length)
+
+
+class TopKRouter(nn.Module):
+    """The k experts of every token: `p = softmax(W x)` over all E, then the k largest.
+
+    Weights are the chosen `p`, with `renormalize` divided by their sum (Mixtral), else as they are
+    (Switch; a single expert needs that, or the router would learn nothing from the loss). Equal
+    probabilities go to the lower expert number. Everything is fp32, whatever the run's precision.
+
+    `load_balancing_loss`: `E sum_e f_e P_e` of every row, with `f_e` the fraction of the row's
+    choices that fell on e and `P_e` the mean of `p_e` over the row; 1 when even. `z_loss`: the mean
+    of `logsumexp(W x)^2` over the row. Source: arXiv 2101.03961, 2202.08906, 2401.04088; of rows
+    (Megatron-Core's `seq_aux_loss`) and not of micro-batches (its `aux_loss`), whose losses would
+    depend on how rows are spread over ranks and micro-batches, nor of the whole step (its
+    `global_aux_loss`), which needs sums over ranks before the product.
+
+    Every tensor rank makes the same choice: under sequence parallelism each scores its own tokens
+    and the scores are gathered, otherwise the first rank's choice is sent to the others. A repeated
+    forward pass keeps the choice of the first.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        renormalize: bool,
+        ctx: ParallelContext,
+        init: Init,
+    ) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=ctx.device))
+        declare_replicated(self.weight, init, ctx=ctx, role="router")
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Routing:
+        logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
+        logits = gather_sequence(logits, ctx=self.ctx)
+        probabilities = logits.softmax(dim=-1)
+        experts = once(lambda: self._choose(logits.detach()))
+        weights = probabilities.gather(-1, experts)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        chosen = _one_hot(experts, self.num_experts).to(probabilities.dtype)
+        fractions = mean_of_tokens(chosen, lengths) / self.top_k
+        balance = self.num_experts * (fractions * mean_of_tokens(probabilities, lengths)).sum(
+            dim=-1
+        )
+        z_loss = mean_of_tokens(logits.logsumexp(dim=-1).square(), lengths)
+        return Routing(
+            experts,
+            weights,
+            computed_by_all(balance, ctx=self.ctx),
+            computed_by_all(z_loss, ctx=self.ctx),
+        )
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        # topk leaves open which of equal values it returns
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        experts = order[..., : self.top_k].contiguous()
+        if self.ctx.tensor.size > 1 and not self.ctx.sequence_parallel:
+            dist.broadcast(experts, group=self.ctx.tensor.group, group_src=0)
+        return experts
+
+
+class Experts(nn.Module):
+    """The E/p experts of this expert rank, as stacked matrices: the columns of this tensor rank.
+
+    `gate`, `up`: [E/p, f/t, h]. `down`: [E/p, h, f/t].
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        num_experts: int,
+        ctx: ParallelContext,
+        init: Init,
+        output_init: Init,
+    ) -> None:
+        super().__init__()
+        self.num_local = num_experts // ctx.expert.size
+        inner = intermediate_size // ctx.tensor.size
+
+        def stacked(shape: tuple[int, int], dim: int, start: Init) -> nn.Parameter:
+            parameter = nn.Parameter(torch.empty(self.num_local, *shape, device=ctx.device))
+            sharding = Sharding(dim, intermediate_size, experts=num_experts)
+            return declare(parameter, sharding, start, role="matrix")
+
+        self.gate = stacked((inner, hidden_size), 1, init)
+        self.up = stacked((inner, hidden_size), 1, init)
+        self.down = stacked((hidden_size, inner), 2, output_init)
+
+    def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+        """What the experts make of x, to be summed over tensor ranks.
+
+        x: [E/p, m, h], as many tokens for each expert; with `counts` [m, h], `counts[e]` tokens for
+        expert e, one expert after another.
+        """
+        if counts is None:
+            inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
+            return inner @ self.down.mT
+        computed = [
+            F.linear(F.silu(F.linear(tokens, gate)) * F.linear(tokens, up), down)
+            for tokens, gate, up, down in zip(
+                x.split(counts), self.gate, self.up, self.down, strict=True
+            )
+        ]
+        return torch.cat(computed)
+
+
+class _Slots(NamedTuple):
+    """Where the (token, choice) pairs go: in slots that are sorted by expert.
+
+    `pairs`: int64 [m], the pair in each slot, n k where there is none. `slots`: int64 [n k], the
+    slot of each pair, m where it is dropped. `counts`: int64 [E], pairs per expert.
+    """
+
+    pairs: Tensor
+    slots: Tensor
+    counts: Tensor
+
+
+def _assign_slots(
+    experts: Tensor, *, num_experts: int, capacity: int | None, limits: Tensor | None = None
+) -> _Slots:
+    """Slots for the choices [s, b, k]: as many as pairs, or C of each expert for each row, of which
+    `limits` int64 [b] may leave a row fewer."""
+    num_pairs = experts.numel()
+    chosen = _one_hot(experts, num_experts)
+    counts = chosen.sum(dim=(0, 1))
+    if capacity is None:
+        pairs = experts.flatten().argsort(stable=True)
+        return _Slots(pairs, _inverse(pairs, num_pairs, num_slots=num_pairs), counts)
+    earlier = (chosen.cumsum(dim=0) - chosen).gather(-1, experts)
+    num_rows = experts.shape[1]
+    rows = torch.arange(num_rows, device=experts.device).unsqueeze(-1)
+    num_slots = num_experts * num_rows * capacity
+    slots = (experts * num_rows + rows) * capacity + earlier
+    most = capacity if limits is None else limits.unsqueeze(-1)
+    slots = slots.masked_fill(earlier >= most, num_slots).flatten()
+    return _Slots(_inverse(slots, num_slots, num_slots=num_pairs), slots, counts)
+
+
+def _inverse(index: Tensor, size: int, *, num_slots: int) -> Tensor:
+    """For each of `size` places the element of `index` that names it, `num_slots` where none."""
+    places = torch.full((size + 1,), num_slots, dtype=index.dtype, device=index.device)
+    elements = torch.arange(len(index), device=index.device)
+    return places.scatter_(0, index, elements)[:size]  # the last place is that of what is dropped
+
+
+def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
+    """int64 [s, b, E]: 1 where a token has chosen an expert."""
+    shape = (*experts.shape[:-1], num_experts)
+    return torch.zeros(shape, dtype=torch.int64, device=experts.device).scatter_(-1, experts, 1)
+
+
+def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
+    """Equal parts of the slots [E b C, h] to their experts' ranks, and the results back."""
+    parts = _all_to_all(x, axis=axis)
+    parts = parts.view(axis.size, experts.num_local, -1, x.shape[-1]).transpose(0, 1)
+    y = experts(parts.flatten(1, 2))
+    return _all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
+
+
+@torch.compiler.disable  # how many tokens an expert gets is another number in every step
+def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -> Tensor:
+    """The slots [n k, h] to their experts' ranks, and the results back. The host reads counts."""
+    if x.is_meta:  # shapes alone are asked for
+        return torch.empty_like(x)
+    leaving, arriving = once(lambda: _read_counts(counts, axis))
+    if axis.size == 1:
+        return experts(x, leaving[0])
+    sent, received = ([sum(of_rank) for of_rank in each] for each in (leaving, arriving))
+    sizes = [size for of_rank in arriving for size in of_rank]
+    parts = _all_to_all(x, axis=axis, sent=sent, received=received).split(sizes)
+    # They arrive by rank and then expert; each expert needs its own together.
+    local, ranks = range(experts.num_local), range(axis.size)
+    order = [rank * len(local) + expert for expert in local for rank in ranks]
+    totals = [sum(of_expert) for of_expert in zip(*arriving, strict=True)]
+    y = experts(torch.cat([parts[i] for i in order]), totals)
+    results = dict(zip(order, y.split([sizes[i] for i in order]), strict=True))
+    y = torch.cat([results[i] for i in range(len(order))])
+    return _all_to_all(y, axis=axis, sent=received, received=sent)
+
+
+def _read_counts(counts: Tensor, axis: Axis) -> list[list[list[int]]]:
+    """Rows for each rank's experts that leave this rank, and rows for its own from each rank."""
+    arriving = counts
+    if axis.size > 1:
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=axis.group)
+    both: list[list[list[int]]] = torch.stack([counts, arriving]).view(2, axis.size, -1).tolist()
+    return both
+
+
+def _all_to_all(
+    x: Tensor, *, axis: Axis, sent: list[int] | None = None, received: list[int] | None = None
+) -> Tensor:
+    """`sent[r]` rows to each expert rank r, `received[r]` from it; equal parts without them."""
+    return x if axis.size == 1 else _AllToAll.apply(x, axis.group, sent, received)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: dist.ProcessGroup | None,
+        sent: list[int] | None,
+        received: list[int] | None,
+    ) -> Tensor:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return _exchange(x, group, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradient, ctx.group, ctx.received, ctx.sent), None, None, None
+
+
+def _exchange(
+    x: Tensor,
+    group: dist.ProcessGroup | None,
+    sent: list[int] | None,
+    received: list[int] | None,
+) -> Tensor:
+    num_rows = len(x) if received is None else sum(received)
+    out = x.new_empty(num_rows, *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
+class _Move(torch.autograd.Function):
+    """Rows `index` of x, zeros for the number past the end.
+
+    `inverse` [len(x), r] holds the rows of the result that each row of x went to, so that backward
+    also gathers, in a fixed order, where torch's own would add with atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _rows_of(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _rows_of(gradient, inverse).sum(dim=1), None, None
+
+
+def _rows_of(x: Tensor, index: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
+
+
+def _check_sizes(
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    capacity_factor: float | None,
+    renormalize: bool,
+    ctx: ParallelContext,
+) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"top_k={top_k} is not between 1 and num_experts={num_experts}; choose such a number"
+        )
+    if renormalize and top_k == 1:
+        raise ValueError(
+            "renormalize=True with top_k=1 makes every weight 1, and the router would learn "
+            "nothing from the loss; set renormalize=False or top_k to 2 or more"
+        )
+    if capacity_factor is not None and not (0 < capacity_factor < math.inf):
+        raise ValueError(
+            f"capacity_factor={capacity_factor} is not a positive number; give one such as 1.25, "
+            "or None to drop no token"
+        )
+    sizes = (
+        ("num_experts", num_experts, "expert", ctx.expert.size),
+        ("intermediate_size", intermediate_size, "tensor", ctx.tensor.size),
+    )
+    for name, value, axis, size in sizes:
+        if value % size:
+            raise ValueError(
+                f"{name}={value} is not divisible by parallel.{axis}={size}; "
+                f"choose an {axis} size that divides it"
+            )

@@ -1,0 +1,30 @@
+"""Checkpoints that are either complete and verified or not there.
+
+    RUN/checkpoints/step_N/
+        optimizer/  rank_00000.safetensors ...: fp32 masters, moments and step counts
+        weights/    pp_00_tp_00.safetensors ...: the weights alone, for generate and convert
+        rng/        rank_00000.safetensors ...: states of the random generators
+        trainer.json    what the loop needs to go on: tokens, position in the data
+        manifest.json   written last: size and sha256 of every file above, layout, configuration
+    RUN/checkpoints/latest    a hint for people; resuming looks at the directories
+
+Any layout reads what it needs of these files; there is nothing to convert. Where only DeepSpeed can
+restore the optimizer (`config.deepspeed.layout_bound_by`), `engine/` holds its own pickled files
+instead of `optimizer/`, and the run resumes at the layout that wrote them.
+
+`python -m pretrain.checkpoint list|verify|prune DIR` looks at what is there, or deletes old ones.
+"""
+
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.manifest import Layout
+from pretrain.checkpointing.selection import Checkpoint, RunIdentity
+from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointContents",
+    "CheckpointError",
+    "CheckpointStore",
+    "Layout",
+    "RunIdentity",
+]

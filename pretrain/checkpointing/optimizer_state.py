@@ -1,0 +1,208 @@
+"""Saving and restoring weights' masters, moments and step counts, at the same or another layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.carry import canonical_names
+from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.weights import Weight
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
+from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
+from parallel.sharding import Sharding, sharding_of, split
+from pretrain.checkpointing.optimizer_shards import FOLDER, HEADER, Run, StoredOptimizer
+from pretrain.engine.deepspeed_optimizer import (
+    MASTER,
+    MOMENTS,
+    Fragment,
+    LiveOptimizer,
+    Part,
+    Place,
+    local_shape,
+    publish_weights,
+)
+from pretrain.engine.partitions import held
+
+
+class OptimizerShard(NamedTuple):
+    """What one rank writes of the optimizer: its elements, and the header that names them.
+
+    `weights` are the elements as forward reads them, by parameter, where that is another tensor
+    than their master. They are not written; `check_masters` compares them.
+    """
+
+    elements: Sequence[Weight]
+    weights: Sequence[Weight]
+    metadata: Mapping[str, str]
+
+
+def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
+    """The elements that this rank updates, to be loaded one by one; not collective.
+
+    What several ranks hold alike is written by one of them.
+    """
+    live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
+    runs: dict[str, dict[str, Any]] = {}
+    elements: list[Weight] = []
+    weights: list[Weight] = []
+    for index, fragment in enumerate(live.fragments):
+        if not _is_writer(fragment, index, ctx):
+            continue
+        name, shape, place = fragment.name, (fragment.length,), fragment.place
+        runs[name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
+        for key in (MASTER, *MOMENTS):
+            load = partial(live.value, fragment, key)
+            elements.append(Weight(f"{name}/{key}", shape, torch.float32, Sharding(), load))
+        if place.weight.data_ptr() != place.master.data_ptr():
+            load = partial(_weight, place)
+            weights.append(Weight(name, shape, place.weight.dtype, Sharding(), load))
+    return OptimizerShard(elements, weights, {HEADER: json.dumps(runs)})
+
+
+def check_masters(shard: OptimizerShard) -> None:
+    """Compare what is to be written with what the model computes with.
+
+    Raises:
+        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+    """
+    weights = {weight.name: weight for weight in shard.weights}
+    for element in shard.elements:
+        name, _, key = element.name.rpartition("/")
+        if key != MASTER:
+            continue
+        master = element.load()
+        weight = weights[name].load() if name in weights else master
+        if not torch.equal(master.to(weight), weight):  # NaN is unequal to itself
+            raise CheckpointError(
+                f"parameter {name!r}: the weights differ from their fp32 master, or are NaN, in "
+                f"the {len(master)} elements that this rank updates; resume from the last "
+                "checkpoint"
+            )
+
+
+def _weight(place: Place) -> Tensor:
+    return place.weight
+
+
+def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:
+    """One rank writes what tensor ranks, data ranks (ZeRO-0) or pipeline stages hold alike."""
+    if fragment.is_tied_copy or (fragment.sharding.dim is None and ctx.tensor.rank > 0):
+        return False
+    copies = fragment.place.copies
+    return copies == 1 or index % copies == ctx.data.rank
+
+
+def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
+    return Run(
+        shape=fragment.shape,
+        dim=fragment.sharding.dim,
+        full_size=fragment.sharding.full_size,
+        shard=ctx.tensor.rank,
+        num_shards=ctx.tensor.size,
+        start=fragment.place.start,
+        length=fragment.length,
+        step=step,
+    )
+
+
+@torch.no_grad()
+def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContext) -> None:
+    """Fill this rank's weights, masters, moments and step counts from a checkpoint of any layout.
+
+    Not collective; `finish_restore` follows once every rank has succeeded.
+
+    Raises:
+        CheckpointError: a parameter, or an element of one, that is missing or of another shape.
+    """
+    live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
+    stored = StoredOptimizer(directory / FOLDER)
+    for parts in live.parts.values():
+        for part in parts:
+            _check_part(part, stored)
+    _begin_states(live, stored)
+    for fragment in live.fragments:
+        read = partial(
+            stored.read,
+            fragment.name,
+            start=fragment.place.start,
+            length=fragment.length,
+            tensor=ctx.tensor,
+        )
+        for key in (MASTER, *MOMENTS):
+            live.value(fragment, key).copy_(read(key))
+        fragment.place.weight.copy_(fragment.place.master)
+    _restore_untrained(engine.module, directory, ctx)
+
+
+def finish_restore(engine: Any, *, step: int, samples: int) -> None:
+    """Collective: complete what `restore_optimizer_state` has begun on every rank."""
+    publish_weights(engine)
+    engine.global_steps = step
+    engine.global_samples = samples
+
+
+def _check_part(part: Part, stored: StoredOptimizer) -> None:
+    """Compare what the model declares with what the checkpoint holds."""
+    name, sharding, found = part.name, part.sharding, stored.parameter(part.name)
+    shape = list(part.shape)
+    if sharding.dim is not None:
+        shape[sharding.dim] = sharding.extent
+    if (tuple(shape), sharding.dim) != (found.shape, found.sharding.dim):
+        raise CheckpointError(
+            f"{str(stored.directory)!r}: parameter {name!r} has shape {list(found.shape)}, cut "
+            f"along {found.sharding.dim}, the model {shape}, cut along {sharding.dim}: it is of "
+            "another model; resume with the configuration that wrote it"
+        )
+
+
+def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
+    """One step count per tensor that the optimizer steps, on which its parameters must agree."""
+    counts: dict[Tensor, tuple[str, int]] = {}  # a tensor is hashed by its identity
+    for fragment in live.fragments:
+        for step in stored.steps(fragment.name):
+            name, expected = counts.setdefault(fragment.place.flat, (fragment.name, step))
+            if step != expected:
+                raise CheckpointError(
+                    f"{str(stored.directory)!r}: parameter {fragment.name!r} has taken {step} "
+                    f"optimizer steps, {name!r} {expected}, but this ZeRO stage counts once for "
+                    "both: resume at the ZeRO stage that wrote the checkpoint"
+                )
+    for flat, (_, step) in counts.items():
+        live.begin_state(flat, step)
+
+
+def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
+    """Buffers and frozen parameters, which no optimizer knows, from the weights."""
+    names = canonical_names(module.specs)  # type: ignore[arg-type]
+    frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    tensors = {**persistent_buffers(module), **frozen}
+    if not tensors:
+        return
+    with ShardedWeightsReader(directory) as reader:
+        for name, tensor in tensors.items():
+            _copy_weight(names.get(name, name), tensor, reader, ctx)
+
+
+def _copy_weight(
+    name: str, tensor: Tensor, reader: ShardedWeightsReader, ctx: ParallelContext
+) -> None:
+    sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
+    full = reader.full(name)
+    place = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
+    local = split(full, sharding, **place, expert=ctx.expert)
+    if tuple(local.shape) != local_shape(tensor) or local.dtype != tensor.dtype:
+        raise CheckpointError(
+            f"{str(reader.directory)!r}: {name!r} is {local.dtype} {list(local.shape)}, the model "
+            f"has {tensor.dtype} {list(local_shape(tensor))}: it is of another model; resume with "
+            "the configuration that wrote it"
+        )
+    start, elements = held(tensor)
+    elements.copy_(local.reshape(-1).narrow(0, start, elements.numel()))

@@ -1,0 +1,93 @@
+"""States of all random generators of a rank as one safetensors file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from parallel.checkpoint.errors import CheckpointError
+
+
+def rng_states() -> dict[str, Tensor]:
+    """Copies of the states of python's, numpy's and torch's global generators."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point
+    assert isinstance(numpy_state, dict)
+    mersenne = numpy_state["state"]
+    states = {
+        "python.words": torch.tensor([version, *words], dtype=torch.int64),
+        # The pending second value of a Gaussian pair; NaN stands for none.
+        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy.words": torch.from_numpy(mersenne["key"].astype(np.int64)),
+        "numpy.position": torch.tensor(
+            [mersenne["pos"], numpy_state["has_gauss"]], dtype=torch.int64
+        ),
+        "numpy.gauss": torch.tensor(numpy_state["gauss"], dtype=torch.float64),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["torch.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def write_rng_state(file: BinaryIO, states: Mapping[str, Tensor]) -> None:
+    file.write(save(dict(states)))
+
+
+def restore_rng_state(path: Path) -> None:
+    """Set the generators to the states in `path`.
+
+    Raises:
+        CheckpointError: unreadable, or not the states of the generators that this process has.
+    """
+    expected = set(rng_states())
+    try:
+        states = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    if set(states) != expected:
+        difference = ", ".join(sorted(set(states) ^ expected))
+        raise CheckpointError(
+            f"{str(path)!r} is not of the generators of this process, difference: {difference}; "
+            "resume on the kind of device that wrote it"
+        )
+    _restore(states)
+
+
+def seed_rng(*, seed: int, step: int, rank: int) -> None:
+    """Set the generators anew, as a function of the arguments.
+
+    For a rank of another layout, of which no earlier rank is the predecessor. What a model draws
+    comes from seeds, names and the text, so that neither losses nor weights depend on it.
+    """
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(3, np.uint32)
+    python, numpy, torch_seed = (int(word) for word in words)
+    random.seed(python)
+    np.random.seed(numpy)  # noqa: NPY002 - the global generator is the point
+    torch.manual_seed(torch_seed)
+
+
+def _restore(states: Mapping[str, Tensor]) -> None:
+    version, *words = states["python.words"].tolist()
+    gauss = states["python.gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss = states["numpy.position"].tolist()
+    np.random.set_state(  # noqa: NPY002 - the global generator is the point
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": states["numpy.words"].numpy().astype(np.uint32), "pos": position},
+            "has_gauss": has_gauss,
+            "gauss": states["numpy.gauss"].item(),
+        }
+    )
+    torch.set_rng_state(states["torch.cpu"])
+    if "torch.cuda" in states:
+        torch.cuda.set_rng_state(states["torch.cuda"])

@@ -1,0 +1,336 @@
+"""Writing and publishing checkpoints.
+
+A save writes under a temporary name, flushes every file, and publishes by one rename after every
+rank has reported success.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from parallel.checkpoint.errors import CheckpointError, one_line
+from parallel.checkpoint.file_modes import refuse_if_others_can_write
+from parallel.checkpoint.lock import RunLock
+from parallel.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+)
+from parallel.checkpoint.storage import Storage, fault_hook
+from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
+from pretrain.checkpointing.optimizer_shards import FOLDER, shard_name
+from pretrain.checkpointing.optimizer_state import OptimizerShard, check_masters
+from pretrain.checkpointing.retention import delete, surplus
+from pretrain.checkpointing.rng_state import write_rng_state
+from pretrain.checkpointing.selection import (
+    LATEST_NAME,
+    TRAINER_NAME,
+    Checkpoint,
+    Resume,
+    RunIdentity,
+    find_checkpoint,
+    rng_file_name,
+    steps_in,
+)
+from pretrain.distributed.consensus import Ranks
+
+_TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
+logger = logging.getLogger(__name__)
+
+
+class CheckpointContents(NamedTuple):
+    """What one rank contributes to a checkpoint.
+
+    `weights` are loaded by every rank, and written by the one of each (pipeline, tensor) place that
+    has `writes_weights`. `rng` are the states of this rank's generators. `trainer` is rank 0's.
+    `optimizer` gives what this rank writes of the optimizer. Where only DeepSpeed can write it,
+    `write_engine` does in its place: it is collective and returns the files that this rank wrote
+    below the directory it is given (`save_engine_state`).
+    """
+
+    step: int
+    weights: Sequence[Weight]
+    rng: Mapping[str, Tensor]
+    trainer: Mapping[str, Any]
+    optimizer: Callable[[], OptimizerShard] | None = None
+    write_engine: Callable[[Path], Sequence[Path]] | None = None
+    position: ShardPosition = ShardPosition()
+    writes_weights: bool = True
+    weights_metadata: Mapping[str, str] = {}
+
+
+class _Written(NamedTuple):
+    files: dict[str, FileEntry]
+    sharding: dict[str, tuple[int | None, int | None]]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, on all of its ranks: every method is collective.
+
+    Args:
+        keep: how many of the newest checkpoints stay, at least 1.
+        keep_every: those of steps that are multiples of it stay, too.
+
+    Raises:
+        CheckpointError: another job uses the run directory, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        identity: RunIdentity,
+        keep: int,
+        keep_every: int | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+        storage: Storage | None = None,
+    ) -> None:
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep={keep} would keep nothing: set it to 1 or more")
+        self.run_dir = run_dir
+        self.directory = run_dir / "checkpoints"
+        self.identity = identity
+        self._keep, self._keep_every = keep, keep_every
+        self._ranks = ranks
+        self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
+        self._trusted: set[int] = set()  # verified by `find` or written by `save`
+        self._lock: RunLock | None = None
+        self._ranks.on_first(self._open)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def find(self, resume: Resume) -> Checkpoint | None:
+        """See `resume.find_checkpoint`."""
+        found = find_checkpoint(self.run_dir, resume, identity=self.identity, ranks=self._ranks)
+        if found is not None:
+            self._trusted.add(found.step)
+        return found
+
+    def save(
+        self, contents: CheckpointContents, *, written: Callable[[], object] = lambda: None
+    ) -> Path:
+        """Write and publish a checkpoint, then delete those that retention no longer keeps.
+
+        `written` is called once this rank has done its part and waits for the others.
+
+        Raises:
+            CheckpointError: a rank failed; nothing was published and nothing deleted.
+        """
+        path = self._path(contents.step)
+        if contents.step in self._trusted:
+            return path
+        temporary = self._ranks.on_first(lambda: self._begin(contents))
+        report, failure = self._write(temporary, contents)
+        written()
+        reports = self._ranks.gather(report)
+        failure = self._ranks.first_message(failure)
+        self._ranks.on_first(lambda: self._publish(contents.step, temporary, reports, failure))
+        self._trusted.add(contents.step)
+        self._ranks.on_first(lambda: self._retain(contents.step))
+        return path
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step_{step}"
+
+    def _open(self) -> None:
+        """Rank 0: take the lock, see that saves can be written, remove what one has left behind."""
+        self._lock = RunLock(self.run_dir)
+        try:
+            self.directory.mkdir(exist_ok=True)
+            refuse_if_others_can_write(self.directory)
+            probe = self.directory / f".latest-{os.urandom(4).hex()}"
+            Storage().write(probe, b"can this be written?")  # not an operation of a save
+            probe.unlink()
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{str(self.directory)!r} cannot be written ({error.strerror}): choose another "
+                "run_dir or free space"
+            ) from error
+        for entry in sorted(self.directory.iterdir()):
+            if _TEMPORARY.fullmatch(entry.name):
+                logger.warning("removing %s, left by an interrupted save", entry)
+                self._storage.remove_tree(entry)
+
+    def _begin(self, contents: CheckpointContents) -> Path:
+        """Rank 0: make the temporary directory; set aside what stands at the final name."""
+        step, token = contents.step, os.urandom(4).hex()
+        target = self._path(step)
+        if os.path.lexists(target):
+            # `find` passed this one over as damaged, or it would be trusted. Kept for inspection.
+            aside = self.directory / f"damaged-step_{step}-{token}"
+            logger.warning("moving the unusable %s to %s", target.name, aside.name)
+            self._storage.rename(target, aside)
+        temporary = self.directory / f".tmp-step_{step}-{token}"
+        folders = ["weights", "rng"] if contents.optimizer is None else ["weights", "rng", FOLDER]
+        for directory in (temporary, *(temporary / folder for folder in folders)):
+            self._storage.make_directory(directory)
+        return temporary
+
+    def _write(
+        self, directory: Path, contents: CheckpointContents
+    ) -> tuple[_Written | None, str | None]:
+        """On every rank: write, flush and checksum this rank's files.
+
+        A part that fails does not keep the rank from the next one: parts are collective.
+        """
+        not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
+        paths: list[Path] = []
+        failure: str | None = None
+        for write in (self._write_optimizer, self._write_weights, self._write_state):
+            try:
+                paths += write(directory, contents)
+            except (OSError, RuntimeError, ValueError) as error:
+                failure = failure or f"{not_saved}: {one_line(error)}"
+        if failure is not None:
+            return None, failure
+        try:
+            files = {p.relative_to(directory).as_posix(): self._entry(p) for p in paths}
+        except OSError as error:
+            return None, f"{not_saved}: {one_line(error)}"
+        table = {w.name: (w.sharding.dim, w.sharding.full_size) for w in contents.weights}
+        return _Written(files, table if contents.writes_weights else {}), None
+
+    def _entry(self, path: Path) -> FileEntry:
+        size, sha256 = self._storage.record(path)
+        return FileEntry(size=size, sha256=sha256, rank=self._ranks.rank)
+
+    def _write_optimizer(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        paths: list[Path] = []
+        if contents.write_engine is not None:
+            self._storage.point("engine", directory)
+            paths += contents.write_engine(directory)
+            for path in paths:
+                self._storage.sync(path)
+        if contents.optimizer is not None:
+            shard, path = contents.optimizer(), directory / FOLDER / shard_name(self._ranks.rank)
+            check_masters(shard)
+            with self._storage.create(path) as file:
+                write_shard(
+                    file, shard.elements, position=contents.position, metadata=shard.metadata
+                )
+            paths.append(path)
+        return paths
+
+    def _write_weights(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        write = partial(write_shard, position=contents.position, metadata=contents.weights_metadata)
+        if not contents.writes_weights:
+            write(None, contents.weights)
+            return []
+        path = directory / "weights" / contents.position.file_name
+        with self._storage.create(path) as file:
+            write(file, contents.weights)
+        return [path]
+
+    def _write_state(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+        paths = [directory / "rng" / rng_file_name(self._ranks.rank)]
+        with self._storage.create(paths[0]) as file:
+            write_rng_state(file, contents.rng)
+        if self._ranks.is_first:
+            paths.append(directory / TRAINER_NAME)
+            self._storage.write(paths[1], _json_bytes(contents.trainer))
+        return paths
+
+    def _publish(
+        self,
+        step: int,
+        temporary: Path,
+        reports: list[_Written | None] | None,
+        failure: str | None,
+    ) -> None:
+        """Rank 0: give the directory its name, or remove it when any rank has failed."""
+        try:
+            if failure is not None:
+                raise CheckpointError(failure)
+            manifest = self._manifest(step, temporary, [r for r in reports or [] if r is not None])
+            self._storage.write(temporary / MANIFEST_NAME, manifest.to_bytes())
+            for directory in sorted({(temporary / name).parent for name in manifest.files}):
+                self._storage.sync(directory)
+            if self._lock is None or not self._lock.is_held():
+                raise CheckpointError(
+                    f"step_{step} was not saved: the lock of {str(self.run_dir)!r} was taken away; "
+                    "let only one job use a run_dir"
+                )
+            self._storage.rename(temporary, self._path(step))
+        except (OSError, ValueError) as error:
+            self._remove_quietly(temporary)
+            raise CheckpointError(one_line(error)) from error
+        self._storage.sync(self.directory)
+        self._point_latest_to(step)
+
+    def _manifest(self, step: int, temporary: Path, reports: Sequence[_Written]) -> Manifest:
+        files: dict[str, FileEntry] = {}
+        sharding: dict[str, tuple[int | None, int | None]] = {}
+        for report in reports:
+            files |= report.files
+            sharding |= report.sharding
+        for path in sorted(temporary.rglob("*")):  # what DeepSpeed copied without its writer
+            if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
+                self._storage.sync(path)
+                files[name] = self._entry(path)
+        identity = self.identity
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            step=step,
+            layout=identity.layout,
+            config=identity.config,
+            text=identity.text,
+            fingerprints=identity.fingerprints,
+            versions=_package_versions(),
+            sharding=sharding,
+            files=dict(sorted(files.items())),
+        )
+
+    def _point_latest_to(self, step: int) -> None:
+        try:
+            self._storage.replace_file(self.directory / LATEST_NAME, f"step_{step}\n".encode())
+            self._storage.sync(self.directory)
+        except OSError as error:  # only a hint: the checkpoint itself is published
+            logger.warning("step_%d is saved, but latest could not be written: %s", step, error)
+
+    def _retain(self, newest: int) -> None:
+        """Rank 0: delete what retention no longer keeps, counted back from the one just written."""
+        steps = [step for step in steps_in(self.directory) if step <= newest]
+        for step in surplus(steps, keep=self._keep, keep_every=self._keep_every):
+            try:
+                delete(self.directory, step, self._storage)
+            except OSError as error:
+                logger.warning("old checkpoint step_%d could not be deleted: %s", step, error)
+
+    def _remove_quietly(self, directory: Path) -> None:
+        try:
+            self._storage.remove_tree(directory)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", directory, error)
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(content, indent=1) + "\n").encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the trainer state is not JSON: {error}") from error
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

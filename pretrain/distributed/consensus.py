@@ -1,0 +1,95 @@
+"""Agreement between the ranks of a run, over small Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from parallel.checkpoint.errors import AgreedError, CheckpointError, one_line
+
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """All processes of the run. `group` is a gloo group over them; None for a single process."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup) -> Ranks:
+        """`group` must contain every process, in order, so that group rank 0 is global rank 0."""
+        return cls(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T] | None:
+        """Every rank's value, in rank order, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value  # type: ignore[return-value]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]  # type: ignore[return-value]
+
+    def first_message(self, message: str | None) -> str | None:
+        """On all ranks the same: the message of the lowest rank that has one, or None."""
+        messages = self.gather(message)
+        first = next((text for text in messages or [] if text is not None), None)
+        return self.broadcast(first)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """This rank's result of `action`, once every rank has one.
+
+        Raises:
+            AgreedError: on every rank, the user's error that the lowest failing rank met.
+        """
+        value: T | None = None
+        failure: str | None = None
+        try:
+            value = action()
+        except (OSError, ValueError) as error:
+            failure = one_line(error)
+        failure = self.first_message(failure)
+        if failure is not None:
+            raise AgreedError(failure)
+        return value  # type: ignore[return-value]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Rank 0's result of `action` on every rank.
+
+        Raises:
+            CheckpointError: on every rank, what rank 0 raised.
+        """
+        value: T | None = None
+        failure: str | None = None
+        if self.is_first:
+            try:
+                value = action()
+            except (OSError, ValueError) as error:
+                failure = one_line(error)
+        value, failure = self.broadcast((value, failure))
+        if failure is not None:
+            raise CheckpointError(failure)
+        return value  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), dtype=torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(value.item())

@@ -1,0 +1,127 @@
+"""The DeepSpeed part of a checkpoint: optimizer shards and engine state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallel.checkpoint.errors import CheckpointError, one_line
+from pretrain.engine.deepspeed_moe import files_without_experts, restore_experts
+
+ENGINE_TAG = "engine"
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+
+
+@dataclass
+class EngineWrites:
+    """What this rank's engine wrote, and the first error it met doing so."""
+
+    paths: list[Path] = field(default_factory=list)
+    error: CheckpointError | None = None
+
+
+def save_engine_state(
+    engine: Any, directory: Path, *, client_state: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Collective: let DeepSpeed write `directory/engine`; returns the files that this rank wrote.
+
+    Raises:
+        CheckpointError: this rank's write failed; the other ranks have finished theirs.
+    """
+    with _observed_writes(engine.checkpoint_engine) as writes, files_without_experts(engine):
+        engine.save_checkpoint(
+            str(directory), tag=ENGINE_TAG, client_state=dict(client_state or {}), save_latest=False
+        )
+    # DeepSpeed leaves executable scripts beside its files; `models.convert` replaces them.
+    for name in _SCRIPTS if engine.global_rank == 0 else ():
+        (directory / name).unlink(missing_ok=True)
+    if writes.error is not None:
+        raise writes.error
+    return writes.paths
+
+
+def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
+    """Collective: restore weights, optimizer and step counters; returns the client state.
+
+    Call it only on what `CheckpointStore.find` has verified: the files are torch's.
+
+    Raises:
+        CheckpointError: there is nothing to load, or a file holds more than DeepSpeed writes.
+    """
+    loaded = None
+    if any((directory / ENGINE_TAG).glob("*.pt")):  # DeepSpeed asserts this without a message
+        with files_without_experts(engine), _harmless_reads(engine.checkpoint_engine):
+            loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
+    if loaded is None:  # where it finds nothing it goes on with the initial weights
+        raise CheckpointError(f"{str(directory / ENGINE_TAG)!r} holds no DeepSpeed checkpoint")
+    restore_experts(engine)
+    return client_state
+
+
+@contextmanager
+def _harmless_reads(checkpoint_engine: Any) -> Iterator[None]:
+    """Let DeepSpeed read tensors, plain values and what `_classes` names.
+
+    It would build and call whatever a file asks for (torch_checkpoint_engine.py of 0.19.8,
+    weights_only=False), so that whoever can write the file runs code as the user.
+    """
+    original = checkpoint_engine.load
+
+    def load(path: str, map_location: Any = None) -> Any:
+        try:
+            with torch.serialization.safe_globals(_classes()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # torch raises errors of many types for such files
+            found = re.search(r"GLOBAL \S+", str(error))
+            what = found[0] if found else one_line(error)[:150]
+            raise CheckpointError(
+                f"{path!r} is not what DeepSpeed writes ({what}), and "
+                "nothing else is unpickled; resume from another checkpoint"
+            ) from error
+
+    checkpoint_engine.load = load
+    try:
+        yield
+    finally:
+        checkpoint_engine.load = original
+
+
+def _classes() -> list[Any]:
+    """What the files of DeepSpeed 0.19.8 hold beside tensors and plain values; none of it acts."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextmanager
+def _observed_writes(checkpoint_engine: Any) -> Iterator[EngineWrites]:
+    """Note every file that DeepSpeed writes on this rank, and hold back a failure until the end.
+
+    DeepSpeed's save contains barriers. A rank that left it at a full disk would leave the others
+    waiting in one; this way all arrive, and the failure is told afterwards.
+    """
+    writes = EngineWrites()
+    original = checkpoint_engine.save
+
+    def save(state_dict: Any, path: str) -> Any:
+        writes.paths.append(Path(path))
+        try:
+            return original(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            where = CheckpointError(f"{path!r} cannot be written: {one_line(error)}")
+            writes.error = writes.error or where
+            return None
+
+    checkpoint_engine.save = save
+    try:
+        yield writes
+    finally:
+        checkpoint_engine.save = original

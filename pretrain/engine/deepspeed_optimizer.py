@@ -1,0 +1,204 @@
+"""Where DeepSpeed keeps this rank's master weights and moments, parameter by parameter.
+
+The only reader of DeepSpeed's optimizers (0.19.8). Under ZeRO they step a few long vectors, each
+cut over data ranks; here every part is told as runs of elements of named parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.carry import canonical_names
+from parallel.sharding import Sharding, sharding_of
+from pretrain.engine.partitions import held
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Part(NamedTuple):
+    """A parameter as checkpoints know it, or one expert of those that it stacks.
+
+    `shape`: of the slice that this tensor rank holds, whole over data ranks. `first`: where it
+    begins in the parameter, flattened.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sharding: Sharding
+    first: int = 0
+
+
+def parts_of(name: str, parameter: Tensor, *, expert_rank: int) -> list[Part]:
+    """The parameter itself; of stacked experts each under its number, for any expert size."""
+    sharding, shape = sharding_of(name, parameter), local_shape(parameter)  # type: ignore[arg-type]
+    if sharding.experts is None:
+        return [Part(name, shape, sharding)]
+    num_local, *matrix = shape
+    dim = None if sharding.dim is None else sharding.dim - 1
+    return [
+        Part(
+            f"{name}.{expert_rank * num_local + index}",
+            tuple(matrix),
+            Sharding(dim, sharding.full_size),
+            index * math.prod(matrix),
+        )
+        for index in range(num_local)
+    ]
+
+
+class Place(NamedTuple):
+    """Where the elements of a parameter lie that this rank's optimizer updates.
+
+    They begin at `start` of this tensor rank's slice, flattened. `master` (fp32) and `weight` (what
+    forward reads) are the elements, as views. They lie at `offset` of `flat`, the tensor that the
+    optimizer steps. `copies`: how many data ranks hold the same.
+    """
+
+    start: int
+    master: Tensor
+    weight: Tensor
+    flat: Tensor
+    offset: int
+    copies: int = 1
+
+
+class Fragment(NamedTuple):
+    """Consecutive elements of one part, under the name that checkpoints know it by.
+
+    `shape`: of the slice that this tensor rank holds, whole over data ranks. `is_tied_copy`: an
+    earlier pipeline stage owns the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sharding: Sharding
+    is_tied_copy: bool
+    place: Place
+
+    @property
+    def length(self) -> int:
+        return self.place.master.numel()
+
+
+class LiveOptimizer:
+    """The AdamW state of one rank of a DeepSpeed engine, at any ZeRO stage.
+
+    Args:
+        engine: of a module with `specs`, the layers that say which parameters are tied.
+        data_size: data ranks of the run.
+        expert_rank: which of the stacked experts this rank holds.
+    """
+
+    def __init__(self, engine: Any, *, data_size: int, expert_rank: int = 0) -> None:
+        self._wrapper = engine.optimizer
+        self._optimizer: Any = getattr(self._wrapper, "optimizer", self._wrapper)
+        self._parameters = trained_parameters(engine.module)
+        self.parts = {
+            name: parts_of(name, parameter, expert_rank=expert_rank)
+            for name, parameter in self._parameters.items()
+        }
+        self.fragments = list(self._fragments(data_size))
+
+    def step(self, fragment: Fragment) -> int:
+        """Optimizer steps that these elements have taken; 0 where there is no state yet."""
+        return int(self._optimizer.state.get(fragment.place.flat, {}).get("step", 0))
+
+    def value(self, fragment: Fragment, key: str) -> Tensor:
+        """Master weights or a moment, as a view; zeros where there is no state yet."""
+        place = fragment.place
+        state = self._optimizer.state.get(place.flat)
+        if key == MASTER:
+            return place.master
+        if not state:
+            return torch.zeros_like(place.master)
+        return state[key].view(-1).narrow(0, place.offset, fragment.length)
+
+    def begin_state(self, flat: Tensor, step: int) -> None:
+        """State of a tensor that has taken `step` steps, with moments of zero to be filled."""
+        # torch counts in a tensor beside the parameter, DeepSpeed's optimizers in an int.
+        counts_in_tensor = isinstance(self._optimizer, torch.optim.AdamW)
+        count = torch.tensor(float(step), device=flat.device) if counts_in_tensor else step
+        moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+        self._optimizer.state[flat] = {"step": count, **moments}
+
+    def _fragments(self, data_size: int) -> Iterator[Fragment]:
+        for name, parameter in self._parameters.items():
+            place = self._place(parameter, data_size)
+            if place is not None:
+                is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+                yield from _cut(self.parts[name], place, is_tied_copy=is_tied_copy)
+
+    def _place(self, parameter: Any, data_size: int) -> Place | None:
+        """None when other data ranks hold all of the parameter."""
+        if _is_stage_3(self._wrapper):
+            return _place_of_stage_3(self._wrapper, parameter)
+        elements = parameter.detach().view(-1)
+        if self._wrapper is self._optimizer:
+            return Place(0, elements, elements, parameter, 0, copies=data_size)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        offset = mapping.hp_fragment_address.start
+        master = flat.detach().narrow(0, offset, length)
+        return Place(start, master, elements.narrow(0, start, length), flat, offset)
+
+
+def _place_of_stage_3(zero: Any, parameter: Any) -> Place | None:
+    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+    start, weight = held(parameter)
+    if weight.numel() == 0:
+        return None
+    flat = zero.fp32_partitioned_groups_flat[group]
+    return Place(start, flat.detach().narrow(0, offset, weight.numel()), weight, flat, offset)
+
+
+def _cut(parts: list[Part], place: Place, *, is_tied_copy: bool) -> Iterator[Fragment]:
+    """Elements of a parameter as elements of its parts."""
+    for part in parts:
+        low = max(place.start, part.first)
+        length = min(place.start + len(place.master), part.first + math.prod(part.shape)) - low
+        if length > 0:
+            own = Place(
+                low - part.first,
+                place.master.narrow(0, low - place.start, length),
+                place.weight.narrow(0, low - place.start, length),
+                place.flat,
+                place.offset + low - place.start,
+                place.copies,
+            )
+            yield Fragment(part.name, part.shape, part.sharding, is_tied_copy, own)
+
+
+def publish_weights(engine: Any) -> None:
+    """Collective: hand what each data rank has written to its fragments to the other ones."""
+    zero = engine.optimizer
+    if _is_stage_3(zero):
+        # Drops what is gathered; the next forward gathers what it needs. The epilogue that belongs
+        # to this call gathers small parameters at once, and a backward then finds some of them
+        # empty (DeepSpeed 0.19.8).
+        zero.checkpoint_event_prologue()
+    elif hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+
+
+def _is_stage_3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "grad_position") and hasattr(optimizer, "fp16_groups")
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of this stage that an optimizer updates, by the names of checkpoints."""
+    names = canonical_names(module.specs)  # type: ignore[arg-type]
+    return {names.get(n, n): p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def local_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of this tensor rank's slice; ZeRO-3 leaves an empty tensor and notes it beside."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

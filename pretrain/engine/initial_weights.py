@@ -1,0 +1,156 @@
+"""Begin training with the weights of a checkpoint of any layout, such as a converted model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_tools.loading.sources import corpus_tokenizer
+from data_tools.tokenization.tokenizers import tokenizer_fingerprint
+from models.checkpoint import (
+    ParameterInfo,
+    StoredModel,
+    check_names,
+    check_shape,
+    open_checkpoint,
+    parameter_table,
+)
+from models.registry import get_family
+from parallel.carry import LayerSpec
+from parallel.checkpoint.manifest import find_manifest, load_manifest
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
+from parallel.context import ParallelContext
+from parallel.layer_state import persistent_buffers
+from parallel.sharding import split
+from pretrain.config import ConfigError, RunConfig
+from pretrain.config.errors import nearest, show
+from pretrain.distributed.consensus import Ranks
+
+Table = Mapping[str, ParameterInfo]
+TOKENIZER = "data.tokenizer"
+logger = logging.getLogger(__name__)
+
+
+class InitialWeights:
+    """Fills one layer after the other with this rank's slices of stored weights.
+
+    Optimizer, step and data position start anew: that is what distinguishes it from resuming.
+    """
+
+    def __init__(self, path: Path, table: Table, ctx: ParallelContext) -> None:
+        self._reader = ShardedWeightsReader(path)
+        self._table = table
+        self._tensor = ctx.tensor
+        self._expert = ctx.expert
+
+    @torch.no_grad()
+    def load(self, spec: LayerSpec, layer: nn.Module) -> None:
+        """Overwrite every parameter and persistent buffer of a layer that has just been built."""
+        for path, parameter in layer.named_parameters():
+            if path in spec.tied and parameter.numel() == 0:
+                continue  # an earlier layer's, already loaded and partitioned by ZeRO-3
+            name = spec.tied.get(path, f"{spec.name}.{path}")
+            sharding = self._table[name].sharding
+            full = self._reader.full(name)
+            place = {"size": self._tensor.size, "rank": self._tensor.rank}
+            parameter.copy_(split(full, sharding, **place, expert=self._expert))
+        for path, buffer in persistent_buffers(layer).items():
+            buffer.copy_(self._reader.full(f"{spec.name}.{path}"))
+
+
+def initial_weights(run: RunConfig, ctx: ParallelContext, ranks: Ranks) -> InitialWeights | None:
+    """The weights that `training.init_from` names; None without it (collective).
+
+    Raises:
+        CheckpointError: there are none, they are damaged, or they are of another model.
+    """
+    if run.training.init_from is None:
+        return None
+    path = Path(run.training.init_from)
+    table = parameter_table(get_family(run.model.family), run.model)
+    ranks.on_first(lambda: _check(path, run, table))
+    return InitialWeights(path, table, ctx)
+
+
+def _check(path: Path, run: RunConfig, table: Table) -> None:
+    """Compare checksums, family, names, shapes and function, reading no tensor into memory."""
+    try:
+        stored = open_checkpoint(path)
+    except ValueError as error:
+        raise ConfigError(f"training.init_from: {error}") from error
+    if stored.family.name != run.model.family:
+        raise ConfigError(
+            f"training.init_from={path} holds weights of family {stored.family.name}, the run "
+            f"trains {run.model.family}; choose weights of the same family"
+        )
+    with ShardedWeightsReader(path) as reader:
+        check_names(reader.names(), table, source=path)
+        for name, info in table.items():
+            check_shape(name, reader.shape(name), info.shape, source=path)
+    _check_function(path, run, stored)
+
+
+def _check_function(path: Path, run: RunConfig, stored: StoredModel) -> None:
+    """Weights are a model only together with the settings that they were trained with."""
+    theirs, ours = stored.config.function(), run.model.function()
+    differing = {
+        f"model.{name}": f"{show(theirs.get(name))} there, {show(ours.get(name))} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    }
+    if (difference := _tokenizers(path, run, stored)) is not None:
+        differing[TOKENIZER] = difference
+    named = {
+        n if n == TOKENIZER else f"model.{n.removeprefix('model.')}": n
+        for n in run.training.init_from_changes
+    }
+    unsaid = {key: text for key, text in differing.items() if key not in named}
+    if unsaid:
+        names = ", ".join(key.removeprefix("model.") for key in (*named, *unsaid))
+        raise ConfigError(
+            f"training.init_from={path} is of a model that computes something else: "
+            f"{'; '.join(f'{key}: {text}' for key, text in unsaid.items())}; restore these values "
+            f"(model=checkpoint takes all of a model), or set training.init_from_changes=[{names}]"
+        )
+    for key, name in named.items():
+        if key not in differing:
+            is_setting = key == TOKENIZER or key.removeprefix("model.") in ours
+            guess = None if is_setting else nearest(key, differing)
+            remedy = f"did you mean {guess.removeprefix('model.')}?" if guess else "remove it"
+            raise ConfigError(
+                f"training.init_from_changes names {name}, which is not different from "
+                f"training.init_from={path}; {remedy}"
+            )
+
+
+def _tokenizers(path: Path, run: RunConfig, stored: StoredModel) -> str | None:
+    """How the tokenizer of the weights and that of the data differ; None where they do not, or
+    one of the two is not known."""
+    ours = corpus_tokenizer(run.data)
+    theirs = load_manifest(find_manifest(path)).fingerprints.get(TOKENIZER)
+    if theirs is None and stored.tokenizer is not None:
+        theirs = _fingerprint(stored)
+    if theirs is None and stored.tokenizer is not None and ours is not None:
+        logger.warning(
+            "training.init_from=%s: its tokenizer %s is not there any more, so that it cannot be "
+            "compared with that of the data",
+            path,
+            stored.tokenizer,
+        )
+    if theirs is None or ours is None or theirs == ours:
+        return None
+    return f"{stored.tokenizer} ({theirs[:12]}) there, {ours[:12]} in the data here"
+
+
+def _fingerprint(stored: StoredModel) -> str | None:
+    """Of the tokenizer that lies where it did, or beside weights that were moved with it."""
+    assert stored.tokenizer is not None
+    for spec in (stored.tokenizer, str(stored.weights.parent / "tokenizer")):
+        with contextlib.suppress(ValueError, OSError):
+            return tokenizer_fingerprint(spec)
+    return None

@@ -1,0 +1,237 @@
+"""Optimizers by name, and the gradient norm where DeepSpeed gives none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+from pretrain.config import TrainingConfig
+from pretrain.engine.deepspeed_moe import group_name
+from pretrain.engine.parameter_groups import parameter_groups
+from pretrain.errors import ConfigError
+
+
+def build_optimizer(
+    module: nn.Module, config: TrainingConfig, ctx: ParallelContext
+) -> torch.optim.Optimizer:
+    """The optimizer named by `training.optimizer` over the parameters of this rank.
+
+    Raises:
+        ConfigError: the named implementation is not usable here; says what to install or choose.
+    """
+    groups = parameter_groups(module, config, expert_group=group_name(ctx))
+    common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.optimizer == "muon":
+        return _muon(groups, common, config, ctx)
+    return _FACTORIES[config.optimizer](groups, common)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """`lr = learning_rate * multiplier` for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_multiplier"]
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm.
+
+    `norm^2 = sum over tensor ranks of sharded parameters + replicated parameters once`. With
+    `max_norm = 0` gradients stay as they are. Used where DeepSpeed wraps no optimizer (ZeRO-0 in
+    fp32), because its engine then reports no norm.
+    """
+    sharded: list[Tensor] = []
+    whole: list[Tensor] = []
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            is_sharded = parameter.tensor_model_parallel  # type: ignore[attr-defined]
+            (sharded if is_sharded else whole).append(parameter.grad)
+    squared = _squared_norm(sharded, ctx.device)
+    if ctx.tensor.size > 1:
+        dist.all_reduce(squared, group=ctx.tensor.group)
+    norm = (squared + _squared_norm(whole, ctx.device)).sqrt()
+    if max_norm > 0:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(sharded + whole, scale)
+    return norm
+
+
+def spoil(loss: Tensor) -> Tensor:
+    """`loss`, with a gradient that is NaN where the loss is not finite, and unchanged elsewhere."""
+    return loss * (1 + 0 * loss.detach())
+
+
+@contextmanager
+def changing_nothing(optimizer: Any) -> Iterator[None]:
+    """In here an optimizer that DeepSpeed does not wrap takes its step without doing anything.
+
+    Gradients of None would not do: Muon takes them for zeros, steps on and decays the weights.
+    """
+    optimizer.step = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """Drop what DeepSpeed has summed in a step that it left out.
+
+    With `offload_optimizer`, ZeRO-1 and 2 in bf16 keep those sums and add the next step's to them
+    (0.19.8, zero/stage_1_and_2.py, `step`): one NaN would make every later step NaN.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+
+def add_norms_at_once(optimizer: Any) -> None:
+    """Let ZeRO-1 in fp32 compute the norm of all parameter groups together, under a pipeline.
+
+    DeepSpeed (0.19.8, zero/stage_1_and_2.py, `scaled_global_norm`) adds up over stages group by
+    group: where a stage has more groups than another, as with the multiplier of a layer that only
+    one of them has, the run stands still.
+    """
+    if not hasattr(optimizer, "get_grad_norm_direct"):  # BF16_Optimizer does it right
+        return
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        groups = range(len(optimizer.bit16_groups))
+        if optimizer.cpu_offload:
+            parameters = [p for i in groups for p in optimizer.params_in_partition[i]]
+            return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
+        pairs: list[tuple[Tensor, nn.Parameter]] = []
+        for i in groups:
+            # After the gradients of its parameters a group may have padding, marked or not.
+            real = (g for g in optimizer.averaged_gradients[i] if not hasattr(g, "_zero_padding"))
+            pairs += zip(real, optimizer.params_in_partition[i], strict=False)
+        gradients, parameters = [g for g, _ in pairs], [p for _, p in pairs]
+        return optimizer.get_grad_norm_direct(gradients, parameters, norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+@contextmanager
+def muon_accepted() -> Iterator[None]:
+    """Engines that are made in here run Muon in bf16 in pipelines and on stacked matrices, too.
+
+    BF16_Optimizer (DeepSpeed 0.19.8) refuses both when it is made, although what it computes with
+    takes the last two dimensions for the matrix, all before for a batch, and the norm from all
+    stages. So it meets Muon only afterwards.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    original = BF16_Optimizer.__init__
+
+    def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        kind = type(optimizer)
+        optimizer.__class__ = torch.optim.Optimizer
+        try:
+            original(self, optimizer, *args, **kwargs)
+        finally:
+            optimizer.__class__ = kind
+        self._uses_muon = isinstance(optimizer, MuonWithAuxAdam)
+
+    BF16_Optimizer.__init__ = init
+    try:
+        yield
+    finally:
+        BF16_Optimizer.__init__ = original
+
+
+def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=device)
+    norms = torch._foreach_norm(gradients)
+    return torch.stack([n.float() for n in norms]).square().sum()
+
+
+def _torch_adamw(groups: list[dict[str, Any]], common: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def _deepspeed_fused_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    return _from("deepspeed.ops.adam", "FusedAdam", "fused_adam")(
+        groups, **common, adam_w_mode=True
+    )
+
+
+def _deepspeed_cpu_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    cpu_adam = _from("deepspeed.ops.adam", "DeepSpeedCPUAdam", "cpu_adam")
+    return cpu_adam(groups, **common, adamw_mode=True)
+
+
+def _transformer_engine_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    adam = _from("transformer_engine.pytorch.optimizers", "FusedAdam", "te_adam")
+    return adam(groups, **common, adam_w_mode=True)
+
+
+def _apex_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    # A web toolkit is called apex on PyPI; NVIDIA's is told by what it contains.
+    return _from("apex.optimizers", "FusedAdam", "apex_adam")(groups, **common, adam_w_mode=True)
+
+
+_FACTORIES: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], torch.optim.Optimizer]] = {
+    "adamw": _torch_adamw,
+    "fused_adam": _deepspeed_fused_adam,
+    "cpu_adam": _deepspeed_cpu_adam,
+    "te_adam": _transformer_engine_adam,
+    "apex_adam": _apex_adam,
+}
+
+_NEEDS = {
+    "fused_adam": "DeepSpeed with a CUDA device and nvcc",
+    "cpu_adam": "DeepSpeed and a C++ compiler",
+    "te_adam": "Transformer Engine (pip install manyformer[fp8]) and a CUDA device",
+    "apex_adam": "NVIDIA apex, built from its source (the apex on PyPI is another project)",
+}
+
+
+def _from(module: str, attribute: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # broken installs raise anything
+        raise ConfigError(
+            f"training.optimizer={name} needs {_NEEDS[name]} ({type(error).__name__}: {error}); "
+            "install it or use training.optimizer=adamw"
+        ) from error
+
+
+def _muon(
+    groups: list[dict[str, Any]],
+    common: dict[str, Any],
+    config: TrainingConfig,
+    ctx: ParallelContext,
+) -> torch.optim.Optimizer:
+    """Muon for matrices, each expert's by itself, and AdamW for everything else.
+
+    Every matrix must be whole on its rank: orthogonalising a shard is another algorithm.
+
+    Raises:
+        ConfigError: tensor size > 1.
+    """
+    if ctx.tensor.size > 1:
+        raise ConfigError(
+            f"training.optimizer=muon with parallel.tensor={ctx.tensor.size}: Muon orthogonalises "
+            "whole matrices, a tensor rank holds shards; use parallel.tensor=1 or another optimizer"
+        )
+    for group in groups:
+        group["use_muon"] = group["optimizer"] == "muon"
+        group.update({"lr": common["lr"]} if group["use_muon"] else common)
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    if ctx.device.type == "cpu" and not config.compile:
+        from pretrain.engine.muon import BatchedMuon, leave_kernels_uncompiled
+
+        leave_kernels_uncompiled()
+        return BatchedMuon(groups)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam(groups)

@@ -1,0 +1,258 @@
+"""Where the records of a run go: metrics.jsonl, a progress line, TensorBoard, Weights & Biases.
+
+Only rank 0 has writers. None of them may stop a run: one that fails is reported once and dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from parallel.checkpoint.storage import Storage
+from pretrain.config import LoggingConfig, WandbConfig
+
+Record = Mapping[str, float]
+METRICS_NAME = "metrics.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+    """`record` holds `step` and plain numbers; lines of an evaluation hold `eval_loss`."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Writers:
+    """Passes every record to all writers, and drops a writer at its first error."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = list(writers)
+
+    def write(self, record: Record) -> None:
+        for writer in list(self._writers):
+            try:
+                writer.write(record)
+            except Exception as error:  # whatever a logging service raises, training goes on
+                self._drop(writer, error)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            try:
+                writer.close()
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", type(writer).__name__, error)
+        self._writers = []
+
+    def _drop(self, writer: Writer, error: Exception) -> None:
+        self._writers.remove(writer)
+        logger.warning(
+            "%s failed (%s: %s) and is switched off; training continues",
+            type(writer).__name__,
+            type(error).__name__,
+            error,
+        )
+
+
+def build_writers(
+    config: LoggingConfig,
+    *,
+    run_dir: Path,
+    run_config: Mapping[str, Any],
+    resumed_step: int,
+    total_steps: int,
+) -> Writers:
+    """The writers that the configuration asks for; records after `resumed_step` are forgotten.
+
+    Raises:
+        OSError, ImportError: a writer cannot start; better known now than after the first step.
+    """
+    writers: list[Writer] = [
+        JsonlWriter(run_dir / METRICS_NAME, resumed_step=resumed_step),
+        ProgressLine(total_steps=total_steps),
+    ]
+    if config.tensorboard:
+        writers.append(TensorBoardWriter(run_dir / "tensorboard", resumed_step=resumed_step))
+    if config.wandb.mode != "disabled":
+        writers.append(WandbWriter(config.wandb, run_dir=run_dir, run_config=run_config))
+    return Writers(writers)
+
+
+class JsonlWriter:
+    """One JSON object per line; a number that JSON does not have (NaN, infinity) is null."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        _drop_after(path, resumed_step)
+        self._file = path.open("a", encoding="ascii")
+
+    def write(self, record: Record) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl; a last line that a crash has torn is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines up to `step`: the run is about to write those that follow again."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    Storage().replace_file(path, lines.encode("ascii"))
+
+
+class ProgressLine:
+    """`step 120/2000 | loss 3.412 | lr 3.0e-4 | grad 0.92 | 41.2k tok/s | MFU 38.1% | ETA 0:12:41`
+
+    On a terminal the line is rewritten in place; elsewhere every record is a line of its own.
+    """
+
+    def __init__(self, *, total_steps: int, stream: TextIO | None = None) -> None:
+        self._total_steps = total_steps
+        self._stream = stream or sys.stdout
+        self._in_place = self._stream.isatty()
+        self._open_line = False
+
+    def write(self, record: Record) -> None:
+        is_evaluation = "eval_loss" in record
+        text = self._evaluation(record) if is_evaluation else self._training(record)
+        start = "\r\x1b[2K" if self._open_line else ""
+        self._open_line = self._in_place and not is_evaluation
+        self._stream.write(start + text + ("" if self._open_line else "\n"))
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._open_line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open_line = False
+
+    def _training(self, record: Record) -> str:
+        parts = [
+            f"step {record['step']:.0f}/{self._total_steps}",
+            f"loss {record['loss']:.3f}",
+            f"lr {_short_exponent(record['lr'])}",
+            f"grad {record['grad_norm']:.2f}",
+            f"{_thousands(record['tokens_per_second'])} tok/s",
+        ]
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        remaining = (self._total_steps - record["step"]) * record["seconds_per_step"]
+        parts.append(f"ETA {_clock(remaining)}")
+        return " | ".join(parts)
+
+    def _evaluation(self, record: Record) -> str:
+        parts = [
+            f"step {record['step']:.0f}/{self._total_steps}",
+            f"eval loss {record['eval_loss']:.4f}",
+            f"perplexity {record['perplexity']:.2f}",
+        ]
+        if "bits_per_byte" in record:  # not where the corpus does not say its bytes
+            parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
+        return " | ".join(parts)
+
+
+def _short_exponent(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _thousands(value: float) -> str:
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+class TensorBoardWriter:
+    """Scalars `train/...` and `eval/...`; steps of an earlier attempt are hidden at a resume."""
+
+    def __init__(self, directory: Path, *, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resumed_step + 1 if directory.exists() else None
+        self._writer = SummaryWriter(str(directory), purge_step=purge)
+
+    def write(self, record: Record) -> None:
+        for name, value in _tagged(record).items():
+            self._writer.add_scalar(name, value, int(record["step"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A run of Weights & Biases that a resume continues; its key stays in the environment."""
+
+    def __init__(
+        self, config: WandbConfig, *, run_dir: Path, run_config: Mapping[str, Any]
+    ) -> None:
+        import wandb
+
+        self._teardown = wandb.teardown
+        self._run = wandb.init(
+            project=config.project,
+            name=config.name,
+            id=_stable_id(run_dir / ".wandb_id"),
+            resume="allow" if config.mode == "online" else None,
+            mode=config.mode,
+            dir=str(run_dir),
+            config=dict(run_config),
+            # No console capture, source code, environment or command line: only configuration and
+            # numbers leave the machine.
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                x_disable_meta=True,
+            ),
+        )
+
+    def write(self, record: Record) -> None:
+        self._run.log(_tagged(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+        self._teardown()  # `finish` may return before an offline run is on disk
+
+
+def _tagged(record: Record) -> dict[str, float]:
+    kind = "eval" if "eval_loss" in record else "train"
+    return {f"{kind}/{name}": value for name, value in record.items() if name != "step"}
+
+
+def _stable_id(path: Path) -> str:
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text().strip()

@@ -1,0 +1,265 @@
+"""A step whose loss or gradient is not finite: done again under watch, named, and left out.
+
+DeepSpeed leaves the weights as they are when the norm of the gradient, which all ranks share, is
+not finite. `optimizers.spoil` makes that norm speak for the loss as well, so that all ranks decide
+alike and nobody has to ask another one. The step is then done once more with every layer watched:
+either it is finite now, and what was wrong is not in the data, or the watch says where it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from data_tools.loading.batch import Batch
+from data_tools.loading.loader import TrainLoader
+from pretrain.distributed.consensus import Ranks
+from pretrain.engine.engine import Engine, StepResult
+from pretrain.engine.partitions import held
+from pretrain.errors import TrainingError
+
+_WEIGHT, _OUTPUT, _GRADIENT = range(3)  # the first numbers of `Finding.order`
+_NAMED = 4  # so many samples are told; the others are counted
+
+
+class Finding(NamedTuple):
+    """The first thing on a rank that is not finite. `micro_batch`: counted from 0, where known.
+
+    `order`: the rank with the least one has met it before all others.
+    """
+
+    what: str
+    order: tuple[int, ...]
+    micro_batch: int | None = None
+
+    @property
+    def is_weight(self) -> bool:
+        return self.order < (_OUTPUT,)
+
+
+class Witness:
+    """Watches a module for the first output or gradient that is not finite; a context manager.
+
+    It asks the device after every layer: for a step that has already failed. `stage`, `num_stages`:
+    of the pipeline.
+    """
+
+    def __init__(self, module: nn.Module, *, stage: int = 0, num_stages: int = 1) -> None:
+        self._module = module
+        self._stage, self._num_stages = stage, num_stages
+        self._micro_batch, self._num_outputs = -1, 0
+        self._handles: list[RemovableHandle] = []
+        self.finding = first_not_finite(module)
+
+    def __enter__(self) -> Self:
+        self._handles = [self._module.register_forward_pre_hook(self._begin)]
+        for name, module in self._module.named_modules():
+            if name:
+                hook = partial(self._see_output, name)
+                self._handles.append(module.register_forward_hook(hook))
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad:
+                hook = partial(self._see_gradient, name)
+                self._handles.append(parameter.register_hook(hook))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._micro_batch += 1
+
+    def _see_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._num_outputs += 1
+        # What is not finite when it arrives began elsewhere.
+        if self.finding is None and not _all_finite(output) and _all_finite(inputs):
+            order = (_OUTPUT, self._micro_batch, self._stage, self._num_outputs)
+            self.finding = Finding(f"the output of {name}", order, self._micro_batch)
+
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        if self.finding is None and not bool(gradient.isfinite().all()):
+            # A pipeline interleaves micro-batches, and only it knows which one comes back.
+            micro_batch = self._micro_batch if self._num_stages == 1 else None
+            order = (_GRADIENT, -self._stage)
+            self.finding = Finding(f"the gradient of {name}", order, micro_batch)
+
+
+def first_not_finite(module: nn.Module) -> Finding | None:
+    """The first parameter of which this rank holds a number that is not finite."""
+    parameters = {name: held(p).elements for name, p in module.named_parameters()}
+    if not parameters:
+        return None
+    finite = torch.stack([tensor.isfinite().all() for tensor in parameters.values()])
+    name = next((n for n, ok in zip(parameters, finite.tolist(), strict=True) if not ok), None)
+    return None if name is None else Finding(f"parameter {name} itself", (_WEIGHT,))
+
+
+def check_finite(module: nn.Module, ranks: Ranks, *, step: int) -> None:
+    """Collective, before a save.
+
+    Raises:
+        TrainingError: on every rank; a weight is not finite.
+    """
+    finding = first_not_finite(module)
+    message = ranks.first_message(
+        None if finding is None else f"{finding.what} of rank {ranks.rank} is not finite"
+    )
+    if message is not None:
+        raise TrainingError(
+            f"after step {step} {message}: nothing was saved since the last checkpoint; start "
+            "again from there, with a lower training.lr if it happens again"
+        )
+
+
+class GuardedSteps:
+    """The train steps of a run, of which those that are not finite change nothing.
+
+    Args:
+        max_skipped: how many in a row may be left out.
+
+    `num_skipped`: steps that the run has left out, the last `in_a_row` of them one after the other;
+    part of a checkpoint, or a run that is started again and again would never reach the limit.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: TrainLoader,
+        ranks: Ranks,
+        *,
+        max_skipped: int,
+    ) -> None:
+        self._engine, self._loader, self._ranks = engine, loader, ranks
+        self._max_skipped = max_skipped
+        self.num_skipped = self.in_a_row = 0
+
+    def train(
+        self, step: int, samples: range, *, learning_rate: float
+    ) -> tuple[StepResult, str | None]:
+        """Take step number `step`, counted from 1; collective. Also what there is to say of it.
+
+        `samples`: their numbers in the run, those of all data ranks together.
+
+        Raises:
+            TrainingError: on every rank; more than `max_skipped` steps in a row were not finite, or
+                a weight is not.
+        """
+        batches = _Kept(self._loader)
+        result = self._engine.train_step(batches, learning_rate=learning_rate)
+        if result.applied:
+            self.in_a_row = 0
+            return result, None
+        before = _numbers(result)
+        # What a model draws comes from seeds, names and the text: it draws the same again.
+        pipeline = self._engine.ctx.pipeline
+        watch = Witness(self._engine.module, stage=pipeline.rank, num_stages=pipeline.size)
+        with watch as witness:
+            result = self._engine.train_step(iter(batches.kept), learning_rate=learning_rate)
+        _uncount_step(self._engine.deepspeed)
+        if result.applied:
+            self.in_a_row = 0
+            return result, (
+                f"step {step}: {before}; done again it is finite ({_numbers(result)}): a device or "
+                "its memory may have failed"
+            )
+        self.in_a_row += 1
+        self.num_skipped += 1
+        message = f"step {step}: {before}; {self._told_by_all(step, samples, witness.finding)}"
+        self._check_limit(step, message)
+        return result, (
+            f"{message}; the step is left out ({self.in_a_row} in a row, "
+            f"stability.max_skipped_steps={self._max_skipped})"
+        )
+
+    def _check_limit(self, step: int, message: str) -> None:
+        if self.in_a_row > self._max_skipped:
+            first = step - self.in_a_row + 1
+            raise TrainingError(
+                f"{message}; {self.in_a_row} steps in a row were not finite, more than "
+                f"stability.max_skipped_steps={self._max_skipped}: nothing was saved since the "
+                "last checkpoint; start again from it with "
+                f"stability.skip_steps=[[{first},{step}]] or a lower training.lr"
+            )
+
+    def _told_by_all(self, step: int, samples: range, finding: Finding | None) -> str:
+        """Collective: what the first rank that met it has found, on all ranks alike.
+
+        Raises:
+            TrainingError: a weight is not finite, and no other batch helps.
+        """
+        text = "" if finding is None else self._told(samples, finding)
+        every = self._ranks.broadcast(self._ranks.gather((finding, text))) or []
+        found = [(each.order, each.is_weight, text) for each, text in every if each is not None]
+        if not found:
+            return f"no single layer is to blame, the batch is {self._places(samples, None)}"
+        _, is_weight, text = min(found)
+        if is_weight:
+            raise TrainingError(
+                f"step {step}: {text}: memory or an update has gone wrong; start again from the "
+                "last checkpoint"
+            )
+        more = len(found) - 1
+        return text + (f", and has gone on to {more} more ranks" if more else "")
+
+    def _told(self, samples: range, finding: Finding) -> str:
+        return (
+            f"it begins on rank {self._ranks.rank} with {finding.what}, "
+            f"in {self._places(samples, finding.micro_batch)}"
+        )
+
+    def _places(self, samples: range, micro_batch: int | None) -> str:
+        """Where the samples of a step, or of a micro-batch of this data rank, lie in the data."""
+        if micro_batch is not None:
+            data = self._engine.ctx.data
+            count = len(samples) // (self._engine.num_micro_batches * data.size)
+            first = (micro_batch * data.size + data.rank) * count
+            samples = samples[first : first + count]
+        places = self._loader.describe(samples[:_NAMED])
+        more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+        return f"samples {samples[0]} to {samples[-1]} of the run ({', '.join(places)}{more})"
+
+
+class _Kept(Iterator[Batch]):
+    """Keeps what it passes on, for the case that the step has to be done again."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.kept: list[Batch] = []
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.kept.append(batch)
+        return batch
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether nested tuples, lists and dicts hold no NaN and no +inf; -inf may be a mask."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool((value < torch.inf).all())
+    if isinstance(value, dict):
+        return all(map(_all_finite, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_all_finite, value))
+    return True
+
+
+def _numbers(result: StepResult) -> str:
+    return f"loss {float(result.loss):.4g}, gradient norm {float(result.grad_norm):.4g}"
+
+
+def _uncount_step(engine: Any) -> None:
+    """One step was taken twice, and DeepSpeed has counted two."""
+    engine.global_steps -= 1
+    engine.global_samples -= engine.train_batch_size()

@@ -1,0 +1,162 @@
+"""What ranks know of each other beside the collectives: a record of all, and processes here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from pretrain.supervision.progress import Progress
+
+ANSWER = 1.5  # seconds in which the store answers, unless its keeper is what stands still
+_NEIGHBOURS = 16  # ranks before and after this one that may be on its machine
+_UNKNOWN = Progress("an unknown host", 0)
+T = TypeVar("T")
+
+
+class RunRecord:
+    """How far every rank is and what has been found, in the store where the ranks have met.
+
+    Every call raises TimeoutError or RuntimeError where the store does not answer.
+    """
+
+    def __init__(self, store: dist.Store, *, rank: int, size: int) -> None:
+        # Another connection than that of the main thread, which may wait in its own.
+        self._store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
+        self._rank, self._size = rank, size
+
+    @property
+    def keeper(self) -> str:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return f"torchrun on {os.environ['MASTER_ADDR']}, which keeps the record of all ranks,"
+        return "rank 0, which keeps the record of all ranks,"
+
+    def report(self, own: Progress) -> None:
+        within(ANSWER, partial(self._store.set, _key(self._rank), json.dumps(own)))
+
+    def read(self, ranks: range | None = None) -> dict[int, Progress]:
+        """The progress of some ranks, by default of all; of those that have not said it a blank."""
+        return within(ANSWER, partial(self._read, range(self._size) if ranks is None else ranks))
+
+    def said(self, key: str) -> str | None:
+        """What was said first under `key`, if anything."""
+        return within(ANSWER, lambda: self._get(key))
+
+    def say(self, key: str, text: str) -> bool:
+        """Say it, unless another rank was first; returns whether this one was."""
+        first = within(ANSWER, lambda: self._store.compare_set(key, "", text).decode())
+        return first == text
+
+    def _read(self, ranks: range) -> dict[int, Progress]:
+        keys = {rank: _key(rank) for rank in ranks}
+        if self._store.check(list(keys.values())):
+            found = dict(zip(keys, self._store.multi_get(list(keys.values())), strict=True))
+        else:
+            found = {r: self._store.get(k) for r, k in keys.items() if self._store.check([k])}
+        return {r: Progress(*json.loads(found[r])) if r in found else _UNKNOWN for r in ranks}
+
+    def _get(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+class Neighbours:
+    """The other ranks on this machine, whose ends are seen at once."""
+
+    def __init__(self, *, rank: int, size: int) -> None:
+        around = range(max(0, rank - _NEIGHBOURS), min(size, rank + _NEIGHBOURS + 1))
+        self._unmet = {other for other in around if other != rank}
+        self._rank, self._around = rank, around
+        self._handles: dict[int, int] = {}
+        self._known: dict[int, Progress] = {}
+        self._gone: set[int] = set()  # before they were met
+
+    def meet(self, record: RunRecord, own: Progress) -> None:
+        """Begin to watch those that have by now said where they are."""
+        if not self._unmet or sys.platform != "linux":
+            return
+        for rank, progress in record.read(self._around).items():
+            if rank in self._unmet and progress.pid:
+                self._unmet.discard(rank)
+                # A process number means something only where it was given.
+                if (progress.host, progress.pid_namespace) == (own.host, own.pid_namespace):
+                    self._known[rank] = progress
+                    try:
+                        self._handles[rank] = os.pidfd_open(progress.pid)
+                    except ProcessLookupError:
+                        self._gone.add(rank)
+
+    def ended(self) -> list[int]:
+        """Those whose processes have ended, whether or not their launcher has noticed."""
+        poll = select.poll()
+        ranks = {handle: rank for rank, handle in self._handles.items()}
+        for handle in ranks:
+            poll.register(handle, select.POLLIN)
+        return sorted(self._gone.union(ranks[handle] for handle, _ in poll.poll(0)))
+
+    def wake(self) -> None:
+        """Let those go on that were stopped: they hear how the run ends and say where they were."""
+        for handle in self._handles.values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGCONT)
+
+    def describe(self, ended: list[int], record: RunRecord) -> str:
+        """What is known of ranks that have ended and have not said why."""
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._known.update(record.read(self._around))
+        names = ", ".join(f"rank {rank} {self._known[rank].named_silent}" for rank in ended)
+        memory = max(self._known[rank].memory_gib for rank in ended)
+        return (
+            f"{names} has ended without a word: killed by signal 9, likely out of memory (it held "
+            f"{memory:.1f} GiB; dmesg says more), or crashed; start again to continue"
+        )
+
+    def speaks(self, ended: list[int]) -> bool:
+        """Whether this rank is the one of its machine to say so."""
+        return self._rank == min({self._rank, *self._handles} - set(ended))
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """What `action` returns or raises. A store whose keeper stands still never answers, so that it
+    is asked from a thread that may be left behind.
+
+    Raises:
+        TimeoutError: nothing came in `seconds`.
+    """
+    answers: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            value = action()
+        except RuntimeError as error:
+            answers.put(partial(_raise, error))
+        else:
+            answers.put(lambda: value)
+
+    threading.Thread(target=ask, name="watchdog store", daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)()
+    except queue.Empty:
+        raise TimeoutError from None
+
+
+def _raise(error: RuntimeError) -> NoReturn:
+    raise error
+
+
+def _key(rank: int) -> str:
+    return f"rank_{rank}"

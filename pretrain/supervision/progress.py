@@ -1,0 +1,208 @@
+"""How far each rank has come and where its main thread is, and which rank holds up the others."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+_PROJECT = Path(__file__).resolve().parents[2]
+_PACKAGES = tuple(
+    f"{_PROJECT}/{name}/" for name in ("data_tools", "models", "parallel", "pretrain")
+)
+_COLLECTIVES = "/torch/distributed/"
+_AUTOGRAD = "/torch/autograd/"
+# Where `.wait()` is that of a collective.
+_WAITING = ("/torch/", "/deepspeed/", "/megatron/", f"{_PROJECT}/models/", f"{_PROJECT}/parallel/")
+_MAX_RANKS = 8  # of a group that are listed
+_MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
+
+
+class Progress(NamedTuple):
+    """How far a rank has come: `beats` counts what its thread has sent, `moves` what its main
+    thread has done, of which the last was `activity`.
+
+    `place`: in the layout; `function`: the innermost of ours that its main thread is in;
+    `collective`: in which it waits for other ranks, "" if it does not; both empty while it moves.
+    `pid_namespace`: where `pid` means something. `window`, `busy`: see `pace.Pace`. `memory_gib`:
+    resident on the host.
+    """
+
+    host: str
+    pid: int
+    beats: int = 0
+    moves: int = 0
+    activity: str = "starting"
+    place: str = ""
+    stage: int = 0
+    function: str = ""
+    collective: str = ""
+    pid_namespace: str = ""
+    window: int = 0
+    busy: float = 0.0
+    memory_gib: float = 0.0
+
+    @property
+    def named(self) -> str:
+        return self._describe(f"in {self.activity}")
+
+    @property
+    def named_silent(self) -> str:
+        """For a rank that may by now be elsewhere."""
+        return self._describe(f"last heard of in {self.activity}")
+
+    def _describe(self, where: str) -> str:
+        place = f", {self.place}" if self.place else ""
+        return f"(process {self.pid} on {self.host}{place}, {where})"
+
+
+def is_waiting(frame: FrameType | None) -> bool:
+    """Whether a thread, of which `frame` is the innermost, waits for other ranks."""
+    for depth in range(_MAX_DEPTH):
+        if frame is None:
+            return False
+        if _COLLECTIVES in frame.f_code.co_filename or (depth == 0 and _waits_for_work(frame)):
+            return True
+        if frame.f_code.co_filename.startswith(_PACKAGES):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def find_thread(ident: int) -> tuple[str, str]:
+    """(function, collective) of Progress for a thread; for one that has stood still for a while.
+
+    The tensors in a frame that is looked at live as long as the frame does.
+    """
+    frames = sys._current_frames()
+    innermost = frames.get(ident)
+    function, collective = _function_of(innermost), _collective_of(innermost)
+    if not collective and innermost is not None and _AUTOGRAD in innermost.f_code.co_filename:
+        # Backward on a GPU runs in threads of autograd, for which the main thread waits.
+        inside = (_collective_of(f) for key, f in frames.items() if key != ident and _is_alien(f))
+        collective = next((each for each in inside if each), "")
+    return function, collective
+
+
+def _is_alien(frame: FrameType) -> bool:
+    """Whether Python has not started the thread."""
+    outermost = frame
+    while outermost.f_back is not None:
+        outermost = outermost.f_back
+    return not outermost.f_code.co_filename.endswith("/threading.py")
+
+
+def _function_of(frame: FrameType | None) -> str:
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_PACKAGES):
+            file = Path(name).relative_to(_PROJECT)
+            return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+        frame = frame.f_back
+    return ""
+
+
+def _collective_of(frame: FrameType | None) -> str:
+    """The outermost function of torch.distributed that the innermost frames are in."""
+    found = None
+    for depth in range(_MAX_DEPTH):
+        if frame is None:
+            break
+        if _COLLECTIVES in frame.f_code.co_filename:
+            found = frame
+        elif found is not None:
+            return _describe_call(found)
+        elif depth == 0 and _waits_for_work(frame):
+            return "a collective begun before"
+        elif frame.f_code.co_filename.startswith(_PACKAGES):
+            return ""
+        frame = frame.f_back
+    return "" if found is None else _describe_call(found)
+
+
+def _waits_for_work(frame: FrameType) -> bool:
+    """Whether the innermost frame waits for an asynchronous collective: in C, without a frame."""
+    name = frame.f_code.co_filename
+    if any(part in name for part in _WAITING):
+        return ".wait()" in linecache.getline(name, frame.f_lineno)
+    return False
+
+
+def _describe_call(frame: FrameType) -> str:
+    arguments, name = frame.f_locals, frame.f_code.co_name
+    if name == "wrapper":  # it logs exceptions, and has the call's own arguments
+        name = getattr(arguments.get("func"), "__name__", "a collective")
+        arguments = dict(arguments.get("kwargs") or {})
+    peer = arguments.get("src", arguments.get("dst"))
+    if name in ("recv", "send", "irecv", "isend") and isinstance(peer, int):
+        return f"{name} {'from' if 'src' in arguments else 'to'} rank {peer}"
+    return f"{name} of {_describe_group(arguments.get('group'))}"
+
+
+def _describe_group(group: object) -> str:
+    if not isinstance(group, dist.ProcessGroup):
+        return "all ranks"
+    ranks = dist.get_process_group_ranks(group)
+    if len(ranks) > _MAX_RANKS:
+        return f"{len(ranks)} ranks, the first of which is {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int) -> str:
+    """Name the ranks that hold the others up, from two looks at all of them."""
+    silent = {
+        rank: progress
+        for rank, progress in after.items()
+        if rank != own_rank and progress.beats == before[rank].beats
+    }
+    if silent:
+        return describe_silent(silent)
+    waiting = {rank: progress for rank, progress in after.items() if progress.collective}
+    absent = {rank: progress for rank, progress in after.items() if rank not in waiting}
+    if waiting and absent:
+        where = _most_common([progress.collective for progress in waiting.values()])
+        return _list(absent, f"has not entered {where}, in which others wait")
+    least = min(progress.moves for progress in after.values())
+    behind = {rank: progress for rank, progress in after.items() if progress.moves == least}
+    if len(behind) < len(after):
+        return _list(behind, "has come least far")
+    places = {rank: _where(progress) for rank, progress in after.items()}
+    usual = _most_common(list(places.values()))
+    odd = {rank: after[rank] for rank, place in places.items() if place != usual}
+    if odd:
+        return _list(odd, f"while others are in {usual}")
+    return f"all ranks have come equally far and are in {usual}; their stacks say more"
+
+
+def describe_silent(ranks: Mapping[int, Progress]) -> str:
+    """The ranks that no longer say anything."""
+    named = [f"rank {rank} {progress.named_silent}" for rank, progress in ranks.items()]
+    return f"{', '.join(named[:_MAX_RANKS])} does not answer{_and_more(len(named))}"
+
+
+def _and_more(number: int) -> str:
+    return f", and {number - _MAX_RANKS} more ranks" if number > _MAX_RANKS else ""
+
+
+def _list(ranks: Mapping[int, Progress], what: str) -> str:
+    """The ranks with where they are, and what is wrong with each of them."""
+    named = []
+    for rank, progress in list(ranks.items())[:_MAX_RANKS]:
+        where = f" is in {_where(progress)} and" if progress.function else ""
+        named.append(f"rank {rank} {progress.named}{where} {what}".replace(" and while", " while"))
+    return ", ".join(named) + _and_more(len(ranks))
+
+
+def _where(progress: Progress) -> str:
+    function = progress.function or "no function of this project"
+    return f"{progress.collective}, called by {function}" if progress.collective else function
+
+
+def _most_common(values: list[str]) -> str:
+    return Counter(values).most_common(1)[0][0]

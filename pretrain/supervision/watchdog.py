@@ -1,0 +1,356 @@
+"""Ends a run that no longer moves or has lost a rank, and says which rank it is.
+
+A collective waits for its last rank, for half an hour or for ever. Here every rank has a thread
+that tells the others how far its main thread has come, over the store where the ranks have met.
+The first thread whose main thread has not come on for `timeout` seconds compares how far every
+rank is and gives a verdict. All ranks then write their stacks into the run directory and end, so
+that the launcher ends the job and a scheduler can start it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn
+
+import torch.distributed as dist
+
+from parallel.checkpoint.errors import AgreedError, one_line
+from pretrain.errors import EXIT_HUNG, EXIT_LOST_RANK, ConfigError, LostRankError
+from pretrain.supervision.heartbeats import Neighbours, RunRecord
+from pretrain.supervision.progress import Progress, blame, describe_silent, find_thread, is_waiting
+from pretrain.supervision.stragglers import SAMPLING_INTERVAL, Pace, Slow, SlowRanks
+
+_OBSERVATION = 1.0  # seconds that ranks are watched to see whether they live
+_FAREWELL = 2.0  # seconds that a rank outlives a verdict, for the others to hear and act on it
+_LEAVE = 3.0  # seconds in which ranks end after one of them, if they end by themselves
+_UNWINDING = 20.0  # seconds in which an error may end the main thread
+_VERDICT, _FAILURE = "verdict", "failure"
+# In what gloo and NCCL say when a peer is gone; both raise plain RuntimeErrors.
+_BROKEN = ("gloo", "pair closure", "NCCL", "Connection reset", "Connection closed", "Broken pipe")
+
+
+class Ending(NamedTuple):
+    """How a rank ends that the watchdog ends; `message` None: another rank says why."""
+
+    code: int
+    message: str | None
+
+
+class Watchdog:
+    """Watches the main thread of one rank; a context manager.
+
+    `moved` is called by the main thread whenever it has come on; it costs no communication.
+    `store` is that of the whole run, where `size` is more than 1. `end` gets how the rank is to
+    end; by default it ends the process. `timeout` in seconds; None: watch nothing. `slow_ratio`:
+    see SlowRanks; None: compare nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        store: dist.Store | None = None,
+        timeout: float | None,
+        slow_ratio: float | None = None,
+        end: Callable[[Ending], object] | None = None,
+    ) -> None:
+        self._folder, self._rank, self._timeout = folder, rank, timeout
+        self._end = end or _end_process
+        self._interval = min(1.0, (timeout or 1.0) / 5)
+        self._record = (
+            None if store is None or size == 1 else RunRecord(store, rank=rank, size=size)
+        )
+        self._neighbours = Neighbours(rank=rank, size=size)
+        # What the main thread says, and what the other one sees of it: each writes its own.
+        self._said = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
+        self._seen: dict[str, Any] = {}
+        self._main, self._moved_at = threading.get_ident(), time.monotonic()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._leaving = False  # the main thread is at the end of the run, or has met an error
+        self._failure: str | None = None  # of another rank, as that rank says it
+        self._troubled_at: float | None = None  # when the end of another rank was seen
+        self._steps, self._in_step, self._pace = 0, False, Pace()
+        self._to_compare = 0
+        self._slow: SlowRanks | None = None
+        if slow_ratio is not None and self._record is not None:
+            self._slow = SlowRanks(slow_ratio)
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout is not None:
+            self.moved("the start")
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._exchange()  # at once: a rank may end before its thread has said a word
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._neighbours.close()
+
+    @property
+    def _own(self) -> Progress:
+        return self._said._replace(**self._seen)
+
+    @property
+    def slowest_ratio(self) -> float | None:
+        """Own work of the slowest rank over the usual one of its stage; rank 0 knows, in time."""
+        return None if self._slow is None else self._slow.largest
+
+    def placed(self, place: str, *, stage: int) -> None:
+        """Say where in the layout this rank is; ranks of one stage are compared."""
+        self._said = self._said._replace(place=place, stage=stage)
+
+    def moved(self, activity: str, *, is_step: bool = False) -> None:
+        """The main thread has come on and begins `activity`, such as "step 12"."""
+        self._said = self._said._replace(moves=self._said.moves + 1, activity=activity)
+        self._moved_at, self._in_step = time.monotonic(), is_step
+        self._steps += is_step
+
+    def leave(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Called as `__exit__`, while the groups still exist: all ranks have come to the end, or
+        tell the others of an error that is this rank's own, or find out whose it is.
+
+        Raises:
+            LostRankError: a collective has failed because another rank ended.
+        """
+        has_left, self._leaving = self._leaving, True
+        if has_left or self._record is None or self._thread is None:
+            return
+        if not isinstance(error, Exception):
+            return
+        self.moved(f"its end, after an error in {self._own.activity}")
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _BROKEN):
+            cause = self._cause()
+            if cause is not None:
+                raise LostRankError(cause.message or "", said=cause.message is None) from error
+        elif not isinstance(error, (AgreedError, ConfigError)):
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._record.say(_FAILURE, f"rank {self._rank}: {one_line(error)}")
+            if self._rank == 0:  # it may keep the store, and the others have to hear of it
+                time.sleep(2 * self._interval)
+
+    def _cause(self) -> Ending | None:
+        """Which rank is gone, once that is known; None if it cannot be found out."""
+        deadline = time.monotonic() + _LEAVE
+        while time.monotonic() < deadline:
+            found = self._lost()
+            if found is not None:
+                return found
+            time.sleep(0.05)
+        return self._silent()
+
+    def _lost(self) -> Ending | None:
+        if self._record is None:
+            return None
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._exchange()
+        if self._failure is not None:
+            return Ending(EXIT_LOST_RANK, None)
+        ended = self._neighbours.ended()
+        if not ended:
+            return None
+        message = self._neighbours.describe(ended, self._record)
+        return Ending(EXIT_LOST_RANK, message if self._neighbours.speaks(ended) else None)
+
+    def _silent(self) -> Ending | None:
+        """Ranks of other machines that no longer say anything."""
+        assert self._record is not None
+        try:
+            before = self._record.read()
+            self._observe()
+            after = self._record.read()
+        except (RuntimeError, TimeoutError):
+            message = f"{self._record.keeper} does not answer"
+            return Ending(EXIT_LOST_RANK, message if self._rank <= 1 else None)
+        gone = {
+            rank: progress
+            for rank, progress in after.items()
+            if rank != self._rank and progress.beats == before[rank].beats
+        }
+        if not gone:
+            return None
+        text = describe_silent(gone)
+        return Ending(EXIT_LOST_RANK, text if self._record.say(_FAILURE, text) else None)
+
+    def _watch(self) -> None:
+        ending, reported, sampled = None, 0.0, time.monotonic()
+        # Its own: the state of the global one belongs to the run, which saves and restores it.
+        jitter = random.Random()
+        while ending is None:
+            # Not in step with what is looked at.
+            often = SAMPLING_INTERVAL * jitter.uniform(0.5, 1.5)
+            samples = self._slow is not None and self._in_step
+            if self._closing.wait(min(often, self._interval) if samples else self._interval):
+                return
+            now = time.monotonic()
+            self._sample(now - sampled)
+            sampled = now
+            if now - reported >= self._interval:
+                ending, reported = self._look(), time.monotonic()
+        self._finish(ending)
+
+    def _sample(self, seconds: float) -> None:
+        if self._slow is None or self._record is None or not self._in_step:
+            return
+        busy = not is_waiting(sys._current_frames().get(self._main))
+        if not self._pace.add(seconds, is_busy=busy, steps=self._steps):
+            return
+        self._seen = {**self._seen, "window": self._pace.window, "busy": self._pace.busy}
+        self._to_compare = 2  # times: the others report theirs about now
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self._record.report(self._own)
+
+    def _compare(self) -> None:
+        """On rank 0: warn of ranks that have turned out to be slow."""
+        if self._slow is None or self._record is None or not self._to_compare or self._rank > 0:
+            return
+        self._to_compare -= 1
+        everyone = self._record.read()
+        for slow in self._slow.compare(everyone, seconds_per_step=self._pace.seconds_per_step):
+            _warn(slow, everyone[slow.rank])
+
+    def _look(self) -> Ending | None:
+        """Tell how far this rank is; what ends it, if anything does."""
+        waited = time.monotonic() - self._moved_at
+        assert self._timeout is not None
+        self._describe(stuck=waited > self._timeout / 2)
+        answers, found = True, None
+        try:
+            found = self._exchange()
+            self._compare()
+        except (RuntimeError, TimeoutError):  # told below, when it matters
+            answers = False
+        limit = max(self._timeout, _UNWINDING) if self._leaving else self._timeout
+        if found is None and waited > limit:
+            found = self._judge(waited, answers=answers)
+        return found or self._without_others()
+
+    def _describe(self, *, stuck: bool) -> None:
+        function, collective = find_thread(self._main) if stuck else ("", "")
+        self._seen = {
+            **self._seen,
+            "beats": self._own.beats + 1,
+            "function": function,
+            "collective": collective,
+            "memory_gib": _resident_gib(),
+        }
+
+    def _exchange(self) -> Ending | None:
+        if self._record is None:
+            return None
+        self._record.report(self._own)
+        self._neighbours.meet(self._record, self._own)
+        if self._record.said(_VERDICT) is not None:
+            return Ending(EXIT_HUNG, None)
+        self._failure = self._failure or self._record.said(_FAILURE)
+        return None
+
+    def _without_others(self) -> Ending | None:
+        """Another rank has ended: leave the main thread the time to hear of it by itself."""
+        if self._leaving or not (self._failure or self._neighbours.ended()):
+            return None
+        self._troubled_at = self._troubled_at or time.monotonic()
+        over = time.monotonic() - self._troubled_at > _LEAVE
+        return self._lost() if over else None
+
+    def _judge(self, waited: float, *, answers: bool) -> Ending | None:
+        what = f"no progress in {self._own.activity} for {waited:.0f} s"
+        what += f" (watchdog.timeout is {self._timeout:g}): "
+        if self._record is None:
+            where = f"{self._own.function}; there is no other rank"
+            return Ending(EXIT_HUNG, f"{what}the main thread is in {where}")
+        try:
+            if not answers:
+                raise TimeoutError
+            before = self._record.read()
+            self._observe()
+            culprit = blame(before, self._record.read(), own_rank=self._rank)
+            is_first = self._record.say(_VERDICT, f"rank {self._rank}: {what}{culprit}")
+            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
+        except (RuntimeError, TimeoutError):
+            # The others cannot be asked who is to say it. The keeper hears of it if it wakes.
+            message = f"{what}{self._record.keeper} does not answer"
+            self._neighbours.wake()
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                self._record.say(_VERDICT, message)
+            return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
+
+    def _observe(self) -> None:
+        """Give all ranks the time to be heard once more, this one too: others may look at it."""
+        assert self._record is not None
+        until = time.monotonic() + _OBSERVATION + self._interval
+        while time.monotonic() < until:
+            time.sleep(self._interval / 2)
+            self._describe(stuck=True)
+            self._record.report(self._own)
+
+    def _finish(self, ending: Ending) -> None:
+        if ending.code == EXIT_HUNG:
+            self._neighbours.wake()
+            failure = self._write_stacks()
+            if ending.message is not None:
+                stacks = failure or f"stacks in {self._folder}/stacks_rank_*.txt"
+                ending = ending._replace(message=f"{ending.message}; {stacks}")
+        self._end(ending)
+
+    def _write_stacks(self) -> str | None:
+        path = self._folder / f"stacks_rank_{self._rank:05d}.txt"
+        try:
+            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            return f"the stacks could not be written: {one_line(error)}"
+        return None
+
+
+def _warn(slow: Slow, progress: Progress) -> None:
+    sys.stderr.write(
+        f"warning: rank {slow.rank} {progress.named} is slow: {progress.busy:.3g} s a step of its "
+        f"own work, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual in its stage\n"
+    )
+    sys.stderr.flush()
+
+
+def _pid_namespace() -> str:
+    namespace = Path("/proc/self/ns/pid")
+    return os.readlink(namespace) if namespace.exists() else ""
+
+
+def _resident_gib() -> float:
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0.0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _end_process(ending: Ending) -> NoReturn:
+    if ending.message is not None:
+        sys.stderr.write(f"error on rank {os.environ.get('RANK', '0')}: {ending.message}\n")
+        sys.stderr.flush()
+    if ending.code == EXIT_HUNG:
+        time.sleep(_FAREWELL)
+    # The main thread may be in a collective that never ends, so nothing can be unwound.
+    os._exit(ending.code)

@@ -1,0 +1,149 @@
+"""Sources that are damaged, swapped, gone or larger than 32 bits, as a run meets them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.config import DataConfig
+from data_tools.corpus.indexed import HEADER, MAGIC, IndexedDataset
+from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.errors import DataError
+from data_tools.loading.builders import build_eval_batches, build_train_loader
+from data_tools.loading.loader import TrainLoader
+from data_tools.sampling.token_dataset import TokenDataset
+from data_tools.verify import verify
+from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
+
+
+def _loader(path: Path, **changes: Any) -> TrainLoader:
+    config = DataConfig.model_validate({"train": str(path), "sequence_length": 8})
+    return build_train_loader(
+        config,
+        sequence_length=8,
+        micro_batch_size=4,
+        micro_batches_per_step=1,
+        data_rank=0,
+        data_size=1,
+        seed=0,
+        vocab_size=1 << 20,
+        **changes,
+    )
+
+
+def test_index_of_another_corpus_is_refused(tmp_path: Path) -> None:
+    a = write_counting_corpus(tmp_path / "a", 500)
+    b = write_counting_corpus(tmp_path / "b", 600)
+    shutil.copy(b.with_suffix(".idx"), a.with_suffix(".idx"))
+    with pytest.raises(DataError, match=r"a.bin: 2000 bytes found, 2400 expected by a.idx; it is"):
+        _loader(a)
+
+
+def test_index_of_another_corpus_of_the_same_size_is_found_by_verify(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", counting_documents([100, 200]))
+    write_corpus(tmp_path / "b", counting_documents([150, 150]))
+    shutil.copy(tmp_path / "b.idx", tmp_path / "a.idx")
+    with pytest.raises(DataError, match=r"a.idx: SHA-256 .*"):
+        verify(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1999])
+def test_truncated_tokens_are_refused(tmp_path: Path, size: int) -> None:
+    prefix = write_counting_corpus(tmp_path / "c", 500)
+    with open(prefix.with_suffix(".bin"), "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(DataError, match=r"c.bin: .*(bytes found, 2000 expected|is empty)"):
+        _loader(prefix)
+
+
+def test_source_that_is_gone_at_a_resume_is_refused(tmp_path: Path) -> None:
+    prefix = write_counting_corpus(tmp_path / "c", 500)
+    with _loader(prefix) as loader:
+        next(loader)
+        state = loader.state_dict()
+    prefix.with_suffix(".bin").unlink()
+    with pytest.raises(DataError, match=r"c.bin: no such file; check the path"):
+        _loader(prefix, state=state)
+
+
+def test_contents_that_changed_before_a_resume_are_refused(tmp_path: Path) -> None:
+    prefix = write_counting_corpus(tmp_path / "c", 500)
+    with _loader(prefix) as loader:
+        next(loader)
+        state = loader.state_dict()
+    np.memmap(prefix.with_suffix(".bin"), dtype=np.int32, mode="r+")[300] = 7
+    with pytest.raises(DataError, match="data source c is not the corpus that the checkpoint"):
+        _loader(prefix, state=state)
+
+
+def _write_sparse(prefix: Path, lengths: list[int]) -> None:
+    """A .bin of holes in the file, and its index."""
+    with open(prefix.with_suffix(".bin"), "wb") as file:
+        file.truncate(2 * sum(lengths))
+    ends = np.cumsum(lengths)
+    with open(prefix.with_suffix(".idx"), "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, 8, len(lengths), len(lengths) + 1))
+        file.write(np.array(lengths, dtype="<i4").tobytes())
+        file.write((2 * (ends - lengths)).astype("<i8").tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def test_places_behind_two_to_the_31_tokens_are_read(tmp_path: Path) -> None:
+    lengths = [1_500_000_000, 1_000_000_000, 500_000_000]
+    _write_sparse(tmp_path / "c", lengths)
+    total = sum(lengths)
+    tokens = np.memmap(tmp_path / "c.bin", dtype=np.uint16, mode="r+")
+    tokens[-9:] = np.arange(1, 10)
+    stream = IndexedStream(IndexedDataset(tmp_path / "c"))
+    assert stream.read(np.array([total - 9]), 9)[0].tolist() == list(range(1, 10))
+    assert stream.document_at(total - 1) == (2_500_000_000, total)
+    begin = 2_500_000_000 - 5
+    assert [p.tolist() for p in stream.document_starts(np.array([begin]), 10)] == [[begin + 5]]
+    dataset = TokenDataset(stream, name="c", sequence_length=8, seed=0, reset_at_documents=True)
+    epochs = 3 * dataset.num_windows * 8
+    places = dataset.places(np.arange(epochs, epochs + 8000, 8))
+    assert set(places.epochs.tolist()) == {3}
+    assert (places.starts > 1 << 31).any()
+    assert places.starts.min() >= 0
+    assert places.starts.max() <= total - 9
+    assert dataset.read(places, length=8).ids.shape == (1000, 9)
+
+
+def test_a_run_of_more_than_two_to_the_31_samples_keeps_its_ledger(tmp_path: Path) -> None:
+    prefix = write_counting_corpus(tmp_path / "c", 500)
+    with _loader(prefix, consumed_samples=1 << 40) as loader:
+        assert next(loader).tokens.shape == (4, 8)
+        state = loader.state_dict()
+    assert state["consumed_samples"] == (1 << 40) + 4
+    assert state["sources"]["c"]["tokens"] == 8 * ((1 << 40) + 4)
+    with _loader(prefix, state=state) as resumed, _loader(prefix, consumed_samples=1 << 40) as all_:
+        next(all_)
+        assert next(resumed).tokens.tolist() == next(all_).tokens.tolist()
+
+
+def test_a_relative_path_that_leads_nowhere_names_its_option_and_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "good", [np.arange(100)])
+    monkeypatch.chdir(tmp_path)
+    layout = {"sequence_length": 8, "micro_batch_size": 1, "data_rank": 0, "data_size": 1}
+    sizes = {**layout, "vocab_size": 1 << 20}
+    where = rf" in {tmp_path}, where relative paths begin"
+
+    def config(**data: Any) -> DataConfig:
+        return DataConfig.model_validate({"train": "good", "sequence_length": 8, **data})
+
+    with pytest.raises(DataError, match=rf"^data.train: data/mine.idx: no such file{where}; check"):
+        build_train_loader(config(train="data/mine"), seed=0, **sizes)
+    with pytest.raises(DataError, match=rf"^data.validation: held.idx: no such file{where}; check"):
+        build_eval_batches(config(validation="held"), **sizes)
+    with pytest.raises(DataError, match=rf"^data.train: \*.txt: no such file, .*it{where}; check"):
+        build_train_loader(config(train="*.txt", kind="bytes"), seed=0, **sizes)
+    with pytest.raises(DataError, match=rf"^data.tokenizer: tokenizer t.json: no such file{where}"):
+        build_train_loader(config(tokenizer="t.json"), seed=0, **sizes)
+    with pytest.raises(DataError, match=r"^data.train: /nowhere.idx: no such file; check"):
+        build_train_loader(config(train="/nowhere"), seed=0, **sizes)

@@ -1,0 +1,37 @@
+"""Models of the families in the form that transformers loads, without a directory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from models.daria_former import DariaFormerForCausalLM, DariaFormerHFConfig
+from models.dynamic import DTFForCausalLM, DTFHFConfig, MoDForCausalLM, MoDHFConfig
+from models.hf.modeling import FamilyForCausalLM
+from tests.models.checkpoints import model
+from tests.models.families import CASES, evaluated
+
+_CLASSES = {
+    "daria_former": (DariaFormerForCausalLM, DariaFormerHFConfig),
+    "mod": (MoDForCausalLM, MoDHFConfig),
+    "dtf": (DTFForCausalLM, DTFHFConfig),
+}
+EXPORTED = tuple(name for name, case in CASES.items() if case.family.name in _CLASSES)
+# One of each family, where variants would say the same.
+FAMILIES = tuple(_CLASSES)
+TOKENS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def exported(kind: str, **changes: Any) -> FamilyForCausalLM:
+    """In evaluation and fp32, with gates and gains away from where they start and thresholds that
+    have seen tokens. `changes`: of the configuration."""
+    family, config = CASES[kind]
+    config = config.model_copy(update=changes)
+    whole = model(config, family)
+    if family.name != "daria_former":
+        whole = evaluated(whole.train(), TOKENS)
+    model_class, config_class = _CLASSES[family.name]
+    theirs = model_class(config_class.from_settings(config))
+    theirs.model.load_state_dict(whole.state_dict())
+    return theirs.eval()

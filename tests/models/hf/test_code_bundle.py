@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from models.hf.code_bundle import bundle, code_of
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes modules of a package `models` and bundles the last one."""
+
+    def write(*sources: str) -> str:
+        (tmp_path / "models").mkdir()
+        for i, source in enumerate(sources):
+            text = textwrap.dedent(source).lstrip()
+            (tmp_path / "models" / f"m{i}.py").write_text(text)
+        return bundle({"out.py": f"models.m{len(sources) - 1}"}, root=tmp_path)["out.py"]
+
+    return write
+
+
+def _run(source: str) -> dict:
+    names: dict = {}
+    exec(compile(source, "out.py", "exec"), names)
+    return names
+
+
+def test_what_is_needed_is_in_the_file_with_its_comments_and_nothing_else(files):
+    source = files(
+        '''
+        """Circles."""
+        from __future__ import annotations
+        import json
+        import math as mathematics
+        from collections.abc import Iterable
+        from typing import TYPE_CHECKING, Any
+        if TYPE_CHECKING:
+            from models.m1 import twice
+
+        # Why it is there.
+        LIMIT: int = 3
+
+        def unused() -> Any:
+            return json
+
+        def area(radius: Iterable) -> float:  # of a circle
+            """Its area."""
+            # Not the circumference.
+            return mathematics.pi * radius * LIMIT
+
+        if __name__ == "__main__":
+            print(area(1))
+        ''',
+        """
+        from models.m0 import area
+        def twice(r):
+            return 2 * area(r)
+        """,
+    )
+    assert _run(source)["twice"](1) == pytest.approx(2 * 3 * 3.14159265)
+    kept = ("# Circles.", "# Why it is there.", "# of a circle", "# Not the", '"""Its area."""')
+    assert all(text in source for text in kept)
+    assert not any(text in source for text in ("unused", "json", "import area", "__main__"))
+
+
+def test_a_module_imported_as_a_whole_is_an_object(files):
+    source = files(
+        "ONE = 1\ndef two():\n    return 2 * ONE\ndef three():\n    return 3\n",
+        "from models import m0\ndef four(m1):\n    return m0.two() + 2 * m0.ONE + m1.real\n",
+    )
+    assert _run(source)["four"](0) == 4
+    assert "three" not in source
+
+
+def test_a_file_takes_from_those_before_it_what_they_have(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "low.py").write_text("def one():\n    return 1\n\n\nTWO = 2\n")
+    (tmp_path / "models" / "mid.py").write_text("from models.low import one\nONE = one()\n")
+    (tmp_path / "models" / "top.py").write_text(
+        "from models.low import TWO\nfrom models.mid import ONE\n\nTHREE = ONE + TWO\n"
+    )
+    texts = bundle({"first.py": "models.mid", "second.py": "models.top"}, root=tmp_path)
+    assert "TWO = 2" in texts["first.py"]
+    assert "from .first import ONE, TWO\n" in texts["second.py"]
+    assert "def one" not in texts["second.py"]
+
+
+def test_an_import_inside_a_function_ends_it_with_the_package_that_is_needed(files):
+    source = files(
+        """
+        def f(size):
+            import math
+            if size > 1:
+                # Only here.
+                from parallel import megatron
+
+                return megatron.absent(size)
+            return math.pi
+        def g():
+            try:
+                import transformer_engine
+            except ImportError as error:
+                return str(error)
+        """
+    )
+    names = _run(source)
+    assert names["f"](1) == pytest.approx(3.14159265)
+    with pytest.raises(ImportError, match=r"parallel.megatron is not in this file; install many"):
+        names["f"](2)
+    assert "transformer_engine is not in this file" in names["g"]()
+    assert "absent" not in source
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            ["def _a():\n    pass\ndef b():\n    _a()\n",
+             "from models.m0 import b\ndef _a():\n    pass\ndef c():\n    b(), _a()\n"],
+            r"_a stands for models\.m\d\._a and models\.m\d\._a; rename one",
+        ),
+        (
+            ["def field():\n    pass\n",
+             "from dataclasses import field\nimport models.m0\nx = field\n"],
+            "import it with `from`",
+        ),
+        (
+            ["def field():\n    pass\n",
+             "from dataclasses import field\ndef b():\n    field()\n",
+             "from models.m0 import field\nfrom models.m1 import b\nx = field, b\n"],
+            "field stands for (models.m0.field and dataclasses.field|dataclasses.field and)",
+        ),
+        (["def hash():\n    pass\nx = hash\n"], "hash of models.m0 hides a builtin"),
+        (["import numpy\nx = numpy\n"], "would import numpy, which is none of pydantic, torch"),
+        (["x = 1\nprint(x)\n"], r"models\.m0: .* only import and define, not 'print\(x\)'"),
+        (["from .m1 import x\ny = x\n"], "relative imports are not followed"),
+        (["x = 1\n", "from models.m0 import x as y\nz = y\n"], "under its own name"),
+        (["x = 1\n", "from models.m0 import y\nz = y\n"], "models.m0 does not define y"),
+        (["from models.absent import y\nz = y\n"], "there is no module models.absent"),
+    ],
+)  # fmt: skip
+def test_what_would_become_another_program_is_refused(sources, message, files):
+    with pytest.raises(ValueError, match=message):
+        files(*sources)
+
+
+CODE = {
+    "daria_former": "models.daria_former.hf.config",
+    "dtf": "models.dynamic.hf.config_dtf",
+    "mod": "models.dynamic.hf.config_mod",
+}
+
+
+@pytest.mark.parametrize("family", CODE)
+def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_path):
+    texts = bundle(code_of(family, CODE[family]))
+    assert texts == bundle(code_of(family, CODE[family]))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    # Names without a definition, imports without a use, a second definition of a name.
+    lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9"]
+    found = subprocess.run(
+        [*lint, "--output-format", "json", str(tmp_path)], capture_output=True, check=False
+    )
+    messages = [entry["message"] for entry in json.loads(found.stdout)]
+    assert messages == ["Undefined name `transformer_engine`"]  # after an ImportError
+
+
+@pytest.mark.parametrize("family", CODE)
+def test_transformers_finds_every_package_that_the_files_import(family, tmp_path):
+    from transformers.dynamic_module_utils import get_imports
+
+    for name, text in bundle(code_of(family, CODE[family])).items():
+        (tmp_path / name).write_text(text)
+        others = set(get_imports(tmp_path / name)) - set(sys.stdlib_module_names)
+        assert others <= {"pydantic", "torch", "transformers"}
+
+
+def test_importing_the_bundler_imports_no_torch():
+    line = "import sys, models.hf.code_bundle; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", line], check=True)

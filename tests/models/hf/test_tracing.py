@@ -1,0 +1,43 @@
+"""A model is the same after it has been traced: nothing of the tracer's stays in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.hf.modeling import FamilyForCausalLM
+from tests.models.hf.exports import FAMILIES, TOKENS, exported
+
+# As few layers as have everything: tracing takes long.
+SMALL = {
+    "daria_former": {"num_layers": 1, "esv_sites": 1},
+    "mod": {"num_layers": 2},
+    "dtf": {"num_layers": 2},
+}
+
+
+class Logits(nn.Module):
+    def __init__(self, model: FamilyForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_model_computes_and_learns_as_before_after_torch_export(kind, tmp_path):
+    other = exported(kind, **SMALL[kind])
+    other.save_pretrained(tmp_path)
+    theirs = type(other).from_pretrained(tmp_path)  # which has never computed anything on a CPU
+    program = torch.export.export(Logits(theirs), (TOKENS,)).module()
+    for tokens in (TOKENS, TOKENS[:1, :17]):
+        torch.testing.assert_close(theirs(tokens).logits, other(tokens).logits)
+    torch.testing.assert_close(program(TOKENS), other(TOKENS).logits)
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 4}
+    assert torch.equal(theirs.generate(TOKENS, **options), other.generate(TOKENS, **options))
+    with torch.enable_grad():
+        theirs.train()(TOKENS, labels=TOKENS).loss.backward()
+    assert any(parameter.grad is not None for parameter in theirs.parameters())

@@ -1,0 +1,169 @@
+"""Other spellings of settings resolve to their owners, and contradictions are one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from models.dynamic.config import DTFConfig
+from models.llama.config import LlamaConfig
+from pretrain.config import parse_config, resolved
+from pretrain.config.compat.aliases import ALIASES
+from pretrain.config.compose import compose_config
+from pretrain.config.errors import schema_paths
+from pretrain.config.schema import RunConfig
+from pretrain.errors import ConfigError
+from tests.pretrain.run_values import run_values
+
+CORPORA = {"a": {"train": "data/a", "validation": "data/a_val"}, "b": {"train": "data/b"}}
+
+
+def _values(**data: Any) -> dict[str, Any]:
+    values = run_values()
+    values["data"] = {"sequence_length": 128, "corpora": CORPORA, **data}
+    return values
+
+
+def test_every_owner_is_a_setting_of_the_schema_and_no_alias_is() -> None:
+    known = schema_paths(RunConfig)
+    owners = {alias.owner for alias in ALIASES.values()}
+    families = (LlamaConfig, DTFConfig)
+    known = {*known, *(f"model.{name}" for family in families for name in family.model_fields)}
+    assert owners <= known
+    assert not ALIASES.keys() & known
+
+
+def test_an_alias_stands_for_its_owner() -> None:
+    values = run_values(data__max_length=64)
+    del values["data"]["sequence_length"]
+    assert parse_config(values).data.sequence_length == 64
+    assert "max_length" not in resolved(parse_config(values))["data"]
+
+
+def test_alias_and_owner_may_agree_and_must_not_differ() -> None:
+    assert parse_config(run_values(data__block_size=128)).data.sequence_length == 128
+    with pytest.raises(ConfigError, match=r"data.max_length=64 is another spelling of") as error:
+        parse_config(run_values(data__max_length=64))
+    assert "data.sequence_length, which is 128; remove one" in str(error.value)
+
+
+def test_other_spellings_of_training_and_model() -> None:
+    changes = {
+        "training__compile_model": True,
+        "training__gradient_checkpointing": True,
+        "training__mixed_precision": "bf16",
+        "training__use_flash_attention": True,
+        "training__lr_multipliers": {"base_model": 0.5, "router": 10.0},
+        "training__warmup_ratio": 0.2,
+        "model__num_hidden_layers": 6,
+        "model__num_attention_heads": 8,
+        "model__num_key_value_heads": 4,
+    }
+    values = run_values(**changes)
+    del values["training"]["precision"]
+    for key in ("num_layers", "num_heads", "num_kv_heads"):
+        del values["model"][key]
+    config = parse_config(values)
+    training, model = config.training, config.model
+    assert (training.compile, training.activation_recomputation) == (True, "full")
+    assert (training.precision, training.warmup_steps) == ("bf16", 2)
+    assert training.lr_multipliers == {"": 0.5, "router": 10.0}
+    assert (model.num_layers, model.num_heads, model.num_kv_heads) == (6, 8, 4)  # type: ignore[attr-defined]
+    assert parse_config(resolved(config)) == config
+    system = {"mixed_precision": "no", "compile": True}
+    config = parse_config(run_values(system=system))
+    assert (config.training.precision, config.training.compile) == ("fp32", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__mixed_precision": "fp16"}, "mixed_precision='fp16' is not one of 'bf16', "),
+        ({"training__use_flash_attention": False}, "use_flash_attention=False has no effect"),
+        ({"training__gradient_checkpointing": True, "training__activation_recomputation": "none"},
+         "gradient_checkpointing=True is another spelling of training.activation_recomputation"),
+        ({"training__warmup_ratio": 2}, "warmup_ratio=2 is a share"),
+        ({"training__warmup_ratio": 0.2, "training__warmup_steps": 3}, "which is 3; remove one"),
+        ({"system__seed": 3}, "unknown key system"),
+    ],
+)  # fmt: skip
+def test_a_spelling_without_an_equal_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_config(run_values(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mixed", [{}, {"mixed": False}])
+def test_a_dataset_is_chosen_by_name(mixed: dict[str, Any]) -> None:
+    data = parse_config(_values(dataset_name="a", **mixed)).data
+    assert [(s.name, s.path, s.weight) for s in data.train] == [("a", "data/a", 1.0)]
+    assert [(s.name, s.path) for s in data.validation] == [("a", "data/a_val")]
+
+
+@pytest.mark.parametrize("mixed", [{}, {"mixed": True}])
+def test_datasets_are_mixed_by_weight(mixed: dict[str, Any]) -> None:
+    choice = {"dataset_names": ["a", "b"], "dataset_weights": [0.7, 0.3], **mixed}
+    config = parse_config(_values(**choice))
+    assert [(s.name, s.weight) for s in config.data.train] == [("a", 0.7), ("b", 0.3)]
+    assert [s.name for s in config.data.validation] == ["a"]
+    assert parse_config(resolved(config)) == config
+    equal = parse_config(_values(dataset_names=["a", "b"])).data
+    assert [s.weight for s in equal.train] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("mixed", "names"), [(True, ["a", "b"]), (False, ["b"])])
+def test_the_switch_says_which_of_two_choices_counts(mixed: bool, names: list[str]) -> None:
+    choices = {"dataset_name": "b", "dataset_names": ["a", "b"], "dataset_weights": [0.7, 0.3]}
+    assert [s.name for s in parse_config(_values(**choices, mixed=mixed)).data.train] == names
+
+
+def test_the_spelling_works_on_the_command_line() -> None:
+    overrides = [
+        "data=named",
+        "data.mixed=true",
+        'data.dataset_names=["wikitext","openwebtext","pile-subset"]',
+        "data.dataset_weights=[0.2,0.5,0.3]",
+        "data.corpora.wikitext.train=/corpora/wikitext",
+        "~data.sequence_length",
+        "data.max_length=256",
+    ]
+    data = compose_config("demo", overrides=overrides).data
+    assert [(s.name, s.weight) for s in data.train] == [
+        ("wikitext", 0.2), ("openwebtext", 0.5), ("pile-subset", 0.3),
+    ]  # fmt: skip
+    assert data.train[0].path == "/corpora/wikitext"
+    assert data.sequence_length == 256
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "no corpus is chosen; set data.dataset_name to names of data.corpora: a, b"),
+        ({"mixed": True}, "no corpus is chosen; set data.dataset_names"),
+        ({"dataset_name": "A"}, "dataset 'A' is not in data.corpora, which has a, b; "),
+        ({"dataset_name": "web", "corpora": {}}, "set data.corpora.web.train=PATH"),
+        (
+            {"dataset_name": "a", "dataset_names": ["b"]},
+            "data.dataset_name='a' has no effect beside data.dataset_names; remove it or set",
+        ),
+        ({"dataset_name": "a", "dataset_weights": [1.0]}, "dataset_weights=.* has no effect"),
+        ({"dataset_names": "a"}, "data.dataset_names='a' must be a list"),
+        (
+            {"dataset_names": ["a", "b"], "dataset_weights": [1.0]},
+            r"data.dataset_weights=\[1.0\] must be a list of 2 numbers",
+        ),
+        ({"dataset_names": ["a"], "dataset_weights": ["x"]}, "data.train.0.weight='x'"),
+        ({"dataset_names": ["a"], "dataset_weights": [-1.0]}, "data.train.0.weight=-1.0"),
+        ({"dataset_names": ["a", "a"]}, "data.train has two sources named a"),
+        ({"dataset_name": "a", "train": "c"}, "data.train='c' and data.dataset_name"),
+        ({"dataset_name": "a", "mixed": "yes"}, "data.mixed='yes' must be true or false"),
+        ({"corpora": ["a"]}, "must map names to their paths"),
+        ({"dataset_name": "a", "corpora": {"a": "data/a"}}, "data.corpora.a='data/a' must have"),
+        ({"corpora": {"a": {"train": "x", "test": "y"}}}, "must have `train` and may have"),
+    ],
+)
+def test_a_choice_that_cannot_be_meant_is_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_config(_values(**data))
+    assert "\n" not in str(error.value)

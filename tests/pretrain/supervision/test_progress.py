@@ -1,0 +1,85 @@
+"""Which rank holds up the others, from what all of them say."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.supervision.progress import Progress, blame, find_thread, is_waiting
+from tests.distributed import run_ranks
+
+ALIKE = [
+    Progress("host", 10 + rank, beats=5, moves=7, activity="step 3", place=f"data {rank}")
+    for rank in range(4)
+]
+BEFORE = dict(enumerate(ALIKE))
+ALL_REDUCE, STEP = "all_reduce of ranks 0, 1, 2, 3", "train_step (pretrain/engine/engine.py:1)"
+
+
+def _after(**changes: dict[str, object]) -> dict[int, Progress]:
+    """All ranks have beaten once more and wait in the same all-reduce, but for `changes`."""
+    usual = {
+        rank: p._replace(beats=6, collective=ALL_REDUCE, function=STEP)
+        for rank, p in BEFORE.items()
+    }
+    return usual | {
+        int(name[-1]): usual[int(name[-1])]._replace(**values) for name, values in changes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        (
+            {"r1": {"beats": 5}},
+            "rank 1 (process 11 on host, data 1, last heard of in step 3) does not answer",
+        ),
+        (
+            {"r2": {"collective": "", "function": "__next__ (data_tools/loading/loader.py:9)"}},
+            "rank 2 (process 12 on host, data 2, in step 3) is in __next__ "
+            "(data_tools/loading/loader.py:9) "
+            f"and has not entered {ALL_REDUCE}, in which others wait",
+        ),
+        ({"r2": {"moves": 6, "activity": "step 2"}}, "in step 2) is in all_reduce"),
+        (
+            {"r3": {"collective": "barrier of all ranks"}},
+            "rank 3 (process 13 on host, data 3, in step 3) is in barrier of all ranks, called by "
+            f"{STEP} while others are in {ALL_REDUCE}",
+        ),
+        ({}, "all ranks have come equally far and are in all_reduce"),
+    ],
+    ids=["silent", "not in the collective", "behind", "in another collective", "alike"],
+)
+def test_who_is_to_blame(changes, verdict):
+    assert verdict in blame(BEFORE, _after(**changes), own_rank=0)
+
+
+def _watch_a_wait() -> tuple[bool, tuple[str, str]]:
+    """What another thread sees of a main thread that waits for rank 1."""
+    seen = []
+    if dist.get_rank() == 0:
+        main = threading.get_ident()
+
+        def look() -> None:
+            seen.append((is_waiting(sys._current_frames()[main]), find_thread(main)))
+
+        threading.Timer(0.3, look).start()
+    else:
+        threading.Event().wait(0.6)
+    dist.all_reduce(torch.ones(1))
+    return seen[0] if seen else (False, ("", ""))
+
+
+def test_a_main_thread_that_waits_for_others_is_seen_with_the_call_and_its_ranks():
+    (waits, (_, collective)), _ = run_ranks(_watch_a_wait, 2)
+    assert waits
+    assert collective == "all_reduce of all ranks"
+
+
+def test_a_main_thread_that_works_is_not_taken_for_one_that_waits():
+    assert not is_waiting(sys._getframe())
+    assert find_thread(threading.get_ident())[1] == ""
