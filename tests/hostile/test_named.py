@@ -176,7 +176,7 @@ COMMANDS = {
     ],
     "no such model": ["-m", "models.convert", "from-hf", "--model", "nothing", "--output", "x"],
     "no such run": ["-m", "pretrain.plot", "nothing"],
-    "no such checkpoint": ["-m", "pretrain.checkpointing", "verify", "nothing"],
+    "no such checkpoint": ["-m", "pretrain.checkpoint", "verify", "nothing"],
 }
 IMPORT_TORCH = ("no such model", "no such run", "no such checkpoint")  # for seconds
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parallel.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Layout, Manifest
 from parallel.checkpoint.weights import (
     ShardPosition,
     Weight,
@@ -239,14 +239,24 @@ def test_verification_finds_a_flipped_bit_through_the_manifest(tmp_path: Path) -
     weights = tmp_path / "step_1" / "weights"
     write_grid(weights, pipeline_size=1, tensor_size=1)
     path = weights / "pp_00_tp_00.safetensors"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    files = {"weights/pp_00_tp_00.safetensors": {"sha256": digest}}
-    (tmp_path / "step_1" / "manifest.json").write_text(json.dumps({"files": files}))
+    entry = FileEntry.of(path, rank=0)
+    assert entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        step=1,
+        layout=Layout(),
+        config={},
+        fingerprints={},
+        versions={},
+        sharding={},
+        files={"weights/pp_00_tp_00.safetensors": entry},
+    )
+    (tmp_path / "step_1" / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     verify_weights(weights)
 
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 4
     path.write_bytes(damaged)
 
-    with pytest.raises(WeightsError, match=f"is damaged: sha256 .*, expected {digest}"):
+    with pytest.raises(WeightsError, match=f"is damaged: sha256 .*, expected {entry.sha256}"):
         verify_weights(weights)

@@ -196,6 +196,11 @@ def test_the_newest_checkpoint_of_a_run_and_weights_alone_are_found(imported, tm
         assert _composed(tmp_path, _run_file(path, model="checkpoint")).model.rope_theta == 5e5
 
 
+def _manifest(config: dict[str, Any]) -> bytes:
+    rest = {name: {} for name in ("layout", "fingerprints", "versions", "sharding", "files")}
+    return encode_manifest({"format_version": 1, "step": 0, "config": config, **rest})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -203,14 +208,14 @@ def test_the_newest_checkpoint_of_a_run_and_weights_alone_are_found(imported, tm
         ({"config": {}}, "names no model"),
         ({"config": {"model": 3}}, "names no model"),
         ({"config": {"model": {"family": "checkpoint"}}}, "model.family is missing"),
-        ("{", "is damaged: not the JSON"),
+        ("{", "is damaged: not a JSON object"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_line(content, message, tmp_path):
     folder = tmp_path / "nowhere"
     if content is not None:
         folder.mkdir()
-        raw = content.encode() if isinstance(content, str) else encode_manifest(content)
+        raw = content.encode() if isinstance(content, str) else _manifest(**content)
         (folder / "manifest.json").write_bytes(raw)
     with pytest.raises(ConfigError, match=message):
         _composed(tmp_path, _run_file(folder, model="checkpoint"))
