@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from parallel.checkpoint.errors import AgreedError
+
 EXIT_COMPLETED = 0
 EXIT_CRASHED = 1  # a defect of this program, with its traceback; also what torchrun makes of others
 EXIT_USER_ERROR = 2  # a setting, the data or a checkpoint cannot be used
@@ -14,14 +16,6 @@ EXIT_STOPPED = 75  # saved on request; start again to continue
 
 class ConfigError(ValueError):
     """A setting that cannot be used. One line: key, value, constraint, remedy."""
-
-
-class AgreedError(ValueError):
-    """An error that every rank raises alike, so that the first one's line is enough."""
-
-
-class CheckpointError(AgreedError):
-    """A checkpoint that cannot be written, found or trusted; one line for the user."""
 
 
 class TrainingError(AgreedError):
@@ -38,13 +32,6 @@ class LostRankError(RuntimeError):
     def __init__(self, message: str, *, said: bool) -> None:
         super().__init__(message)
         self.said = said
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, with its type unless it is one of ours."""
-    ours = type(error).__module__.partition(".")[0] in ("pretrain", "parallel", "data_tools")
-    text = str(error) if ours else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
