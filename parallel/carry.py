@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.random import initialize
+from parallel.sharding import local_shape
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,10 @@ def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> Non
     owner_path, _, name = path.rpartition(".")
     owner = module.get_submodule(owner_path)
     own = owner.get_parameter(name)
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
+    shape = local_shape(parameter)
     if own.shape != shape:
         raise ValueError(
-            f"cannot tie {path} of shape {tuple(own.shape)} to a parameter of shape {tuple(shape)}"
+            f"cannot tie {path} of shape {tuple(own.shape)} to a parameter of shape {shape}"
         )
     mine, theirs = _declared(own), _declared(parameter)
     if mine != theirs:

@@ -10,9 +10,6 @@ import torch.distributed as dist
 
 from parallel.precision import Precision
 
-AXES = ("tensor", "pipeline", "data", "context", "expert")
-RESERVED_AXES = ("context",)
-
 
 class Axis(NamedTuple):
     """One axis of the layout: how many ranks share it, which one this is, and how to reach them.
@@ -79,7 +76,6 @@ class ParallelContext:
         *,
         tensor: int = 1,
         pipeline: int = 1,
-        context: int = 1,
         expert: int = 1,
         sequence_parallel: bool = False,
         precision: Precision | None = None,
@@ -91,9 +87,8 @@ class ParallelContext:
         Megatron-Core's parallel_state is initialised with the same ranks.
 
         Raises:
-            ValueError: the sizes do not divide the world, or a reserved axis is used.
+            ValueError: the sizes do not divide the world, or the expert size the data size.
         """
-        _refuse_reserved(context=context)
         world_size = dist.get_world_size()
         data = _data_size(world_size, tensor=tensor, pipeline=pipeline)
         _check_expert_size(expert, data)
@@ -133,15 +128,6 @@ def _check_expert_size(expert: int, data: int) -> None:
             f"parallel.expert={expert} does not divide the data size {data}, which is the world "
             "size over parallel.tensor x parallel.pipeline; choose an expert size that does"
         )
-
-
-def _refuse_reserved(**sizes: int) -> None:
-    for axis, size in sizes.items():
-        if size != 1:
-            raise ValueError(
-                f"parallel.{axis}={size}: the {axis} axis is reserved and not implemented; "
-                "set it to 1"
-            )
 
 
 def _data_size(world_size: int, *, tensor: int, pipeline: int) -> int:

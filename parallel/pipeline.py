@@ -57,6 +57,19 @@ class _TiedGradient(NamedTuple):
         return self.parameter._hp_grad
 
 
+def check_num_stages(num_layers: int, num_stages: int) -> None:
+    """Check that every stage can get a layer.
+
+    Raises:
+        ValueError: there are fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise ValueError(
+            f"parallel.pipeline={num_stages} is more than the {num_layers} layers that this model "
+            f"can be cut into; set parallel.pipeline to {num_layers} or less"
+        )
+
+
 def partition(costs: Sequence[int], num_stages: int) -> list[int]:
     """Cut consecutive layers into stages so that the most expensive stage costs least.
 
@@ -66,11 +79,7 @@ def partition(costs: Sequence[int], num_stages: int) -> list[int]:
         ValueError: fewer layers than stages.
     """
     num_layers = len(costs)
-    if num_layers < num_stages:
-        raise ValueError(
-            f"parallel.pipeline={num_stages} needs at least as many layers, the model has "
-            f"{num_layers}; use parallel.pipeline <= {num_layers}"
-        )
+    check_num_stages(num_layers, num_stages)
     # best[k][n]: the first n layers in k stages: (cost of the dearest stage, its start)
     prefix = [0]
     for cost in costs:

@@ -155,6 +155,14 @@ def sharding_table(module: nn.Module) -> dict[str, Sharding]:
     return {name: sharding_of(name, p) for name, p in module.named_parameters()}
 
 
+def local_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of this tensor rank's slice, whole over data ranks.
+
+    DeepSpeed's ZeRO-3 leaves an empty tensor and notes the shape in an attribute (0.19.8).
+    """
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def merge(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
     """The full tensor from the shards of all tensor ranks in rank order, without padding."""
     if sharding.dim is None:

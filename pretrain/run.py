@@ -1,4 +1,4 @@
-"""A run from its configuration to its exit code: what is around the train loop."""
+"""A run from its resolved settings to its exit code: what is around the train loop."""
 
 from __future__ import annotations
 
@@ -6,101 +6,204 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import nn
 
 from data_tools.corpus.corpus_info import TextRules
-from data_tools.loading.builders import build_eval_batches, build_train_loader, data_remarks
+from data_tools.loading.builders import (
+    build_eval_batches,
+    build_train_loader,
+    data_remarks,
+    open_training_sources,
+)
 from data_tools.loading.evaluation import EvalBatches
 from data_tools.loading.loader import TrainLoader
 from data_tools.loading.sources import corpus_tokenizer, read_text_rules
 from parallel.checkpoint.manifest import TextRecord
 from parallel.checkpoint.storage import Storage
 from parallel.context import ParallelContext
-from pretrain.checkpointing import (
-    CheckpointStore,
-    Layout,
-    RunIdentity,
-)
+from parallel.precision import Precision
+from pretrain.checkpointing import CheckpointStore, Layout, RunIdentity
 from pretrain.checkpointing.async_save import Saves
-from pretrain.checkpointing.resumption import changes_told, go_on_from
+from pretrain.checkpointing.resumption import changes_told
 from pretrain.checkpointing.rng_state import seed_rng
+from pretrain.checkpointing.selection import Checkpoint
+from pretrain.checkpointing.train_state import TrainState
 from pretrain.config import RunConfig, resolved, to_yaml
-from pretrain.config.deepspeed import ResolvedDeepSpeed, layout_bound_by, resolve_ds_config
-from pretrain.config.layout import RunLayout, check_layout
-from pretrain.distributed.process_groups import limit_groups
-from pretrain.distributed.rendezvous import World
-from pretrain.engine.engine import build_engine
+from pretrain.config.deepspeed import DeepSpeedSettings, layout_bound_by
+from pretrain.config.layout import RunLayout
+from pretrain.config.resolve import ResolvedRun
+from pretrain.config.run_length import plan_run
+from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.process_groups import (
+    group_timeout,
+    limit_groups,
+    prepare,
+    process_group,
+)
+from pretrain.distributed.rendezvous import World, meet
+from pretrain.engine.build import build_engine
+from pretrain.engine.engine import Engine
 from pretrain.engine.initial_weights import initial_weights
 from pretrain.engine.parameter_groups import describe_groups
-from pretrain.engine.train_spec import RunPlan, build_precision, check_model
+from pretrain.engine.train_spec import TrainSpec, build_context, build_precision, check_model
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
 from pretrain.run_status import clear_markers, leave_marker
-from pretrain.start import agreement, start
+from pretrain.supervision.signals import GracefulStop
+from pretrain.supervision.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, ds_config_path: str | None = None) -> int:
-    """Train as `config` says, from the newest checkpoint if there is one; returns an exit code.
+class _Started(NamedTuple):
+    """What a rank has once all of them have met."""
+
+    stop: GracefulStop
+    watchdog: Watchdog
+    ctx: ParallelContext
+    ranks: Ranks
+
+
+class _Data(NamedTuple):
+    """The opened data of a run."""
+
+    loader: TrainLoader
+    evaluation: EvalBatches | None
+    text: TextRules
+
+
+def run(settings: ResolvedRun) -> int:
+    """Train from the newest checkpoint, or from the beginning; returns an exit code.
 
     Raises:
         AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
         ConfigError: a setting cannot be used; nothing has been started yet.
         TrainingError: training cannot go on, see `stability` in the configuration.
     """
-    layout = check_layout(config, World.from_environment().size)
-    zero = resolve_ds_config(ds_config_path, config, data_size=layout.data)
+    config, layout, ds_config = settings
     precision = build_precision(config)
     with ExitStack() as stack:
-        stop, watchdog, ctx, ranks = start(config, layout, precision, stack)
-        plan = RunPlan.of(config, zero, ctx)
-        whole = ranks.together(lambda: check_model(plan))
-        watchdog.moved("the opening of the data")
-        loader = stack.enter_context(ranks.together(lambda: _train_loader(config, layout, ctx)))
-        evaluation = ranks.together(lambda: _eval_batches(config, ctx))
-        text = ranks.together(lambda: read_text_rules(config.data))
-        watchdog.moved("the search for a checkpoint")
-        store = CheckpointStore(
-            Path(config.run_dir),
-            identity=_identity(config, layout, zero, text, loader, evaluation),
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            # What agrees in the background must not meet what the main thread agrees on.
-            ranks=agreement(config.watchdog.timeout) if config.checkpoint.asynchronous else ranks,
-        )
-        stack.callback(store.close)
+        stop, watchdog, ctx, ranks = init_run(config, layout, precision, stack)
+        spec = TrainSpec.of(config, ds_config, ctx)
+        whole = ranks.together(lambda: check_model(spec))
+        watchdog.moved("opening the data")
+        data = _open_data(config, layout, ctx, ranks, stack)
+        state = TrainState(config, data.loader, data_size=layout.data)
+        watchdog.moved("searching for a checkpoint")
+        store = _open_store(config, _identity(config, layout, ds_config, data), ranks, stack)
         checkpoint = store.find(config.resume)
         ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
         if checkpoint is not None:
-            layout = ranks.together(lambda: go_on_from(checkpoint, config, layout, loader))
-            ranks.on_first(lambda: _say(changes_told(checkpoint, config, layout)))
-            if layout.total_steps == checkpoint.step:
-                ranks.on_first(lambda: _end_complete(config, checkpoint.step))
+            _plan_resume(checkpoint, config, layout, state, ranks)
+            if state.step == state.total_steps:
+                ranks.on_first(lambda: _end_complete(config, state.step))
                 return EXIT_COMPLETED
-        ranks.on_first(
-            lambda: _warn(data_remarks(config.data, layout.curriculum, loader, evaluation))
-        )
-        watchdog.moved("the building of the model")
-        weights = initial_weights(config, ctx, ranks) if checkpoint is None else None
-        engine = build_engine(plan, load_layer=None if weights is None else weights.load)
-        limit_groups(config.watchdog.timeout)
-        saves = stack.enter_context(
-            Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
-        )
-        loop = TrainLoop(config, layout, engine, loader, evaluation, saves, ranks, watchdog)
+        ranks.on_first(lambda: _remark(config, data))
+        watchdog.moved("building the model")
+        engine = _build_engine(spec, ranks, is_fresh=checkpoint is None)
+        saves = stack.enter_context(_saves(config, store, watchdog))
+        loop = TrainLoop(config, layout, engine, state, data.evaluation, saves, ranks, watchdog)
         if checkpoint is not None:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
         # Only now: a start that fails leaves nothing that speaks of its settings.
-        ranks.on_first(lambda: _write_config(config))
+        ranks.on_first(lambda: _announce(config, whole))
         stop.started()
-        if ctx.is_main:
-            print(describe_groups(whole, config.training), flush=True)
         code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.
         ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
         return code
+
+
+def init_run(
+    config: RunConfig, layout: RunLayout, precision: Precision, stack: ExitStack
+) -> _Started:
+    """Bring the ranks together, watched from the moment all have met; `stack` ends it."""
+    stop = stack.enter_context(GracefulStop(starting=True))
+    world, limit = World.from_environment(), config.watchdog.timeout
+    prepare()
+    store = meet(world, purpose=config.run_dir, timeout=limit)
+    watchdog = Watchdog(
+        Path(config.run_dir),
+        rank=world.rank,
+        size=world.size,
+        store=store,
+        timeout=limit,
+        slow_ratio=config.watchdog.slow_ratio,
+    )
+    stack.enter_context(watchdog)
+    watchdog.moved("creating process groups")
+    group = process_group(tensor_size=layout.tensor, store=store, timeout=limit)
+    stack.push(watchdog.leave)  # of an error in what follows
+    device = stack.enter_context(group)
+    stack.push(watchdog.leave)  # of any other, before the group is destroyed
+    ranks = _agreement(limit)
+    ctx = build_context(config, precision=precision, device=device)
+    axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}
+    watchdog.placed(
+        ", ".join(f"{name} {axis.rank}" for name, axis in axes.items() if axis.size > 1),
+        stage=ctx.pipeline.rank,
+    )
+    return _Started(stop, watchdog, ctx, ranks)
+
+
+def _agreement(timeout: float | None) -> Ranks:
+    """A gloo group of all ranks, over which they agree on small things (collective)."""
+    return Ranks.of_group(dist.new_group(backend="gloo", timeout=group_timeout(timeout)))
+
+
+def _open_data(
+    config: RunConfig, layout: RunLayout, ctx: ParallelContext, ranks: Ranks, stack: ExitStack
+) -> _Data:
+    loader = ranks.together(lambda: open_training_data(config, layout, ctx))
+    stack.enter_context(loader)
+    evaluation = ranks.together(lambda: _eval_batches(config, ctx))
+    return _Data(loader, evaluation, ranks.together(lambda: read_text_rules(config.data)))
+
+
+def _open_store(
+    config: RunConfig, identity: RunIdentity, ranks: Ranks, stack: ExitStack
+) -> CheckpointStore:
+    if config.checkpoint.asynchronous:
+        # Collectives of a save in the background must not interleave with the main thread's.
+        ranks = _agreement(config.watchdog.timeout)
+    store = CheckpointStore(
+        Path(config.run_dir),
+        identity=identity,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        ranks=ranks,
+    )
+    stack.callback(store.close)
+    return store
+
+
+def _saves(config: RunConfig, store: CheckpointStore, watchdog: Watchdog) -> Saves:
+    return Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
+
+
+def _build_engine(spec: TrainSpec, ranks: Ranks, *, is_fresh: bool) -> Engine:
+    """The engine of the run; a fresh one takes the weights of training.init_from."""
+    weights = initial_weights(spec.config, spec.ctx, ranks) if is_fresh else None
+    engine = build_engine(spec, load_layer=None if weights is None else weights.load)
+    limit_groups(spec.config.watchdog.timeout)
+    return engine
+
+
+def _plan_resume(
+    checkpoint: Checkpoint, config: RunConfig, layout: RunLayout, state: TrainState, ranks: Ranks
+) -> None:
+    """Plan the steps that are left, and say what has changed.
+
+    The loop restores this state again with all else. Already here a checkpoint that does not go
+    with the data or the settings is refused before the model is built.
+    """
+    ranks.together(lambda: state.load_state_dict(checkpoint.trainer))
+    ranks.on_first(lambda: _say(changes_told(checkpoint, config, layout, state.curriculum)))
 
 
 def _say(lines: Sequence[str]) -> None:
@@ -108,31 +211,43 @@ def _say(lines: Sequence[str]) -> None:
         print(line, flush=True)
 
 
-def _warn(lines: Sequence[str]) -> None:
-    for line in lines:
-        logger.warning("%s", line)
-
-
 def _end_complete(config: RunConfig, step: int) -> None:
     _say([f"{config.run_dir} is complete at step {step}: there is nothing left to train"])
     leave_marker(Path(config.run_dir), EXIT_COMPLETED)
 
 
-def _write_config(config: RunConfig) -> None:
+def _remark(config: RunConfig, data: _Data) -> None:
+    curriculum = data.loader.curriculum
+    for line in data_remarks(config.data, curriculum, data.loader, data.evaluation):
+        logger.warning("%s", line)
+
+
+def _announce(config: RunConfig, model: nn.Module) -> None:
+    """Write the settings down, and say how each group of parameters is trained."""
     path = Path(config.run_dir, "config.yaml")
     Storage().replace_file(path, to_yaml(config).encode("ascii"))
+    _say([describe_groups(model, config.training)])
 
 
-def _train_loader(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
+def open_training_data(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
+    """This rank's loader at the beginning of the run; its `curriculum` is the plan of the steps.
+
+    Raises:
+        ConfigError, DataError: the data cannot be used, or no run can be planned over them.
+    """
+    vocab_size = config.model.vocab_size
+    sources = open_training_sources(config.data, vocab_size=vocab_size)
+    num_tokens = sum(stream.num_tokens for _, stream in sources)
     return build_train_loader(
         config.data,
+        sources=sources,
+        curriculum=plan_run(config, data_size=layout.data, num_tokens=num_tokens),
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.training.batch_size,
         data_rank=ctx.data.rank,
         data_size=ctx.data.size,
         seed=config.training.seed,
-        vocab_size=config.model.vocab_size,
-        curriculum=layout.curriculum,
+        vocab_size=vocab_size,
     )
 
 
@@ -153,10 +268,8 @@ def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None
 def _identity(
     config: RunConfig,
     layout: RunLayout,
-    zero: ResolvedDeepSpeed,
-    text: TextRules,
-    loader: TrainLoader,
-    evaluation: EvalBatches | None,
+    ds_config: DeepSpeedSettings,
+    data: _Data,
 ) -> RunIdentity:
     return RunIdentity(
         layout=Layout(
@@ -164,13 +277,13 @@ def _identity(
             pipeline=layout.pipeline,
             data=layout.data,
             expert=layout.expert,
-            zero_stage=zero.zero_stage,
+            zero_stage=ds_config.zero_stage,
             precision=config.training.precision,
         ),
         config=resolved(config),
-        fingerprints=_fingerprints(config, loader, evaluation),
-        layout_bound_by=layout_bound_by(config, zero),
-        text=TextRecord(**text._asdict()),
+        fingerprints=_fingerprints(config, data.loader, data.evaluation),
+        layout_bound_by=layout_bound_by(config, ds_config),
+        text=TextRecord(**data.text._asdict()),
     )
 
 

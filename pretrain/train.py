@@ -41,7 +41,7 @@ from pretrain.errors import (
 from pretrain.supervision.launcher_exit import end_with_launcher
 
 if TYPE_CHECKING:
-    from pretrain.config import RunConfig
+    from pretrain.config.resolve import ResolvedRun
 
 DEBUG_VARIABLE = "MANYFORMER_DEBUG"
 MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
@@ -77,12 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_with_launcher()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         adopt_launcher()
-        config = _configure(arguments)
-        if config is None:
+        settings = _configure(arguments)
+        if settings is None:
             return EXIT_COMPLETED
         if _rank() == 0:
             print(
-                f"{config.run_dir}: settings checked; torch and DeepSpeed take seconds", flush=True
+                f"{settings.config.run_dir}: settings checked; torch and DeepSpeed take seconds",
+                flush=True,
             )
         remark = prepare_threads(ranks=ranks_on_this_machine())
         from parallel.checkpoint.file_modes import private_files
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if remark is not None and device_type() == "cpu" and _rank() == 0:
             sys.stderr.write(f"warning: {remark}\n")
         with private_files():
-            code = run(config, arguments.ds_config)
+            code = run(settings)
         # A job script reads the marker file; torchrun would report 75 as the failure of a rank.
         if code == EXIT_STOPPED and os.environ.get(MARKERS_VARIABLE) == "1":
             return EXIT_COMPLETED
@@ -156,12 +157,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _configure(arguments: argparse.Namespace) -> RunConfig | None:
-    """The checked RunConfig, or None when it was only to be printed."""
+def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
+    """The checked settings, or None when they were only to be printed."""
     from pretrain.config import to_yaml
     from pretrain.config.compose import compose_config
-    from pretrain.config.deepspeed import resolve_ds_config
-    from pretrain.config.layout import check_layout
+    from pretrain.config.resolve import resolve_run
 
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
@@ -170,12 +170,12 @@ def _configure(arguments: argparse.Namespace) -> RunConfig | None:
         if _rank() == 0:
             sys.stdout.write(to_yaml(config))
         return None
-    layout = check_layout(config, environment_number("WORLD_SIZE", 1))
-    resolve_ds_config(arguments.ds_config, config, data_size=layout.data)
+    world_size = environment_number("WORLD_SIZE", 1)
+    settings = resolve_run(config, arguments.ds_config, world_size=world_size)
     if arguments.print_run_dir:
         sys.stdout.write(f"{Path(config.run_dir).absolute()}\n")
         return None
-    return config
+    return settings
 
 
 def _report(error: Exception, *, advice: str = "") -> None:

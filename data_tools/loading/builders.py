@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from data_tools.config import DataConfig
@@ -30,6 +30,7 @@ def build_train_loader(
     vocab_size: int,
     micro_batches_per_step: int = 1,
     curriculum: Curriculum | None = None,
+    sources: Sequence[NamedStream] | None = None,
     consumed_samples: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> TrainLoader:
@@ -38,7 +39,8 @@ def build_train_loader(
     The order of samples depends on the seed, the names, weights and contents of the sources and
     the sequence length; not on the batch size, `data_size`, the workers or restarts. `curriculum`
     is the run's, which stages and `max_epochs` need; it says how many samples a step takes, and
-    without one `micro_batches_per_step` does. `state` is what `state_dict` gave; without one the
+    without one `micro_batches_per_step` does. `sources`: from `open_training_sources`, which is
+    called without them. `state` is what `state_dict` gave; without one the
     run's first `consumed_samples` samples are skipped.
 
     Raises:
@@ -48,7 +50,13 @@ def build_train_loader(
     """
     sequences_per_step = micro_batch_size * micro_batches_per_step * data_size
     loader = TrainLoader(
-        _datasets(config, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size),
+        _datasets(
+            config,
+            open_training_sources(config, vocab_size=vocab_size) if sources is None else sources,
+            sequence_length=sequence_length,
+            seed=seed,
+            vocab_size=vocab_size,
+        ),
         curriculum or _endless(config, sequence_length, sequences_per_step),
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
@@ -62,14 +70,13 @@ def build_train_loader(
     return loader
 
 
-def count_training_tokens(config: DataConfig, *, vocab_size: int) -> int:
-    """Tokens of all training sources together, each counted once.
+def open_training_sources(config: DataConfig, *, vocab_size: int) -> list[NamedStream]:
+    """The streams of `config.train`, under the names of their sources.
 
     Raises:
         DataError: a source is missing, damaged or of another vocabulary or tokenizer.
     """
-    sources = _open(config, "train", vocab_size=vocab_size)
-    return sum(stream.num_tokens for _, stream in sources)
+    return _open(config, "train", vocab_size=vocab_size)
 
 
 def _open(
@@ -82,7 +89,12 @@ def _open(
 
 
 def _datasets(
-    config: DataConfig, *, sequence_length: int, seed: int, vocab_size: int
+    config: DataConfig,
+    sources: Sequence[NamedStream],
+    *,
+    sequence_length: int,
+    seed: int,
+    vocab_size: int,
 ) -> list[TokenDataset]:
     return [
         TokenDataset(
@@ -93,7 +105,7 @@ def _datasets(
             reset_at_documents=config.reset_at_documents,
             fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
         )
-        for name, stream in _open(config, "train", vocab_size=vocab_size)
+        for name, stream in sources
     ]
 
 

@@ -76,6 +76,11 @@ class TrainLoader:
         self._move_to(first, plan_mix(curriculum.phases(), consumed_samples=first))
 
     @property
+    def curriculum(self) -> Curriculum:
+        """The steps of the run, from where the loader was last moved to on."""
+        return self._curriculum
+
+    @property
     def consumed_samples(self) -> int:
         """Samples of all ranks in the steps whose micro-batches have all been handed out."""
         drawn = self._num_drawn * self._micro_batch_size * self._data_size

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
-from parallel.sharding import Sharding, sharding_of
+from parallel.sharding import Sharding, local_shape, sharding_of
 
 LAYOUT_KEY = "manyformer_layout"
 _DTYPE_NAMES = {
@@ -96,7 +96,7 @@ def module_weights(
         if id(tensor) in seen or name in skip:
             continue
         seen.add(id(tensor))
-        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor
+        shape = local_shape(tensor)
         # Buffers are the same on every tensor rank; parameters have to say so.
         sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
         if sharding.experts is not None:

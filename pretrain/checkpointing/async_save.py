@@ -22,7 +22,7 @@ from torch import Tensor
 
 from parallel.checkpoint.errors import AgreedError, one_line
 from parallel.checkpoint.weights import Weight
-from pretrain.checkpointing.optimizer_state import OptimizerShard
+from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint, Resume, RunIdentity
 from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
 

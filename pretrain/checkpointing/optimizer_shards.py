@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.weights import Weight
 from parallel.context import Axis
 from parallel.sharding import Sharding, merge, split
 
 FOLDER = "optimizer"
 HEADER = "manyformer_optimizer"
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def shard_name(rank: int) -> str:
@@ -48,6 +51,39 @@ class Run(BaseModel):
     def layout(self) -> tuple[object, ...]:
         """What all runs of a parameter have in common."""
         return self.shape, self.dim, self.full_size, self.num_shards
+
+
+class OptimizerShard(NamedTuple):
+    """What one rank writes of the optimizer: its elements, and the header that names them.
+
+    `weights` are the elements as forward reads them, by parameter, where that is another tensor
+    than their master. They are not written; `check_masters` compares them.
+    """
+
+    elements: Sequence[Weight]
+    weights: Sequence[Weight]
+    metadata: Mapping[str, str]
+
+
+def check_masters(shard: OptimizerShard) -> None:
+    """Compare what is to be written with what the model computes with.
+
+    Raises:
+        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+    """
+    weights = {weight.name: weight for weight in shard.weights}
+    for element in shard.elements:
+        name, _, key = element.name.rpartition("/")
+        if key != MASTER:
+            continue
+        master = element.load()
+        weight = weights[name].load() if name in weights else master
+        if not torch.equal(master.to(weight), weight):  # NaN is unequal to itself
+            raise CheckpointError(
+                f"parameter {name!r}: the weights differ from their fp32 master, or are NaN, in "
+                f"the {len(master)} elements that this rank updates; resume from the last "
+                "checkpoint"
+            )
 
 
 class _Piece(NamedTuple):
@@ -99,7 +135,7 @@ class StoredOptimizer:
         """What the checkpoint knows of a parameter.
 
         Raises:
-            CheckpointError: nothing.
+            CheckpointError: it knows nothing of it.
         """
         if name not in self._parameters:
             raise CheckpointError(

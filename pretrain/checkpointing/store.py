@@ -30,8 +30,12 @@ from parallel.checkpoint.manifest import (
 )
 from parallel.checkpoint.storage import Storage, fault_hook
 from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
-from pretrain.checkpointing.optimizer_shards import FOLDER, shard_name
-from pretrain.checkpointing.optimizer_state import OptimizerShard, check_masters
+from pretrain.checkpointing.optimizer_shards import (
+    FOLDER,
+    OptimizerShard,
+    check_masters,
+    shard_name,
+)
 from pretrain.checkpointing.retention import delete, surplus
 from pretrain.checkpointing.rng_state import write_rng_state
 from pretrain.checkpointing.selection import (

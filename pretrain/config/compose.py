@@ -13,9 +13,8 @@ import yaml
 
 from data_tools.errors import looked_up
 from pretrain.config.compat.aliases import ALIASES
-from pretrain.config.credentials import check_override
 from pretrain.config.errors import nearest, show
-from pretrain.config.input_checks import MAX_TEXT, read_run_file
+from pretrain.config.input_checks import MAX_TEXT, check_override, read_run_file
 from pretrain.config.schema import RunConfig, parse_config
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS

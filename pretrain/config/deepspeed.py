@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.errors import looked_up
 from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY
 from pretrain.config.errors import nearest, show
+from pretrain.config.input_checks import leaves
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
@@ -20,14 +21,15 @@ _NEVER = 1_000_000_000
 _PORTABLE = ("adamw", "fused_adam", "cpu_adam")
 
 
-class ResolvedDeepSpeed(NamedTuple):
-    """What `deepspeed.initialize` gets, and what the engine must know about it.
+class DeepSpeedSettings(NamedTuple):
+    """The resolved DeepSpeed settings of a run.
 
-    `clip_in_loop`: DeepSpeed wraps no optimizer (ZeRO-0 in fp32) and reports no norm, so the train
-    step computes the norm and clips between the last backward and the optimizer step.
+    `values`: what `deepspeed.initialize` gets. `clip_in_loop`: DeepSpeed wraps no optimizer (ZeRO-0
+    in fp32) and reports no norm, so the train step computes the norm and clips between the last
+    backward and the optimizer step.
     """
 
-    config: dict[str, Any]
+    values: dict[str, Any]
     zero_stage: int
     clip_in_loop: bool
 
@@ -40,9 +42,9 @@ class _Owned(NamedTuple):
 
 
 def resolve_ds_config(
-    path: str | Path | None, run: RunConfig, *, data_size: int
-) -> ResolvedDeepSpeed:
-    """Read the JSON (that of `_default_file` when `path` is None) and complete it from `run`.
+    path: str | Path | None, config: RunConfig, *, data_size: int
+) -> DeepSpeedSettings:
+    """Read the JSON (that of `_default_file` when `path` is None) and complete it from `config`.
 
     A `path` that does not exist may name a file of the project's configs/ds: `zero1.json`, or
     `configs/ds/zero1.json` seen from any directory.
@@ -52,33 +54,32 @@ def resolve_ds_config(
             configuration, contradicts it, or asks for what is known to train wrongly; or
             checkpoint.asynchronous is set for a run that only DeepSpeed can save.
     """
-    file = _find(path) if path is not None else _default_file(run, data_size)
-    given = _read(file)
-    flat = dict(_check_keys(given, ACCEPTED, file))
+    file = _find(path) if path is not None else _default_file(config, data_size)
+    flat = dict(leaves(_checked_section(_read(file), ACCEPTED, file), into_lists=False))
     stage = flat.get("zero_optimization.stage", 0)
     if stage == AUTO:
         raise ConfigError(f"{file}: zero_optimization.stage is 'auto'; write 0, 1, 2 or 3")
-    clip_in_loop = stage == 0 and run.training.precision == "fp32"
-    _check_stage(stage, run, file)
+    clip_in_loop = stage == 0 and config.training.precision == "fp32"
+    _check_stage(stage, config, file)
     _check_stage_keys(stage, flat, file)
-    _check_experts(stage, flat, run, file)
-    _check_precision(flat, run, file)
-    _check_pipeline(flat, run, file)
-    _check_optimizer(stage, flat, run, file)
-    config = _merge(flat, _owned(run, data_size), file)
+    _check_experts(stage, flat, config, file)
+    _check_precision(flat, config, file)
+    _check_pipeline(flat, config, file)
+    _check_optimizer(stage, flat, config, file)
+    values = _merge(flat, _owned(config, data_size), file)
     if clip_in_loop:
-        config["gradient_clipping"] = 0.0
-    resolved = ResolvedDeepSpeed(config, stage, clip_in_loop)
-    _check_saving(run, resolved)
-    return resolved
+        values["gradient_clipping"] = 0.0
+    ds_config = DeepSpeedSettings(values, stage, clip_in_loop)
+    _check_saving(config, ds_config)
+    return ds_config
 
 
-def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
+def layout_bound_by(config: RunConfig, ds_config: DeepSpeedSettings) -> str | None:
     """The setting for which only DeepSpeed's own files hold the whole state; None without one.
 
     Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
     """
-    training, zero = run.training, resolved.config.get("zero_optimization", {})
+    training, zero = config.training, ds_config.values.get("zero_optimization", {})
     bound = {
         # muon keeps momentum of whole matrices; the others count steps per group of parameters.
         f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
@@ -90,9 +91,9 @@ def layout_bound_by(run: RunConfig, resolved: ResolvedDeepSpeed) -> str | None:
     return next((name for name, applies in bound.items() if applies), None)
 
 
-def _check_saving(run: RunConfig, resolved: ResolvedDeepSpeed) -> None:
-    bound = layout_bound_by(run, resolved)
-    if run.checkpoint.asynchronous and bound is not None:
+def _check_saving(config: RunConfig, ds_config: DeepSpeedSettings) -> None:
+    bound = layout_bound_by(config, ds_config)
+    if config.checkpoint.asynchronous and bound is not None:
         raise ConfigError(
             f"checkpoint.asynchronous=true with {bound}: only DeepSpeed can write that state, and "
             "it does so within the step; set checkpoint.asynchronous=false"
@@ -106,20 +107,20 @@ def _find(path: str | Path) -> Path:
     return named if is_name and not given.exists() and named.is_file() else given
 
 
-def _default_file(run: RunConfig, data_size: int) -> Path:
+def _default_file(config: RunConfig, data_size: int) -> Path:
     """ZeRO-1, but ZeRO-0 where it would shard nothing and is not needed for anything else.
 
     With one data rank ZeRO-1 only copies gradients and weights once more. bf16 needs it for its
     fp32 accumulation, a pipeline for its gradient norm. Muon in fp32 cannot run on it.
     """
-    of_no_use = data_size == 1 or run.training.optimizer == "muon"
-    is_possible = run.parallel.pipeline == 1 and run.training.precision == "fp32"
+    of_no_use = data_size == 1 or config.training.optimizer == "muon"
+    is_possible = config.parallel.pipeline == 1 and config.training.precision == "fp32"
     stage = 0 if of_no_use and is_possible else 1
     return FILES / f"zero{stage}.json"
 
 
-def _owned(run: RunConfig, data_size: int) -> dict[str, _Owned]:
-    training = run.training
+def _owned(config: RunConfig, data_size: int) -> dict[str, _Owned]:
+    training = config.training
     batch = training.batch_size * training.gradient_accumulation_steps * data_size
     return {
         "train_batch_size": _Owned(
@@ -175,8 +176,8 @@ def _check_agreement(key: str, value: Any, owned: _Owned, file: Path) -> None:
     )
 
 
-def _check_stage(stage: int, run: RunConfig, file: Path) -> None:
-    name, pipeline = "zero_optimization.stage", run.parallel.pipeline
+def _check_stage(stage: int, config: RunConfig, file: Path) -> None:
+    name, pipeline = "zero_optimization.stage", config.parallel.pipeline
     if pipeline > 1 and stage != 1:
         why = (
             "without ZeRO the clipping norm leaves out all stages but the first"
@@ -187,7 +188,7 @@ def _check_stage(stage: int, run: RunConfig, file: Path) -> None:
             f"{file}: {name}={stage} with parallel.pipeline={pipeline}: {why}; "
             "use configs/ds/zero1.json or parallel.pipeline=1"
         )
-    precision = run.training.precision
+    precision = config.training.precision
     if stage == 0 and precision != "fp32":
         raise ConfigError(
             f"{file}: {name}=0 with training.precision={precision}: DeepSpeed accumulates "
@@ -212,8 +213,8 @@ def _check_stage_keys(stage: int, flat: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
-    size = run.parallel.expert
+def _check_experts(stage: int, flat: Mapping[str, Any], config: RunConfig, file: Path) -> None:
+    size = config.parallel.expert
     if size == 1:
         return
     if stage not in (1, 2):
@@ -238,8 +239,8 @@ def _check_experts(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Pa
             )
 
 
-def _check_precision(flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
-    dtype, precision = flat.get("communication_data_type"), run.training.precision
+def _check_precision(flat: Mapping[str, Any], config: RunConfig, file: Path) -> None:
+    dtype, precision = flat.get("communication_data_type"), config.training.precision
     if dtype == "bf16" and precision == "fp32":
         raise ConfigError(
             f"{file}: communication_data_type='bf16' with training.precision=fp32: gradients would "
@@ -247,8 +248,8 @@ def _check_precision(flat: Mapping[str, Any], run: RunConfig, file: Path) -> Non
         )
 
 
-def _check_pipeline(flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
-    pipeline = run.parallel.pipeline
+def _check_pipeline(flat: Mapping[str, Any], config: RunConfig, file: Path) -> None:
+    pipeline = config.parallel.pipeline
     for key in ("wall_clock_breakdown", "flops_profiler.enabled"):  # which includes the former
         if pipeline > 1 and flat.get(key):
             raise ConfigError(
@@ -261,8 +262,8 @@ def _is_stage_3_only(name: str) -> bool:
     return name in STAGE_3_ONLY or name.startswith("stage3_")
 
 
-def _check_optimizer(stage: int, flat: Mapping[str, Any], run: RunConfig, file: Path) -> None:
-    training = run.training
+def _check_optimizer(stage: int, flat: Mapping[str, Any], config: RunConfig, file: Path) -> None:
+    training = config.training
     device = flat.get("zero_optimization.offload_optimizer.device", "none")
     if device != "none" and training.optimizer not in ("adamw", "cpu_adam"):
         raise ConfigError(
@@ -271,21 +272,21 @@ def _check_optimizer(stage: int, flat: Mapping[str, Any], run: RunConfig, file: 
             "use training.optimizer=cpu_adam or adamw, or remove offload_optimizer"
         )
     if training.optimizer == "muon":
-        _check_muon(stage, run, file)
+        _check_muon(stage, config, file)
 
 
-def _check_muon(stage: int, run: RunConfig, file: Path) -> None:
+def _check_muon(stage: int, config: RunConfig, file: Path) -> None:
     """Muon runs where the gradient itself is clipped and measured, before it is orthogonalised.
 
     BF16_Optimizer (bf16, ZeRO-1) and the loop (fp32, ZeRO-0) do so. DeepSpeed's other optimizers
     clip the update that Muon makes of it; at stage 2 in bf16 they also lose gradients of AdamW's
     parameters that lie before a matrix in a bucket (0.19.8), and at stage 3 a rank has no matrix.
     """
-    precision = run.training.precision
+    precision = config.training.precision
     if stage == (0 if precision == "fp32" else 1):
         return
     remedy = "configs/ds/zero1.json with training.precision=bf16"
-    if run.parallel.pipeline == 1:
+    if config.parallel.pipeline == 1:
         remedy += ", configs/ds/zero0.json with fp32,"
     raise ConfigError(
         f"{file}: zero_optimization.stage={stage} with training.optimizer=muon and "
@@ -294,10 +295,11 @@ def _check_muon(stage: int, run: RunConfig, file: Path) -> None:
     )
 
 
-def _check_keys(
+def _checked_section(
     values: Mapping[str, Any], schema: Mapping[str, Any], file: Path, prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Every leaf of the file as dotted key and value, after its key and kind were checked."""
+) -> dict[str, Any]:
+    """`values` of a section of the file, with every key and the kind of every value checked."""
+    checked: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key in REFUSED:
@@ -305,12 +307,13 @@ def _check_keys(
         if name not in schema:
             raise ConfigError(_unknown(key, name, schema, file, prefix))
         kind = schema[name]
-        if isinstance(kind, dict):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{file}: {key}={show(value)} must be an object {{...}}")
-            yield from _check_keys(value, kind, file, f"{key}.")
+        if not isinstance(kind, dict):
+            checked[name] = value if value == AUTO else _checked(value, kind, key, file)
+        elif isinstance(value, dict):
+            checked[name] = _checked_section(value, kind, file, f"{key}.")
         else:
-            yield key, value if value == AUTO else _checked(value, kind, key, file)
+            raise ConfigError(f"{file}: {key}={show(value)} must be an object {{...}}")
+    return checked
 
 
 def _checked(value: Any, kind: Any, key: str, file: Path) -> Any:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pretrain.errors import ConfigError
 
 _LONGEST_VALUE = 80
+_MOST_LISTED = 8
 
 # What other trainers call our settings: spelling distance alone does not find them.
 _SYNONYMS = {
@@ -64,6 +65,12 @@ def show(value: Any, *, longest: int = _LONGEST_VALUE) -> str:
     """`value` as it would be typed, cut to a length that fits in a line."""
     text = repr(value)
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def listed(values: Sequence[object]) -> str:
+    """The first values of a list, separated by commas."""
+    shown = ", ".join(str(value) for value in values[:_MOST_LISTED])
+    return shown + ", ..." if len(values) > _MOST_LISTED else shown
 
 
 def schema_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,21 +1,49 @@
-"""What no configuration needs: text and numbers so large that reading them is the harm."""
+"""Checks of a configuration before its schema: sizes that no configuration needs, credentials.
+
+Text, nesting and numbers may be so large that reading them does the harm. Keys and passwords do not
+belong in a configuration: it is written to the run directory, to every checkpoint and to W&B, and
+job scripts print it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pretrain.config.errors import show
-from pretrain.config.leaves import leaves
 from pretrain.errors import ConfigError
 
 MAX_TEXT = 1 << 20  # bytes of a file or an override
 MAX_DEPTH = 50
 MAX_VALUES = 10_000  # with every YAML reference written out
 _LARGEST = 2**63 - 1
+
+# Not `tokens` and `tokenizer`.
+_KEY = re.compile(r"(?i)api_?key|access_?key|token(?!s|iz)|secret|passw|credential")
+_IN_URL = re.compile(
+    r"(?i)://[^/\s@]*:[^/\s@]+@|[?&](sig|signature|token|x-amz-\w+|access_?key|password)="
+)
+
+
+def leaves(
+    values: Mapping[str, Any], prefix: str = "", *, into_lists: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested settings that is no mapping.
+
+    Nor a list, whose indices are then keys; without `into_lists` a list is a value.
+    """
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if into_lists and isinstance(value, list | tuple):
+            value = {str(index): each for index, each in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{key}.", into_lists=into_lists)
+        else:
+            yield key, value
 
 
 def read_run_file(file: Path) -> str:
@@ -72,3 +100,33 @@ def check_numbers(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{key}={show(value)} does not fit in 64 bits; write a number up to {_LARGEST}"
             )
+
+
+def check_credentials(values: Mapping[str, Any]) -> None:
+    """Refuse text under a name of credentials, and URLs with credentials in them; never show them.
+
+    Raises:
+        ConfigError: names the setting and says where such things belong.
+    """
+    for key, value in leaves(values):
+        if isinstance(value, str) and _KEY.search(key):
+            raise _refusal(key, "is a name of credentials")
+        if isinstance(value, str) and _IN_URL.search(value):
+            raise _refusal(key, "holds a URL with credentials in it")
+
+
+def check_override(override: str) -> None:
+    """`check_credentials` of a `key=value` of a command line, whatever the type of the value.
+
+    Raises:
+        ConfigError: see there.
+    """
+    key, _, value = override.partition("=")
+    check_credentials({key.lstrip("+~")[:80]: value})
+
+
+def _refusal(key: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{key} {what}, and a configuration is written down in many places; leave it out and set "
+        "the variable of the environment that the service reads (WANDB_API_KEY, HF_TOKEN, AWS_*)"
+    )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from pretrain.config.input_checks import leaves
+
 Change = Literal["free", "training", "layout", "fixed"]
 
 MISSING = "(absent)"
@@ -158,18 +160,18 @@ def change_of(key: str) -> Change:
     return "fixed"
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(leaves(_by_name(config), into_lists=False))
+
+
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose sources have their names for keys, wherever in their list they stand."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
         if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):
-            # Sources go by their names, wherever in the list they are; other lists have an order.
             value = {
                 str(each.get("name", number)): {k: v for k, v in each.items() if k != "name"}
                 for number, each in enumerate(value)
             }
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{key}.")
-        else:
-            flat[key] = value
-    return flat
+        named[key] = _by_name(value) if isinstance(value, Mapping) else value
+    return named

@@ -19,9 +19,8 @@ from pydantic import (
 
 from data_tools.config import DataConfig
 from pretrain.config.compat.aliases import resolve_aliases
-from pretrain.config.credentials import check_credentials
 from pretrain.config.errors import config_error, show
-from pretrain.config.input_checks import check_numbers
+from pretrain.config.input_checks import check_credentials, check_numbers
 from pretrain.config.sections import (
     STRICT,
     CheckpointConfig,
@@ -301,13 +300,13 @@ def _pair(value: Any) -> Any:
     return tuple(value)
 
 
-def _check_stages(run: RunConfig) -> None:
-    for number, stage in enumerate(run.data.stages):
-        changeable = _changeable(run.model)
+def _check_stages(config: RunConfig) -> None:
+    for number, stage in enumerate(config.data.stages):
+        changeable = _changeable(config.model)
         for name in stage.model:
             if name not in changeable:
                 raise ValueError(
-                    f"data.stages.{number}.model.{name}: the {run.model.family} family lets "
+                    f"data.stages.{number}.model.{name}: the {config.model.family} family lets "
                     f"{', '.join(sorted(changeable)) or 'no setting'} change in a run; remove it"
                 )
 

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel.carry import canonical_names
-from parallel.sharding import Sharding, sharding_of
+from parallel.sharding import Sharding, local_shape, sharding_of
+from pretrain.checkpointing.optimizer_shards import MASTER, MOMENTS
 from pretrain.engine.partitions import held
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Part(NamedTuple):
@@ -197,8 +195,3 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of this stage that an optimizer updates, by the names of checkpoints."""
     names = canonical_names(module.specs)  # type: ignore[arg-type]
     return {names.get(n, n): p for n, p in module.named_parameters() if p.requires_grad}
-
-
-def local_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of this tensor rank's slice; ZeRO-3 leaves an empty tensor and notes it beside."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

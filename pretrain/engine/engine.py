@@ -1,18 +1,19 @@
 """One model, one layout, one DeepSpeed engine, behind the few calls that the loop needs.
 
 At pipeline size 1 the model is a SequentialModel in DeepSpeed's plain engine (ZeRO 0-3), at larger
-sizes a PipelineStage in its PipelineEngine (ZeRO-1). For the same samples both give the same
-losses, terms and gradient norms.
+sizes a PipelineStage in DeepSpeed's PipelineEngine (ZeRO-1). For the same samples both give the
+same losses, terms and gradient norms. Nothing outside this folder touches DeepSpeed's engine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,25 +21,24 @@ from torch import Tensor, nn
 
 from data_tools.loading.batch import Batch
 from models.base import TokenInputs
-from parallel.carry import AfterEach, LayerSpec, SequentialModel
 from parallel.checkpoint.weights import Weight, module_weights
-from parallel.context import ParallelContext
 from parallel.layer_state import discard_layer_sums, update_layer_states
-from parallel.sharding import all_experts, sharding_table, sum_partial_gradients
+from parallel.sharding import all_experts
 from parallel.wire import Wire
-from pretrain.engine.deepspeed_moe import experts_found, register_experts
+from pretrain.checkpointing.optimizer_shards import OptimizerShard
+from pretrain.checkpointing.selection import Checkpoint
+from pretrain.distributed.consensus import Ranks
+from pretrain.engine.deepspeed_files import load_engine_state, save_engine_state
+from pretrain.engine.deepspeed_optimizer import publish_weights
 from pretrain.engine.loss_targets import Targets, count_scored
+from pretrain.engine.optimizer_state import optimizer_shard, restore_optimizer_state
 from pretrain.engine.optimizers import (
-    add_norms_at_once,
-    build_optimizer,
     changing_nothing,
     clip_gradients,
     forget_gradients,
-    muon_accepted,
     set_learning_rate,
 )
-from pretrain.engine.partitions import clear_padding
-from pretrain.engine.train_spec import RunPlan
+from pretrain.engine.train_spec import TrainSpec
 
 
 class StepResult(NamedTuple):
@@ -54,44 +54,86 @@ class StepResult(NamedTuple):
     applied: bool
 
 
-class Engine(Protocol):
-    """Trains and evaluates the model of a run."""
+class Engine(ABC):
+    """Trains and evaluates the model of a run, and hands out and restores its state."""
 
-    ctx: ParallelContext
-    deepspeed: Any
-    module: nn.Module
+    def __init__(self, deepspeed_engine: Any, spec: TrainSpec) -> None:
+        self._deepspeed = deepspeed_engine
+        self.module: nn.Module = deepspeed_engine.module
+        self.spec = spec
+        self.ctx = spec.ctx
 
+    @abstractmethod
     def set_sequence_length(self, length: int) -> None:
-        """The batches from here on have sequences of this length; called on all ranks alike."""
+        """Set the sequence length of the batches from here on; all ranks call it alike."""
 
     @property
+    @abstractmethod
     def num_micro_batches(self) -> int:
         """Batches of each data rank that an optimizer step takes."""
 
     def set_num_micro_batches(self, number: int) -> None:
-        """Steps from here on take so many batches; called on all ranks alike, between steps."""
+        """Set `num_micro_batches` of the steps from here on; all ranks call it alike."""
+        _set_accumulation(self._deepspeed, number)
 
+    @abstractmethod
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
-        """One optimizer step over `num_micro_batches` batches of this data rank."""
+        """Take one optimizer step over `num_micro_batches` batches of this data rank."""
 
+    @abstractmethod
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
         """Sum, in nats, of the losses of every scored token in `num_batches` batches of all data
         ranks."""
 
+    @abstractmethod
     def weights(self) -> list[Weight]:
         """What this rank's checkpoint file of weights holds; loading them is collective."""
 
+    def optimizer_shard(self) -> OptimizerShard:
+        """Masters, moments and step counts that this rank updates; not collective."""
+        return optimizer_shard(self._deepspeed, ctx=self.ctx)
 
-class PlainEngine:
+    def write_files(self, directory: Path) -> list[Path]:
+        """Let DeepSpeed write its own files below `directory`; see `save_engine_state`."""
+        return save_engine_state(self._deepspeed, directory)
+
+    def restore(self, checkpoint: Checkpoint, *, samples: int, ranks: Ranks) -> None:
+        """Restore weights, optimizer state and step counts (collective over `ranks`).
+
+        `samples`: of all ranks that the run had taken.
+
+        Raises:
+            CheckpointError, AgreedError: the checkpoint does not fit the model.
+        """
+        engine, path = self._deepspeed, checkpoint.path
+        if not checkpoint.any_layout:
+            load_engine_state(engine, path)
+            return
+        ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+        publish_weights(engine)
+        engine.global_steps, engine.global_samples = checkpoint.step, samples
+
+    def uncount_step(self) -> None:
+        """Take one step back in DeepSpeed's counts, after a step was taken twice."""
+        self._deepspeed.global_steps -= 1
+        self._deepspeed.global_samples -= self._deepspeed.train_batch_size()
+
+    def _finish_step(self, *, applied: bool) -> None:
+        """Let layers learn from a step; of one that is left out nothing may stay behind."""
+        if applied:
+            update_layer_states(self.module, ctx=self.ctx)
+        else:
+            discard_layer_sums(self.module)
+            forget_gradients(self._deepspeed.optimizer)
+
+
+class PlainEngine(Engine):
     """Pipeline size 1: a loop of forward, backward and step over DeepSpeed's plain engine."""
 
-    def __init__(self, deepspeed_engine: Any, plan: RunPlan) -> None:
-        self.deepspeed = deepspeed_engine
-        self.module: nn.Module = deepspeed_engine.module
-        self.plan = plan
-        self.ctx = plan.ctx
+    def __init__(self, deepspeed_engine: Any, spec: TrainSpec) -> None:
+        super().__init__(deepspeed_engine, spec)
         needs_reduction = hasattr(deepspeed_engine.optimizer, "reduce_gradients")
-        if plan.ctx.data.size == 1 and plan.resolved.zero_stage <= 1 and not needs_reduction:
+        if self.ctx.data.size == 1 and spec.ds_config.zero_stage <= 1 and not needs_reduction:
             # ZeRO-0, and ZeRO-1 in bf16: with no other data rank DeepSpeed would still copy all
             # gradients to a buffer and back. Elsewhere the call also partitions them.
             deepspeed_engine.enable_backward_allreduce = False
@@ -101,36 +143,33 @@ class PlainEngine:
 
     @property
     def num_micro_batches(self) -> int:
-        number: int = self.deepspeed.gradient_accumulation_steps()
+        number: int = self._deepspeed.gradient_accumulation_steps()
         return number
 
-    def set_num_micro_batches(self, number: int) -> None:
-        _set_accumulation(self.deepspeed, number)
-
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
-        engine, clip_in_loop = self.deepspeed, self.plan.resolved.clip_in_loop
+        engine, clip_in_loop = self._deepspeed, self.spec.ds_config.clip_in_loop
         set_learning_rate(engine.optimizer, learning_rate)
-        names = ("loss", *self.plan.loss_names)
+        names = ("loss", *self.spec.loss_names)
         sums = torch.zeros(len(names), device=self.ctx.device)
         norm: Tensor | float = 0.0
         applied = True
         num_scored = None
-        if self.plan.segmented:
+        if self.spec.segmented:
             batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
         for _ in range(self.num_micro_batches):
             inputs, labels = _to_device(next(batches), self.ctx.device)
-            total, terms = self.plan.objective(engine(inputs), Targets(labels, num_scored))
+            total, terms = self.spec.objective(engine(inputs), Targets(labels, num_scored))
             engine.backward(total)
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
-                norm = clip_gradients(self.module, self.plan.run.training.grad_clip, self.ctx)
+                norm = clip_gradients(self.module, self.spec.config.training.grad_clip, self.ctx)
                 # As DeepSpeed's own optimizers do, it waits for the device.
                 applied = bool(norm.isfinite())
             with contextlib.nullcontext() if applied else changing_nothing(engine.optimizer):
                 engine.step()
         if not clip_in_loop:
             norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
-        _finish_step(self, applied=applied)
+        self._finish_step(applied=applied)
         if self.ctx.data.size > 1:
             dist.all_reduce(sums, group=self.ctx.data.group)
         means = sums / (self.num_micro_batches * self.ctx.data.size)
@@ -138,72 +177,63 @@ class PlainEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
-        self.deepspeed.eval()
+        self._deepspeed.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
         for batch in batches:
             inputs, labels = _to_device(batch, self.ctx.device)
-            total += self.plan.score(self.deepspeed(inputs), Targets(labels))[0].double()
+            total += self.spec.score(self._deepspeed(inputs), Targets(labels))[0].double()
         dist.all_reduce(total, group=self.ctx.data.group)
-        self.deepspeed.train()
+        self._deepspeed.train()
         return total.item()
 
     def weights(self) -> list[Weight]:
-        is_partitioned = self.plan.resolved.zero_stage == 3
+        is_partitioned = self.spec.ds_config.zero_stage == 3
         read = _gathered if is_partitioned else partial(all_experts, ctx=self.ctx)
         return module_weights(self.module, read=read)
 
 
-class PipelineEngine:
-    """Pipeline size > 1: DeepSpeed's PipelineEngine schedules the micro-batches."""
+class StageEngine(Engine):
+    """Pipeline size > 1: DeepSpeed's PipelineEngine schedules the micro-batches of a stage."""
 
-    def __init__(self, deepspeed_engine: Any, plan: RunPlan) -> None:
-        self.deepspeed = deepspeed_engine
-        self.module: nn.Module = deepspeed_engine.module
-        self.plan = plan
-        self.ctx = plan.ctx
-        self.sequence_length = plan.run.data.sequence_length
+    def __init__(self, deepspeed_engine: Any, spec: TrainSpec) -> None:
+        super().__init__(deepspeed_engine, spec)
+        self.sequence_length = spec.config.data.sequence_length
 
     def set_sequence_length(self, length: int) -> None:
         """Another wire, and new receive buffers: DeepSpeed keeps those of the first micro-batch."""
         if length != self.sequence_length:
             stage: Any = self.module
-            stage.wire = Wire(self.plan.schema(self.ctx, seq_length=length))
-            self.deepspeed.reset_activation_shape()
+            stage.wire = Wire(self.spec.schema(self.ctx, seq_length=length))
+            self._deepspeed.reset_activation_shape()
             self.sequence_length = length
 
     @property
     def num_micro_batches(self) -> int:
-        number: int = self.deepspeed.micro_batches
+        number: int = self._deepspeed.micro_batches
         return number
 
-    def set_num_micro_batches(self, number: int) -> None:
-        _set_accumulation(self.deepspeed, number)
-
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
-        set_learning_rate(self.deepspeed.optimizer, learning_rate)
+        engine = self._deepspeed
+        set_learning_rate(engine.optimizer, learning_rate)
         num_scored = None
-        if self.plan.segmented and self.ctx.is_last_stage:
+        if self.spec.segmented and self.ctx.is_last_stage:
             batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
-        loss = self.deepspeed.train_batch(self._pairs(batches, num_scored))
-        applied = self.deepspeed.was_step_applied()
-        _finish_step(self, applied=applied)
-        terms = dict(self.deepspeed.agg_additional_losses)
-        return StepResult(loss, terms, self.deepspeed.get_global_grad_norm(), applied)
+        loss = engine.train_batch(self._pairs(batches, num_scored))
+        applied = engine.was_step_applied()
+        self._finish_step(applied=applied)
+        terms = dict(engine.agg_additional_losses)
+        return StepResult(loss, terms, engine.get_global_grad_norm(), applied)
 
     def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
-        with self._objective(self.plan.score):
-            mean = self.deepspeed.eval_batch(
+        with self._objective(self.spec.score):
+            mean = self._deepspeed.eval_batch(
                 self._pairs(iter(batches)), num_micro_batches=num_batches
             )
         # The engine averages over micro-batches and data ranks what `score` gave as sums.
         return mean.item() * num_batches * self.ctx.data.size
 
     def weights(self) -> list[Weight]:
-        copies = [
-            name
-            for name, parameter in self.module.named_parameters()
-            if parameter.ds_pipe_replicated  # type: ignore[attr-defined]
-        ]
+        copies = [name for name, p in self.module.named_parameters() if p.ds_pipe_replicated]  # type: ignore[attr-defined]
         return module_weights(self.module, read=partial(all_experts, ctx=self.ctx), skip=copies)
 
     def _pairs(
@@ -225,117 +255,6 @@ class PipelineEngine:
             stage.objective = usual
 
 
-def build_engine(plan: RunPlan, *, load_layer: AfterEach | None = None) -> Engine:
-    """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective).
-
-    `load_layer` may overwrite the initial weights of each layer.
-    """
-    run, ctx = plan.run, plan.ctx
-    torch.manual_seed(run.training.seed)
-    build = _build_stage if ctx.pipeline.size > 1 else _build_whole
-    module = build(plan, _after_each(plan, load_layer))
-    sharding_table(module)
-    register_experts(module, ctx)
-    sum_partial_gradients(module, ctx)
-    if run.training.compile:
-        compile_layers(module, num_lengths=len(plan.run.data.sequence_lengths))
-    engine = _initialize(module, plan)
-    return (PipelineEngine if ctx.pipeline.size > 1 else PlainEngine)(engine, plan)
-
-
-def compile_layers(module: nn.Module, *, num_lengths: int, **options: Any) -> None:
-    """Compile every layer, to train and to be evaluated at so many lengths of a sequence.
-
-    Equal layers share their code, so that start-up does not grow with depth. `options`: of
-    torch.compile.
-    """
-    # Beyond its limit, 8 variants of a `forward`, torch (2.13) runs layers uncompiled and only
-    # warns. A family has a few kinds of blocks, each in training and in evaluation.
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 16 * num_lengths)
-    for layer in module.children():
-        layer.compile(dynamic=False, **options)
-
-
-def _build_whole(plan: RunPlan, after_each: AfterEach) -> nn.Module:
-    return SequentialModel(
-        plan.specs(),
-        plan.ctx,
-        seed=plan.run.training.seed,
-        recompute=plan.run.training.activation_recomputation == "full",
-        after_each=after_each,
-    )
-
-
-def _after_each(plan: RunPlan, load_layer: AfterEach | None) -> AfterEach:
-    """Load each layer once it is built; under ZeRO-3 partition it, so that no rank holds all."""
-
-    def finish(spec: LayerSpec, layer: nn.Module) -> None:
-        if load_layer is not None:
-            load_layer(spec, layer)
-        if plan.resolved.zero_stage == 3:
-            import deepspeed
-
-            # DeepSpeed casts the module later, but by then the parameters are elsewhere: they would
-            # stay in fp32 (0.19.8).
-            layer.to(plan.ctx.precision.dtype)
-            # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
-            # one's shards to the others: training then runs, with wrong weights.
-            deepspeed.zero.Init(
-                layer,
-                data_parallel_group=plan.ctx.data.group,
-                config_dict_or_path=plan.resolved.config,
-                mpu=_mpu(plan.ctx),
-            )
-            clear_padding(layer.parameters())
-
-    return finish
-
-
-def _build_stage(plan: RunPlan, after_each: AfterEach) -> nn.Module:
-    from parallel.pipeline import PipelineStage
-
-    return PipelineStage(
-        plan.specs(),
-        plan.ctx,
-        schema=plan.schema(plan.ctx, seq_length=plan.run.data.sequence_length),
-        inputs_type=TokenInputs,
-        objective=plan.objective,
-        loss_names=plan.loss_names,
-        seed=plan.run.training.seed,
-        recompute=plan.run.training.activation_recomputation == "full",
-        after_each=after_each,
-    )
-
-
-def _initialize(module: nn.Module, plan: RunPlan) -> Any:
-    import deepspeed
-
-    optimizer = build_optimizer(module, plan.run.training, plan.ctx)
-    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
-    is_muon = plan.run.training.optimizer == "muon"
-    muon = muon_accepted() if is_muon else contextlib.nullcontext()
-    with quiet, experts_found(plan.ctx), muon:
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=plan.resolved.config,
-            mpu=None if plan.ctx.pipeline.size > 1 else _mpu(plan.ctx),
-        )
-    if plan.ctx.pipeline.size > 1:
-        add_norms_at_once(engine.optimizer)
-    return engine
-
-
-def _mpu(ctx: ParallelContext) -> Any:
-    """What tells DeepSpeed about the tensor axis; PipelineModule tells it itself."""
-    if ctx.tensor.size == 1:
-        return None
-    from parallel.megatron import DeepSpeedTopology
-
-    return DeepSpeedTopology()
-
-
 def _set_accumulation(engine: Any, number: int) -> None:
     """Let DeepSpeed accumulate over `number` micro-batches from the next step on."""
     micro_batch, data_size = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
@@ -343,15 +262,6 @@ def _set_accumulation(engine: Any, number: int) -> None:
     # The plain engine takes a step where its count of micro-batches is a multiple of their number
     # (0.19.8, is_gradient_accumulation_boundary): that count is of steps of the former size.
     engine.micro_steps = 0
-
-
-def _finish_step(engine: Engine, *, applied: bool) -> None:
-    """Let layers learn from a step; of one that is left out nothing may stay behind."""
-    if applied:
-        update_layer_states(engine.module, ctx=engine.ctx)
-    else:
-        discard_layer_sums(engine.module)
-        forget_gradients(engine.deepspeed.optimizer)
 
 
 def _gathered(parameter: Tensor) -> Tensor:

@@ -63,51 +63,51 @@ class InitialWeights:
             buffer.copy_(self._reader.full(f"{spec.name}.{path}"))
 
 
-def initial_weights(run: RunConfig, ctx: ParallelContext, ranks: Ranks) -> InitialWeights | None:
+def initial_weights(config: RunConfig, ctx: ParallelContext, ranks: Ranks) -> InitialWeights | None:
     """The weights that `training.init_from` names; None without it (collective).
 
     Raises:
         CheckpointError: there are none, they are damaged, or they are of another model.
     """
-    if run.training.init_from is None:
+    if config.training.init_from is None:
         return None
-    path = Path(run.training.init_from)
-    table = parameter_table(get_family(run.model.family), run.model)
-    ranks.on_first(lambda: _check(path, run, table))
+    path = Path(config.training.init_from)
+    table = parameter_table(get_family(config.model.family), config.model)
+    ranks.on_first(lambda: _check(path, config, table))
     return InitialWeights(path, table, ctx)
 
 
-def _check(path: Path, run: RunConfig, table: Table) -> None:
+def _check(path: Path, config: RunConfig, table: Table) -> None:
     """Compare checksums, family, names, shapes and function, reading no tensor into memory."""
     try:
         stored = open_checkpoint(path)
     except ValueError as error:
         raise ConfigError(f"training.init_from: {error}") from error
-    if stored.family.name != run.model.family:
+    if stored.family.name != config.model.family:
         raise ConfigError(
             f"training.init_from={path} holds weights of family {stored.family.name}, the run "
-            f"trains {run.model.family}; choose weights of the same family"
+            f"trains {config.model.family}; choose weights of the same family"
         )
     with ShardedWeightsReader(path) as reader:
         check_names(reader.names(), table, source=path)
         for name, info in table.items():
             check_shape(name, reader.shape(name), info.shape, source=path)
-    _check_function(path, run, stored)
+    _check_function(path, config, stored)
 
 
-def _check_function(path: Path, run: RunConfig, stored: StoredModel) -> None:
+def _check_function(path: Path, config: RunConfig, stored: StoredModel) -> None:
     """Weights are a model only together with the settings that they were trained with."""
-    theirs, ours = stored.config.function(), run.model.function()
+    theirs, ours = stored.config.function(), config.model.function()
     differing = {
         f"model.{name}": f"{show(theirs.get(name))} there, {show(ours.get(name))} here"
         for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name)
     }
-    if (difference := _tokenizers(path, run, stored)) is not None:
+    if (difference := _tokenizers(path, config, stored)) is not None:
         differing[TOKENIZER] = difference
     named = {
         n if n == TOKENIZER else f"model.{n.removeprefix('model.')}": n
-        for n in run.training.init_from_changes
+        for n in config.training.init_from_changes
     }
     unsaid = {key: text for key, text in differing.items() if key not in named}
     if unsaid:
@@ -128,10 +128,10 @@ def _check_function(path: Path, run: RunConfig, stored: StoredModel) -> None:
             )
 
 
-def _tokenizers(path: Path, run: RunConfig, stored: StoredModel) -> str | None:
+def _tokenizers(path: Path, config: RunConfig, stored: StoredModel) -> str | None:
     """How the tokenizer of the weights and that of the data differ; None where they do not, or
     one of the two is not known."""
-    ours = corpus_tokenizer(run.data)
+    ours = corpus_tokenizer(config.data)
     theirs = load_manifest(find_manifest(path)).fingerprints.get(TOKENIZER)
     if theirs is None and stored.tokenizer is not None:
         theirs = _fingerprint(stored)

@@ -212,16 +212,9 @@ def _muon(
 ) -> torch.optim.Optimizer:
     """Muon for matrices, each expert's by itself, and AdamW for everything else.
 
-    Every matrix must be whole on its rank: orthogonalising a shard is another algorithm.
-
-    Raises:
-        ConfigError: tensor size > 1.
+    Every matrix is whole on its rank (RunConfig refuses muon with parallel.tensor > 1):
+    orthogonalising a shard is another algorithm.
     """
-    if ctx.tensor.size > 1:
-        raise ConfigError(
-            f"training.optimizer=muon with parallel.tensor={ctx.tensor.size}: Muon orthogonalises "
-            "whole matrices, a tensor rank holds shards; use parallel.tensor=1 or another optimizer"
-        )
     for group in groups:
         group["use_muon"] = group["optimizer"] == "muon"
         group.update({"lr": common["lr"]} if group["use_muon"] else common)

@@ -21,6 +21,11 @@ class Held(NamedTuple):
     elements: Tensor
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has partitioned the parameter over data ranks."""
+    return hasattr(parameter, "ds_id")
+
+
 def held(parameter: Tensor) -> Held:
     """What this rank holds of a parameter: all of it, or its partition under ZeRO-3."""
     partition = getattr(parameter, "ds_tensor", None)

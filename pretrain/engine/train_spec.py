@@ -1,4 +1,4 @@
-"""What a run computes, and whether it can: model, objective, layout."""
+"""What a run computes: model, objective, layout; and the check that it can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parallel.context import ParallelContext
 from parallel.cross_entropy import vocab_parallel_z_losses
 from parallel.precision import Precision
 from pretrain.config import RunConfig
-from pretrain.config.deepspeed import ResolvedDeepSpeed
+from pretrain.config.deepspeed import DeepSpeedSettings
 from pretrain.engine.loss_targets import Targets
 from pretrain.engine.optimizers import spoil
 from pretrain.engine.parameter_groups import check_multipliers
@@ -24,36 +24,36 @@ from pretrain.errors import ConfigError
 Z_LOSS = "z_loss"
 
 
-class RunPlan(NamedTuple):
+class TrainSpec(NamedTuple):
     """What every part of an engine needs to know of its run."""
 
-    run: RunConfig
-    resolved: ResolvedDeepSpeed
+    config: RunConfig
+    ds_config: DeepSpeedSettings
     family: ModelFamily
     ctx: ParallelContext
 
     @classmethod
-    def of(cls, run: RunConfig, resolved: ResolvedDeepSpeed, ctx: ParallelContext) -> RunPlan:
-        return cls(run, resolved, get_family(run.model.family), ctx)
+    def of(cls, config: RunConfig, ds_config: DeepSpeedSettings, ctx: ParallelContext) -> TrainSpec:
+        return cls(config, ds_config, get_family(config.model.family), ctx)
 
     @property
     def segmented(self) -> bool:
-        return self.run.data.reset_at_documents
+        return self.config.data.reset_at_documents
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """The terms that `objective` reports."""
-        extra = (Z_LOSS,) if self.run.training.z_loss else ()
+        extra = (Z_LOSS,) if self.config.training.z_loss else ()
         return (*self.family.loss_names, *extra)
 
-    def specs(self) -> list[LayerSpec]:
-        return self.family.layer_specs(self.run.model, segmented=self.segmented)
+    def layer_specs(self) -> list[LayerSpec]:
+        return self.family.layer_specs(self.config.model, segmented=self.segmented)
 
     def schema(self, ctx: ParallelContext, *, seq_length: int) -> Any:
         return self.family.carry_schema(
-            self.run.model,
+            self.config.model,
             ctx,
-            micro_batch_size=self.run.training.batch_size,
+            micro_batch_size=self.config.training.batch_size,
             seq_length=seq_length,
             segmented=self.segmented,
         )
@@ -65,11 +65,11 @@ class RunPlan(NamedTuple):
         """
         labels, num_scored = Targets(*targets)
         total, terms = self.family.loss(
-            output, labels, config=self.run.model, ctx=self.ctx, num_scored=num_scored
+            output, labels, config=self.config.model, ctx=self.ctx, num_scored=num_scored
         )
-        if self.run.training.z_loss:
+        if self.config.training.z_loss:
             z_loss = self._z_loss(logits_of(output), labels, num_scored)
-            total = total + self.run.training.z_loss * z_loss
+            total = total + self.config.training.z_loss * z_loss
             terms = terms | {Z_LOSS: z_loss.detach()}
         return spoil(total), terms
 
@@ -86,69 +86,70 @@ class RunPlan(NamedTuple):
         return losses.sum(), dict.fromkeys(self.loss_names, zero)
 
 
-def build_precision(run: RunConfig) -> Precision:
+def build_precision(config: RunConfig) -> Precision:
     """The precision of the run.
 
     Raises:
         ConfigError: FP8 without what it needs on this machine.
     """
     try:
-        return Precision(run.training.precision, run.training.fp8_recipe)
+        return Precision(config.training.precision, config.training.fp8_recipe)
     except ValueError as error:
         raise ConfigError(f"training.{error}") from error
 
 
-def build_context(run: RunConfig, *, precision: Precision, device: torch.device) -> ParallelContext:
+def build_context(
+    config: RunConfig, *, precision: Precision, device: torch.device
+) -> ParallelContext:
     """Lay the initialised process group out as the run says (collective)."""
     return ParallelContext.from_world(
-        tensor=run.parallel.tensor,
-        pipeline=run.parallel.pipeline,
-        context=run.parallel.context,
-        expert=run.parallel.expert,
-        sequence_parallel=run.parallel.sequence_parallel,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        expert=config.parallel.expert,
+        sequence_parallel=config.parallel.sequence_parallel,
         precision=precision,
         device=device,
     )
 
 
-def check_model(plan: RunPlan) -> SequentialModel:
+def check_model(spec: TrainSpec) -> SequentialModel:
     """Run the layers on the meta device, so that wrong shapes and names cost no memory.
 
     Returns the whole model on that device.
 
     Raises:
-        ValueError: a layer breaks the carry of its family, or a setting fits no parameter.
+        ValueError: a layer breaks the carry of its family, a setting fits no parameter, or the
+            model has fewer layers than the pipeline stages.
     """
-    if plan.run.training.compile and plan.resolved.zero_stage == 3:
+    if spec.config.training.compile and spec.ds_config.zero_stage == 3:
         raise ConfigError(
             "training.compile=true with ZeRO stage 3: its hooks gather parameters inside the "
             "compiled layers; use training.compile=false or stage 1 or 2"
         )
-    if plan.ctx.pipeline.size > (num_parts := len(plan.specs())):
-        raise ConfigError(
-            f"parallel.pipeline={plan.ctx.pipeline.size} is more than the {num_parts} parts that "
-            f"this model can be cut into; set parallel.pipeline to {num_parts} or less"
-        )
+    if spec.ctx.pipeline.size > 1:
+        from parallel.pipeline import check_num_stages
+
+        check_num_stages(len(spec.layer_specs()), spec.ctx.pipeline.size)
     single = ParallelContext.single(device="meta")
-    whole = SequentialModel(plan.specs(), single)
-    check_multipliers(whole, plan.run.training.lr_multipliers)
-    for length in plan.run.data.sequence_lengths:
-        shape = (plan.run.training.batch_size, length)
+    whole = SequentialModel(spec.layer_specs(), single)
+    check_multipliers(whole, spec.config.training.lr_multipliers)
+    for length in spec.config.data.sequence_lengths:
+        shape = (spec.config.training.batch_size, length)
         tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
-        segments = tokens.int() if plan.segmented else None
-        schema = plan.schema(single, seq_length=length)
+        segments = tokens.int() if spec.segmented else None
+        schema = spec.schema(single, seq_length=length)
         inputs = TokenInputs(tokens, segments)
-        check_layers(plan.specs(), inputs, schema)
-        if plan.run.training.z_loss:
-            _check_z_loss(plan, whole(inputs))
+        check_layers(spec.layer_specs(), inputs, schema)
+        if spec.config.training.z_loss:
+            _check_z_loss(spec, whole(inputs))
     return whole
 
 
-def _check_z_loss(plan: RunPlan, output: Any) -> None:
+def _check_z_loss(spec: TrainSpec, output: Any) -> None:
     logits = logits_of(output)
-    if isinstance(logits, Tensor) and logits.shape[-1] == plan.run.model.vocab_size:
+    if isinstance(logits, Tensor) and logits.shape[-1] == spec.config.model.vocab_size:
         return
     raise ConfigError(
-        f"training.z_loss={plan.run.training.z_loss} has no effect: the head of the "
-        f"{plan.family.name} family gives no logits over the vocabulary; set training.z_loss=0"
+        f"training.z_loss={spec.config.training.z_loss} has no effect: the head of the "
+        f"{spec.family.name} family gives no logits over the vocabulary; set training.z_loss=0"
     )

@@ -1,11 +1,12 @@
-"""Finds a loss that stands out from those before it."""
+"""Detection of loss spikes: losses that stand out from those before them."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from statistics import fmean, pstdev
+from typing import Any
 
 from pretrain.config.sections import SpikeConfig
 
@@ -17,9 +18,17 @@ class SpikeWatch:
     finite. Nothing is found before there are `window` losses.
     """
 
-    def __init__(self, config: SpikeConfig, losses: Sequence[float] = ()) -> None:
+    def __init__(self, config: SpikeConfig) -> None:
         self._config = config
-        self.losses: deque[float] = deque(losses, maxlen=config.window)
+        self.losses: deque[float] = deque(maxlen=config.window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of the window, as plain JSON."""
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the window; empty where an older checkpoint has none."""
+        self.losses = deque(state.get("losses", ()), maxlen=self._config.window)
 
     def stands_out(self, loss: float) -> bool:
         """Look at the loss of the next step."""

@@ -8,7 +8,7 @@ either it is finite now, and what was wrong is not in the data, or the watch say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -129,8 +129,9 @@ class GuardedSteps:
     Args:
         max_skipped: how many in a row may be left out.
 
-    `num_skipped`: steps that the run has left out, the last `in_a_row` of them one after the other;
-    part of a checkpoint, or a run that is started again and again would never reach the limit.
+    `num_skipped`: steps that the run has left out, the last `in_a_row` of them in a row. Both are
+    part of a checkpoint: a run that is started again and again would otherwise never reach the
+    limit.
     """
 
     def __init__(
@@ -145,10 +146,21 @@ class GuardedSteps:
         self._max_skipped = max_skipped
         self.num_skipped = self.in_a_row = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, as plain JSON."""
+        return {"num_skipped": self.num_skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts; zero where an older checkpoint has none."""
+        self.num_skipped = state.get("num_skipped", 0)
+        self.in_a_row = state.get("in_a_row", 0)
+
     def train(
         self, step: int, samples: range, *, learning_rate: float
     ) -> tuple[StepResult, str | None]:
-        """Take step number `step`, counted from 1; collective. Also what there is to say of it.
+        """Take step number `step`, counted from 1 (collective).
+
+        Also returns a message to log, or None.
 
         `samples`: their numbers in the run, those of all data ranks together.
 
@@ -167,7 +179,7 @@ class GuardedSteps:
         watch = Witness(self._engine.module, stage=pipeline.rank, num_stages=pipeline.size)
         with watch as witness:
             result = self._engine.train_step(iter(batches.kept), learning_rate=learning_rate)
-        _uncount_step(self._engine.deepspeed)
+        self._engine.uncount_step()
         if result.applied:
             self.in_a_row = 0
             return result, (
@@ -257,9 +269,3 @@ def _all_finite(value: Any) -> bool:
 
 def _numbers(result: StepResult) -> str:
     return f"loss {float(result.loss):.4g}, gradient norm {float(result.grad_norm):.4g}"
-
-
-def _uncount_step(engine: Any) -> None:
-    """One step was taken twice, and DeepSpeed has counted two."""
-    engine.global_steps -= 1
-    engine.global_samples -= engine.train_batch_size()

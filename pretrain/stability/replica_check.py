@@ -20,6 +20,7 @@ from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
 from pretrain.distributed.consensus import Ranks
 from pretrain.engine.deepspeed_moe import is_shared_by_expert_ranks
+from pretrain.engine.partitions import is_partitioned
 from pretrain.errors import TrainingError
 
 # Copies of a tied parameter may differ by so much of their norm. Each stage sums over its own data
@@ -40,7 +41,7 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, ste
         TrainingError: on every rank; names the tensor and the ranks that differ from the others.
     """
     tensors = {**dict(module.named_parameters()), **persistent_buffers(module)}
-    if any(hasattr(tensor, "ds_id") for tensor in tensors.values()):  # ZeRO-3: there are no copies
+    if any(map(is_partitioned, tensors.values())):  # ZeRO-3: there are no copies
         return
     replicated = {
         name: tensor

@@ -23,7 +23,6 @@ import torch
 from models.registry import get_family
 from pretrain.checkpointing import CheckpointContents, CheckpointStore, Layout, RunIdentity
 from pretrain.checkpointing.async_save import Saves
-from pretrain.checkpointing.optimizer_state import optimizer_shard
 from pretrain.checkpointing.rng_state import rng_states
 from pretrain.distributed.process_groups import process_group
 from pretrain.engine.engine import Engine
@@ -126,7 +125,7 @@ def _contents(engine: Engine, step: int) -> CheckpointContents:
         weights=engine.weights(),
         rng=rng_states(),
         trainer={},
-        optimizer=partial(optimizer_shard, engine.deepspeed, ctx=engine.ctx),
+        optimizer=engine.optimizer_shard,
     )
 
 
@@ -149,4 +148,4 @@ def _bare_copy(engine: Engine) -> Callable[[], None]:
 
 def _deepspeed_save(engine: Any, directory: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
-        engine.deepspeed.save_checkpoint(str(directory), tag="tag", save_latest=False)
+        engine._deepspeed.save_checkpoint(str(directory), tag="tag", save_latest=False)

@@ -18,8 +18,9 @@ from models.base import HFMapping
 from models.registry import get_family
 from pretrain.config import RunConfig, parse_config
 from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.engine.engine import Engine, build_engine
-from pretrain.engine.train_spec import RunPlan, build_context, build_precision, check_model
+from pretrain.engine.build import build_engine
+from pretrain.engine.engine import Engine
+from pretrain.engine.train_spec import TrainSpec, build_context, build_precision, check_model
 
 LEARNING_RATE = 3e-4
 
@@ -45,11 +46,11 @@ def run_config(
 
 def start_engine(run: RunConfig, *, device: torch.device, ds_config: str | None = None) -> Engine:
     """The engine of `run` in this process (collective over the initialised process group)."""
-    resolved = resolve_ds_config(ds_config, run, data_size=1)
+    settings = resolve_ds_config(ds_config, run, data_size=1)
     ctx = build_context(run, precision=build_precision(run), device=device)
-    plan = RunPlan.of(run, resolved, ctx)
-    check_model(plan)
-    return build_engine(plan)
+    spec = TrainSpec.of(run, settings, ctx)
+    check_model(spec)
+    return build_engine(spec)
 
 
 class OurStep:

@@ -18,8 +18,8 @@ import pretrain.checkpointing.store
 import pretrain.engine.engine
 from data_tools.loading.batch import Batch
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run
 
 PLACES = ("load", "train", "between", "save", "save")  # saves are short: drawn twice as often
@@ -176,13 +176,13 @@ def _observe_storage(killer: _Killer) -> Counter[int]:
 def _observe_steps(killer: _Killer, path: Path) -> None:
     # Unbuffered: what was written is known to the kernel when the process dies.
     file = path.open("ab", buffering=0)
-    for engine in (pretrain.engine.engine.PlainEngine, pretrain.engine.engine.PipelineEngine):
+    for engine in (pretrain.engine.engine.PlainEngine, pretrain.engine.engine.StageEngine):
         engine.train_step = _observed(engine.train_step, killer, file)  # type: ignore[method-assign]
 
 
 def _observed(original, killer: _Killer, file: RawIOBase):
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float):
-        killer.step = self.deepspeed.global_steps + 1
+        killer.step = self._deepspeed.global_steps + 1
         killer.reached("train")
         samples: list[str] = []
         result = original(

@@ -206,18 +206,18 @@ MUTANTS = {
     ),
     "random numbers go on": Mutant(
         LOOP,
-        "            restore_rng_state(checkpoint.rng_path(rank))\n",
+        "            restore_rng_state(checkpoint.rng_path(self.ranks.rank))\n",
         "            pass\n",
         KILLS,
     ),
     "the place in the data goes on": Mutant(
-        "pretrain/checkpointing/resumption.py",
-        '    loader.load_state_dict(checkpoint.trainer["data"], curriculum=layout.curriculum)\n',
+        "pretrain/checkpointing/train_state.py",
+        '        self.loader.load_state_dict(state["data"], curriculum=curriculum)\n',
         "",
         KILLS,
     ),
     "moments of the optimizer go on": Mutant(
-        "pretrain/checkpointing/optimizer_state.py",
+        "pretrain/engine/optimizer_state.py",
         "        for key in (MASTER, *MOMENTS):\n            live",
         "        for key in (MASTER,):\n            live",
         KILLS,

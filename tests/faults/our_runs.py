@@ -23,7 +23,6 @@ from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from pretrain.checkpointing import CheckpointStore, RunIdentity
 from pretrain.config import to_yaml
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.run import run as run_training
 from pretrain.train import main
 from tests.distributed import run_ranks
 from tests.faults.damage import Tally, damages
@@ -39,6 +38,7 @@ from tests.faults.deepspeed_alone import (
 from tests.faults.killed_runs import Moment, read_trace, small_run, train
 from tests.faults.killed_saves import crash_everywhere
 from tests.faults.test_resume_cases import CASES, difference
+from tests.pretrain.run_training import run_training
 from tests.pretrain.stability.test_nonfinite_steps import Fault, _broken
 from tests.pretrain.tiny_run import write_data
 
@@ -173,7 +173,7 @@ def stopped_rank(folder: Path) -> str:
         original = pretrain.engine.engine.PlainEngine.train_step
 
         def train_step(self, *args, **kwargs):
-            if self.deepspeed.global_steps == 3 and self.ctx.data.rank == 1:
+            if self._deepspeed.global_steps == 3 and self.ctx.data.rank == 1:
                 stop_here(folder)
             return original(self, *args, **kwargs)
 

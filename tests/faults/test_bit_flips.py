@@ -23,9 +23,9 @@ from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.manifest import read_manifest
 from pretrain.checkpointing import CheckpointStore, RunIdentity
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.faults.damage import Damage, Tally, damages
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 KINDS = {"optimizer": 0.3, "weights": 0.2, "rng": 0.2, "trainer.json": 0.1, "manifest.json": 0.2}

@@ -24,11 +24,11 @@ from parallel.checkpoint.storage import Storage
 from parallel.checkpoint.weights import Weight
 from parallel.sharding import Sharding
 from pretrain.checkpointing import CheckpointContents
-from pretrain.checkpointing.optimizer_state import OptimizerShard
-from pretrain.run import run as run_training
+from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from tests.distributed import run_ranks
 from tests.faults.deepspeed_alone import small_files
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 KINDS = ("optimizer", "weights", "rng", "trainer.json", MANIFEST_NAME)

@@ -56,8 +56,6 @@ def test_expert_ranks_are_neighbours_inside_the_data_axis():
 def _layout_that_does_not_divide():
     with pytest.raises(ValueError, match=r"tensor=4 x parallel.pipeline=1 = 4 does not divide"):
         ParallelContext.from_world(tensor=4)
-    with pytest.raises(ValueError, match=r"parallel.context=2: the context axis is reserved"):
-        ParallelContext.from_world(context=2)
     with pytest.raises(ValueError, match=r"parallel.expert=2 does not divide the data size 1"):
         ParallelContext.from_world(tensor=2, expert=2)
     with pytest.raises(ValueError, match="sequence_parallel=True has no effect at tensor size 1"):

@@ -154,7 +154,9 @@ def test_partition_minimises_the_most_expensive_stage_and_leaves_none_empty():
 
 
 def test_more_stages_than_layers_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match=r"pipeline=5 needs .* the model has 4"):
+    with pytest.raises(
+        ValueError, match=r"pipeline=5 is more than the 4 layers .*set parallel.pipeline to 4"
+    ):
         partition([1, 1, 1, 1], 5)
 
 

@@ -14,9 +14,9 @@ from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
 from pretrain.distributed.process_groups import process_group
 from pretrain.distributed.rendezvous import World
-from pretrain.engine.engine import build_engine
-from pretrain.engine.train_spec import RunPlan, build_context, build_precision
-from pretrain.run import _train_loader
+from pretrain.engine.build import build_engine
+from pretrain.engine.train_spec import TrainSpec, build_context, build_precision
+from pretrain.run import open_training_data
 
 
 class FirstStep(NamedTuple):
@@ -31,12 +31,12 @@ class FirstStep(NamedTuple):
 def first_step(config: RunConfig, stage: int) -> FirstStep:
     """Take the first step of `config` under configs/ds/zero{stage}.json, on each of its ranks."""
     layout = check_layout(config, World.from_environment().size)
-    zero = resolve_ds_config(f"configs/ds/zero{stage}.json", config, data_size=layout.data)
+    ds_config = resolve_ds_config(f"configs/ds/zero{stage}.json", config, data_size=layout.data)
     with process_group() as device:
         ctx = build_context(config, precision=build_precision(config), device=device)
-        engine = build_engine(RunPlan.of(config, zero, ctx))
+        engine = build_engine(TrainSpec.of(config, ds_config, ctx))
         gradients: dict[str, torch.Tensor] = {}
-        take_step = engine.deepspeed._take_model_step
+        take_step = engine._deepspeed._take_model_step
 
         def capture(*args, **kwargs):
             from deepspeed.utils import safe_get_full_grad
@@ -47,8 +47,8 @@ def first_step(config: RunConfig, stage: int) -> FirstStep:
                 gradients[name] = _whole(own, sharding_of(name, parameter), ctx)
             return take_step(*args, **kwargs)
 
-        engine.deepspeed._take_model_step = capture
-        with _train_loader(config, layout, ctx) as loader:
+        engine._deepspeed._take_model_step = capture
+        with open_training_data(config, layout, ctx) as loader:
             result = engine.train_step(loader, learning_rate=1e-3)
         terms = {name: float(term) for name, term in result.terms.items()}
         return FirstStep(float(result.loss), float(result.grad_norm), terms, gradients)

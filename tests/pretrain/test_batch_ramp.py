@@ -22,8 +22,8 @@ from parallel.context import ParallelContext
 from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config.layout import check_layout
 from pretrain.engine.lr_schedule import learning_rate
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import SEQ, VOCAB, metrics, stopped_after, tiny_run
 

@@ -73,7 +73,6 @@ def _script(*argv: str, cwd: Path) -> Outcome:
         (["--config-name", "demo", "--config-dir", "nowhere"], ["nowhere", "not a directory in "]),
         (["--config-name", "demo", "--lr", "3"], ["--lr", "--help"]),
         (["--config-name"], ["--config-name", "--help"]),
-        ([], ["data/wikitext/train.idx: no such file", "preprocess it first"]),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(
@@ -156,7 +155,7 @@ def test_the_run_directory_is_printed_once_the_settings_fit_the_processes(
 def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
     reads_markers: str | None, code: int, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.run.run", lambda *_: EXIT_STOPPED)
+    monkeypatch.setattr("pretrain.run.run", lambda settings: EXIT_STOPPED)
     if reads_markers is not None:
         monkeypatch.setenv("MANYFORMER_READS_MARKERS", reads_markers)
     assert call("--config-name", "demo").code == code
@@ -202,16 +201,20 @@ def test_a_mistake_is_found_before_torch_is_imported(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: parallel.tensor=1 x parallel.pipeline=3")
 
 
-def test_a_mistake_in_the_data_is_one_line_too(tmp_path: Path) -> None:
-    outcome = _script(
-        "--config-name",
-        "demo",
-        f"run_dir={tmp_path / 'run'}",
-        f"data.train={tmp_path / 'nothing'}",
-        cwd=tmp_path,
-    )
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config-name", "demo", "data.train=nothing"], "data.train: nothing.idx: no such file"),
+        # A run of epochs, whose number of steps is planned over the data.
+        ([], "data.train: data/wikitext/train.idx: no such file"),
+    ],
+)
+def test_a_mistake_in_the_data_is_one_line_too(
+    argv: list[str], message: str, tmp_path: Path
+) -> None:
+    outcome = _script(*argv, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
     assert outcome.code == 2
-    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "nothing" in errors[0]
+    [error] = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {message}")
+    assert "preprocess it first" in error
     assert "Traceback" not in outcome.err

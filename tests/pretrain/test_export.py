@@ -14,8 +14,8 @@ from models.checkpoint import load_model, open_checkpoint
 from models.convert import main as convert
 from parallel.checkpoint.manifest import TextRecord
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import VOCAB, metrics, tiny_run, write_data
 from tests.tolerance import FP32_LOSS
 

@@ -19,10 +19,11 @@ from parallel.context import ParallelContext
 from pretrain.checkpoint import main as checkpoint_main
 from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config.layout import check_layout
+from pretrain.config.run_length import plan_run
 from pretrain.engine.lr_schedule import learning_rate
-from pretrain.run import run as run_training
 from tests.data_tools.corpora import write_counting_corpus
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import metrics, stopped_after, tiny_run, write_data
 from tests.tolerance import FP32_LOSS
@@ -75,7 +76,7 @@ def reference(data, tmp_path_factory) -> list[float]:
         data_size=1,
         seed=training.seed,
         vocab_size=VOCAB,
-        curriculum=check_layout(config, 1).curriculum,
+        curriculum=plan_run(config, data_size=1),
     )
     model = SequentialModel(family.layer_specs(config.model), ctx, seed=training.seed)
     decayed = [p for p in model.parameters() if p.ndim >= 2]

@@ -12,9 +12,9 @@ import torch
 
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from pretrain.config import RunConfig, parse_config, to_yaml
-from pretrain.run import run
 from pretrain.supervision.signals import GracefulStop
 from tests.data_tools.corpora import write_corpus
+from tests.pretrain.run_training import run_training
 
 VOCAB, SEQ = 61, 32
 
@@ -124,7 +124,7 @@ def write_endless_run(directory: Path) -> None:
 
 
 def stopped_after(step: int) -> Callable[[RunConfig, str | None], Any]:
-    """`pretrain.run.run`, asked to stop in the step of this number."""
+    """`run_training`, asked to stop in the step of this number."""
 
     def entry(config: RunConfig, ds_config_path: str | None) -> Any:
         original, count = GracefulStop.should_stop, 0
@@ -135,6 +135,6 @@ def stopped_after(step: int) -> Callable[[RunConfig, str | None], Any]:
             return original(self, ranks) or count == step
 
         GracefulStop.should_stop = should_stop  # for good: each rank is a process of its own
-        return run(config, ds_config_path)
+        return run_training(config, ds_config_path)
 
     return entry

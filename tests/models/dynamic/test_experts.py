@@ -13,9 +13,9 @@ import parallel.pipeline  # noqa: F401  imported once here, not in every forked 
 from models.base import TokenInputs
 from models.dynamic.carry import EXPERT_AUX, MOD_AUX
 from models.dynamic.counts import forward_flops_per_token, num_parameters
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.dynamic.cases import CTX, config_of, family_of, model_of, tokens_of
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
 RUN = {

@@ -26,13 +26,13 @@ from parallel.checkpoint.weights import Weight
 from parallel.sharding import Sharding
 from pretrain.checkpointing import CheckpointStore, async_save
 from pretrain.checkpointing.async_save import HostBuffers, Saves, snapshot
-from pretrain.checkpointing.optimizer_state import OptimizerShard
+from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.distributed.consensus import Ranks
 from pretrain.errors import EXIT_COMPLETED, EXIT_HUNG, EXIT_STOPPED, TrainingError
 from pretrain.loop import TrainLoop
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import curve, tiny_run
 
 LONG = 30.0  # seconds; a test that waits for so long has failed
@@ -98,7 +98,7 @@ def saved_both_ways(config, ds_config_path: str) -> tuple[int, int]:
             assert trained.wait(LONG)
 
     TrainLoop._contents = save_in_step  # type: ignore[method-assign]
-    after_steps(lambda loop: trained.set() if loop.step == 3 else None)
+    after_steps(lambda loop: trained.set() if loop.state.step == 3 else None)
     before_background_operations(wait_for_the_next_step)
     assert run_training(config, ds_config_path) == EXIT_COMPLETED
     assert buffers[0] is buffers[1]
@@ -136,7 +136,7 @@ def killed_while_saving(config, ds_config_path: str) -> None:
     before_background_operations(
         lambda operation, path: time.sleep(LONG if "step_4" in str(path) else 0)
     )
-    after_steps(lambda loop: os.kill(os.getpid(), signal.SIGKILL) if loop.step == 5 else None)
+    after_steps(lambda loop: os.kill(os.getpid(), signal.SIGKILL) if loop.state.step == 5 else None)
     run_training(config, ds_config_path)
 
 
@@ -230,7 +230,7 @@ def stopped_while_saving(config, ds_config_path: str) -> int:
     before_background_operations(
         lambda operation, path: time.sleep(0.2 if operation == "open" else 0)
     )
-    after_steps(lambda loop: os.kill(os.getpid(), signal.SIGTERM) if loop.step == 2 else None)
+    after_steps(lambda loop: os.kill(os.getpid(), signal.SIGTERM) if loop.state.step == 2 else None)
     return run_training(config, ds_config_path)
 
 

@@ -13,8 +13,8 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import curve, final_weights, tiny_run
 
 STEPS = 6
@@ -37,9 +37,9 @@ def _killed_at(step: int):
     """`run`, ended by SIGKILL as soon as training has taken `step` steps."""
 
     def entry(config, ds_config_path):
-        from pretrain.engine.engine import PipelineEngine, PlainEngine
+        from pretrain.engine.engine import PlainEngine, StageEngine
 
-        for engine in (PlainEngine, PipelineEngine):
+        for engine in (PlainEngine, StageEngine):
             original, count = engine.train_step, 0
 
             def train_step(self, *args, original=original, **kwargs):

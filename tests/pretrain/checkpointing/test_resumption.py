@@ -16,11 +16,10 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from data_tools.sampling.curriculum import Position
 from parallel.checkpoint.errors import CheckpointError
-from pretrain.checkpointing import Checkpoint, Layout
-from pretrain.checkpointing.resumption import position_of
-from pretrain.run import run as run_training
+from pretrain.checkpointing.train_state import position_of
 from tests.data_tools.corpora import write_corpus
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 
 
@@ -138,7 +137,7 @@ def test_an_end_before_the_checkpoint_is_an_error_that_changes_nothing(
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name not in others}
     error, _ = _run(data, run_dir, **limit)
     assert message in error
-    assert "step_4' has taken 4: train longer, or choose another run_dir" in error
+    assert f"the checkpoint in {str(run_dir)!r} has taken 4: train longer, or choose" in error
     assert {p: p.read_bytes() for p in before} == before
     assert not (run_dir / "DONE").exists(), "a launcher would read that the run has ended"
 
@@ -221,14 +220,15 @@ def test_held_out_text_that_is_another_is_said(data, run_dir, tmp_path):
     "trainer",
     [
         {"tokens": -1}, {"tokens": "9"}, {"tokens": None}, {"tokens": 1.5}, {"tokens": 15},
+        {"step": None}, {"step": "2"},
     ],
 )  # fmt: skip
-def test_a_position_that_no_run_has_is_refused(trainer, tmp_path):
+def test_a_position_that_no_run_has_is_refused(trainer):
     state = {
         "version": 2, "consumed_samples": 16, "seed": 1, "sequence_length": 8, "sources": {},
         "mix": {"weights": {}, "sequence_length": 8, "start_sample": 0, "base": {}, "given": {}},
     }  # fmt: skip
-    good = Checkpoint(tmp_path, 2, {"tokens": 128, "data": state}, Layout(), any_layout=True)
+    good = {"step": 2, "tokens": 128, "data": state}
     assert position_of(good) == Position(2, 16, 128)
     with pytest.raises(CheckpointError, match="which no run has: resume from another checkpoint"):
-        position_of(good._replace(trainer={**good.trainer, **trainer}))
+        position_of({**good, **trainer})

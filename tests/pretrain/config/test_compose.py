@@ -14,6 +14,7 @@ from pretrain.config import RunConfig, parse_config, resolved
 from pretrain.config.compose import compose_config
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
+from pretrain.config.run_length import plan_run
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
 
@@ -56,7 +57,8 @@ def _error(name: str = "demo", *overrides: str, config_dir: Path | None = None) 
 def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> None:
     run = compose_config(name)
     layout = check_layout(run, _WORLD.get(name, 1))
-    assert layout.total_steps > run.training.warmup_steps
+    curriculum = plan_run(run, data_size=layout.data)
+    assert curriculum.total_steps > run.training.warmup_steps
     stage = 0 if name.startswith("demo") else 1  # fp32 in one process has nothing to shard
     assert resolve_ds_config(None, run, data_size=layout.data).zero_stage == stage
     assert run.run_dir == f"runs/{name}"
@@ -80,8 +82,9 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
 def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
     name: str, tokens_per_step: int
 ) -> None:
-    layout = check_layout(compose_config(name), _WORLD[name])
-    assert layout.curriculum.tokens_after(1) == tokens_per_step
+    run = compose_config(name)
+    curriculum = plan_run(run, data_size=check_layout(run, _WORLD[name]).data)
+    assert curriculum.tokens_after(1) == tokens_per_step
 
 
 @pytest.mark.parametrize(

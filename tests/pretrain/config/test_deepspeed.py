@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import parse_config
-from pretrain.config.deepspeed import ResolvedDeepSpeed, resolve_ds_config
+from pretrain.config.deepspeed import DeepSpeedSettings, resolve_ds_config
 from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY, ZERO
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
@@ -28,7 +28,7 @@ def write(tmp_path: Path) -> Any:
     return _write
 
 
-def _resolve(path: Path | None, data_size: int = 1, **changes: Any) -> ResolvedDeepSpeed:
+def _resolve(path: Path | None, data_size: int = 1, **changes: Any) -> DeepSpeedSettings:
     return resolve_ds_config(path, parse_config(run_values(**changes)), data_size=data_size)
 
 
@@ -49,9 +49,9 @@ def _zero_file(stage: int) -> Path:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_auto_values_are_filled_from_the_run_configuration(stage: int) -> None:
-    resolved = _resolve(_zero_file(stage), data_size=3, training__gradient_accumulation_steps=4)
-    config = resolved.config
-    assert resolved.zero_stage == config["zero_optimization"]["stage"] == stage
+    ds_config = _resolve(_zero_file(stage), data_size=3, training__gradient_accumulation_steps=4)
+    config = ds_config.values
+    assert ds_config.zero_stage == config["zero_optimization"]["stage"] == stage
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4
     assert config["train_batch_size"] == 2 * 4 * 3
@@ -70,8 +70,8 @@ def test_a_file_of_the_project_is_found_from_any_directory(
     mine = tmp_path / name
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text(json.dumps(_zero(1)))
-    resolved = resolve_ds_config(name, run, data_size=1)
-    assert resolved.zero_stage == 1, "a file of the user's own comes first"
+    ds_config = resolve_ds_config(name, run, data_size=1)
+    assert ds_config.zero_stage == 1, "a file of the user's own comes first"
 
 
 @pytest.mark.parametrize("name", ["ds/zero2.json", "/configs/ds/zero2.json", "../ds/zero2.json"])
@@ -85,25 +85,25 @@ def test_no_other_path_stands_for_a_file_of_the_project(
 
 
 def test_a_file_need_not_mention_what_the_run_configuration_owns(write: Any) -> None:
-    assert _resolve(write(_zero(1))).config["train_batch_size"] == 2
+    assert _resolve(write(_zero(1))).values["train_batch_size"] == 2
 
 
 @pytest.mark.parametrize(("precision", "enabled"), [("bf16", True), ("fp32", False)])
 def test_bf16_follows_the_precision_of_the_run(precision: str, enabled: bool) -> None:
-    config = _resolve(None, training__precision=precision).config
+    config = _resolve(None, training__precision=precision).values
     assert config["bf16"]["enabled"] is enabled
 
 
 def test_fp8_is_bf16_for_deepspeed() -> None:
-    config = _resolve(None, training__precision="fp8", training__fp8_recipe="mxfp8").config
+    config = _resolve(None, training__precision="fp8", training__fp8_recipe="mxfp8").values
     assert config["bf16"]["enabled"] is True
 
 
 def test_the_loop_clips_exactly_where_deepspeed_reports_no_norm(write: Any) -> None:
     for stage in (0, 1, 2, 3):
-        resolved = _resolve(write({**_zero(stage), "gradient_clipping": 0.7}), **_CLIP)
-        assert resolved.clip_in_loop == (stage == 0)
-        assert resolved.config["gradient_clipping"] == (0.0 if stage == 0 else 0.7)
+        ds_config = _resolve(write({**_zero(stage), "gradient_clipping": 0.7}), **_CLIP)
+        assert ds_config.clip_in_loop == (stage == 0)
+        assert ds_config.values["gradient_clipping"] == (0.0 if stage == 0 else 0.7)
 
 
 _CLIP = {"training__grad_clip": 0.7}
@@ -111,30 +111,30 @@ _CLIP = {"training__grad_clip": 0.7}
 
 def test_gradients_are_summed_in_fp32_unless_the_file_says_otherwise(write: Any) -> None:
     bf16 = {"training__precision": "bf16"}
-    assert _resolve(None, **bf16).config["communication_data_type"] == "fp32"
+    assert _resolve(None, **bf16).values["communication_data_type"] == "fp32"
     path = write({**_zero(1), "communication_data_type": "bf16"})
-    assert _resolve(path, **bf16).config["communication_data_type"] == "bf16"
+    assert _resolve(path, **bf16).values["communication_data_type"] == "bf16"
 
 
 def test_timers_that_fail_in_pipelines_are_refused_there(write: Any) -> None:
     path = write({**_zero(1), "wall_clock_breakdown": True})
-    assert _resolve(path).config["wall_clock_breakdown"] is True
+    assert _resolve(path).values["wall_clock_breakdown"] is True
     assert "wall_clock_breakdown=true with parallel.p" in _error(path, parallel__pipeline=2)
 
 
 def test_pipeline_messages_are_never_partitioned() -> None:
-    config = _resolve(None, parallel__pipeline=2).config
+    config = _resolve(None, parallel__pipeline=2).values
     assert config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
 
 
 def test_deepspeed_neither_prints_nor_waits_for_the_device_unless_it_is_asked_to(
     write: Any,
 ) -> None:
-    config = _resolve(None).config
+    config = _resolve(None).values
     assert config["steps_per_print"] > 10**6
     assert config["timers"] == {"throughput": {"enabled": False}}
     loud = {**_zero(1), "steps_per_print": 5, "timers": {"throughput": {"enabled": True}}}
-    config = _resolve(write(loud)).config
+    config = _resolve(write(loud)).values
     assert config["steps_per_print"] == 5
     assert config["timers"] == {"throughput": {"enabled": True}}
 
@@ -163,7 +163,7 @@ def test_a_value_that_contradicts_the_run_configuration_names_both_places_and_va
 
 
 def test_an_equal_value_in_both_places_is_accepted(write: Any) -> None:
-    assert _resolve(write({**_zero(1), "gradient_clipping": 1})).config["gradient_clipping"] == 1.0
+    assert _resolve(write({**_zero(1), "gradient_clipping": 1})).values["gradient_clipping"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_an_unusable_value_is_refused_with_key_value_and_constraint(
 
 
 def test_bucket_sizes_may_be_written_as_5e8(write: Any) -> None:
-    config = _resolve(write(_zero(1, reduce_bucket_size=5e8))).config
+    config = _resolve(write(_zero(1, reduce_bucket_size=5e8))).values
     assert config["zero_optimization"]["reduce_bucket_size"] == 500_000_000
 
 
@@ -398,7 +398,7 @@ def test_the_keys_of_sections_are_those_of_deepspeeds_own_models() -> None:
 def test_deepspeed_parses_what_we_resolve(stage: int) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    parsed = DeepSpeedConfig(_resolve(_zero_file(stage)).config)
+    parsed = DeepSpeedConfig(_resolve(_zero_file(stage)).values)
     assert parsed.zero_optimization_stage == stage
     assert parsed.gradient_clipping == (0.0 if stage == 0 else 1.0)
     assert parsed.timers_config.enabled is False

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pretrain.config import parse_config
 from pretrain.config.layout import check_layout, valid_tensor_sizes
 from pretrain.errors import ConfigError
-from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_values import run_values
 
 HEADS, KV_HEADS, FFN, LAYERS, SEQUENCE = 12, 6, 24, 5, 18
@@ -118,49 +115,15 @@ def test_valid_tensor_sizes_are_the_common_divisors_of_what_is_split() -> None:
     assert valid_tensor_sizes(parse_config(run_values(**_MODEL))) == [1, 2, 3, 6]
 
 
-def test_counts_of_a_step_follow_from_the_layout() -> None:
-    run = parse_config(run_values(parallel__pipeline=2, training__gradient_accumulation_steps=3))
+def test_the_data_axis_is_what_the_world_leaves_over() -> None:
+    run = parse_config(run_values(parallel__pipeline=2))
     layout = check_layout(run, 8)
     assert layout.data == 4
-    assert layout.curriculum.stage_after(0).sequences_per_step == 2 * 3 * 4
-    assert layout.curriculum.tokens_after(1) == 2 * 3 * 4 * 128
-    assert layout.total_steps == 10
+    assert layout.grid == (1, 2, 4)
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "max_steps", "steps"),
-    [(256 * 7, None, 7), (256 * 7 + 1, None, 8), (256 * 7, 5, 5), (256 * 7, 9, 7)],
-)
-def test_training_ends_at_the_first_of_its_two_limits(
-    max_tokens: int, max_steps: int | None, steps: int
-) -> None:
-    run = parse_config(run_values(training__max_tokens=max_tokens, training__max_steps=max_steps))
-    assert check_layout(run, 1).total_steps == steps
-
-
-def test_a_warmup_longer_than_the_tokens_allow_is_refused() -> None:
+def test_a_run_whose_steps_cannot_be_planned_is_refused_with_its_layout() -> None:
     message = _error(
         training__max_tokens=256 * 7, training__max_steps=None, training__warmup_steps=7
     )
     assert "the run has 7 steps, not more than training.warmup_steps" in message
-
-
-@pytest.mark.parametrize(
-    ("epochs", "max_tokens", "steps"), [(1, None, 8), (0.5, None, 4), (3, 256 * 5, 5)]
-)
-def test_training_ends_after_epochs_of_all_sources_together(
-    epochs: float, max_tokens: int | None, steps: int, tmp_path: Path
-) -> None:
-    for name, length in (("a", 1000), ("b", 800)):
-        write_corpus(tmp_path / name, [np.arange(length)], vocab_size=4096)
-    sources = [
-        {"path": str(tmp_path / name), "weight": weight} for name, weight in (("a", 1), ("b", 9))
-    ]
-    changes = {"training__max_steps": None, "training__max_tokens": max_tokens}
-    values = run_values(data__train=sources, training__max_epochs=epochs, **changes)
-    assert check_layout(parse_config(values), 1).total_steps == steps  # of 2 x 128 tokens
-
-
-def test_epochs_of_data_that_are_not_there_are_refused_in_a_line() -> None:
-    message = _error(training__max_epochs=1, training__max_steps=None)
-    assert "data/train.idx: no such file" in message

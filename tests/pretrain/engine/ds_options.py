@@ -16,14 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_tools.loading.batch import Batch
 from parallel.checkpoint.weights import ShardPosition, write_shard
 from parallel.context import Axis, ParallelContext
-from pretrain.checkpointing.optimizer_shards import FOLDER, StoredOptimizer, shard_name
-from pretrain.checkpointing.optimizer_state import optimizer_shard
+from pretrain.checkpointing.optimizer_shards import (
+    FOLDER,
+    MASTER,
+    StoredOptimizer,
+    shard_name,
+)
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import layout_bound_by, resolve_ds_config
 from pretrain.distributed.process_groups import process_group
-from pretrain.engine.deepspeed_optimizer import MASTER
-from pretrain.engine.engine import build_engine
-from pretrain.engine.train_spec import RunPlan, build_context, build_precision
+from pretrain.engine.build import build_engine
+from pretrain.engine.train_spec import TrainSpec, build_context, build_precision
 from pretrain.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.models.families import CASES
@@ -253,22 +256,22 @@ def _train_each(
         for name, values in files.items():
             print(f"--- {name}", flush=True)  # told in the log of a rank that fails
             try:
-                plan = _plan(config, values, directory, ctx)
+                spec = _spec(config, values, directory, ctx)
             except ConfigError as error:
                 found[name] = re.sub(r"^\S+: ", "", str(error))  # without the path
                 continue
-            folder = None if layout_bound_by(config, plan.resolved) else directory / name
-            found[name] = _train(plan, folder, steps)
+            folder = None if layout_bound_by(config, spec.ds_config) else directory / name
+            found[name] = _train(spec, folder, steps)
             gc.collect()
     return found
 
 
-def _plan(
+def _spec(
     config: RunConfig, values: dict[str, Any], directory: Path, ctx: ParallelContext
-) -> RunPlan:
+) -> TrainSpec:
     path = directory / f"{dist.get_rank()}.json"
     path.write_text(json.dumps(values))
-    return RunPlan.of(config, resolve_ds_config(path, config, data_size=ctx.data.size), ctx)
+    return TrainSpec.of(config, resolve_ds_config(path, config, data_size=ctx.data.size), ctx)
 
 
 class _Sums(TorchDispatchMode):
@@ -291,27 +294,27 @@ def dtypes_of_sums(config: RunConfig, values: dict[str, Any], directory: Path) -
     with process_group(tensor_size=config.parallel.tensor) as device:
         assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         ctx = build_context(config, precision=build_precision(config), device=device)
-        plan = _plan(config, values, directory, ctx)
-        engine, count = build_engine(plan), config.training.gradient_accumulation_steps
+        spec = _spec(config, values, directory, ctx)
+        engine, count = build_engine(spec), config.training.gradient_accumulation_steps
         with _Sums() as sums:
             engine.train_step(_batches(0, count, ctx), learning_rate=config.training.lr)
     return sums.dtypes
 
 
-def _train(plan: RunPlan, folder: Path | None, steps: int) -> Trained:
-    engine = build_engine(plan)
+def _train(spec: TrainSpec, folder: Path | None, steps: int) -> Trained:
+    engine = build_engine(spec)
     losses, norms = [], []
     for step in range(steps):
-        batches = _batches(step, plan.run.training.gradient_accumulation_steps, plan.ctx)
-        result = engine.train_step(batches, learning_rate=plan.run.training.lr)
+        batches = _batches(step, spec.config.training.gradient_accumulation_steps, spec.ctx)
+        result = engine.train_step(batches, learning_rate=spec.config.training.lr)
         assert result.applied
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
     if folder is not None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        shard = optimizer_shard(engine.deepspeed, ctx=plan.ctx)
+        shard = engine.optimizer_shard()
         with open(folder / FOLDER / shard_name(dist.get_rank()), "wb") as file:
-            position = ShardPosition.of(plan.ctx)
+            position = ShardPosition.of(spec.ctx)
             write_shard(file, shard.elements, position=position, metadata=shard.metadata)
     dist.barrier()
     return Trained(losses, norms, folder)

@@ -21,8 +21,8 @@ from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
 from pretrain.engine.deepspeed_moe import register_experts
 from pretrain.errors import ConfigError
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 from tests.tolerance import FP32_LOSS
 

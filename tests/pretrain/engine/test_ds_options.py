@@ -17,7 +17,7 @@ from parallel.context import ParallelContext
 from pretrain.config import parse_config
 from pretrain.config.deepspeed import _owned
 from pretrain.config.deepspeed_keys import ACCEPTED, STAGE_3_ONLY
-from pretrain.engine.train_spec import RunPlan
+from pretrain.engine.train_spec import TrainSpec
 from tests.distributed import run_ranks
 from tests.pretrain.engine.ds_options import (
     LAYOUTS,
@@ -60,8 +60,8 @@ class References:
             folder.mkdir()
             trained = train(config, {"reference": single.file({})}, folder)["reference"]
             assert isinstance(trained, Trained)
-            plan = RunPlan.of(config, None, ParallelContext.single())
-            model = SequentialModel(plan.specs(), plan.ctx, seed=config.training.seed)
+            spec = TrainSpec.of(config, None, ParallelContext.single())
+            model = SequentialModel(spec.layer_specs(), spec.ctx, seed=config.training.seed)
             begun = {name: p.detach() for name, p in model.named_parameters()}
             moved = {
                 name: master - _part(begun, name) for name, master in trained.masters().items()

@@ -17,8 +17,8 @@ from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.config import RunConfig
 from pretrain.engine.lr_schedule import learning_rate
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
 from tests.tolerance import BF16_LOSS, FP32_LOSS, FP32_NORM
 

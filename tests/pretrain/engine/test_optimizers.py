@@ -18,10 +18,10 @@ from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.config import RunConfig
 from pretrain.engine.parameter_groups import treatment_of
-from pretrain.engine.train_spec import RunPlan, build_precision
-from pretrain.run import run as run_training
+from pretrain.engine.train_spec import TrainSpec, build_precision
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, VOCAB, final_weights, tiny_run, zero_file
 
 LR, DECAY, MOMENTUM = 0.1, 0.1, 0.95
@@ -96,9 +96,9 @@ def expected(request, data) -> Expected:
 def _expected(data, precision: str) -> Expected:
     """Steps of the equations, of gradients in the dtype of the run that are summed in fp32."""
     config = _config(data, data / "none", training__precision=precision)
-    plan = RunPlan.of(config, None, ParallelContext.single(precision=build_precision(config)))
-    model = SequentialModel(plan.specs(), plan.ctx, seed=config.training.seed)
-    model.to(plan.ctx.precision.dtype)
+    spec = TrainSpec.of(config, None, ParallelContext.single(precision=build_precision(config)))
+    model = SequentialModel(spec.layer_specs(), spec.ctx, seed=config.training.seed)
+    model.to(spec.ctx.precision.dtype)
     masters = {name: p.detach().float() for name, p in model.named_parameters()}
     before = {name: master.clone() for name, master in masters.items()}
     treatments = {n: treatment_of(n, p, config.training) for n, p in model.named_parameters()}
@@ -116,7 +116,7 @@ def _expected(data, precision: str) -> Expected:
             for _ in range(2):
                 model.zero_grad()
                 batch = next(loader)
-                total, _ = plan.objective(model(TokenInputs(batch.tokens)), (batch.labels, None))
+                total, _ = spec.objective(model(TokenInputs(batch.tokens)), (batch.labels, None))
                 (total / 2).backward()
                 for name, parameter in model.named_parameters():
                     sums[name] += parameter.grad.float()

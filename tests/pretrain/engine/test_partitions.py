@@ -13,9 +13,9 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 import pretrain.run
 from pretrain.engine.partitions import clear_padding, held
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import curve, final_weights, offloading, tiny_run, zero_file
 
 

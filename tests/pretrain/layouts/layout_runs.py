@@ -15,14 +15,18 @@ import parallel.pipeline  # noqa: F401  imported once here, not in every forked 
 from parallel.checkpoint.weights import ShardPosition, write_shard
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import Axis
-from pretrain.checkpointing.optimizer_shards import FOLDER, StoredOptimizer, shard_name
-from pretrain.checkpointing.optimizer_state import optimizer_shard
-from pretrain.engine.deepspeed_optimizer import MASTER, MOMENTS
+from pretrain.checkpointing.optimizer_shards import (
+    FOLDER,
+    MASTER,
+    MOMENTS,
+    StoredOptimizer,
+    shard_name,
+)
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
 SAVED, STEPS = 4, 7
@@ -141,7 +145,7 @@ def saved_again(config, ds_config_path: str) -> int:
         for folder in ("weights", FOLDER):
             (copy / folder).mkdir(parents=True, exist_ok=True)
         position = ShardPosition.of(self.ctx)
-        shard = optimizer_shard(self.engine.deepspeed, ctx=self.ctx)
+        shard = self.engine.optimizer_shard()
         with open(copy / FOLDER / shard_name(self.ranks.rank), "wb") as file:
             write_shard(file, shard.elements, position=position, metadata=shard.metadata)
         path = copy / "weights" / position.file_name if self.ctx.data.rank == 0 else os.devnull

@@ -15,9 +15,9 @@ from models.checkpoint import load_model, open_checkpoint
 from models.convert import to_hf
 from models.daria_former import DariaFormerForCausalLM
 from parallel.carry import SequentialModel
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
 from tests.tolerance import BF16_LOSS, FP32_LOSS, FP32_NORM, FP64
 

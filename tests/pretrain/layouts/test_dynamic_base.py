@@ -13,8 +13,8 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from models import convert
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 from tests.tolerance import FP64
 

@@ -16,11 +16,10 @@ from parallel.carry import SequentialModel
 from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
 from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.engine.train_spec import RunPlan, check_model
-from pretrain.errors import ConfigError
-from pretrain.run import run as run_training
+from pretrain.engine.train_spec import TrainSpec, check_model
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 from tests.tolerance import FP32_NORM
 
@@ -138,8 +137,8 @@ def test_bf16_keeps_thresholds_in_fp32_and_a_stored_model_routes_by_them(data, t
 def test_more_stages_than_pairs_and_ends_are_refused(data):
     model = CASES["dtf"].config.model_copy(update={"num_layers": 8}).model_dump()
     run = tiny_run(data, model=model, parallel__pipeline=8)
-    resolved = resolve_ds_config("configs/ds/zero1.json", run, data_size=1)
-    plan = RunPlan.of(run, resolved, ParallelContext(pipeline=Axis(size=8)))
-    message = r"parallel\.pipeline=8 is more than the 6 parts that this model can be cut into; set"
-    with pytest.raises(ConfigError, match=message):
-        check_model(plan)
+    ds_config = resolve_ds_config("configs/ds/zero1.json", run, data_size=1)
+    spec = TrainSpec.of(run, ds_config, ParallelContext(pipeline=Axis(size=8)))
+    message = r"parallel\.pipeline=8 is more than the 6 layers that this model can be cut into; set"
+    with pytest.raises(ValueError, match=message):
+        check_model(spec)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import pretrain.engine.engine
+import pretrain.engine.build
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
 from tests.pretrain.layouts.layout_runs import (
     PLACES,
@@ -122,20 +122,20 @@ def frozen(factor: float):
     """`run` of a model with one layer that is not trained and begins `factor` times as large."""
 
     def entry(config, ds_config_path: str) -> int:
-        after_each = pretrain.engine.engine._after_each
+        after_each = pretrain.engine.build._after_each
 
-        def freezing(plan, load_layer):
-            finish = after_each(plan, load_layer)
+        def freezing(spec, load_layer):
+            finish = after_each(spec, load_layer)
 
-            def freeze_and_finish(spec, layer):
-                if spec.name == "block_1":
+            def freeze_and_finish(layer_spec, layer):
+                if layer_spec.name == "block_1":
                     for parameter in layer.requires_grad_(False).parameters():
                         parameter.mul_(factor)
-                finish(spec, layer)
+                finish(layer_spec, layer)
 
             return freeze_and_finish
 
-        pretrain.engine.engine._after_each = freezing
+        pretrain.engine.build._after_each = freezing
         return saved_again(config, ds_config_path)
 
     return entry

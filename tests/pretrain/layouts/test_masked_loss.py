@@ -11,7 +11,7 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from data_tools.loading.batch import IGNORED_LABEL
 from pretrain.config.layout import check_layout
-from pretrain.run import _train_loader
+from pretrain.run import open_training_data
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.first_step import first_step
@@ -100,6 +100,6 @@ def test_the_cuts_hold_different_numbers_of_scored_tokens(data):
     from parallel.context import ParallelContext
 
     config = _config(data, 1, 4)
-    with _train_loader(config, check_layout(config, 1), ParallelContext.single()) as loader:
+    with open_training_data(config, check_layout(config, 1), ParallelContext.single()) as loader:
         counts = [int((next(loader).labels != IGNORED_LABEL).sum()) for _ in range(4)]
     assert len(set(counts)) > 1

@@ -13,7 +13,6 @@ import yaml
 from pretrain.checkpointing import optimizer_shards
 from pretrain.checkpointing.async_save import Saves
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.pretrain.layouts.layout_runs import (
     PLACES,
@@ -26,6 +25,7 @@ from tests.pretrain.layouts.layout_runs import (
     tail,
     train,
 )
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ
 from tests.tolerance import FP32_LOSS
 

@@ -17,11 +17,12 @@ from parallel.context import ParallelContext
 from pretrain.config import ConfigError
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.config.layout import check_layout
-from pretrain.engine import train_spec as plan_module
-from pretrain.engine.train_spec import RunPlan, check_model
-from pretrain.run import _train_loader, run
+from pretrain.engine import train_spec as spec_module
+from pretrain.engine.train_spec import TrainSpec, check_model
+from pretrain.run import open_training_data
 from tests.distributed import run_ranks
 from tests.pretrain.first_step import first_step
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
 
 SAMPLES, Z_LOSS = 8, 0.05
@@ -55,7 +56,7 @@ def expected(data) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     config, ctx = _config(data, 1, 1), ParallelContext.single()
     specs = get_family("llama").layer_specs(config.model, segmented=True)
     model = SequentialModel(specs, ctx, seed=config.training.seed)
-    with _train_loader(config, check_layout(config, 1), ctx) as loader:
+    with open_training_data(config, check_layout(config, 1), ctx) as loader:
         batch = next(loader)
     logits = model(TokenInputs(batch.tokens, batch.segment_ids)).transpose(0, 1).double()
     log_z = logits.exp().sum(dim=-1).log()
@@ -90,7 +91,7 @@ def test_it_is_part_of_the_training_loss_and_not_of_the_held_out_one(data, tmp_p
         for z in (0.0, 0.5)
     )
     for config in (plain, with_z):
-        run_ranks(run, 1, config, init=False)
+        run_ranks(run_training, 1, config, init=False)
     (trained, evaluated), (trained_plain, evaluated_plain) = metrics(with_z), metrics(plain)
     assert "z_loss" not in trained_plain[0]
     for record in trained:
@@ -100,10 +101,10 @@ def test_it_is_part_of_the_training_loss_and_not_of_the_held_out_one(data, tmp_p
 
 def test_a_head_without_logits_is_refused(data, monkeypatch):
     config = tiny_run(data, training__z_loss=1e-4)
-    plan = RunPlan.of(
+    spec = TrainSpec.of(
         config, resolve_ds_config(None, config, data_size=1), ParallelContext.single()
     )
-    check_model(plan)
-    monkeypatch.setattr(plan_module, "logits_of", lambda output: (output,))
+    check_model(spec)
+    monkeypatch.setattr(spec_module, "logits_of", lambda output: (output,))
     with pytest.raises(ConfigError, match=r"training.z_loss=0.0001 has no effect: .*; set train"):
-        check_model(plan)
+        check_model(spec)

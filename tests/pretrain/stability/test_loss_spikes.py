@@ -15,10 +15,10 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.config.sections import SpikeConfig
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.run import run as run_training
 from pretrain.stability.loss_spikes import SpikeWatch
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import final_weights, metrics, offloading, tiny_run, zero_file
 
 STEPS, SPIKE = 10, 7
@@ -33,7 +33,9 @@ def test_a_loss_stands_out_from_a_full_window_only_and_does_not_enter_it():
     assert watch.stands_out(2.4)
     assert not watch.stands_out(float("nan"))
     assert not watch.stands_out(2.1)
-    assert SpikeWatch(SpikeConfig(sigma=3.0, window=4), watch.losses).stands_out(2.4)
+    restored = SpikeWatch(SpikeConfig(sigma=3.0, window=4))
+    restored.load_state_dict(watch.state_dict())
+    assert restored.stands_out(2.4)
 
 
 def _config(data: Path, run_dir: Path, **changes):
@@ -56,7 +58,7 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
     now = 0
     train, objective = (
         pretrain.stability.nonfinite_steps.GuardedSteps.train,
-        pretrain.engine.train_spec.RunPlan.objective,
+        pretrain.engine.train_spec.TrainSpec.objective,
     )
 
     def noted(self, step, samples, **kwargs):
@@ -69,7 +71,7 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
         return (total * 100, terms) if now in steps else (total, terms)
 
     pretrain.stability.nonfinite_steps.GuardedSteps.train = noted
-    pretrain.engine.train_spec.RunPlan.objective = multiplied
+    pretrain.engine.train_spec.TrainSpec.objective = multiplied
     try:
         return run_training(config, ds_config_path)
     except TrainingError as error:

@@ -17,10 +17,10 @@ import parallel.pipeline  # noqa: F401  imported once here, not in every forked 
 from pretrain.distributed.consensus import Ranks
 from pretrain.engine.optimizers import spoil
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.run import run as run_training
 from pretrain.stability.nonfinite_steps import check_finite
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import final_weights, metrics, offloading, tiny_run, zero_file
 
 STEPS, BAD = 5, 3
@@ -59,7 +59,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         return here and not (fault.once and now["times"] > 0)
 
     original_train = pretrain.stability.nonfinite_steps.GuardedSteps.train
-    original_objective = pretrain.engine.train_spec.RunPlan.objective
+    original_objective = pretrain.engine.train_spec.TrainSpec.objective
     original_build = pretrain.run.build_engine
 
     def train(self, step, samples, **kwargs):
@@ -98,7 +98,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         return engine
 
     pretrain.stability.nonfinite_steps.GuardedSteps.train = train
-    pretrain.engine.train_spec.RunPlan.objective = objective
+    pretrain.engine.train_spec.TrainSpec.objective = objective
     pretrain.run.build_engine = build_engine
     try:
         end: int | str = run_training(config, ds_config_path)

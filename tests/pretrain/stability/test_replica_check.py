@@ -11,11 +11,11 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from pretrain.engine.engine import PipelineEngine, PlainEngine
+from pretrain.engine.engine import PlainEngine, StageEngine
 from pretrain.errors import TrainingError
-from pretrain.run import run as run_training
 from pretrain.stability.replica_check import digest
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 
@@ -27,7 +27,7 @@ def _flip(tensor: torch.Tensor) -> None:
 def _train(config, rank: int, name: str, after: int, change=_flip) -> str:
     """Train with a parameter changed, by one bit, on one rank after a step."""
     if int(os.environ["RANK"]) == rank:
-        for engine in (PlainEngine, PipelineEngine):
+        for engine in (PlainEngine, StageEngine):
             engine.train_step = _changing(engine.train_step, name, after, change)
     try:
         run_training(config)

@@ -13,10 +13,10 @@ import pytest
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.engine.engine import PlainEngine
-from pretrain.run import run as run_training
 from pretrain.supervision.progress import Progress
 from pretrain.supervision.stragglers import Pace, SlowRanks
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
 RATIO = 2.0

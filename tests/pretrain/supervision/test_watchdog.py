@@ -21,15 +21,16 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from data_tools.sampling.token_dataset import TokenDataset
 from models import registry
-from pretrain import loop, run, start
+from pretrain import run
 from pretrain.checkpointing import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.distributed.process_groups import group_timeout, process_groups
-from pretrain.engine.engine import PipelineEngine, PlainEngine
+from pretrain.engine import engine
+from pretrain.engine.engine import PlainEngine, StageEngine
 from pretrain.errors import EXIT_HUNG
-from pretrain.run import run as run_training
 from pretrain.supervision.watchdog import Ending, Watchdog
 from tests.distributed import run_ranks
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run, write_data
 
 TIMEOUT = 1.5
@@ -58,7 +59,7 @@ class Case(NamedTuple):
 
 
 STEP = (PlainEngine, "train_step", "step 3", 3)
-STAGE = (PipelineEngine, "train_step", "step 3", 3)
+STAGE = (StageEngine, "train_step", "step 3", 3)
 TENSOR, PIPELINE = {"parallel__tensor": 2}, {"parallel__pipeline": 2}
 EXPERT = {
     "model": {"family": "mixture", "max_position_embeddings": SEQ},
@@ -71,7 +72,7 @@ CASES = {
 }
 MORE_CASES = {
     "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
-    "data index of rank 0": Case(0, "asleep", run, "_train_loader", "the opening of the data"),
+    "data index of rank 0": Case(0, "asleep", run, "open_training_data", "opening the data"),
     "data, rank 0": Case(0, "asleep", *STEP),
     "data, the GIL": Case(1, "holds the GIL", *STEP),
     "loader": Case(1, "asleep", TokenDataset, "read", "step", 7),
@@ -81,12 +82,14 @@ MORE_CASES = {
     "expert": Case(1, "stopped", *STEP, EXPERT),
     "evaluation": Case(1, "asleep", PlainEngine, "evaluate", "the evaluation after step 2"),
     "evaluation of a pipeline": Case(
-        1, "stopped", PipelineEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
+        1, "stopped", StageEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
     ),
-    "groups": Case(1, "stopped", start, "build_context", "the making of process groups"),
+    "groups": Case(1, "stopped", run, "build_context", "creating process groups"),
     "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
-    "search": Case(1, "asleep", CheckpointStore, "find", "the search for a checkpoint"),
-    "restoration": Case(1, "stopped", loop, "restore_optimizer_state", "the restoration of step 2"),
+    "search": Case(1, "asleep", CheckpointStore, "find", "searching for a checkpoint"),
+    "restoration": Case(
+        1, "stopped", engine, "restore_optimizer_state", "the restoration of step 2"
+    ),
 }
 
 

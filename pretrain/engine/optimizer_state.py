@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,23 @@ from parallel.checkpoint.weights import Weight
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
-from parallel.sharding import Sharding, sharding_of, split
-from pretrain.checkpointing.optimizer_shards import FOLDER, HEADER, Run, StoredOptimizer
-from pretrain.engine.deepspeed_optimizer import (
+from parallel.sharding import Sharding, local_shape, sharding_of, split
+from pretrain.checkpointing.optimizer_shards import (
+    FOLDER,
+    HEADER,
     MASTER,
     MOMENTS,
+    OptimizerShard,
+    Run,
+    StoredOptimizer,
+)
+from pretrain.engine.deepspeed_optimizer import (
     Fragment,
     LiveOptimizer,
     Part,
     Place,
-    local_shape,
-    publish_weights,
 )
 from pretrain.engine.partitions import held
-
-
-class OptimizerShard(NamedTuple):
-    """What one rank writes of the optimizer: its elements, and the header that names them.
-
-    `weights` are the elements as forward reads them, by parameter, where that is another tensor
-    than their master. They are not written; `check_masters` compares them.
-    """
-
-    elements: Sequence[Weight]
-    weights: Sequence[Weight]
-    metadata: Mapping[str, str]
 
 
 def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
@@ -65,27 +56,6 @@ def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
             load = partial(_weight, place)
             weights.append(Weight(name, shape, place.weight.dtype, Sharding(), load))
     return OptimizerShard(elements, weights, {HEADER: json.dumps(runs)})
-
-
-def check_masters(shard: OptimizerShard) -> None:
-    """Compare what is to be written with what the model computes with.
-
-    Raises:
-        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
-    """
-    weights = {weight.name: weight for weight in shard.weights}
-    for element in shard.elements:
-        name, _, key = element.name.rpartition("/")
-        if key != MASTER:
-            continue
-        master = element.load()
-        weight = weights[name].load() if name in weights else master
-        if not torch.equal(master.to(weight), weight):  # NaN is unequal to itself
-            raise CheckpointError(
-                f"parameter {name!r}: the weights differ from their fp32 master, or are NaN, in "
-                f"the {len(master)} elements that this rank updates; resume from the last "
-                "checkpoint"
-            )
 
 
 def _weight(place: Place) -> Tensor:
@@ -117,7 +87,7 @@ def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
 def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContext) -> None:
     """Fill this rank's weights, masters, moments and step counts from a checkpoint of any layout.
 
-    Not collective; `finish_restore` follows once every rank has succeeded.
+    Not collective; `publish_weights` follows once every rank has succeeded.
 
     Raises:
         CheckpointError: a parameter, or an element of one, that is missing or of another shape.
@@ -140,13 +110,6 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
             live.value(fragment, key).copy_(read(key))
         fragment.place.weight.copy_(fragment.place.master)
     _restore_untrained(engine.module, directory, ctx)
-
-
-def finish_restore(engine: Any, *, step: int, samples: int) -> None:
-    """Collective: complete what `restore_optimizer_state` has begun on every rank."""
-    publish_weights(engine)
-    engine.global_steps = step
-    engine.global_samples = samples
 
 
 def _check_part(part: Part, stored: StoredOptimizer) -> None:

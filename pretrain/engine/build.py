@@ -1,0 +1,131 @@
+"""Build this rank's part of the model and hand it to DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.base import TokenInputs
+from parallel.carry import AfterEach, LayerSpec, SequentialModel
+from parallel.context import ParallelContext
+from parallel.sharding import sharding_table, sum_partial_gradients
+from pretrain.engine.deepspeed_moe import experts_found, register_experts
+from pretrain.engine.engine import Engine, PlainEngine, StageEngine
+from pretrain.engine.optimizers import add_norms_at_once, build_optimizer, muon_accepted
+from pretrain.engine.partitions import clear_padding
+from pretrain.engine.train_spec import TrainSpec
+
+
+def build_engine(spec: TrainSpec, *, load_layer: AfterEach | None = None) -> Engine:
+    """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective).
+
+    `load_layer` may overwrite the initial weights of each layer.
+    """
+    training, ctx = spec.config.training, spec.ctx
+    torch.manual_seed(training.seed)
+    build = _build_stage if ctx.pipeline.size > 1 else _build_whole
+    module = build(spec, _after_each(spec, load_layer))
+    sharding_table(module)
+    register_experts(module, ctx)
+    sum_partial_gradients(module, ctx)
+    if training.compile:
+        compile_layers(module, num_lengths=len(spec.config.data.sequence_lengths))
+    engine = _initialize(module, spec)
+    return (StageEngine if ctx.pipeline.size > 1 else PlainEngine)(engine, spec)
+
+
+def compile_layers(module: nn.Module, *, num_lengths: int, **options: Any) -> None:
+    """Compile every layer, to train and to be evaluated at so many lengths of a sequence.
+
+    Equal layers share their code, so that start-up does not grow with depth. `options`: of
+    torch.compile.
+    """
+    # Beyond its limit, 8 variants of a `forward`, torch (2.13) runs layers uncompiled and only
+    # warns. A family has a few kinds of blocks, each in training and in evaluation.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 16 * num_lengths)
+    for layer in module.children():
+        layer.compile(dynamic=False, **options)
+
+
+def _build_whole(spec: TrainSpec, after_each: AfterEach) -> nn.Module:
+    return SequentialModel(
+        spec.layer_specs(),
+        spec.ctx,
+        seed=spec.config.training.seed,
+        recompute=spec.config.training.activation_recomputation == "full",
+        after_each=after_each,
+    )
+
+
+def _after_each(spec: TrainSpec, load_layer: AfterEach | None) -> AfterEach:
+    """Load each layer once it is built; under ZeRO-3 partition it, so that no rank holds all."""
+
+    def finish(layer_spec: LayerSpec, layer: nn.Module) -> None:
+        if load_layer is not None:
+            load_layer(layer_spec, layer)
+        if spec.ds_config.zero_stage == 3:
+            import deepspeed
+
+            # DeepSpeed casts the module later, but by then the parameters are elsewhere: they would
+            # stay in fp32 (0.19.8).
+            layer.to(spec.ctx.precision.dtype)
+            # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
+            # one's shards to the others: training then runs, with wrong weights.
+            deepspeed.zero.Init(
+                layer,
+                data_parallel_group=spec.ctx.data.group,
+                config_dict_or_path=spec.ds_config.values,
+                mpu=_mpu(spec.ctx),
+            )
+            clear_padding(layer.parameters())
+
+    return finish
+
+
+def _build_stage(spec: TrainSpec, after_each: AfterEach) -> nn.Module:
+    from parallel.pipeline import PipelineStage
+
+    return PipelineStage(
+        spec.layer_specs(),
+        spec.ctx,
+        schema=spec.schema(spec.ctx, seq_length=spec.config.data.sequence_length),
+        inputs_type=TokenInputs,
+        objective=spec.objective,
+        loss_names=spec.loss_names,
+        seed=spec.config.training.seed,
+        recompute=spec.config.training.activation_recomputation == "full",
+        after_each=after_each,
+    )
+
+
+def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
+    import deepspeed
+
+    optimizer = build_optimizer(module, spec.config.training, spec.ctx)
+    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
+    is_muon = spec.config.training.optimizer == "muon"
+    muon = muon_accepted() if is_muon else contextlib.nullcontext()
+    with quiet, experts_found(spec.ctx), muon:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=spec.ds_config.values,
+            mpu=None if spec.ctx.pipeline.size > 1 else _mpu(spec.ctx),
+        )
+    if spec.ctx.pipeline.size > 1:
+        add_norms_at_once(engine.optimizer)
+    return engine
+
+
+def _mpu(ctx: ParallelContext) -> Any:
+    """What tells DeepSpeed about the tensor axis; PipelineModule tells it itself."""
+    if ctx.tensor.size == 1:
+        return None
+    from parallel.megatron import DeepSpeedTopology
+
+    return DeepSpeedTopology()
