@@ -129,7 +129,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--config-name",
         default="base",
         metavar="NAME",
-        help="run file in configs/, without .yaml (default: base, chosen by model_type=mod|dtf)",
+        help="run file in configs/ or DIR, without .yaml (default: base)",
     )
     parser.add_argument(
         "--config-dir", metavar="DIR", help="folder of your own run files and groups; it wins"

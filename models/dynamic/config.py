@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,7 +47,10 @@ class DynamicConfig(DecoderConfig):
     `force_first`: the first token of every document is always chosen.
     `num_experts`: every feed-forward layer is so many experts, of which a computed token gets
     `experts_per_token`; with `expert_capacity_factor` training drops what exceeds a row's share.
+    `aliases`: other names of settings, which run files and command lines may use.
     """
+
+    aliases: ClassVar[Mapping[str, str]] = {"capacity": "capacity_gamma"}
 
     rope_theta: PositiveFloat = 1_000_000.0
     rms_norm_eps: PositiveFloat = 1e-6
@@ -151,6 +155,12 @@ class DTFConfig(DynamicConfig):
     `surprise`: `mse`, or `kl` of a prior that also predicts a variance. `surprise_norm`: `ma`
     divides by the moving average over `ma_window` tokens, `none` takes the raw numbers.
     """
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        **DynamicConfig.aliases,
+        "m_cu_init": "cu_detection_multiplier_init",
+        "o_ce_init": "ce_criterion_offset_init",
+    }
 
     family: Literal["dtf"] = "dtf"
     force_first: bool = True

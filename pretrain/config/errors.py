@@ -8,39 +8,11 @@ from typing import Any, TypeGuard, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from pretrain.config.compat.spellings import our_name
 from pretrain.errors import ConfigError
 
 _LONGEST_VALUE = 80
 _MOST_LISTED = 8
-
-# What other trainers call our settings: spelling distance alone does not find them.
-_SYNONYMS = {
-    "accumulation_steps": "gradient_accumulation_steps",
-    "block_size": "sequence_length",
-    "clip_grad": "grad_clip",
-    "dropout_seed": "seed",
-    "ffn_hidden_size": "intermediate_size",
-    "gradient_clipping": "grad_clip",
-    "iterations_to_skip": "skip_steps",
-    "learning_rate": "lr",
-    "max_grad_norm": "grad_clip",
-    "micro_batch_size": "batch_size",
-    "n_embd": "hidden_size",
-    "n_head": "num_heads",
-    "n_layer": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_hidden_layers": "num_layers",
-    "num_key_value_heads": "num_kv_heads",
-    "output_dir": "run_dir",
-    "per_device_train_batch_size": "batch_size",
-    "pipeline_model_parallel_size": "pipeline",
-    "pp": "pipeline",
-    "seq_length": "sequence_length",
-    "tensor_model_parallel_size": "tensor",
-    "tp": "tensor",
-    "train_iters": "max_steps",
-    "train_micro_batch_size_per_gpu": "batch_size",
-}
 
 _CONSTRAINTS = {
     "model_type": "must be a section of settings",
@@ -55,9 +27,8 @@ _CONSTRAINTS = {
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that `name` was probably meant to be, or None."""
     valid = list(valid)
-    synonym = _SYNONYMS.get(name)
-    if synonym in valid:
-        return synonym
+    if our_name(name) in valid:
+        return our_name(name)
     return next(iter(difflib.get_close_matches(name, valid, n=1, cutoff=0.6)), None)
 
 
@@ -136,8 +107,7 @@ def _unknown_key(
     if guess is not None:
         return f"unknown key {path}={show(value)}; did you mean {_join(section, guess)}?"
     everywhere = schema_paths(schema, prefix)
-    wanted = _SYNONYMS.get(name, name)
-    elsewhere = [each for each in everywhere if each.rpartition(".")[2] == wanted]
+    elsewhere = [each for each in everywhere if each.rpartition(".")[2] == our_name(name)]
     if elsewhere:
         return f"unknown key {path}={show(value)}; did you mean {' or '.join(elsewhere)}?"
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Protocol, cast
 
 import yaml
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from data_tools.config import DataConfig
+from models.registry import family_names, get_config_class
 from pretrain.config.compat.aliases import resolve_aliases
 from pretrain.config.errors import config_error, show
 from pretrain.config.input_checks import check_credentials, check_numbers
@@ -245,8 +246,10 @@ class RunConfig(BaseModel):
         return self
 
 
-def parse_config(values: Mapping[str, Any]) -> RunConfig:
+def parse_config(values: Mapping[str, Any], *, given: Collection[str] = frozenset()) -> RunConfig:
     """The typed configuration of a plain mapping, as a YAML file holds it; aliases may stand in it.
+
+    `given`: what the command line sets, dotted; it wins over other spellings of it in `values`.
 
     Raises:
         ConfigError: an unknown, missing or unusable setting.
@@ -254,7 +257,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     check_credentials(values)
     check_numbers(values)
     try:
-        return RunConfig.model_validate(resolve_aliases(values))
+        return RunConfig.model_validate(resolve_aliases(values, given=given))
     except ValidationError as error:
         raise config_error(error, RunConfig) from error
 
@@ -270,8 +273,6 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _parse_model(value: Any) -> ModelConfig:
-    from models.registry import family_names, get_config_class
-
     if isinstance(value, BaseModel):
         return cast(ModelConfig, value)
     if not isinstance(value, Mapping):
@@ -279,7 +280,7 @@ def _parse_model(value: Any) -> ModelConfig:
     if "family" not in value:
         raise ConfigError(
             f"model.family is missing; set it to one of {', '.join(family_names())}, "
-            "or choose a model file such as model=llama/125m"
+            "or choose a file of configs/model with model=FAMILY/SIZE"
         )
     schema = get_config_class(value["family"])
     try:

@@ -1,54 +1,34 @@
-"""Other spellings of settings: each stands for one setting of the schema, its owner.
+"""Replace the other spellings of settings by the settings of the schema, their owners.
 
-Only owners are in a resolved configuration. What is chosen by name is beside this file: corpora
+Only owners are in a resolved configuration. The spellings are data: `compat.spellings`, and
+`aliases` of a family's configuration class. What is chosen by name is beside this file: corpora
 (`corpus_catalog`) and the sizes of published models (`model_presets`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
+from models.registry import family_names, get_config_class
 from pretrain.config.compat.corpus_catalog import resolve_corpora
-from pretrain.config.compat.model_presets import resolve_model
+from pretrain.config.compat.model_presets import preset_of, resolve_model_type
+from pretrain.config.compat.spellings import ALIASES, Alias
 from pretrain.config.errors import show
 from pretrain.errors import ConfigError
 
-
-class Alias(NamedTuple):
-    """`owner` in dotted form; `values`: what the other spelling says -> what the owner says."""
-
-    owner: str
-    values: Mapping[Any, Any] | None = None
-
-
-_PRECISIONS = {"bf16": "bf16", "fp8": "fp8", "no": "fp32"}
-ALIASES = {
-    "data.block_size": Alias("data.sequence_length"),
-    "data.max_length": Alias("data.sequence_length"),
-    "model.capacity": Alias("model.capacity_gamma"),
-    "model.m_cu_init": Alias("model.cu_detection_multiplier_init"),
-    "model.num_attention_heads": Alias("model.num_heads"),
-    "model.num_hidden_layers": Alias("model.num_layers"),
-    "model.num_key_value_heads": Alias("model.num_kv_heads"),
-    "model.o_ce_init": Alias("model.ce_criterion_offset_init"),
-    "system.compile": Alias("training.compile"),
-    "system.mixed_precision": Alias("training.precision", _PRECISIONS),
-    "training.compile_model": Alias("training.compile"),
-    "training.gradient_checkpointing": Alias(
-        "training.activation_recomputation", {True: "full", False: "none"}
-    ),
-    "training.mixed_precision": Alias("training.precision", _PRECISIONS),
-    "training.num_epochs": Alias("training.max_epochs"),
-}
 # Attention always runs in a fused kernel where there is one: the only value is what happens anyway.
 _ALWAYS_TRUE = ("model.use_flash_attention", "training.use_flash_attention")
 # Keys of lr_multipliers are parts of parameter names, and every name contains the empty text.
 _EVERYTHING_ELSE = "base_model"
 
 
-def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_aliases(
+    values: Mapping[str, Any], *, given: Collection[str] = frozenset()
+) -> dict[str, Any]:
     """The configuration with every alias replaced by its owner.
+
+    `given`: what the command line sets, dotted; it wins over other spellings of it in a file.
 
     Raises:
         ConfigError: alias and owner differ, or a value has no equal.
@@ -59,9 +39,7 @@ def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if isinstance(resolved.get("training"), dict):
         _flatten_optimizer(resolved["training"])
-    for name, alias in ALIASES.items():
-        _rename(resolved, name, alias)
-    resolve_model(resolved)  # after: what is said under another name wins over a base model's size
+    _resolve_model(resolved, given)
     for name in _ALWAYS_TRUE:
         _drop_if_true(resolved, name)
     if not resolved.get("system", True):
@@ -73,6 +51,39 @@ def resolve_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(resolved.get("data"), dict):
         resolved["data"] = resolve_corpora(resolved["data"])
     return resolved
+
+
+def aliases_of(family: Any) -> dict[str, Alias]:
+    """Every alias, with those of a family; of an unknown family there are none."""
+    if family not in family_names():
+        return ALIASES
+    own: Mapping[str, str] = getattr(get_config_class(family), "aliases", {})
+    return ALIASES | {f"model.{name}": Alias(f"model.{owner}") for name, owner in own.items()}
+
+
+def _resolve_model(values: dict[str, Any], given: Collection[str]) -> None:
+    """Write out aliases of all sections and what the names of models stand for."""
+    resolve_model_type(values)
+    preset = preset_of(values)
+    model = values.get("model")
+    family = {**preset, **model}.get("family") if isinstance(model, dict) else None
+    aliases = aliases_of(family)
+    _drop_overruled(values, aliases, given)
+    for name, alias in aliases.items():
+        _rename(values, name, alias)
+    if preset:  # after the aliases: a setting under any of its names wins over that of the preset
+        values["model"] = preset | values["model"]
+
+
+def _drop_overruled(
+    values: dict[str, Any], aliases: Mapping[str, Alias], given: Collection[str]
+) -> None:
+    """Remove the other spellings of what the command line sets."""
+    for owner in {alias.owner for alias in aliases.values()}:
+        spellings = {owner, *(name for name, alias in aliases.items() if alias.owner == owner)}
+        if not spellings.isdisjoint(given):
+            for name in spellings.difference(given):
+                _take(values, name)
 
 
 def _rename(values: dict[str, Any], name: str, alias: Alias) -> None:

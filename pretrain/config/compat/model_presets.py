@@ -12,7 +12,7 @@ stands for the model of that checkpoint, where `model` does not say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +27,55 @@ CHECKPOINT = "checkpoint"
 _NAMES = ("base_model_name", "pretrained_model_name")
 
 
-def resolve_model(values: dict[str, Any]) -> None:
-    """Replace `model_type` and the name of a base model in a configuration by what they stand for.
+def implied_defaults(settings: MutableMapping[Any, Any]) -> list[Any]:
+    """The `defaults` list of a file that has none: empty unless the file names a model type, which
+    is taken out of its settings and chosen in place of that of configs/base.yaml."""
+    if "model_type" not in settings:
+        return []
+    return ["/base", {"override model_type": settings.pop("model_type")}]
+
+
+def resolve_model_type(values: dict[str, Any]) -> None:
+    """Replace `model_type` by `model.family`.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        return
+    model = values.setdefault("model", {})
+    if isinstance(model, dict) and model.setdefault("family", model_type) != model_type:
+        raise ConfigError(
+            f"model_type={show(model_type)} is another spelling of model.family, which is "
+            f"{show(model['family'])}; remove one of them"
+        )
+
+
+def preset_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that `model` begins from: of a checkpoint, or the sizes of a base model. Takes
+    the name that stands for them out of `model`.
 
     Raises:
         ConfigError: a name is not known, or is at odds with another setting.
     """
-    model_type = values.pop("model_type", None)
-    if model_type is not None:
-        model = values.setdefault("model", {})
-        if isinstance(model, dict) and model.setdefault("family", model_type) != model_type:
-            raise ConfigError(
-                f"model_type={show(model_type)} is another spelling of model.family, which is "
-                f"{show(model['family'])}; remove one of them"
-            )
     model = values.get("model")
-    if model == CHECKPOINT or (isinstance(model, dict) and model.get("family") == CHECKPOINT):
-        values["model"] = model = _of_checkpoint(model, values.get("training"))
-    if isinstance(model, dict):
-        names = {key: model.pop(key) for key in _NAMES if key in model}
-        if names:
-            values["model"] = {**_sizes(names, model.get("family")), **model}
+    if model == CHECKPOINT:
+        model = values["model"] = {"family": CHECKPOINT}
+    if not isinstance(model, dict):
+        return {}
+    preset: dict[str, Any] = {}
+    if model.get("family") == CHECKPOINT:
+        del model["family"]
+        preset = _of_checkpoint(values.get("training"))
+    names = {key: model.pop(key) for key in _NAMES if key in model}
+    if names:
+        preset = _sizes(names, model.get("family", preset.get("family"))) | preset
+    return preset
 
 
-def _of_checkpoint(model: Any, training: Any) -> dict[str, Any]:
-    """The model that `training.init_from` holds, with the settings of `model` in place of its."""
+def _of_checkpoint(training: Any) -> dict[str, Any]:
+    """The model that `training.init_from` holds."""
     path = training.get("init_from") if isinstance(training, Mapping) else None
     if not isinstance(path, str):
         raise ConfigError(
@@ -59,9 +83,7 @@ def _of_checkpoint(model: Any, training: Any) -> dict[str, Any]:
             "to a checkpoint, a run or a converted model"
         )
     try:
-        stored = load_manifest(find_manifest(Path(path))).config["model"]
-        sections = stored, {} if model == CHECKPOINT else model
-        return {k: v for section in sections for k, v in section.items() if v != CHECKPOINT}
+        return dict(load_manifest(find_manifest(Path(path))).config["model"])
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError | OSError) else "names no model"
         raise ConfigError(f"training.init_from={path!r}: {' '.join(reason.split())}") from error
