@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +33,14 @@ from pretrain.errors import ConfigError
 _SELF = "_self_"
 
 Choices = Mapping[str, str | None]
+
+
+class _Choice(NamedTuple):
+    """An entry `group: option`. `replaces`: it is `override group: option`."""
+
+    group: str
+    option: str | None
+    replaces: bool
 
 
 class DefaultsTree:
@@ -83,15 +91,18 @@ class _Walk:
         if file in self._open:
             raise ConfigError(f"{file}: `defaults` leads back to this file; remove an entry")
         settings = _read(file)
-        entries = _entries(settings, file)
+        entries = _entries(settings, file, is_section=section is not None)
+        for entry in entries:  # before those of the files inside: the outermost counts
+            if isinstance(entry, _Choice) and entry.replaces:
+                self.replaced.setdefault(entry.group, entry.option)
         self._open.append(file)
         for entry in entries:
-            if isinstance(entry, Mapping):
-                self._add_choice(entry, file, section)
+            if isinstance(entry, _Choice):
+                self._add_choice(entry, file)
             elif entry == _SELF:
                 self.parts.append(settings if section is None else {section: settings})
             else:
-                self._add_name(str(entry), file, section, folder)
+                self._add_name(entry, file, section, folder)
         self._open.pop()
 
     def add_option(self, group: str, option: str | None, *, named_by: Path | None = None) -> None:
@@ -113,25 +124,15 @@ class _Walk:
             )
         self.add_file(found, section=section, folder=str(path.parent).lstrip("/"))
 
-    def _add_choice(self, entry: Mapping[Any, Any], file: Path, section: str | None) -> None:
-        words = [word for key in entry for word in str(key).split()]
-        group, option = words[-1].lstrip("/"), next(iter(entry.values()))
-        is_choice = len(entry) == 1 and words[:-1] in ([], ["override"])
-        if not is_choice or not isinstance(option, str | int | None) or section is not None:
+    def _add_choice(self, entry: _Choice, file: Path) -> None:
+        if entry.replaces:
+            return
+        if entry.group in self.options:
             raise ConfigError(
-                f"{file}: `defaults` has the entry {show(dict(entry))}; write a file of the same "
-                "folder or, in a run file, `group: option` or `override group: option`"
+                f"{file}: `defaults` chooses an option of {entry.group} that is chosen before; "
+                f"write `override {entry.group}: {entry.option}`"
             )
-        option = None if option is None else str(option)
-        if len(words) == 2:
-            self.replaced.setdefault(group, option)
-        elif group in self.options:
-            raise ConfigError(
-                f"{file}: `defaults` chooses an option of {group} that is chosen before; "
-                f"write `override {group}: {option}`"
-            )
-        else:
-            self.add_option(group, option, named_by=file)
+        self.add_option(entry.group, entry.option, named_by=file)
 
 
 def _read(file: Path) -> DictConfig:
@@ -150,12 +151,31 @@ def _read(file: Path) -> DictConfig:
     return settings
 
 
-def _entries(settings: DictConfig, file: Path) -> list[Any]:
-    """Take the `defaults` list out of the settings of a file."""
+def _entries(settings: DictConfig, file: Path, *, is_section: bool) -> list[str | _Choice]:
+    """Take the `defaults` list out of the settings of a file; in a section it has no choices."""
     listed = settings.pop("defaults", None)
+    if listed is None:
+        listed = implied_defaults(settings)
     entries = OmegaConf.to_container(listed) if OmegaConf.is_config(listed) else listed
-    if entries is None:
-        entries = implied_defaults(settings)
     if not isinstance(entries, list):
         raise ConfigError(f"{file}: defaults={show(entries)} must be a list; correct it")
-    return entries if _SELF in entries else [*entries, _SELF]
+    parsed = [entry if isinstance(entry, str) else _choice(entry) for entry in entries]
+    for entry, read in zip(entries, parsed, strict=True):
+        if read is None or (is_section and isinstance(read, _Choice)):
+            raise ConfigError(
+                f"{file}: `defaults` has the entry {show(entry)}; write a file of the same folder "
+                "or, in a run file, `group: option` or `override group: option`"
+            )
+    return parsed if _SELF in parsed else [*parsed, _SELF]
+
+
+def _choice(entry: Any) -> _Choice | None:
+    """What an entry `group: option` says; None if it is of another form."""
+    if not isinstance(entry, dict) or len(entry) != 1:
+        return None
+    [(key, option)] = entry.items()
+    *words, group = str(key).split() or [""]
+    if words not in ([], ["override"]) or not isinstance(option, str | int | None):
+        return None
+    option = None if option is None else str(option)
+    return _Choice(group.lstrip("/"), option, replaces=bool(words))

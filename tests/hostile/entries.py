@@ -255,7 +255,7 @@ def _configs(folder: Path) -> list[Entry]:
         ),
         Entry("train: .bin counted", folder / "train.bin", partial(run, "plain", *epochs)),
         Entry("train: .idx counted", folder / "train.idx", partial(run, "plain", *epochs)),
-        Entry("train: Python beside the run file", folder / "hydra.py", plain),
+        Entry("train: Python beside the run file", folder / "omegaconf.py", plain),
     ]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.dynamic.config import DTFConfig
 from models.llama.config import LlamaConfig
+from models.registry import family_names, get_config_class
 from pretrain.config import parse_config, resolved
-from pretrain.config.compat.aliases import ALIASES
+from pretrain.config.compat.aliases import aliases_of
+from pretrain.config.compat.spellings import ALIASES
 from pretrain.config.compose import compose_config
 from pretrain.config.errors import schema_paths
 from pretrain.config.schema import RunConfig
@@ -26,12 +28,37 @@ def _values(**data: Any) -> dict[str, Any]:
 
 
 def test_every_owner_is_a_setting_of_the_schema_and_no_alias_is() -> None:
-    known = schema_paths(RunConfig)
-    owners = {alias.owner for alias in ALIASES.values()}
-    families = (LlamaConfig, DTFConfig)
-    known = {*known, *(f"model.{name}" for family in families for name in family.model_fields)}
-    assert owners <= known
+    known = {*schema_paths(RunConfig), *(f"model.{name}" for name in LlamaConfig.model_fields)}
+    assert {alias.owner for alias in ALIASES.values()} <= known
     assert not ALIASES.keys() & known
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_the_aliases_of_a_family_stand_for_settings_of_it(family: str) -> None:
+    settings = {f"model.{name}" for name in get_config_class(family).model_fields}
+    own = {k: v for k, v in aliases_of(family).items() if k not in ALIASES}
+    assert {alias.owner for alias in own.values()} <= settings
+    assert not own.keys() & settings
+
+
+def test_a_family_brings_aliases_that_others_do_not_have() -> None:
+    overrides = ["model.m_cu_init=2.0", "model.o_ce_init=1.5", "model.capacity=0.25"]
+    model = compose_config("base", overrides=overrides).model.model_dump(mode="json")
+    assert model["cu_detection_multiplier_init"] == 2.0
+    assert model["ce_criterion_offset_init"] == 1.5
+    assert model["capacity_gamma"] == 0.25  # which base.yaml sets to 0.5 under this name
+    with pytest.raises(ConfigError, match=r"unknown key model\.m_cu_init=2\.0"):
+        compose_config("base", overrides=["model_type=mod", "model.m_cu_init=2.0"])
+
+
+def test_the_command_line_wins_over_another_spelling_in_a_file(tmp_path: Path) -> None:
+    text = "defaults: [/demo, override data: own, _self_]\ndata: {max_length: 64}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/own.yaml").write_text("train: a/b\nvalidation: a/c\n")
+    for spelling in ("sequence_length", "block_size", "max_length"):
+        config = compose_config("mine", config_dir=tmp_path, overrides=[f"data.{spelling}=32"])
+        assert config.data.sequence_length == 32
 
 
 def test_an_alias_stands_for_its_owner() -> None:

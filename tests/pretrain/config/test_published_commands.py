@@ -105,6 +105,8 @@ def test_a_published_run_file_goes_on_from_the_base(tmp_path: Path) -> None:
     assert config.training.lr_multipliers == {"": 1.0, "router": 10.0, "prior": 10.0}
     (tmp_path / "mine.yaml").write_text("model_type: mod\ntraining: {num_epochs: 1}\n")
     assert compose_config("mine", config_dir=tmp_path).model.family == "mod"
+    other = compose_config("mine", config_dir=tmp_path, overrides=["model_type=dtf"])
+    assert other.model.family == "dtf"  # the command line wins over the file
 
 
 def test_the_small_model_from_scratch_has_the_parameters_that_its_sizes_give() -> None:
