@@ -155,7 +155,7 @@ def _entries(settings: DictConfig, file: Path, *, is_section: bool) -> list[str 
     """Take the `defaults` list out of the settings of a file; in a section it has no choices."""
     listed = settings.pop("defaults", None)
     if listed is None:
-        listed = implied_defaults(settings)
+        listed = [] if is_section else implied_defaults(settings)
     entries = OmegaConf.to_container(listed) if OmegaConf.is_config(listed) else listed
     if not isinstance(entries, list):
         raise ConfigError(f"{file}: defaults={show(entries)} must be a list; correct it")
