@@ -159,18 +159,22 @@ def _entries(settings: DictConfig, file: Path, *, is_section: bool) -> list[str 
     entries = OmegaConf.to_container(listed) if OmegaConf.is_config(listed) else listed
     if not isinstance(entries, list):
         raise ConfigError(f"{file}: defaults={show(entries)} must be a list; correct it")
-    parsed = [entry if isinstance(entry, str) else _choice(entry) for entry in entries]
+    parsed = [_parse_entry(entry) for entry in entries]
     for entry, read in zip(entries, parsed, strict=True):
         if read is None or (is_section and isinstance(read, _Choice)):
             raise ConfigError(
                 f"{file}: `defaults` has the entry {show(entry)}; write a file of the same folder "
                 "or, in a run file, `group: option` or `override group: option`"
             )
-    return parsed if _SELF in parsed else [*parsed, _SELF]
+    if _SELF not in parsed:
+        parsed.append(_SELF)
+    return [read for read in parsed if read is not None]
 
 
-def _choice(entry: Any) -> _Choice | None:
-    """What an entry `group: option` says; None if it is of another form."""
+def _parse_entry(entry: Any) -> str | _Choice | None:
+    """A name, or what an entry `group: option` says; None for an entry of another form."""
+    if isinstance(entry, str):
+        return entry
     if not isinstance(entry, dict) or len(entry) != 1:
         return None
     [(key, option)] = entry.items()

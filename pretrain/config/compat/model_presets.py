@@ -83,7 +83,8 @@ def _of_checkpoint(training: Any) -> dict[str, Any]:
             "to a checkpoint, a run or a converted model"
         )
     try:
-        return dict(load_manifest(find_manifest(Path(path))).config["model"])
+        stored = load_manifest(find_manifest(Path(path))).config["model"]
+        return {key: value for key, value in stored.items() if value != CHECKPOINT}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError | OSError) else "names no model"
         raise ConfigError(f"training.init_from={path!r}: {' '.join(reason.split())}") from error
