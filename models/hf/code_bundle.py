@@ -157,7 +157,8 @@ def _render(
             _bind(used, {"SimpleNamespace": Origin("types", "SimpleNamespace")}, file)
             section += _namespace(module.name, modules, needed)
         sections.append(section)
-    source = entry.module if entry.text is None else "the declaration of a family"
+    package = entry.module.rpartition(".")[0]
+    source = entry.module if entry.text is None else f"the declaration of {package}"
     head = "\n".join(
         (
             "# SPDX-License-Identifier: Apache-2.0",

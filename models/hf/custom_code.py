@@ -29,7 +29,7 @@ _CONFIGURATION = '''"""The configuration of a {family} model in transformers."""
 from {base_module} import {base}
 from {settings_module} import {settings}
 
-{prefix}HFConfig = {base}.of({settings}, {aliases})
+{prefix}HFConfig = {base}.of({settings}{aliases})
 '''
 _MODELING = '''"""A {family} model in transformers."""
 
@@ -65,7 +65,7 @@ def custom_code(
         "settings_module": settings_class.__module__,
         "layers": layer_specs.__name__,
         "layers_module": layer_specs.__module__,
-        "aliases": dict(aliases),
+        "aliases": f", {dict(aliases)}" if aliases else "",
         "base": "DecoderPreTrainedConfig" if is_decoder else "FamilyPreTrainedConfig",
         "base_module": "models.hf.decoder_config" if is_decoder else "models.hf.config",
     }

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from models import convert, registry
 from models.base import ModelFamily
-from models.registry import family_names, get_config_class, get_family
+from models.registry import family_names, get_config_class, get_family, model_type_owners
+from tests.models.checkpoints import config, write_checkpoint
 
 
 @pytest.mark.parametrize("name", family_names())
@@ -24,6 +28,30 @@ def test_an_unknown_family_is_refused_with_the_nearest_name():
         ValueError, match=r"model\.family='gpt' is not .*; choose one of daria_former"
     ):
         get_config_class("gpt")
+
+
+def test_every_model_type_has_one_owner():
+    owners = {model_type: family.name for model_type, family in model_type_owners().items()}
+    assert owners.items() >= {"qwen2": "llama", "mistral": "llama", "mod": "mod"}.items()
+
+
+def test_a_second_family_that_claims_a_model_type_is_refused(monkeypatch, tmp_path):
+    """A copy of the names of llama would take over its directories, or be read as llama."""
+    write_checkpoint(tmp_path / "step_1", config(), tokenizer=None)
+    convert.to_hf(tmp_path / "step_1", tmp_path / "exported")
+    copied = SimpleNamespace(FAMILY=replace(get_family("llama"), name="copied"))
+    monkeypatch.setitem(sys.modules, "copied.model", copied)
+    monkeypatch.setitem(registry._FAMILIES, "copied", registry._Entry("copied", "LlamaConfig"))
+    message = (
+        r"^model_type='llama' is claimed by the families llama and copied, .*; leave it to one of "
+        r"them: .* declares hf=custom_code\(\.\.\.\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert.from_hf(tmp_path / "exported", tmp_path / "imported")
+    with pytest.raises(ValueError, match=message):
+        convert.to_hf(tmp_path / "step_1", tmp_path / "again")
+    assert not (tmp_path / "imported").exists()
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
