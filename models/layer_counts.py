@@ -17,7 +17,7 @@ def count_parameters(specs: Iterable[LayerSpec]) -> int:
     """Parameters of all layers; a tied one counts once."""
     return sum(
         parameter.numel()
-        for spec, layer in _layers(specs)
+        for spec, layer in layers_without_memory(specs)
         for path, parameter in layer.named_parameters()
         if path not in spec.tied
     )
@@ -34,7 +34,7 @@ def count_flops(specs: Iterable[LayerSpec], seq_length: int, *, family: str) -> 
         ValueError: a matrix belongs to no linear layer and its module does not say what it costs.
     """
     total = 0.0
-    for spec, layer in _layers(specs):
+    for spec, layer in layers_without_memory(specs):
         for path, module in layer.named_modules():
             if hasattr(module, "flops_per_token"):
                 total += module.flops_per_token(seq_length)
@@ -45,10 +45,24 @@ def count_flops(specs: Iterable[LayerSpec], seq_length: int, *, family: str) -> 
     return total
 
 
-def _layers(specs: Iterable[LayerSpec]) -> Iterator[tuple[LayerSpec, nn.Module]]:
+def layers_without_memory(specs: Iterable[LayerSpec]) -> Iterator[tuple[LayerSpec, nn.Module]]:
+    """The layers of a model on the meta device, one at a time.
+
+    Raises:
+        ValueError: a tensor of the model is larger than any memory.
+    """
     ctx = ParallelContext.single(device="meta")
     for spec in specs:
-        yield spec, spec.module(ctx=ctx, **spec.kwargs)
+        try:
+            layer = spec.module(ctx=ctx, **spec.kwargs)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            if not isinstance(error, OverflowError) and "overflow" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"{spec.name}: the sizes in the model's configuration ask for a tensor that no "
+                "memory holds; correct them"
+            ) from error
+        yield spec, layer
 
 
 def _check_has_no_matrix(module: nn.Module, path: str, family: str) -> None:
