@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from parallel.carry import SequentialModel
+
 _COUNTED = ("position_ids", "cache_position")
 # `generate` of transformers hands tokenizers on to the model although it alone uses them.
 _KNOWN = ("output_hidden_states", "tokenizer", "assistant_tokenizer", *_COUNTED)
@@ -106,7 +108,7 @@ class FixedEmbeddings:
     They are the layers' `embedding.tokens` and `head.output`.
     """
 
-    model: nn.Module
+    model: SequentialModel
     config: Any
     _tied_weights_keys: ClassVar[dict[str, str]] = {
         "model.head.output.weight": "model.embedding.tokens.weight"

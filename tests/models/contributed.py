@@ -32,6 +32,7 @@ from tests.tolerance import FP32_LOSS, FP32_NORM, FP64, assert_close
 
 STEPS, NEW_TOKENS = 2, 5
 SMALL = {
+    "data.tokenizer": "null",
     "data.sequence_length": 32,
     "training.max_steps": STEPS,
     "training.warmup_steps": 1,
@@ -112,7 +113,7 @@ def test_scaled_trains_in_two_stages_of_two_ranks_as_in_one_process(command, tra
 def test_scaled_is_exported_for_transformers_alone(trained, tmp_path):
     [export] = [line[3:] for line in commands() if "models.convert" in line]
     assert export[export.index("--checkpoint") + 1] == trained.run_dir
-    assert convert.main([*export, "--no-tokenizer"]) == 0
+    assert convert.main(export) == 0
     tokens = torch.randint(0, 2048, (2, 21), generator=torch.Generator().manual_seed(0))
     result = computed_alone(
         Path("exported").absolute(), tokens, new_tokens=NEW_TOKENS, folder=tmp_path
