@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +54,18 @@ def test_a_second_family_that_claims_a_model_type_is_refused(monkeypatch, tmp_pa
         convert.to_hf(tmp_path / "step_1", tmp_path / "again")
     assert not (tmp_path / "imported").exists()
     assert not (tmp_path / "again").exists()
+
+
+def test_no_family_is_named_in_parallel():
+    folder = Path(__file__).parents[2] / "parallel"
+    names = re.compile(rf"\b({'|'.join(family_names())}|capacity_gamma)\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(folder)}: {line.strip()}"
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.md")))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if names.search(line)
+    ]
+    assert not found
 
 
 @pytest.mark.parametrize(
