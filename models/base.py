@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 from torch import Tensor
 
+from models.layer_counts import count_flops, count_parameters
 from parallel.carry import LayerSpec
-from parallel.cross_entropy import IGNORED_LABEL
+from parallel.context import ParallelContext
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+
+if TYPE_CHECKING:
+    from models.hf.code_bundle import CodeFile
 
 
 class TokenInputs(NamedTuple):
@@ -58,6 +63,30 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def token_losses(output: Any, labels: Tensor, ctx: ParallelContext) -> Tensor:
+    """Cross entropy of every position, fp32 [s, b], 0 where the label is -100.
+
+    `output`: what the last layer returns, logits [s, b, V/t] or a tuple with a field of this name;
+    `labels`: int64 [b, s].
+    """
+    return vocab_parallel_cross_entropy(logits_of(output), labels, ctx=ctx)
+
+
+def lm_loss(
+    output: Any,
+    labels: Tensor,
+    *,
+    config: Any,
+    ctx: ParallelContext,
+    num_scored: Tensor | None = None,
+) -> LossOutput:
+    """Sum of the cross entropy over `num_scored`, the mean when None; 0 where nothing is scored."""
+    if num_scored is None:
+        num_scored = num_scored_in(labels)
+    total = token_losses(output, labels, ctx).sum() / num_scored
+    return LossOutput(total, {"lm_loss": total.detach()})
+
+
 @dataclass(frozen=True)
 class BaseModelMapping:
     """How a family grows out of a model of transformers, whose layers are a part of its own.
@@ -92,8 +121,9 @@ class HFMapping:
     * `names(config)`: our parameter name -> theirs, one to one.
     * `tied(config)`: their second name of a tied tensor -> the first one.
     * `derived`: regular expression of their tensors that hold nothing learnt.
-    * `code`: for a model that transformers does not have, the files that an exported directory
-      holds -> the modules that models.hf.code_bundle generates them from.
+    * `code`: for a model that transformers does not have, the files of code that an exported
+      directory holds -> what models.hf.code_bundle generates them from.
+    * `model_class()`: the class of such a model, which transformers' Auto classes then know.
     * `base`: for a family that grows out of a model of transformers.
     """
 
@@ -103,11 +133,23 @@ class HFMapping:
     names: Callable[[Any], dict[str, str]]
     tied: Callable[[Any], dict[str, str]]
     derived: str
-    code: Mapping[str, str] = field(default_factory=dict)
+    code: Mapping[str, CodeFile] = field(default_factory=dict)
+    model_class: Callable[[], Any] | None = None
     base: BaseModelMapping | None = None
 
 
-@dataclass(frozen=True)
+class Counts(NamedTuple):
+    """Parameters and FLOPs of a family in closed form.
+
+    `num_parameters(config)`: a tied parameter counts once. `flops(config, seq_length)`: forward
+    FLOPs per token.
+    """
+
+    num_parameters: Callable[[Any], int]
+    flops: Callable[[Any, int], float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """One family; one instance per family, `FAMILY` in its `model.py`,
     or what the registry names where a package holds several.
@@ -125,11 +167,11 @@ class ModelFamily:
       in `labels`. Every other loss and measurement is a value of each row, never of a micro-batch,
       and is averaged by `scored_mean`. Its terms are `loss_names`.
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
-    * `flops(config, seq_length) -> float`: forward FLOPs per token.
-    * `num_parameters(config) -> int`: a tied parameter counts once.
 
-    `hf` is None for a family that cannot be converted. `causal_in_training` is False where a layer
-    in training mode (`module.training`) compares a token with later ones; in evaluation mode every
+    Without a `loss` of its own a family minimises the cross entropy alone. `counts`: closed forms;
+    without them parameters and FLOPs are counted from the layers (models.layer_counts). `hf` is
+    None for a family that cannot be converted. `causal_in_training` is False where a layer in
+    training mode (`module.training`) compares a token with later ones; in evaluation mode every
     family is causal.
     """
 
@@ -137,13 +179,28 @@ class ModelFamily:
     config_cls: type[BaseModel]
     layer_specs: Callable[..., list[LayerSpec]]
     carry_schema: Callable[..., Any]
-    loss: Callable[..., LossOutput]
-    loss_names: tuple[str, ...]
-    token_losses: Callable[..., Tensor]
-    flops: Callable[[Any, int], float]
-    num_parameters: Callable[[Any], int]
-    hf: HFMapping | None
+    loss: Callable[..., LossOutput] = lm_loss
+    loss_names: tuple[str, ...] = ("lm_loss",)
+    token_losses: Callable[..., Tensor] = token_losses
+    counts: Counts | None = None
+    hf: HFMapping | None = None
     causal_in_training: bool = True
+
+    def num_parameters(self, config: Any) -> int:
+        """Parameters of the model; a tied one counts once."""
+        if self.counts is not None:
+            return self.counts.num_parameters(config)
+        return count_parameters(self.layer_specs(config))
+
+    def flops(self, config: Any, seq_length: int) -> float:
+        """Forward FLOPs per token of a sequence of `seq_length`.
+
+        Raises:
+            ValueError: they can neither be counted from the layers nor are they in `counts`.
+        """
+        if self.counts is not None:
+            return self.counts.flops(config, seq_length)
+        return count_flops(self.layer_specs(config), seq_length, family=self.name)
 
     def require_hf(self) -> HFMapping:
         """`hf` for a conversion.

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from torch import nn
 
 from models.base import ModelFamily
+from models.layer_counts import layers_without_memory
 from models.registry import get_config_class, get_family
-from parallel.carry import LayerSpec, SequentialModel
+from parallel.carry import SequentialModel
 from parallel.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -127,10 +127,8 @@ class ParameterInfo(NamedTuple):
 def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo]:
     """Every parameter and persistent buffer in the order of the layers, a tied parameter once; no
     memory, no arithmetic."""
-    ctx = ParallelContext.single(device="meta")
     table: dict[str, ParameterInfo] = {}
-    for spec in family.layer_specs(config):
-        layer = _without_memory(spec, ctx)
+    for spec, layer in layers_without_memory(family.layer_specs(config)):
         for path, parameter in layer.named_parameters():
             if path not in spec.tied:
                 name = f"{spec.name}.{path}"
@@ -138,18 +136,6 @@ def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo
         for path, buffer in persistent_buffers(layer).items():
             table[f"{spec.name}.{path}"] = ParameterInfo(buffer.shape, Sharding(), buffer.dtype)
     return table
-
-
-def _without_memory(spec: LayerSpec, ctx: ParallelContext) -> nn.Module:
-    try:
-        return spec.module(ctx=ctx, **spec.kwargs)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        if not isinstance(error, OverflowError) and "overflow" not in str(error).lower():
-            raise
-        raise ValueError(
-            f"{spec.name}: the sizes in the model's configuration ask for a tensor that no memory "
-            "holds; correct them"
-        ) from error
 
 
 def check_names(found: Collection[str], expected: Collection[str], *, source: Path) -> None:

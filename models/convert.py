@@ -55,6 +55,7 @@ from models.hf.tokenizer import (
     export_tokenizer_files,
 )
 from models.hf.tokenizer_check import Training
+from models.registry import model_type_owners
 
 _CODE_REMARK = (
     "the directory holds the model's code: load it with from_pretrained(..., "
@@ -86,6 +87,7 @@ def to_hf(
     """
     stored = open_checkpoint(checkpoint)
     family = stored.family
+    model_type_owners()  # whatever is written can be read by one family alone
     hf = plain_model(family, stored.config) if plain else family.require_hf()
     spec = (tokenizer or stored.tokenizer) if with_tokenizer else None
     if spec is None and eod is not None:

@@ -54,6 +54,25 @@ def get_family(name: str) -> ModelFamily:
     return family
 
 
+def model_type_owners() -> dict[str, ModelFamily]:
+    """`model_type` of a config.json -> the family that reads and writes it. Imports all families.
+
+    Raises:
+        ValueError: two families claim the same one.
+    """
+    owners: dict[str, ModelFamily] = {}
+    for family in map(get_family, _FAMILIES):
+        for model_type in () if family.hf is None else family.hf.model_types:
+            owner = owners.setdefault(model_type, family)
+            if owner is not family:
+                raise ValueError(
+                    f"model_type={model_type!r} is claimed by the families {owner.name} and "
+                    f"{family.name}, so that a directory could be either; leave it to one of them: "
+                    "a family that transformers does not have declares hf=custom_code(...)"
+                )
+    return owners
+
+
 def _entry(name: str) -> _Entry:
     if isinstance(name, str) and name in _FAMILIES:
         return _FAMILIES[name]

@@ -194,7 +194,7 @@ class CausalSelfAttention(nn.Module):
                     "choose a tensor size that divides it"
                 )
         self.ctx = ctx
-        self.head_dim = head_dim
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.rotary = rotary
         rotary.on(ctx.device)
 
@@ -216,6 +216,11 @@ class CausalSelfAttention(nn.Module):
         """
         self.rotary.check(max_length)
         return KVCache(max_length)
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Of scores and mixing, without the projections: `4 n d (s + 1) / 2`, because a causal
+        query meets (s + 1) / 2 keys on average. What a kernel computes beyond is not counted."""
+        return 4.0 * self.num_heads * self.head_dim * (seq_length + 1) / 2
 
     def forward(
         self,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import TokenInputs
+from models.common.decoder import embed_tokens
 from models.common.init import residual_output
 from models.common.norms import RMSNorm
-from models.common.rope import positions_in_segments
 from models.daria_former.adapters import adapted_block
 from models.daria_former.attention import MultiContextAttention
 from models.daria_former.cache import BlockCache, EmbeddingCache, History
@@ -92,20 +92,11 @@ class DariaEmbedding(nn.Module):
         self, inputs: TokenInputs | DariaInputs, cache: EmbeddingCache | None = None
     ) -> DariaCarry:
         given = inputs if isinstance(inputs, DariaInputs) else DariaInputs(*inputs)
-        if self.segmented != (given.segment_ids is not None):
-            raise ValueError(
-                f"a daria_former model with segmented={self.segmented} was given segment_ids="
-                f"{'None' if given.segment_ids is None else 'a tensor'}; "
-                "build the model as the data is"
-            )
         _check_vectors(given, self.config)
         if cache is not None:
             optional = ("images", "audio", "persona", "emotion")
             cache.check_given(frozenset(x for x in optional if getattr(given, x) is not None))
-        hidden = self.tokens(given.tokens).transpose(0, 1)
-        positions = None
-        if given.segment_ids is not None:
-            positions = positions_in_segments(given.segment_ids)
+        hidden, positions = embed_tokens(self.tokens, given, segmented=self.segmented)
         noisy = self.config.is_noisy and cache is None
         return DariaCarry(
             hidden=hidden,

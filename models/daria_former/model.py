@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.base import LossOutput, ModelFamily, num_scored_in, scored_mean
+from models.base import (
+    Counts,
+    LossOutput,
+    ModelFamily,
+    num_scored_in,
+    scored_mean,
+    token_losses,
+)
 from models.daria_former.carry import AUX, DariaCarry, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token, num_parameters
@@ -13,7 +20,7 @@ from models.daria_former.hf.mapping import HF
 from models.daria_former.specs import layer_specs
 from parallel.carry import Field
 from parallel.context import ParallelContext
-from parallel.cross_entropy import cross_entropy_and_entropy, vocab_parallel_cross_entropy
+from parallel.cross_entropy import cross_entropy_and_entropy
 from parallel.regions import own_length
 
 
@@ -60,11 +67,6 @@ def carry_schema(
         positions=Field(tokens, torch.int32) if segmented else None,
         keys=Field(tokens, torch.int64) if config.is_noisy else None,
     )
-
-
-def token_losses(output: DariaOutput, labels: Tensor, ctx: ParallelContext) -> Tensor:
-    """Cross entropy of every position, fp32 [s, b], 0 where the label is -100."""
-    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
 
 
 def loss(
@@ -116,8 +118,6 @@ FAMILY = ModelFamily(
     carry_schema=carry_schema,
     loss=loss,
     loss_names=("lm_loss", "rhythm_loss", *AUX),
-    token_losses=token_losses,
-    flops=forward_flops_per_token,
-    num_parameters=num_parameters,
+    counts=Counts(num_parameters, forward_flops_per_token),
     hf=HF,
 )

@@ -11,16 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.common.attention import (
-    CausalSelfAttention,
-    Gathered,
-    causal_attention,
-    packed_attention,
-)
+from models.common.attention import Gathered, causal_attention, packed_attention
 from models.common.cache import KVCache
+from models.common.decoder import decoder_attention, decoder_mlp, decoder_norm
 from models.common.init import residual_output
 from models.common.mlp import SwiGLU
-from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable, positions_in_segments
 from models.dynamic.cache import RaggedKVCache
 from models.dynamic.config import DynamicConfig
@@ -47,35 +42,23 @@ class Block(nn.Module):
 
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
-        init = Normal(config.init_std)
-        output_init = residual_output(config.init_std, num_layers=config.num_layers)
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
-        self.attention = CausalSelfAttention(
-            config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_size,
-            rotary=rotary,
-            ctx=ctx,
-            init=init,
-            output_init=output_init,
-            qkv_bias=config.qkv_bias,
-        )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
-        sizes = (config.hidden_size, config.intermediate_size)
+        self.attention_norm = decoder_norm(config, ctx=ctx)
+        self.attention = decoder_attention(config, rotary=rotary, ctx=ctx)
+        self.mlp_norm = decoder_norm(config, ctx=ctx)
         self.mlp: SwiGLU | MoELayer
         if config.num_experts is None:
-            self.mlp = SwiGLU(*sizes, ctx=ctx, init=init, output_init=output_init)
+            self.mlp = decoder_mlp(config, ctx=ctx)
         else:
             self.mlp = MoELayer(
-                *sizes,
+                config.hidden_size,
+                config.intermediate_size,
                 num_experts=config.num_experts,
                 top_k=config.experts_per_token,
                 capacity_factor=config.expert_capacity_factor,
                 renormalize=config.experts_per_token > 1,
                 ctx=ctx,
-                init=init,
-                output_init=output_init,
+                init=Normal(config.init_std),
+                output_init=residual_output(config.init_std, num_layers=config.num_layers),
             )
 
     def forward(

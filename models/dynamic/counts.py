@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import math
 
+from models.common.decoder_counts import (
+    attention_matrices,
+    block_vectors,
+    forward_flops,
+    mlp_matrices,
+    outer_parameters,
+)
 from models.dynamic.config import DTFConfig, DynamicConfig, MoDConfig
 
 
@@ -13,18 +20,13 @@ def num_parameters(config: MoDConfig | DTFConfig) -> int:
     Every layer has all of its parameters: only FLOPs shrink.
     """
     h = config.hidden_size
-    biases = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
-    block = _block_matmul_parameters(config, config.num_experts) + 2 * h
-    block += biases * config.qkv_bias
-    tables = 1 if config.tie_embeddings else 2
+    block = _block_matmul_parameters(config, config.num_experts) + block_vectors(config)
     router = h if config.router_score == "linear" else 0
     if config.has_predictor:
         router += config.predictor_hidden * (h + 1)
     if isinstance(config, DTFConfig):
         router += _criteria_parameters(config) + _prior_parameters(config)
-    return (
-        tables * config.vocab_size * h + config.num_layers * block + h + config.num_routed * router
-    )
+    return outer_parameters(config) + config.num_layers * block + config.num_routed * router
 
 
 def forward_flops_per_token(config: MoDConfig | DTFConfig, seq_length: int) -> float:
@@ -40,9 +42,8 @@ def forward_flops_per_token(config: MoDConfig | DTFConfig, seq_length: int) -> f
     dense = config.num_layers - routed
     linear = _block_matmul_parameters(config, config.experts_per_token) * (dense + share * routed)
     linear += routed * _choosing_matmul_parameters(config)
-    linear += config.vocab_size * config.hidden_size
     keys = dense * (seq_length + 1) / 2 + routed * share * (k + 1) / 2
-    return 2.0 * linear + 4.0 * config.num_heads * config.head_size * keys
+    return forward_flops(config, matrices=linear, keys=keys)
 
 
 def capacity_of(config: DynamicConfig, seq_length: int) -> int:
@@ -53,11 +54,11 @@ def capacity_of(config: DynamicConfig, seq_length: int) -> int:
 
 def _block_matmul_parameters(config: DynamicConfig, num_experts: int | None) -> int:
     """Of a block with `num_experts` of its experts, if any, and what chooses among them."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    feed_forward = 3 * config.intermediate_size
+    feed_forward = mlp_matrices(config)
     if config.num_experts is not None:
-        feed_forward = (num_experts or 0) * feed_forward + config.num_experts
-    return config.hidden_size * (heads * config.head_size + feed_forward)
+        router = config.num_experts * config.hidden_size
+        feed_forward = (num_experts or 0) * feed_forward + router
+    return attention_matrices(config) + feed_forward
 
 
 def _choosing_matmul_parameters(config: MoDConfig | DTFConfig) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from models.base import TokenInputs
 from models.common.cache import KVCache
-from models.common.norms import RMSNorm
-from models.common.rope import RotaryTable, positions_in_segments
+from models.common.decoder import decoder_norm, decoder_output, decoder_table, embed_tokens
+from models.common.rope import RotaryTable
 from models.dynamic.block import Block, Places, SomeTokens
 from models.dynamic.cache import RaggedKVCache
 from models.dynamic.carry import (
@@ -27,10 +27,8 @@ from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.scores import LinearScore, Scored, next_keys, random_scores, through
 from models.dynamic.token_selection import Choice
 from parallel.context import ParallelContext
-from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.precision import fp32_or_wider
 from parallel.regions import own_sequence
-from parallel.sharding import Normal
 
 
 class DynamicEmbedding(nn.Module):
@@ -43,21 +41,10 @@ class DynamicEmbedding(nn.Module):
         self.segmented = segmented
         self.num_aux = len(MOD_AUX if isinstance(config, MoDConfig) else DTF_AUX)
         self.hands_on_keys = config.num_routed > 0 and config.router_score == "random"
-        self.tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, ctx=ctx, init=Normal(config.init_std)
-        )
+        self.tokens = decoder_table(config, ctx=ctx)
 
     def forward(self, inputs: TokenInputs) -> DynamicCarry:
-        if self.segmented != (inputs.segment_ids is not None):
-            raise ValueError(
-                f"a model with segmented={self.segmented} was given segment_ids="
-                f"{'None' if inputs.segment_ids is None else 'a tensor'}; "
-                "build the model as the data is"
-            )
-        hidden = self.tokens(inputs.tokens).transpose(0, 1)
-        positions = None
-        if inputs.segment_ids is not None:
-            positions = positions_in_segments(inputs.segment_ids)
+        hidden, positions = embed_tokens(self.tokens, inputs, segmented=self.segmented)
         return DynamicCarry(
             hidden,
             hidden.new_zeros(len(inputs.tokens), self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
@@ -152,10 +139,8 @@ class DynamicHead(nn.Module):
 
     def __init__(self, config: MoDConfig | DTFConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
-        self.output = VocabParallelHead(
-            config.vocab_size, config.hidden_size, ctx=ctx, init=Normal(config.init_std)
-        )
+        self.norm = decoder_norm(config, ctx=ctx)
+        self.output = decoder_output(config, ctx=ctx)
 
     def forward(self, carry: DynamicCarry) -> DynamicOutput:
         return DynamicOutput(self.output(self.norm(carry.hidden)), carry.aux)

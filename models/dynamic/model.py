@@ -7,8 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.base import LossOutput, ModelFamily, num_scored_in, scored_mean
-from models.common.rope import RotaryTable
+from models.base import (
+    Counts,
+    LossOutput,
+    ModelFamily,
+    num_scored_in,
+    scored_mean,
+    token_losses,
+)
+from models.common.decoder import decoder_carry_schema, decoder_rotary, decoder_specs
 from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.counts import forward_flops_per_token, num_parameters
@@ -17,20 +24,15 @@ from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoD
 from models.dynamic.pair import DTFPair
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import vocab_parallel_cross_entropy
-from parallel.regions import own_length
 
 
 def mod_layer_specs(config: MoDConfig, *, segmented: bool = False) -> list[LayerSpec]:
     """`embedding`, `layer_0` ... `layer_{L-1}`, `head`."""
-    rotary = _rotary(config)
-    layers = []
-    for i in range(config.num_layers):
-        kwargs = {"config": config, "rotary": rotary}
-        if config.is_routed_layer(i):
-            layers.append(LayerSpec(f"layer_{i}", MoDLayer, kwargs))
-        else:
-            layers.append(LayerSpec(f"layer_{i}", DenseLayer, kwargs))
+    kwargs = {"config": config, "rotary": decoder_rotary(config)}
+    layers = [
+        LayerSpec(f"layer_{i}", MoDLayer if config.is_routed_layer(i) else DenseLayer, kwargs)
+        for i in range(config.num_layers)
+    ]
     return _between_embedding_and_head(config, layers, segmented=segmented)
 
 
@@ -39,8 +41,7 @@ def dtf_layer_specs(config: DTFConfig, *, segmented: bool = False) -> list[Layer
 
     At capacity_gamma=1 it is the plain stack, `layer_0` ... `layer_{L-1}`.
     """
-    rotary = _rotary(config)
-    kwargs = {"config": config, "rotary": rotary}
+    kwargs = {"config": config, "rotary": decoder_rotary(config)}
     layers = [LayerSpec(f"pair_{i}", DTFPair, kwargs) for i in range(config.num_routed)]
     layers += [
         LayerSpec(f"layer_{i}", DenseLayer, kwargs)
@@ -62,21 +63,15 @@ def carry_schema(
     Raises:
         ValueError: sequence parallelism with a sequence that the tensor size does not divide.
     """
-    local_length = own_length(seq_length, ctx=ctx)
-    shape = (local_length, micro_batch_size, config.hidden_size)
-    tokens = (micro_batch_size, seq_length)
+    sizes = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
+    dense = decoder_carry_schema(config, ctx, **sizes, segmented=segmented)
     takes_keys = config.num_routed > 0 and config.router_score == "random"
     return DynamicCarry(
-        hidden=Field(shape, ctx.precision.dtype, gradient=True),
+        hidden=dense.hidden,
         aux=Field((micro_batch_size, len(_aux_names(config))), torch.float32, gradient=True),
-        positions=Field(tokens, torch.int32) if segmented else None,
-        keys=Field(tokens, torch.int64) if takes_keys else None,
+        positions=dense.positions,
+        keys=Field((micro_batch_size, seq_length), torch.int64) if takes_keys else None,
     )
-
-
-def token_losses(output: DynamicOutput, labels: Tensor, ctx: ParallelContext) -> Tensor:
-    """Cross entropy of every position, fp32 [s, b], 0 where the label is -100."""
-    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
 
 
 def loss(
@@ -119,25 +114,17 @@ def _aux_names(config: MoDConfig | DTFConfig) -> tuple[str, ...]:
     return DTF_AUX if isinstance(config, DTFConfig) else MOD_AUX
 
 
-def _rotary(config: MoDConfig | DTFConfig) -> RotaryTable:
-    return RotaryTable(
-        config.head_size,
-        config.max_position_embeddings,
-        theta=config.rope_theta,
-        scaling=config.rope_scaling,
-    )
-
-
 def _between_embedding_and_head(
     config: MoDConfig | DTFConfig, layers: list[LayerSpec], *, segmented: bool
 ) -> list[LayerSpec]:
-    tied = {"output.weight": "embedding.tokens.weight"} if config.tie_embeddings else {}
-    first = {"config": config, "segmented": segmented}
-    return [
-        LayerSpec("embedding", DynamicEmbedding, first, recompute=False),
-        *layers,
-        LayerSpec("head", DynamicHead, {"config": config}, tied=tied, recompute=False),
-    ]
+    return decoder_specs(
+        config,
+        layers,
+        segmented=segmented,
+        tied=config.tie_embeddings,
+        embedding=DynamicEmbedding,
+        head=DynamicHead,
+    )
 
 
 MOD = ModelFamily(
@@ -147,9 +134,7 @@ MOD = ModelFamily(
     carry_schema=carry_schema,
     loss=loss,
     loss_names=("lm_loss", *MOD_AUX),
-    token_losses=token_losses,
-    flops=forward_flops_per_token,
-    num_parameters=num_parameters,
+    counts=Counts(num_parameters, forward_flops_per_token),
     hf=MOD_HF,
     causal_in_training=False,
 )
@@ -161,9 +146,7 @@ DTF = ModelFamily(
     carry_schema=carry_schema,
     loss=loss,
     loss_names=("lm_loss", *DTF_AUX),
-    token_losses=token_losses,
-    flops=forward_flops_per_token,
-    num_parameters=num_parameters,
+    counts=Counts(num_parameters, forward_flops_per_token),
     hf=DTF_HF,
     causal_in_training=False,
 )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.common.norms import RMSNorm
+from models.common.decoder import decoder_norm
 from models.common.rope import RotaryTable
 from models.dynamic.block import Block, Places, SomeTokens
 from models.dynamic.cache import PairCache
@@ -49,7 +49,7 @@ class DTFDecisionLayer(nn.Module):
         self.block = Block(config, rotary=rotary, ctx=ctx)
         self.prior_norm, self.prior = None, None
         if config.has_prior:
-            self.prior_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ctx=ctx)
+            self.prior_norm = decoder_norm(config, ctx=ctx)
             self.prior = PriorFFN(config, ctx=ctx)
 
     def forward(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from parallel.carry import SequentialModel
 
 _COUNTED = ("position_ids", "cache_position")
 # `generate` of transformers hands tokenizers on to the model although it alone uses them.
@@ -98,3 +100,55 @@ def recording(readers: Sequence[StateReader]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class FixedEmbeddings:
+    """Token table and output projection of a model whose vocabulary is a setting of its layers.
+
+    They are the layers' `embedding.tokens` and `head.output`.
+    """
+
+    model: SequentialModel
+    config: Any
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "model.head.output.weight": "model.embedding.tokens.weight"
+    }
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_submodule("embedding.tokens")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_submodule("head.output")
+
+    def set_input_embeddings(self, value: nn.Module) -> NoReturn:
+        """Refused: the embedding belongs to the layers.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the embeddings of this model cannot be replaced; change the values of "
+            "get_input_embeddings().weight in place"
+        )
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> NoReturn:
+        """Refused, as in `set_input_embeddings`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the head of this model cannot be replaced; change the values of "
+            "get_output_embeddings().weight in place"
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the vocabulary is a setting of the layers.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the vocabulary of this model is fixed at vocab_size={self.config.vocab_size}; use a "
+            "tokenizer of at most that size"
+        )

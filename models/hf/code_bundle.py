@@ -2,7 +2,7 @@
 
 A model that transformers does not have travels with its code: its directory holds Python files that
 `from_pretrained(directory, trust_remote_code=True)` imports. They are no second implementation:
-`bundle` follows the imports of an entry module within the project and writes the source of all that
+`bundle` follows the imports of a module within the project and writes the source of all that
 it needs, comments included, into one file.
 """
 
@@ -32,47 +32,50 @@ _ROOT = Path(__file__).parents[2]
 Modules = dict[str, Module]
 
 
-def code_of(model_type: str, config_module: str) -> dict[str, str]:
-    """The files of a family's models -> the modules that they are generated from: the one with the
-    configuration, `models.<package>.hf.config...`, and beside it `modeling...`."""
+class CodeFile(NamedTuple):
+    """What a file is generated from: a module of the project, or a `text` that stands for one."""
+
+    module: str
+    text: str | None = None
+
+
+def code_of(model_type: str, config_module: str) -> dict[str, CodeFile]:
+    """The files of a family that has modules for them: `models.<package>.hf.config...` with the
+    configuration, and beside it `modeling...`."""
+    modeling = config_module.replace(".hf.config", ".hf.modeling")
     return {
-        f"configuration_{model_type}.py": config_module,
-        f"modeling_{model_type}.py": config_module.replace(".hf.config", ".hf.modeling"),
+        f"configuration_{model_type}.py": CodeFile(config_module),
+        f"modeling_{model_type}.py": CodeFile(modeling),
     }
 
 
-def write_code(model_type: str, config_module: str, directory: Path) -> None:
-    """Write the files of `code_of` into a directory."""
-    for name, text in bundle(code_of(model_type, config_module)).items():
-        (directory / name).write_text(text, encoding="utf-8")
-
-
-def bundle(entries: Mapping[str, str], *, root: Path = _ROOT) -> dict[str, str]:
+def bundle(files: Mapping[str, CodeFile], *, root: Path = _ROOT) -> dict[str, str]:
     """The text of each file, by its name.
 
-    `entries`: file name -> entry module, all of whose definitions it gets. What a file has, those
-    after it import from there. Definitions that no entry needs are left out.
+    A file gets all definitions of its module. What a file has, those after it import from there.
+    Definitions that no file needs are left out.
 
     Raises:
         ValueError: the modules cannot share one namespace, or need what they may not import.
     """
     modules: Modules = {}
     owners: dict[str, str] = {}  # module -> file
-    for file, entry in entries.items():
-        _collect(entry, modules, root)
+    texts = {entry.module: entry.text for entry in files.values() if entry.text is not None}
+    for file, entry in files.items():
+        _collect(entry.module, modules, root, texts)
         owners |= {name: file for name in modules if name not in owners}
-    needed = _reachable(entries.values(), modules)
-    return {file: _render(file, entry, modules, owners, needed) for file, entry in entries.items()}
+    needed = _reachable((entry.module for entry in files.values()), modules)
+    return {file: _render(file, entry, modules, owners, needed) for file, entry in files.items()}
 
 
-def _collect(name: str, modules: Modules, root: Path) -> None:
+def _collect(name: str, modules: Modules, root: Path, texts: Mapping[str, str]) -> None:
     """Read a module, after those that it imports."""
     if name in modules:
         return
-    module = read_module(name, root)
+    module = read_module(name, root, text=texts.get(name))
     for origin in module.scope.values():
         if origin.is_project and origin.module != name:
-            _collect(origin.module, modules, root)
+            _collect(origin.module, modules, root, texts)
     modules[name] = module
 
 
@@ -139,7 +142,7 @@ def _resolved(origin: Origin, modules: Modules) -> Origin:
 
 
 def _render(
-    file: str, entry: str, modules: Modules, owners: Mapping[str, str], needed: set[Origin]
+    file: str, entry: CodeFile, modules: Modules, owners: Mapping[str, str], needed: set[Origin]
 ) -> str:
     own = [m for m in modules.values() if owners[m.name] == file and m.kept(needed)]
     used: dict[str, Origin] = {}
@@ -149,16 +152,18 @@ def _render(
         for statement in kept:
             own_names = {name: Origin(module.name, name) for name in statement.names}
             _bind(used, own_names | _references(statement, module, modules), file)
-        section = _section(module, kept, titled=module.name != entry)
+        section = _section(module, kept, titled=module.name != entry.module)
         if Origin(module.name) in needed:
             _bind(used, {"SimpleNamespace": Origin("types", "SimpleNamespace")}, file)
             section += _namespace(module.name, modules, needed)
         sections.append(section)
+    package = entry.module.rpartition(".")[0]
+    source = entry.module if entry.text is None else f"the declaration of {package}"
     head = "\n".join(
         (
             "# SPDX-License-Identifier: Apache-2.0",
-            f"# Generated by {PROJECT} {_version()} from {entry} and what it imports.",
-            f'"""{modules[entry].docstring}"""',
+            f"# Generated by {PROJECT} {_version()} from {source} and what it imports.",
+            f'"""{modules[entry.module].docstring}"""',
         )
     )
     imports = _import_groups(used, owners, file)

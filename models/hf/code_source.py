@@ -68,28 +68,30 @@ class Module:
         return kept
 
 
-def read_module(name: str, root: Path) -> Module:
-    """The module `name` below `root`, without running it.
+def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
+    """The module `name` below `root`, or of this text, without running it.
 
     Raises:
         ValueError: there is none, or it imports from the project in a way that is not followed.
     """
-    path = _path(name, root)
-    if path is None:
-        raise ValueError(f"there is no module {name} below {root}")
-    source = _without_inner_imports(path.read_text(encoding="utf-8"))
+    if text is None:
+        path = _path(name, root)
+        if path is None:
+            raise ValueError(f"there is no module {name} below {root}")
+        text = path.read_text(encoding="utf-8")
+    source = _without_inner_imports(text)
     tree, lines = ast.parse(source), source.splitlines()
     module = Module(name, ast.get_docstring(tree) or "")
     end = 0
     for node in tree.body:
-        text = "\n".join(lines[end : node.end_lineno])
+        part = "\n".join(lines[end : node.end_lineno])
         end = node.end_lineno or end
         if isinstance(node, ast.Import | ast.ImportFrom):
             module.scope |= _imported(node, name, root)
         elif not _is_idle(node):
             names = _names(node)
             module.statements.append(
-                Statement(names, node, text.lstrip("\n"), text.startswith("\n"))
+                Statement(names, node, part.lstrip("\n"), part.startswith("\n"))
             )
             module.scope |= {defined: Origin(name, defined) for defined in names}
     return module

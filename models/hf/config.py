@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ValidationError
@@ -27,12 +28,23 @@ _FOREIGN_KEYS = {
 }
 
 
+# What transformers asks every causal model for -> what families call it.
+_STANDARD_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+
+
 class FamilyPreTrainedConfig(PreTrainedConfig):
     """Every setting of `settings_class` as an attribute, under its own name unless a subclass
     defines `attributes` and `values`.
 
     Subclasses say `model_type` (the family's name), `settings_class`, `model_class` (the name of
-    the model that a directory is loaded as) and `attribute_map` (other names -> the attributes).
+    the model that a directory is loaded as) and `attribute_map` (other names -> the attributes);
+    `of` derives one.
 
     Raises:
         ValueError: a key that neither the family nor transformers knows, or a wrong value.
@@ -49,6 +61,37 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
         values = self.values({name: given[name] for name in names if name in given})
         rest["auto_map"] = self._auto_map()
         super().__post_init__(**self.attributes(self._validated(values)), **rest)
+
+    @classmethod
+    def of(
+        cls, settings_class: type[BaseModel], aliases: Mapping[str, str] = MappingProxyType({})
+    ) -> type[Self]:
+        """The configuration of a family: `FooHFConfig` for its `FooConfig`.
+
+        `aliases`: names that transformers asks for -> what the family calls them.
+
+        Raises:
+            ValueError: the family has no setting for a name that transformers asks for.
+        """
+        prefix = settings_class.__name__.removesuffix("Config")
+        settings = settings_class.model_fields
+        own = {theirs: ours for theirs, ours in _STANDARD_NAMES.items() if ours in settings}
+        names = {**(cls.attribute_map or own), **aliases}
+        for name in _REQUIRED:
+            if not {name, names.get(name)} & {*settings, *names.values()}:
+                raise ValueError(
+                    f"{settings_class.__name__} has no setting {name}, which transformers asks "
+                    f"for; name the one that it is, as in aliases={{{name!r}: ...}}"
+                )
+        members = {
+            "__module__": __name__,
+            "__doc__": f"The settings of `{settings_class.__name__}` as attributes.",
+            "model_type": settings["family"].default,
+            "model_class": f"{prefix}ForCausalLM",
+            "settings_class": settings_class,
+            "attribute_map": names,
+        }
+        return type(f"{prefix}HFConfig", (cls,), members)
 
     @classmethod
     def from_settings(cls, settings: BaseModel) -> Self:
@@ -84,9 +127,9 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
         # A class that was itself loaded from such a directory is copied by transformers.
         if type(self).__module__.split(".")[0] == "models":
-            from models.hf.code_bundle import write_code
+            from models.hf.custom_code import write_code
 
-            write_code(self.model_type, type(self).__module__, Path(save_directory))
+            write_code(self.model_type, Path(save_directory))
 
     def _auto_map(self) -> dict[str, str]:
         return {

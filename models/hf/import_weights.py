@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.base import HFMapping, ModelFamily
 from models.checkpoint import check_names, check_shape, parameter_table
-from models.registry import family_names, get_family
+from models.registry import model_type_owners
 from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -61,18 +61,14 @@ def read_foreign_config(directory: Path) -> ForeignModel:
     path = directory / "config.json"
     contents = read_contents(path)
     model_type = contents["model_type"]
-    mappings = {
-        model_type: (family, family.hf)
-        for family in map(get_family, family_names())
-        if family.hf is not None
-        for model_type in family.hf.model_types
-    }
-    if model_type not in mappings:
+    owners = model_type_owners()
+    if model_type not in owners:
         raise ValueError(
             f"{path}: model_type={model_type!r} cannot be imported; "
-            f"known are {', '.join(sorted(mappings))}"
+            f"known are {', '.join(sorted(owners))}"
         )
-    family, hf = mappings[model_type]
+    family = owners[model_type]
+    hf = family.require_hf()
     return ForeignModel(directory, family, hf, converted(hf.from_config, contents, path=path))
 
 

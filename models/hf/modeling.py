@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from models.base import logits_of, num_scored_in, scored_mean
-from models.hf.arguments import StateReader, check_arguments, recording, wanted_states
+from models.base import TokenInputs, logits_of, num_scored_in, scored_mean
+from models.hf.arguments import (
+    FixedEmbeddings,
+    StateReader,
+    check_arguments,
+    recording,
+    wanted_states,
+)
 from models.hf.cache import FamilyCache, row_bounds
 from models.hf.config import FamilyPreTrainedConfig
 from parallel.carry import LayerSpec, SequentialModel
@@ -34,11 +41,12 @@ class Computed(NamedTuple):
     states: tuple[Tensor, ...] = ()
 
 
-class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
+class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
     """The layers of a family, `model`, behind the interface of transformers.
 
-    Subclasses say which layers and what the first one takes, and define `forward`, whose signature
-    transformers reads, by means of `run`.
+    A subclass says its `config_class` and `layer_specs`; `of` derives one. A family whose first
+    layer takes more than tokens also defines `inputs` and, by means of `run`, a `forward` of its
+    own, whose signature transformers reads.
     """
 
     config: FamilyPreTrainedConfig
@@ -52,15 +60,36 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         super().__init__(config)
         # from_pretrained builds the model on the meta device and in the dtype of its weights.
         ctx = ParallelContext.single(device=torch.get_default_device())
-        specs = self.layer_specs(config.settings())
+        specs = self.layer_specs(self.settings())
         self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
+        # Blocks stay whole when accelerate spreads a model over devices.
+        self._no_split_modules = sorted({s.module.__name__ for s in specs if s.recompute})
         self.post_init()
+
+    @classmethod
+    def of(
+        cls,
+        config_class: type[FamilyPreTrainedConfig],
+        layer_specs: Callable[[Any], list[LayerSpec]],
+    ) -> type[Self]:
+        """The model of a family that takes tokens alone, from its layers."""
+        members = {
+            "__module__": __name__,
+            "__doc__": f"The layers of the {config_class.model_type} family.",
+            "config_class": config_class,
+            "layer_specs": lambda self, settings: layer_specs(settings),
+        }
+        return type(config_class.model_class, (cls,), members)
 
     @abstractmethod
     def layer_specs(self, settings: Any) -> list[LayerSpec]:
         """The family's layers."""
 
-    @abstractmethod
+    def settings(self) -> Any:
+        """The configuration as the class that the layers know: transformers imports the files of a
+        directory once for its configuration and again for its model."""
+        return self.config_class.settings_class(**self.config.settings().model_dump())
+
     def inputs(
         self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
     ) -> Any:
@@ -69,6 +98,7 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         `lengths`: int64 [b], tokens of each row, in training where rows end in padding; for layers
         that look at a row as a whole.
         """
+        return TokenInputs(tokens, lengths=lengths)
 
     def auxiliary_loss(self, output: Any) -> Tensor | None:
         """What training minimises beside the cross entropy, of every row by itself, [b], in what
@@ -81,6 +111,31 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         `generate` makes its own; make one here to continue it in later calls.
         """
         return FamilyCache(max_length)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [b, s, V] of `input_ids` [b, s]; see `run`."""
+        return self.run(
+            input_ids,
+            {},
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            num_items_in_batch=num_items_in_batch,
+            others=others,
+        )
 
     def run(
         self,
@@ -321,39 +376,6 @@ class FamilyForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                 raise ValueError(
                     f"the weights lack {path}.{name}: they are not of this configuration"
                 )
-
-    def set_input_embeddings(self, value: nn.Module) -> NoReturn:
-        """Refused: the embedding belongs to the layers.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "the embeddings of this model cannot be replaced; change the values of "
-            "get_input_embeddings().weight in place"
-        )
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> NoReturn:
-        """Refused, as in `set_input_embeddings`.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "the head of this model cannot be replaced; change the values of "
-            "get_output_embeddings().weight in place"
-        )
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the vocabulary is a setting of the layers.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"the vocabulary of this model is fixed at vocab_size={self.config.vocab_size}; use a "
-            "tokenizer of at most that size"
-        )
 
 
 def _tensors_of(computed: Computed) -> list[Tensor]:

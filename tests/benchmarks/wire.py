@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.common.decoder import DecoderCarry
 from models.llama.config import LlamaConfig
-from models.llama.layers import LlamaCarry
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import Field, SequentialModel
 from parallel.context import ParallelContext
@@ -55,8 +55,8 @@ def _rows(hidden_size: int, ctx: ParallelContext) -> Iterator[tuple[str, ...]]:
     stream = Field(hidden, ctx.precision.dtype, gradient=True)
     state = Field((*hidden[:2], hidden_size // 8), torch.float32, gradient=True)
     schemas = {
-        "hidden alone": LlamaCarry(stream),
-        "hidden and positions": LlamaCarry(stream, Field(tokens, torch.int32)),
+        "hidden alone": DecoderCarry(stream),
+        "hidden and positions": DecoderCarry(stream, Field(tokens, torch.int32)),
         "mixed dtypes": MixedCarry(
             stream, state, Field(tokens, torch.int64), Field(tokens, torch.bool),
             Field((2,), torch.float32, gradient=True),
@@ -128,4 +128,4 @@ def _block(hidden_size: int, ctx: ParallelContext) -> Callable[[], None]:
     shape = (SEQ_LENGTH, BATCH_SIZE, hidden_size)
     hidden = _filled(Field(shape, ctx.precision.dtype, gradient=True))
     gradient = torch.ones(shape, dtype=ctx.precision.dtype)
-    return lambda: model(LlamaCarry(hidden)).hidden.backward(gradient)
+    return lambda: model(DecoderCarry(hidden)).hidden.backward(gradient)

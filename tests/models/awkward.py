@@ -13,10 +13,17 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from models.base import LossOutput, ModelFamily, TokenInputs, num_scored_in, scored_mean
+from models.base import (
+    Counts,
+    LossOutput,
+    ModelFamily,
+    TokenInputs,
+    num_scored_in,
+    scored_mean,
+    token_losses,
+)
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -162,10 +169,6 @@ def carry_schema(
     )
 
 
-def token_losses(output: Output, labels: Tensor, ctx: ParallelContext) -> Tensor:
-    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
-
-
 def loss(
     output: Output,
     labels: Tensor,
@@ -202,10 +205,7 @@ FAMILY = ModelFamily(
     carry_schema=carry_schema,
     loss=loss,
     loss_names=("lm_loss", "aux_loss"),
-    token_losses=token_losses,
-    flops=flops,
-    num_parameters=num_parameters,
-    hf=None,
+    counts=Counts(num_parameters, flops),
 )
 
 

@@ -7,12 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from models.base import ModelFamily, TokenInputs
-from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
-from models.daria_former.model import FAMILY as DARIA_FORMER
-from models.dynamic.config import DTFConfig, MoDConfig
-from models.dynamic.model import DTF, MOD
-from models.llama.config import LlamaConfig
-from models.llama.model import FAMILY as LLAMA
+from models.daria_former.config import LORA_TARGETS
+from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
 from parallel.layer_state import update_layer_states
 from tests.models import awkward
@@ -23,6 +19,11 @@ from tests.models.mixture.model import FAMILY as MIXTURE
 class Case(NamedTuple):
     family: ModelFamily
     config: Any
+
+
+def case(family: str, **settings: Any) -> Case:
+    """A registered family with these settings."""
+    return Case(get_family(family), get_config_class(family)(**settings))
 
 
 # Vocabularies that a tensor size of 2 does not divide, so that padding is always exercised.
@@ -67,70 +68,62 @@ _DARIA_FORMER = {
 _DYNAMIC = _LLAMA | {"capacity_gamma": 0.5, "router_init_std": 0.3}
 
 CASES = {
-    "daria_former": Case(DARIA_FORMER, DariaFormerConfig(**_DARIA_FORMER)),
-    "daria_former_variant": Case(
-        DARIA_FORMER,
-        DariaFormerConfig(
-            **_DARIA_FORMER
-            | {
-                "paths": ("local", "memory"),
-                "esv_mode": "gru",
-                "norm_type": "layer",
-                "ffn_activation": "gelu",
-                "gate_type": "sigmoid",
-                "weight_tying": False,
-                "persistent_memory_slots": 0,
-                "qk_norm": False,
-                "rhythm_rank": 0,
-            }
-        ),
+    "daria_former": case("daria_former", **_DARIA_FORMER),
+    "daria_former_variant": case(
+        "daria_former",
+        **_DARIA_FORMER
+        | {
+            "paths": ("local", "memory"),
+            "esv_mode": "gru",
+            "norm_type": "layer",
+            "ffn_activation": "gelu",
+            "gate_type": "sigmoid",
+            "weight_tying": False,
+            "persistent_memory_slots": 0,
+            "qk_norm": False,
+            "rhythm_rank": 0,
+        },
     ),
-    "daria_former_lora": Case(
-        DARIA_FORMER,
-        DariaFormerConfig(
-            **_DARIA_FORMER,
-            lora_rank=3,
-            lora_alpha=2.0,
-            lora_dropout=0.2,
-            lora_targets=LORA_TARGETS,
-        ),
+    "daria_former_lora": case(
+        "daria_former",
+        **_DARIA_FORMER,
+        lora_rank=3,
+        lora_alpha=2.0,
+        lora_dropout=0.2,
+        lora_targets=LORA_TARGETS,
     ),
-    "llama": Case(LLAMA, LlamaConfig(**_LLAMA)),
-    "llama_qwen2_shape": Case(
-        LLAMA, LlamaConfig(**_LLAMA, qkv_bias=True, tie_embeddings=True, rope_theta=1e6)
+    "llama": case("llama", **_LLAMA),
+    "llama_qwen2_shape": case(
+        "llama", **_LLAMA, qkv_bias=True, tie_embeddings=True, rope_theta=1e6
     ),
-    "mod": Case(MOD, MoDConfig(**_DYNAMIC)),
-    "mod_variant": Case(
-        MOD,
-        MoDConfig(
-            **_DYNAMIC | {"capacity_gamma": 0.25},
-            gate_fn="raw",
-            router_input="raw",
-            capacity_multiple=3,
-            mod_offset=0,
-            force_first=True,
-            tie_embeddings=True,
-            qkv_bias=False,
-        ),
+    "mod": case("mod", **_DYNAMIC),
+    "mod_variant": case(
+        "mod",
+        **_DYNAMIC | {"capacity_gamma": 0.25},
+        gate_fn="raw",
+        router_input="raw",
+        capacity_multiple=3,
+        mod_offset=0,
+        force_first=True,
+        tie_embeddings=True,
+        qkv_bias=False,
     ),
-    "mod_experts": Case(
-        MOD, MoDConfig(**_DYNAMIC | {"intermediate_size": 32}, num_experts=4, experts_per_token=2)
+    "mod_experts": case(
+        "mod", **_DYNAMIC | {"intermediate_size": 32}, num_experts=4, experts_per_token=2
     ),
-    "dtf": Case(DTF, DTFConfig(**_DYNAMIC)),
-    "dtf_variant": Case(
-        DTF,
-        DTFConfig(
-            **_DYNAMIC | {"num_layers": 5, "capacity_gamma": 0.25},
-            gate_fn="st",
-            surprise="kl",
-            surprise_norm="none",
-            prior_type="swiglu",
-            router_detach=False,
-            prior_detach_input=False,
-            ma_skip_first=False,
-            force_first=False,
-            tie_embeddings=True,
-        ),
+    "dtf": case("dtf", **_DYNAMIC),
+    "dtf_variant": case(
+        "dtf",
+        **_DYNAMIC | {"num_layers": 5, "capacity_gamma": 0.25},
+        gate_fn="st",
+        surprise="kl",
+        surprise_norm="none",
+        prior_type="swiglu",
+        router_detach=False,
+        prior_detach_input=False,
+        ma_skip_first=False,
+        force_first=False,
+        tie_embeddings=True,
     ),
     "awkward": Case(awkward.FAMILY, awkward.AwkwardConfig(num_layers=4)),
     "mixture": Case(MIXTURE, MixtureConfig()),

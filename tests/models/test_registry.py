@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from models import convert, registry
 from models.base import ModelFamily
-from models.registry import family_names, get_config_class, get_family
+from models.registry import family_names, get_config_class, get_family, model_type_owners
+from tests.models.checkpoints import config, write_checkpoint
 
 
 @pytest.mark.parametrize("name", family_names())
@@ -24,6 +30,42 @@ def test_an_unknown_family_is_refused_with_the_nearest_name():
         ValueError, match=r"model\.family='gpt' is not .*; choose one of daria_former"
     ):
         get_config_class("gpt")
+
+
+def test_every_model_type_has_one_owner():
+    owners = {model_type: family.name for model_type, family in model_type_owners().items()}
+    assert owners.items() >= {"qwen2": "llama", "mistral": "llama", "mod": "mod"}.items()
+
+
+def test_a_second_family_that_claims_a_model_type_is_refused(monkeypatch, tmp_path):
+    """A copy of the names of llama would take over its directories, or be read as llama."""
+    write_checkpoint(tmp_path / "step_1", config(), tokenizer=None)
+    convert.to_hf(tmp_path / "step_1", tmp_path / "exported")
+    copied = SimpleNamespace(FAMILY=replace(get_family("llama"), name="copied"))
+    monkeypatch.setitem(sys.modules, "copied.model", copied)
+    monkeypatch.setitem(registry._FAMILIES, "copied", registry._Entry("copied", "LlamaConfig"))
+    message = (
+        r"^model_type='llama' is claimed by the families llama and copied, .*; leave it to one of "
+        r"them: .* declares hf=custom_code\(\.\.\.\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert.from_hf(tmp_path / "exported", tmp_path / "imported")
+    with pytest.raises(ValueError, match=message):
+        convert.to_hf(tmp_path / "step_1", tmp_path / "again")
+    assert not (tmp_path / "imported").exists()
+    assert not (tmp_path / "again").exists()
+
+
+def test_no_family_is_named_in_parallel():
+    folder = Path(__file__).parents[2] / "parallel"
+    names = re.compile(rf"\b({'|'.join(family_names())}|capacity_gamma)\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(folder)}: {line.strip()}"
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.md")))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if names.search(line)
+    ]
+    assert not found
 
 
 @pytest.mark.parametrize(

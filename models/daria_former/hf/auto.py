@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from models.daria_former.hf.config import DariaFormerHFConfig
 from models.daria_former.hf.modeling import DariaFormerForCausalLM
+from models.hf.auto import register
 
 __all__ = ["DariaFormerForCausalLM", "DariaFormerHFConfig"]
 
-AutoConfig.register(DariaFormerHFConfig.model_type, DariaFormerHFConfig)
-AutoModelForCausalLM.register(DariaFormerHFConfig, DariaFormerForCausalLM)
+register(DariaFormerForCausalLM)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from models.hf.custom_code import own_mapping
+from models.hf.custom_code import own_code
 
-HF = own_mapping("daria_former", "models.daria_former.hf.config", "DariaFormerHFConfig")
+HF = own_code("daria_former", "models.daria_former.hf.config", "DariaFormerHFConfig")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -26,10 +26,6 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
 
     config: DariaFormerHFConfig
     config_class = DariaFormerHFConfig
-    _no_split_modules: ClassVar[list[str]] = ["DACBlock"]
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "model.head.output.weight": "model.embedding.tokens.weight"
-    }
 
     def layer_specs(self, settings: DariaFormerConfig) -> list[LayerSpec]:
         return layer_specs(settings)
@@ -38,12 +34,6 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
         self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
     ) -> DariaInputs:
         return DariaInputs(tokens, **given)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_submodule("embedding.tokens")
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.get_submodule("head.output")
 
     @can_return_tuple
     def forward(

@@ -1,37 +1,20 @@
-"""What the configurations of both families have in common in transformers: Qwen2's names."""
+"""What the configurations of both families have in common in transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
-
-from pydantic import BaseModel
+from typing import Any, Self
 
 from models.dynamic.config import DynamicConfig
 from models.dynamic.hf.names import BASE_DEFAULTS
-from models.hf.config import FamilyPreTrainedConfig
-from models.hf.llama_names import (
-    FIXED_SETTINGS,
-    SETTING_NAMES,
-    check_sizes,
-    decoder_settings,
-    rope_parameters,
-    rope_scaling,
-)
-
-_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+from models.hf.decoder_config import DecoderPreTrainedConfig
+from models.hf.llama_names import check_sizes, decoder_settings
 
 
-class DynamicHFConfig(FamilyPreTrainedConfig):
-    """Sizes under the names of Qwen2, how tokens are routed under the project's own.
-
-    The project's names of the sizes are known too.
-    """
+class DynamicHFConfig(DecoderPreTrainedConfig):
+    """Sizes under the names of Qwen2, how tokens are routed under the project's own."""
 
     settings_class = DynamicConfig
-    attribute_map: ClassVar[dict[str, str]] = {
-        ours: theirs for ours, theirs in SETTING_NAMES.items() if ours != theirs
-    }
 
     @classmethod
     def from_base(cls, contents: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
@@ -67,49 +50,3 @@ class DynamicHFConfig(FamilyPreTrainedConfig):
                 "the weights of a qwen2 model; give one, or build the model from its configuration"
             )
         return decoder_settings(contents, family=cls.model_type)
-
-    @classmethod
-    def attribute_names(cls) -> list[str]:
-        names = [SETTING_NAMES.get(n, n) for n in super().attribute_names() if n not in _ROPE]
-        return [*names, *_ROPE[:2], *FIXED_SETTINGS]
-
-    @classmethod
-    def attributes(cls, settings: BaseModel) -> dict[str, Any]:
-        own = settings.model_dump(exclude={"family", *_ROPE})
-        attributes = {SETTING_NAMES.get(name, name): value for name, value in own.items()}
-        if attributes["head_dim"] is None:
-            del attributes["head_dim"]  # Qwen2 has none then
-        assert isinstance(settings, DynamicConfig)
-        return attributes | {"rope_parameters": rope_parameters(settings)}
-
-    @classmethod
-    def values(cls, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings from attributes; `rope_parameters` may be given as `rope_theta` alone.
-
-        Raises:
-            ValueError: a setting of Qwen2 that the family does not have.
-        """
-        given = dict(attributes)
-        for name, required in FIXED_SETTINGS.items():
-            if given.pop(name, required) != required:
-                raise ValueError(
-                    f"{name}={attributes[name]!r}: the {cls.model_type} family only has "
-                    f"{required!r}; leave it out"
-                )
-        rope = given.pop("rope_parameters", None)
-        if rope is not None:
-            if given.setdefault("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
-                raise ValueError(
-                    f"rope_theta={given['rope_theta']} is not that of rope_parameters={dict(rope)};"
-                    " change rope_parameters"
-                )
-            given["rope_scaling"] = rope_scaling(rope, family=cls.model_type)
-        ours = {theirs: ours for ours, theirs in SETTING_NAMES.items()}
-        return {ours.get(name, name): value for name, value in given.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of config.json; `rope_theta` also where older readers look for it."""
-        contents = super().to_dict()
-        if "rope_parameters" in contents:  # not while transformers asks for defaults
-            contents["rope_theta"] = contents["rope_parameters"]["rope_theta"]
-        return contents

@@ -9,7 +9,7 @@ from models.base import BaseModelMapping
 from models.checkpoint import parameter_table
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.hf.names import BASE_DEFAULTS, file_name, is_added, is_plain
-from models.hf.custom_code import own_mapping
+from models.hf.custom_code import own_code
 from models.hf.llama_names import check_sizes, decoder_contents, decoder_settings
 from models.registry import get_family
 
@@ -57,14 +57,14 @@ def plain_config(config: MoDConfig | DTFConfig) -> dict[str, Any]:
     return decoder_contents(config, model_type="qwen2", architecture="Qwen2ForCausalLM")
 
 
-MOD_HF = own_mapping(
+MOD_HF = own_code(
     "mod",
     "models.dynamic.hf.config_mod",
     "MoDHFConfig",
     name=file_name,
     base=_from_base(MoDConfig, "mod"),
 )
-DTF_HF = own_mapping(
+DTF_HF = own_code(
     "dtf",
     "models.dynamic.hf.config_dtf",
     "DTFHFConfig",

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
 
-from models.base import TokenInputs
 from models.dynamic.carry import DynamicOutput
 from models.dynamic.hf.config import DynamicHFConfig
 from models.dynamic.hf.names import file_name, is_added, is_plain
@@ -50,9 +48,6 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
     config: DynamicHFConfig
     # What the entries of `aux` are that the head returns beside logits; empty where it has none.
     aux_names: ClassVar[tuple[str, ...]] = ()
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "model.head.output.weight": "model.embedding.tokens.weight"
-    }
     # A threshold is an average over many steps, which stands still in bf16.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["tau", "offset"]
 
@@ -68,17 +63,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         """The layers: `embedding`, those of the family, `head`."""
 
     def layer_specs(self, settings: Any) -> list[LayerSpec]:
-        return self.setup_dynamic_layers(self._own(settings))
-
-    def _own(self, settings: Any) -> Any:
-        """Settings as the class that the layers know: transformers imports the files of a directory
-        once for its configuration and again for its model."""
-        return self.config_class.settings_class(**settings.model_dump())
-
-    def inputs(
-        self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
-    ) -> TokenInputs:
-        return TokenInputs(tokens, lengths=lengths)
+        return self.setup_dynamic_layers(settings)
 
     def readers_of(self, layer: nn.Module) -> list[StateReader]:
         """A pair is two layers; what is between them is no one's output."""
@@ -87,12 +72,6 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
             return after
         between = StateReader(layer.decision, lambda arguments, output: arguments[0] + output.delta)
         return [between, *after]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_submodule("embedding.tokens")
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.get_submodule("head.output")
 
     @classmethod
     def from_pretrained(
@@ -190,7 +169,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         if not self.aux_names:
             return None
         entries = dict(zip(self.aux_names, output.aux.unbind(dim=-1), strict=True))
-        weights = self.loss_weights(self._own(self.config.settings()))
+        weights = self.loss_weights(self.settings())
         return torch.stack([weight * entries[name] for name, weight in weights.items()]).sum(dim=0)
 
     def loss_weights(self, settings: Any) -> Mapping[str, float]:
@@ -219,19 +198,15 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         with torch.device("meta"):
             return list(cls(config).state_dict())
 
-    @can_return_tuple
-    def forward(
+    def run(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        **others: Any,
+        tokens: Any,
+        given: Mapping[str, Tensor | None],
+        *,
+        attention_mask: Tensor | None,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [b, s, V] of `input_ids` [b, s]; see `FamilyForCausalLM.run`.
+        """See `FamilyForCausalLM.run`.
 
         Raises:
             ValueError: padding where the rule looks at later tokens, which would not ignore it.
@@ -242,17 +217,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
                 "causal_router=topk chooses among all columns of a row, padding too; pass rows of "
                 "one length without padding, or use threshold, predictor or aux"
             )
-        return self.run(
-            input_ids,
-            {},
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            num_items_in_batch=num_items_in_batch,
-            others=others,
-        )
+        return super().run(tokens, given, attention_mask=attention_mask, **options)
 
 
 class ThresholdUpdates(TrainerCallback):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from models.dynamic.carry import DTF_AUX
 from models.dynamic.config import DTFConfig
 from models.dynamic.hf.config_dtf import DTFHFConfig
@@ -17,7 +15,6 @@ class DTFForCausalLM(BaseDynamicCausalLM):
 
     config_class = DTFHFConfig
     aux_names = DTF_AUX
-    _no_split_modules: ClassVar[list[str]] = ["DTFPair", "DenseLayer"]
 
     def setup_dynamic_layers(self, settings: DTFConfig) -> list[LayerSpec]:
         return dtf_layer_specs(settings)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from models.dynamic.carry import MOD_AUX
 from models.dynamic.config import MoDConfig
 from models.dynamic.hf.config_mod import MoDHFConfig
@@ -17,7 +15,6 @@ class MoDForCausalLM(BaseDynamicCausalLM):
 
     config_class = MoDHFConfig
     aux_names = MOD_AUX
-    _no_split_modules: ClassVar[list[str]] = ["DenseLayer", "MoDLayer"]
 
     def setup_dynamic_layers(self, settings: MoDConfig) -> list[LayerSpec]:
         return mod_layer_specs(settings)

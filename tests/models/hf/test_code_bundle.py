@@ -7,7 +7,8 @@ import textwrap
 
 import pytest
 
-from models.hf.code_bundle import bundle, code_of
+from models.hf.code_bundle import CodeFile, bundle
+from models.registry import get_family
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def files(tmp_path):
         for i, source in enumerate(sources):
             text = textwrap.dedent(source).lstrip()
             (tmp_path / "models" / f"m{i}.py").write_text(text)
-        return bundle({"out.py": f"models.m{len(sources) - 1}"}, root=tmp_path)["out.py"]
+        entry = CodeFile(f"models.m{len(sources) - 1}")
+        return bundle({"out.py": entry}, root=tmp_path)["out.py"]
 
     return write
 
@@ -84,7 +86,8 @@ def test_a_file_takes_from_those_before_it_what_they_have(tmp_path):
     (tmp_path / "models" / "top.py").write_text(
         "from models.low import TWO\nfrom models.mid import ONE\n\nTHREE = ONE + TWO\n"
     )
-    texts = bundle({"first.py": "models.mid", "second.py": "models.top"}, root=tmp_path)
+    files = {"first.py": CodeFile("models.mid"), "second.py": CodeFile("models.top")}
+    texts = bundle(files, root=tmp_path)
     assert "TWO = 2" in texts["first.py"]
     assert "from .first import ONE, TWO\n" in texts["second.py"]
     assert "def one" not in texts["second.py"]
@@ -149,17 +152,13 @@ def test_what_would_become_another_program_is_refused(sources, message, files):
         files(*sources)
 
 
-CODE = {
-    "daria_former": "models.daria_former.hf.config",
-    "dtf": "models.dynamic.hf.config_dtf",
-    "mod": "models.dynamic.hf.config_mod",
-}
+FAMILIES = ("daria_former", "dtf", "mod")
 
 
-@pytest.mark.parametrize("family", CODE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_path):
-    texts = bundle(code_of(family, CODE[family]))
-    assert texts == bundle(code_of(family, CODE[family]))
+    texts = bundle(get_family(family).require_hf().code)
+    assert texts == bundle(get_family(family).require_hf().code)
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     # Names without a definition, imports without a use, a second definition of a name.
@@ -171,11 +170,11 @@ def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_
     assert messages == ["Undefined name `transformer_engine`"]  # after an ImportError
 
 
-@pytest.mark.parametrize("family", CODE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_finds_every_package_that_the_files_import(family, tmp_path):
     from transformers.dynamic_module_utils import get_imports
 
-    for name, text in bundle(code_of(family, CODE[family])).items():
+    for name, text in bundle(get_family(family).require_hf().code).items():
         (tmp_path / name).write_text(text)
         others = set(get_imports(tmp_path / name)) - set(sys.stdlib_module_names)
         assert others <= {"pydantic", "torch", "transformers"}

@@ -7,14 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import LossOutput, ModelFamily, TokenInputs, num_scored_in, scored_mean
+from models.base import (
+    Counts,
+    LossOutput,
+    ModelFamily,
+    TokenInputs,
+    num_scored_in,
+    scored_mean,
+    token_losses,
+)
 from models.common.attention import CausalSelfAttention
 from models.common.cache import KVCache
 from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable, positions_in_segments
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
-from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.moe import MoELayer
 from parallel.regions import own_length
@@ -114,10 +121,6 @@ def carry_schema(
     )
 
 
-def token_losses(output: Output, labels: Tensor, ctx: ParallelContext) -> Tensor:
-    return vocab_parallel_cross_entropy(output.logits, labels, ctx=ctx)
-
-
 def loss(
     output: Output,
     labels: Tensor,
@@ -161,8 +164,5 @@ FAMILY = ModelFamily(
     carry_schema=carry_schema,
     loss=loss,
     loss_names=("lm_loss", "balance_loss", "expert_z_loss"),
-    token_losses=token_losses,
-    flops=flops,
-    num_parameters=num_parameters,
-    hf=None,
+    counts=Counts(num_parameters, flops),
 )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,56 +22,18 @@ from models.checkpoint import load_model, open_checkpoint
 from models.generate import generate
 from parallel.carry import SequentialModel
 from tests.models.dynamic.hf.exports import CLASSES, TOKENS, Exported, export
+from tests.models.hf.alone import computed_alone
 from tests.tolerance import FP64, assert_close, rounding
 
 MASK = torch.ones_like(TOKENS)
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 NEW = 30
-_SCRIPT = """
-import sys
-# The project is installed in editable form: take its finder away.
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-directory, inputs, outputs, new = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(
-    directory, trust_remote_code=True, dtype=torch.float64
-)
-tokens = load_file(inputs)["tokens"]
-options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
-with torch.no_grad():
-    result = {"logits": model(tokens).logits.contiguous()}
-    result["loss"] = model(tokens, labels=tokens).loss
-    result["greedy"] = model.generate(tokens, max_new_tokens=int(new), **options)
-model.save_pretrained(outputs + ".saved")
-again = AutoModelForCausalLM.from_pretrained(
-    outputs + ".saved", trust_remote_code=True, dtype=torch.float64
-)
-with torch.no_grad():
-    result["again"] = again(tokens).logits.contiguous()
-try:
-    __import__("models")
-except ImportError:
-    save_file(result, outputs)
-"""
 
 
 @torch.no_grad()
 def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path):
-    save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    arguments = [exported.hf, tmp_path / "tokens", tmp_path / "out", NEW]
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", _SCRIPT, *map(str, arguments)],
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    result, model = load_file(tmp_path / "out"), exported.double
+    result = computed_alone(exported.hf, TOKENS, new_tokens=NEW, folder=tmp_path)
+    model = exported.double
     output = model(TokenInputs(TOKENS))
     torch.testing.assert_close(result["logits"], output.logits.transpose(0, 1), **FP64)
     torch.testing.assert_close(result["again"], result["logits"], **FP64)
