@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.daria_former.cache import BlockCache, History
+from models.common.counter_rng import uniform
+from models.common.history import History
+from models.daria_former.cache import BlockCache
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.counter_rng import uniform
 from models.daria_former.manual_backward import mix_paths
 from models.daria_former.paths import (
     PATH_CLASSES,

@@ -269,12 +269,6 @@ class DariaFormerConfig(BaseModel):
         """73B parameters, context 8K."""
         return cls(**(_70B | changes))
 
-    def num_parameters_estimate(self) -> int:
-        """The exact number of parameters of a model of this configuration."""
-        from models.daria_former.counts import num_parameters
-
-        return num_parameters(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Every setting, as JSON types."""
         return self.model_dump(mode="json")

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import TokenInputs
+from models.common.counter_rng import dropout, next_layer, normal, prefix_keys
+from models.common.history import History
 from models.common.init import residual_output
 from models.common.norms import RMSNorm
 from models.common.rope import positions_in_segments
 from models.daria_former.adapters import adapted_block
 from models.daria_former.attention import MultiContextAttention
-from models.daria_former.cache import BlockCache, EmbeddingCache, History
+from models.daria_former.cache import BlockCache, EmbeddingCache
 from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.counter_rng import dropout, next_layer, normal, prefix_keys
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.encoders import ModalityEncoder
 from models.daria_former.losses import (

@@ -10,11 +10,27 @@ from models.daria_former.carry import AUX, DariaCarry, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token, num_parameters
 from models.daria_former.hf.mapping import HF
-from models.daria_former.specs import layer_specs
-from parallel.carry import Field
+from models.daria_former.layers import DACBlock, DariaEmbedding, DariaHead
+from models.daria_former.paths import Rotaries
+from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import cross_entropy_and_entropy, vocab_parallel_cross_entropy
 from parallel.regions import own_length
+
+
+def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[LayerSpec]:
+    """`embedding`, `block_0` ... `block_{L-1}`, `head`."""
+    rotaries = Rotaries.of(config)
+    tied = {"output.weight": "embedding.tokens.weight"} if config.weight_tying else {}
+    first = {"config": config, "segmented": segmented}
+    return [
+        LayerSpec("embedding", DariaEmbedding, first, recompute=False),
+        *(
+            LayerSpec(f"block_{i}", DACBlock, {"config": config, "layer": i, "rotaries": rotaries})
+            for i in range(config.num_layers)
+        ),
+        LayerSpec("head", DariaHead, {"config": config}, tied=tied, recompute=False),
+    ]
 
 
 def carry_schema(

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.common.manual_backward import multiply_add, weighted_sum
 from models.common.norms import inverse_rms, rms_norm
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.manual_backward import multiply_add, weighted_sum
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32, fp32_or_wider

@@ -21,14 +21,14 @@ from models.common.attention import (
     windowed_attention,
 )
 from models.common.cache import KVCache
+from models.common.history import History
+from models.common.manual_backward import scaled_heads
 from models.common.norms import inverse_rms
 from models.common.rope import RotaryTable, Rotation, rotate
-from models.daria_former.cache import BlockCache, History, MemoryCache
+from models.daria_former.cache import BlockCache, MemoryCache, Slots
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.manual_backward import scaled_heads
 from models.daria_former.memory import (
     MemoryLayout,
-    Slots,
     Tokens,
     memory_attention,
     packed_memory_attention,

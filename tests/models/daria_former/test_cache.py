@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.base import TokenInputs
-from models.daria_former.cache import History
+from models.common.history import History
 from models.daria_former.carry import DariaInputs
 from tests.models.daria_former.cases import BASE, SUBSETS, config_of, model_of, tokens_of
 from tests.tolerance import FP64

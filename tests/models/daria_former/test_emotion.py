@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from models.daria_former.emotion import EmotionExpressionLayer, scan
+from models.common.scan import scan
+from models.daria_former.emotion import EmotionExpressionLayer
 from parallel.context import ParallelContext
 from parallel.random import initialize
 from parallel.sharding import Normal

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from models.common.int8 import quantize_int8
 from models.daria_former import DariaFormerModel
 from models.daria_former.carry import DariaInputs
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.standalone.generation import DariaGenerator
 from models.daria_former.standalone.lora import LoRAManager
-from models.daria_former.standalone.quantized import quantize_int8
 from tests.equivalence import build
 from tests.models.daria_former.shrunk import shrunk
 
