@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from models.common.lora_layers import LoRALinear
+from models.common.lora.layers import LoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
 

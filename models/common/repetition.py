@@ -5,6 +5,8 @@ Shapes: b batch, t tokens so far, V vocabulary, h hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,3 +81,32 @@ class RepetitionControl(nn.Module):
         ordered = hashes.sort(dim=1).values
         repeated = (ordered[:, 1:] == ordered[:, :-1]).sum(dim=1)
         return repeated.float() / hashes.shape[1]
+
+
+class RepetitionScores:
+    """A ScoreProcessor of models.generate: `(logits + penalties) / T`, where the control (if any)
+    sets both; without a base temperature, as in greedy decoding, nothing is divided.
+
+    The model's output has `hidden` [s, b, h].
+    """
+
+    def __init__(self, control: RepetitionControl | None, temperature: float | None) -> None:
+        self.control, self.temperature = control, temperature
+        self.states: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last two tokens
+
+    def observe(self, output: Any) -> None:
+        hidden = output.hidden
+        self.states = (hidden[-2] if len(hidden) > 1 else self.states[1], hidden[-1])
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if self.control is not None:
+            scores = self.control(tokens, scores)
+        if self.temperature is None:
+            return scores
+        if self.control is None:
+            return scores / self.temperature
+        before, last = self.states
+        states = None if before is None or last is None else (before, last)
+        heat = self.control.temperature(self.temperature, tokens, states)
+        return scores / heat.to(scores.device)

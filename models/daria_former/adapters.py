@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.common.lora_layers import Conditions, Follows, LoRALinear, named_targets, wrap
+from models.common.lora.layers import Conditions, Follows, LoRALinear, named_targets, wrap
 from models.daria_former.config import LORA_TARGETS
 from parallel.precision import at_least_fp32
 from parallel.regions import enter_tensor_region
@@ -71,14 +71,12 @@ class BlockAdapters(nn.Module):
         conditions.is_noisy = len(args) < 2 or args[1] is None
         for name, kind in self.following.items():
             if kind == "esv":
-                weight = (
-                    (carry.emotion @ at_least_fp32(self.esv[name])).clamp(0.0, 1.0).unsqueeze(-1)
-                )
+                kappa = at_least_fp32(self.esv[name])
+                weight = (carry.emotion @ kappa).clamp(0.0, 1.0).unsqueeze(-1)
             else:
                 assert self.given_persona is not None
                 kappa = at_least_fp32(self.persona[name])
-                logits = self.given_persona.to(kappa.dtype) @ kappa
-                weight = logits.sigmoid().view(1, -1, 1)
+                weight = (self.given_persona.to(kappa.dtype) @ kappa).sigmoid().view(1, -1, 1)
             conditions.weights[name] = enter_tensor_region(weight, ctx=self.ctx)
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common.history import History
+from models.common.init import replicated
 from models.common.norms import RMSNorm
 from models.common.scan import scan
-from models.daria_former.modulation import replicated
 from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence

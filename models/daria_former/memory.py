@@ -91,7 +91,7 @@ def memory_attention(
         known = _close(closed, layout, initial_query, cache)
         queries = known.queries[:, :, :num_segments]
         visible = _visible(known, first, num_segments, first + num_closed, layout)
-        slots = _concatenated([*known.levels, fixed])
+        slots = concatenated([*known.levels, fixed])
         visible = F.pad(visible, (0, fixed.keys.shape[2]), value=True)
         retrieved = retrieve(queries, slots, visible, top_k=layout.top_k)
         if cache is not None:
@@ -135,7 +135,7 @@ def packed_memory_attention(
         taken = Tokens(*(_take(x, slots.tokens()) for x in tokens))
         levels.append(pool(taken, stride))
         visible.append(slots.visible_at(complete.ends, positions, capacity))
-    everything = _concatenated([*levels, fixed])
+    everything = concatenated([*levels, fixed])
     visible.append(always.expand(batch, complete.ends.shape[1], -1))
     seen = torch.cat(visible, dim=-1).unsqueeze(1)
     retrieved = retrieve(queries, everything, seen, top_k=layout.top_k)
@@ -249,7 +249,7 @@ def _mean_query(queries: Tensor, segment: int, groups: int) -> Tensor:
     return queries.unflatten(1, (groups, -1)).unflatten(3, (-1, segment)).mean(dim=(2, 4))
 
 
-def _concatenated(levels: list[Slots]) -> Slots:
+def concatenated(levels: list[Slots]) -> Slots:
     batch = max(len(level.keys) for level in levels)
     parts = zip(*(level for level in levels), strict=True)
     return Slots(*(torch.cat([x.expand(batch, -1, -1, -1) for x in part], dim=2) for part in parts))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import StoredModel, load_model, open_checkpoint, parameter_table
-from models.common.lora_state import SETTINGS_KEY, merged_state_dict
+from models.common.lora.state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.model import FAMILY
 from models.daria_former.standalone.logits_processor import ReactionVariabilitySystem

@@ -12,6 +12,7 @@ from models.convert import to_hf
 from models.daria_former.standalone.checkpoint_io import is_run, load_checkpoint, write_checkpoint
 from models.daria_former.standalone.generation import DariaGenerator
 from models.prompting import load_prompting
+from models.standalone.model import check_device
 from models.standalone.train_command import checkpoint_path, local_tokenizer
 
 
@@ -23,7 +24,7 @@ def generate_text(options: argparse.Namespace) -> str:
     """
     if options.temperature == 0 and not options.greedy:
         raise ValueError("--temperature 0 draws nothing; for the most probable token use --greedy")
-    _check_device(options.device)
+    check_device(options.device)
     checkpoint = checkpoint_path(options.checkpoint)
     model, spec, text = load_checkpoint(checkpoint, device=options.device)
     spec = options.tokenizer or spec
@@ -61,11 +62,3 @@ def export_model(options: argparse.Namespace) -> None:
         for line in to_hf(source, Path(options.output), dtype=dtype):
             print(line)
     print(f"wrote {options.output}")
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"--device {name} cannot be used ({reason}); try cpu") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.daria_former.carry import DariaInputs, DariaOutput
+from models.common.repetition import RepetitionScores
+from models.daria_former.carry import DariaInputs
 from models.daria_former.standalone.logits_processor import ReactionVariabilitySystem
 from models.daria_former.standalone.model import DariaFormerModel, check_length
 from models.generate import generate
@@ -47,13 +48,8 @@ class DariaGenerator:
         Raises:
             ValueError: an empty prompt, a setting out of its range, or a context that is too long.
         """
-        if not 0.0 < temperature < float("inf"):
-            raise ValueError(
-                f"temperature={temperature} must be more than 0; for the most probable token use "
-                "do_sample=False"
-            )
-        check_tokens(input_ids, vocab_size=self.model.config.vocab_size)
-        check_length(input_ids.shape[1] + max_new_tokens, self.model.config)
+        self._check(input_ids, max_new_tokens, temperature)
+        control = self.variability if use_variability else None
         was_training = self.model.training
         try:
             return generate(
@@ -66,38 +62,16 @@ class DariaGenerator:
                 eos_id=eos_token_id,
                 generator=generator,
                 make_inputs=lambda x: DariaInputs(x, images=images, audio=audio, persona=persona),
-                processor=_Scores(
-                    self.variability if use_variability else None,
-                    temperature if do_sample else None,
-                ),
+                processor=RepetitionScores(control, temperature if do_sample else None),
             )
         finally:
             self.model.train(was_training)
 
-
-class _Scores:
-    """`(logits + penalties) / T`, both from the variability system where there is one; without a
-    base temperature (greedy decoding) nothing is divided."""
-
-    def __init__(
-        self, variability: ReactionVariabilitySystem | None, temperature: float | None
-    ) -> None:
-        self.variability, self.temperature = variability, temperature
-        self.states: tuple[Tensor | None, Tensor | None] = (None, None)  # of the last two tokens
-
-    def observe(self, output: DariaOutput) -> None:
-        hidden = output.hidden
-        self.states = (hidden[-2] if len(hidden) > 1 else self.states[1], hidden[-1])
-
-    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
-        if self.variability is not None:
-            scores = self.variability(tokens, scores)
-        if self.temperature is None:
-            return scores
-        if self.variability is None:
-            return scores / self.temperature
-        before, last = self.states
-        states = None if before is None or last is None else (before, last)
-        heat = self.variability.temperature(self.temperature, tokens, states)
-        return scores / heat.to(scores.device)
+    def _check(self, input_ids: Tensor, max_new_tokens: int, temperature: float) -> None:
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(
+                f"temperature={temperature} must be more than 0; for the most probable token use "
+                "do_sample=False"
+            )
+        check_tokens(input_ids, vocab_size=self.model.config.vocab_size)
+        check_length(input_ids.shape[1] + max_new_tokens, self.model.config)

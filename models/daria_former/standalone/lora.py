@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.common import lora
-from models.common.lora_layers import Follows, LoRALinear
-from models.common.lora_state import merged_state_dict
+from models.common.lora import manager
+from models.common.lora.layers import Follows, LoRALinear
+from models.common.lora.state import merged_state_dict
 from models.daria_former.adapters import FOLLOWED, BlockAdapters
 from models.daria_former.config import LORA_TARGETS
 from models.daria_former.layers import DACBlock, DariaEmbedding
@@ -18,7 +18,7 @@ from models.daria_former.layers import DACBlock, DariaEmbedding
 __all__ = ["LoRALinear", "LoRAManager", "merged_state_dict"]
 
 
-class LoRAManager(lora.LoRAManager):
+class LoRAManager(manager.LoRAManager):
     """Adapters of any module that holds the layers of a Daria-Former.
 
     Each target is adapted in every block and, for k_proj and v_proj, in every path. The weight of

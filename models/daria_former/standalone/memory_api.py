@@ -18,6 +18,7 @@ from torch import Tensor
 from models.common.history import History
 from models.daria_former.cache import BlockCache, MemoryCache, Retrieved, Slots
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.memory import concatenated
 from models.daria_former.paths import MemoryPath, PersonaPath, Sources
 from models.standalone.model import Cache
 from parallel.layers import project_replicated
@@ -76,9 +77,8 @@ class SlotMemory:
         count = self.num_slots(kv_cache)
         histories = self._histories(layer, kv_cache)
         if count == 0:
-            path = _memory_path(self.model, layer)
-            heads, size = self.model.config.num_kv_heads, self.model.config.head_size
-            empty = path.key_gain.new_zeros(0, heads, 0, size)
+            gain = _memory_path(self.model, layer).key_gain  # [g, d]
+            empty = gain.new_zeros(1, len(gain), 0, gain.shape[1])
             return Slots(empty, empty)
         return Slots(*(history.last(count) for history in histories))
 
@@ -246,7 +246,7 @@ class PersonaMemory:
 
     def read_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
         """Keys and values of one block: [b or 1, g, m + 1, d], the last one the empty slot."""
-        path = self.model.layers[layer].attention.paths["persona"]  # type: ignore[union-attr, index]
+        path = self.model.layers[layer].attention.paths["persona"]
         assert isinstance(path, PersonaPath)
         return path.slots(Sources(bank=self.read(persona)))
 
@@ -272,9 +272,7 @@ class MemoryIntegrationSystem:
         parts = [self.working.read_kv(layer, kv_cache), self.episodic.read_kv(layer, kv_cache)]
         if self.persistent is not None:
             parts.append(self.persistent.read_kv(layer))
-        batch = max(len(part.keys) for part in parts)
-        columns = zip(*parts, strict=True)
-        return Slots(*(torch.cat([_rows(x, batch) for x in column], dim=2) for column in columns))
+        return concatenated(parts)
 
     def get_persona_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
         """What the persona path of a block reads."""
@@ -312,7 +310,7 @@ class MemoryIntegrationSystem:
 
 def _memory_path(model: RemembersText, layer: int) -> MemoryPath:
     _check_index("layer", layer, model.config.num_layers)
-    paths: Any = model.layers[layer].attention.paths  # type: ignore[union-attr]
+    paths: Any = model.layers[layer].attention.paths
     if "memory" not in paths:
         raise ValueError("the model has no memory path; add memory to paths before building it")
     path: MemoryPath = paths["memory"]
@@ -326,11 +324,6 @@ def _memory_cache(layer: int, kv_cache: Cache) -> MemoryCache:
     if block.memory is None:
         raise ValueError("the model has no memory path; add memory to paths before building it")
     return block.memory
-
-
-def _rows(x: Tensor, batch: int) -> Tensor:
-    """x for `batch` rows; one without slots may have no rows at all."""
-    return x.expand(batch, -1, -1, -1) if len(x) else x.new_empty(batch, *x.shape[1:])
 
 
 def _check_index(name: str, index: int, count: int) -> None:

@@ -61,7 +61,7 @@ class DariaFormerModel(StandaloneModel):
         inputs = self.make_inputs(
             input_ids, kv_cache, images=images, audio=audio, persona=persona, emotion=emotion_state
         )
-        output = self.run(inputs, kv_cache)
+        output: DariaOutput = self.body(inputs, kv_cache)
         outputs: Outputs = {
             "logits": output.logits.transpose(0, 1),
             "hidden_states": output.hidden.transpose(0, 1),
@@ -71,10 +71,6 @@ class DariaFormerModel(StandaloneModel):
             outputs["emotion_state"] = output.emotion[-1]
             outputs["emotion_logits"] = F.linear(output.emotion[-1], self.head.category)
         return outputs
-
-    def run(self, inputs: DariaInputs, kv_cache: Cache | None = None) -> DariaOutput:
-        """The family's own output, sequence first, with what its losses need."""
-        return self.body(inputs) if kv_cache is None else self.body(inputs, kv_cache)
 
     def make_inputs(
         self, input_ids: Tensor, kv_cache: Cache | None = None, **optional: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,11 +26,11 @@ def read_model(folder: Path) -> tuple[DariaFormerConfig, dict[str, Tensor]]:
     Raises:
         ValueError: a file is damaged.
     """
-    config, path = read_settings(folder / "config.yaml", DariaFormerConfig), "model.safetensors"
+    config = read_settings(folder / "config.yaml", DariaFormerConfig)
     try:
-        state = load_file(folder / path)
+        state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / path} cannot be read; it is damaged") from error
+        raise ValueError(f"{folder}/model.safetensors cannot be read; it is damaged") from error
     if config.weight_tying:
         state |= {name: state[stored] for stored in _TIED if stored in state for name in _TIED}
     return config, state
@@ -45,7 +44,7 @@ def read_training_state(folder: Path) -> TrainingState:
     """
     path = folder / "training_state.pt"
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
         ranks = list(state["ranks"])
     except Exception as error:  # torch raises errors of many types for damaged files
         raise ValueError(f"{path} cannot be read; it is damaged") from error

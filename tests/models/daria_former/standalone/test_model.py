@@ -36,7 +36,7 @@ def _model(**changes) -> DariaFormerModel:
 def test_outputs_are_those_of_the_family_batch_first():
     model = _model()
     outputs = model(TOKENS, return_emotion=True)
-    own = model.run(DariaInputs(TOKENS))
+    own = model.body(DariaInputs(TOKENS))
     assert torch.equal(outputs["logits"], own.logits.transpose(0, 1))
     assert torch.equal(outputs["hidden_states"], own.hidden.transpose(0, 1))
     assert torch.equal(outputs["emotion_state"], own.emotion[-1])

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from models.common.lora_layers import PRIMARY, Follows, LoRALinear, LowRank, wrap
-from models.common.lora_state import (
+from models.common.lora.layers import PRIMARY, Follows, LoRALinear, LowRank, wrap
+from models.common.lora.state import (
     SETTINGS,
     SETTINGS_KEY,
     nearest,
