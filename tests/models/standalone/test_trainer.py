@@ -79,6 +79,7 @@ def _train_a_share(case: str):
 def test_two_processes_equal_one_also_in_what_layers_learn_beside_parameters(case):
     pairs = [tuple(map(torch.cat, zip(*BATCHES[i : i + 2], strict=True))) for i in (0, 2)]
     alone = _trainer(case, pairs)
+    initial = {name: b.clone() for name, b in persistent_buffers(alone.model).items()}
     expected = alone.train()
     for history, state in run_ranks(_train_a_share, 2, case):
         for one, two in zip(expected, history, strict=True):
@@ -86,10 +87,11 @@ def test_two_processes_equal_one_also_in_what_layers_learn_beside_parameters(cas
         buffers = persistent_buffers(alone.model)
         assert bool(buffers) == (case == "mod")
         for name, buffer in buffers.items():
+            assert not torch.equal(buffer, initial[name]), name
             torch.testing.assert_close(state[name], buffer, rtol=1e-3, atol=1e-5)
 
 
-def _average_in_place() -> bool:
+def _average_and_watch() -> tuple[bool, bool]:
     model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
     rank = dist.get_rank()
     for parameter in model[0].parameters():
@@ -97,14 +99,16 @@ def _average_in_place() -> bool:
     if rank == 0:  # the other process had no batch that reaches these
         for parameter in model[1].parameters():
             parameter.grad = torch.ones_like(parameter)
-    storage = [p.grad.data_ptr() for p in model[0].parameters()]
+    reduced, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda x, **kw: (reduced.append(x.data_ptr()), all_reduce(x, **kw))[1]
     average_gradients(model)
-    assert storage == [p.grad.data_ptr() for p in model[0].parameters()]
-    return all(bool((p.grad == 0.5).all()) for p in model.parameters())
+    gradients = [p.grad for p in model.parameters()]
+    in_place = reduced == [gradient.data_ptr() for gradient in gradients]
+    return in_place, all(bool((gradient == 0.5).all()) for gradient in gradients)
 
 
-def test_gradients_are_averaged_in_place_also_where_a_process_has_none():
-    assert run_ranks(_average_in_place, 2) == [True, True]
+def test_gradients_are_averaged_where_they_lie_also_where_a_process_has_none():
+    assert run_ranks(_average_and_watch, 2) == [(True, True)] * 2
 
 
 def test_a_nested_state_survives_its_files(tmp_path):
