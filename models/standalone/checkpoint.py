@@ -135,7 +135,11 @@ def load_model_state(folder: Path, stored: StoredModel) -> dict[str, Tensor]:
     for tie in ties(stored.family.layer_specs(stored.config)):
         state[f"{_BODY}{tie.layer}.{tie.path}"] = state[f"{_BODY}{tie.target}"]
     if has_training_state(folder):
-        state |= _read_state(folder / "training" / "state.safetensors")[_MODEL]
+        path = folder / "training" / "state.safetensors"
+        additions = _read_state(path).get(_MODEL)
+        if not isinstance(additions, dict):
+            raise ValueError(f"{path} holds no state of a model; it is damaged")
+        state |= additions
     return state
 
 
@@ -153,7 +157,7 @@ def load_into(
     """
     try:
         (load or model.load_state_dict)(state)
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{source} cannot be loaded: it is damaged, or of a model with other adapters or "
@@ -198,10 +202,13 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     return value
 
 
-def _read_state(path: Path) -> Any:
+def _read_state(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return _with_tensors(json.loads(file.metadata()[_STATE_KEY]), file.get_tensor)
+            state = _with_tensors(json.loads(file.metadata()[_STATE_KEY]), file.get_tensor)
+            if not isinstance(state, dict):
+                raise TypeError(f"a state is no {type(state).__name__}")
+            return state
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read; it is damaged") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +19,7 @@ from models.standalone.optimizer import build_optimizer
 from models.standalone.trainer import Trainer, TrainerSettings, average_gradients
 from parallel.layer_state import persistent_buffers
 from tests.distributed import run_ranks
+from tests.hostile.surfaces import vouch_for
 from tests.models.families import CASES
 
 # A threshold of mod's routers is layer state: it learns beside the parameters.
@@ -122,6 +124,17 @@ def test_a_nested_state_survives_its_files(tmp_path):
     assert (found.shared["step"], found.shared["none"]) == (3, None)
     assert found.own["scalar"].shape == ()
     assert all(torch.equal(found.own[name], tensor) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"model": [1]}', '{"step": {"$tensor": "none"}}'])
+def test_a_forged_state_is_refused(tmp_path, text):
+    _trainer("mod", save_dir=tmp_path, max_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    path = folder / "training" / "state.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata={"state": text})
+    vouch_for(folder)
+    with pytest.raises(ValueError, match=r"state\.safetensors .* damaged"):
+        _trainer("mod").load(folder)
 
 
 def test_an_incomplete_or_foreign_checkpoint_is_refused(tmp_path):
