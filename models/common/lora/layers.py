@@ -144,10 +144,9 @@ class LoRALinear(nn.Module):
         if self.is_merged:
             return y
         for name, weight in self.active.items():
-            follows = isinstance(weight, Follows)
-            if follows and weight.per_token and not per_token:
+            if isinstance(weight, Follows) and weight.per_token and not per_token:
                 continue
-            known = self.conditions.weights[name] if follows else weight
+            known = self.conditions.weights[name] if isinstance(weight, Follows) else weight
             given = self._dropped(x, per_token) if name == PRIMARY else x
             y = self.lora[name](given, known, y)
         return y
