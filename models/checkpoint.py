@@ -167,15 +167,15 @@ def check_shape(name: str, found: torch.Size, expected: torch.Size, *, source: P
         )
 
 
-def write_manifest(directory: Path, stored: StoredModel) -> None:
-    """Complete a checkpoint at step 0 whose files are already in `directory`.
+def write_manifest(directory: Path, stored: StoredModel, *, step: int = 0) -> None:
+    """Complete a checkpoint whose files are already in `directory`.
 
     The format is that of training checkpoints, so that whatever reads those reads this one.
     """
     table = parameter_table(stored.family, stored.config)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        step=0,
+        step=step,
         layout=Layout(),
         config={
             "model": stored.config.model_dump(mode="json"),

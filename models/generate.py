@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ from parallel.layers import gather_logits
 
 # Tokens of the prompt that go through the model at a time.
 PREFILL_CHUNK = 512
+
+
+class ScoreProcessor(Protocol):
+    """What a family changes in the scores before a token is chosen."""
+
+    def observe(self, output: Any) -> None:
+        """Take note of what the last layer returned for the newest tokens."""
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Scores [b, V] of the token after `tokens` [b, t] in place of the model's logits."""
+        ...
 
 
 @torch.inference_mode()
@@ -36,12 +48,14 @@ def generate(
     top_p: float | None = None,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
+    make_inputs: Callable[[Tensor], Any] = TokenInputs,
+    processor: ScoreProcessor | None = None,
 ) -> Tensor:
     """Continue every row of `tokens` int64 [b, p] by up to `max_new_tokens`: [b, p + new].
 
     Temperature 0 takes the most probable token. A row that has produced `eos_id` is filled with it;
     generation ends when all rows have. Under tensor parallelism every rank needs a generator in the
-    same state.
+    same state. `make_inputs`: tokens to what the first layer takes.
 
     Raises:
         ValueError: a setting out of its range or without effect, or an empty prompt.
@@ -50,19 +64,29 @@ def generate(
     batch_size, prompt_length = tokens.shape
     cache = model.new_cache(batch_size, prompt_length + max_new_tokens)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    new: list[Tensor] = []
+
+    def logits_after(chunk: Tensor) -> Tensor:
+        output = model(make_inputs(chunk), cache)
+        if processor is not None:
+            processor.observe(output)
+        return logits_of(output)
+
     for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-        logits = logits_of(model(TokenInputs(chunk), cache))
+        logits = logits_after(chunk)
     while True:
-        last = gather_logits(logits[-1], ctx=model.ctx)
-        token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        scores = gather_logits(logits[-1], ctx=model.ctx)
+        if processor is not None:
+            scores = processor(tokens, scores)
+        token = sample(
+            scores, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
         if eos_id is not None:
             token = token.masked_fill(ended, eos_id)
             ended |= token == eos_id
-        new.append(token)
-        if len(new) == max_new_tokens or bool(ended.all()):
-            return torch.cat((tokens, torch.stack(new, dim=1)), dim=1)
-        logits = logits_of(model(TokenInputs(token.unsqueeze(1)), cache))
+        tokens = torch.cat((tokens, token.unsqueeze(1)), dim=1)
+        if tokens.shape[1] == prompt_length + max_new_tokens or bool(ended.all()):
+            return tokens
+        logits = logits_after(token.unsqueeze(1))
 
 
 def sample(

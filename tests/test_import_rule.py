@@ -24,12 +24,8 @@ ALLOWED = {
 SHARED = ("common", "hf", "standalone")
 # Command lines that need a little more.
 EXCEPTIONS = {
-    "models/daria_former/standalone/cli.py": (
-        "data_tools.cli",
-        "data_tools.preprocessing.encoding",
-        "data_tools.preprocessing.inputs",
-        "data_tools.preprocess",
-        "data_tools.preprocessing.join_shards",
+    "models/standalone/train_command.py": (
+        "data_tools.text_corpus",
         "data_tools.tokenization.tokenizers",
     ),
     "models/prompting.py": ("data_tools.tokenization.tokenizers",),

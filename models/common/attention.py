@@ -162,6 +162,16 @@ class Gathered(NamedTuple):
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def check_heads(ctx: ParallelContext, **counts: int) -> None:
+    """Raise ValueError where the tensor size does not divide a number of heads, given by name."""
+    for name, count in counts.items():
+        if count % ctx.tensor.size:
+            raise ValueError(
+                f"{name}={count} is not divisible by parallel.tensor={ctx.tensor.size}; "
+                "choose a tensor size that divides it"
+            )
+
+
 class CausalSelfAttention(nn.Module):
     """`y = W_output attention(rotate(W_query x), rotate(W_key x), W_value x)`.
 
@@ -187,12 +197,7 @@ class CausalSelfAttention(nn.Module):
         qkv_bias: bool = False,
     ) -> None:
         super().__init__()
-        for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if count % ctx.tensor.size:
-                raise ValueError(
-                    f"{name}={count} is not divisible by parallel.tensor={ctx.tensor.size}; "
-                    "choose a tensor size that divides it"
-                )
+        check_heads(ctx, num_heads=num_heads, num_kv_heads=num_kv_heads)
         self.ctx = ctx
         self.num_heads, self.head_dim = num_heads, head_dim
         self.rotary = rotary

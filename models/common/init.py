@@ -1,10 +1,14 @@
-"""Initial weights that depend on the depth of a model."""
+"""Parameters that say how tensor ranks share them, and initial weights that depend on depth."""
 
 from __future__ import annotations
 
 import math
 
-from parallel.sharding import Normal
+import torch
+from torch import nn
+
+from parallel.context import ParallelContext
+from parallel.sharding import Init, Normal, Role, Sharding, declare, declare_replicated
 
 
 def residual_output(std: float, *, num_layers: int) -> Normal:
@@ -13,3 +17,21 @@ def residual_output(std: float, *, num_layers: int) -> Normal:
     A block adds twice, so the variance of the stream does not grow with depth. Source: GPT-2.
     """
     return Normal(std / math.sqrt(2 * num_layers))
+
+
+def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:
+    """A parameter that every tensor rank holds whole."""
+    return declare_replicated(nn.Parameter(torch.empty(shape, device=ctx.device)), init, ctx=ctx)
+
+
+def row_sharded(
+    num_rows: int,
+    shape: tuple[int, ...],
+    init: Init,
+    ctx: ParallelContext,
+    *,
+    role: Role | None = None,
+) -> nn.Parameter:
+    """A parameter [num_rows, *shape], such as one row per head; a rank holds its share of rows."""
+    local = torch.empty((num_rows // ctx.tensor.size, *shape), device=ctx.device)
+    return declare(nn.Parameter(local), Sharding(dim=0, full_size=num_rows), init, role=role)

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.daria_former.cache import BlockCache, History
+from models.common.attention import check_heads
+from models.common.counter_rng import uniform
+from models.common.history import History
+from models.common.init import row_sharded
+from models.daria_former.cache import BlockCache
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.counter_rng import uniform
 from models.daria_former.manual_backward import mix_paths
 from models.daria_former.paths import (
     PATH_CLASSES,
     Read,
     Rotaries,
     Sources,
-    per_head,
     split_heads,
 )
 from parallel.context import ParallelContext
@@ -66,12 +68,7 @@ class MultiContextAttention(nn.Module):
         ctx: ParallelContext,
     ) -> None:
         super().__init__()
-        for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
-            if count % ctx.tensor.size:
-                raise ValueError(
-                    f"{name}={count} is not divisible by parallel.tensor={ctx.tensor.size}; "
-                    "choose a tensor size that divides it"
-                )
+        check_heads(ctx, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
         self.config, self.ctx, self.rotaries = config, ctx, rotaries
         hidden, heads = config.hidden_dim, config.num_heads
         width, init = heads * config.head_size, Normal(config.initializer_range)
@@ -84,7 +81,7 @@ class MultiContextAttention(nn.Module):
                 hidden, num_gates, ctx=ctx, init=Constant(0.0), role="gate"
             )
             start = partial(_initial_gates, paths=names)
-            self.gate_bias = per_head(heads, (len(names),), start, ctx, role="vector")
+            self.gate_bias = row_sharded(heads, (len(names),), start, ctx, role="vector")
         self.paths = nn.ModuleDict(
             {name: PATH_CLASSES[name](config, rotaries=rotaries, ctx=ctx) for name in names}
         )

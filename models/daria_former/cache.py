@@ -4,103 +4,43 @@ Everything is a stream with one entry per token (or per memory slot) of which th
 needed, so everything is a `History`: it appends in place, gives views, and can forget its newest
 entries again. So a generation can be rolled back, by up to `segment_len` tokens, to where a
 speculative decoder's draft was refused.
+
+Shapes: b batch, g key/value heads, d head dimension, m slots, c segments, K slots retrieved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from models.common.cache import KVCache
-
-if TYPE_CHECKING:
-    from models.daria_former.memory import Retrieved, Slots
+from models.common.history import History
 
 
-class History:
-    """The newest entries of a stream along dimension `dim`, at least `reach` of them.
+class Slots(NamedTuple):
+    """Keys and values [b, g, m, d]."""
 
-    `length` counts all entries ever appended. The buffer holds twice what has to be kept, so that
-    an append is one small copy, and once in a while the kept part moves to the front.
-    """
+    keys: Tensor
+    values: Tensor
 
-    def __init__(self, reach: int, *, dim: int = 0) -> None:
-        self.reach = reach
-        self.dim = dim
-        self.length = 0
-        self._buffer: Tensor | None = None
-        self._stop = 0  # entries in the buffer
 
-    @property
-    def kept(self) -> int:
-        return self._stop
+class Retrieved(NamedTuple):
+    """The slots that c segments read: keys and values [b, g, c, K + 1, d], and the logits that are
+    added to the scores, fp32 [b, g, c, K + 1]. The last one is the empty slot: score 0, value 0."""
 
-    def append(self, entries: Tensor) -> None:
-        """Add entries after the newest one."""
-        count = entries.shape[self.dim]
-        self.length += count
-        if count > self.reach:  # nothing older is needed
-            entries = entries.narrow(self.dim, count - self.reach, self.reach)
-            count, self._stop = self.reach, 0
-        buffer = self._room_for(count, entries)
-        buffer.narrow(self.dim, self._stop, count).copy_(entries)
-        self._stop += count
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
 
-    def last(self, count: int) -> Tensor:
-        """The newest `count` entries, in their order (a view, valid until the next append).
+    def segments(self, start: int, stop: int) -> Retrieved:
+        return Retrieved(*(cut(x, start, stop) for x in self))
 
-        Raises:
-            ValueError: they are not kept any more.
-        """
-        if count > self._stop:
-            raise ValueError(f"{count} entries asked for, {self._stop} of {self.length} are kept")
-        assert self._buffer is not None
-        return self._buffer.narrow(self.dim, self._stop - count, count)
 
-    def extended(self, entries: Tensor, reach: int) -> Tensor:
-        """Append entries and return them after the `reach` (or fewer) entries before them."""
-        before = min(reach, self._stop)
-        if entries.shape[self.dim] + before <= self.reach:
-            self.append(entries)
-            return self.last(entries.shape[self.dim] + before)
-        parts = (self.last(before), entries) if before else (entries,)
-        joined = torch.cat(parts, dim=self.dim)
-        self.append(entries)
-        return joined
-
-    def rollback(self, length: int) -> None:
-        """Forget every entry from number `length` on.
-
-        Raises:
-            ValueError: entries before it have already been dropped.
-        """
-        forgotten = self.length - length
-        if forgotten < 0 or forgotten > self._stop:
-            raise ValueError(
-                f"cannot roll a history of {self.length} entries, of which {self._stop} are kept, "
-                f"back to {length}"
-            )
-        self._stop -= forgotten
-        self.length = length
-
-    def _room_for(self, count: int, like: Tensor) -> Tensor:
-        if self._buffer is None:
-            shape = list(like.shape)
-            shape[self.dim] = 2 * self.reach
-            self._buffer = like.new_empty(shape)
-        if self._stop + count > 2 * self.reach:
-            kept = min(self._stop, self.reach)
-            newest = self.last(kept).clone()
-            self._buffer.narrow(self.dim, 0, kept).copy_(newest)
-            self._stop = kept
-        return self._buffer
-
-    @property
-    def num_bytes(self) -> int:
-        return 0 if self._buffer is None else self._buffer.nbytes
+def cut(x: Tensor, start: int, stop: int) -> Tensor:
+    """x[:, :, start:stop]; all of it as it is, since even then a slice is copied in backward."""
+    return x if (start, stop) == (0, x.shape[2]) else x[:, :, start:stop]
 
 
 class MemoryCache:

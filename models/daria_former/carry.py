@@ -39,7 +39,7 @@ class DariaCarry(NamedTuple):
     `bank` [m, b or 1, h]: persistent keys, persistent values, persona slots; None without them.
     `modality` [m, b, h]: encoded images and sound.
     `positions` int32 [b, s], from 0 in every document; None where a row is one document.
-    `keys` int64 [b, s]: what the next layer draws noise from (models.daria_former.counter_rng);
+    `keys` int64 [b, s]: what the next layer draws noise from (models.common.counter_rng);
     None without noise.
     """
 

@@ -22,24 +22,12 @@ Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PathName = Literal["local", "long", "memory", "persona"]
-_OUTSIDE = frozenset(
-    {
-        "dropout",
-        "emotion_loss_weight",
-        "gate_balance_weight",
-        "initializer_range",
-        "lora_dropout",
-        "max_seq_len",
-        "memory_loss_weight",
-        "path_dropout",
-        "repetition_loss_weight",
-        "rhythm_loss_weight",
-        "rhythm_noise_std",
-        "rhythm_target_var",
-        "variability_ngram_size",
-        "variability_penalty_weight",
-    }
-)
+_OUTSIDE = frozenset({
+    "dropout", "emotion_loss_weight", "gate_balance_weight", "initializer_range", "lora_dropout",
+    "max_seq_len", "memory_loss_weight", "path_dropout", "repetition_loss_weight",
+    "rhythm_loss_weight", "rhythm_noise_std", "rhythm_target_var", "variability_ngram_size",
+    "variability_penalty_weight",
+})  # fmt: skip
 # YAML has lists where the schema has tuples.
 Names = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
@@ -269,12 +257,6 @@ class DariaFormerConfig(BaseModel):
         """73B parameters, context 8K."""
         return cls(**(_70B | changes))
 
-    def num_parameters_estimate(self) -> int:
-        """The exact number of parameters of a model of this configuration."""
-        from models.daria_former.counts import num_parameters
-
-        return num_parameters(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Every setting, as JSON types."""
         return self.model_dump(mode="json")
@@ -285,15 +267,9 @@ class DariaFormerConfig(BaseModel):
         return cls.model_validate(values)
 
 
-def _size(layers: int, hidden: int, heads: int, kv: int, ffn: int, emotion: int) -> dict[str, Any]:
-    return {
-        "num_layers": layers,
-        "hidden_dim": hidden,
-        "num_heads": heads,
-        "num_kv_heads": kv,
-        "ffn_hidden_dim": ffn,
-        "emotion_dim": emotion,
-    }
+def _size(*sizes: int) -> dict[str, Any]:
+    names = ("num_layers", "hidden_dim", "num_heads", "num_kv_heads", "ffn_hidden_dim")
+    return dict(zip((*names, "emotion_dim"), sizes, strict=True))
 
 
 _SMALL = _size(12, 768, 12, 4, 2048, 64)

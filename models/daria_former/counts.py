@@ -48,8 +48,7 @@ def _gates(config: DariaFormerConfig) -> int:
 
 
 def _num_slots(config: DariaFormerConfig) -> int:
-    persistent = 2 * config.persistent_memory_slots * config.has("memory")
-    return persistent + config.persona_memory_slots * config.has("persona")
+    return 2 * config.persistent_memory_slots * config.has("memory") + _persona(config)
 
 
 def _token_paths(config: DariaFormerConfig) -> int:
@@ -95,7 +94,7 @@ def _slots_matmul(config: DariaFormerConfig) -> int:
     when nothing is given."""
     keys = config.hidden_dim * _kv(config) + _adapted(config, "k_proj")
     values = config.hidden_dim * _kv(config) + _adapted(config, "v_proj")
-    persistent = (_num_slots(config) - _persona(config)) // 2
+    persistent = config.persistent_memory_slots * config.has("memory")
     return (keys + values) * (persistent + _persona(config))
 
 
@@ -172,8 +171,7 @@ def _block(config: DariaFormerConfig) -> int:
     if config.has("memory"):
         heads += config.num_kv_heads + (kv if config.persistent_memory_slots else 0)
     norms = 2 * h * (2 if config.norm_type == "layer" else 1)
-    fusion_bias, rhythm_bias = 3, h
-    biases = fusion_bias + rhythm_bias
+    biases = 3 + h  # of fusion and of rhythm
     return _block_matmul(config) + slots_kv + heads + norms + biases
 
 

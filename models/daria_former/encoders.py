@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.common.init import replicated
 from models.common.norms import RMSNorm
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.modulation import ZERO, replicated
+from models.daria_former.modulation import ZERO
 from parallel.context import ParallelContext
 from parallel.sharding import Normal
 

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import TokenInputs
+from models.common.counter_rng import dropout, next_layer, normal, prefix_keys
 from models.common.decoder import embed_tokens
-from models.common.init import residual_output
+from models.common.history import History
+from models.common.init import replicated, residual_output
 from models.common.norms import RMSNorm
 from models.daria_former.adapters import adapted_block
 from models.daria_former.attention import MultiContextAttention
-from models.daria_former.cache import BlockCache, EmbeddingCache, History
+from models.daria_former.cache import BlockCache, EmbeddingCache
 from models.daria_former.carry import AUX, DariaCarry, DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.counter_rng import dropout, next_layer, normal, prefix_keys
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.encoders import ModalityEncoder
 from models.daria_former.losses import (
@@ -36,13 +37,12 @@ from models.daria_former.modulation import (
     EmotionModulatedFFN,
     ResidualFusion,
     RhythmGate,
-    replicated,
 )
 from models.daria_former.paths import Rotaries, Sources
-from models.daria_former.router import ContextRouter
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
-from parallel.regions import own_sequence
+from parallel.precision import at_least_fp32
+from parallel.regions import gather_sequence, own_sequence
 from parallel.sharding import Normal
 
 
@@ -58,6 +58,28 @@ def _emotion_site(
         init=Normal(config.initializer_range),
         ctx=ctx,
     )
+
+
+class ContextRouter(nn.Module):
+    """`W norm(x) + b` per token of the embedding: a prior for every path's gate in every block, and
+    the logit of being worth remembering, which weighs the token when it is pooled into memory.
+
+    [s/t, b, h] -> fp32 [s, b, num_priors], whole on every tensor rank; with the memory path the
+    last channel is the segment logit. Causal by construction: no token looks at another. It starts
+    at 0.
+    """
+
+    def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.ctx = ctx
+        size = config.num_priors
+        self.norm = RMSNorm(config.hidden_dim, eps=config.norm_eps, ctx=ctx)
+        self.weight = replicated((size, config.hidden_dim), ZERO, ctx)
+        self.bias = replicated((size,), ZERO, ctx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        priors = at_least_fp32(F.linear(self.norm(x), self.weight, self.bias))
+        return gather_sequence(priors, ctx=self.ctx)
 
 
 class DariaEmbedding(nn.Module):
@@ -166,12 +188,7 @@ class DACBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        config: DariaFormerConfig,
-        *,
-        layer: int,
-        rotaries: Rotaries,
-        ctx: ParallelContext,
+        self, config: DariaFormerConfig, *, layer: int, rotaries: Rotaries, ctx: ParallelContext
     ) -> None:
         super().__init__()
         self.config, self.ctx = config, ctx
@@ -216,12 +233,7 @@ class DACBlock(nn.Module):
         aux = carry.aux
         if self.training and cache is None:
             aux = aux + block_measurements(
-                attended,
-                x,
-                self.attention,
-                config=self.config,
-                is_last=self.is_last,
-                ctx=self.ctx,
+                attended, x, self.attention, config=self.config, is_last=self.is_last, ctx=self.ctx
             )
         keys = None if carry.keys is None else next_layer(carry.keys)
         return carry._replace(hidden=x, emotion=emotion, aux=aux, keys=keys)

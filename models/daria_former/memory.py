@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.daria_former.cache import MemoryCache
+from models.daria_former.cache import MemoryCache, Retrieved, Slots, cut
 from parallel.precision import at_least_fp32
 
 # Scores that exist at a time while slots are selected.
@@ -64,25 +64,6 @@ class Tokens(NamedTuple):
     anchors: Tensor
 
 
-class Slots(NamedTuple):
-    """Keys and values [b, g, m, d]."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class Retrieved(NamedTuple):
-    """The slots that c segments read: keys and values [b, g, c, K + 1, d], and the logits that are
-    added to the scores, fp32 [b, g, c, K + 1]. The last one is the empty slot: score 0, value 0."""
-
-    keys: Tensor
-    values: Tensor
-    bias: Tensor
-
-    def segments(self, start: int, stop: int) -> Retrieved:
-        return Retrieved(*(_cut(x, start, stop) for x in self))
-
-
 def memory_attention(
     tokens: Tokens,
     *,
@@ -100,7 +81,7 @@ def memory_attention(
     first, opened = divmod(start, segment)
     num_closed = (opened + length) // segment
     whole = tokens if cache is None else _joined(tokens, cache, opened)
-    closed = Tokens(*(_cut(x, 0, num_closed * segment) for x in whole))
+    closed = Tokens(*(cut(x, 0, num_closed * segment) for x in whole))
     num_segments = -(-(opened + length) // segment)
     if cache is not None and num_segments == 1 and cache.retrieved_for == first:
         retrieved = cache.retrieved
@@ -110,7 +91,7 @@ def memory_attention(
         known = _close(closed, layout, initial_query, cache)
         queries = known.queries[:, :, :num_segments]
         visible = _visible(known, first, num_segments, first + num_closed, layout)
-        slots = _concatenated([*known.levels, fixed])
+        slots = concatenated([*known.levels, fixed])
         visible = F.pad(visible, (0, fixed.keys.shape[2]), value=True)
         retrieved = retrieve(queries, slots, visible, top_k=layout.top_k)
         if cache is not None:
@@ -120,7 +101,7 @@ def memory_attention(
     parts, done = [], 0
     for stop in _piece_ends(opened, length, segment):
         begin, end = (opened + done) // segment, -(-(opened + stop) // segment)
-        parts.append(read(_cut(tokens.queries, done, stop), retrieved.segments(begin, end)))
+        parts.append(read(cut(tokens.queries, done, stop), retrieved.segments(begin, end)))
         done = stop
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
@@ -154,7 +135,7 @@ def packed_memory_attention(
         taken = Tokens(*(_take(x, slots.tokens()) for x in tokens))
         levels.append(pool(taken, stride))
         visible.append(slots.visible_at(complete.ends, positions, capacity))
-    everything = _concatenated([*levels, fixed])
+    everything = concatenated([*levels, fixed])
     visible.append(always.expand(batch, complete.ends.shape[1], -1))
     seen = torch.cat(visible, dim=-1).unsqueeze(1)
     retrieved = retrieve(queries, everything, seen, top_k=layout.top_k)
@@ -268,7 +249,7 @@ def _mean_query(queries: Tensor, segment: int, groups: int) -> Tensor:
     return queries.unflatten(1, (groups, -1)).unflatten(3, (-1, segment)).mean(dim=(2, 4))
 
 
-def _concatenated(levels: list[Slots]) -> Slots:
+def concatenated(levels: list[Slots]) -> Slots:
     batch = max(len(level.keys) for level in levels)
     parts = zip(*(level for level in levels), strict=True)
     return Slots(*(torch.cat([x.expand(batch, -1, -1, -1) for x in part], dim=2) for part in parts))
@@ -297,11 +278,6 @@ def _gather_slots(x: Tensor, indices: Tensor) -> Tensor:
     x = x.expand(len(indices), -1, -1, -1)
     flat = indices.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
     return x.gather(2, flat).unflatten(2, indices.shape[2:])
-
-
-def _cut(x: Tensor, start: int, stop: int) -> Tensor:
-    """x[:, :, start:stop]; all of it as it is, since even then a slice is copied in backward."""
-    return x if (start, stop) == (0, x.shape[2]) else x[:, :, start:stop]
 
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:

@@ -13,15 +13,34 @@ from models.base import (
     scored_mean,
     token_losses,
 )
+from models.common.decoder import decoder_specs
 from models.daria_former.carry import AUX, DariaCarry, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token, num_parameters
 from models.daria_former.hf.mapping import HF
-from models.daria_former.specs import layer_specs
-from parallel.carry import Field
+from models.daria_former.layers import DACBlock, DariaEmbedding, DariaHead
+from models.daria_former.paths import Rotaries
+from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import cross_entropy_and_entropy
 from parallel.regions import own_length
+
+
+def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[LayerSpec]:
+    """`embedding`, `block_0` ... `block_{L-1}`, `head`."""
+    rotaries = Rotaries.of(config)
+    blocks = [
+        LayerSpec(f"block_{i}", DACBlock, {"config": config, "layer": i, "rotaries": rotaries})
+        for i in range(config.num_layers)
+    ]
+    return decoder_specs(
+        config,
+        blocks,
+        segmented=segmented,
+        tied=config.weight_tying,
+        embedding=DariaEmbedding,
+        head=DariaHead,
+    )
 
 
 def carry_schema(

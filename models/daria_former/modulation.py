@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.common.init import replicated, row_sharded
+from models.common.manual_backward import multiply_add, weighted_sum
 from models.common.norms import inverse_rms, rms_norm
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.manual_backward import multiply_add, weighted_sum
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import enter_tensor_region
-from parallel.sharding import Constant, Init, Normal, Sharding, declare, declare_replicated
+from parallel.sharding import Constant, Normal
 
 ZERO = Constant(0.0)
 
@@ -64,9 +65,8 @@ class EmotionModulatedFFN(nn.Module):
             self.gate_proj = ColumnParallelLinear(hidden, size, ctx=ctx, init=init)
         self.up_proj = ColumnParallelLinear(hidden, size, ctx=ctx, init=init)
         self.down_proj = RowParallelLinear(size, hidden, ctx=ctx, init=output_init)
-        local = size // ctx.tensor.size
-        self.emotion = _column((local, config.emotion_dim), size, ctx)
-        self.emotion_bias = _column((local,), size, ctx)
+        self.emotion = row_sharded(size, (config.emotion_dim,), ZERO, ctx)
+        self.emotion_bias = row_sharded(size, (), ZERO, ctx)
 
     def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
         emotion = enter_tensor_region(emotion.to(x.dtype), ctx=self.ctx)
@@ -171,16 +171,6 @@ class ConversationRhythmLayer(nn.Module):
             return y
         amount = (F.linear(F.linear(x, self.noise_down), self.noise_up) - 2.0).sigmoid()
         return multiply_add(y, amount, noise.to(x.dtype), scale=self.noise_std)
-
-
-def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:
-    """A parameter that every tensor rank holds whole."""
-    return declare_replicated(nn.Parameter(torch.empty(shape, device=ctx.device)), init, ctx=ctx)
-
-
-def _column(shape: tuple[int, ...], full_size: int, ctx: ParallelContext) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(shape, device=ctx.device))
-    return declare(parameter, Sharding(dim=0, full_size=full_size), ZERO)
 
 
 def _fusion_bias(shape: torch.Size, generator: torch.Generator) -> Tensor:

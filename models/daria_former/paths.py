@@ -21,14 +21,15 @@ from models.common.attention import (
     windowed_attention,
 )
 from models.common.cache import KVCache
+from models.common.history import History
+from models.common.init import row_sharded
+from models.common.manual_backward import scaled_heads
 from models.common.norms import inverse_rms
 from models.common.rope import RotaryTable, Rotation, rotate
-from models.daria_former.cache import BlockCache, History, MemoryCache
+from models.daria_former.cache import BlockCache, MemoryCache, Slots
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.manual_backward import scaled_heads
 from models.daria_former.memory import (
     MemoryLayout,
-    Slots,
     Tokens,
     memory_attention,
     packed_memory_attention,
@@ -36,7 +37,7 @@ from models.daria_former.memory import (
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, project_replicated
 from parallel.precision import at_least_fp32
-from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare
+from parallel.sharding import Constant, Normal
 
 
 class Rotaries(NamedTuple):
@@ -99,9 +100,9 @@ class ContextPath(nn.Module, ABC):
         init = Normal(config.initializer_range)
         self.k_proj = ColumnParallelLinear(hidden, config.num_kv_heads * d, ctx=ctx, init=init)
         self.v_proj = ColumnParallelLinear(hidden, config.num_kv_heads * d, ctx=ctx, init=init)
-        self.query_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx, role="vector")
-        self.key_gain = per_head(config.num_kv_heads, (d,), Constant(1.0), ctx, role="vector")
-        self.output_gain = per_head(config.num_heads, (d,), Constant(1.0), ctx, role="vector")
+        self.query_gain = row_sharded(config.num_heads, (d,), Constant(1.0), ctx, role="vector")
+        self.key_gain = row_sharded(config.num_kv_heads, (d,), Constant(1.0), ctx, role="vector")
+        self.output_gain = row_sharded(config.num_heads, (d,), Constant(1.0), ctx, role="vector")
 
     def token_projections(self) -> list[nn.Module]:
         """The column-parallel layers of the path that are applied to the block's tokens."""
@@ -162,7 +163,7 @@ class LongPath(ContextPath):
         self.sinks = None
         if self.num_sinks:
             shape, init = (2, self.num_sinks, config.head_size), Normal(config.initializer_range)
-            self.sinks = per_head(config.num_kv_heads, shape, init, ctx)
+            self.sinks = row_sharded(config.num_kv_heads, shape, init, ctx)
 
     def new_cache(self, max_length: int) -> KVCache:
         """A cache with room for the sinks, which the first tokens put in front of their own."""
@@ -202,11 +203,11 @@ class MemoryPath(ContextPath):
         self.anchor = ColumnParallelLinear(
             config.hidden_dim, groups, ctx=ctx, init=init, role="gate"
         )
-        self.segment_gain = per_head(groups, (), Constant(0.0), ctx)
+        self.segment_gain = row_sharded(groups, (), Constant(0.0), ctx)
         self.initial_query = None
         if config.persistent_memory_slots:  # else the first segment has nothing to choose from
             # Learned: with a zero query all scores of the first segment would tie.
-            self.initial_query = per_head(groups, (config.head_size,), Normal(1.0), ctx)
+            self.initial_query = row_sharded(groups, (config.head_size,), Normal(1.0), ctx)
         self.layout = MemoryLayout(
             segment_len=config.segment_len,
             working_stride=config.working_stride,
@@ -324,19 +325,6 @@ def heads_first(x: Tensor) -> Tensor:
     x = x.permute(1, 2, 0, 3)
     # The attention kernel of the CPU is 15 % slower on strided heads, those of CUDA are not.
     return x.contiguous() if x.device.type == "cpu" else x
-
-
-def per_head(
-    num_heads: int,
-    shape: tuple[int, ...],
-    init: Init,
-    ctx: ParallelContext,
-    *,
-    role: Role | None = None,
-) -> nn.Parameter:
-    """A parameter [heads, ...] of which each tensor rank holds its own heads."""
-    local = torch.empty((num_heads // ctx.tensor.size, *shape), device=ctx.device)
-    return declare(nn.Parameter(local), Sharding(dim=0, full_size=num_heads), init, role=role)
 
 
 def _rotation(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from models.standalone.wandb_writer import start_wandb
 from parallel.checkpoint.storage import Storage
 from pretrain.config import LoggingConfig, WandbConfig
 
@@ -219,7 +220,7 @@ class WandbWriter:
         import wandb
 
         self._teardown = wandb.teardown
-        self._run = wandb.init(
+        self._run = start_wandb(
             project=config.project,
             name=config.name,
             id=_stable_id(run_dir / ".wandb_id"),
@@ -227,16 +228,6 @@ class WandbWriter:
             mode=config.mode,
             dir=str(run_dir),
             config=dict(run_config),
-            # No console capture, source code, environment or command line: only configuration and
-            # numbers leave the machine.
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_code=True,
-                disable_git=True,
-                disable_job_creation=True,
-                x_disable_meta=True,
-            ),
         )
 
     def write(self, record: Record) -> None:

@@ -26,6 +26,7 @@ from tests.hostile.commands import Outcome, call, data_tool, tool, train
 from tests.hostile.surfaces import TokenizerFile, vouch_for
 from tests.models.checkpoints import config, write_checkpoint
 from tests.models.daria_former.shrunk import shrunk
+from tests.models.daria_former.standalone.torch_checkpoints import write_torch_checkpoint
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 
@@ -82,7 +83,8 @@ def _checkpoints(folder: Path) -> list[Entry]:
 
 
 def _daria_checkpoints(folder: Path) -> list[Entry]:
-    """What the standalone trainer writes, whose optimizer state is a file of torch."""
+    """What the standalone trainer writes, and the layout of the version before, whose optimizer
+    state is a file of torch."""
     sizes = shrunk()
     stream = torch.randint(0, 257, (2, 25))
     batches = [(stream[:, :-1], stream[:, 1:])]
@@ -90,12 +92,16 @@ def _daria_checkpoints(folder: Path) -> list[Entry]:
     def trainer() -> Trainer:
         return Trainer(DariaFormerModel(sizes), sizes, batches, max_steps=1, save_dir=folder)
 
-    trainer().train()
-    checkpoint = folder / "checkpoint-1"
-    arguments = ["--checkpoint", str(checkpoint), "--prompt", "x", "--device", "cpu"]
-    generate = partial(call, partial(daria.generate, [*arguments, "--tokenizer", "bytes"]))
+    trained = trainer()
+    trained.train()
+    checkpoint, before = folder / "checkpoint-1", folder / "before"
+    write_torch_checkpoint(trained, before)
 
-    def load() -> int:
+    def generate(checkpoint: Path) -> Outcome:
+        arguments = ["--checkpoint", str(checkpoint), "--prompt", "x", "--device", "cpu"]
+        return call(partial(daria.generate, [*arguments, "--tokenizer", "bytes"]))
+
+    def load(checkpoint: Path) -> int:
         try:
             trainer().load(checkpoint)
         except ValueError as error:  # as its callers print it
@@ -103,16 +109,16 @@ def _daria_checkpoints(folder: Path) -> list[Entry]:
             return 2
         return 0
 
-    return [
-        *(
-            Entry(f"daria-generate: {name}", checkpoint / name, generate)
-            for name in ("config.yaml", "model.safetensors")
-        ),
-        *(
-            Entry(f"Trainer.load: {path.name}", path, partial(call, load))
-            for path in sorted(checkpoint.iterdir())
-        ),
-    ]
+    made = []
+    for name in ("config.yaml", "model.safetensors"):
+        made.append(Entry(f"daria-generate: {name}", before / name, partial(generate, before)))
+    for root in (checkpoint, before):
+        run = partial(call, partial(load, root))
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            made.append(Entry(f"Trainer.load: {path.name}", path, run))
+            if root == checkpoint and path.name != "manifest.json":
+                made.append(Entry(f"Trainer.load: {path.name}, vouched for", path, run, root))
+    return made
 
 
 def _export(step: Path, output: Path) -> Outcome:

@@ -17,9 +17,6 @@ EXCEPTIONS = {
         "pretrain/distributed/consensus.py",
         "broadcast_object_list",
     ): "what ranks of one job tell each other",
-    ("models/daria_former/standalone/training.py", "all_gather_object"): (
-        "what ranks of one job tell each other"
-    ),
 }
 
 PLANTED = {

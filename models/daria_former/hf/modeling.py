@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 from models.daria_former.carry import DariaInputs
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.hf.config import DariaFormerHFConfig
-from models.daria_former.specs import layer_specs
+from models.daria_former.model import layer_specs
 from models.hf.modeling import FamilyForCausalLM
 from parallel.carry import LayerSpec
 

@@ -1,40 +1,40 @@
-"""Checkpoints of a run or of models.daria_former.standalone.training, as a DariaFormerModel."""
+"""Any checkpoint of a Daria-Former as a DariaFormerModel: of a run, of a Trainer, of the version
+before."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from models.checkpoint import (
-    StoredModel,
-    load_model,
-    open_checkpoint,
-    parameter_table,
-    write_manifest,
-)
+from models.checkpoint import StoredModel, load_model, open_checkpoint, parameter_table
+from models.common.lora.state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.model import FAMILY
-from models.daria_former.standalone.config_file import read_config
 from models.daria_former.standalone.logits_processor import ReactionVariabilitySystem
 from models.daria_former.standalone.lora import LoRAManager
-from models.daria_former.standalone.lora_state import SETTINGS_KEY, merged_state_dict
 from models.daria_former.standalone.model import DariaFormerModel
+from models.daria_former.standalone.torch_checkpoint import is_torch_checkpoint, read_model
+from models.standalone.checkpoint import (
+    has_training_state,
+    load_into,
+    load_model_state,
+    write_model,
+)
 from parallel.checkpoint.manifest import UNKNOWN_TEXT, TextRecord
-from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
+from parallel.checkpoint.weights import Weight
 
 
 def is_run(path: Path) -> bool:
     """Whether a directory is a run or one of its checkpoints, and not a Trainer's."""
-    return not (path / "model.safetensors").is_file()
+    return not (is_torch_checkpoint(path) or has_training_state(path))
 
 
 class Loaded(NamedTuple):
-    """A model, in evaluation, the tokenizer of its data, and how that became tokens."""
+    """A model in evaluation mode, the tokenizer of its data, and how that made tokens of text."""
 
     model: DariaFormerModel
     tokenizer: str | None
@@ -42,70 +42,38 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(path: Path, *, device: str) -> Loaded:
-    """A model and what its checkpoint says of its data.
+    """The model of a checkpoint, with the adapters that it has.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, or of another family.
     """
-    if not is_run(path):
-        model = DariaFormerModel(read_trainer_config(path), device=device)
-        load_trainer_weights(model, path, add_adapters=True)
-        return Loaded(model.eval(), None, UNKNOWN_TEXT)
+    if is_torch_checkpoint(path):
+        config, state = read_model(path)
+        return Loaded(_filled(config, state, device=device, source=path), None, UNKNOWN_TEXT)
     stored = open_checkpoint(path)
     if stored.family.name != FAMILY.name:
         raise ValueError(f"{path} is a checkpoint of {stored.family.name}, not of {FAMILY.name}")
-    model = DariaFormerModel(stored.config, device="meta")
-    model.body = load_model(stored, device=device)
-    model.variability = ReactionVariabilitySystem(stored.config).to(device)
+    if not is_run(path):
+        state = load_model_state(path, stored)
+        model = _filled(stored.config, state, device=device, source=path)
+    else:
+        model = DariaFormerModel(stored.config, device="meta")
+        model.body = load_model(stored, device=device)
+        model.variability = ReactionVariabilitySystem(stored.config).to(device)
     return Loaded(model.eval(), stored.tokenizer, stored.text)
 
 
-def read_trainer_config(folder: Path) -> DariaFormerConfig:
-    """The configuration of a Trainer's checkpoint.
-
-    Raises:
-        ValueError: the folder is none, or its configuration is damaged.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file() or is_run(folder):
-        raise ValueError(
-            f"{folder} is no checkpoint of a Trainer; give a folder checkpoint-N with config.yaml "
-            "and model.safetensors"
-        )
-    return read_config(path)
-
-
-def load_trainer_weights(model: DariaFormerModel, folder: Path, *, add_adapters: bool) -> None:
-    """Load `model.safetensors` of a Trainer's checkpoint into a model of its configuration.
-
-    `add_adapters`: whether the model gets those of a LoRAManager that the file has; it then has
-    none yet. Else it must have the same ones.
-
-    Raises:
-        ValueError: the file is damaged, or what is in it is not what the model has.
-    """
-    path = folder / "model.safetensors"
-    try:
-        state = _with_tied(model, load_file(path))
-        if add_adapters and SETTINGS_KEY in state:
-            LoRAManager.from_state_dict(model, state)
-        else:
-            model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path} cannot be loaded: it is damaged, or of a model with other adapters or another "
-            f"configuration ({reason})"
-        ) from error
-
-
-def _with_tied(model: DariaFormerModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which a tied tensor is under both of its names; files hold it once."""
-    if not model.config.weight_tying:
-        return state
-    first, second = "body.embedding.tokens.weight", "body.head.output.weight"
-    table = state[first if first in state else second]
-    return {**state, first: table, second: table}
+def _filled(
+    config: DariaFormerConfig, state: Mapping[str, Tensor], *, device: str, source: Path
+) -> DariaFormerModel:
+    """A model with the state of one of a Trainer, which may have had a LoRAManager."""
+    model = DariaFormerModel(config, device=device)
+    if SETTINGS_KEY in state:
+        build = LoRAManager.from_state_dict
+        load_into(model, state, source=source, load=lambda state: build(model, state))
+    else:
+        load_into(model, state, source=source)
+    return model.eval()
 
 
 def write_checkpoint(
@@ -137,8 +105,4 @@ def write_checkpoint(
     for name, info in parameter_table(FAMILY, config).items():
         tensor = state[f"body.{name}"].detach().to(torch.device("cpu"))
         weights.append(Weight(name, tuple(info.shape), tensor.dtype, info.sharding, tensor.detach))
-    (folder / "weights").mkdir(parents=True)
-    position = ShardPosition()
-    with (folder / "weights" / position.file_name).open("wb") as file:
-        write_shard(file, weights, position=position)
-    write_manifest(folder, StoredModel(folder / "weights", FAMILY, config, tokenizer, text))
+    write_model(folder, StoredModel(folder / "weights", FAMILY, config, tokenizer, text), weights)

@@ -1,7 +1,6 @@
-"""The losses of training as modules over tensors that a call returned, batch first.
+"""The losses of training (models.daria_former.losses) as modules over tensors, batch first.
 
-The equations are those of a training run (models.daria_former.losses, models.daria_former.model);
-here every row of the given batch counts the same.
+Every row of the given batch counts the same.
 Shapes: b batch, s sequence, h hidden, E emotion, C categories, c segments, V vocabulary.
 """
 
@@ -48,12 +47,10 @@ class EmotionAlignmentLoss(nn.Module):
         _check_together(prev_esv=prev_esv, curr_esv=curr_esv)
         if emotion_labels is not None:
             _check_together(emotion_logits=emotion_logits, emotion_labels=emotion_labels)
-        terms = []
-        if emotions is not None:
-            terms.append(emotion_smoothness(emotions.transpose(0, 1), None, ctx=_SINGLE).mean())
+        states = [] if emotions is None else [emotions.transpose(0, 1)]
         if prev_esv is not None and curr_esv is not None:
-            pair = torch.stack((prev_esv, curr_esv)).flatten(1, -2)
-            terms.append(emotion_smoothness(pair, None, ctx=_SINGLE).mean())
+            states.append(torch.stack((prev_esv, curr_esv)).flatten(1, -2))
+        terms = [emotion_smoothness(state, None, ctx=_SINGLE).mean() for state in states]
         if emotion_labels is None or emotion_logits is None:
             return _sum(terms)
         alignment = F.cross_entropy(emotion_logits, emotion_labels)

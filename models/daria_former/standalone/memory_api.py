@@ -10,27 +10,38 @@ Shapes: b batch, g key/value heads, d head dimension, m slots, h hidden, L block
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from models.daria_former.cache import BlockCache, History, MemoryCache
-from models.daria_former.memory import Retrieved, Slots
+from models.common.history import History
+from models.daria_former.cache import BlockCache, MemoryCache, Retrieved, Slots
+from models.daria_former.config import DariaFormerConfig
+from models.daria_former.memory import concatenated
 from models.daria_former.paths import MemoryPath, PersonaPath, Sources
+from models.standalone.model import Cache
 from parallel.layers import project_replicated
-
-if TYPE_CHECKING:
-    from models.daria_former.standalone.model import Cache, DariaFormerModel
 
 _WORKING, _EPISODIC = 0, 1
 
 
-class MemoryBank(Protocol):
-    """What the banks have in common: `read_kv`, the keys and values [b or 1, g, m, d] that one
-    block attends to. What `read` returns and `write` takes is what the bank really holds."""
+class RemembersText(Protocol):
+    """What the banks need of a model: its configuration, its first layer, its blocks."""
 
-    def read_kv(self, layer: int, *args: Any) -> Slots: ...
+    config: DariaFormerConfig
+    training: bool
+
+    @property
+    def embedding(self) -> Any: ...
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    @property
+    def memory(self) -> MemoryIntegrationSystem: ...
+
+    def __call__(self, input_ids: Tensor, *, kv_cache: Cache) -> Any: ...
 
 
 class PersistentRows(NamedTuple):
@@ -51,7 +62,7 @@ class Fit(NamedTuple):
 class SlotMemory:
     """Working or episodic memory: the slots that blocks have pooled from a text, in its cache."""
 
-    def __init__(self, model: DariaFormerModel, level: int) -> None:
+    def __init__(self, model: RemembersText, level: int) -> None:
         self.model, self.level = model, level
         config = model.config
         self.capacity = (config.working_memory_slots, config.episodic_memory_slots)[level]
@@ -66,9 +77,8 @@ class SlotMemory:
         count = self.num_slots(kv_cache)
         histories = self._histories(layer, kv_cache)
         if count == 0:
-            path = _memory_path(self.model, layer)
-            heads, size = self.model.config.num_kv_heads, self.model.config.head_size
-            empty = path.key_gain.new_zeros(0, heads, 0, size)
+            gain = _memory_path(self.model, layer).key_gain  # [g, d]
+            empty = gain.new_zeros(1, len(gain), 0, gain.shape[1])
             return Slots(empty, empty)
         return Slots(*(history.last(count) for history in histories))
 
@@ -109,7 +119,7 @@ class SlotMemory:
 class PersistentMemory:
     """Learned slots that every segment can choose: two rows of the bank each, one for the key."""
 
-    def __init__(self, model: DariaFormerModel) -> None:
+    def __init__(self, model: RemembersText) -> None:
         self.model = model
 
     def __len__(self) -> int:
@@ -222,7 +232,7 @@ class PersistentMemory:
 class PersonaMemory:
     """The slots of the persona path: learned rows, moved by the persona that is given."""
 
-    def __init__(self, model: DariaFormerModel) -> None:
+    def __init__(self, model: RemembersText) -> None:
         self.model = model
 
     def __len__(self) -> int:
@@ -236,7 +246,7 @@ class PersonaMemory:
 
     def read_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
         """Keys and values of one block: [b or 1, g, m + 1, d], the last one the empty slot."""
-        path = self.model.layers[layer].attention.paths["persona"]  # type: ignore[union-attr, index]
+        path = self.model.layers[layer].attention.paths["persona"]
         assert isinstance(path, PersonaPath)
         return path.slots(Sources(bank=self.read(persona)))
 
@@ -250,7 +260,7 @@ class MemoryIntegrationSystem:
         ValueError: on use, of what the model does not have or a text that has not begun.
     """
 
-    def __init__(self, model: DariaFormerModel) -> None:
+    def __init__(self, model: RemembersText) -> None:
         self.model, config = model, model.config
         self.working, self.episodic = SlotMemory(model, _WORKING), SlotMemory(model, _EPISODIC)
         has_rows = config.has("memory") and config.persistent_memory_slots > 0
@@ -262,9 +272,7 @@ class MemoryIntegrationSystem:
         parts = [self.working.read_kv(layer, kv_cache), self.episodic.read_kv(layer, kv_cache)]
         if self.persistent is not None:
             parts.append(self.persistent.read_kv(layer))
-        batch = max(len(part.keys) for part in parts)
-        columns = zip(*parts, strict=True)
-        return Slots(*(torch.cat([_rows(x, batch) for x in column], dim=2) for column in columns))
+        return concatenated(parts)
 
     def get_persona_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
         """What the persona path of a block reads."""
@@ -300,9 +308,9 @@ class MemoryIntegrationSystem:
         return _memory_cache(0, kv_cache).levels[_EPISODIC][0].length
 
 
-def _memory_path(model: DariaFormerModel, layer: int) -> MemoryPath:
+def _memory_path(model: RemembersText, layer: int) -> MemoryPath:
     _check_index("layer", layer, model.config.num_layers)
-    paths: Any = model.layers[layer].attention.paths  # type: ignore[union-attr]
+    paths: Any = model.layers[layer].attention.paths
     if "memory" not in paths:
         raise ValueError("the model has no memory path; add memory to paths before building it")
     path: MemoryPath = paths["memory"]
@@ -316,11 +324,6 @@ def _memory_cache(layer: int, kv_cache: Cache) -> MemoryCache:
     if block.memory is None:
         raise ValueError("the model has no memory path; add memory to paths before building it")
     return block.memory
-
-
-def _rows(x: Tensor, batch: int) -> Tensor:
-    """x for `batch` rows; one without slots may have no rows at all."""
-    return x.expand(batch, -1, -1, -1) if len(x) else x.new_empty(batch, *x.shape[1:])
 
 
 def _check_index(name: str, index: int, count: int) -> None:

@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import LossOutput
 from models.daria_former.carry import DariaInputs, DariaOutput
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.model import FAMILY
 from models.daria_former.paths import Rotaries
 from models.daria_former.standalone.logits_processor import ReactionVariabilitySystem
 from models.daria_former.standalone.memory_api import MemoryIntegrationSystem
-from parallel.carry import SequentialModel
-from parallel.context import ParallelContext
-
-Cache = dict[str, Any]
+from models.standalone.model import Cache, StandaloneModel, check_tokens
 
 
 class Outputs(TypedDict, total=False):
@@ -33,19 +29,13 @@ class Outputs(TypedDict, total=False):
     emotion_logits: Tensor
 
 
-class DariaFormerModel(nn.Module):
-    """Every layer of the family in one process.
+class DariaFormerModel(StandaloneModel):
+    """Every layer of the family in one process."""
 
-    Weights are drawn from torch's seed; names of parameters are those of a training run behind
-    `body.`.
-    """
+    optional_inputs = ("images", "audio", "persona")
 
     def __init__(self, config: DariaFormerConfig, *, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.config = config.model_copy()  # which may be changed for the next model
-        seed = torch.initial_seed() % (1 << 31)
-        ctx = ParallelContext.single(device=device)
-        self.body = SequentialModel(FAMILY.layer_specs(self.config), ctx, seed=seed)
+        super().__init__(FAMILY, config, device=device)
         self.variability = ReactionVariabilitySystem(self.config).to(device)
 
     def forward(
@@ -68,11 +58,10 @@ class DariaFormerModel(nn.Module):
             ValueError: an input that the model does not have or of a wrong shape, or a context
                 beyond `max_seq_len`.
         """
-        inputs = DariaInputs(
-            input_ids, images=images, audio=audio, persona=persona, emotion=emotion_state
+        inputs = self.make_inputs(
+            input_ids, kv_cache, images=images, audio=audio, persona=persona, emotion=emotion_state
         )
-        self._check(inputs, kv_cache)
-        output = self.run(inputs, kv_cache)
+        output: DariaOutput = self.body(inputs, kv_cache)
         outputs: Outputs = {
             "logits": output.logits.transpose(0, 1),
             "hidden_states": output.hidden.transpose(0, 1),
@@ -83,73 +72,18 @@ class DariaFormerModel(nn.Module):
             outputs["emotion_logits"] = F.linear(output.emotion[-1], self.head.category)
         return outputs
 
-    def run(self, inputs: DariaInputs, kv_cache: Cache | None = None) -> DariaOutput:
-        """The family's own output, sequence first, with what its losses need."""
-        return self.body(inputs) if kv_cache is None else self.body(inputs, kv_cache)
-
-    def loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        *,
-        num_scored: Tensor | None = None,
-        **inputs: Any,
-    ) -> LossOutput:
-        """What a training run minimises, and its terms; `labels` int64 [b, s], -100: not scored.
-
-        `num_scored`: what the sum over tokens is divided by (models.base.ModelFamily).
-        """
-        given = DariaInputs(input_ids, **inputs)
-        self._check(given, None)
-        output = self.run(given)
-        return FAMILY.loss(
-            output, labels, config=self.config, ctx=self.body.ctx, num_scored=num_scored
-        )
-
-    def count_parameters(self, trainable_only: bool = True) -> int:
-        """How many numbers the model has; a tied head counts once."""
-        counted = (p for p in self.parameters() if p.requires_grad or not trainable_only)
-        return sum(parameter.numel() for parameter in counted)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Compute the blocks again in backward instead of keeping their activations."""
-        self.body.recompute = True
-
-    def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Empty state for a generation of up to `max_length` tokens, prompt included."""
-        return self.body.new_cache(batch_size, max_length)
-
-    def rollback(self, kv_cache: Cache, length: int) -> None:
-        """Forget the tokens from number `length` on, as when a draft was refused.
+    def make_inputs(
+        self, input_ids: Tensor, kv_cache: Cache | None = None, **optional: Any
+    ) -> DariaInputs:
+        """What the first layer takes; layers check the other inputs.
 
         Raises:
-            ValueError: more than `segment_len` tokens are taken back.
+            ValueError: tokens outside the vocabulary or beyond `max_seq_len`.
         """
-        for layer in kv_cache.values():
-            layer.rollback(length)
-
-    def _check(self, inputs: DariaInputs, kv_cache: Cache | None) -> None:
-        """Compare tokens with the vocabulary and the positions; layers check the other inputs.
-
-        Raises:
-            ValueError: says what the tokens are and what they must be.
-        """
-        tokens, config = inputs.tokens, self.config
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
-            raise ValueError(
-                f"input_ids {str(tokens.dtype).removeprefix('torch.')}{list(tokens.shape)} must be "
-                "int64[batch, tokens >= 1]"
-            )
-        # Looking costs nothing on the host, and a wait for the device elsewhere.
-        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < (
-            config.vocab_size
-        ):
-            raise ValueError(
-                f"input_ids hold {int(tokens.min())} ... {int(tokens.max())}, and the model has "
-                f"vocab_size={config.vocab_size} tokens from 0; use the tokenizer of its data"
-            )
+        check_tokens(input_ids, vocab_size=self.config.vocab_size)
         seen = 0 if kv_cache is None else kv_cache["embedding"].emotion.length
-        check_length(seen + tokens.shape[1], config)
+        check_length(seen + input_ids.shape[1], self.config)
+        return DariaInputs(input_ids, **optional)
 
     # Parts, by their published names.
 

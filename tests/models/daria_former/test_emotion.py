@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd import gradcheck
 
-from models.daria_former.emotion import EmotionExpressionLayer, scan
+from models.daria_former.emotion import EmotionExpressionLayer
 from parallel.context import ParallelContext
 from parallel.random import initialize
 from parallel.sharding import Normal
@@ -21,59 +19,6 @@ def _site(mode: str, *, is_first: bool = False) -> EmotionExpressionLayer:
     )
     initialize(site, seed=2, prefix="site", tensor_rank=0)
     return site
-
-
-def _sequential(keep: Tensor, write: Tensor) -> Tensor:
-    state, states = torch.zeros_like(write[0]), []
-    for a, b in zip(keep.unbind(0), write.unbind(0), strict=True):
-        state = a * state + b
-        states.append(state)
-    return torch.stack(states)
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 50])
-def test_the_scan_is_the_recurrence(length):
-    generator = torch.Generator().manual_seed(length)
-    raw, write = (
-        torch.randn(length, 2, 3, generator=generator, dtype=torch.float64).requires_grad_()
-        for _ in range(2)
-    )
-    torch.testing.assert_close(scan(raw.sigmoid(), write), _sequential(raw.sigmoid(), write))
-    assert gradcheck(lambda r, w: scan(r.sigmoid(), w), (raw, write))
-
-
-def test_the_scan_keeps_its_precision_over_long_sequences():
-    """H12."""
-    keep = torch.full((32768, 1, 2), 0.999)
-    write = torch.rand(32768, 1, 2, generator=torch.Generator().manual_seed(0)) * 1e-3
-    exact = _sequential(keep.double(), write.double())
-    assert ((scan(keep, write).double() - exact).abs() / exact).max() < 1e-4
-
-
-@pytest.mark.parametrize("kept", [0.5, 0.999, 1.0])
-def test_gradients_over_a_long_sequence_are_those_of_the_sequential_form(kept):
-    """H12, in fp32 against fp64."""
-    generator = torch.Generator().manual_seed(1)
-    keep = torch.full((8192, 1, 2), kept)
-    write = torch.rand(8192, 1, 2, generator=generator) * (1.0 - kept + 1e-4)
-    upstream = torch.rand(8192, 1, 2, generator=generator)
-    results = []
-    for run, dtype in ((scan, torch.float32), (_sequential, torch.float64)):
-        inputs = [x.to(dtype).clone().requires_grad_() for x in (keep, write)]
-        states = run(*inputs)
-        results.append([states, *torch.autograd.grad(states, inputs, upstream.to(dtype))])
-    for found, expected in zip(*results, strict=True):
-        error = (found.double() - expected).abs() / expected.abs().clamp(min=expected.abs().mean())
-        assert error.max() < 1e-4
-
-
-def test_inputs_of_the_scan_are_left_as_they_are():
-    for length in (1, 4, 16, 17):
-        keep, write = torch.rand(length, 2, 3), torch.rand(length, 2, 3)
-        before = keep.clone(), write.clone()
-        scan(keep, write)
-        assert torch.equal(keep, before[0])
-        assert torch.equal(write, before[1])
 
 
 @pytest.mark.parametrize("mode", ["mingru", "gru"])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from models.daria_former.manual_backward import mix_paths, multiply_add, scaled_heads, weighted_sum
+from models.common.manual_backward import multiply_add, scaled_heads, weighted_sum
+from models.daria_former.manual_backward import mix_paths
 
 EPS = 1e-2
 

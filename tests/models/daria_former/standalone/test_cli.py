@@ -19,6 +19,7 @@ from models.daria_former.standalone import cli
 from models.daria_former.standalone.checkpoint_io import load_checkpoint
 from models.daria_former.standalone.cli import export, generate, train
 from models.daria_former.standalone.training import Trainer
+from models.standalone import train_command
 from tests.distributed import free_port
 from tests.models.daria_former.shrunk import shrunk
 
@@ -79,7 +80,7 @@ def mistaken(tmp_path_factory, by_trainer) -> Path:
     _tokenizer(folder / "t.json", " ".join(f"w{i}" for i in range(300)))
     for name in ("checkpoint-1", "damaged"):
         shutil.copytree(by_trainer, folder / name)
-    weights = folder / "damaged" / "model.safetensors"
+    weights = folder / "damaged" / "weights" / "pp_00_tp_00.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     return folder
 
@@ -179,7 +180,7 @@ PROMPT = ["--checkpoint", "checkpoint-1", "--prompt", "a", "--tokenizer", "bytes
         (generate, [*PROMPT, "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (generate, [*PROMPT, "--max_new_tokens", "512"], "longer than max_seq_len=512"),
         (generate, [*PROMPT[:3], "w299", "--tokenizer", "t.json"], "the model 257 ids"),
-        (generate, ["--checkpoint", "damaged", *PROMPT[2:]], "it is damaged"),
+        (generate, ["--checkpoint", "damaged", *PROMPT[2:]], "is damaged: sha256"),
         (export, ["--checkpoint", "checkpoint-1", "--output", "o", "--merge_lora"], "no adapters"),
         (export, ["--checkpoint", "checkpoint-1", "--output", "."], "is not empty"),
     ],
@@ -205,7 +206,7 @@ def test_another_start_in_the_same_directory_has_a_run_file_of_its_own(
 ):
     assert len(list((trained / "run_file").iterdir())) == 2
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli, "_WAIT_SECONDS", 0)
+    monkeypatch.setattr(train_command, "_WAIT_SECONDS", 0)
     options = ["--train_data", str(folder / "text.txt"), "--save_dir", str(trained), "--lr", "1"]
     assert train(options) == 2
     assert "was not written by the first rank" in capsys.readouterr().err
@@ -225,8 +226,9 @@ def _tokenizer(path: Path, words: str) -> Path:
 
 def _corpus(folder: Path, text: object, tokenizer: Path) -> list[int]:
     options = ["--train_data", str(text), "--tokenizer", str(tokenizer), "--config", "small"]
-    parsed = cli._train_parser().parse_args([*options, "--save_dir", str(folder / "run")])
-    values = cli.run_values(parsed, cli._config("small"), folder / "run")
+    parsed = cli.train_parser().parse_args([*options, "--save_dir", str(folder / "run")])
+    config = cli.read_config("small")
+    values = train_command.run_values(parsed, config, folder / "run", project=cli.PROJECT)
     corpus = IndexedDataset(values["data"]["train"])
     return corpus.document(0).tolist()
 
@@ -251,6 +253,6 @@ def test_a_corpus_is_that_of_the_text_as_it_is_and_of_the_tokenizer(tmp_path, mo
 
 
 def test_the_published_names_of_the_size_files_are_the_sizes():
-    published = cli._config("configs/daria_former_small.yaml")
-    assert published == cli._config("small")
-    assert published != cli._config("configs/daria_former_base.yaml")
+    published = cli.read_config("configs/daria_former_small.yaml")
+    assert published == cli.read_config("small")
+    assert published != cli.read_config("configs/daria_former_base.yaml")

@@ -11,7 +11,8 @@ from torch import nn
 
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from models.base import TokenInputs
-from models.daria_former.adapters import BlockAdapters, wrap
+from models.common.lora.layers import wrap
+from models.daria_former.adapters import BlockAdapters
 from models.daria_former.carry import DariaInputs
 from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
 from models.daria_former.model import FAMILY, layer_specs

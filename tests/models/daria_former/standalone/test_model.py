@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from models.common.int8 import quantize_int8
 from models.daria_former import DariaFormerModel
 from models.daria_former.carry import DariaInputs
 from models.daria_former.emotion import EmotionExpressionLayer
 from models.daria_former.standalone.generation import DariaGenerator
 from models.daria_former.standalone.lora import LoRAManager
-from models.daria_former.standalone.quantized import quantize_int8
 from tests.equivalence import build
 from tests.models.daria_former.shrunk import shrunk
 
@@ -36,7 +36,7 @@ def _model(**changes) -> DariaFormerModel:
 def test_outputs_are_those_of_the_family_batch_first():
     model = _model()
     outputs = model(TOKENS, return_emotion=True)
-    own = model.run(DariaInputs(TOKENS))
+    own = model.body(DariaInputs(TOKENS))
     assert torch.equal(outputs["logits"], own.logits.transpose(0, 1))
     assert torch.equal(outputs["hidden_states"], own.hidden.transpose(0, 1))
     assert torch.equal(outputs["emotion_state"], own.emotion[-1])

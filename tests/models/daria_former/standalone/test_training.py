@@ -14,7 +14,9 @@ from models.daria_former.standalone.lora import LoRAManager
 from models.daria_former.standalone.training import Trainer
 from tests.distributed import run_ranks
 from tests.models.daria_former.shrunk import shrunk
+from tests.models.daria_former.standalone.torch_checkpoints import write_torch_checkpoint
 
+OPTIONS = {"lr": 1e-3, "warmup_steps": 2, "log_every": 1}
 STREAM = torch.randint(0, 16, (6, 25), generator=torch.Generator().manual_seed(0))
 BATCHES = [
     {"input_ids": STREAM[i : i + 2, :-1], "labels": STREAM[i : i + 2, 1:]} for i in (0, 2, 4)
@@ -24,7 +26,7 @@ BATCHES = [
 def _trainer(batches=BATCHES, *, seed: int = 0, **options) -> Trainer:
     torch.manual_seed(seed)
     config = shrunk()
-    options = {"lr": 1e-3, "max_steps": 6, "warmup_steps": 2, "log_every": 1} | options
+    options = OPTIONS | {"max_steps": 6} | options
     return Trainer(DariaFormerModel(config), config, batches, **options)
 
 
@@ -153,10 +155,12 @@ def test_a_checkpoint_that_is_there_is_replaced(tmp_path):
         trainer = _trainer(save_dir=tmp_path, max_steps=1, lr=lr)
         trainer.train()
     (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml",
-        "model.safetensors",
-        "training_state.pt",
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert sorted(files) == [
+        "manifest.json",
+        "training/rank_00.safetensors",
+        "training/state.safetensors",
+        "weights/pp_00_tp_00.safetensors",
     ]
     loaded, tokenizer, _ = load_checkpoint(folder, device="cpu")
     assert tokenizer is None
@@ -241,20 +245,58 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     LoRAManager(model, rank=2).inject()
     with pytest.raises(ValueError, match="model with other adapters"):
         Trainer(model, shrunk(), BATCHES, resume_from=folder)
-    for name in ("training_state.pt", "model.safetensors"):
+    for name in ("training/state.safetensors", "weights/pp_00_tp_00.safetensors"):
         path = folder / name
-        path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(ValueError, match=rf"{name} cannot be"):
-            _trainer(resume_from=folder)
-        _trainer(max_steps=1, save_dir=tmp_path).train()
+        content = path.read_bytes()
+        for damaged, message in (
+            (content[:1000], "bytes, expected"),
+            (content[:-1] + bytes([content[-1] ^ 1]), "is damaged: sha256"),
+        ):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{name}.* {message}"):
+                _trainer(resume_from=folder)
+        path.write_bytes(content)
+    _trainer(resume_from=folder)
 
 
-def test_a_state_that_would_run_code_is_not_unpickled(tmp_path):
-    _trainer(max_steps=1, save_dir=tmp_path).train()
-    path = tmp_path / "checkpoint-1" / "training_state.pt"
-    torch.save({"ranks": [Counter()], "step": exec}, path)
+@pytest.mark.parametrize("weight_tying", [True, False])
+def test_a_checkpoint_of_the_version_before_continues_exactly(tmp_path, weight_tying):
+    def trainer(**options) -> Trainer:
+        config = shrunk(weight_tying=weight_tying, dropout=0.1)
+        return Trainer(DariaFormerModel(config), config, BATCHES, **OPTIONS, **options)
+
+    torch.manual_seed(0)
+    whole = trainer(max_steps=6)
+    expected = whole.train()
+    torch.manual_seed(0)
+    first = trainer(max_steps=6)
+    while first.step < 4:
+        first._advance()
+    write_torch_checkpoint(first, tmp_path / "old")
+    torch.manual_seed(7)
+    rest = trainer(max_steps=6, resume_from=tmp_path / "old")
+    assert rest.train() == expected[4:]
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(rest.model.get_parameter(name), parameter), name
+    loaded, *_ = load_checkpoint(tmp_path / "old", device="cpu")
+    for name, parameter in first.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
+
+
+def test_a_damaged_or_hostile_checkpoint_of_the_version_before_is_refused(tmp_path):
+    trainer = _trainer()
+    write_torch_checkpoint(trainer, tmp_path / "old")
+    for name in ("training_state.pt", "model.safetensors"):
+        path = tmp_path / "old" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:1000])
+        with pytest.raises(ValueError, match=rf"{name} cannot be read; it is damaged"):
+            _trainer(resume_from=path.parent)
+        path.write_bytes(content)
+    # What would run code is not unpickled.
+    torch.save({"ranks": [Counter()], "step": exec}, tmp_path / "old" / "training_state.pt")
     with pytest.raises(ValueError, match=r"training_state.pt cannot be read"):
-        _trainer(resume_from=path.parent)
+        _trainer(resume_from=tmp_path / "old")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.daria_former.adapters import PRIMARY
+from models.common.lora.layers import PRIMARY
 
 # The child of a model that carries the settings of its LoRAManager, and its key in a state dict.
 SETTINGS = "lora_settings"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models.daria_former.counter_rng import STREAMS, dropout, normal, prefix_keys, uniform
+from models.common.counter_rng import STREAMS, dropout, normal, prefix_keys, uniform
 
 # One token over and over, two by turns, and rows that differ in their first token alone.
 TEXTS = {

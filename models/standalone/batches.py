@@ -1,4 +1,4 @@
-"""The batches of a loader, again and again, with a position that can be found again."""
+"""An endless stream of a loader's batches with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 
-class BatchStream:
-    """An endless iterator over a loader whose state says where it is.
+class ResumableBatches:
+    """An endless iterator over a loader, epoch after epoch.
 
     A loader that shuffles draws its order from a random generator when an epoch begins: its own
-    `generator`, or torch's. The state keeps how that stood, so that the epoch can be drawn again
-    and the batches that were seen be passed over. A sampler with `set_epoch` is told the epoch.
+    `generator`, or torch's. The state holds that generator's state, so that the epoch can be drawn
+    again and the batches already seen skipped. A sampler with `set_epoch` is told the epoch.
 
     Raises:
         ValueError: the loader has no batches.
@@ -21,19 +21,17 @@ class BatchStream:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
-        self.epoch, self.seen = 0, 0  # epochs begun before this one, and batches of this one
+        self.epoch, self.seen = 0, 0  # finished epochs, and batches of the current one
         self._order: torch.Tensor | None = None
         self._batches: Iterator[Any] | None = None
 
-    def __iter__(self) -> BatchStream:
+    def __iter__(self) -> ResumableBatches:
         return self
 
     def __next__(self) -> Any:
-        if self._batches is None:
-            self._begin()
-        assert self._batches is not None
+        batches = self._begin() if self._batches is None else self._batches
         try:
-            batch = next(self._batches)
+            batch = next(batches)
         except StopIteration:
             if self.seen == 0:
                 raise ValueError(
@@ -48,30 +46,30 @@ class BatchStream:
         return {"epoch": self.epoch, "seen": self.seen, "order": self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where the state was taken; draws from torch's generator on the way.
+        """Go to the saved position; draws from torch's generator on the way.
 
         Raises:
-            ValueError: the loader ends before that.
+            ValueError: the loader has fewer batches.
         """
         self.epoch, self.seen = int(state["epoch"]), int(state["seen"])
         if self.seen == 0:
             return
         self._generator.set_state(state["order"])
-        self._begin()
-        assert self._batches is not None
+        batches = self._begin()
         for number in range(self.seen):
-            if next(self._batches, None) is None:
+            if next(batches, None) is None:
                 raise ValueError(
                     f"train_dataloader has {number} batches, and the checkpoint was taken after "
                     f"{self.seen}; give the data that it was trained on"
                 )
 
-    def _begin(self) -> None:
+    def _begin(self) -> Iterator[Any]:
         sampler: Any = getattr(self.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
         self._order = self._generator.get_state()
         self._batches = iter(self.loader)
+        return self._batches
 
     @property
     def _generator(self) -> torch.Generator:

@@ -1,8 +1,10 @@
-"""Parameter groups and learning rate of training in one process."""
+"""AdamW and the learning-rate schedule of standalone training."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,36 +16,34 @@ def build_optimizer(
     model: nn.Module,
     lr: float,
     weight_decay: float = 0.01,
-    lora_lr: float | None = None,
-    emotion_lr: float | None = None,
+    *,
+    part_rates: Mapping[str, float] | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained, in named groups: the rest, the sites of the emotion state at
-    `emotion_lr` (lr by default), adapters at `lora_lr` (10 times lr by default). In each, matrices
-    decay (`decay`) and vectors do not (`no_decay`).
+    """AdamW over the trainable parameters, in named groups.
+
+    `part_rates`: a part of a parameter's name (`lora` for `*.lora.*`) -> its learning rate; the
+    first part that matches decides, and the rest is the group `base` at `lr`. In each group
+    matrices decay (`<group>_decay`) and vectors do not (`<group>_no_decay`).
 
     Raises:
-        ValueError: nothing is trained, or a rate or decay out of its range.
+        ValueError: nothing is trainable, or a rate or the decay is out of range.
     """
-    rates = {
-        "base": lr,
-        "emotion": lr if emotion_lr is None else emotion_lr,
-        "lora": 10 * lr if lora_lr is None else lora_lr,
-    }
+    rates = {"base": lr, **(part_rates or {})}
     for name, value in {**rates, "weight_decay": weight_decay}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"the {name} rate {value} must be 0 or more, and finite")
-    groups = {
-        f"{kind}_{decays}": {"params": [], "lr": rate, "weight_decay": decay}
-        for kind, rate in rates.items()
+    groups: dict[str, dict[str, Any]] = {
+        f"{part}_{decays}": {"params": [], "lr": rate, "weight_decay": decay}
+        for part, rate in rates.items()
         for decays, decay in (("decay", weight_decay), ("no_decay", 0.0))
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = next((kind for kind in ("lora", "emotion") if f".{kind}." in name), "base")
+            part = next((part for part in part_rates or () if f".{part}." in name), "base")
             decays = "no_decay" if role_of(name, parameter) == "vector" else "decay"
-            groups[f"{kind}_{decays}"]["params"].append(parameter)  # type: ignore[attr-defined]
+            groups[f"{part}_{decays}"]["params"].append(parameter)
     used = [{"name": name, **group} for name, group in groups.items() if group["params"]]
     if not used:
         raise ValueError("no parameter of the model requires a gradient; unfreeze some")
@@ -53,7 +53,7 @@ def build_optimizer(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, min_ratio: float = 0.1
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warmup, then a cosine down to `min_ratio` of the learning rate of each group."""
+    """Linear warm-up, then a cosine decay to `min_ratio` of each group's learning rate."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:

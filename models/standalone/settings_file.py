@@ -1,20 +1,21 @@
-"""Settings of a model from a YAML file. No torch."""
+"""A model configuration from a YAML file. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from models.daria_former.config import DariaFormerConfig
+Config = TypeVar("Config", bound=BaseModel)
 
 
-def read_config(path: Path) -> DariaFormerConfig:
-    """A YAML file of settings.
+def read_settings(path: Path, config_class: type[Config]) -> Config:
+    """The configuration that a YAML file of settings describes.
 
     Raises:
-        ValueError: not YAML, or the first setting that is unknown or out of its range.
+        ValueError: not YAML, or the first setting that is unknown or out of range.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -24,7 +25,7 @@ def read_config(path: Path) -> DariaFormerConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings; write lines such as `num_layers: 12`")
     try:
-        return DariaFormerConfig.from_dict(values)
+        return config_class.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -1,0 +1,238 @@
+"""Low-rank adapters of a linear layer (arXiv 2106.09685): several on one, each with a weight.
+
+A weight is a number, or follows something that the family computes for every row or token. The
+linear layer's own parameters keep their names, so that a model with adapters is a plain model and
+`*.lora.*`.
+
+Shapes: s sequence, b batch, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common.counter_rng import dropout
+from parallel.context import ParallelContext
+from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
+from parallel.sharding import Constant, Sharding, declare
+
+PRIMARY = "primary"
+
+# The stream of a block's noise that its adapters draw from, and how many channels each layer has.
+_DROPOUT_STREAM = 3
+_DROPOUT_CHANNELS = 1 << 24
+
+
+class Follows(NamedTuple):
+    """In place of a number: the weight that the family puts into `Conditions`, either one for every
+    row or (`per_token`) one for every token."""
+
+    kind: str
+    per_token: bool
+
+
+class LowRank(nn.Module):
+    """`w (alpha / r) B A x` with A [r, in] Kaiming-uniform and B [out, r] zero, for one layer.
+
+    With a column-parallel layer A is whole on every tensor rank and B is cut like W; with a
+    row-parallel one A is cut like W and B is whole, and the result is this rank's part of a sum.
+    Either way a rank sees only a part of the gradient of the whole matrix, also without sequence
+    parallelism.
+    """
+
+    def __init__(self, weight: Tensor, *, rank: int, alpha: float) -> None:
+        super().__init__()
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise ValueError(f"LoRA rank={rank}, alpha={alpha}: both must be positive")
+        self.rank, self.alpha = rank, alpha
+        cut, whole = _sharding(weight), Sharding(partial_gradient=True)
+        A, B = weight.new_empty(rank, weight.shape[1]), weight.new_empty(weight.shape[0], rank)
+        first, second = (cut, whole) if cut.dim == 1 else (whole, cut)
+        self.A = declare(nn.Parameter(A), first, _kaiming_uniform)
+        self.B = declare(nn.Parameter(B), second, Constant(0.0))
+
+    def forward(self, x: Tensor, weight: float | Tensor, onto: Tensor) -> Tensor:
+        """Added to `onto` [s, b, out] of x [s, b, in] (or [..., in] with a number as weight); a
+        weight fp32 [s or 1, b or 1, 1]."""
+        inner = F.linear(x, self.A)
+        scale = self.alpha / self.rank * weight
+        inner = inner * (scale.to(inner.dtype) if isinstance(scale, Tensor) else scale)
+        if inner.shape[:-1] != onto.shape[:-1]:  # slots without rows, a weight for each row
+            return onto + F.linear(inner, self.B)
+        # One pass over the output instead of three.
+        return torch.addmm(onto.flatten(0, -2), inner.flatten(0, -2), self.B.T).view_as(onto)
+
+    def product(self) -> Tensor:
+        """`(alpha / r) B A` in fp32 or better: what the adapter adds to W at weight 1."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return self.alpha / self.rank * (self.B.to(dtype) @ self.A.to(dtype))
+
+
+class Conditions:
+    """What the adapters of a block need to know about the current call.
+
+    `weights`: of the adapters that follow something, fp32 [s or 1, b or 1, 1], ready for what a
+    tensor rank computes alone. `keys` int64 [s, b]: what dropout is drawn from.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.keys: Tensor | None = None
+        self.is_noisy = True
+
+
+class LoRALinear(nn.Module):
+    """`y = W x + s_0 B_0 A_0 dropout(x) + sum_n w_n s_n B_n A_n x`, `s = alpha / r`.
+
+    Takes the place of a linear layer and its parameters. The primary adapter (0) is always on, the
+    others (n) are those of `active`. An adapter whose weight is one for every token acts on tokens
+    only, not on inputs that all tokens share (`per_token=False`); the same holds for dropout.
+
+    Stands in for a column- or row-parallel layer of parallel.layers, with the same collectives:
+    the input is gathered for all products at once, and a row-parallel sum is taken once.
+
+    Raises:
+        ValueError: the layer is no nn.Linear, such as those of Transformer Engine under FP8.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise ValueError(
+                f"LoRA around a {type(base).__module__}.{type(base).__name__} is not possible, "
+                "only around torch's linear layers; with precision=fp8 use lora_rank=0"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"LoRA dropout={dropout} must be at least 0 and less than 1")
+        self.ctx: ParallelContext = getattr(base, "ctx", None) or ParallelContext.single()
+        self.is_row = _sharding(base.weight).dim == 1
+        self.dropout = dropout
+        self.register_parameter("weight", base.get_parameter("weight"))
+        self.register_parameter("bias", getattr(base, "bias", None))
+        self.lora = nn.ModuleDict({PRIMARY: LowRank(base.weight, rank=rank, alpha=alpha)})
+        self.active: dict[str, float | Follows] = {PRIMARY: 1.0}
+        self.conditions = Conditions()
+        self.number = 0  # among the layers of its block that may be adapted
+        self._original: tuple[Tensor, int] | None = None  # W before merging, version of W after
+        self._base = (base,)  # in a tuple, so that it is no child
+
+    @property
+    def is_merged(self) -> bool:
+        return self._original is not None
+
+    def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
+        if not collectives:
+            return self._product(x, per_token=per_token)
+        if not self.is_row:
+            x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+            return self._product(x, per_token=per_token)
+        y = leave_tensor_region(self._product(x, per_token=per_token), ctx=self.ctx)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor, *, per_token: bool) -> Tensor:
+        """Without collectives, and of a row-parallel layer without its bias."""
+        y = F.linear(x, self.weight, None if self.is_row else self.bias)
+        if self.is_merged:
+            return y
+        for name, weight in self.active.items():
+            if isinstance(weight, Follows) and weight.per_token and not per_token:
+                continue
+            known = self.conditions.weights[name] if isinstance(weight, Follows) else weight
+            given = self._dropped(x, per_token) if name == PRIMARY else x
+            y = self.lora[name](given, known, y)
+        return y
+
+    def _dropped(self, x: Tensor, per_token: bool) -> Tensor:
+        if not (self.dropout and self.training and per_token and self.conditions.is_noisy):
+            return x
+        if self.conditions.keys is None:  # not in a model whose carry has keys for noise
+            return F.dropout(x, self.dropout)
+        first = self.number * _DROPOUT_CHANNELS
+        if self.is_row:
+            first += self.ctx.tensor.rank * x.shape[-1]
+        keys = self.conditions.keys
+        return dropout(x, keys, self.dropout, stream=_DROPOUT_STREAM, first=first)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add every active adapter to W, of which a copy is kept until `unmerge`."""
+        total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        for name, weight in self.active.items():
+            if isinstance(weight, Follows):
+                raise ValueError(
+                    f"adapter {name!r} follows {weight.kind!r} instead of one number and cannot be "
+                    "merged; deactivate it, or activate it with a number"
+                )
+            total = total + weight * self.lora[name].product()  # type: ignore[operator]
+        original = self.weight.detach().clone()
+        self.weight.copy_(total)
+        self._original = (original, self.weight._version)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The reverse of `merge`, bit for bit.
+
+        Raises:
+            ValueError: the weight was trained or loaded in between, which would be lost.
+        """
+        assert self._original is not None
+        original, version = self._original
+        if self.weight._version != version:
+            raise ValueError(
+                "a weight was changed after its adapters were merged into it, and going back would "
+                "lose that; unmerge before training or loading, or use strip()"
+            )
+        self.weight.copy_(original)
+        self._original = None
+
+    def unwrapped(self) -> nn.Linear:
+        """The linear layer that was wrapped, with the present weight and without adapters."""
+        base = self._base[0]
+        base.register_parameter("weight", self.get_parameter("weight"))
+        base.register_parameter("bias", self._parameters["bias"])
+        return base.train(self.training)
+
+
+class Target(NamedTuple):
+    """A linear layer that adapters may be put around, or are: its name, and the layer."""
+
+    name: str
+    layer: Any
+
+
+def named_targets(root: nn.Module, targets: Collection[str]) -> Iterator[Target]:
+    """The linear layers of `root` whose last name is one of `targets`, adapted or not."""
+    for name, module in root.named_modules():
+        if name.rpartition(".")[2] in targets and hasattr(module, "weight"):
+            yield Target(name, module)
+
+
+def wrap(
+    root: nn.Module, targets: Collection[str], *, rank: int, alpha: float, dropout: float
+) -> list[Target]:
+    """Put a LoRALinear around every target that has none; returns the new ones."""
+    wrapped = []
+    for name, layer in list(named_targets(root, targets)):
+        if not isinstance(layer, LoRALinear):
+            adapted = LoRALinear(layer, rank=rank, alpha=alpha, dropout=dropout)
+            owner, _, last = name.rpartition(".")
+            setattr(root.get_submodule(owner), last, adapted)
+            wrapped.append(Target(name, adapted))
+    return wrapped
+
+
+def _sharding(weight: Tensor) -> Sharding:
+    return getattr(weight, "sharding", Sharding())
+
+
+def _kaiming_uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -1,0 +1,358 @@
+"""The adapters of a model: added, stacked, switched, trained alone, merged.
+
+    manager = LoRAManager(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])
+    manager.inject()
+    manager.freeze_base()
+    manager.add_adapter("style", rank=8)
+    manager.activate_adapter("style", weight=0.5)
+
+The weights of a model with adapters are those of the model and `*.lora.*`; `merged_state_dict`
+makes one of the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from models.common.lora.layers import PRIMARY, Follows, LoRALinear, LowRank, wrap
+from models.common.lora.state import (
+    SETTINGS,
+    SETTINGS_KEY,
+    nearest,
+    read_settings,
+    written_settings,
+)
+from parallel.random import initialize
+
+
+class LoRAManager:
+    """The adapters of `model`: the primary one, which is always on, and named ones.
+
+    `rank`, `alpha` and `dropout` are those of the primary adapter; `targets` are last names of
+    linear layers. A model built with adapters has its primary one already and is given the same
+    settings. `seed`: of the A matrices, which also depend on the layer's name. A family whose
+    adapters may follow something overrides `bind`, `unbind` and `follow`.
+
+    Raises:
+        ValueError: an unknown target, with the nearest known ones.
+    """
+
+    # Last names of the layers that a family lets adapt; empty: any linear layer of the model.
+    known_targets: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int = 16,
+        alpha: float = 32,
+        targets: Sequence[str] = ("q_proj", "v_proj"),
+        dropout: float = 0.0,
+        *,
+        seed: int = 0,
+    ) -> None:
+        known = self.known_targets or sorted(_last_names(model))
+        for target in targets:
+            if target not in known:
+                raise ValueError(f"LoRA target {target!r} is unknown; {nearest(target, known)}")
+        if not targets:
+            raise ValueError(f"LoRA targets={list(targets)} is empty; name some of {known}")
+        self.model, self.rank, self.alpha, self.dropout = model, rank, float(alpha), dropout
+        self.targets, self.seed = tuple(targets), seed
+        self._adapters: dict[str, dict[str, Any]] = {}  # name -> rank, alpha, weight (None: off)
+        self._frozen: list[nn.Parameter] = []
+
+    # Building.
+
+    def inject(self) -> None:
+        """Put the primary adapter around every target; the model computes what it did.
+
+        Raises:
+            ValueError: a target is in no layer, or the model was built with other adapters.
+        """
+        if hasattr(self.model, SETTINGS):
+            raise ValueError("the model has a LoRAManager already; use that one, or strip() first")
+        present = _last_names(self.model).intersection(self.known_targets or self.targets)
+        for target in self.targets:
+            if target not in present:
+                known = nearest(target, present)
+                raise ValueError(f"LoRA target {target!r} is in no layer of the model; {known}")
+        for name, layer in self.named_layers():
+            self._check_native(name, layer)
+        new = wrap(self.model, self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+        for name, layer in new:
+            self.initialize(f"{name}.lora.{PRIMARY}", layer.lora[PRIMARY])
+        self.bind()
+        self.model.add_module(SETTINGS, _Settings(self))
+
+    @classmethod
+    def from_state_dict(cls, model: nn.Module, state: Mapping[str, Any]) -> Self:
+        """Build the adapters that a state dict holds into a plain model, and load it.
+
+        Raises:
+            ValueError: it was not saved from a model with a manager.
+        """
+        if SETTINGS_KEY not in state:
+            raise ValueError(
+                f"the state dict has no {SETTINGS_KEY}; save that of a model with a LoRAManager"
+            )
+        values = read_settings(state[SETTINGS_KEY])
+        names = ("rank", "alpha", "targets", "dropout", "seed")
+        manager = cls(model, **{name: values[name] for name in names})
+        manager.inject()
+        for name, adapter in values["adapters"].items():
+            manager.add_adapter(name, adapter["rank"], adapter["alpha"])
+            for kind in adapter["follows"]:
+                manager.follow(name, kind)
+        model.load_state_dict(state)
+        return manager
+
+    def strip(self) -> nn.Module:
+        """Remove every adapter, added or built in, and return the model; what is merged stays."""
+        self._injected()
+        for name, layer in self.named_layers():
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, layer.unwrapped())
+        self.unbind()
+        delattr(self.model, SETTINGS)
+        return self.model
+
+    # Named adapters.
+
+    def add_adapter(self, name: str, rank: int | None = None, alpha: float | None = None) -> None:
+        """Add an adapter that is not active yet; B is 0, so that it changes nothing until trained.
+
+        By default it has the rank and the scale alpha / rank of the primary one.
+
+        Raises:
+            ValueError: the name is taken, or no identifier.
+        """
+        self._switchable()
+        if not name.isidentifier() or name == PRIMARY or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"adapter name {name!r} must be an identifier and not {PRIMARY!r}")
+        if name in self._adapters:
+            raise ValueError(f"adapter {name!r} exists already; choose another name")
+        rank = self.rank if rank is None else rank
+        alpha = rank * self.alpha / self.rank if alpha is None else float(alpha)
+        for path, layer in self.named_layers():
+            adapter = LowRank(layer.weight, rank=rank, alpha=alpha).train(layer.training)
+            layer.lora[name] = adapter
+            self.initialize(f"{path}.lora.{name}", adapter)
+        self._adapters[name] = {"rank": rank, "alpha": alpha, "weight": None, "follows": []}
+
+    def activate_adapter(self, name: str, weight: float | str = 1.0) -> None:
+        """Switch an adapter on, in addition to the active ones.
+
+        `weight`: a number, or the name of what it follows, one of `followed`. An unknown adapter is
+        added, with a warning.
+
+        Raises:
+            ValueError: a weight that is none of these.
+        """
+        self._switchable()
+        if isinstance(weight, str) and weight not in self.followed:
+            known = nearest(weight, self.followed)
+            raise ValueError(f"adapter weight={weight!r} is unknown; {known}")
+        if not isinstance(weight, str) and not math.isfinite(weight):
+            raise ValueError(f"adapter weight={weight} is not finite; choose a number")
+        self.check_followed(weight)
+        if name not in self._adapters:
+            self.add_adapter(name)
+            others = nearest(name, [other for other in self._adapters if other != name])
+            warnings.warn(
+                f"adapter {name!r} did not exist and was added: it changes nothing until it is "
+                f"trained; use add_adapter to choose its rank; {others}",
+                stacklevel=2,
+            )
+        if isinstance(weight, str):
+            self.follow(name, weight)
+        self.switch(name, weight)
+
+    def deactivate_adapter(self, name: str) -> None:
+        """Switch an adapter off; what it has learned stays.
+
+        Raises:
+            ValueError: there is none of this name, with the nearest ones.
+        """
+        self._switchable()
+        if name not in self._adapters:
+            raise ValueError(f"adapter {name!r} does not exist; {nearest(name, self._adapters)}")
+        self.switch(name, None)
+
+    def deactivate_all_extras(self) -> None:
+        """Switch every adapter but the primary one off."""
+        for name in self._adapters:
+            self.deactivate_adapter(name)
+
+    @property
+    def active(self) -> dict[str, float | str]:
+        """The named adapters that are on, with their weights."""
+        on = {name: a["weight"] for name, a in self._adapters.items()}
+        return {name: weight for name, weight in on.items() if weight is not None}
+
+    # Training.
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """Every parameter of the adapters, active or not."""
+        self._injected()
+        return [p for name, p in self.model.named_parameters() if ".lora." in f".{name}"]
+
+    def num_lora_parameters(self) -> int:
+        """Elements of `lora_parameters`."""
+        return sum(parameter.numel() for parameter in self.lora_parameters())
+
+    def freeze_base(self) -> None:
+        """Leave exactly the adapters trainable: every other parameter of the model is frozen."""
+        own = set(map(id, self.lora_parameters()))
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        self._frozen += frozen
+
+    def unfreeze_base(self) -> None:
+        """Make trainable again what `freeze_base` froze."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+
+    # Merging.
+
+    def merge_all(self) -> None:
+        """Add the primary and the active adapters to the weights, so that they cost nothing.
+
+        A copy of the weights is kept for `unmerge_all`; `strip()` lets go of it.
+
+        Raises:
+            ValueError: they are merged already, or an active one follows a state.
+        """
+        self._switchable()
+        for _, layer in self.named_layers():
+            layer.merge()
+
+    def unmerge_all(self) -> None:
+        """Give the weights back the bits they had before `merge_all`.
+
+        Raises:
+            ValueError: nothing is merged, or a merged weight was changed since.
+        """
+        self._injected()
+        if not self._is_merged():
+            raise ValueError("no adapters are merged; call merge_all() first")
+        for _, layer in self.named_layers():
+            layer.unmerge()
+
+    # State.
+
+    def settings(self) -> dict[str, Any]:
+        """What `from_state_dict` needs beside the tensors; JSON types."""
+        self._switchable()
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "targets": list(self.targets),
+            "dropout": self.dropout,
+            "seed": self.seed,
+            "adapters": copy.deepcopy(self._adapters),
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Switch adapters as `settings` of the same adapters says.
+
+        Raises:
+            ValueError: they are of other adapters.
+        """
+        self._switchable()
+        for name, theirs in values["adapters"].items():
+            ours = self._adapters.get(name)
+            if ours is None or (ours["rank"], ours["alpha"]) != (theirs["rank"], theirs["alpha"]):
+                raise ValueError(
+                    f"adapter {name!r} of the state dict is not in the model with rank="
+                    f"{theirs['rank']} and alpha={theirs['alpha']}; use LoRAManager.from_state_dict"
+                )
+            self.switch(name, theirs["weight"])
+
+    # For families whose adapters may follow something.
+
+    @property
+    def followed(self) -> Mapping[str, Follows]:
+        """What the weight of an adapter may follow, by its name."""
+        return {}
+
+    def bind(self) -> None:
+        """Connect what follows something with the adapters, which are all built."""
+
+    def unbind(self) -> None:
+        """Remove whatever `bind` added."""
+
+    def check_followed(self, weight: float | str) -> None:
+        """Raise ValueError where the model lacks what a weight would follow."""
+
+    def follow(self, name: str, kind: str) -> None:
+        """Build what the weight of an adapter learns in order to follow; may be called again."""
+        if kind not in self._adapters[name]["follows"]:
+            self._adapters[name]["follows"].append(kind)
+
+    def switch(self, name: str, weight: float | str | None) -> None:
+        """Set the weight of an adapter in every layer; None switches it off."""
+        self._adapters[name]["weight"] = weight
+        for _, layer in self.named_layers():
+            layer.active.pop(name, None)
+            if weight is not None:
+                layer.active[name] = self.followed[weight] if isinstance(weight, str) else weight
+
+    def named_layers(self) -> Iterator[tuple[str, LoRALinear]]:
+        """The adapted layers and their names."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, LoRALinear):
+                yield name, module
+
+    def initialize(self, name: str, module: nn.Module) -> None:
+        """Draw the initial values of parameters whose names begin with `name`."""
+        rank = next(layer for _, layer in self.named_layers()).ctx.tensor.rank
+        initialize(module, seed=self.seed, prefix=name, tensor_rank=rank)
+
+    def _check_native(self, name: str, layer: LoRALinear) -> None:
+        primary: Any = layer.lora[PRIMARY]
+        built = (primary.rank, primary.alpha, layer.dropout)
+        if built != (self.rank, self.alpha, self.dropout):
+            raise ValueError(
+                f"{name} was built with LoRA rank, alpha and dropout {built}, the manager has "
+                f"{(self.rank, self.alpha, self.dropout)}; give it those of the configuration"
+            )
+
+    def _injected(self) -> None:
+        if getattr(getattr(self.model, SETTINGS, None), "manager", None) is not self:
+            raise ValueError("the model does not have these adapters; call inject() first")
+
+    def _is_merged(self) -> bool:
+        return any(layer.is_merged for _, layer in self.named_layers())
+
+    def _switchable(self) -> None:
+        self._injected()
+        if self._is_merged():
+            raise ValueError("adapters are merged into the weights; call unmerge_all() or strip()")
+
+
+class _Settings(nn.Module):
+    """Carries the manager's settings in the state dict of the model."""
+
+    def __init__(self, manager: LoRAManager) -> None:
+        super().__init__()
+        self.manager = manager
+
+    def get_extra_state(self) -> Tensor:
+        return written_settings(self.manager.settings())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.manager.restore(read_settings(state))
+
+
+def _last_names(model: nn.Module) -> set[str]:
+    """Last names of the modules that hold a matrix."""
+    named = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return {n.rpartition(".")[2] for n, w in named if isinstance(w, Tensor) and w.dim() == 2}
