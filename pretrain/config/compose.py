@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data_tools.errors import looked_up
+from data_tools.errors import cwd_hint
 from pretrain.config.compat.aliases import ALIASES
 from pretrain.config.errors import nearest, show
 from pretrain.config.input_checks import MAX_TEXT, check_override, read_run_file
@@ -64,7 +64,7 @@ def _search_path(config_dir: str | Path | None) -> tuple[Path, ...]:
         return (CONFIGS,)
     directory = Path(config_dir).resolve()
     if not directory.is_dir():
-        where = looked_up(config_dir)
+        where = cwd_hint(config_dir)
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a directory{where}; correct it")
     # Hydra opens the files of groups itself; those of the project need no check.
     for pattern in ("*/*.yaml", "*/*/*.yaml"):

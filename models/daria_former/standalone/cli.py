@@ -228,14 +228,14 @@ def _tokenize(text: str, prefix: Path, tokenizer: str) -> None:
     from data_tools.cli import usable_cpus
     from data_tools.preprocess import preprocess, summary
     from data_tools.preprocessing.encoding import EncodingSettings
-    from data_tools.preprocessing.join_shards import Job
+    from data_tools.preprocessing.join_shards import PreprocessJob
 
     command = ["python", "-m", "data_tools.preprocess", "--input", text]
     command += ["--output", str(prefix), "--tokenizer", tokenizer]
     settings = EncodingSettings(
         tokenizer=tokenizer, eod=None, append_eod=True, json_key="text", skip_bad_lines=False
     )
-    job = Job([text], str(prefix), settings, overwrite=True, command=shlex.join(command))
+    job = PreprocessJob([text], str(prefix), settings, overwrite=True, command=shlex.join(command))
     # Workers are the parallelism: a tokenizer's threads would fight them for the same CPUs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print(summary(str(prefix), preprocess(job, num_workers=usable_cpus()).info), flush=True)
