@@ -59,7 +59,7 @@ def preprocess(job: PreprocessJob, *, num_workers: int = 1) -> PreprocessReport:
 
 
 def preprocess_as_rank(
-    ranks: Communicator, job: PreprocessJob, *, num_workers: int
+    communicator: Communicator, job: PreprocessJob, *, num_workers: int
 ) -> PreprocessReport | None:
     """Encode this rank's share of a job; rank 0 publishes the output and returns the report.
 
@@ -78,22 +78,22 @@ def preprocess_as_rank(
         sources.extend(find_inputs(job.inputs))
         shards.extend(_plan(job, sources))
         folder.plan(_resume_settings(job.settings), shards)
-        if ranks.rank == 0:
+        if communicator.rank == 0:
             folder.claim(overwrite=job.overwrite)
 
     try:
         # Share failures with all ranks, so that none waits for one that has failed.
-        failures = ranks.gather("begin", _error_message(prepare), last=False)
+        failures = communicator.gather("begin", _error_message(prepare), last=False)
         if not any(failures) and not folder.is_published():
-            share = _shards_of_rank(shards, ranks)
+            share = _shards_of_rank(shards, communicator)
             work = partial(_encode, job, share, folder, num_workers)
             failures = [_error_message(work)]
-        failures = ranks.gather("end", next(filter(None, failures), ""), last=True)
+        failures = communicator.gather("end", next(filter(None, failures), ""), last=True)
         if failure := next(filter(None, failures), None):
             num_finished = folder.num_finished()
             hint = _resume_hint(num_finished, len(shards), folder) if num_finished else ""
             raise DataError(failure + hint)
-        return join_shards(job, sources, shards, folder) if ranks.rank == 0 else None
+        return join_shards(job, sources, shards, folder) if communicator.rank == 0 else None
     finally:
         folder.release()
 
@@ -119,13 +119,13 @@ def _resume_settings(settings: EncodingSettings) -> ResumeSettings:
     }
 
 
-def _shards_of_rank(shards: Sequence[Shard], ranks: Communicator) -> list[Shard]:
+def _shards_of_rank(shards: Sequence[Shard], communicator: Communicator) -> list[Shard]:
     """Assign shards to ranks round robin, the largest first.
 
     Finished shards are assigned as well: ranks may not see the same latest files.
     """
     by_size = sorted(shards, key=lambda shard: shard.size, reverse=True)
-    return by_size[ranks.rank :: ranks.size]
+    return by_size[communicator.rank :: communicator.size]
 
 
 def _error_message(work: Callable[[], None]) -> str:
@@ -182,8 +182,8 @@ def main(arguments: Sequence[str]) -> None:
         shard_bytes=options.shard_megabytes and options.shard_megabytes << 20,
     )
     rendezvous_folder = ResumeFolder(Path(options.output)).path.joinpath
-    ranks = find_communicator(rendezvous_folder)
-    report = preprocess_as_rank(ranks, job, num_workers=options.workers)
+    communicator = find_communicator(rendezvous_folder)
+    report = preprocess_as_rank(communicator, job, num_workers=options.workers)
     if report is not None:
         _print_report(options.output, settings, report)
 
