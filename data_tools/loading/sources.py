@@ -118,7 +118,7 @@ def _common_tokens(
 
 def _format_ids(value: object) -> str:
     if value is None or value == ():
-        return "no such token"
+        return "no dedicated token"
     ids = value if isinstance(value, tuple) else (value,)
     return f"{'ids' if len(ids) > 1 else 'id'} {', '.join(map(str, ids))}"
 

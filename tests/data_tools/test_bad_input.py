@@ -131,7 +131,7 @@ def test_ids_that_occur_must_fit_the_vocabulary_of_a_model(
     options = ["--tokenizer", str(tmp_path / "t"), "--vocab-size", "301", "--overwrite"]
     dataset = _preprocess(tmp_path / "in.txt", tmp_path / "out", *options)
     assert dataset.document(0)[-1] == 300
-    assert "has ids up to 301; a document with one from 301 on ends" in capsys.readouterr().err
+    assert "has ids up to 301; a document with an id of 301 or more" in capsys.readouterr().err
     (tmp_path / "in.txt").write_text("text [PAD]")
     message = r"in.txt: its text has id 301 \(\[PAD\]\), but --vocab-size is 301; raise it"
     with pytest.raises(DataError, match=message):
