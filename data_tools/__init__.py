@@ -1,1 +1,1 @@
-"""Corpora, their order, and their command lines; imports nothing else of this project."""
+"""Corpora, data order and the data command lines; imports no other package of this project."""

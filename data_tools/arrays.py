@@ -1,4 +1,4 @@
-"""Types of arrays, and a search in a mapped one."""
+"""Array type aliases and binary search in memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TokenArray = npt.NDArray[np.integer]  # in the dtype of the file
 
 
 def bisect_right(values: npt.NDArray[Any], keys: IntArray) -> IntArray:
-    """`np.searchsorted(values, keys, side="right")` that reads only log2(n) values for each key."""
+    """Equal `np.searchsorted(values, keys, side="right")`, reading only log2(n) values per key."""
     low = np.zeros(len(keys), dtype=np.int64)
     high = np.full(len(keys), len(values), dtype=np.int64)
     while (active := low < high).any():

@@ -1,4 +1,4 @@
-"""What the command lines share: text inputs, one-line errors, progress."""
+"""Helpers shared by the command lines: text input options, one-line errors, CPU count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from data_tools.errors import DataError
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> int:
-    """Run a command line; its exit status is 2, with one line on stderr, for a user's error."""
+    """Run a command line and return its exit status.
+
+    A user error prints one line to stderr and returns 2; an interrupt returns 130.
+    """
     try:
         main(sys.argv[1:])
     except (DataError, OSError) as error:
@@ -24,27 +27,28 @@ def run_command(main: Callable[[Sequence[str]], None]) -> int:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where text comes from: what every command that reads documents takes."""
+    """Add the options shared by all commands that read text documents."""
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="PATH",
-        help=".jsonl (one object a line) or .txt (one document a file), plain, .gz or .zst; "
-        ".parquet; directories and globs of them; hf:NAME[:CONFIG][@SPLIT] of Hugging Face's hub, "
-        "or hf:DIRECTORY",
+        help=".jsonl (one object per line) or .txt (one document per file), plain, .gz or .zst; "
+        ".parquet; directories and globs of these; hf:NAME[:CONFIG][@SPLIT] from the Hugging Face "
+        "Hub, or hf:DIRECTORY",
     )
     parser.add_argument(
-        "--json-key", default="text", help="key of .jsonl objects, or column, that holds the text"
+        "--json-key", default="text", help="key of .jsonl objects, or table column, with the text"
     )
     parser.add_argument(
         "--on-bad-line",
         choices=("error", "skip"),
         default="error",
-        help="what to do with a document that is not UTF-8, too large or not the JSON expected",
+        help="what to do with a document that is not UTF-8, too large or not valid JSON with the "
+        "key",
     )
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on."""
+    """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The `data:` section of a run configuration."""
+"""Schema of the `data:` section of a run configuration."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=Fal
 
 
 class SourceConfig(BaseModel):
-    """One source of a mix; a bare path stands for a source with weight 1."""
+    """One source of a mix; a bare path means weight 1."""
 
     model_config = _STRICT
 
     path: str = Field(
         min_length=1,
-        description="tokens: PREFIX of PREFIX.bin and PREFIX.idx, also a URL such as "
+        description="tokens: PREFIX of PREFIX.bin and PREFIX.idx, or a URL such as "
         "s3://bucket/train. bytes: a file, directory or glob",
     )
     weight: float = Field(
-        default=1.0, gt=0, description="Share of the samples, relative to the other sources"
+        default=1.0, gt=0, description="Share of the samples relative to the other sources"
     )
     max_epochs: float | None = Field(
         default=None,
         gt=0,
-        description="Refuse a run that would read the source more often than this; null: no limit",
+        description="Most passes over the source; a run that needs more is refused. null: no limit",
     )
     name: str = Field(
         default="",
-        description="Name in the ledger and part of the shuffling key, so that a corpus may move; "
+        description="Name in the ledger and in the shuffling key, so that a corpus can be moved; "
         "default: the last part of the path",
     )
 
@@ -46,47 +46,47 @@ class SourceConfig(BaseModel):
 
 
 class StageConfig(BaseModel):
-    """A part of a run: what it leaves out is as the `data` section says."""
+    """One stage of the curriculum; unset fields default to the `data` section's."""
 
     model_config = _STRICT
 
     until_step: int | None = Field(default=None, gt=0, description="Last step of the stage")
     until_fraction: float | None = Field(
-        default=None, gt=0, lt=1, description="Share of the run's tokens after which it ends"
+        default=None, gt=0, lt=1, description="Share of the run's tokens after which the stage ends"
     )
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None,
         min_length=1,
-        description="Name of a source of data.train -> share of the samples; null: its weights",
+        description="data.train source name -> share of the samples; null: the weights there",
     )
     sequence_length: int | None = Field(
         default=None, gt=0, description="A divisor of data.sequence_length; null: that length"
     )
     model: dict[str, Any] = Field(
         default_factory=dict,
-        description="Settings of the model during the stage, of those its family lets change",
+        description="Model settings during the stage, among those that its family allows to change",
     )
 
 
 class FimConfig(BaseModel):
-    """Fill-in-the-middle (`data_tools/sampling/fim.py`); rearranges training samples only."""
+    """Fill-in-the-middle (`data_tools/sampling/fim.py`), applied to training samples only."""
 
     model_config = _STRICT
 
-    rate: float = Field(gt=0, le=1, description="Share of the documents that are rearranged")
+    rate: float = Field(gt=0, le=1, description="Share of the documents to rearrange")
     spm_rate: float = Field(
-        default=0.5, ge=0, le=1, description="Share of those with the suffix first; the rest PSM"
+        default=0.5, ge=0, le=1, description="Share of those in SPM order; the rest in PSM order"
     )
     level: Literal["document", "window"] = Field(
         default="window",
-        description="Rearrange whole documents, or the part of each that a sample holds",
+        description="Rearrange whole documents, or only the part of each inside the sample",
     )
     prefix: int | str | None = Field(
         default=None,
-        description="Token or id that marks the prefix; null: what the tokenizer is known to have",
+        description="Token or id before the prefix; null: a well-known one of the tokenizer",
     )
-    suffix: int | str | None = Field(default=None, description="And the suffix")
-    middle: int | str | None = Field(default=None, description="And the middle")
+    suffix: int | str | None = Field(default=None, description="Token or id before the suffix")
+    middle: int | str | None = Field(default=None, description="Token or id before the middle")
 
     @model_validator(mode="after")
     def _check(self) -> FimConfig:
@@ -100,14 +100,14 @@ class FimConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """Corpora of a run and how samples are cut from them."""
+    """Corpora of a run and how they are cut into samples."""
 
     model_config = _STRICT
 
     kind: Literal["tokens", "bytes"] = Field(
         default="tokens",
-        description="tokens: .bin/.idx made by data_tools.preprocess. bytes: raw files, ids are "
-        "byte values and 256 ends a file, vocabulary 257 or larger",
+        description="tokens: .bin/.idx written by data_tools.preprocess. bytes: raw files; ids are "
+        "byte values, 256 ends a file, the vocabulary is 257 or larger",
     )
     train: tuple[SourceConfig, ...] = Field(
         min_length=1, description="Sources of the training mix: a path, or a list"
@@ -117,53 +117,53 @@ class DataConfig(BaseModel):
     )
     tokenizer: str | None = Field(
         default=None,
-        description="What the tokens were made with: `bytes`, a tokenizer.json, a directory or a "
+        description="Tokenizer of the corpora: `bytes`, a tokenizer.json, a directory or a "
         "SentencePiece .model; checked against the sources",
     )
     eod: int | str | None = Field(
         default=None,
-        description="Token or id that ends documents, where the corpora do not say it: of corpora "
-        "that Megatron wrote; null: what the corpora say",
+        description="End-of-document token or id of corpora that do not record one, such as "
+        "Megatron's; null: the recorded one",
     )
     documents: Literal["file", "blank_line", "jsonl"] | None = Field(
         default=None,
-        description="With kind bytes, what is a document: a file (the default), text between blank "
+        description="Unit of a document with kind bytes: a file (the default), text between blank "
         "lines, or a field of each line of .jsonl files",
     )
     json_key: str | None = Field(
-        default=None, min_length=1, description="With documents jsonl, the field; default: text"
+        default=None, min_length=1, description="Field to read with documents jsonl; default: text"
     )
     sequence_length: int = Field(gt=0, description="Tokens per sample that the model sees")
     stages: tuple[StageConfig, ...] = Field(
         default=(),
-        description="A curriculum: stages with their own weights or sequence length, each but the "
-        "last `until_step` or `until_fraction`",
+        description="Curriculum: stages with their own weights or sequence length; all but the "
+        "last have an `until_step` or `until_fraction`",
     )
     reset_at_documents: bool = Field(
         default=False,
-        description="Number the documents of each sample, so that attention and positions restart "
-        "there, and do not score the first token of a document",
+        description="Reset attention and positions at document boundaries, and leave the first "
+        "token of a document out of the loss",
     )
     fim: FimConfig | None = Field(
-        default=None, description="Rearrange documents to fill in the middle; null: none"
+        default=None, description="Fill-in-the-middle rearrangement of documents; null: off"
     )
     warn_epochs: float = Field(
         default=4.0,
         gt=0,
-        description="Warn of a source that the run reads more often than this; one that is read "
-        "four times still teaches almost as much as new text (arXiv 2305.16264)",
+        description="Warn if the run makes more passes over a source than this; up to four are "
+        "almost as good as new text (arXiv 2305.16264)",
     )
     cache_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Where corpora given as URLs and the text of .jsonl files are copied to; null: "
-        "~/.cache/manyformer",
+        description="Cache directory for corpora given as URLs and for the text of .jsonl files; "
+        "null: ~/.cache/manyformer",
     )
     num_workers: int = Field(
         default=1,
         ge=0,
         le=64,
-        description="Threads that prepare the next micro-batches; 0: prepare each when asked",
+        description="Threads that prefetch micro-batches; 0: prepare each on demand",
     )
 
     @field_validator("train", "validation", mode="before")
@@ -185,7 +185,7 @@ class DataConfig(BaseModel):
 
     @property
     def sequence_lengths(self) -> list[int]:
-        """Every length that the model sees, the longest first."""
+        """All sequence lengths of the run, longest first."""
         stages = {stage.sequence_length or self.sequence_length for stage in self.stages}
         return sorted(stages | {self.sequence_length}, reverse=True)
 
@@ -226,12 +226,12 @@ def _check_documents(config: DataConfig) -> None:
     if config.kind != "bytes" and config.documents is not None:
         raise ValueError(
             f"data.documents={config.documents} has no effect with data.kind={config.kind}, whose "
-            "files say what a document is; remove it or set data.kind=bytes"
+            "files record the document boundaries; remove it or set data.kind=bytes"
         )
     if config.documents != "jsonl" and config.json_key is not None:
         raise ValueError(
             f"data.json_key={config.json_key} has no effect without data.documents=jsonl; "
-            "remove it or set that"
+            "remove it or set data.documents=jsonl"
         )
 
 
@@ -239,12 +239,13 @@ def _check_urls(config: DataConfig) -> None:
     urls = [s.path for s in (*config.train, *config.validation) if "://" in s.path]
     if config.kind == "bytes" and urls:
         raise ValueError(
-            f"data.kind is bytes, but {urls[0]} is a URL; copy it here, or preprocess it and set "
-            "data.kind=tokens"
+            f"data.kind is bytes, but {urls[0]} is a URL; copy it to a local path, or preprocess "
+            "it and set data.kind=tokens"
         )
     if config.cache_dir is not None and not urls and config.documents != "jsonl":
         raise ValueError(
-            f"data.cache_dir={config.cache_dir} has no effect: no source is a URL; remove it"
+            f"data.cache_dir={config.cache_dir} has no effect: no source is a URL or .jsonl; "
+            "remove it"
         )
 
 
@@ -258,20 +259,20 @@ def _check_ends(stages: Sequence[StageConfig]) -> None:
     missing = [i for i, stage in enumerate(stages[:-1]) if len(_end_of(stage)) != 1]
     if missing or len(kinds) != 1:
         raise ValueError(
-            f"data.stages.{missing[0] if missing else 0} needs one of until_step and "
+            f"data.stages.{missing[0] if missing else 0} needs exactly one of until_step and "
             "until_fraction, and all stages the same one; correct the stages"
         )
     if _end_of(stages[-1]):
         raise ValueError(
-            f"data.stages.{len(stages) - 1}, the last, has an end; it lasts as long as the run: "
-            "remove it"
+            f"data.stages.{len(stages) - 1} is the last stage and ends with the run; remove its "
+            f"{next(iter(_end_of(stages[-1])))}"
         )
     ends = [end for stage in stages for end in _end_of(stage).values()]
     for number, (before, end) in enumerate(itertools.pairwise(ends), start=1):
         if end <= before:
             raise ValueError(
-                f"data.stages.{number} ends at {end}, not after {before}, the end of the stage "
-                "before it; order the stages"
+                f"data.stages.{number} ends at {end}, but must end after the previous stage's end "
+                f"{before}; order the stages"
             )
 
 
@@ -295,13 +296,13 @@ def _check_mixes(stages: Sequence[StageConfig], sources: Sequence[SourceConfig])
     for source in sources:
         if source.name not in used:
             raise ValueError(
-                f"data.train source {source.name} is in no stage, so it has no effect; give it a "
+                f"data.train source {source.name} has no effect: no stage uses it; give it a "
                 "weight in data.stages or remove it"
             )
         if source.weight != 1.0:
             raise ValueError(
                 f"data.train source {source.name}: weight {source.weight} has no effect, every "
-                "stage has its own weights; remove it"
+                "stage sets its own weights; remove it"
             )
 
 
@@ -310,6 +311,6 @@ def _check_lengths(stages: Sequence[StageConfig], longest: int) -> None:
         length = stage.sequence_length
         if length is not None and longest % length:
             raise ValueError(
-                f"data.stages.{number}.sequence_length={length} does not divide "
-                f"data.sequence_length={longest}, of which a stage reads whole parts; change one"
+                f"data.stages.{number}.sequence_length={length} must divide "
+                f"data.sequence_length={longest}; change one"
             )

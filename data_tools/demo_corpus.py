@@ -1,7 +1,7 @@
-"""A small real corpus without a download: `python -m data_tools.demo_corpus --output data/demo`.
+"""Build a small real corpus without a download: `python -m data_tools.demo_corpus --output DIR`.
 
-The text is the Python standard library's own source, as installed with the running interpreter:
-about 9 MB in 450 modules, without its tests and tables.
+The text is the source of the Python standard library of the running interpreter: about 9 MB in 450
+modules, without its tests and tables.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.preprocess import preprocess
 from data_tools.preprocessing.encoding import EncodingSettings
-from data_tools.preprocessing.join_shards import Job, summary
+from data_tools.preprocessing.join_shards import PreprocessJob, summary
 from data_tools.tokenization.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import train_tokenizer
 
-_VERSION = 1  # raise it when the files change for the same interpreter
-_MARKER = "demo_corpus.json"  # a folder with it is ours to write over
+_VERSION = 1  # raise it if the files change for the same interpreter
+_MARKER = "demo_corpus.json"  # a folder with this file may be overwritten
 _SPLITS = ("train", "validation")
-_VALIDATION_SHARE = 20  # one module in so many
-# Tests, other people's packages, and modules that are tables of data rather than text.
+_VALIDATION_SHARE = 20  # one module in 20
+# Tests, third-party packages, and modules that are data tables rather than text.
 _SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -57,8 +57,8 @@ class _Module(NamedTuple):
     text: str
 
 
-# Bytes per token hardly fall (3.0 with twice as many pieces, 2.7 with these), and the head of a
-# model so small is a fifth of its work.
+# Twice as many pieces would raise bytes per token only from 2.7 to 3.0, and the output layer is
+# already a fifth of the compute of such a small model.
 VOCAB_SIZE = 2048
 
 
@@ -67,28 +67,29 @@ def build_demo_corpus(
     *,
     vocab_size: int = VOCAB_SIZE,
     num_workers: int = 1,
-    say: Callable[[str], object] = lambda line: None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Write text, tokenizer and the two splits under `output`.
 
-    `say` gets one line about each as soon as it is there. A complete corpus of the same version,
-    interpreter and vocabulary is left as it is.
+    `log` is called with one line for each when it is written. A complete corpus of the same
+    version, interpreter and vocabulary is kept.
 
     Raises:
-        DataError: the standard library's source is not installed, or `output` cannot be written.
+        DataError: the source of the standard library is not installed, or `output` holds other
+            files or is not writable.
     """
     recipe = {"version": _VERSION, "python": platform.python_version(), "vocab_size": vocab_size}
     if _claim_folder(output, recipe):
-        say(f"{output}: complete, nothing to do")
+        log(f"{output}: complete, nothing to do")
         return
-    say(_write_text(output / "text"))
+    log(_write_text(output / "text"))
     tokenizer = train_tokenizer(
         [str(output / "text" / "train")],
         str(output / "tokenizer.model"),
         vocab_size=vocab_size,
         overwrite=True,
     )
-    say(f"{output}/tokenizer.model: {tokenizer.vocab_size} pieces, trained on it")
+    log(f"{output}/tokenizer.model: {tokenizer.vocab_size} pieces, trained on it")
     settings = EncodingSettings(
         tokenizer=str(output / "tokenizer.model"),
         eod=None,
@@ -97,25 +98,25 @@ def build_demo_corpus(
         skip_bad_lines=False,
     )
     for split in _SPLITS:
-        job = Job(
+        job = PreprocessJob(
             inputs=[str(output / "text" / split)],
             output=str(output / split),
             settings=settings,
             overwrite=True,
-            licence="PSF-2.0",
+            license="PSF-2.0",
             command=f"python -m data_tools.demo_corpus --output {output}",
         )
         workers = num_workers if split == "train" else 1
         info = preprocess(job, num_workers=workers).info
-        say(summary(str(output / split), info))
+        log(summary(str(output / split), info))
     _write_marker(output, {**recipe, "complete": True})
 
 
 def _claim_folder(output: Path, recipe: Mapping[str, object]) -> bool:
-    """Whether `output` holds this corpus already; if not, mark the folder as ours to write.
+    """Return whether `output` already holds this corpus; if not, mark it as ours to overwrite.
 
     Raises:
-        DataError: it holds something else.
+        DataError: it holds other files.
     """
     marker = output / _MARKER
     if marker.is_file():
@@ -124,7 +125,7 @@ def _claim_folder(output: Path, recipe: Mapping[str, object]) -> bool:
             return True
     elif output.exists() and any(output.iterdir()):
         raise DataError(
-            f"--output {output} holds other files; choose a new folder, it is written over later"
+            f"--output {output} holds other files; choose a new folder, as later runs overwrite it"
         )
     _write_marker(output, {**recipe, "complete": False})
     return False
@@ -146,7 +147,7 @@ def _write_marker(output: Path, content: Mapping[str, object]) -> None:
 
 
 def standard_library_modules() -> list[_Module]:
-    """Source of the running interpreter's standard library, sorted by name.
+    """Return the source of the running interpreter's standard library, sorted by module name.
 
     Raises:
         DataError: it is not installed as source.
@@ -165,13 +166,13 @@ def standard_library_modules() -> list[_Module]:
             modules.append(_Module(".".join(parts), text))
     if not modules:
         raise DataError(
-            f"{root}: no source of the standard library there; run with an interpreter that has it"
+            f"{root}: no source of the standard library there; use an interpreter that has it"
         )
     return modules
 
 
 def _write_text(folder: Path) -> str:
-    """One .txt a module, in `train` or `validation` by a hash of its text."""
+    """Write one .txt per module to `train` or `validation`, by a hash of its text."""
     if folder.exists():
         shutil.rmtree(folder)
     counts = dict.fromkeys(_SPLITS, 0)
@@ -192,10 +193,10 @@ def _write_text(folder: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.demo_corpus",
-        description="Make a small corpus from the Python standard library's source (9 MB).",
+        description="Build a small corpus from the Python standard library's source (9 MB).",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str]) -> None:
         Path(options.output),
         vocab_size=options.vocab_size,
         num_workers=min(2, usable_cpus()),
-        say=partial(print, flush=True),
+        log=partial(print, flush=True),
     )
 
 

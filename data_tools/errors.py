@@ -1,4 +1,4 @@
-"""The exceptions that bad data and bad data settings raise."""
+"""Exceptions for unusable data files and data settings."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 class DataError(ValueError):
-    """A data file or data setting that cannot be used; the message is one line with a remedy."""
+    """Unusable data file or setting; the message is one line and names the remedy."""
 
 
 class NoSuchFileError(DataError):
-    """A path with nothing behind it."""
+    """Path that does not exist or matches no file."""
 
 
-def looked_up(path: str | os.PathLike[str]) -> str:
-    """Where a relative path was looked up, as the end of a message that it leads to nothing."""
+def cwd_hint(path: str | os.PathLike[str]) -> str:
+    """Suffix for a "no such file" message: the directory that a relative path was resolved in."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}, where relative paths begin"

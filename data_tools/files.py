@@ -1,4 +1,4 @@
-"""Files: durable, all-or-nothing output; mapped input; patterns of paths."""
+"""File helpers: atomic durable writes, memory-mapped input, path expansion."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from data_tools.errors import DataError, NoSuchFileError, looked_up
+from data_tools.errors import DataError, NoSuchFileError, cwd_hint
 
 PARTIAL_SUFFIX = ".partial"
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def partial_path(path: Path) -> Path:
-    """The name under which `path` is written until it is complete."""
+    """Return the temporary name under which `path` is written until it is complete."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def open_partial(path: Path) -> BinaryIO:
-    """Open the partial file of `path` for this process alone.
+    """Open the partial file of `path` under an exclusive lock.
 
     Raises:
-        DataError: another process is writing the same output, or the folder cannot be written.
+        DataError: another process is writing the same output, or the folder is not writable.
     """
     partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(partial, "ab")  # noqa: SIM115 - append: do not empty what another process writes
+        file = open(partial, "ab")  # noqa: SIM115 - append: must not truncate another's output
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror}; choose a folder you can write to"
@@ -54,20 +54,20 @@ def open_partial(path: Path) -> BinaryIO:
 def _lock(file: BinaryIO, partial: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Published between our open and our lock, the name would now be another's file.
+        # If the file was published between our open and our lock, the name is now another file.
         return os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
     except OSError:
         return False
 
 
 def flush_to_disk(file: IO[bytes]) -> None:
-    """Make the contents of an open file survive a power loss."""
+    """Flush an open file so that its contents survive a power loss."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
+    """Flush a folder so that its directory entries survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,7 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` only when the block succeeds."""
+    """Open a temporary file that replaces `path` only if the block succeeds."""
     file = open_partial(path)
     partial = partial_path(path)
     try:
@@ -92,10 +92,10 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The ranks of a machine fill a folder one after the other: the first does, the others find it.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`, created if missing.
 
-    The folder is made.
+    The first rank of a machine to get the lock fills the folder; the others find it filled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "ab") as lock:
@@ -104,19 +104,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a whole file read-only, without read-ahead: windows are visited in random order.
+    """Memory-map a whole file read-only, without read-ahead: windows are read in random order.
 
     Raises:
-        DataError: it is missing, unreadable or empty.
+        DataError: the file is missing, unreadable or empty.
     """
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise NoSuchFileError(
-            f"{path}: no such file{looked_up(path)}; check the path or preprocess it first"
+            f"{path}: no such file{cwd_hint(path)}; check the path or preprocess it first"
         ) from error
-    except ValueError as error:  # what mmap says of an empty file
+    except ValueError as error:  # mmap raises it for an empty file
         raise DataError(f"{path}: the file is empty; preprocess the corpus again") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; check the path and its permissions") from error
@@ -126,12 +126,13 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def expand_paths(pattern: str, *, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """Files of a path, a directory (recursively, no hidden files) or a glob, sorted.
+    """Return the sorted files of a path, a directory (recursive, no hidden files) or a glob.
 
-    `suffixes` limits what is taken from directories.
+    Args:
+        suffixes: Suffixes of the files to take from directories; empty: all.
 
     Raises:
-        DataError: there is no such file.
+        DataError: no file matches.
     """
     path = Path(pattern)
     if path.is_file():
@@ -149,6 +150,6 @@ def expand_paths(pattern: str, *, suffixes: tuple[str, ...] = ()) -> list[Path]:
     if not files:
         wanted = f" with {', '.join(suffixes)}" if suffixes and path.is_dir() else ""
         raise NoSuchFileError(
-            f"{pattern}: no such file, or nothing in it{wanted}{looked_up(pattern)}; check the path"
+            f"{pattern}: no such file, or nothing in it{wanted}{cwd_hint(pattern)}; check the path"
         )
     return sorted(files)

@@ -1,4 +1,4 @@
-"""Look into a .bin/.idx corpus: `python -m data_tools.inspect_corpus --help`."""
+"""Statistics and samples of a .bin/.idx corpus: `python -m data_tools.inspect_corpus --help`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHOWN_CHARACTERS = 200
 
 
 def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
-    """Counts, lengths and the share of duplicates, one fact a line."""
+    """Return counts, lengths and the share of duplicates, one line each."""
     lengths = document_lengths(dataset)
     low, median, high = np.percentile(lengths, [1, 50, 99])
     lines = [
@@ -41,10 +41,10 @@ def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
             f"text          {info.num_bytes:,} bytes, {info.num_bytes / info.num_tokens:.3f} bytes "
             "per token",
             f"vocabulary    {info.vocab_size:,} ids, largest used {info.max_token_id}, "
-            f"{_describe_marks(info)}",
+            f"{_describe_boundary_tokens(info)}",
             f"tokenizer     {info.tokenizer} (SHA-256 {info.tokenizer_fingerprint[:16]})",
             f"written by    {info.command or 'unknown'}",
-            f"licence       {info.licence or 'not noted'}",
+            f"license       {info.licence or 'not recorded'}",
         ]
         for source in info.sources:
             problems = "".join(f", {n:,} left out: {what}" for what, n in source.left_out.items())
@@ -53,31 +53,33 @@ def describe(dataset: IndexedDataset, *, max_documents: int) -> list[str]:
                 f"{source.num_tokens:,} tokens{problems}"
             )
     else:
-        lines.append("no .json beside it: bytes and tokenizer are not known")
-    looked_at = min(max_documents, dataset.num_documents)
-    share = duplicate_share(dataset, looked_at)
-    lines.append(f"duplicates    {share:.2%} of the first {looked_at:,} documents repeat another")
+        lines.append("no .json beside it: bytes and tokenizer are unknown")
+    num_compared = min(max_documents, dataset.num_documents)
+    share = duplicate_share(dataset, num_compared)
+    lines.append(
+        f"duplicates    {share:.2%} of the first {num_compared:,} documents repeat an earlier one"
+    )
     return lines
 
 
-def _describe_marks(info: CorpusInfo) -> str:
+def _describe_boundary_tokens(info: CorpusInfo) -> str:
     begin = f"begin of document {', '.join(map(str, info.bos_ids))}, " if info.bos_ids else ""
     return f"{begin}end of document {info.eod_id}, special tokens {info.special_tokens}"
 
 
 def document_lengths(dataset: IndexedDataset) -> IntArray:
-    """Tokens of each document."""
+    """Return the number of tokens of each document."""
     return np.diff(dataset.document_ends(0, dataset.num_documents), prepend=0)
 
 
 def draw_histogram(lengths: IntArray, path: Path, *, title: str) -> None:
-    """Draw how many documents have which length, on a logarithmic axis, as a PNG.
+    """Plot a histogram of document lengths with a logarithmic axis, as a PNG.
 
     Raises:
         DataError: the path does not end in .png.
     """
     if path.suffix != ".png":
-        raise DataError(f"--histogram {path} must end in .png; that is what is written")
+        raise DataError(f"--histogram {path} must end in .png, the only format; rename it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,7 +95,7 @@ def draw_histogram(lengths: IntArray, path: Path, *, title: str) -> None:
 
 
 def duplicate_share(dataset: IndexedDataset, num_documents: int) -> float:
-    """Share of the first documents whose tokens are exactly those of an earlier one."""
+    """Return the share of the first `num_documents` that equal an earlier document."""
     seen = {
         hashlib.blake2b(dataset.document(i).tobytes(), digest_size=12).digest()
         for i in range(num_documents)
@@ -104,7 +106,7 @@ def duplicate_share(dataset: IndexedDataset, num_documents: int) -> float:
 def sample_texts(
     dataset: IndexedDataset, tokenizer: Tokenizer | None, *, num_samples: int, seed: int
 ) -> list[str]:
-    """The beginnings of a few documents, as text, or as ids when there is no tokenizer."""
+    """Return the beginnings of random documents as text, or as ids without a tokenizer."""
     generator = np.random.default_rng(seed)
     count = min(num_samples, dataset.num_documents)
     lines = []
@@ -119,14 +121,14 @@ def sample_texts(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     dataset = IndexedDataset(options.prefix)
     print("\n".join(describe(dataset, max_documents=options.max_documents)))
     if options.samples:
         tokenizer = find_tokenizer(dataset, options.tokenizer)
         if tokenizer is None:
-            print("samples       as ids, its tokenizer is not at hand: pass --tokenizer SPEC")
+            print("samples       as ids, its tokenizer is not available: pass --tokenizer SPEC")
         texts = sample_texts(dataset, tokenizer, num_samples=options.samples, seed=options.seed)
         print("\n".join(texts))
     if options.histogram:
@@ -137,10 +139,10 @@ def main(arguments: Sequence[str]) -> None:
 def find_tokenizer(
     dataset: IndexedDataset, spec: str | None, *, eod: str | None = None
 ) -> Tokenizer | None:
-    """The tokenizer asked for, or else the one that the corpus names, where it is still there.
+    """Load the tokenizer `spec`, or else the one recorded in the corpus; None if unavailable.
 
     Raises:
-        DataError: the one asked for is not the one that made the corpus.
+        DataError: `spec` is not the tokenizer of the corpus.
     """
     info = dataset.info
     if spec is None:
@@ -154,8 +156,8 @@ def find_tokenizer(
     tokenizer = load_tokenizer(spec, eod=eod)
     if info is not None and tokenizer.fingerprint != info.tokenizer_fingerprint:
         raise DataError(
-            f"--tokenizer {spec} ({tokenizer.fingerprint[:12]}) is not the one that made "
-            f"{dataset.prefix} ({info.tokenizer_fingerprint[:12]}); give {info.tokenizer}"
+            f"--tokenizer {spec} ({tokenizer.fingerprint[:12]}) is not the tokenizer of "
+            f"{dataset.prefix} ({info.tokenizer_fingerprint[:12]}); pass {info.tokenizer}"
         )
     return tokenizer
 
@@ -163,18 +165,20 @@ def find_tokenizer(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.inspect_corpus",
-        description="Counts, lengths, duplicates and samples of a .bin/.idx corpus.",
+        description="Print counts, lengths, duplicates and samples of a .bin/.idx corpus.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prefix", help="PREFIX of PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--tokenizer", metavar="SPEC", help="decodes the samples; default: its own")
-    parser.add_argument("--samples", type=int, default=3, help="documents to show")
-    parser.add_argument("--seed", type=int, default=0, help="chooses them")
+    parser.add_argument(
+        "--tokenizer", metavar="SPEC", help="decodes the samples; default: the one in its .json"
+    )
+    parser.add_argument("--samples", type=int, default=3, help="random documents to show")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random samples")
     parser.add_argument(
         "--max-documents", type=int, default=1_000_000, help="documents compared for duplicates"
     )
-    parser.add_argument("--histogram", metavar="FILE.png", help="draw document lengths")
+    parser.add_argument("--histogram", metavar="FILE.png", help="plot document lengths")
     return parser
 
 

@@ -32,17 +32,17 @@ def merge(
     overwrite: bool = False,
     command: str = "",
 ) -> CorpusInfo | None:
-    """Write the documents of corpora, in the order given, as one corpus; its sidecar.
+    """Concatenate corpora, in the given order, into one corpus, and return its sidecar.
 
-    `tokenizer` and `eod` are those of corpora without a sidecar, as Megatron writes them. Where no
-    corpus has a sidecar and no tokenizer is given, the result has none either.
+    `tokenizer` and `eod` are those of corpora without a sidecar, such as Megatron's. If no corpus
+    has a sidecar and no tokenizer is given, the result has none either.
 
     Raises:
-        DataError: a corpus cannot be read, one alone has no sidecar, their tokenizers, end or begin
-            tokens differ, or the output is one of them or exists.
+        DataError: a corpus cannot be read, only some have a sidecar and no tokenizer is given,
+            their tokenizers, end or begin tokens differ, or the output is one of them or exists.
     """
     if len(prefixes) < 2:
-        raise DataError(f"{len(prefixes)} corpus given; name two or more to merge")
+        raise DataError(f"{len(prefixes)} corpus given; pass two or more to merge")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     origins = _origins(datasets, tokenizer, eod)
     if Path(output).absolute() in {Path(prefix).absolute() for prefix in prefixes}:
@@ -68,7 +68,7 @@ def merge(
             special_tokens=_special_tokens(origins),
             num_bytes=num_bytes,
             command=command,
-            licence="; ".join(dict.fromkeys(o.licence for o in origins if o.licence)) or None,
+            license="; ".join(dict.fromkeys(o.license for o in origins if o.license)) or None,
             sources=[each for d in datasets if d.info is not None for each in d.info.sources],
         )
 
@@ -76,14 +76,14 @@ def merge(
 def _origins(
     datasets: Sequence[IndexedDataset], tokenizer: str | None, eod: str | None
 ) -> list[Origin]:
-    """One for each corpus, or none at all where nothing is known of any."""
-    foreign = [dataset for dataset in datasets if dataset.info is None]
-    if not foreign and eod is not None:
+    """Return the origin of each corpus, or an empty list if none is known."""
+    without_sidecar = [dataset for dataset in datasets if dataset.info is None]
+    if not without_sidecar and eod is not None:
         raise DataError(f"--eod {eod} has no effect: every corpus has a .json; remove it")
-    if tokenizer is None and foreign and len(foreign) < len(datasets):
-        prefix = foreign[0].prefix
+    if tokenizer is None and 0 < len(without_sidecar) < len(datasets):
+        prefix = without_sidecar[0].prefix
         raise DataError(
-            f"{prefix}: no {prefix.name}.json beside it, so nothing says whether its tokenizer is "
+            f"{prefix}: no {prefix.name}.json beside it, so its tokenizer cannot be compared with "
             "that of the others; pass --tokenizer SPEC"
         )
     found = [
@@ -120,25 +120,25 @@ def _check_same_tokenizer(
         if ours != theirs:
             raise DataError(
                 f"{dataset.prefix}: {name} {ours} found, {theirs} expected as in {first.prefix}; "
-                "corpora of one tokenizer that begin and end documents alike can be merged: "
+                "only corpora with the same tokenizer, begin and end tokens can be merged: "
                 "preprocess one of them again"
             )
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.merge",
-        description="Join .bin/.idx corpora of one tokenizer; the inputs stay as they are.",
+        description="Join .bin/.idx corpora of one tokenizer; the inputs are not modified.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument(
-        "--tokenizer", metavar="SPEC", help="what made corpora that have no .json, as Megatron's"
+        "--tokenizer", metavar="SPEC", help="tokenizer of corpora without a .json, as Megatron's"
     )
-    parser.add_argument("--eod", metavar="TOKEN", help="and what ends their documents")
+    parser.add_argument("--eod", metavar="TOKEN", help="end token of corpora without a .json")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     options = parser.parse_args(arguments)
     info = merge(
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> None:
         command=shlex.join(["python", "-m", "data_tools.merge", *arguments]),
     )
     if info is None:
-        print(f"{options.output}.json: none, as its sources have none; see --tokenizer")
+        print(f"{options.output}.json: none, because its sources have none; see --tokenizer")
     merged = IndexedDataset(options.output)
     print(
         f"{options.output}.bin/.idx: {merged.num_documents:,} documents, "

@@ -1,7 +1,7 @@
 """Tokenize text into a .bin/.idx corpus: `python -m data_tools.preprocess --help`.
 
-The input is cut into shards (inputs.py, shards.py). Every process takes some of them, in
-OUTPUT.work; the first process joins what all have finished and publishes it.
+The input is cut into shards (inputs.py, shards.py). Every rank encodes its share of them into
+OUTPUT.work; rank 0 joins all finished shards and publishes the corpus.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from data_tools.errors import DataError
 from data_tools.preprocessing.documents import MAX_DOCUMENT_BYTES
 from data_tools.preprocessing.encoding import EncodingSettings
 from data_tools.preprocessing.inputs import Source, cut_pieces, find_inputs, total_size
-from data_tools.preprocessing.join_shards import MAX_LISTED, Job, Report, publish, summary
-from data_tools.preprocessing.multi_node import OneRank, Ranks, find_ranks
-from data_tools.preprocessing.resume_folder import Settings, WorkFolder
+from data_tools.preprocessing.join_shards import (
+    MAX_LISTED,
+    PreprocessJob,
+    PreprocessReport,
+    join_shards,
+    summary,
+)
+from data_tools.preprocessing.multi_node import Communicator, SingleRank, find_communicator
+from data_tools.preprocessing.resume_folder import ResumeFolder, ResumeSettings
 from data_tools.preprocessing.shards import (
     Shard,
     encode_shard,
@@ -41,62 +47,65 @@ _EXAMPLE = """example:
 """
 
 
-def preprocess(job: Job, *, num_workers: int = 1) -> Report:
-    """Tokenize documents into OUTPUT.bin, .idx and .json, as the only rank.
+def preprocess(job: PreprocessJob, *, num_workers: int = 1) -> PreprocessReport:
+    """Tokenize documents into OUTPUT.bin, .idx and .json on a single rank.
 
     Raises:
         DataError: see `preprocess_as_rank`.
     """
-    report = preprocess_as_rank(OneRank(), job, num_workers=num_workers)
-    assert report is not None, "rank 0 has one"
+    report = preprocess_as_rank(SingleRank(), job, num_workers=num_workers)
+    assert report is not None, "rank 0 returns one"
     return report
 
 
-def preprocess_as_rank(ranks: Ranks, job: Job, *, num_workers: int) -> Report | None:
-    """Do this rank's share of a job; rank 0 publishes the output and has the report.
+def preprocess_as_rank(
+    communicator: Communicator, job: PreprocessJob, *, num_workers: int
+) -> PreprocessReport | None:
+    """Encode this rank's share of a job; rank 0 publishes the output and returns the report.
 
-    The same files come out at any number of workers and ranks. A run that was killed goes on from
-    its finished shards.
+    The output does not depend on the number of workers and ranks. A killed run resumes from its
+    finished shards.
 
     Raises:
-        DataError: an input or the tokenizer cannot be used, or the output exists. There is no
-            output then.
+        DataError: an input or the tokenizer is unusable, or the output exists. No output is
+            written then.
     """
-    folder = WorkFolder(Path(job.output))
+    folder = ResumeFolder(Path(job.output))
     sources: list[Source] = []
     shards: list[Shard] = []
 
-    def begin() -> None:
+    def prepare() -> None:
         sources.extend(find_inputs(job.inputs))
         shards.extend(_plan(job, sources))
-        folder.plan(_identity(job.settings), shards)
-        if ranks.rank == 0:
+        folder.plan(_resume_settings(job.settings), shards)
+        if communicator.rank == 0:
             folder.claim(overwrite=job.overwrite)
 
     try:
-        # A failure is told to all ranks, so that none waits for one that has given up.
-        failures = ranks.gather("begin", _failure(begin), last=False)
+        # Share failures with all ranks, so that none waits for one that has failed.
+        failures = communicator.gather("begin", _error_message(prepare), last=False)
         if not any(failures) and not folder.is_published():
-            share = _share(shards, ranks)
+            share = _shards_of_rank(shards, communicator)
             work = partial(_encode, job, share, folder, num_workers)
-            failures = [_failure(work)]
-        failures = ranks.gather("end", next(filter(None, failures), ""), last=True)
+            failures = [_error_message(work)]
+        failures = communicator.gather("end", next(filter(None, failures), ""), last=True)
         if failure := next(filter(None, failures), None):
-            kept = folder.num_finished()
-            raise DataError(failure + (_kept(kept, len(shards), folder) if kept else ""))
-        return publish(job, sources, shards, folder) if ranks.rank == 0 else None
+            num_finished = folder.num_finished()
+            hint = _resume_hint(num_finished, len(shards), folder) if num_finished else ""
+            raise DataError(failure + hint)
+        return join_shards(job, sources, shards, folder) if communicator.rank == 0 else None
     finally:
         folder.release()
 
 
-def _plan(job: Job, sources: Sequence[Source]) -> Iterator[Shard]:
+def _plan(job: PreprocessJob, sources: Sequence[Source]) -> Iterator[Shard]:
     num_bytes = job.shard_bytes or shard_bytes(total_size(sources))
     pieces = cut_pieces(sources, piece_bytes=num_bytes, json_key=job.settings.json_key)
     return plan_shards(pieces, num_bytes=num_bytes)
 
 
-def _identity(settings: EncodingSettings) -> Settings:
-    """What the contents of a shard depend on beside its pieces."""
+def _resume_settings(settings: EncodingSettings) -> ResumeSettings:
+    """Return the settings that the contents of a shard depend on besides its pieces."""
     tokenizer, text = settings.load_tokenizer(), settings.text_rules()
     return {
         "version": 1,
@@ -110,16 +119,17 @@ def _identity(settings: EncodingSettings) -> Settings:
     }
 
 
-def _share(shards: Sequence[Shard], ranks: Ranks) -> list[Shard]:
-    """Shards of this rank: the large ones dealt out first, and each rank's large ones first.
+def _shards_of_rank(shards: Sequence[Shard], communicator: Communicator) -> list[Shard]:
+    """Assign shards to ranks round robin, the largest first.
 
-    Finished ones are dealt out as well: ranks may not see each other's latest files alike.
+    Finished shards are assigned as well: ranks may not see the same latest files.
     """
     by_size = sorted(shards, key=lambda shard: shard.size, reverse=True)
-    return by_size[ranks.rank :: ranks.size]
+    return by_size[communicator.rank :: communicator.size]
 
 
-def _failure(work: Callable[[], None]) -> str:
+def _error_message(work: Callable[[], None]) -> str:
+    """Run `work` and return its error message, empty on success."""
     try:
         work()
     except (DataError, OSError) as error:
@@ -127,11 +137,16 @@ def _failure(work: Callable[[], None]) -> str:
     return ""
 
 
-def _kept(finished: int, total: int, folder: WorkFolder) -> str:
-    return f" ({finished} of {total} shards are done and kept in {folder.path} for the next run)"
+def _resume_hint(num_finished: int, total: int, folder: ResumeFolder) -> str:
+    return (
+        f" ({num_finished} of {total} shards are finished and kept in {folder.path} for the next "
+        "run)"
+    )
 
 
-def _encode(job: Job, share: Sequence[Shard], folder: WorkFolder, num_workers: int) -> None:
+def _encode(
+    job: PreprocessJob, share: Sequence[Shard], folder: ResumeFolder, num_workers: int
+) -> None:
     left = [shard for shard in share if read_report(folder.path, shard) is None]
     if len(left) < len(share):
         print(f"{len(share) - len(left)} of {len(share)} shards were finished before")
@@ -141,9 +156,9 @@ def _encode(job: Job, share: Sequence[Shard], folder: WorkFolder, num_workers: i
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
-    # Workers are the parallelism: a tokenizer's threads would fight them for the same CPUs.
+    # Parallelism comes from the workers; tokenizer threads would compete for the same CPUs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     settings = EncodingSettings(
         tokenizer=options.tokenizer,
@@ -157,17 +172,18 @@ def main(arguments: Sequence[str]) -> None:
         max_document_bytes=_max_document_bytes(options),
     )
     _check_options(options, settings)
-    job = Job(
+    job = PreprocessJob(
         inputs=options.input,
         output=options.output,
         settings=settings,
         overwrite=options.overwrite,
-        licence=options.licence,
+        license=options.license,
         command=shlex.join(["python", "-m", "data_tools.preprocess", *arguments]),
         shard_bytes=options.shard_megabytes and options.shard_megabytes << 20,
     )
-    meeting_place = WorkFolder(Path(options.output)).path.joinpath
-    report = preprocess_as_rank(find_ranks(meeting_place), job, num_workers=options.workers)
+    rendezvous_folder = ResumeFolder(Path(options.output)).path.joinpath
+    communicator = find_communicator(rendezvous_folder)
+    report = preprocess_as_rank(communicator, job, num_workers=options.workers)
     if report is not None:
         _print_report(options.output, settings, report)
 
@@ -180,17 +196,17 @@ def _check_options(options: argparse.Namespace, settings: EncodingSettings) -> N
     if options.eod is not None and not options.append_eod:
         raise DataError(f"--eod {options.eod} has no effect with --no-append-eod; remove one")
     if options.vocab_size is not None:
-        _check_marks(settings, options.vocab_size)
+        _check_boundary_tokens(settings, options.vocab_size)
 
 
-def _check_marks(settings: EncodingSettings, vocab_size: int) -> None:
-    """What is in every document must fit a model; of other ids, those that occur must."""
+def _check_boundary_tokens(settings: EncodingSettings, vocab_size: int) -> None:
+    """Check begin and end tokens, which all documents have; other ids are checked as they occur."""
     text = settings.text_rules()
     ids = [*(text.bos_ids or ()), *([] if text.eod_id is None else [text.eod_id])]
     if max(ids, default=0) >= vocab_size:
         raise DataError(
-            f"--vocab-size {vocab_size}: documents begin or end with id {max(ids)}; a model needs "
-            f"{max(ids) + 1} or more for it"
+            f"--vocab-size {vocab_size}: documents begin or end with id {max(ids)}, for which a "
+            f"model needs {max(ids) + 1} or more; raise it"
         )
 
 
@@ -200,14 +216,14 @@ def _max_document_bytes(options: argparse.Namespace) -> int | None:
     return None if options.tokenizer == "bytes" else MAX_DOCUMENT_BYTES
 
 
-def _print_report(output: str, settings: EncodingSettings, report: Report) -> None:
+def _print_report(output: str, settings: EncodingSettings, report: PreprocessReport) -> None:
     print(summary(output, report.info))
-    print(f"  {_describe_marks(settings, report.info)}")
+    print(f"  {_describe_boundary_tokens(settings, report.info)}")
     num_ids = settings.load_tokenizer().vocab_size
     if settings.vocab_size is not None and num_ids > settings.vocab_size:
         print(
-            f"{settings.tokenizer} has ids up to {num_ids - 1}; a document with one from "
-            f"{settings.vocab_size} on ends a run like this one",
+            f"{settings.tokenizer} has ids up to {num_ids - 1}; a document with an id of "
+            f"{settings.vocab_size} or more would have ended this run",
             file=sys.stderr,
         )
     for source in report.info.sources:
@@ -223,10 +239,10 @@ def _print_report(output: str, settings: EncodingSettings, report: Report) -> No
         print(f"left out: all of them are in {left_out_list(Path(output))}", file=sys.stderr)
 
 
-def _describe_marks(settings: EncodingSettings, info: CorpusInfo) -> str:
-    marks = settings.load_tokenizer().marks
-    begin = f"begin with {marks.begin}" if info.bos_ids else "begin with their text"
-    end = f"end with {marks.end}" if info.eod_id is not None else "have no end token"
+def _describe_boundary_tokens(settings: EncodingSettings, info: CorpusInfo) -> str:
+    tokens = settings.load_tokenizer().boundary_tokens
+    begin = f"begin with {tokens.bos}" if info.bos_ids else "begin with their text"
+    end = f"end with {tokens.eod}" if info.eod_id is not None else "have no end token"
     special = {
         "parse": "text that spells a special token becomes it",
         "plain": "text that spells a special token stays text",
@@ -238,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.preprocess",
         description="Tokenize text into a memory-mapped corpus in Megatron's .bin/.idx format. "
-        "A run that was killed goes on when the same command is given again.",
+        "A killed run resumes when the same command is run again.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -246,47 +262,55 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin ...")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help=TOKENIZER_HELP)
     parser.add_argument(
-        "--workers", type=int, default=usable_cpus(), help="worker processes of each rank"
+        "--workers", type=int, default=usable_cpus(), help="worker processes per rank"
     )
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="end every document with the tokenizer's end token",
+        help="append the tokenizer's end token to every document (default: yes)",
     )
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="end token, in place of the one that the tokenizer's files declare",
+        help="end token, instead of the one declared in the tokenizer's files",
     )
     parser.add_argument(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="begin every document with the tokenizer's begin token; default: where transformers "
-        "does so for a plain text, that is where a tokenizer.json's own post-processor does, or "
-        "add_bos_token is set beside another file. Text that begins with it already, as from a "
-        "chat template, needs --no-add-bos",
+        help="prepend the tokenizer's begin token to every document; default: as transformers does "
+        "for plain text, that is if the post-processor of a tokenizer.json does, or add_bos_token "
+        "is set beside another file. Text that already begins with it, such as from a chat "
+        "template, needs --no-add-bos",
     )
     parser.add_argument(
         "--special-tokens",
         choices=("parse", "plain"),
-        help="what becomes of text that spells a special token, as <|im_end|>: that token, or "
-        "ordinary ones; default: parse, as transformers does, or plain where the tokenizer's "
-        "files set split_special_tokens. Choose plain for text that strangers wrote",
+        help="treatment of text that spells a special token such as <|im_end|>: parse it as that "
+        "token, or encode it as plain text; default: parse, as transformers does, or plain if the "
+        "tokenizer's files set split_special_tokens. Choose plain for untrusted text",
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="refuse ids that a model of this size lacks"
+        "--vocab-size", type=int, metavar="N", help="refuse ids of N or more (model.vocab_size)"
     )
     parser.add_argument(
         "--max-document-megabytes",
         type=int,
         metavar="N",
-        help="refuse longer documents; a tokenizer may need 130 times as much memory for one; "
-        "default: 16, and with bytes no limit",
+        help="refuse longer documents, for which a tokenizer may need 130 times as much memory; "
+        "default: 16, and no limit with bytes",
     )
-    parser.add_argument("--licence", metavar="TEXT", help="a note on the text, kept in PREFIX.json")
     parser.add_argument(
-        "--shard-megabytes", type=int, metavar="N", help="input that a kill may cost, per worker"
+        "--license",
+        "--licence",  # the spelling of earlier versions
+        metavar="TEXT",
+        help="license of the text, recorded in PREFIX.json",
+    )
+    parser.add_argument(
+        "--shard-megabytes",
+        type=int,
+        metavar="N",
+        help="input per shard: a kill loses at most one shard per worker",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser

@@ -1,4 +1,4 @@
-"""Progress of a command line on stderr."""
+"""Progress reports of the command lines on stderr."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 ReportProgress = Callable[[int, int], None]
-"""Takes documents done and bytes of the input files done."""
+"""Called with the documents and the input bytes processed so far."""
 
-_LOG_SECONDS = 60.0  # between lines of progress where stderr is a file
+_LOG_SECONDS = 60.0  # between progress lines when stderr is not a terminal
 
 
 @contextmanager
 def progress_bar(description: str, total_bytes: int) -> Iterator[ReportProgress]:
-    """Documents/s, MB/s and the time left on stderr: a bar on a terminal, else a line a minute."""
+    """Show documents/s, MB/s and time left on stderr: a bar on a terminal, else a line a minute."""
     if not sys.stderr.isatty():
         yield _log_progress(description, total_bytes)
         return

@@ -33,8 +33,8 @@ _EXAMPLE = """example:
 """
 _HASH_RANGE = 1 << 64
 
-Choose = Callable[[Chunk, Sequence[TokenArray]], IntArray]
-"""The number of the part that each document of a chunk goes to."""
+Assign = Callable[[Chunk, Sequence[TokenArray]], IntArray]
+"""Returns the number of the output that each document of a chunk goes to."""
 
 
 def split(
@@ -49,28 +49,27 @@ def split(
     overwrite: bool = False,
     command: str = "",
 ) -> list[CorpusInfo | None]:
-    """Send a `share` of the documents to validation, chosen by a hash of their tokens and the seed.
+    """Hold out a `share` of the documents for validation, by a hash of their tokens and the seed.
 
-    Equal documents go the same way, also those of different corpora that were split with one seed.
-    Bytes of text, which bits per byte divides by, are counted by decoding. A corpus without a
-    sidecar, as Megatron writes them, is split into halves without; with `tokenizer` and `eod`, what
-    made it, they get one.
+    Equal documents go to the same split, even in different corpora split with the same seed. The
+    bytes of text, the denominator of bits per byte, are counted by decoding. The splits of a corpus
+    without a sidecar, such as Megatron's, have one only if its `tokenizer` (and `eod`) is given.
 
     Raises:
-        DataError: `share` is not between 0 and 1, the tokenizer that a sidecar names is not at
-            hand, an output exists, or one half would be empty.
+        DataError: `share` is not between 0 and 1, the tokenizer named in the sidecar is not
+            available, an output exists, or a split would be empty.
     """
     if not 0 < share < 1:
-        raise DataError(f"--share {share} must be between 0 and 1: what goes to validation")
+        raise DataError(f"--share {share} must be between 0 and 1: the share held out")
 
-    def choose(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
-        return np.array([goes_to_validation(d, share=share, seed=seed) for d in documents], int)
+    def assign(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
+        return np.array([is_held_out(d, share=share, seed=seed) for d in documents], int)
 
     outputs = {"--train": train, "--validation": validation}
     dataset = _open(prefix, outputs)
     origin = origin_of(dataset, tokenizer=tokenizer, eod=eod)
-    parts = _Parts(dataset, origin, tokenizer, overwrite=overwrite, command=command)
-    return parts.write(outputs, choose, remedy="choose another --share or --seed")
+    writer = _SplitWriter(dataset, origin, tokenizer, overwrite=overwrite, command=command)
+    return writer.write(outputs, assign, remedy="choose another --share or --seed")
 
 
 def split_in_order(
@@ -83,14 +82,14 @@ def split_in_order(
     overwrite: bool = False,
     command: str = "",
 ) -> list[CorpusInfo | None]:
-    """Cut a corpus in the order of its documents, where Megatron-LM cuts it with `--split ratios`.
+    """Split a corpus in document order, at the same boundaries as Megatron-LM's `--split ratios`.
 
-    `outputs`: `--train`, `--validation` and `--test` with their prefixes, as far as their ratio is
-    not zero. Otherwise as `split`; equal documents may go different ways.
+    `outputs` maps `--train`, `--validation` and `--test` to prefixes, for all nonzero ratios.
+    Otherwise as `split`, except that equal documents may go to different splits.
 
     Raises:
-        DataError: `ratios` are not one to three numbers, an output is missing or has nothing to
-            hold, or as for `split`.
+        DataError: `ratios` are not one to three numbers, an output is missing or would be empty,
+            or as for `split`.
     """
     dataset = _open(prefix, outputs)
     bounds = split_bounds(ratios, dataset.num_documents)
@@ -98,24 +97,24 @@ def split_in_order(
     for name, (begin, end) in zip(names, bounds, strict=True):
         if (end > begin) != (name in outputs):
             problem = f"{outputs[name]} would be empty" if name in outputs else "is missing"
-            remedy = "remove it" if name in outputs else "name it"
+            remedy = "remove it" if name in outputs else f"pass {name}"
             raise DataError(
                 f"{name} {problem}: --split {ratios} gives it {end - begin} of "
                 f"{dataset.num_documents} documents; {remedy} or change the ratios"
             )
     ends = [end for begin, end in bounds if end > begin]
 
-    def choose(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
+    def assign(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
         numbers = np.arange(chunk.first_document, chunk.first_document + len(documents))
         return np.searchsorted(ends, numbers, side="right")
 
     origin = origin_of(dataset, tokenizer=tokenizer, eod=eod)
-    parts = _Parts(dataset, origin, tokenizer, overwrite=overwrite, command=command)
-    return parts.write(outputs, choose, remedy="change --split")
+    writer = _SplitWriter(dataset, origin, tokenizer, overwrite=overwrite, command=command)
+    return writer.write(outputs, assign, remedy="change --split")
 
 
-def goes_to_validation(document: TokenArray, *, share: float, seed: int) -> bool:
-    """By a hash of the ids, whatever their dtype."""
+def is_held_out(document: TokenArray, *, share: float, seed: int) -> bool:
+    """Return whether a document is held out, by a hash of its ids that ignores their dtype."""
     key = seed.to_bytes(8, "little", signed=True)
     data = document.astype("<i8").tobytes()
     digest = hashlib.blake2b(data, digest_size=8, key=key).digest()
@@ -123,10 +122,10 @@ def goes_to_validation(document: TokenArray, *, share: float, seed: int) -> bool
 
 
 def split_bounds(ratios: str, num_documents: int) -> list[tuple[int, int]]:
-    """Begin and end of training, validation and test text, rounded as megatron.core.datasets does.
+    """Return the document ranges of the three splits, rounded as in megatron.core.datasets.
 
     Raises:
-        DataError: `ratios` are not one to three numbers of 0 or more, one of them above 0.
+        DataError: `ratios` are not one to three nonnegative numbers, at least one of them positive.
     """
     try:
         numbers = [float(each) for each in ratios.split(",")]
@@ -138,8 +137,8 @@ def split_bounds(ratios: str, num_documents: int) -> list[tuple[int, int]]:
             "text, such as 969,30,1"
         )
     shares = np.array([*numbers, 0.0, 0.0][:3]) / np.sum(numbers)
-    places = [round(float(end) * num_documents) for end in accumulate(shares, initial=0.0)]
-    return list(pairwise(places))
+    bounds = [round(float(end) * num_documents) for end in accumulate(shares, initial=0.0)]
+    return list(pairwise(bounds))
 
 
 def _open(prefix: str, outputs: dict[str, str]) -> IndexedDataset:
@@ -153,8 +152,8 @@ def _open(prefix: str, outputs: dict[str, str]) -> IndexedDataset:
     return IndexedDataset(prefix)
 
 
-class _Parts:
-    """Writes the documents of a corpus to several ones."""
+class _SplitWriter:
+    """Distributes the documents of a corpus over several outputs."""
 
     def __init__(
         self,
@@ -172,40 +171,40 @@ class _Parts:
         self._command = command
 
     def write(
-        self, outputs: dict[str, str], choose: Choose, *, remedy: str
+        self, outputs: dict[str, str], assign: Assign, *, remedy: str
     ) -> list[CorpusInfo | None]:
         origin = self._origin
-        known = vocab_size_of(self._dataset.dtype) if origin is None else origin.vocab_size
+        vocab_size = vocab_size_of(self._dataset.dtype) if origin is None else origin.vocab_size
         with ExitStack() as stack:
             writers = [
                 stack.enter_context(
-                    IndexedDatasetWriter(path, vocab_size=known, overwrite=self._overwrite)
+                    IndexedDatasetWriter(path, vocab_size=vocab_size, overwrite=self._overwrite)
                 )
                 for path in outputs.values()
             ]
-            num_bytes = self._deal(writers, choose)
-            # All before any is published: a part that is empty must leave nothing.
+            num_bytes = self._distribute(writers, assign)
+            # Check all before publishing any: an empty output must leave no files at all.
             for writer in writers:
                 if writer.num_documents == 0:
                     raise DataError(
-                        f"{writer.prefix}: no document fell to it of "
-                        f"{self._dataset.num_documents}; {remedy}"
+                        f"{writer.prefix}: it would get none of the "
+                        f"{self._dataset.num_documents} documents; {remedy}"
                     )
             return [self._finish(*pair) for pair in zip(writers, num_bytes, strict=True)]
 
-    def _deal(self, writers: Sequence[IndexedDatasetWriter], choose: Choose) -> list[int]:
-        """Write each document to one of the corpora; the bytes of text of each."""
+    def _distribute(self, writers: Sequence[IndexedDatasetWriter], assign: Assign) -> list[int]:
+        """Write each document to its output, and return the bytes of text of each output."""
         done = documents = 0
         num_bytes = [0] * len(writers)
         with progress_bar("splitting", self._dataset.tokens.nbytes) as report:
             for chunk in self._dataset.chunks():
                 texts = np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1])
-                chosen = choose(chunk, texts)
+                numbers = assign(chunk, texts)
                 for number, writer in enumerate(writers):
-                    _add(writer, chunk, chosen == number)
+                    _add(writer, chunk, numbers == number)
                     if self._decoder is not None and self._must_count(number):
-                        of_part = (t for t, c in zip(texts, chosen, strict=True) if c == number)
-                        num_bytes[number] += sum(map(self._text_bytes(self._decoder), of_part))
+                        own = (t for t, n in zip(texts, numbers, strict=True) if n == number)
+                        num_bytes[number] += sum(map(self._text_bytes(self._decoder), own))
                 documents += len(texts)
                 done += chunk.ids.nbytes
                 report(documents, done)
@@ -214,7 +213,7 @@ class _Parts:
         return num_bytes
 
     def _must_count(self, number: int) -> bool:
-        """The largest part, training text, is what the others leave of a known total."""
+        """Return whether to count these bytes; of a known total, training text gets the rest."""
         return number > 0 or self._dataset.info is None
 
     def _text_bytes(self, decoder: Tokenizer) -> Callable[[npt.NDArray[np.integer]], int]:
@@ -233,16 +232,16 @@ class _Parts:
             **origin.text._asdict(),
             num_bytes=num_bytes,
             command=self._command,
-            licence=origin.licence,
+            license=origin.license,
         )
 
 
-def _add(writer: IndexedDatasetWriter, chunk: Chunk, chosen: TokenArray) -> None:
-    writer.add_documents(chunk.ids[np.repeat(chosen, chunk.lengths)], chunk.lengths[chosen])
+def _add(writer: IndexedDatasetWriter, chunk: Chunk, mask: TokenArray) -> None:
+    writer.add_documents(chunk.ids[np.repeat(mask, chunk.lengths)], chunk.lengths[mask])
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     outputs = {"--train": options.train, "--validation": options.validation, "--test": options.test}
     outputs = {name: path for name, path in outputs.items() if path is not None}
@@ -255,26 +254,26 @@ def main(arguments: Sequence[str]) -> None:
     if options.split is not None:
         if options.seed is not None:
             raise DataError(
-                f"--seed {options.seed} has no effect with --split, which goes by the order of the "
-                "documents; remove it"
+                f"--seed {options.seed} has no effect with --split, which splits in document "
+                "order; remove it"
             )
         split_in_order(options.prefix, outputs, ratios=options.split, **common)
     else:
         if list(outputs) != ["--train", "--validation"]:
-            raise DataError("--share needs --train and --validation, and no --test; give these two")
+            raise DataError("--share needs --train and --validation, and no --test; pass these two")
         share, seed = options.share, options.seed or 0
         split(options.prefix, options.train, options.validation, share=share, seed=seed, **common)
     for path in outputs.values():
         part = IndexedDataset(path)
         line = f"{path}.bin/.idx: {part.num_documents:,} documents, {part.num_tokens:,} tokens"
-        print(line + ("" if part.info is not None else "; no .json, its tokenizer is not known"))
+        print(line + ("" if part.info is not None else "; no .json, its tokenizer is unknown"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.split",
         description="Split a .bin/.idx corpus: by a hash of each document, so that equal documents "
-        "never cross, or in order as Megatron-LM does.",
+        "go to the same split, or in order as Megatron-LM does.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -282,20 +281,20 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--train", "--validation", "--test"):
         parser.add_argument(name, metavar="PREFIX")
     choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--share", type=float, help="of documents, to validation, by their hash")
+    choice.add_argument("--share", type=float, help="share of documents held out, by their hash")
     choice.add_argument(
         "--split",
         metavar="T,V,TEST",
-        help="ratios such as 969,30,1: the same documents that Megatron-LM holds out, in order",
+        help="ratios such as 969,30,1: split in order, at the boundaries of Megatron-LM",
     )
-    parser.add_argument("--seed", type=int, help="with --share: another seed, another choice")
+    parser.add_argument("--seed", type=int, help="seed of the hash of --share (default: 0)")
     parser.add_argument(
         "--tokenizer",
         metavar="SPEC",
-        help="default: the one the corpus names. Of a corpus without a .json, as Megatron's: what "
-        "made it; the parts then get a .json",
+        help="tokenizer of the corpus; default: the one in its .json. For a corpus without one, "
+        "such as Megatron's, the outputs then get a .json",
     )
-    parser.add_argument("--eod", metavar="TOKEN", help="and what ends its documents")
+    parser.add_argument("--eod", metavar="TOKEN", help="end token of a corpus without a .json")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     return parser
 

@@ -23,7 +23,7 @@ _EXAMPLE = """example:
       --vocab-size 32000
 """
 EOD_PIECE = "</s>"
-_MAX_LINE = 4096  # characters handed to the trainer at once
+_MAX_LINE = 4096  # characters passed to the trainer at once
 _HASH_RANGE = 1 << 64
 
 
@@ -37,20 +37,20 @@ def train_tokenizer(
     skip_bad_lines: bool = False,
     overwrite: bool = False,
 ) -> SentencePieceTokenizer:
-    """Train a byte-pair model with byte fallback; the same file from the same text.
+    """Train a BPE model with byte fallback; training is deterministic.
 
-    Decoding gives back the encoded text exactly, line ends and indentation included (U+2581, which
-    SentencePiece writes for a space, becomes one). Id 0 is unknown and never used, 1 ends a
-    document. Of inputs larger than `max_megabytes` about that much is used, chosen document by
-    document by a hash of the text.
+    Decoding restores the encoded text exactly, including line ends and indentation (except U+2581,
+    SentencePiece's symbol for a space, which becomes one). Id 0 is the unknown piece and never
+    occurs, id 1 ends a document. Inputs larger than `max_megabytes` are sampled to about that size,
+    by a hash of each document.
 
     Raises:
-        DataError: the output's suffix is not .model, it exists, an input cannot be used, or the
-            text is too short for so many pieces.
+        DataError: the output's suffix is not .model, it exists, an input is unusable, or the text
+            is too short for `vocab_size` pieces.
     """
     path = Path(output)
     if path.suffix != ".model":
-        raise DataError(f"--output {output} must end in .model; that suffix tells what it is")
+        raise DataError(f"--output {output} must end in .model, which identifies its kind; add it")
     if path.exists() and not overwrite:
         raise DataError(f"{output} exists; choose another output or pass --overwrite to replace it")
     sources = find_inputs(inputs)
@@ -90,9 +90,9 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip()  # without its source line
+        reason = str(error).rpartition("] ")[2].strip()  # without the C++ source location
         raise DataError(
-            f"--vocab-size {vocab_size} cannot be trained on this text ({reason}); give more text "
+            f"--vocab-size {vocab_size} cannot be trained on this text ({reason}); pass more text "
             "or another size, at least 300"
         ) from error
     return model.getvalue()
@@ -101,7 +101,7 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
 def _lines(
     reader: DocumentReader, *, json_key: str, keep: float, skip_bad_lines: bool = False
 ) -> Iterator[str]:
-    """Lines of a share `keep` of the documents, without their ends and not longer than 4096."""
+    """Yield the lines of a share `keep` of the documents, cut to at most 4096 characters."""
     with progress_bar("reading", reader.total_bytes) as report:
         for number, document in enumerate(reader, start=1):
             report(number, reader.bytes_read)
@@ -120,7 +120,7 @@ def _lines(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     tokenizer = train_tokenizer(
         options.input,
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.train_tokenizer",
-        description="Train a SentencePiece tokenizer (byte pairs with byte fallback).",
+        description="Train a SentencePiece tokenizer (BPE with byte fallback).",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="PREFIX.model")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
     parser.add_argument(
-        "--max-megabytes", type=int, default=200, metavar="N", help="text to train on at most"
+        "--max-megabytes", type=int, default=200, metavar="N", help="most text to train on"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser

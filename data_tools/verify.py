@@ -1,4 +1,4 @@
-"""Read a .bin/.idx corpus whole and check it: `python -m data_tools.verify --help`."""
+"""Verify all data of a .bin/.idx corpus: `python -m data_tools.verify --help`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import numpy as np
 from data_tools.cli import run_command
 from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.corpus.indexed import Chunk, IndexedDataset
-from data_tools.corpus.jsonl_cache import verify_images
+from data_tools.corpus.jsonl_cache import verify_caches
 from data_tools.errors import DataError
 from data_tools.progress import ReportProgress, progress_bar
-from data_tools.tokenization.tiktoken_files import split_spec
+from data_tools.tokenization.tiktoken_files import split_tiktoken_spec
 from data_tools.tokenization.tokenizers import tokenizer_fingerprint
 
 _EXAMPLE = """example:
   python -m data_tools.verify data/train data/validation
 """
-_BLOCK = 1 << 20  # sequences or documents of the index that are looked at together
+_BLOCK = 1 << 20  # index entries checked at once
 
 
 def verify(prefix: str, *, vocab_size: int | None = None) -> list[str]:
-    """Check every offset, every id and, where the corpus has a sidecar, everything it says.
+    """Check every offset and id and, if the corpus has a sidecar, every value in it.
 
-    What was checked, one line each. Memory does not depend on the size of the corpus.
+    Returns one line per check. Memory does not depend on the size of the corpus.
 
     Raises:
-        DataError: the first disagreement.
+        DataError: on the first mismatch.
     """
     dataset = IndexedDataset(prefix)
     info = dataset.info
@@ -40,9 +40,11 @@ def verify(prefix: str, *, vocab_size: int | None = None) -> list[str]:
     limit = vocab_size if info is None else min(info.vocab_size, vocab_size or info.vocab_size)
     with progress_bar(f"verifying {prefix}", dataset.tokens.nbytes) as report:
         bin_sha256, max_token_id = _read_tokens(dataset, limit, report)
-    lines = [f"{dataset.num_documents:,} documents and {dataset.num_tokens:,} tokens: offsets sane"]
+    lines = [
+        f"{dataset.num_documents:,} documents and {dataset.num_tokens:,} tokens: offsets valid"
+    ]
     if limit is None:
-        lines.append("ids not negative; no vocabulary is known to compare with: --vocab-size N")
+        lines.append("ids not negative; not compared with a vocabulary: pass --vocab-size N")
     else:
         lines.append(f"ids in [0, {limit}), largest {max_token_id}")
     if info is None:
@@ -54,15 +56,15 @@ def verify(prefix: str, *, vocab_size: int | None = None) -> list[str]:
 
 
 def _check_others(prefix: Path, info: CorpusInfo) -> list[str]:
-    """The list of what was left out, and the tokenizer where it still is."""
+    """Check the list of documents left out, and the tokenizer if it still exists."""
     lines = []
     if info.left_out_sha256 is not None:
         path = left_out_list(prefix)
         _compare(f"{path}: SHA-256", _sha256(path), info.left_out_sha256)
         lines.append("list of documents left out equal")
-    ranks = split_spec(info.tokenizer)
+    ranks = split_tiktoken_spec(info.tokenizer)
     if info.tokenizer != "bytes" and not Path(ranks[0] if ranks else info.tokenizer).exists():
-        return [*lines, f"tokenizer {info.tokenizer} is not here: not compared"]
+        return [*lines, f"tokenizer {info.tokenizer} not found: not compared"]
     tokenizer = tokenizer_fingerprint(info.tokenizer)
     if tokenizer != info.tokenizer_fingerprint:
         raise DataError(
@@ -91,7 +93,7 @@ def _check_index(dataset: IndexedDataset) -> None:
         wrong = dataset.offsets[begin : begin + _BLOCK] != ends - lengths
         if wrong.any():
             number = begin + int(np.argmax(wrong))
-            raise _damaged(dataset, number, "an offset that is not the end of the one before it")
+            raise _damaged(dataset, number, "an offset that is not the end of the previous one")
         offset = int(ends[-1])
     for begin in range(0, dataset.num_documents, _BLOCK):
         bounds = dataset.document_bounds[begin : begin + _BLOCK + 1]
@@ -103,7 +105,7 @@ def _check_index(dataset: IndexedDataset) -> None:
 def _read_tokens(
     dataset: IndexedDataset, vocab_size: int | None, report: ReportProgress
 ) -> tuple[str, int]:
-    """SHA-256 of .bin and its largest id."""
+    """Return the SHA-256 of .bin and its largest id."""
     digest = hashlib.sha256()
     largest = documents = num_bytes = 0
     for chunk in dataset.chunks():
@@ -126,25 +128,25 @@ def _bad_id(dataset: IndexedDataset, chunk: Chunk, vocab_size: int | None) -> Da
     offset = position - int(ends[document] - chunk.lengths[document])
     return DataError(
         f"{dataset.paths.bin}: id {chunk.ids[position]} at token {offset} of document "
-        f"{chunk.first_document + document} is outside [0, {limit}); the vocabulary is another "
-        "one's, or the file is damaged: preprocess the corpus again"
+        f"{chunk.first_document + document} is outside [0, {limit}); the vocabulary is the wrong "
+        "one, or the file is damaged: preprocess the corpus again"
     )
 
 
-def _compare(what: str, found: object, expected: object) -> None:
+def _compare(name: str, found: object, expected: object) -> None:
     if found != expected:
-        raise DataError(f"{what} {found} found, {expected} expected; preprocess the corpus again")
+        raise DataError(f"{name} {found} found, {expected} expected; preprocess the corpus again")
 
 
-def _damaged(dataset: IndexedDataset, sequence: int, what: str) -> DataError:
+def _damaged(dataset: IndexedDataset, sequence: int, problem: str) -> DataError:
     return DataError(
-        f"{dataset.paths.idx}: sequence {sequence} has {what}; it is damaged: preprocess the "
+        f"{dataset.paths.idx}: sequence {sequence} has {problem}; it is damaged: preprocess the "
         "corpus again"
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify",
         description="Check every offset, id and checksum of .bin/.idx corpora, and the cached text "
@@ -153,18 +155,18 @@ def main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prefixes", nargs="*", metavar="PREFIX")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below it")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below N")
     parser.add_argument(
-        "--cache-dir", metavar="DIR", help="check what is cached there (data.cache_dir)"
+        "--cache-dir", metavar="DIR", help="check the cached text in DIR (data.cache_dir)"
     )
     options = parser.parse_args(arguments)
     if not options.prefixes and options.cache_dir is None:
-        parser.error("nothing to check: give a PREFIX or --cache-dir")
+        parser.error("nothing to check: pass a PREFIX or --cache-dir")
     for prefix in options.prefixes:
         for line in verify(prefix, vocab_size=options.vocab_size):
             print(f"{prefix}: {line}")
-    for image in verify_images(options.cache_dir) if options.cache_dir is not None else ():
-        print(f"{image}: checksum equal")
+    for path in verify_caches(options.cache_dir) if options.cache_dir is not None else ():
+        print(f"{path}: checksum equal")
 
 
 command = partial(run_command, main)

@@ -1,4 +1,4 @@
-"""Print what a run is made of: the revision of the code and the versions of its packages."""
+"""Print the code revision, host and package versions of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 
 
 def revision() -> str:
-    """The commit that is checked out, with `-dirty` if files differ from it.
+    """Return the checked-out commit, with `-dirty` if files differ from it.
 
-    An installed package has no commit, though it may lie in a repository of somebody else's:
-    its version.
+    For an installed package, return its version: it may lie inside an unrelated repository.
     """
     root = code_root()
     try:
@@ -28,8 +27,8 @@ def revision() -> str:
 
 
 def code_root() -> Path:
-    """The folder of the packages that a run imports: the clone of this file, or where they are
-    installed when only the job scripts have been copied here."""
+    """Return the root of the packages that a run imports: the clone that contains this file, or the
+    installation if only the job scripts were copied."""
     clone = Path(__file__).resolve().parents[1]
     spec = find_spec("pretrain") if not (clone / "pretrain").is_dir() else None
     return clone if spec is None or not spec.origin else Path(spec.origin).resolve().parents[1]
@@ -42,7 +41,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def packages() -> list[str]:
-    """NAME==VERSION of every installed distribution, sorted."""
+    """Return NAME==VERSION of every installed distribution, sorted."""
     return sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
 
 

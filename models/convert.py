@@ -161,9 +161,13 @@ def from_hf(
 
 def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str | None) -> Exported:
     """Tokenizer files, what is to be said about them, and the tokens that they name."""
-    from data_tools.tokenization.tokenizers import load_tokenizer, split_spec, tokenizer_file
+    from data_tools.tokenization.tokenizers import (
+        load_tokenizer,
+        split_tiktoken_spec,
+        tokenizer_file,
+    )
 
-    if split_spec(spec) is not None:
+    if split_tiktoken_spec(spec) is not None:
         raise ValueError(
             f"tokenizer {spec}: ranks of tiktoken have no form that transformers loads; give an "
             "equal tokenizer.json with --tokenizer, or pass --no-tokenizer to export the model "

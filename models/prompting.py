@@ -67,5 +67,5 @@ def load_prompting(
         bos_ids = text.bos_ids
     else:
         known = False if add_bos is None and text.bos_ids is not None else add_bos
-        bos_ids = tokenizer.marks.begin_ids(known)
+        bos_ids = tokenizer.boundary_tokens.bos_ids(known)
     return Prompting(tokenizer, bos_ids, tokenizer.eod_id)

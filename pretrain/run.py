@@ -15,7 +15,7 @@ from data_tools.corpus.corpus_info import TextRules
 from data_tools.loading.builders import (
     build_eval_batches,
     build_train_loader,
-    data_remarks,
+    data_warnings,
     open_training_sources,
 )
 from data_tools.loading.evaluation import EvalBatches
@@ -218,7 +218,7 @@ def _end_complete(config: RunConfig, step: int) -> None:
 
 def _remark(config: RunConfig, data: _Data) -> None:
     curriculum = data.loader.curriculum
-    for line in data_remarks(config.data, curriculum, data.loader, data.evaluation):
+    for line in data_warnings(config.data, curriculum, data.loader, data.evaluation):
         logger.warning("%s", line)
 
 

@@ -1,4 +1,4 @@
-"""Raw files as a token stream: no tokenizer, nothing to preprocess."""
+"""Token stream over raw files, without tokenizer or preprocessing."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from data_tools.errors import DataError
 from data_tools.files import map_file
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD
 
-_OPEN_FILES = 128  # mappings kept: each holds a file descriptor
+_OPEN_FILES = 128  # cached mappings; each holds a file descriptor
 _FINGERPRINT_BLOCKS = 256
 _FINGERPRINT_BLOCK_SIZE = 4096  # bytes
-_SCANNED_TOKENS = 1 << 22  # read at once when documents are looked for
-_SCANNED_AROUND = 1 << 14  # and when one document is
+_SCAN_TOKENS = 1 << 22  # block size of a search for document starts
+_DOCUMENT_SCAN_TOKENS = 1 << 14  # block size of a search for the ends of one document
 _CONTEXT = 2  # ids on either side that decide whether a newline ends a blank line
 _NEWLINE, _RETURN = ord("\n"), ord("\r")
 
 
 class MappedFiles:
-    """The bytes of files, mapped when first read; empty files are left out.
+    """Bytes of files, mapped on first read; empty files are skipped.
 
     Raises:
-        DataError: no file, or none with a byte in it.
+        DataError: there is no file, or all are empty.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -38,7 +38,7 @@ class MappedFiles:
         self.paths = [file for file, size in zip(files, sizes, strict=True) if size > 0]
         if not self.paths:
             raise DataError(
-                f"the {len(files)} files of a byte source hold no byte; "
+                f"the {len(files)} files of a byte source are all empty; "
                 "check data.train and data.validation"
             )
         self.sizes = np.array([size for size in sizes if size > 0], dtype=np.int64)
@@ -52,9 +52,9 @@ class MappedFiles:
         for path, size in zip(self.paths, self.sizes, strict=True):
             digest.update(f"{os.path.relpath(path, folder)}\0{size}\0".encode())
         ends = np.cumsum(self.sizes)
-        places = np.unique(np.linspace(0, ends[-1] - 1, _FINGERPRINT_BLOCKS).astype(np.int64))
-        for place, file in zip(places, np.searchsorted(ends, places, side="right"), strict=True):
-            begin = int(place - ends[file] + self.sizes[file])
+        starts = np.unique(np.linspace(0, ends[-1] - 1, _FINGERPRINT_BLOCKS).astype(np.int64))
+        for start, file in zip(starts, np.searchsorted(ends, starts, side="right"), strict=True):
+            begin = int(start - ends[file] + self.sizes[file])
             digest.update(self.map(int(file))[begin : begin + _FINGERPRINT_BLOCK_SIZE].tobytes())
         return digest.hexdigest()
 
@@ -69,11 +69,11 @@ class MappedFiles:
 
 
 class ByteStream:
-    """The bytes of files in sorted order, each file ending with id 256.
+    """Bytes of files in sorted order, each file followed by id 256.
 
-    A document is a file, or with `blank_lines` what blank lines separate: there id 256 takes the
-    place of the newline that ends the last blank line between two documents, so that every byte
-    keeps its place and nothing is indexed. A line of "\\r\\n" is blank as well.
+    A document is a file, or with `blank_lines` the text between blank lines: there id 256 replaces
+    the newline that ends the last blank line between two documents, so that every byte keeps its
+    position and no index is needed. A line of "\\r\\n" is blank as well.
     """
 
     document_end = eod_id = BYTE_EOD
@@ -101,7 +101,7 @@ class ByteStream:
         return self.read_with_ends(starts, length)[0]
 
     def read_with_ends(self, starts: IntArray, length: int) -> tuple[TokenArray, IntArray]:
-        """What `read` gives, and the places of id 256 in its flattened rows, in any order."""
+        """Return the result of `read` and the indices of id 256 in its flattened rows, unsorted."""
         context = _CONTEXT if self._blank_lines else 0
         wide, ends = self._read(starts - context, length + 2 * context)
         if self._blank_lines:
@@ -119,70 +119,70 @@ class ByteStream:
             return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
         return [find_document_starts(self, begin, length) for begin in begins.tolist()]
 
-    def document_at(self, place: int) -> Span:
-        file = find_span(self._ends, place)
-        return _around(self, place, file) if self._blank_lines else file
+    def document_at(self, position: int) -> Span:
+        file = find_span(self._ends, position)
+        return _find_document(self, position, file) if self._blank_lines else file
 
     def _read(self, starts: IntArray, length: int) -> tuple[npt.NDArray[np.uint8], IntArray]:
-        """Bytes of spans that may reach over both ends of the stream, and where end tokens are.
+        """Read the bytes of spans that may extend beyond the stream, and find the end tokens.
 
-        Those are places in the flattened rows, which hold 0 there; what is outside is filled up
-        with them.
+        End tokens are returned as indices into the flattened rows, which hold 0 there. Positions
+        outside the stream count as end tokens.
         """
         rows = np.empty((len(starts), length), dtype=np.uint8)
         files = np.searchsorted(self._ends, np.maximum(starts, 0), side="right")
         begins = starts - self._begins[files]
         within = (begins >= 0) & (begins + length <= self._files.sizes[files])
         ends = [np.empty(0, dtype=np.int64)]
-        places = zip(begins.tolist(), files.tolist(), within.tolist(), strict=True)
-        for number, (begin, file, is_within) in enumerate(places):
+        spans = zip(begins.tolist(), files.tolist(), within.tolist(), strict=True)
+        for number, (begin, file, is_within) in enumerate(spans):
             if is_within:
                 rows[number] = self._files.map(file)[begin : begin + length]
                 continue
             ids = self._read_across(int(starts[number]), length, file)
-            rows[number] = ids  # of an end token the low byte
+            rows[number] = ids  # keeps only the low byte, 0, of an end token
             ends.append(number * length + np.flatnonzero(ids == BYTE_EOD))
         return rows, np.concatenate(ends)
 
     def _read_across(self, start: int, length: int, file: int) -> TokenArray:
         ids = np.full(length, BYTE_EOD, dtype=np.uint16)
-        place = max(0, start)
+        position = max(0, start)
         end = min(start + length, self.num_tokens)
-        while place < end:
-            begin = place - int(self._begins[file])
-            piece = self._files.map(file)[begin : begin + end - place]
-            ids[place - start : place - start + len(piece)] = piece
-            place += len(piece) + 1
+        while position < end:
+            begin = position - int(self._begins[file])
+            piece = self._files.map(file)[begin : begin + end - position]
+            ids[position - start : position - start + len(piece)] = piece
+            position += len(piece) + 1
             file += 1
         return ids
 
 
-def find_span(ends: IntArray, place: int) -> Span:
-    """Which of the spans that end at `ends`, each where the next begins, holds a place."""
-    index = int(np.searchsorted(ends, place, side="right"))
+def find_span(ends: IntArray, position: int) -> Span:
+    """Return the span that contains `position`, among consecutive spans with the given ends."""
+    index = int(np.searchsorted(ends, position, side="right"))
     return Span(int(ends[index - 1]) if index else 0, int(ends[index]))
 
 
 def starts_between(ends: IntArray, begin: int, length: int) -> IntArray:
-    """Positions p, begin < p < begin + length, among the places where spans end and others begin.
+    """Return the starts p of consecutive spans, begin < p < begin + length.
 
-    `ends` may be mapped from a file: a few of its places are read, and what is returned.
+    `ends` may be memory-mapped: only log2(n) of its elements and the result are read.
     """
     first, last = bisect_right(ends, np.array([begin, begin + length - 1])).tolist()
     return np.array(ends[first:last], dtype=np.int64)
 
 
-def _around(stream: TokenStream, place: int, file: Span) -> Span:
-    """The document at a place of a file, found by reading on either side of it."""
+def _find_document(stream: TokenStream, position: int, file: Span) -> Span:
+    """Find the document at a position of a file by scanning in both directions."""
     begin, end = file
-    for first in range(place, file.begin, -_SCANNED_AROUND):
-        block = Span(max(file.begin, first - _SCANNED_AROUND), first)
+    for first in range(position, file.begin, -_DOCUMENT_SCAN_TOKENS):
+        block = Span(max(file.begin, first - _DOCUMENT_SCAN_TOKENS), first)
         found = np.flatnonzero(_ids(stream, block) == BYTE_EOD)
         if len(found):
             begin = block.begin + int(found[-1]) + 1
             break
-    for first in range(place, file.end, _SCANNED_AROUND):
-        block = Span(first, min(file.end, first + _SCANNED_AROUND))
+    for first in range(position, file.end, _DOCUMENT_SCAN_TOKENS):
+        block = Span(first, min(file.end, first + _DOCUMENT_SCAN_TOKENS))
         found = np.flatnonzero(_ids(stream, block) == BYTE_EOD)
         if len(found):
             end = block.begin + int(found[0]) + 1
@@ -195,32 +195,32 @@ def _ids(stream: TokenStream, span: Span) -> TokenArray:
 
 
 def find_document_starts(stream: TokenStream, begin: int, length: int) -> IntArray:
-    """Positions p, begin < p < begin + length, that follow an id 256."""
+    """Return the positions p after an id 256, begin < p < begin + length."""
     end = begin + length - 1
     found = [np.empty(0, dtype=np.int64)]
-    for first in range(begin, end, _SCANNED_TOKENS):
-        ids = _ids(stream, Span(first, min(end, first + _SCANNED_TOKENS)))
+    for first in range(begin, end, _SCAN_TOKENS):
+        ids = _ids(stream, Span(first, min(end, first + _SCAN_TOKENS)))
         found.append(first + 1 + np.flatnonzero(ids == BYTE_EOD))
     return np.concatenate(found)
 
 
-def _blank_line_ends(found: npt.NDArray[np.uint8], file_ends: IntArray) -> IntArray:
-    """Places, in flattened rows, of newlines that end the last blank line before more text.
+def _blank_line_ends(data: npt.NDArray[np.uint8], file_ends: IntArray) -> IntArray:
+    """Return the indices, in flattened rows, of newlines that end the last blank line before text.
 
-    The first and last two columns are context: for them the answer means nothing. Blank lines are
-    few: all bytes are only compared with a newline, what is around it is looked at where one
-    follows another.
+    The first and last two columns are context: results there are meaningless. As blank lines are
+    rare, every byte is only compared with a newline; the bytes around are checked only where two
+    newlines follow each other.
     """
-    newline = found == _NEWLINE
+    newline = data == _NEWLINE
     blank = newline[_CONTEXT:-_CONTEXT] & newline[1:-3]
-    if b"\r" in found.tobytes():  # three times as fast as to compare and look for a True
-        returns = found[1:-3] == _RETURN
+    if b"\r" in data.tobytes():  # three times as fast as a comparison followed by any()
+        returns = data[1:-3] == _RETURN
         blank |= newline[_CONTEXT:-_CONTEXT] & returns & newline[:-4]
-    places = _CONTEXT + np.flatnonzero(blank)
-    after = found[places + 1]
-    ends_blank = (after == _NEWLINE) | ((after == _RETURN) & newline[places + _CONTEXT])
-    places = places[~ends_blank]
-    return places[~np.isin(places + 1, file_ends)] if len(file_ends) else places
+    indices = _CONTEXT + np.flatnonzero(blank)
+    after = data[indices + 1]
+    is_followed_by_blank = (after == _NEWLINE) | ((after == _RETURN) & newline[indices + _CONTEXT])
+    indices = indices[~is_followed_by_blank]
+    return indices[~np.isin(indices + 1, file_ends)] if len(file_ends) else indices
 
 
 def _size(file: Path) -> int:

@@ -1,4 +1,4 @@
-"""PREFIX.json beside PREFIX.bin and PREFIX.idx: what a corpus holds, which tokenizer made it."""
+"""PREFIX.json beside PREFIX.bin and PREFIX.idx: counts, tokenizer and checksums of a corpus."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ VERSION = 2  # 1 had no checksum
 
 
 class TextRules(NamedTuple):
-    """How text became tokens, beside the tokenizer. None where it is not known."""
+    """Encoding rules of a corpus besides the tokenizer; None means unknown."""
 
     eod_id: int | None = None
     """Token that ends every document."""
     bos_ids: tuple[int, ...] | None = None
-    """Tokens that begin every document; may be none."""
+    """Tokens that begin every document; may be empty."""
     special_tokens: SpecialTokens | None = None
-    """What became of text that spells a special token; `parse`: it may have become that token."""
+    """Treatment of text that spells a special token; `parse`: it may have become that token."""
 
 
 class SourceInfo(BaseModel):
-    """What one `--input` argument gave."""
+    """Counts of one `--input` argument."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -37,51 +37,51 @@ class SourceInfo(BaseModel):
     num_tokens: int
     num_bytes: int
     num_with_null_bytes: int
-    """Documents with a null byte, which is text like any other and kept."""
+    """Documents with a null byte, which is kept as text."""
     left_out: dict[str, int]
-    """Documents that are not in the corpus, by the kind of problem."""
+    """Number of documents left out of the corpus, by problem."""
 
 
 class CorpusInfo(BaseModel):
-    """Counts and provenance of one .bin/.idx pair; the two files are complete without it."""
+    """Counts and provenance of a .bin/.idx pair, which is complete without it."""
 
-    # Unknown keys pass: later versions may add some.
+    # Unknown keys are accepted: later versions may add some.
     model_config = ConfigDict(frozen=True, strict=True)
 
     version: int = VERSION
     tokenizer: str
-    """Tokenizer specification as it was given: `bytes` or a path."""
+    """Tokenizer specification as passed: `bytes` or a path."""
     tokenizer_fingerprint: str
     """SHA-256 of the tokenizer's file, or `bytes`."""
     vocab_size: int
     eod_id: int | None
-    """Token that ends every document; None when none was appended."""
+    """Token that ends every document; None if none was appended."""
     bos_ids: tuple[int, ...] = ()
     """Tokens that begin every document."""
     special_tokens: SpecialTokens = "plain"
-    """What became of text that spells a special token; `parse`: it may have become that token."""
+    """Treatment of text that spells a special token; `parse`: it may have become that token."""
     dtype: str
     num_tokens: int
     num_documents: int
     num_bytes: int
-    """UTF-8 bytes of the text: what bits per byte divides by."""
+    """UTF-8 bytes of the text: the denominator of bits per byte."""
     max_token_id: int
     bin_sha256: str
     idx_sha256: str
     command: str
     """The command line that wrote the corpus."""
     licence: str | None = None
-    """What `--licence` said of the text."""
+    """Value of `--license`; the key keeps the spelling of existing files."""
     sources: tuple[SourceInfo, ...] = ()
     left_out_sha256: str | None = None
-    """Of PREFIX.left_out.jsonl; None when every document is in the corpus."""
+    """SHA-256 of PREFIX.left_out.jsonl; None if no document was left out."""
 
     @property
     def text_rules(self) -> TextRules:
         return TextRules(self.eod_id, self.bos_ids, self.special_tokens)
 
     def to_bytes(self) -> bytes:
-        """JSON, closed by a checksum over everything before it."""
+        """Serialise to JSON that ends with a checksum over everything before it."""
         content = self.model_dump(mode="json")
         return _dump({**content, "checksum": _checksum(content)})
 
@@ -95,20 +95,20 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def info_path(prefix: Path) -> Path:
-    """PREFIX.json."""
+    """Return the path of the sidecar, PREFIX.json."""
     return prefix.with_name(prefix.name + ".json")
 
 
 def left_out_list(prefix: Path) -> Path:
-    """PREFIX.left_out.jsonl: every document that is not in the corpus, and why."""
+    """Return PREFIX.left_out.jsonl, the list of documents left out of the corpus with reasons."""
     return prefix.with_name(prefix.name + ".left_out.jsonl")
 
 
 def read_info(prefix: Path) -> CorpusInfo | None:
-    """The sidecar of a corpus, or None when it has none, as for files that Megatron wrote.
+    """Read the sidecar of a corpus; None if it has none, as with files written by Megatron.
 
     Raises:
-        DataError: the file exists and is not a sidecar of this format, or not as it was written.
+        DataError: the file is not a sidecar of this format, or was damaged or edited.
     """
     path = info_path(prefix)
     try:
@@ -120,9 +120,9 @@ def read_info(prefix: Path) -> CorpusInfo | None:
         info = CorpusInfo.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the file"
+        key = ".".join(map(str, problem["loc"])) or "the file"
         raise DataError(
-            f"{path}: {where}: {problem['msg']}; preprocess the corpus again, or delete this file "
+            f"{path}: {key}: {problem['msg']}; preprocess the corpus again, or delete this file "
             "to read the corpus without its checks"
         ) from error
     if info.version not in (1, VERSION):
@@ -133,7 +133,7 @@ def read_info(prefix: Path) -> CorpusInfo | None:
 
 
 def _check_undamaged(path: Path, text: bytes) -> None:
-    """Compare with the checksum. What is no JSON, and version 1, is left to the caller."""
+    """Verify the checksum; invalid JSON and version 1, which has none, are left to the caller."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

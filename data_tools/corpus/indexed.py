@@ -1,6 +1,6 @@
 """Memory-mapped token sequences in Megatron's .bin/.idx format.
 
-PREFIX.bin is the tokens and nothing else. PREFIX.idx, little-endian without padding:
+PREFIX.bin holds only the tokens. PREFIX.idx, little-endian without padding:
 
     9 bytes  magic "MMIDIDX\\0\\0"
     u64      version, 1
@@ -11,8 +11,8 @@ PREFIX.bin is the tokens and nothing else. PREFIX.idx, little-endian without pad
     i64[m]   document bounds: document d is the sequences [bounds[d], bounds[d+1])
     i8[n]    modes, only in multimodal files; not read here
 
-The arrays begin at byte 34, so they are not aligned: NumPy copies an unaligned array whole before
-`searchsorted`, `take` or a reduction. `bisect_right` below touches log2(n) elements instead.
+The arrays start at byte 34 and are not aligned: NumPy copies a whole unaligned array before
+`searchsorted`, `take` or a reduction. `arrays.bisect_right` reads log2(n) elements instead.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ DTYPES: dict[int, str] = {
     8: "uint16",
 }
 TOKEN_DTYPES = ("uint8", "uint16", "int32", "int64")
-_PROBES = 1024  # places of the index that opening looks at
+_PROBES = 1024  # index entries checked when a corpus is opened
 _CHUNK_DOCUMENTS = 1 << 16
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_SIZE = 4096  # bytes
 
 
 class IndexPaths(NamedTuple):
-    """The two files of a corpus."""
+    """Paths of the two files of a corpus."""
 
     bin: Path
     idx: Path
@@ -68,7 +68,7 @@ class IndexPaths(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents."""
+    """Consecutive documents with concatenated ids."""
 
     first_document: int
     ids: npt.NDArray[Any]
@@ -79,10 +79,10 @@ class IndexedDataset:
     """Documents of tokens in PREFIX.bin and PREFIX.idx, opened in constant time and memory.
 
     `tokens` is the whole corpus as one flat array of the file's dtype; `lengths`, `offsets` and
-    `document_bounds` are the arrays of the index. All are views of the files.
+    `document_bounds` are the arrays of the index. All are views of the mapped files.
 
     Raises:
-        DataError: a file is missing, empty, truncated, of another format, or the two disagree.
+        DataError: a file is missing, empty, truncated or of another format, or the two disagree.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -115,18 +115,18 @@ class IndexedDataset:
         return len(self.document_bounds) - 1
 
     def document(self, index: int) -> npt.NDArray[Any]:
-        """Tokens of one document."""
+        """Return the tokens of one document."""
         begin, end = self._document_span(index)
         return self.tokens[begin:end]
 
     def token_offset(self, sequence: int) -> int:
-        """Position in `tokens` at which a sequence starts."""
+        """Return the index in `tokens` of the start of a sequence."""
         if sequence == self.num_sequences:
             return self.num_tokens
         return int(self.offsets[sequence]) // self.dtype.itemsize
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
-        """For each begin, where documents start: positions p, begin < p < begin + length."""
+        """Return, for each begin, the document starts p with begin < p < begin + length."""
         itemsize = self.dtype.itemsize
         span_ends = np.stack([begins, begins + length - 1])
         sequences = bisect_right(self.offsets, span_ends.reshape(-1) * itemsize)
@@ -136,20 +136,20 @@ class IndexedDataset:
             for first, last in zip(firsts, lasts, strict=True)
         ]
 
-    def document_at(self, place: int) -> tuple[int, int]:
-        """Begin and end of the document that a token belongs to."""
-        sequence = bisect_right(self.offsets, np.array([place * self.dtype.itemsize])) - 1
+    def document_at(self, position: int) -> tuple[int, int]:
+        """Return begin and end of the document around a token."""
+        sequence = bisect_right(self.offsets, np.array([position * self.dtype.itemsize])) - 1
         return self._document_span(int(bisect_right(self.document_bounds, sequence)[0]) - 1)
 
     def document_ends(self, begin: int, end: int) -> IntArray:
-        """Where documents [begin, end) end in `tokens`."""
+        """Return the ends in `tokens` of documents [begin, end)."""
         sequences = np.asarray(self.document_bounds[begin + 1 : end + 1])
         is_last = sequences == self.num_sequences
         starts = np.asarray(self.offsets[np.where(is_last, 0, sequences)]) // self.dtype.itemsize
         return np.where(is_last, self.num_tokens, starts)
 
     def chunks(self, *, num_tokens: int = 1 << 22) -> Iterator[Chunk]:
-        """All documents in order, in chunks of about `num_tokens` or one longer document."""
+        """Iterate over all documents in order, in chunks of `num_tokens` or one longer document."""
         first = begin = 0
         while first < self.num_documents:
             ends = self.document_ends(first, min(first + _CHUNK_DOCUMENTS, self.num_documents))
@@ -161,9 +161,9 @@ class IndexedDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of sizes, dtype and 64 blocks spread over .bin: one for each corpus, at any size.
+        """SHA-256 of sizes, dtype and 64 blocks spread over .bin, in constant time.
 
-        It tells corpora apart; `python -m data_tools.verify` finds damage.
+        It distinguishes corpora; use `python -m data_tools.verify` to detect damage.
         """
         shape = (self.dtype.name, self.num_tokens, self.num_sequences, self.num_documents)
         digest = hashlib.sha256(repr(shape).encode())
@@ -188,7 +188,7 @@ class IndexedDataset:
         if magic != MAGIC:
             raise DataError(
                 f"{path}: magic {magic!r} found, {MAGIC!r} expected; it is not a Megatron index: "
-                "make one with python -m data_tools.preprocess"
+                "create one with python -m data_tools.preprocess"
             )
         if version != VERSION:
             raise DataError(
@@ -223,12 +223,12 @@ class IndexedDataset:
             )
         bounds = self.document_bounds
         if bounds[0] != 0 or bounds[-1] != self.num_sequences:
-            raise self._damaged("document bounds that do not cover the sequences")
+            raise self._damaged("the document bounds do not cover the sequences")
         num_joints = self.num_sequences - 1
         probes = np.linspace(0, num_joints, min(_PROBES, num_joints), endpoint=False, dtype=int)
         ends = self.offsets[probes] + self.lengths[probes] * np.int64(itemsize)
         if self.offsets[0] != 0 or not np.array_equal(self.offsets[probes + 1], ends):
-            raise self._damaged("an offset that is not the end of the sequence before it")
+            raise self._damaged("an offset is not the end of the previous sequence")
 
     def _check_sidecar(self) -> None:
         if self.info is None:
@@ -241,8 +241,8 @@ class IndexedDataset:
                 "found in .bin/.idx; it belongs to another corpus: preprocess the corpus again"
             )
 
-    def _damaged(self, what: str) -> DataError:
-        return DataError(f"{self.paths.idx}: {what}; it is damaged: preprocess the corpus again")
+    def _damaged(self, problem: str) -> DataError:
+        return DataError(f"{self.paths.idx}: {problem}; it is damaged: preprocess the corpus again")
 
 
 def _view(buffer: mmap.mmap, dtype: str, count: int, offset: int) -> npt.NDArray[Any]:

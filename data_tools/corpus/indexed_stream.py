@@ -1,4 +1,4 @@
-"""A .bin/.idx corpus as a token stream."""
+"""Token stream over a .bin/.idx corpus."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from data_tools.corpus.token_stream import Span
 
 
 class IndexedStream:
-    """The documents of a .bin/.idx corpus, one after the other."""
+    """The documents of a .bin/.idx corpus in order."""
 
     document_end = None
 
     def __init__(self, dataset: IndexedDataset, *, eod_id: int | None = None) -> None:
-        """`eod_id`: what ends its documents, where the corpus itself does not say it."""
+        """`eod_id`: the end-of-document id, if the corpus itself does not record one."""
         self.dataset = dataset
         self._eod_id = eod_id
 
@@ -51,5 +51,5 @@ class IndexedStream:
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return self.dataset.document_starts(begins, length)
 
-    def document_at(self, place: int) -> Span:
-        return Span(*self.dataset.document_at(place))
+    def document_at(self, position: int) -> Span:
+        return Span(*self.dataset.document_at(position))

@@ -1,4 +1,4 @@
-"""Streaming writer of .bin/.idx corpora: bounded memory, complete or absent."""
+"""Streaming writer of .bin/.idx corpora with bounded memory and atomic output."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from data_tools.progress import ReportProgress
 from data_tools.tokenization.special_tokens import SpecialTokens
 
 _MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max  # the index stores lengths as int32
-_CHUNK = 1 << 20  # documents whose index entries are built at once
+_CHUNK = 1 << 20  # documents per block of index entries
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
 def vocab_size_of(dtype: np.dtype[Any]) -> int:
-    """How many ids a token dtype holds: a vocabulary size that keeps it."""
+    """Return the largest vocabulary size that a token dtype can hold."""
     return int(np.iinfo(dtype).max) + 1
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedinteger]:
-    """The narrowest token dtype of the format that holds ids in [0, vocab_size)."""
+    """Return the narrowest token dtype of the format for ids in [0, vocab_size)."""
     if vocab_size <= 1 << 8:
         return np.dtype(np.uint8)
     if vocab_size <= 1 << 16:
@@ -41,10 +41,10 @@ def smallest_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger | np.signedin
 
 
 def check_absent(prefix: Path) -> None:
-    """Refuse an output that exists.
+    """Refuse to overwrite an existing output.
 
     Raises:
-        DataError: one of its three files does.
+        DataError: one of its three files exists.
     """
     existing = [path for path in (*IndexPaths.of(prefix), info_path(prefix)) if path.exists()]
     if existing:
@@ -54,10 +54,10 @@ def check_absent(prefix: Path) -> None:
 
 
 class IndexedDatasetWriter:
-    """Write documents one batch after the other, then `finish`.
+    """Writes documents in batches; `finish` publishes the corpus.
 
-    Used as a context manager: leaving it without `finish` removes everything that was written.
-    The index gets its final name last, so a prefix that has an .idx is complete.
+    Use it as a context manager: leaving it without `finish` removes everything written.
+    The index is renamed last, so that a prefix with an .idx is complete.
 
     Raises:
         DataError: the output exists and `overwrite` is false, or another process is writing it.
@@ -72,7 +72,7 @@ class IndexedDatasetWriter:
         self.paths = IndexPaths.of(self.prefix)
         if not overwrite:
             check_absent(self.prefix)
-        # The lock on .bin.partial guards the other two files as well.
+        # The lock on .bin.partial also protects the other two files.
         self._bin = open_partial(self.paths.bin)
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
@@ -87,10 +87,10 @@ class IndexedDatasetWriter:
         self.add_documents(array, np.array([len(array)]))
 
     def add_documents(self, ids: npt.ArrayLike, lengths: IntArray) -> None:
-        """Append documents whose tokens are concatenated in `ids`; empty ones are left out.
+        """Append documents whose tokens are concatenated in `ids`; empty ones are dropped.
 
         Raises:
-            DataError: an id outside [0, vocab_size) or a document of 2**31 tokens or more.
+            DataError: an id is outside [0, vocab_size) or a document has 2**31 tokens or more.
         """
         tokens = np.asarray(ids)
         if int(lengths.sum()) != len(tokens):
@@ -122,7 +122,7 @@ class IndexedDatasetWriter:
         command: str,
         bos_ids: tuple[int, ...] | None = (),
         special_tokens: SpecialTokens | None = "plain",
-        licence: str | None = None,
+        license: str | None = None,
         sources: Sequence[SourceInfo] = (),
         left_out_sha256: str | None = None,
     ) -> CorpusInfo:
@@ -147,7 +147,7 @@ class IndexedDatasetWriter:
             bin_sha256=self._bin_digest.hexdigest(),
             idx_sha256=self._write_index(),
             command=command,
-            licence=licence,
+            licence=license,
             sources=tuple(sources),
             left_out_sha256=left_out_sha256,
         )
@@ -155,7 +155,7 @@ class IndexedDatasetWriter:
         return info
 
     def finish_without_info(self) -> None:
-        """Publish the two files that Megatron knows, of a corpus whose tokenizer is not known.
+        """Publish only the two files of Megatron's format, for a corpus of unknown tokenizer.
 
         Raises:
             DataError: no document was added.
@@ -186,7 +186,7 @@ class IndexedDatasetWriter:
         )
 
     def _write_index(self) -> str:
-        """Write the .idx from the spooled lengths, a chunk at a time; return its SHA-256."""
+        """Write the .idx from the spooled lengths in chunks, and return its SHA-256."""
         self._lengths.flush()
         lengths = np.memmap(partial_path(self._lengths_path), dtype="<i4", mode="r")
         digest = hashlib.sha256()
@@ -220,7 +220,7 @@ class IndexedDatasetWriter:
                 file.write(info.to_bytes())
                 flush_to_disk(file)
         flush_to_disk(self._bin)
-        # Without an index no older or newer half of a pair can be opened in between.
+        # Remove the old index first, so that no mismatched pair can be opened in between.
         self.paths.idx.unlink(missing_ok=True)
         if info is None:
             sidecar.unlink(missing_ok=True)
@@ -232,7 +232,7 @@ class IndexedDatasetWriter:
     def _close(self) -> None:
         files: tuple[BinaryIO, ...] = (self._bin, self._lengths)
         for file in files:
-            # On a full disk closing fails as well: what it would flush is of no use here.
+            # On a full disk closing fails as well; the data it would flush is discarded anyway.
             with suppress(OSError):
                 file.close()
         for path in (*self.paths, info_path(self.prefix), self._lengths_path):
@@ -254,10 +254,11 @@ class IndexedDatasetWriter:
 def append_corpora(
     writer: IndexedDatasetWriter, datasets: Iterable[IndexedDataset], report: ReportProgress
 ) -> None:
-    """Copy documents in chunks.
+    """Append all documents of corpora to a writer, in chunks.
 
     Raises:
-        DataError: a corpus is not what its sidecar says, so that damage is not copied.
+        DataError: the checksum of a corpus differs from its sidecar's, so that damage is not
+            copied.
     """
     documents = num_bytes = 0
     for dataset in datasets:
@@ -271,5 +272,5 @@ def append_corpora(
         if dataset.info is not None and digest.hexdigest() != dataset.info.bin_sha256:
             raise DataError(
                 f"{dataset.paths.bin}: SHA-256 {digest.hexdigest()} found, "
-                f"{dataset.info.bin_sha256} expected; it is damaged: make it again"
+                f"{dataset.info.bin_sha256} expected; it is damaged: preprocess it again"
             )

@@ -1,4 +1,4 @@
-"""The text of one field of .jsonl files as a byte stream, parsed whenever it is read."""
+"""Byte stream over the text of one field of .jsonl files, parsed on every read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from data_tools.tokenization.byte_vocabulary import BYTE_EOD
 
 
 class JsonlStream:
-    """UTF-8 bytes of the text under `json_key` of every line, each document ending with id 256.
+    """UTF-8 bytes of the text under `json_key` of every line, each document followed by id 256.
 
-    Opening parses every line once, to know how long its text is without the escapes of JSON; a
-    line is parsed again when it is read. Blank lines and empty texts are left out. `JsonlImage` is
-    the same without parsing again, where its file can be kept.
+    Opening parses every line once to measure its text without JSON escapes; reading a line parses
+    it again. Blank lines and empty texts are skipped. `JsonlCache` holds the same tokens in a cache
+    file and parses nothing again.
 
     Raises:
-        DataError: a line is not an object with a text under `json_key`, or there is no text.
+        DataError: a line is not an object with text under `json_key`, or no line has any.
     """
 
     document_end = eod_id = BYTE_EOD
@@ -37,7 +37,7 @@ class JsonlStream:
         self._files_of = np.repeat(np.arange(len(lines)), [len(each) for each in lines])
         self._begins, self._line_sizes, self._text_sizes = np.concatenate(lines).T
         if len(self._begins) == 0:
-            raise no_text(files, json_key)
+            raise no_text_error(files, json_key)
         self._ends = np.cumsum(self._text_sizes + 1)
 
     @property
@@ -62,8 +62,8 @@ class JsonlStream:
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
         return [starts_between(self._ends, begin, length) for begin in begins.tolist()]
 
-    def document_at(self, place: int) -> Span:
-        return find_span(self._ends, place)
+    def document_at(self, position: int) -> Span:
+        return find_span(self._ends, position)
 
     def _read_span(self, out: TokenArray, start: int, document: int) -> None:
         filled = 0
@@ -81,18 +81,18 @@ class JsonlStream:
     def _text(self, document: int) -> bytes:
         file, begin = int(self._files_of[document]), int(self._begins[document])
         line = self._files.map(file)[begin : begin + int(self._line_sizes[document])]
-        place = f"{self._files.paths[file]}, byte {begin}"
-        text = _text_of(line.tobytes(), self._json_key, place)
+        location = f"{self._files.paths[file]}, byte {begin}"
+        text = _text_of(line.tobytes(), self._json_key, location)
         if len(text) != self._text_sizes[document]:
             raise DataError(
-                f"{place}: {len(text)} bytes of text found, {self._text_sizes[document]} when the "
-                "run started; do not change files that are in use"
+                f"{location}: {len(text)} bytes of text found, {self._text_sizes[document]} when "
+                "the run started; do not change files that are in use"
             )
         return text
 
 
 class Line(NamedTuple):
-    """A line that has text, and the text."""
+    """Byte offset, byte size and text of a line that has text."""
 
     begin: int
     size: int
@@ -100,10 +100,10 @@ class Line(NamedTuple):
 
 
 def lines_of(path: Path, json_key: str) -> Iterator[Line]:
-    """The lines of a file that have text.
+    """Iterate over the lines of a file that have text.
 
     Raises:
-        DataError: a line is not an object with a text under `json_key`.
+        DataError: a line is not an object with text under `json_key`.
     """
     begin = 0
     with open(path, "rb") as file:
@@ -115,7 +115,7 @@ def lines_of(path: Path, json_key: str) -> Iterator[Line]:
             begin += len(line)
 
 
-def no_text(files: MappedFiles, json_key: str) -> DataError:
+def no_text_error(files: MappedFiles, json_key: str) -> DataError:
     return DataError(
         f"{files.paths[0]}: neither it nor the {len(files.paths) - 1} files beside it have text "
         f"under {json_key!r}; check data.train and data.json_key"
@@ -123,12 +123,12 @@ def no_text(files: MappedFiles, json_key: str) -> DataError:
 
 
 def _scan(path: Path, json_key: str) -> IntArray:
-    """Begin and size of every line that has text, and the size of the text, [lines, 3]."""
+    """Return offset and size of every line that has text, and the size of its text, [lines, 3]."""
     found = [(line.begin, line.size, len(line.text)) for line in lines_of(path, json_key)]
     return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
-def _text_of(line: bytes, json_key: str, place: str) -> bytes:
+def _text_of(line: bytes, json_key: str, location: str) -> bytes:
     try:
         record: Any = json.loads(line)
         text = record.get(json_key) if isinstance(record, dict) else None
@@ -137,4 +137,4 @@ def _text_of(line: bytes, json_key: str, place: str) -> bytes:
         reason = f"no text under {json_key!r}"
     except (ValueError, RecursionError) as error:
         reason = f"not JSON of valid text ({error})"
-    raise DataError(f"{place}: {reason}; repair the line or set data.json_key")
+    raise DataError(f"{location}: {reason}; repair the line or set data.json_key")

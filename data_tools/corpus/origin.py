@@ -1,4 +1,4 @@
-"""What made a corpus: its sidecar says it, or for one that Megatron wrote whoever has it does."""
+"""Provenance of a corpus: its sidecar or, without one, `--tokenizer` and `--eod`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from data_tools.tokenization.tokenizers import Tokenizer
 
 
 class Origin(NamedTuple):
-    """The tokenizer of a corpus and how its text became tokens."""
+    """Tokenizer, encoding rules and license of a corpus."""
 
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: int
     text: TextRules
-    licence: str | None = None
+    license: str | None = None
 
 
 def origin_of(
     dataset: IndexedDataset, *, tokenizer: str | None, eod: str | None = None
 ) -> Origin | None:
-    """The origin of a corpus; None where it has no sidecar and no tokenizer is given.
+    """Return the origin of a corpus; None if it has no sidecar and no tokenizer is given.
 
     Raises:
-        DataError: `tokenizer` is not what made it, or `eod` has no effect.
+        DataError: `tokenizer` is not the corpus's, or `eod` has no effect.
     """
     info = dataset.info
     if eod is not None and (info is not None or tokenizer is None):
@@ -51,22 +51,22 @@ def origin_of(
     if tokenizer is None:
         return None
     loaded = find_tokenizer(dataset, tokenizer, eod=eod)
-    assert loaded is not None, "one is named"
+    assert loaded is not None, "a tokenizer is given"
     text = _text_rules(dataset, loaded, must_end=eod is not None)
     return Origin(tokenizer, loaded.fingerprint, loaded.vocab_size, text)
 
 
 def require_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer:
-    """The tokenizer that decodes a corpus.
+    """Return the tokenizer that decodes a corpus.
 
     Raises:
-        DataError: it is not at hand.
+        DataError: it is not available.
     """
     tokenizer = find_tokenizer(dataset, spec)
     if tokenizer is None:
         named = "" if dataset.info is None else f"{dataset.info.tokenizer} "
         raise DataError(
-            f"{dataset.prefix}: its tokenizer {named}is not there or has changed, so the bytes of "
+            f"{dataset.prefix}: its tokenizer {named}is missing or has changed, so the bytes of "
             "its text cannot be counted; pass --tokenizer SPEC"
         )
     return tokenizer
@@ -75,7 +75,7 @@ def require_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer:
 def count_text_bytes(
     dataset: IndexedDataset, tokenizer: Tokenizer, text: TextRules, report: ReportProgress
 ) -> int:
-    """UTF-8 bytes of the text behind a corpus, by decoding all of it."""
+    """Count the UTF-8 bytes of the text of a corpus by decoding it."""
     count = documents = done = 0
     for chunk in dataset.chunks():
         for ids in np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1]):
@@ -87,20 +87,20 @@ def count_text_bytes(
 
 
 def _text_rules(dataset: IndexedDataset, tokenizer: Tokenizer, *, must_end: bool) -> TextRules:
-    """What all documents begin and end with, of what the tokenizer has for that."""
+    """Detect which of the tokenizer's begin and end tokens all documents have."""
     ends = dataset.document_ends(0, dataset.num_documents)
     begins = np.concatenate(([0], ends[:-1]))
     eod_id = tokenizer.eod_id
     without = np.flatnonzero(dataset.tokens[ends - 1] != eod_id)
     if must_end and len(without):
         raise DataError(
-            f"{dataset.prefix}: document {without[0]} does not end with id {eod_id} of --eod; name "
-            "the token that ends them, or leave it out"
+            f"{dataset.prefix}: document {without[0]} does not end with id {eod_id} of --eod; pass "
+            "the token that ends all documents, or remove --eod"
         )
-    begin = tokenizer.marks.begin
-    bos_ids: tuple[int, ...] = () if begin is None else begin.ids
+    bos = tokenizer.boundary_tokens.bos
+    bos_ids: tuple[int, ...] = () if bos is None else bos.ids
     is_long = bool(np.all(ends - begins >= len(bos_ids)))
     if not is_long or any((dataset.tokens[begins + i] != t).any() for i, t in enumerate(bos_ids)):
         bos_ids = ()
-    # Whoever wrote it may have parsed them.
+    # Unknown, so assume that the writer may have parsed special tokens.
     return TextRules(None if len(without) else eod_id, bos_ids, "parse")

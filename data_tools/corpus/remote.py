@@ -1,4 +1,4 @@
-"""Corpora in object stores: copied once to a local folder, and read from there."""
+"""Local copies of corpora in object stores."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
-from data_tools.files import locked, partial_path
+from data_tools.files import lock_folder, partial_path
 
-_SUFFIXES = (".json", ".idx", ".bin")  # .bin last: with it a copy is complete
+_SUFFIXES = (".json", ".idx", ".bin")  # .bin last: it completes a copy
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL that fsspec opens, such as s3://bucket/corpus/train."""
+    """Return whether a path is a URL for fsspec, such as s3://bucket/corpus/train."""
     return "://" in path
 
 
 def local_prefix(path: str, *, cache_dir: str | None) -> Path:
-    """The prefix of a corpus on this machine; a remote one is copied first, by one process of many.
+    """Return the local prefix of a corpus; a remote one is first copied by one process per machine.
 
-    A copy belongs to one version of the remote files (what fsspec's `ukey` tells apart: an ETag, a
-    time, a size), so that a changed corpus is copied again beside it.
+    A copy belongs to one version of the remote files (as distinguished by fsspec's `ukey`: ETag,
+    time, size), so that a changed corpus is copied again beside the old copy.
 
     Raises:
-        DataError: the URL cannot be opened, a file is missing there, or the copy cannot be kept.
+        DataError: the URL cannot be opened, a file is missing, or the copy cannot be written.
     """
     if not is_remote(path):
         return Path(path)
-    if "::" in path:  # fsspec would chain file systems, of which some run templates
+    if "::" in path:  # fsspec would chain file systems, some of which run templates
         raise DataError(f"{path}: a URL of one file system expected, such as s3://bucket/train")
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     try:
@@ -38,12 +38,12 @@ def local_prefix(path: str, *, cache_dir: str | None) -> Path:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no {path}.bin and {path}.idx there; check the URL") from error
-    except (ImportError, ValueError) as error:  # a protocol without its package, or none at all
-        raise DataError(f"{path}: {error}; install what it names or check the URL") from error
+    except (ImportError, ValueError) as error:  # missing package for a protocol, or unknown one
+        raise DataError(f"{path}: {error}; install that package or check the URL") from error
     except OSError as error:
         raise DataError(
             f"{path}: cannot be copied to {folder}: {error.strerror or error}; check the access "
-            "and the space, or set data.cache_dir"
+            "rights and free space, or set data.cache_dir"
         ) from error
 
 
@@ -60,7 +60,7 @@ def _copy(url: str, folder: Path) -> Path:
     versions = [system.ukey(path + suffix) for suffix in suffixes]
     key = hashlib.sha256("\0".join([url, *versions]).encode()).hexdigest()[:32]
     prefix = folder / key / path.rstrip("/").rpartition("/")[2]
-    with locked(folder / key):
+    with lock_folder(folder / key):
         for suffix in suffixes:
             _fetch(system, path + suffix, prefix.with_name(prefix.name + suffix))
     return prefix

@@ -1,4 +1,4 @@
-"""What every source of tokens offers."""
+"""The interface of all token sources."""
 
 from __future__ import annotations
 
@@ -8,53 +8,53 @@ from data_tools.arrays import IntArray, TokenArray
 
 
 class Span(NamedTuple):
-    """Places [begin, end) of a stream."""
+    """Token range [begin, end) of a stream."""
 
     begin: int
     end: int
 
 
 class TokenStream(Protocol):
-    """One flat sequence of token ids with document boundaries; the contract of every source."""
+    """Flat sequence of token ids with document boundaries."""
 
     @property
     def num_tokens(self) -> int: ...
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of text behind the tokens; None when unknown."""
+        """Bytes of the text that the tokens encode; None if unknown."""
 
     @property
     def fingerprint(self) -> str:
-        """Differs between any two corpora."""
+        """Content hash that differs between any two corpora."""
 
     @property
     def document_end(self) -> int | None:
-        """The id that every document ends with and that is nowhere else; None: there may be none.
+        """The id that ends every document and occurs nowhere else, or None if not guaranteed.
 
-        With one, boundaries are seen in the ids; without, `document_starts` looks them up.
+        If set, boundaries can be read off the ids; otherwise use `document_starts`.
         """
 
     @property
     def eod_id(self) -> int | None:
-        """The id that documents end with, where they do; None: unknown or there is none."""
+        """End-of-document id, or None if unknown or absent."""
 
     @property
     def bos_ids(self) -> tuple[int, ...]:
-        """The ids that documents begin with, where they are known to."""
+        """Ids that begin every document, as far as known."""
 
     def read(self, starts: IntArray, length: int) -> TokenArray:
-        """Ids of the spans [start, start + length), [n, length] in the dtype of the file."""
+        """Read the spans [start, start + length): ids [n, length] in the dtype of the file."""
 
     def document_starts(self, begins: IntArray, length: int) -> list[IntArray]:
-        """For each begin, where documents start: positions p, begin < p < begin + length."""
+        """Return, for each begin, the document starts p with begin < p < begin + length."""
 
-    def document_at(self, place: int) -> Span:
-        """The document, with the id that ends it, that the token at a place belongs to."""
+    def document_at(self, position: int) -> Span:
+        """Return the span of the document around a token, including its end-of-document id."""
 
 
 class NamedStream(NamedTuple):
-    """A stream under the name that configuration and ledger use for it."""
+    """A stream and its name in the configuration and the ledger."""
 
     name: str
     stream: TokenStream

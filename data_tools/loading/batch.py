@@ -1,4 +1,4 @@
-"""A micro-batch, and how it is made of windows of tokens."""
+"""Micro-batches of tokens and labels, built from windows of a token stream."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 class Batch(NamedTuple):
     """One micro-batch of one data-parallel rank.
 
-    `labels[i, t]` is the token that follows `tokens[i, t]`, already shifted, or -100 where nothing
-    is scored: padding and, with `reset_at_documents`, the first token of a document.
+    `labels[i, t]` is the token after `tokens[i, t]`, already shifted, or -100 where no loss is
+    computed: padding and, with `reset_at_documents`, the first token of a document.
     """
 
     tokens: torch.Tensor  # int64 [b, s]
@@ -28,10 +28,10 @@ class Batch(NamedTuple):
 
 
 def check_ids(ids: TokenArray, *, vocab_size: int, name: str) -> None:
-    """Refuse ids outside [0, vocab_size): on a GPU they would end in an illegal memory access.
+    """Check that ids are in [0, vocab_size): others cause illegal memory accesses on a GPU.
 
     Raises:
-        DataError: there is one.
+        DataError: an id is outside.
     """
     low = 0 if ids.dtype.kind == "u" else int(ids.min())
     high = int(ids.max())
@@ -39,22 +39,24 @@ def check_ids(ids: TokenArray, *, vocab_size: int, name: str) -> None:
         raise DataError(
             f"data source {name}: token id {low if low < 0 else high} is outside the model's "
             f"vocabulary of {vocab_size}; set model.vocab_size to the tokenizer's; python -m "
-            f"data_tools.verify PREFIX --vocab-size {vocab_size} names the document and the place"
+            f"data_tools.verify PREFIX --vocab-size {vocab_size} reports the document and token"
         )
 
 
 def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = False) -> Batch:
-    """Split [b, s + 1] windows into inputs and shifted labels, in page-locked memory with `pin`.
+    """Split [b, s + 1] windows into inputs and shifted labels.
 
-    `lengths` [b] are the tokens of each row that exist; what follows them is not scored.
+    Args:
+        lengths: Valid tokens of each row, [b]; labels after them are -100.
+        pin: Use page-locked memory.
     """
     tokens = windows.ids[:, :-1].astype(np.int64)
     labels = windows.ids[:, 1:].astype(np.int64)
     segments = windows.segment_ids
     if segments is not None:
-        starts = _starts(segments) if windows.starts is None else windows.starts
-        # The first token of a document has nothing before it in its document to follow from. Its
-        # label is one place before it, and rows of labels are one shorter.
+        starts = windows.boundaries if windows.boundaries is not None else _boundaries(segments)
+        # The first token of a document has no context in its document to be predicted from. Its
+        # label is one column before it, and rows of labels are one shorter.
         labels.reshape(-1)[starts - 1 - starts // segments.shape[1]] = IGNORED_LABEL
     if lengths is not None:
         labels[np.arange(1, windows.ids.shape[1]) >= lengths[:, None]] = IGNORED_LABEL
@@ -65,15 +67,15 @@ def to_batch(windows: Windows, *, lengths: IntArray | None = None, pin: bool = F
     )
 
 
-def _starts(segments: npt.NDArray[np.int32]) -> IntArray:
-    """Where, in the flattened rows, a document begins inside a row."""
+def _boundaries(segments: npt.NDArray[np.int32]) -> IntArray:
+    """Return the indices into the flattened rows where a document starts inside a row."""
     flat = segments.reshape(-1)
-    places = 1 + np.flatnonzero(flat[1:] != flat[:-1])
-    return places[places % segments.shape[1] > 0]
+    boundaries = 1 + np.flatnonzero(flat[1:] != flat[:-1])
+    return boundaries[boundaries % segments.shape[1] > 0]
 
 
 def has_pinned_memory() -> bool:
-    """Whether copies to a device gain from page-locked memory."""
+    """Return whether copies to a device benefit from page-locked memory."""
     return torch.cuda.is_available()
 
 

@@ -1,4 +1,4 @@
-"""From a DataConfig to the iterators of a run."""
+"""Builders of the training and evaluation iterators of a run from its DataConfig."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from data_tools.config import DataConfig
-from data_tools.corpus.overlap import overlap_remarks
+from data_tools.corpus.overlap import overlap_warnings
 from data_tools.corpus.token_stream import NamedStream
 from data_tools.errors import DataError, NoSuchFileError
 from data_tools.loading.evaluation import EvalBatches
@@ -14,7 +14,7 @@ from data_tools.loading.loader import TrainLoader
 from data_tools.loading.sources import open_sources
 from data_tools.sampling.curriculum import Curriculum, Stage
 from data_tools.sampling.fim import FillInTheMiddle
-from data_tools.sampling.fim_tokens import find_sentinels
+from data_tools.sampling.fim_tokens import find_fim_tokens
 from data_tools.sampling.token_dataset import TokenDataset
 from data_tools.tokenization.byte_vocabulary import BYTE_VOCAB_SIZE
 
@@ -34,19 +34,22 @@ def build_train_loader(
     consumed_samples: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> TrainLoader:
-    """The endless training micro-batches of one data-parallel rank.
+    """Build the endless iterator over the training micro-batches of one data-parallel rank.
 
-    The order of samples depends on the seed, the names, weights and contents of the sources and
-    the sequence length; not on the batch size, `data_size`, the workers or restarts. `curriculum`
-    is the run's, which stages and `max_epochs` need; it says how many samples a step takes, and
-    without one `micro_batches_per_step` does. `sources`: from `open_training_sources`, which is
-    called without them. `state` is what `state_dict` gave; without one the
-    run's first `consumed_samples` samples are skipped.
+    The sample order depends on the seed, the names, weights and contents of the sources and the
+    sequence length; not on the batch size, `data_size`, the workers or restarts.
+
+    Args:
+        micro_batches_per_step: Micro-batches per rank and step, used without a `curriculum`.
+        curriculum: Curriculum of the run, which sets the samples per step; required for stages and
+            `max_epochs`.
+        sources: Result of `open_training_sources`; None: open them here.
+        consumed_samples: Samples of the run to skip, used without a `state`.
+        state: Result of `TrainLoader.state_dict` to resume from.
 
     Raises:
         DataError: a source is missing, damaged, too short or of another vocabulary or tokenizer,
-            the run would read one more often than its `max_epochs`, or `state` belongs to other
-            data.
+            the run would exceed the `max_epochs` of one, or `state` belongs to other data.
     """
     sequences_per_step = micro_batch_size * micro_batches_per_step * data_size
     loader = TrainLoader(
@@ -57,7 +60,7 @@ def build_train_loader(
             seed=seed,
             vocab_size=vocab_size,
         ),
-        curriculum or _endless(config, sequence_length, sequences_per_step),
+        curriculum or _one_stage_curriculum(config, sequence_length, sequences_per_step),
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,
@@ -65,13 +68,13 @@ def build_train_loader(
         vocab_size=vocab_size,
         num_workers=config.num_workers,
     )
-    _move_to_position(loader, state, consumed_samples)
+    _restore_position(loader, state, consumed_samples)
     check_epochs(config, curriculum, loader)
     return loader
 
 
 def open_training_sources(config: DataConfig, *, vocab_size: int) -> list[NamedStream]:
-    """The streams of `config.train`, under the names of their sources.
+    """Open the streams of `config.train` under the names of their sources.
 
     Raises:
         DataError: a source is missing, damaged or of another vocabulary or tokenizer.
@@ -112,14 +115,14 @@ def _datasets(
 def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | None:
     if config.fim is None:
         return None
-    sentinels = find_sentinels(
+    tokens = find_fim_tokens(
         config.fim,
         tokenizer=config.tokenizer,
         first_id=BYTE_VOCAB_SIZE if config.kind == "bytes" else 0,
         vocab_size=vocab_size,
     )
     return FillInTheMiddle(
-        sentinels,
+        tokens,
         rate=config.fim.rate,
         spm_rate=config.fim.spm_rate,
         level=config.fim.level,
@@ -127,26 +130,28 @@ def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | 
     )
 
 
-def _endless(config: DataConfig, sequence_length: int, sequences_per_step: int) -> Curriculum:
+def _one_stage_curriculum(
+    config: DataConfig, sequence_length: int, sequences_per_step: int
+) -> Curriculum:
     if config.stages:
-        raise DataError("data.stages need the length of the run; give its curriculum")
+        raise DataError("data.stages need the length of the run; pass its curriculum")
     weights = {source.name: source.weight for source in config.train}
     stage = Stage(0, weights, sequence_length, {}, sequences_per_step)
     return Curriculum([stage], total_steps=0)
 
 
 def check_epochs(config: DataConfig, curriculum: Curriculum | None, loader: TrainLoader) -> None:
-    """Check how often the run will have read each source at its end.
+    """Check the number of passes that the run makes over each source.
 
     Raises:
-        DataError: one more often than its `max_epochs`.
+        DataError: it exceeds the `max_epochs` of a source.
     """
     limits = {s.name: s.max_epochs for s in config.train if s.max_epochs is not None}
     if not limits:
         return
     if curriculum is None:
-        raise DataError("max_epochs needs the length of the run; give its curriculum")
-    epochs = epochs_of(curriculum, loader)
+        raise DataError("max_epochs needs the length of the run; pass its curriculum")
+    epochs = epochs_per_source(curriculum, loader)
     for name, limit in limits.items():
         if epochs.get(name, 0.0) > limit:
             raise DataError(
@@ -155,26 +160,27 @@ def check_epochs(config: DataConfig, curriculum: Curriculum | None, loader: Trai
             )
 
 
-def epochs_of(curriculum: Curriculum, loader: TrainLoader) -> dict[str, float]:
-    """How often the run will have read each source at its end."""
+def epochs_per_source(curriculum: Curriculum, loader: TrainLoader) -> dict[str, float]:
+    """Return the number of passes over each source at the end of the run."""
     return loader.epochs_at(curriculum.position_after(curriculum.total_steps).samples)
 
 
-def data_remarks(
+def data_warnings(
     config: DataConfig, curriculum: Curriculum, loader: TrainLoader, held_out: EvalBatches | None
 ) -> list[str]:
-    """What there is to say of the data of a run, a line each: text that is read again and again,
-    and held-out text that is trained on."""
-    often = [
+    """Return warnings about repeated training text and held-out text that is trained on."""
+    repeated = [
         f"data source {name}: the run reads it {epochs:.3g} times, more than data.warn_epochs="
         f"{config.warn_epochs:g}; add text, lower its weight, or raise data.warn_epochs"
-        for name, epochs in epochs_of(curriculum, loader).items()
+        for name, epochs in epochs_per_source(curriculum, loader).items()
         if epochs > config.warn_epochs
     ]
-    return often + ([] if held_out is None else overlap_remarks(loader.sources, held_out.sources))
+    return repeated + (
+        [] if held_out is None else overlap_warnings(loader.sources, held_out.sources)
+    )
 
 
-def _move_to_position(
+def _restore_position(
     loader: TrainLoader, state: Mapping[str, Any] | None, consumed_samples: int
 ) -> None:
     if state is None:
@@ -184,7 +190,7 @@ def _move_to_position(
     if consumed_samples not in (0, loader.consumed_samples):
         raise DataError(
             f"consumed_samples is {consumed_samples}, but the checkpoint's data position is "
-            f"{loader.consumed_samples}; give one of them"
+            f"{loader.consumed_samples}; pass one of the two"
         )
 
 
@@ -198,7 +204,7 @@ def build_eval_batches(
     vocab_size: int,
     max_windows: int | None = None,
 ) -> EvalBatches:
-    """The held-out micro-batches of one data-parallel rank, read in order, each token scored once.
+    """Build the held-out micro-batches of one data-parallel rank, in order, each token scored once.
 
     Raises:
         DataError: `data.validation` is empty, `max_windows` is below 1, or a source is
@@ -212,7 +218,8 @@ def build_eval_batches(
     for name, stream in streams:
         if stream.num_tokens < 2:
             raise DataError(
-                f"data source {name}: {stream.num_tokens} tokens, at least 2 needed to score one"
+                f"data source {name}: {stream.num_tokens} tokens, at least 2 needed to score one; "
+                "add text or remove the source"
             )
     return EvalBatches(
         streams,

@@ -1,4 +1,4 @@
-"""Held-out text cut into disjoint windows, every token scored once."""
+"""Evaluation batches: held-out text in disjoint windows, with every token scored once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from data_tools.sampling.token_dataset import Windows, read_windows
 
 
 class EvalBatches:
-    """The held-out micro-batches of one data-parallel rank; iterate as often as you like.
+    """Held-out micro-batches of one data-parallel rank; can be iterated any number of times.
 
-    Window w of a source scores tokens [w*s + 1, (w + 1)*s + 1) from the tokens before each, so that
-    every token but a source's first is scored once. A source's last window and the last micro-batch
-    are filled up with id 0 and label -100: every rank gets the same number of equal shapes.
-    With `max_windows`, that many windows spread evenly over the text stand for all of it.
+    Window w of a source scores tokens [w*s + 1, (w + 1)*s + 1) given the tokens before each, so
+    that every token but a source's first is scored once. A source's last window and the last
+    micro-batch are padded with id 0 and label -100, so that all ranks get the same number of
+    batches of the same shape. `max_windows` selects that many windows, evenly spread over the text.
 
     `num_tokens` is the number of scored tokens of all ranks. `num_bytes` is their share of the
-    corpus's text, `num_bytes = bytes * num_tokens / tokens`, or None when a source does not say.
+    corpus's text, `num_bytes = bytes * num_tokens / tokens`, or None if a source does not record
+    its bytes.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class EvalBatches:
         self._reset_at_documents = reset_at_documents
         counts = [-(-(s.stream.num_tokens - 1) // sequence_length) for s in self.sources]
         self._pin = has_pinned_memory()
-        self._last_windows = np.cumsum(counts)  # window numbers run on from source to source
+        self._last_windows = np.cumsum(counts)  # windows are numbered across all sources
         total = sum(counts)
         self.num_windows = total if max_windows is None else min(total, max_windows)
         self._windows = np.arange(self.num_windows) * total // self.num_windows
@@ -55,7 +56,7 @@ class EvalBatches:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Name of each source -> fingerprint of its text."""
+        """Map the name of each source to the fingerprint of its text."""
         return {source.name: source.stream.fingerprint for source in self.sources}
 
     def __len__(self) -> int:
@@ -68,11 +69,11 @@ class EvalBatches:
             yield self._batch(self._windows[first : first + size])
 
     def _batch(self, windows: IntArray) -> Batch:
-        """A micro-batch of the given windows, filled up with rows that are not scored."""
+        """Build a micro-batch of the given windows, padded with rows that are not scored."""
         shape = (self._micro_batch_size, self._sequence_length + 1)
         ids = np.zeros(shape, dtype=np.int64)
         segments = np.zeros(shape, dtype=np.int32)
-        lengths = np.zeros(shape[0], dtype=np.int64)  # tokens of each row that exist
+        lengths = np.zeros(shape[0], dtype=np.int64)  # valid tokens of each row
         for row, window in enumerate(windows.tolist()):
             part = self._read(window)
             lengths[row] = part.ids.shape[1]
@@ -110,7 +111,7 @@ class EvalBatches:
             documents = np.unique(
                 stream.document_starts(np.zeros(1, np.int64), stream.num_tokens)[0]
             )
-            before = [np.searchsorted(documents, places, side="right") for places in (starts, ends)]
+            before = [np.searchsorted(documents, each, side="right") for each in (starts, ends)]
             scored -= int((before[1] - before[0]).sum())
         return scored
 

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a training loader, and what a resumed one may change."""
+"""Checkpoint state of the training loader, and the check of what may change at a resume."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_tools.errors import DataError
 from data_tools.sampling.blend import Blend
-from data_tools.sampling.mix import Given, Leg, Mix, Phase, plan_mix
+from data_tools.sampling.mix import Mix, MixSegment, MixSetting, SourceProgress, plan_mix
 
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class GivenState(BaseModel):
-    """`data_tools.sampling.mix.Given` as JSON."""
+class SourceProgressState(BaseModel):
+    """`data_tools.sampling.mix.SourceProgress` as JSON."""
 
     model_config = _STRICT
 
@@ -23,14 +23,14 @@ class GivenState(BaseModel):
     tokens: int
 
 
-class SourceState(GivenState):
-    """The ledger's line of one source, also of one that an earlier mix had."""
+class SourceState(SourceProgressState):
+    """Ledger entry of one source, which may belong to an earlier mix only."""
 
     fingerprint: str
 
 
 class MixState(BaseModel):
-    """The mix in force: weights and length, where it began, and the ledger it began from."""
+    """The current mix segment: weights, sequence length, first sample and initial ledger."""
 
     model_config = _STRICT
 
@@ -38,15 +38,15 @@ class MixState(BaseModel):
     sequence_length: int
     start_sample: int
     base: dict[str, int]
-    """Samples of `sequence_length` that lie before the first of each source."""
-    given: dict[str, GivenState]
-    """The ledger before the mix."""
+    """Samples of `sequence_length` before the segment's first one, by source."""
+    given: dict[str, SourceProgressState]
+    """The ledger at the start of the segment."""
 
 
 class LoaderState(BaseModel):
     """Position and ledger of a training loader; plain JSON.
 
-    `consumed_samples` counts whole optimizer steps of all data-parallel ranks, so it does not
+    `consumed_samples` counts whole optimizer steps of all data-parallel ranks, so that it does not
     depend on the batch size or the number of ranks. `sequence_length` is the longest of the run.
     """
 
@@ -61,37 +61,37 @@ class LoaderState(BaseModel):
 
     @classmethod
     def parse(cls, state: Mapping[str, Any]) -> LoaderState:
-        """Read what `model_dump` gave.
+        """Parse the result of `model_dump`.
 
         Raises:
-            DataError: it is something else.
+            DataError: `state` does not have this format.
         """
         try:
             return cls.model_validate(dict(state) if isinstance(state, Mapping) else state)
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
+            key = ".".join(map(str, problem["loc"]))
             raise DataError(
-                f"data position of the checkpoint: {where}: {problem['msg']}; "
+                f"data position of the checkpoint: {key}: {problem['msg']}; "
                 "resume from another checkpoint"
             ) from error
 
     def check_resumable(
         self, *, seed: int, sequence_length: int, fingerprints: Mapping[str, str]
     ) -> None:
-        """Refuse what would repeat or skip samples.
+        """Refuse changes that would repeat or skip samples.
 
         Raises:
-            DataError: the seed, the sequence length, the content or the name of a source has
+            DataError: the seed, the sequence length, or the content or name of a source has
                 changed.
         """
-        for what, saved, now in (
+        for setting, saved, now in (
             ("training.seed", self.seed, seed),
             ("data.sequence_length", self.sequence_length, sequence_length),
         ):
             if saved != now:
                 raise DataError(
-                    f"{what} is {now}, but the checkpoint was made with {saved}; the order of "
+                    f"{setting} is {now}, but the checkpoint was made with {saved}; the order of "
                     "samples depends on it: restore it or start a new run"
                 )
         for name, fingerprint in fingerprints.items():
@@ -114,21 +114,21 @@ class LoaderState(BaseModel):
             if name not in self.sources and (before := gone.get(fingerprint)) is not None:
                 raise DataError(
                     f"data source {name} is the corpus that the checkpoint was trained on as "
-                    f"{before}, and under another name it would be read again from its beginning; "
-                    f"give it that one in data.train: {{path: ..., name: {before}}}"
+                    f"{before}, and under a new name it would be read again from its beginning; "
+                    f"keep the name in data.train: {{path: ..., name: {before}}}"
                 )
 
-    def plan(self, phases: Sequence[Phase]) -> Mix:
-        """The mix from here on: the saved one goes on, another one begins from the ledger."""
+    def plan_mix(self, schedule: Sequence[MixSetting]) -> Mix:
+        """Plan the mix from here on: continue the saved segment, or start one from the ledger."""
         saved = self.mix
-        ledger, given = (
-            {name: Given(each.position, each.tokens) for name, each in states.items()}
+        ledger, ledger_before = (
+            {name: SourceProgress(each.position, each.tokens) for name, each in states.items()}
             for states in (self.sources, saved.given)
         )
         blend = Blend(saved.weights, start_sample=saved.start_sample, base=saved.base)
         return plan_mix(
-            phases,
+            schedule,
             consumed_samples=self.consumed_samples,
             ledger=ledger,
-            leg=Leg(blend, saved.sequence_length, given),
+            current=MixSegment(blend, saved.sequence_length, ledger_before),
         )

@@ -1,10 +1,10 @@
-"""Open the sources that a DataConfig names, and check that they fit the model and each other."""
+"""Opening of the sources of a DataConfig, and checks against the model and each other."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PROBED_BLOCKS = 64
-_PROBED_TOKENS = 1 << 14  # tokens of each block
+_PROBED_TOKENS = 1 << 14  # per block
 
 
 def open_sources(
@@ -35,7 +35,7 @@ def open_sources(
 
     Raises:
         DataError: a file is missing or damaged, ids do not fit the vocabulary, the tokenizers of
-            the sources and `data.tokenizer` differ, or documents end or begin differently.
+            the sources and `data.tokenizer` differ, or their begin or end tokens differ.
     """
     if config.kind == "bytes":
         _check_byte_vocabulary(vocab_size)
@@ -54,11 +54,10 @@ def open_sources(
 
 
 def read_text_rules(config: DataConfig) -> TextRules:
-    """How the text of a run became tokens: what its corpora say, and `data.eod` where they do not.
+    """Return the encoding rules of the corpora of a run, with `data.eod` where they record none.
 
     Raises:
-        DataError: documents end, or begin, with other tokens in one source than in another, or
-            than `data.eod` says.
+        DataError: sources differ in their begin or end token, or from `data.eod`.
     """
     if config.kind == "bytes":
         return TextRules(BYTE_EOD, (), "plain")
@@ -67,58 +66,60 @@ def read_text_rules(config: DataConfig) -> TextRules:
         for source in (*config.train, *config.validation)
         if (info := read_info(local_prefix(source.path, cache_dir=config.cache_dir))) is not None
     }
-    asked = _asked_eod(config)
-    ends = {name: info.eod_id for name, info in infos.items()}
-    if asked is not None:
-        # What has no end token of its own may have one in its text, as chats do: that is said here.
-        ends = {"data.eod": asked, **{n: end for n, end in ends.items() if end is not None}}
-    eod_id = _only_one(ends, "end", asked)
-    bos_ids = _only_one({name: info.bos_ids for name, info in infos.items()}, "begin", None)
+    configured = _configured_eod(config)
+    eods = {name: info.eod_id for name, info in infos.items()}
+    if configured is not None:
+        # A corpus without a recorded end token may have one in its text, as chats do.
+        eods = {"data.eod": configured, **{n: eod for n, eod in eods.items() if eod is not None}}
+    eod_id = _common_tokens(eods, "end", configured)
+    bos_ids = _common_tokens({name: info.bos_ids for name, info in infos.items()}, "begin", None)
     parsed = any(info.special_tokens == "parse" for info in infos.values())
     return TextRules(eod_id, bos_ids, ("parse" if parsed else "plain") if infos else None)
 
 
-def _asked_eod(config: DataConfig) -> int | None:
+def _configured_eod(config: DataConfig) -> int | None:
     if not isinstance(config.eod, str):
         return config.eod
     if config.tokenizer is None:
         raise DataError(
             f"data.eod={config.eod} is a token, but there is no tokenizer to look it up in; set "
-            "data.tokenizer, or give its id"
+            "data.tokenizer, or set data.eod to its id"
         )
     token = token_finder(config.tokenizer)(config.eod)
     if token is None:
         raise DataError(
             f"data.eod={config.eod} is not in the vocabulary of data.tokenizer={config.tokenizer}; "
-            "name a token that is, or give its id"
+            "set it to a token that is, or to an id"
         )
     return token
 
 
-def _only_one(marks: Mapping[str, T], place: str, asked: int | None) -> T | None:
-    """What all sources say that documents begin or end with; None where there are none."""
-    if not marks:
+def _common_tokens(
+    tokens: Mapping[str, T], verb: Literal["begin", "end"], configured_eod: int | None
+) -> T | None:
+    """Return the begin or end tokens shared by all sources; None without sources."""
+    if not tokens:
         return None
-    (first, expected), *others = marks.items()
+    (first, expected), *others = tokens.items()
     for name, found in others:
         if found != expected:
             remedy = "preprocess one of them again"
-            if place == "end" and asked is None and None in (found, expected):
+            if verb == "end" and configured_eod is None and None in (found, expected):
                 token = expected if found is None else found
                 remedy += f", or set data.eod={token} if the text of the other ends with it as well"
-            elif asked is not None:
+            elif configured_eod is not None:
                 remedy = "correct data.eod or preprocess it again"
             raise DataError(
-                f"{name}: its documents {place} with {_shown(found)}, but those of {first} with "
-                f"{_shown(expected)}; one model cannot learn both: {remedy}"
+                f"{name}: its documents {verb} with {_format_ids(found)}, but those of {first} "
+                f"with {_format_ids(expected)}; one model cannot learn both: {remedy}"
             )
     return expected
 
 
-def _shown(mark: object) -> str:
-    if mark is None or mark == ():
-        return "no token for that"
-    ids = mark if isinstance(mark, tuple) else (mark,)
+def _format_ids(value: object) -> str:
+    if value is None or value == ():
+        return "no dedicated token"
+    ids = value if isinstance(value, tuple) else (value,)
     return f"{'ids' if len(ids) > 1 else 'id'} {', '.join(map(str, ids))}"
 
 
@@ -140,7 +141,7 @@ def _check_byte_vocabulary(vocab_size: int) -> None:
 
 def _check_vocabulary(name: str, dataset: IndexedDataset, vocab_size: int) -> None:
     if dataset.info is not None:
-        # Ids that occur, not those of a vocabulary file: an unused [PAD] may lie beyond the model.
+        # Only ids that occur count: an unused [PAD] may exceed the model's vocabulary.
         if dataset.info.max_token_id >= vocab_size:
             largest = dataset.info.max_token_id
             raise DataError(
@@ -150,15 +151,15 @@ def _check_vocabulary(name: str, dataset: IndexedDataset, vocab_size: int) -> No
             )
         if dataset.info.vocab_size > vocab_size:
             logger.warning(
-                "data source %s: its tokenizer has %d ids, model.vocab_size is %d; none of the "
-                "others occurs in it, and the model will not know them",
+                "data source %s: its tokenizer has %d ids, model.vocab_size is %d; the ids beyond "
+                "do not occur in it, and the model will not know them",
                 name,
                 dataset.info.vocab_size,
                 vocab_size,
             )
         return
     logger.warning(
-        "%s: no %s.json beside it: its tokenizer cannot be checked and bits per byte are not known",
+        "%s: no %s.json beside it: its tokenizer cannot be checked and bits per byte are unknown",
         dataset.paths.bin,
         dataset.prefix.name,
     )
@@ -174,16 +175,16 @@ def _check_vocabulary(name: str, dataset: IndexedDataset, vocab_size: int) -> No
 
 
 def corpus_tokenizer(config: DataConfig) -> str | None:
-    """The fingerprint of what made the tokens of the sources; None where nothing says it.
+    """Return the fingerprint of the sources' tokenizer; None if no source records it.
 
     Raises:
-        DataError: the sources are of different tokenizers, or `data.tokenizer` is not there.
+        DataError: the sources have different tokenizers, or `data.tokenizer` does not exist.
     """
     return "bytes" if config.kind == "bytes" else _check_tokenizers(config)
 
 
 def _check_tokenizers(config: DataConfig) -> str | None:
-    """All sources of training and validation must come from one tokenizer: its fingerprint."""
+    """Check that all sources have the same tokenizer, and return its fingerprint."""
     expected = None
     if config.tokenizer is not None:
         try:

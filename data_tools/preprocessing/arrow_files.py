@@ -1,6 +1,6 @@
-"""Text columns of Parquet files and of Hugging Face data sets (Arrow files), read in batches.
+"""Batched readers of text columns in Parquet files and Hugging Face datasets (Arrow files).
 
-pyarrow and `datasets` are imported when a file of their kind is read.
+pyarrow and `datasets` are imported only when such a file is read.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 
 from data_tools.errors import DataError
 
-_BATCH_ROWS = 256  # rows that are turned into Python objects at once
+_BATCH_ROWS = 256  # rows converted to Python objects at once
 
 
 class RowGroup(NamedTuple):
-    """A part of a file that can be read on its own."""
+    """Size of a part of a file that can be read independently."""
 
     num_rows: int
     num_bytes: int
 
 
 def row_groups(path: Path, kind: str, column: str) -> list[RowGroup]:
-    """Row groups of a Parquet file, or record batches of an Arrow file.
+    """Return the row groups of a Parquet file, or the record batches of an Arrow file.
 
     Raises:
-        DataError: the file is damaged, or has no such column of text.
+        DataError: the file is damaged, or has no such text column.
     """
     with _readable(path):
         if kind == "parquet":
@@ -44,10 +44,10 @@ def row_groups(path: Path, kind: str, column: str) -> list[RowGroup]:
 def read_rows(
     path: Path, kind: str, column: str, *, begin: int, end: int
 ) -> Iterator[bytes | None]:
-    """The column's values in row groups [begin, end) as UTF-8 bytes, or None where there is none.
+    """Yield the column's values in row groups [begin, end) as UTF-8 bytes, None for nulls.
 
     Raises:
-        DataError: the file is damaged, or has no such column of text.
+        DataError: the file is damaged, or has no such text column.
     """
     import pyarrow
 
@@ -56,15 +56,15 @@ def read_rows(
         for values in batches(path, column, begin, end):
             if pyarrow.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
-            # As bytes: undecodable text is then one bad document and not a bad batch.
+            # As bytes, so that invalid UTF-8 makes one bad document and not a bad batch.
             yield from values.cast(pyarrow.large_binary()).to_pylist()
 
 
 def of_dataset(spec: str) -> list[Path]:
-    """The Arrow files of NAME[:CONFIG][@SPLIT], a saved directory or a data set of the hub.
+    """Return the Arrow files of NAME[:CONFIG][@SPLIT], a saved directory or a dataset of the Hub.
 
     Raises:
-        DataError: there is no such data set, it has several splits and none is named, or the
+        DataError: there is no such dataset, it has several splits and none is named, or the
             split is a slice.
     """
     import datasets
@@ -76,10 +76,10 @@ def of_dataset(spec: str) -> list[Path]:
         else:
             name, _, config = name.partition(":")
             found = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the library and the hub raise dozens of kinds
+    except Exception as error:  # the library and the Hub raise dozens of types
         raise DataError(
-            f"--input hf:{spec}: {' '.join(str(error).split())[:200]}; give hf:NAME[:CONFIG]"
-            "[@SPLIT] of the hub, or hf:DIRECTORY written by save_to_disk"
+            f"--input hf:{spec}: {' '.join(str(error).split())[:200]}; pass hf:NAME[:CONFIG]"
+            "[@SPLIT] of the Hub, or hf:DIRECTORY written by save_to_disk"
         ) from error
     if not isinstance(found, datasets.DatasetDict):
         found = {str(found.split or "train"): found}
@@ -133,7 +133,7 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
             "with --json-key"
         )
     kind = schema.field(column).type
-    # Repeated texts may be stored once, with a number for each row.
+    # Dictionary encoding stores repeated texts once, with an index per row.
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
     raw = (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view())
@@ -152,5 +152,5 @@ def _readable(path: Path) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: cannot be read to its end ({' '.join(str(error).split())[:200]}); it is "
-            "truncated or damaged: get it again"
+            "truncated or damaged: replace the file"
         ) from error

@@ -1,4 +1,4 @@
-"""Text documents of input files, streamed with bounded memory."""
+"""Streaming readers of text documents with bounded memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from data_tools.preprocessing.arrow_files import read_rows
 from data_tools.preprocessing.inputs import Piece, count_lines
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""Hugging Face tokenizers take about 130 bytes of memory for each byte of a document: 2 GB."""
+"""Hugging Face tokenizers take about 130 bytes of memory per byte of a document: 2 GB."""
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
-_ZSTD_CHUNK = 1 << 11  # 4 bytes can stand for 128 KiB, which makes 64 MiB of a chunk
+_ZSTD_CHUNK = 1 << 11  # 4 bytes can expand to 128 KiB, and a chunk to 64 MiB
 
 
 class RawDocument(NamedTuple):
@@ -31,37 +31,37 @@ class RawDocument(NamedTuple):
     data: bytes
     is_json: bool = False
     too_large: bool = False
-    """`data` is empty: the document was passed over in the file."""
+    """If true, `data` is empty: the document was skipped in the file."""
 
     @property
-    def place(self) -> str:
-        """`file:line`, as an editor understands it."""
+    def location(self) -> str:
+        """`file:line`, as editors accept it."""
         return self.path if self.line is None else f"{self.path}:{self.line}"
 
 
 class BadDocumentError(DataError):
-    """A document that is not what its file promises; `--on-bad-line skip` passes it.
+    """Malformed document; `--on-bad-line skip` leaves it out.
 
-    `problem` is the kind of problem, the same for all documents that have it.
+    `problem` is the kind of problem, equal for all documents that have it.
     """
 
     def __init__(self, document: RawDocument, problem: str, *, detail: str, remedy: str) -> None:
-        super().__init__(f"{document.place}: {detail}; {remedy}, or pass --on-bad-line skip")
+        super().__init__(f"{document.location}: {detail}; {remedy}, or pass --on-bad-line skip")
         self.document = document
         self.problem = problem
         self.detail = detail
         self._remedy = remedy
 
     def at(self, document: RawDocument) -> BadDocumentError:
-        """The same problem, of a document whose line is known."""
+        """Return the same error for a document whose line is known."""
         return BadDocumentError(document, self.problem, detail=self.detail, remedy=self._remedy)
 
 
 class PieceReader:
-    """Iterate over the documents of a piece; those of more than `max_bytes` are passed over.
+    """Iterates over the documents of a piece; the data of those over `max_bytes` are skipped.
 
-    `bytes_read` counts bytes of the file as it lies on disk, about, and `lines_read` the lines
-    or rows passed. Where a piece does not know its first line, lines are numbered from its begin.
+    `bytes_read` is the approximate number of bytes read from the file on disk, and `lines_read` the
+    number of lines or rows. In a piece of unknown first line, lines are numbered from its start.
     """
 
     def __init__(self, piece: Piece, *, json_key: str, max_bytes: int | None = None) -> None:
@@ -72,7 +72,7 @@ class PieceReader:
         self.lines_read = 0
 
     def __iter__(self) -> Iterator[RawDocument]:
-        """Yield documents; blank lines of .jsonl files are no documents.
+        """Yield documents; blank lines of .jsonl files are skipped.
 
         Raises:
             DataError: the file is damaged.
@@ -88,13 +88,13 @@ class PieceReader:
                 except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
                     raise DataError(
                         f"{piece.path}: cannot be read to its end near byte {raw.tell()} "
-                        f"({error}); it is truncated or damaged: get it again"
+                        f"({error}); it is truncated or damaged: replace the file"
                     ) from error
         self.bytes_read = piece.size
 
     def _text(self, raw: BinaryIO) -> Iterator[RawDocument]:
         piece = self._piece
-        stream = _unpack(Path(piece.path), raw)
+        stream = _decompress(Path(piece.path), raw)
         if piece.format == "txt":
             data = stream.read(_size_to_read(self._max_bytes))
             yield self._whole_or_too_large(RawDocument(piece.path, None, data))
@@ -103,7 +103,7 @@ class PieceReader:
         if piece.begin > 0:
             raw.seek(piece.begin - 1)
             _finish_line(raw)
-        # Only plain files are cut: in others the end is the end of the stream.
+        # Only uncompressed files are cut into pieces; others are read to the end of the stream.
         end = piece.end if stream is raw else None
         for data in _lines(stream, end, self._max_bytes):
             self.lines_read += 1
@@ -137,7 +137,7 @@ def _open(path: str) -> BinaryIO:
 
 
 class DocumentReader:
-    """Iterate over the documents of pieces, one after the other, as `PieceReader` does."""
+    """Iterates over the documents of several pieces in order; see `PieceReader`."""
 
     def __init__(
         self, pieces: Iterable[Piece], *, json_key: str, max_bytes: int | None = None
@@ -162,10 +162,10 @@ class DocumentReader:
 def extract_text(
     document: RawDocument, *, json_key: str, max_bytes: int | None = MAX_DOCUMENT_BYTES
 ) -> str:
-    """Decode a document; `max_bytes` is what its reader allowed.
+    """Decode a document; `max_bytes` is the limit of its reader.
 
     Raises:
-        BadDocumentError: it is too large, not UTF-8, or not a JSON object with a text under
+        BadDocumentError: it is too large, not UTF-8, or not a JSON object with text under
             `json_key`.
     """
     if document.too_large:
@@ -173,7 +173,7 @@ def extract_text(
         raise BadDocumentError(
             document,
             f"larger than {limit}",
-            detail=f"a document of more than {limit}, which a tokenizer would need gigabytes for",
+            detail=f"a document of more than {limit}, for which a tokenizer would need gigabytes",
             remedy="split it, raise --max-document-megabytes",
         )
     try:
@@ -189,7 +189,7 @@ def extract_text(
 
 
 def batch_documents(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    """Group documents to about a MiB, so that a call of a tokenizer costs little."""
+    """Group documents into batches of about 1 MiB to amortise the cost of tokenizer calls."""
     batch: list[RawDocument] = []
     size = 0
     for document in documents:
@@ -203,7 +203,7 @@ def batch_documents(documents: Iterable[RawDocument]) -> Iterator[list[RawDocume
 
 
 def locate(document: RawDocument, piece: Piece) -> RawDocument:
-    """The document with its line counted from the begin of the file, which may take a while."""
+    """Return the document with its line number in the file, which requires reading the file."""
     if piece.first_line is not None or document.line is None:
         return document
     with open(piece.path, "rb") as file:
@@ -227,9 +227,9 @@ def _json_text(document: RawDocument, line: str, json_key: str) -> str:
         elif json_key not in record:
             detail = f"no key {json_key!r} (keys: {', '.join(map(repr, list(record)[:5]))})"
         elif not isinstance(text, str):
-            detail = f"{json_key!r} is a {type(text).__name__}, not text"
+            detail = f"{json_key!r} is of type {type(text).__name__}, not text"
         else:
-            detail = f"{json_key!r} holds a lone surrogate, which is no text"
+            detail = f"{json_key!r} holds a lone surrogate, which is not valid text"
     raise BadDocumentError(
         document, problem, detail=detail, remedy="repair the line, choose --json-key"
     )
@@ -244,17 +244,17 @@ def _is_encodable(text: str) -> bool:
 
 
 def _limit(path: str, max_bytes: int | None) -> int | None:
-    """Bytes that a document of a file may have; a packed one may unpack to more than memory."""
+    """Return the size limit of documents; compressed files always have one, to bound memory."""
     return MAX_DOCUMENT_BYTES if max_bytes is None and path.endswith((".gz", ".zst")) else max_bytes
 
 
 def _size_to_read(max_bytes: int | None) -> int:
-    """For `read` and `readline`: enough to see that a document is too large; -1 is all of it."""
+    """Return the size for `read` and `readline`: one byte over the limit; -1 without a limit."""
     return -1 if max_bytes is None else max_bytes + 1
 
 
 def _lines(stream: IO[bytes], end: int | None, max_bytes: int | None) -> Iterator[bytes]:
-    """Lines that start before `end`; of one that is too long, a little more than is allowed."""
+    """Yield lines that start before `end`; lines that are too long are cut just over the limit."""
     position = stream.tell() if end is not None else 0
     while end is None or position < end:
         line = stream.readline(_size_to_read(max_bytes))
@@ -267,7 +267,7 @@ def _lines(stream: IO[bytes], end: int | None, max_bytes: int | None) -> Iterato
 
 
 def _finish_line(stream: IO[bytes]) -> int:
-    """Read to the end of a line of any length; the bytes that were left of it."""
+    """Skip to the end of a line of any length, and return the number of bytes skipped."""
     count = 0
     while data := stream.readline(_BATCH_BYTES):
         count += len(data)
@@ -276,7 +276,7 @@ def _finish_line(stream: IO[bytes]) -> int:
     return count
 
 
-def _unpack(file: Path, raw: BinaryIO) -> IO[bytes]:
+def _decompress(file: Path, raw: BinaryIO) -> IO[bytes]:
     if file.suffix == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if file.suffix == ".zst":
@@ -285,34 +285,34 @@ def _unpack(file: Path, raw: BinaryIO) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file, one frame after the other.
+    """Decompressed bytes of all frames of a .zst file.
 
-    zstandard's own `stream_reader` ends a truncated file early without an error (seen in 0.25).
+    zstandard's own `stream_reader` ends a truncated file without an error (seen in 0.25).
     """
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
-        self._packed = b""
-        self._unpacked = memoryview(b"")
+        self._compressed = b""
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._raw.read(_ZSTD_CHUNK)
-            if not self._packed:
+        while not self._decompressed:
+            self._compressed = self._compressed or self._raw.read(_ZSTD_CHUNK)
+            if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the compressed data ends in the middle of a frame")
                 return 0
             self._frame = self._frame or self._new_frame()
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
+            self._decompressed = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
-        count = min(len(buffer), len(self._unpacked))
-        buffer[:count] = self._unpacked[:count]
-        self._unpacked = self._unpacked[count:]
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count

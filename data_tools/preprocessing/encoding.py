@@ -1,4 +1,4 @@
-"""Documents to token ids, a batch at a time."""
+"""Encoding of document batches to token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from data_tools.tokenization.tokenizers import ByteTokenizer, Tokenizer, load_to
 
 
 class EncodingSettings(NamedTuple):
-    """How a document becomes tokens."""
+    """Tokenizer and encoding rules of a `preprocess` run."""
 
     tokenizer: str
     eod: str | None
@@ -32,41 +32,41 @@ class EncodingSettings(NamedTuple):
     json_key: str
     skip_bad_lines: bool
     add_bos: bool | None = None
-    """None: where transformers does it for a plain text."""
+    """None: as transformers does for plain text."""
     special_tokens: SpecialTokens | None = None
-    """None: what transformers does with text that spells a special token."""
+    """Treatment of text that spells a special token; None: as transformers does."""
     vocab_size: int | None = None
-    """Refuse documents that have an id beyond it; None: any id of the tokenizer."""
+    """Refuse documents with an id beyond it; None: accept all ids of the tokenizer."""
     max_document_bytes: int | None = MAX_DOCUMENT_BYTES
-    """Refuse longer documents; None: as long as memory lasts."""
+    """Refuse longer documents; None: no limit but memory."""
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded once in a process."""
+        """Return the tokenizer, loaded once per process."""
         return _tokenizer(self.tokenizer, self.eod, self.special_tokens)
 
     def text_rules(self) -> TextRules:
-        """What is done to a text beside encoding it.
+        """Return the encoding rules besides the tokenizer.
 
         Raises:
-            DataError: a document is to have an end or a begin token, and the tokenizer names none.
+            DataError: an end or begin token is required, and the tokenizer declares none.
         """
-        marks = self.load_tokenizer().marks
+        tokens = self.load_tokenizer().boundary_tokens
         return TextRules(
-            eod_id=marks.require_eod() if self.append_eod else None,
-            bos_ids=marks.begin_ids(self.add_bos),
-            special_tokens=self.special_tokens or marks.special_tokens,
+            eod_id=tokens.require_eod() if self.append_eod else None,
+            bos_ids=tokens.bos_ids(self.add_bos),
+            special_tokens=self.special_tokens or tokens.special_tokens,
         )
 
 
 class EncodedDocuments(NamedTuple):
-    """The documents of a batch that hold text, as tokens, and what was left out of it."""
+    """Tokens of the documents of a batch that hold text, and the documents left out."""
 
     ids: npt.NDArray[Any]
     lengths: IntArray
     num_bytes: int
     num_with_null: int
     left_out: list[tuple[RawDocument, str, str]]
-    """Document, kind of problem, and its detail."""
+    """Document, kind of problem, and detail."""
 
 
 def encode_documents(
@@ -75,8 +75,8 @@ def encode_documents(
     """Tokenize a batch.
 
     Raises:
-        BadDocumentError: a document is not what its file promises, and bad ones are not skipped.
-        DataError: the tokenizer gives an id outside its own vocabulary.
+        BadDocumentError: a document is malformed, and bad ones are not skipped.
+        DataError: the tokenizer returns an id outside its own vocabulary or `vocab_size`.
     """
     kept, texts, left_out = [], [], []
     for document in documents:
@@ -97,7 +97,7 @@ def encode_documents(
         else:
             left_out.append((document, "empty", "no text"))
     tokenizer = settings.load_tokenizer()
-    ids, lengths = _with_marks(*_encode(tokenizer, texts), settings.text_rules())
+    ids, lengths = _add_boundary_tokens(*_encode(tokenizer, texts), settings.text_rules())
     _check_ids(ids, lengths, kept, tokenizer, settings.vocab_size)
     return EncodedDocuments(
         ids=ids,
@@ -109,7 +109,7 @@ def encode_documents(
 
 
 def num_text_bytes(tokenizer: Tokenizer, ids: npt.NDArray[Any], rules: TextRules) -> int:
-    """UTF-8 bytes of the text of one document."""
+    """Return the UTF-8 bytes of the text of one document, without its begin and end tokens."""
     before = len(rules.bos_ids or ())
     if before and tuple(ids[:before].tolist()) == rules.bos_ids:
         ids = ids[before:]
@@ -121,8 +121,8 @@ def num_text_bytes(tokenizer: Tokenizer, ids: npt.NDArray[Any], rules: TextRules
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[Any], IntArray]:
-    """Ids of texts one after the other, and how many each has."""
-    if isinstance(tokenizer, ByteTokenizer):  # a list would take 8 bytes for each, and time
+    """Return the concatenated ids of texts, and the number of ids of each."""
+    if isinstance(tokenizer, ByteTokenizer):  # avoids a list of 8 bytes per byte
         data = [text.encode("utf-8") for text in texts]
         lengths = np.fromiter(map(len, data), dtype=np.int64, count=len(data))
         return np.frombuffer(b"".join(data), dtype=np.uint8).astype(np.uint16), lengths
@@ -132,25 +132,25 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[Any
     return np.fromiter(flat, dtype=np.int64, count=int(lengths.sum())), lengths
 
 
-def _with_marks(
+def _add_boundary_tokens(
     ids: npt.NDArray[Any], lengths: IntArray, rules: TextRules
 ) -> tuple[npt.NDArray[Any], IntArray]:
-    """Put what begins and ends a document around each."""
+    """Add the begin and end tokens to each document."""
     before = rules.bos_ids or ()
     after = () if rules.eod_id is None else (rules.eod_id,)
     if not before and not after:
         return ids, lengths
-    marked = lengths + len(before) + len(after)
-    ends = np.cumsum(marked)
-    result = np.empty(int(marked.sum()), dtype=ids.dtype)
+    new_lengths = lengths + len(before) + len(after)
+    ends = np.cumsum(new_lengths)
+    result = np.empty(int(new_lengths.sum()), dtype=ids.dtype)
     is_text = np.ones(len(result), dtype=bool)
-    places = [*((ends - marked + i, token) for i, token in enumerate(before))]
-    places += [(ends - len(after) + i, token) for i, token in enumerate(after)]
-    for where, token in places:
-        result[where] = token
-        is_text[where] = False
+    added = [*((ends - new_lengths + i, token) for i, token in enumerate(before))]
+    added += [(ends - len(after) + i, token) for i, token in enumerate(after)]
+    for indices, token in added:
+        result[indices] = token
+        is_text[indices] = False
     result[is_text] = ids
-    return result, marked
+    return result, new_lengths
 
 
 def _check_ids(
@@ -164,16 +164,17 @@ def _check_ids(
     if len(ids) == 0 or (ids.min() >= 0 and ids.max() < limit):
         return
     wrong = int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
-    place = documents[int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))].place
+    location = documents[int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))].location
     token = int(ids[wrong])
     if 0 <= token < tokenizer.vocab_size:
         raise DataError(
-            f"{place}: its text has id {token} ({tokenizer.id_to_token(token)}), but --vocab-size "
-            f"is {vocab_size}; raise it with the model's, or leave such documents out of the input"
+            f"{location}: its text has id {token} ({tokenizer.id_to_token(token)}), but "
+            f"--vocab-size is {vocab_size}; raise it and the model's, or remove such documents "
+            "from the input"
         )
     raise DataError(
-        f"{place}: the tokenizer gives id {token}, outside its vocabulary of "
-        f"{tokenizer.vocab_size}; its files do not belong together: get the tokenizer again"
+        f"{location}: the tokenizer returns id {token}, outside its vocabulary of "
+        f"{tokenizer.vocab_size}; its files do not belong together: download the tokenizer again"
     )
 
 

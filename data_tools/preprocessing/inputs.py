@@ -1,13 +1,13 @@
-"""Which text `--input` names, cut into pieces that can be read on their own.
+"""Input files of `--input`, cut into pieces that can be read independently.
 
-| format | a document | a piece |
+| format | document | piece |
 |---|---|---|
-| .jsonl | a line | the lines that start in a range of bytes |
-| .jsonl.gz, .jsonl.zst, .txt, .txt.gz, .txt.zst | a line, or the file | the file |
-| .parquet | a row | a range of row groups |
-| `hf:NAME[:CONFIG][@SPLIT]` | a row | a range of record batches of its Arrow files |
+| .jsonl | line | lines that start in a byte range |
+| .jsonl.gz, .jsonl.zst, .txt, .txt.gz, .txt.zst | line, or file | file |
+| .parquet | row | range of row groups |
+| `hf:NAME[:CONFIG][@SPLIT]` | row | range of record batches of its Arrow files |
 
-Pieces depend on the files and on nothing else, so any number of processes cuts them alike.
+Pieces depend only on the files, so that all processes cut them alike.
 """
 
 from __future__ import annotations
@@ -48,33 +48,33 @@ class Piece(NamedTuple):
     begin: int
     end: int
     size: int
-    """Bytes of the file that it takes, about."""
+    """Approximate bytes of the file in this piece."""
     first_line: int | None
-    """Lines or rows before it; None where nobody has counted them."""
+    """Lines or rows before the piece; None if they have not been counted."""
     stamp: str
-    """Size and time of the file: another stamp, another content."""
+    """Size and modification time of the file; it changes with the content."""
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Source]:
-    """Files of paths, directories, globs and data sets, in the order given, sorted inside each.
+    """Find the files of paths, directories, globs and datasets, in the given order, each sorted.
 
     Raises:
-        DataError: nothing is found, a file has another suffix, or one is named twice.
+        DataError: nothing matches, a file has an unknown suffix, or a file matches twice.
     """
     sources: list[Source] = []
     seen: set[Path] = set()
     for pattern in patterns:
         files = _expand(pattern)
-        twice = seen.intersection(files)
-        if twice:
-            raise DataError(f"{min(twice)} is named twice by --input; leave one out")
+        duplicates = seen.intersection(files)
+        if duplicates:
+            raise DataError(f"{min(duplicates)} is named twice by --input; remove one")
         seen.update(files)
         sources.append(Source(pattern, files))
     return sources
 
 
 def cut_pieces(sources: Sequence[Source], *, piece_bytes: int, json_key: str) -> Iterator[Piece]:
-    """Pieces of about `piece_bytes`, or more where a file cannot be cut.
+    """Cut files into pieces of about `piece_bytes`, or more where a file cannot be cut.
 
     Raises:
         DataError: a Parquet or Arrow file cannot be read, or has no text column `json_key`.
@@ -102,7 +102,7 @@ def cut_pieces(sources: Sequence[Source], *, piece_bytes: int, json_key: str) ->
 
 
 def total_size(sources: Iterable[Source]) -> int:
-    """Bytes of all files as they lie on disk."""
+    """Return the total size of all files on disk, in bytes."""
     return sum(file.stat().st_size for source in sources for file in source.files)
 
 
@@ -113,7 +113,7 @@ def _expand(pattern: str) -> list[Path]:
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise DataError(
-                f"{file}: suffix not known; {', '.join(_TEXT_FORMATS)} expected, plain or with .gz "
+                f"{file}: unknown suffix; {', '.join(_TEXT_FORMATS)} expected, plain or with .gz "
                 "or .zst, or .parquet"
             )
     return files
@@ -137,7 +137,7 @@ def _cut_lines(whole: Piece, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _cut_table(whole: Piece, piece_bytes: int, json_key: str) -> Iterator[Piece]:
-    """Cut where the sizes of row groups or record batches pass a multiple of `piece_bytes`."""
+    """Cut where the cumulative size of row groups or record batches passes k * `piece_bytes`."""
     groups = arrow_files.row_groups(Path(whole.path), whole.format, json_key)
     rows = [0, *accumulate(group.num_rows for group in groups)]
     sizes = [0, *accumulate(group.num_bytes for group in groups)]
@@ -145,13 +145,13 @@ def _cut_table(whole: Piece, piece_bytes: int, json_key: str) -> Iterator[Piece]
         i for i in range(1, len(groups)) if sizes[i] // piece_bytes > sizes[i - 1] // piece_bytes
     ]
     for begin, end in pairwise((0, *cuts, len(groups))):
-        # A share of the file's own size: what is read of it, and what progress counts.
+        # The piece's share of the file size on disk, which is what progress counts.
         size = whole.size * (sizes[end] - sizes[begin]) // max(1, sizes[-1])
         yield whole._replace(begin=begin, end=end, size=size, first_line=rows[begin])
 
 
 def count_lines(path: str | os.PathLike[str], *, end: int) -> int:
-    """Line ends in the first `end` bytes of a file."""
+    """Count the newlines in the first `end` bytes of a file."""
     count = 0
     with open(path, "rb") as file:
         while end > 0 and (data := file.read(min(end, 1 << 20))):

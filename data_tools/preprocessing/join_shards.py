@@ -1,4 +1,4 @@
-"""Join the shards of a run of `preprocess` into its output."""
+"""Joining the shards of a `preprocess` run into its output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.preprocessing.encoding import EncodingSettings
 from data_tools.preprocessing.inputs import Source
-from data_tools.preprocessing.resume_folder import WorkFolder
+from data_tools.preprocessing.resume_folder import ResumeFolder
 from data_tools.preprocessing.shards import (
     LeftOut,
     Shard,
@@ -29,51 +29,53 @@ from data_tools.progress import progress_bar
 MAX_LISTED = 10
 
 
-class Job(NamedTuple):
-    """A run of `preprocess`."""
+class PreprocessJob(NamedTuple):
+    """Inputs, output and settings of a `preprocess` run."""
 
     inputs: Sequence[str]
     output: str
     settings: EncodingSettings
     overwrite: bool = False
-    licence: str | None = None
+    license: str | None = None
     command: str = ""
     shard_bytes: int | None = None
-    """Bytes of input in a shard; None: what suits the input. The output does not depend on it."""
+    """Input bytes per shard; None: chosen by input size. The output does not depend on it."""
 
 
-class Report(NamedTuple):
-    """What a run of `preprocess` wrote and left out."""
+class PreprocessReport(NamedTuple):
+    """Sidecar of the written corpus, and the first documents left out of it."""
 
     info: CorpusInfo
     first_left_out: list[LeftOut]
 
 
-def publish(
-    job: Job, sources: Sequence[Source], shards: Sequence[Shard], folder: WorkFolder
-) -> Report:
+def join_shards(
+    job: PreprocessJob, sources: Sequence[Source], shards: Sequence[Shard], folder: ResumeFolder
+) -> PreprocessReport:
     """Join finished shards into the output, and remove the work folder.
 
     Raises:
-        DataError: no shard holds a document, one is missing, or the disk is full.
+        DataError: no shard holds a document, a shard is missing, or the disk is full.
     """
     output = Path(job.output)
     if not folder.is_published():
         try:
-            _join(job, sources, shards, folder)
+            _write_output(job, sources, shards, folder)
         except OSError as error:
             raise DataError(
                 f"{output}: cannot be written ({error.strerror}); free as much space as "
-                f"{folder.path} takes, then give the same command again"
+                f"{folder.path} takes, then run the same command again"
             ) from error
         folder.mark_published()
     folder.remove()
     info = read_info(output)
-    assert info is not None, "publishing wrote it"
-    return Report(info, _first_left_out(output))
+    assert info is not None, "_write_output wrote it"
+    return PreprocessReport(info, _first_left_out(output))
 
 
-def _join(job: Job, sources: Sequence[Source], shards: Sequence[Shard], folder: WorkFolder) -> None:
+def _write_output(
+    job: PreprocessJob, sources: Sequence[Source], shards: Sequence[Shard], folder: ResumeFolder
+) -> None:
     reports = [_require_report(folder, shard) for shard in shards]
     counts = [SourceCounts() for _ in sources]
     for report in reports:
@@ -104,18 +106,18 @@ def _join(job: Job, sources: Sequence[Source], shards: Sequence[Shard], folder: 
             **job.settings.text_rules()._asdict(),
             num_bytes=sum(part.num_bytes for part in counts),
             command=job.command,
-            licence=job.licence,
+            license=job.license,
             sources=[_source_info(*pair) for pair in zip(sources, counts, strict=True)],
             left_out_sha256=left_out_sha256,
         )
 
 
-def _require_report(folder: WorkFolder, shard: Shard) -> ShardReport:
+def _require_report(folder: ResumeFolder, shard: Shard) -> ShardReport:
     report = read_report(folder.path, shard)
     if report is None:
         raise DataError(
-            f"{folder.path}: shard {shard.name} of {shard.pieces[0].path} is not there, though all "
-            "ranks have finished; choose an --output on a file system that every rank sees"
+            f"{folder.path}: shard {shard.name} of {shard.pieces[0].path} is missing, though all "
+            "ranks have finished; choose an --output on a file system shared by all ranks"
         )
     return report
 
@@ -133,11 +135,11 @@ def _source_info(source: Source, counts: SourceCounts) -> SourceInfo:
 
 
 def _join_left_out(
-    output: Path, shards: Sequence[Shard], reports: Sequence[ShardReport], folder: WorkFolder
+    output: Path, shards: Sequence[Shard], reports: Sequence[ShardReport], folder: ResumeFolder
 ) -> str | None:
-    """Write OUTPUT.left_out.jsonl, with lines counted from the begin of each file; its SHA-256.
+    """Write OUTPUT.left_out.jsonl with line numbers within each file, and return its SHA-256.
 
-    None, and no file, when nothing was left out.
+    Without documents left out there is no file, and the result is None.
     """
     path = left_out_list(output)
     path.unlink(missing_ok=True)
@@ -170,7 +172,7 @@ def _first_left_out(output: Path) -> list[LeftOut]:
 
 
 def summary(output: str, info: CorpusInfo) -> str:
-    """What was written, in one line."""
+    """Describe a written corpus in one line."""
     return (
         f"{output}.bin/.idx: {info.num_documents:,} documents, {info.num_tokens:,} tokens "
         f"({info.dtype}), {info.num_bytes / info.num_tokens:.2f} bytes per token"

@@ -1,6 +1,6 @@
-"""The processes that one command runs as, over any number of machines.
+"""Communication between the processes of one command across machines.
 
-`mpirun` needs mpi4py. `srun` needs nothing: its ranks meet in a folder that they all see.
+`mpirun` needs mpi4py. `srun` needs nothing: its ranks communicate through a shared folder.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 
 _POLL_SECONDS = 0.2
-_BEAT_SECONDS = 10.0
-_SILENT_SECONDS = 300.0  # without a sign of life a rank counts as dead
+_HEARTBEAT_SECONDS = 10.0
+_HEARTBEAT_TIMEOUT_SECONDS = 300.0  # a rank without a heartbeat for longer counts as dead
 _OPEN_MPI, _MPICH, _SRUN = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
 
 
-class Ranks(Protocol):
-    """This process among the others of the command."""
+class Communicator(Protocol):
+    """Rank and size of this process in the command, and a gather over all ranks."""
 
     rank: int
     size: int
 
     def gather(self, name: str, text: str, *, last: bool) -> list[str]:
-        """The texts of all ranks that call it, in order of rank.
+        """Return the texts of all ranks that call it, in rank order.
 
-        At the last meeting, rank 0 alone is sure to get them; others get what they can without
-        waiting.
+        In the `last` call only rank 0 is guaranteed all texts; the others return what they have
+        without waiting.
 
         Raises:
             DataError: a rank is dead.
         """
 
 
-class OneRank:
-    """A command on its own."""
+class SingleRank:
+    """Communicator of a command with one process."""
 
     rank, size = 0, 1
 
@@ -49,8 +49,8 @@ class OneRank:
         return [text]
 
 
-class MpiRanks:
-    """Ranks that `mpirun` started."""
+class MpiCommunicator:
+    """Communicator of ranks started by `mpirun`."""
 
     def __init__(self) -> None:
         try:
@@ -64,22 +64,22 @@ class MpiRanks:
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
 
     def gather(self, name: str, text: str, *, last: bool) -> list[str]:
-        # MPI's own waiting spins on a core that another rank's workers could use.
+        # A blocking MPI call busy-waits on a core that another rank's workers could use.
         barrier = self._world.Ibarrier()
         while not barrier.Test():
             time.sleep(_POLL_SECONDS)
         return self._world.allgather(text)
 
 
-class FolderRanks:
-    """Ranks that meet in a folder: each leaves its text as a file, and signs of life beside it."""
+class FolderCommunicator:
+    """Communicator over a shared folder: each rank writes its texts and heartbeats as files."""
 
     def __init__(self, folder: Path, *, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._beat()
-        threading.Thread(target=self._keep_beating, daemon=True).start()
+        self._send_heartbeat()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
     def gather(self, name: str, text: str, *, last: bool) -> list[str]:
         with replace_atomically(self._folder / f"{name}-{self.rank}") as file:
@@ -88,7 +88,7 @@ class FolderRanks:
             return [text]
         texts = [self._wait_for(name, rank) for rank in range(self.size)]
         if last:
-            # A sign of life may be written while it is removed: the rest goes with what is around.
+            # A heartbeat may be written during removal: its file is then removed with the parent.
             shutil.rmtree(self._folder, ignore_errors=True)
             with suppress(OSError):
                 self._folder.parent.rmdir()
@@ -100,54 +100,59 @@ class FolderRanks:
             try:
                 return path.read_text(encoding="utf-8")
             except FileNotFoundError:
-                if time.monotonic() - begin > _SILENT_SECONDS and self._silence(rank):
+                is_late = time.monotonic() - begin > _HEARTBEAT_TIMEOUT_SECONDS
+                if is_late and self._is_silent(rank):
                     raise DataError(
-                        f"rank {rank} of {self.size} has given no sign of life for "
-                        f"{_SILENT_SECONDS:.0f} s; see its log, then give the same command again"
+                        f"rank {rank} of {self.size} has sent no heartbeat for "
+                        f"{_HEARTBEAT_TIMEOUT_SECONDS:.0f} s; see its log, then run the same "
+                        "command again"
                     ) from None
             time.sleep(_POLL_SECONDS)
 
-    def _silence(self, rank: int) -> bool:
-        """Whether a rank has been silent for too long, by the clock of the file system."""
+    def _is_silent(self, rank: int) -> bool:
+        """Return whether a rank's heartbeat is too old, by the clock of the file system."""
         try:
-            theirs = self._beat_path(rank).stat().st_mtime
+            theirs = self._heartbeat_path(rank).stat().st_mtime
         except FileNotFoundError:
             return True
-        return self._beat_path(self.rank).stat().st_mtime - theirs > _SILENT_SECONDS
+        ours = self._heartbeat_path(self.rank).stat().st_mtime
+        return ours - theirs > _HEARTBEAT_TIMEOUT_SECONDS
 
-    def _beat_path(self, rank: int) -> Path:
+    def _heartbeat_path(self, rank: int) -> Path:
         return self._folder / f"alive-{rank}"
 
-    def _beat(self) -> None:
-        self._beat_path(self.rank).write_bytes(b"")
+    def _send_heartbeat(self) -> None:
+        self._heartbeat_path(self.rank).write_bytes(b"")
 
-    def _keep_beating(self) -> None:
+    def _send_heartbeats(self) -> None:
         while True:
-            time.sleep(_BEAT_SECONDS)
+            time.sleep(_HEARTBEAT_SECONDS)
             try:
-                self._beat()
-            except OSError:  # rank 0 has removed the folder: all is done
+                self._send_heartbeat()
+            except OSError:  # rank 0 has removed the folder: the command is done
                 return
 
 
-def find_ranks(
-    meeting_place: Callable[[str], Path], environment: Mapping[str, str] = os.environ
-) -> Ranks:
-    """The ranks of this process, from what `mpirun` and `srun` set.
+def find_communicator(
+    rendezvous_folder: Callable[[str], Path], environment: Mapping[str, str] = os.environ
+) -> Communicator:
+    """Create the communicator for the environment that `mpirun` or `srun` has set.
 
-    `meeting_place` takes a name that this start of the command has and no other.
+    Args:
+        rendezvous_folder: Maps a name that is unique to this start of the command to a folder.
 
     Raises:
-        DataError: `mpirun` started several and mpi4py is missing.
+        DataError: `mpirun` started several ranks and mpi4py is missing.
     """
     if _size(environment, _OPEN_MPI) > 1:
-        return MpiRanks()
+        return MpiCommunicator()
     if _size(environment, _SRUN) > 1:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         token = "-".join(environment.get(name, "0") for name in names)
         rank = int(environment["SLURM_PROCID"])
-        return FolderRanks(meeting_place(token), rank=rank, size=_size(environment, _SRUN))
-    return MpiRanks() if _size(environment, _MPICH) > 1 else OneRank()
+        size = _size(environment, _SRUN)
+        return FolderCommunicator(rendezvous_folder(token), rank=rank, size=size)
+    return MpiCommunicator() if _size(environment, _MPICH) > 1 else SingleRank()
 
 
 def _size(environment: Mapping[str, str], name: str) -> int:

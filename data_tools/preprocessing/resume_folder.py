@@ -1,10 +1,10 @@
-"""OUTPUT.work: what an unfinished run of `preprocess` has done, for the next run to go on from.
+"""OUTPUT.work: finished shards of an unfinished run of `preprocess`, which the next run resumes.
 
 lock.partial   held by rank 0 while it runs
-settings.json  what shards depend on beside their input
+settings.json  settings that shards depend on besides their input
 NAME.*         finished shards (shards.py)
-publishing     shards are being joined: a half OUTPUT is this run's own
-published      OUTPUT is complete; only this folder is left to remove
+publishing     shards are being joined: a partial OUTPUT belongs to this run
+published      OUTPUT is complete; only this folder remains to be removed
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from data_tools.errors import DataError
 from data_tools.files import open_partial, replace_atomically
 from data_tools.preprocessing.shards import Shard, report_path
 
-Settings = Mapping[str, Any]
+ResumeSettings = Mapping[str, Any]
 
 
-class WorkFolder:
-    """The work folder of an output; created by `claim` or by ranks that meet in it."""
+class ResumeFolder:
+    """The work folder of an output; created by `claim` or by ranks that communicate through it."""
 
     def __init__(self, output: Path) -> None:
         self.path = output.with_name(output.name + ".work")
         self._output = output
         self._lock: BinaryIO | None = None
-        self._settings: Settings = {}
+        self._settings: ResumeSettings = {}
         self._shards: Sequence[Shard] = ()
 
-    def plan(self, settings: Settings, shards: Sequence[Shard]) -> None:
-        """Say what is to be done."""
+    def plan(self, settings: ResumeSettings, shards: Sequence[Shard]) -> None:
+        """Set the settings and shards of this run."""
         self._settings, self._shards = settings, shards
 
     def claim(self, *, overwrite: bool) -> None:
-        """Take the output for this process alone, and check that finished shards are this run's.
+        """Lock the output for this process, and check that finished shards belong to this run.
 
         Raises:
-            DataError: another process has it, the output exists, or the folder holds shards of
-                other settings.
+            DataError: another process holds the lock, the output exists, or the folder holds shards
+                of other settings.
         """
         if not self.path.exists() and not overwrite:
             check_absent(self._output)
         self._lock = open_partial(self.path / "lock")
         if self.is_published():
             return
-        if self._has("published"):  # by a run of another plan, whose output is another's to us
+        if self._has("published"):  # by a run of other settings, whose output is not ours
             self._remove_contents()
             (self.path / "published").unlink()
         if not self._has("publishing") and not overwrite:
@@ -58,24 +58,24 @@ class WorkFolder:
         self._check_settings()
 
     def num_finished(self) -> int:
-        """How many of the shards are finished."""
+        """Return the number of finished shards of this run."""
         return sum(report_path(self.path, shard).exists() for shard in self._shards)
 
     def mark_publishing(self) -> None:
-        """From here on, files of the output that exist are this run's."""
+        """Record that existing output files belong to this run from here on."""
         self._write("publishing", b"")
 
     def mark_published(self) -> None:
-        """The output is complete."""
+        """Record that the output is complete."""
         self._write("published", self._fingerprint())
 
     def is_published(self) -> bool:
-        """Whether an earlier run of the same plan completed the output."""
+        """Return whether an earlier run of the same settings and shards completed the output."""
         published = self.path / "published"
         return self._has("published") and published.read_bytes() == self._fingerprint()
 
     def remove(self) -> None:
-        """Remove it; `published` last, so that a kill in between leaves the truth."""
+        """Remove the folder, `published` last, so that a kill in between leaves a true record."""
         self._remove_contents()
         shutil.rmtree(self.path)
 
@@ -87,7 +87,7 @@ class WorkFolder:
                 path.unlink()
 
     def release(self) -> None:
-        """Leave finished shards, of whatever run, to the next one; and nothing without any."""
+        """Release the lock; keep the folder only if it holds finished shards, of any run."""
         if self._lock is None:
             return
         if self.path.exists() and not any(self.path.glob("*.report")):
@@ -103,7 +103,7 @@ class WorkFolder:
             if found.get(name) != value:
                 raise DataError(
                     f"{self.path} holds an unfinished run with {name} {found.get(name)}, but this "
-                    f"one has {value}; give the command that began it, or remove the folder"
+                    f"one has {value}; run the original command again, or remove the folder"
                 )
 
     def _has(self, name: str) -> bool:

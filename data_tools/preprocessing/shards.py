@@ -1,8 +1,8 @@
-"""The unit of work of `preprocess`: a few MB of input that become a small corpus of their own.
+"""Shards, the unit of work of `preprocess`: a few MB of input encoded to a small corpus.
 
 A shard is finished when its `.report` exists, which is written last. Its name is a hash of its
-pieces (file, range, size and time of the file), so that a file that changed is done again and
-nothing else is. The order of shards is the order of the input.
+pieces (file, range, size and time of the file), so that only shards of changed files are encoded
+again. The order of shards is the order of the input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_tools.preprocessing.documents import (
 )
 from data_tools.preprocessing.encoding import EncodedDocuments, EncodingSettings, encode_documents
 from data_tools.preprocessing.inputs import Piece
-from data_tools.preprocessing.workers import Advance
+from data_tools.preprocessing.workers import ProgressDelta
 
 _SMALLEST_BYTES, _LARGEST_BYTES = 4 << 20, 1 << 30
 _MOST_SHARDS = 4096
@@ -43,7 +43,7 @@ class Shard(NamedTuple):
 
 
 class SourceCounts(BaseModel):
-    """What became of the documents of one `--input` argument."""
+    """Document counts of one `--input` argument."""
 
     model_config = ConfigDict(strict=True)
 
@@ -52,7 +52,7 @@ class SourceCounts(BaseModel):
     num_bytes: int = 0
     with_null_bytes: int = 0
     left_out: dict[str, int] = {}
-    """Documents that are not in the corpus, by the kind of problem."""
+    """Number of documents left out of the corpus, by problem."""
 
     def add(self, encoded: EncodedDocuments) -> None:
         """Count a batch."""
@@ -74,13 +74,13 @@ class SourceCounts(BaseModel):
 
 
 class ShardReport(BaseModel):
-    """What a finished shard holds."""
+    """Contents of a finished shard."""
 
     model_config = ConfigDict(strict=True)
 
     sources: dict[int, SourceCounts] = {}
     lines: list[int] = []
-    """Lines or rows of each piece."""
+    """Number of lines or rows of each piece."""
 
     @property
     def documents(self) -> int:
@@ -88,7 +88,7 @@ class ShardReport(BaseModel):
 
 
 class LeftOut(BaseModel):
-    """A document that is not in the corpus: a line of PREFIX.left_out.jsonl."""
+    """A document left out of the corpus: one line of PREFIX.left_out.jsonl."""
 
     model_config = ConfigDict(strict=True)
 
@@ -99,13 +99,13 @@ class LeftOut(BaseModel):
 
 
 def shard_bytes(total: int) -> int:
-    """Bytes of a shard: a power of two, so that a little more input does not move every cut."""
+    """Return the shard size: a power of two, so that a little more input does not move all cuts."""
     wanted = max(1, total // _MOST_SHARDS)
     return min(_LARGEST_BYTES, max(_SMALLEST_BYTES, 1 << (wanted - 1).bit_length()))
 
 
 def plan_shards(pieces: Iterable[Piece], *, num_bytes: int) -> Iterator[Shard]:
-    """Group pieces that follow each other until they are `num_bytes` large."""
+    """Group consecutive pieces into shards of up to `num_bytes`."""
     group: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -124,7 +124,7 @@ def _name(pieces: Iterable[Piece]) -> str:
 
 
 def read_report(folder: Path, shard: Shard) -> ShardReport | None:
-    """The report of a finished shard, None for one that is not finished."""
+    """Read the report of a shard; None if the shard is not finished."""
     try:
         return ShardReport.model_validate_json(report_path(folder, shard).read_bytes())
     except FileNotFoundError:
@@ -139,12 +139,14 @@ def left_out_path(folder: Path, shard: Shard) -> Path:
     return folder / f"{shard.name}.left_out"
 
 
-def encode_shard(shard: Shard, *, settings: EncodingSettings, folder: Path) -> Iterator[Advance]:
-    """Write a shard into `folder`; yields its progress.
+def encode_shard(
+    shard: Shard, *, settings: EncodingSettings, folder: Path
+) -> Iterator[ProgressDelta]:
+    """Encode a shard into `folder`, yielding progress.
 
     Raises:
-        DataError: a file is damaged, a document cannot be used, or the disk is full. Nothing of
-            the shard is left then.
+        DataError: a file is damaged, a document is unusable, or the disk is full. The partial
+            shard is then removed.
     """
     tokenizer, text = settings.load_tokenizer(), settings.text_rules()
     report = ShardReport()
@@ -168,7 +170,7 @@ def encode_shard(shard: Shard, *, settings: EncodingSettings, folder: Path) -> I
                 )
         with replace_atomically(report_path(folder, shard)) as file:
             file.write(report.model_dump_json().encode())
-    except OSError as error:  # of reading, a DataError has been made already
+    except OSError as error:  # of writing: read errors are already DataErrors
         raise DataError(
             f"{folder}: cannot write shard {shard.name} ({error.strerror}); free space, or choose "
             "an output on another disk"
@@ -181,7 +183,7 @@ def _encode_piece(
     writer: IndexedDatasetWriter,
     spool: BinaryIO,
     report: ShardReport,
-) -> Iterator[Advance]:
+) -> Iterator[ProgressDelta]:
     counts = report.sources.setdefault(piece.source, SourceCounts())
     reader = PieceReader(piece, json_key=settings.json_key, max_bytes=settings.max_document_bytes)
     done = 0
@@ -189,7 +191,7 @@ def _encode_piece(
         try:
             encoded = encode_documents(batch, settings=settings)
         except BadDocumentError as error:
-            # A plain DataError, which processes can send; and lines counted from the file's begin.
+            # A plain DataError can be pickled; count the line from the start of the file.
             located = locate(error.document, piece)
             raise DataError(str(error.at(located))) from error
         writer.add_documents(encoded.ids, encoded.lengths)
@@ -197,7 +199,7 @@ def _encode_piece(
         for document, problem, detail in encoded.left_out:
             entry = LeftOut(file=piece.path, line=document.line, problem=problem, detail=detail)
             spool.write(entry.model_dump_json().encode() + b"\n")
-        yield Advance(len(batch), reader.bytes_read - done)
+        yield ProgressDelta(len(batch), reader.bytes_read - done)
         done = reader.bytes_read
-    yield Advance(0, piece.size - done)
+    yield ProgressDelta(0, piece.size - done)
     report.lines.append(reader.lines_read)

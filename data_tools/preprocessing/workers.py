@@ -1,4 +1,4 @@
-"""Tasks over worker processes that report their progress and die with their parent."""
+"""Worker processes that report their progress and exit with their parent."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from data_tools.errors import DataError
 from data_tools.progress import ReportProgress
 
 _Item = TypeVar("_Item")
-_TASKS_PER_WORKER = 2  # handed out: one in work, one waiting
+_TASKS_PER_WORKER = 2  # submitted: one running, one queued
 _REPORT_SECONDS = 0.2
 
 
-class Advance(NamedTuple):
-    """Progress of a task since it last reported."""
+class ProgressDelta(NamedTuple):
+    """Progress of a task since its last report."""
 
     documents: int
     num_bytes: int
 
 
-class _Stopped(Exception):
-    """Another task failed; this one is of no use any more."""
+class _Cancelled(Exception):
+    """Raised in a task after another one failed."""
 
 
 def run_tasks(
-    task: Callable[[_Item], Iterator[Advance]],
+    task: Callable[[_Item], Iterator[ProgressDelta]],
     items: Iterable[_Item],
     *,
     num_workers: int,
     report: ReportProgress,
 ) -> None:
-    """Run a task for every item, in the caller or in worker processes, in no certain order.
+    """Run a task for every item, in the caller or in worker processes, in no particular order.
 
     Raises:
         DataError: a worker process died.
-        Exception: the first that a task raised; the others are stopped.
+        Exception: the first one raised by a task; the other tasks are stopped.
     """
     if num_workers == 1:
         _run_here(task, items, report)
         return
-    # Spawned, not forked: tokenizer libraries hold threads that do not survive a fork.
+    # Spawn, do not fork: threads of the tokenizer libraries do not survive a fork.
     context = get_context("spawn")
     shared = context.Array("q", 3)  # documents, bytes, and whether to stop
     pool = ProcessPoolExecutor(
@@ -66,7 +66,7 @@ def run_tasks(
 
 
 def _run_here(
-    task: Callable[[_Item], Iterator[Advance]], items: Iterable[_Item], report: ReportProgress
+    task: Callable[[_Item], Iterator[ProgressDelta]], items: Iterable[_Item], report: ReportProgress
 ) -> None:
     documents = num_bytes = 0
     for item in items:
@@ -78,7 +78,7 @@ def _run_here(
 
 def _run_pool(
     pool: ProcessPoolExecutor,
-    task: Callable[[_Item], Iterator[Advance]],
+    task: Callable[[_Item], Iterator[ProgressDelta]],
     items: Iterable[_Item],
     num_workers: int,
     report: Callable[[], None],
@@ -96,16 +96,16 @@ def _run_pool(
         report()
 
 
-_shared: Any = None  # in a worker process: the array that its parent reads
+_shared: Any = None  # in a worker process: the array read by its parent
 
 
-def _run_in_worker(task: Callable[[_Item], Iterator[Advance]], item: _Item) -> None:
+def _run_in_worker(task: Callable[[_Item], Iterator[ProgressDelta]], item: _Item) -> None:
     for advance in task(item):
         with _shared.get_lock():
             _shared[0] += advance.documents
             _shared[1] += advance.num_bytes
             if _shared[2]:
-                raise _Stopped
+                raise _Cancelled
 
 
 def _prepare_worker(shared: Any) -> None:
@@ -113,11 +113,11 @@ def _prepare_worker(shared: Any) -> None:
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interrupt, once
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per CPU is enough
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """A parent that was killed cannot stop its workers, which would wait for tasks for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent does: a killed parent cannot stop its workers, which wait for tasks."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Which source each sample comes from, and how many samples each source has given."""
+"""Deterministic weighted interleaving of data sources, with a ledger of samples per source."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from data_tools.errors import DataError
 PERIOD = 1 << 16  # proportions are multiples of 1 / PERIOD
 
 
-class Draws(NamedTuple):
-    """Where samples come from."""
+class SourceSamples(NamedTuple):
+    """Source and sample number within it, for n samples of a blend."""
 
     sources: IntArray  # index into Blend.names, [n]
     samples: IntArray  # sample number within that source, [n]
 
 
 class Blend:
-    """A fixed interleaving of K sources in proportion to their weights, looked up in O(1).
+    """Fixed interleaving of K sources in proportion to their weights, with O(1) lookup.
 
-    Source k gets n_k of every `PERIOD` samples, n_k = PERIOD * weight_k / sum(weights) rounded so
-    that they add up. Its j-th one sits at the j-th of n_k evenly spaced places (2j + 1) / (2 n_k),
+    Source k gets n_k of every `PERIOD` samples, n_k = PERIOD * weight_k / sum(weights), rounded so
+    that they add up. Its j-th sample takes the j-th of n_k evenly spaced slots (2j + 1) / (2 n_k),
     so that after any number of samples no source is more than a few samples off its share.
 
-    A mix can change during a run: a blend begins at run-wide sample `start_sample` and goes on from
-    the `base` counts of the blends before it, so that no source repeats or skips a sample.
+    The mix can change during a run: a blend starts at run-wide sample `start_sample` and continues
+    from the `base` counts of earlier blends, so that no source repeats or skips a sample.
 
     Raises:
-        DataError: a weight too small to be drawn once in `PERIOD` samples.
+        DataError: a weight is too small for one sample in `PERIOD`.
     """
 
     def __init__(
@@ -42,33 +42,35 @@ class Blend:
         start_sample: int = 0,
         base: Mapping[str, int] | None = None,
     ) -> None:
-        self.weights = dict(sorted(weights.items()))  # the order of listing has no effect
+        self.weights = dict(sorted(weights.items()))  # independent of the listing order
         self.names = list(self.weights)
         self.start_sample = start_sample
         self.base = {name: (base or {}).get(name, 0) for name in self.names}
         self._base = np.array([self.base[name] for name in self.names], dtype=np.int64)
-        self._counts = _integer_shares(self.weights)
-        self._pattern = _spread(self._counts)
-        self._ranks = _ranks(self._pattern, len(self.names))
+        self._counts = _samples_per_period(self.weights)
+        self._pattern = _interleave(self._counts)
+        self._occurrences = _occurrences(self._pattern, len(self.names))
 
-    def draw(self, samples: IntArray) -> Draws:
-        """Sources of run-wide sample numbers, all >= `start_sample`."""
+    def look_up(self, samples: IntArray) -> SourceSamples:
+        """Return sources and their sample numbers for run-wide samples, all >= `start_sample`."""
         periods = (samples - self.start_sample) // PERIOD
-        places = (samples - self.start_sample) % PERIOD
-        sources = self._pattern[places].astype(np.int64)
-        ranks = self._ranks[places]
-        return Draws(sources, self._base[sources] + periods * self._counts[sources] + ranks)
+        slots = (samples - self.start_sample) % PERIOD
+        sources = self._pattern[slots].astype(np.int64)
+        within_period = self._occurrences[slots]
+        return SourceSamples(
+            sources, self._base[sources] + periods * self._counts[sources] + within_period
+        )
 
     def ledger(self, consumed_samples: int) -> dict[str, int]:
-        """Samples that each source has given once the run has used `consumed_samples`."""
+        """Return the samples taken from each source after `consumed_samples` run-wide samples."""
         periods, rest = divmod(consumed_samples - self.start_sample, PERIOD)
         partial = np.bincount(self._pattern[:rest], minlength=len(self.names))
         counts = self._base + periods * self._counts + partial
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
-def _integer_shares(weights: Mapping[str, float]) -> IntArray:
-    """Largest-remainder rounding of the weights to integers that add up to PERIOD."""
+def _samples_per_period(weights: Mapping[str, float]) -> IntArray:
+    """Round the weights to integers that add up to PERIOD, by the largest-remainder method."""
     values = np.array(list(weights.values()), dtype=np.float64)
     exact = PERIOD * values / values.sum()
     counts = np.floor(exact).astype(np.int64)
@@ -83,17 +85,17 @@ def _integer_shares(weights: Mapping[str, float]) -> IntArray:
     return counts
 
 
-def _spread(counts: IntArray) -> npt.NDArray[np.int32]:
-    """Source of each place in a period, every source evenly spaced."""
+def _interleave(counts: IntArray) -> npt.NDArray[np.int32]:
+    """Return the source of each slot of a period, with every source evenly spaced."""
     sources = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     order = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts])
     return sources[np.argsort(order, kind="stable")]
 
 
-def _ranks(pattern: npt.NDArray[np.int32], num_sources: int) -> IntArray:
-    """How many earlier places of the period have the same source."""
-    ranks = np.empty(len(pattern), dtype=np.int64)
+def _occurrences(pattern: npt.NDArray[np.int32], num_sources: int) -> IntArray:
+    """Count, for each slot, the earlier slots of the period with the same source."""
+    occurrences = np.empty(len(pattern), dtype=np.int64)
     for source in range(num_sources):
-        places = np.flatnonzero(pattern == source)
-        ranks[places] = np.arange(len(places))
-    return ranks
+        slots = np.flatnonzero(pattern == source)
+        occurrences[slots] = np.arange(len(slots))
+    return occurrences

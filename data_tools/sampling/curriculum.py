@@ -1,6 +1,6 @@
-"""The steps of a run: how many, from which mix, how long their sequences and how many of them.
+"""Curriculum of a run: number of steps, and the mix, sequence length and batch size of each.
 
-Letters: N steps, M tokens of a run, G sequences of a step (of all ranks), L the sequence length.
+Notation: N steps, M tokens of a run, G sequences per step (all ranks), L sequence length.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from data_tools.config import DataConfig, StageConfig
 from data_tools.errors import DataError
-from data_tools.sampling.mix import Phase
+from data_tools.sampling.mix import MixSetting
 
 
 class Position(NamedTuple):
-    """How far a run has come: what all ranks together have taken, samples and tokens of all."""
+    """Progress of a run: steps, and samples and tokens consumed by all ranks together."""
 
     steps: int = 0
     samples: int = 0
@@ -27,17 +27,16 @@ START = Position()
 
 
 class BatchStep(NamedTuple):
-    """A step of a ramp of the batch: G = `sequences_per_step` until M = `until_tokens`."""
+    """One level of a batch-size ramp: G = `sequences_per_step` until M = `until_tokens`."""
 
     until_tokens: int
     sequences_per_step: int
 
 
 class Stage(NamedTuple):
-    """Steps (`first_step`, end] of a run, in which nothing changes; the end is the `first_step` of
-    the next one."""
+    """Steps (`first_step`, end] of a run with constant settings; end: the next `first_step`."""
 
-    first_step: int  # steps taken before it
+    first_step: int  # steps before the stage
     weights: Mapping[str, float]
     sequence_length: int
     model: Mapping[str, Any]
@@ -45,7 +44,7 @@ class Stage(NamedTuple):
 
 
 class Curriculum:
-    """The stages of one run from `start` on; a run without a curriculum has one stage."""
+    """Stages of one run from `start` on; a run without a curriculum has one stage."""
 
     def __init__(
         self, stages: Sequence[Stage], *, total_steps: int, start: Position = START
@@ -54,57 +53,55 @@ class Curriculum:
         self.total_steps = total_steps
         self.start = start
         self._first_steps = [stage.first_step for stage in self.stages]
-        self._begins = [start]
+        self._stage_starts = [start]
         for stage, end in zip(self.stages, self._first_steps[1:], strict=False):
-            self._begins.append(_advance(self._begins[-1], stage, end))
-        self._first_samples = [begin.samples for begin in self._begins]
+            self._stage_starts.append(_advance(self._stage_starts[-1], stage, end))
+        self._first_samples = [position.samples for position in self._stage_starts]
 
     def stage_after(self, steps: int) -> Stage:
-        """The stage of the step that follows the first `steps`, which are at least those of
-        `start`."""
+        """Return the stage of the step after the first `steps` steps, `steps >= start.steps`."""
         return self.stages[self._index(steps)]
 
     def position_after(self, steps: int) -> Position:
-        """What the first `steps` steps have taken; at least those of `start`."""
+        """Return the position after the first `steps` steps, `steps >= start.steps`."""
         index = self._index(steps)
-        return _advance(self._begins[index], self.stages[index], steps)
+        return _advance(self._stage_starts[index], self.stages[index], steps)
 
     def tokens_after(self, steps: int) -> int:
-        """Tokens that the first `steps` steps take."""
+        """Return the tokens consumed by the first `steps` steps."""
         return self.position_after(steps).tokens
 
-    def whole_steps(self, first_sample: int, samples: int) -> int:
-        """How many of the first `samples` samples lie in whole steps that go on from
-        `first_sample`."""
+    def samples_in_whole_steps(self, first_sample: int, samples: int) -> int:
+        """Round `samples` down to whole steps, counted from `first_sample`."""
         index = bisect_right(self._first_samples, samples) - 1
         begin = max(first_sample, self._first_samples[index])
         size = self.stages[index].sequences_per_step
         return begin + (samples - begin) // size * size
 
-    def phases(self) -> list[Phase]:
-        """The stages as the loader reads them, one for each mix or length or size of steps."""
+    def mix_schedule(self) -> list[MixSetting]:
+        """Return the mix and sequence length of each stage, for the loader."""
         return [
-            Phase(first, stage.weights, stage.sequence_length)
+            MixSetting(first, stage.weights, stage.sequence_length)
             for first, stage in zip(self._first_samples, self.stages, strict=True)
         ]
 
-    def check_begin(self, first_sample: int) -> None:
-        """Check that whole steps from `first_sample` on end where the next stage begins.
+    def check_step_alignment(self, first_sample: int) -> None:
+        """Check that whole steps counted from `first_sample` end where the next stage starts.
 
         Raises:
-            DataError: a stage would begin inside a step.
+            DataError: a stage would start inside a step.
         """
         index = max(bisect_right(self._first_samples, first_sample) - 1, 0)
         size = self.stages[index].sequences_per_step
         for begin in self._first_samples[index + 1 : index + 2]:
             if (begin - max(first_sample, self._first_samples[index])) % size:
                 raise DataError(
-                    f"a stage begins at sample {begin}, inside a step: steps of {size} samples go "
-                    f"on from {first_sample}; plan the run from there on"
+                    f"a stage begins at sample {begin}, inside a step: steps of {size} samples "
+                    f"continue from {first_sample}; plan the run from there on"
                 )
 
     def describe(self) -> str:
-        """A line for each stage: its steps, tokens and mix."""
+        """Return one line per stage: steps, tokens per step and mix."""
         ends = [*self._first_steps[1:], self.total_steps]
         return "\n".join(
             f"steps {stage.first_step + 1:,} to {end:,}: "
@@ -120,7 +117,7 @@ class Curriculum:
 
 
 def _advance(begin: Position, stage: Stage, steps: int) -> Position:
-    """The position after `steps` steps of a run, those since `begin` of one stage."""
+    """Return the position after `steps` steps of a run; those since `begin` lie in `stage`."""
     samples = (steps - stage.first_step) * stage.sequences_per_step
     return Position(steps, begin.samples + samples, begin.tokens + samples * stage.sequence_length)
 
@@ -130,26 +127,26 @@ def _shares(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {weight / total:.1%}" for name, weight in weights.items())
 
 
-class _End(NamedTuple):
-    """A stage ends with the first step that reaches one of the two."""
+class _StageEnd(NamedTuple):
+    """End of a stage: the first step that reaches `step` or `tokens`."""
 
     step: int | None = None
     tokens: int | None = None
 
     def steps_from(self, position: Position, tokens_per_step: int) -> int:
-        """Steps up to the end, negative where it lies more than a step behind."""
+        """Return the steps from `position` to the end; negative if it is over a step behind."""
         steps = [] if self.step is None else [self.step - position.steps]
         if self.tokens is not None:
             steps.append(-((position.tokens - self.tokens) // tokens_per_step))
         return min(steps)
 
 
-class _Part(NamedTuple):
-    """A stage of the configuration with its end; `size`: tokens of a sequence."""
+class _ConfiguredStage(NamedTuple):
+    """A stage of the configuration with its end."""
 
     number: int
-    end: _End
-    size: int
+    end: _StageEnd
+    sequence_length: int
     weights: Mapping[str, float]
     model: Mapping[str, Any]
 
@@ -163,15 +160,15 @@ def plan_curriculum(
     ramp: Sequence[BatchStep] = (),
     start: Position = START,
 ) -> Curriculum:
-    """Lay the stages out over a run of `max_steps` steps or `max_tokens` tokens, what is shorter.
+    """Lay out the stages over a run of `max_steps` steps or `max_tokens` tokens, whichever is less.
 
-    A run that `max_tokens` ends takes the first step that reaches it, and so does a stage that
-    ends at a fraction of it, and each step of the `ramp` of the batch. A run that goes on from
-    `start` counts what it has taken and plans what is left; where nothing is, `total_steps` is at
-    most `start.steps`.
+    A run limited by `max_tokens` ends with the first step that reaches it; the same holds for a
+    stage that ends at a fraction of it and for each level of the batch-size `ramp`. A run that
+    continues from `start` counts what it has consumed and plans the rest; if nothing is left,
+    `total_steps` is at most `start.steps`.
 
     Raises:
-        DataError: a stage gets no step, or where it ends cannot be known.
+        DataError: a stage gets no step, or its end cannot be determined.
     """
     _check_fractions(config, ramp, max_steps)
     default = {source.name: source.weight for source in config.train}
@@ -181,7 +178,7 @@ def plan_curriculum(
     plans = [
         _lay_out(
             [
-                _Part(number, end, length, stage.weights or default, stage.model)
+                _ConfiguredStage(number, end, length, stage.weights or default, stage.model)
                 for number, (end, length, stage) in enumerate(
                     zip(ends, lengths, stages, strict=True)
                 )
@@ -189,44 +186,53 @@ def plan_curriculum(
             batches,
             start,
         )
-        for ends in _ends(config, lengths, max_steps, max_tokens)
+        for ends in _stage_ends(config, lengths, max_steps, max_tokens)
     ]
     return min(plans, key=lambda plan: plan.total_steps)
 
 
-def _lay_out(parts: Sequence[_Part], batches: Sequence[BatchStep], start: Position) -> Curriculum:
+def _lay_out(
+    configured: Sequence[_ConfiguredStage], batches: Sequence[BatchStep], start: Position
+) -> Curriculum:
     position = start
     stages: list[Stage] = []
-    for part in parts:
-        is_last, goes_on = part is parts[-1], position == start and start.steps > 0
-        if part.end.steps_from(position, part.size) <= 0:
-            if goes_on and not is_last:
-                continue  # over before this run goes on
-            if not goes_on:
+    for each in configured:
+        is_last, is_resumed = each is configured[-1], position == start and start.steps > 0
+        if each.end.steps_from(position, each.sequence_length) <= 0:
+            if is_resumed and not is_last:
+                continue  # ended before the resumed run starts
+            if not is_resumed:
                 raise DataError(
-                    f"data.stages.{part.number} would begin after step {position.steps}, where the "
-                    "run or the stage has ended; train longer or end the stages before it earlier"
+                    f"data.stages.{each.number} would begin after step {position.steps}, where the "
+                    "run or the stage has ended; train longer or end the earlier stages sooner"
                 )
-        for stage, end in _stages(part, batches, position):
+        for stage, end in _split_by_batch_size(each, batches, position):
             stages.append(stage)
             position = end
     return Curriculum(stages, total_steps=position.steps, start=start)
 
 
-def _stages(
-    part: _Part, batches: Sequence[BatchStep], position: Position
+def _split_by_batch_size(
+    configured: _ConfiguredStage, batches: Sequence[BatchStep], position: Position
 ) -> Iterator[tuple[Stage, Position]]:
-    """A stage for each size of step up to the end of a part, and where it ends."""
+    """Yield a stage and its end position for each batch size used in a configured stage."""
+    length = configured.sequence_length
     *ramp, full = batches
     for batch in [*(each for each in ramp if each.until_tokens > position.tokens), full]:
-        stage = Stage(position.steps, part.weights, part.size, part.model, batch.sequences_per_step)
-        tokens = batch.sequences_per_step * part.size
-        steps = left = part.end.steps_from(position, tokens)
+        stage = Stage(
+            position.steps,
+            configured.weights,
+            length,
+            configured.model,
+            batch.sequences_per_step,
+        )
+        tokens = batch.sequences_per_step * length
+        steps = left = configured.end.steps_from(position, tokens)
         if batch is not full and left > 0:
-            of_size = _End(tokens=batch.until_tokens).steps_from(position, tokens)
-            if of_size <= 0:
-                continue  # the step before has taken its tokens, too
-            steps = min(left, of_size)
+            at_this_size = _StageEnd(tokens=batch.until_tokens).steps_from(position, tokens)
+            if at_this_size <= 0:
+                continue  # the previous step has already consumed its tokens
+            steps = min(left, at_this_size)
         position = _advance(position, stage, position.steps + steps)
         yield stage, position
         if steps == left:
@@ -234,38 +240,38 @@ def _stages(
 
 
 def _check_fractions(config: DataConfig, ramp: Sequence[BatchStep], max_steps: int | None) -> None:
-    """With steps of several sizes a share of the steps is no share of the tokens."""
+    """Refuse fractions of `max_steps` with a ramp: a share of steps is no share of tokens then."""
     fractions = [stage.until_fraction for stage in config.stages]
     if ramp and max_steps is not None and any(fractions):
         raise DataError(
             f"data.stages with until_fraction, training.batch_ramp and training.max_steps="
-            f"{max_steps}: shares of the run's tokens are not known in steps; set "
-            "training.max_tokens in place of max_steps, or until_step in the stages"
+            f"{max_steps}: shares of the run's tokens cannot be converted to steps; set "
+            "training.max_tokens instead of max_steps, or until_step in the stages"
         )
 
 
-def _ends(
+def _stage_ends(
     config: DataConfig, lengths: Sequence[int], max_steps: int | None, max_tokens: int | None
-) -> list[list[_End]]:
-    """Where each stage ends, that of the run last; fractions of two limits give two plans."""
+) -> list[list[_StageEnd]]:
+    """Return the end of each stage, the run's end last; two lists for fractions of two limits."""
     shares = [stage.until_fraction for stage in config.stages[:-1]]
     fractions = [share for share in shares if share is not None]
     if not fractions:
-        ends = [_End(step=stage.until_step) for stage in config.stages[:-1]]
-        return [[*ends, _End(max_steps, max_tokens)]]
+        ends = [_StageEnd(step=stage.until_step) for stage in config.stages[:-1]]
+        return [[*ends, _StageEnd(max_steps, max_tokens)]]
     plans = []
     if max_steps is not None:
         plans.append(
-            [_End(step=end) for end in _ends_in_steps([*fractions, 1.0], lengths, max_steps)]
+            [_StageEnd(step=end) for end in _ends_in_steps([*fractions, 1.0], lengths, max_steps)]
         )
     if max_tokens is not None:
-        ends = [_End(tokens=round(share * max_tokens)) for share in fractions]
-        plans.append([*ends, _End(tokens=max_tokens)])
+        ends = [_StageEnd(tokens=round(share * max_tokens)) for share in fractions]
+        plans.append([*ends, _StageEnd(tokens=max_tokens)])
     return plans
 
 
 def _ends_in_steps(shares: Sequence[float], lengths: Sequence[int], max_steps: int) -> list[int]:
-    """N steps, divided so that a stage with a share f of the tokens gets f / L of them."""
+    """Divide N steps among the stages in proportion to f / L, for a stage's share f of tokens."""
     parts = [
         (share - before) / length
         for share, before, length in zip(shares, [0.0, *shares], lengths, strict=False)

@@ -1,14 +1,14 @@
-"""Fill-in-the-middle: documents rearranged so that a causal model learns to fill a gap.
+"""Fill-in-the-middle: rearranges documents so that a causal model learns to infill.
 
 Bavarian et al., "Efficient Training of Language Models to Fill in the Middle" (arXiv 2207.14255):
-a document is cut in two places into prefix, middle and suffix and becomes, with three sentinels,
+a document is cut twice into prefix, middle and suffix and becomes, with three sentinel tokens,
 
     PSM   PRE prefix SUF suffix MID middle
     SPM   PRE SUF suffix MID prefix middle          (the second of their two variants)
 
-A rearranged piece must keep its length, so that samples are found without an index: it gives up its
-last three tokens before it is cut. The paper cuts between characters. Here cuts are between tokens,
-so that only byte sources have cuts inside words.
+A rearranged piece keeps its length, so that samples can be located without an index: its last three
+tokens are dropped before it is cut. The paper cuts between characters. Here cuts fall between
+tokens, so that only byte sources have cuts inside words.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import numpy.typing as npt
 from data_tools.arrays import IntArray, TokenArray
 from data_tools.corpus.token_stream import Span, TokenStream
 
-_NUM_SENTINELS = 3
+_NUM_FIM_TOKENS = 3
 _DRAWS = struct.Struct("<4Q")
 _WORD = 1 << 64
 
 
-class Sentinels(NamedTuple):
-    """Ids of the three marks."""
+class FimTokens(NamedTuple):
+    """Ids of the three sentinel tokens of fill-in-the-middle."""
 
     prefix: int
     suffix: int
@@ -39,23 +39,23 @@ class Sentinels(NamedTuple):
 
 
 class FillInTheMiddle:
-    """Rearranges the documents of samples, each with probability `rate`, SPM with `spm_rate`.
+    """Rearranges each document of a sample with probability `rate`, as SPM with `spm_rate`.
 
-    `level` document: whole documents are cut, and a sample sees what falls into it. `level` window:
-    the part of a document that lies in a sample is cut, so that no sample loses a sentinel of it.
-    What happens depends on the seed, the source's name, the epoch and the place, on nothing else.
+    `level` document: whole documents are cut, and a sample gets the part inside its window.
+    `level` window: only the part of a document inside the sample is cut, so that no sentinel is
+    lost. The outcome depends only on the seed, source name, epoch and stream offset.
     """
 
     def __init__(
         self,
-        sentinels: Sentinels,
+        tokens: FimTokens,
         *,
         rate: float,
         spm_rate: float,
         level: Literal["document", "window"],
         key: str,
     ) -> None:
-        self._sentinels = sentinels
+        self._tokens = tokens
         self._rate = rate
         self._spm_rate = spm_rate
         self._level = level
@@ -64,7 +64,7 @@ class FillInTheMiddle:
     def apply(
         self, ids: TokenArray, stream: TokenStream, *, starts: IntArray, epochs: IntArray
     ) -> npt.NDArray[np.int64]:
-        """Samples [n, length] from places `starts` [n] of the stream, rearranged."""
+        """Rearrange samples [n, length] read from stream offsets `starts` [n]."""
         result = ids.astype(np.int64)
         num_tokens = ids.shape[1]
         documents = stream.document_starts(starts, num_tokens)
@@ -83,9 +83,9 @@ class FillInTheMiddle:
     def _rearrange(
         self, row: npt.NDArray[np.int64], stream: TokenStream, piece: Span, window: Span, epoch: int
     ) -> None:
-        """Draw what becomes of a piece, and write what of it falls into the window."""
-        text = _without_marks(stream, piece)
-        size = text.end - text.begin - _NUM_SENTINELS
+        """Draw the rearrangement of a piece, and write the part inside the window."""
+        text = _without_boundary_tokens(stream, piece)
+        size = text.end - text.begin - _NUM_FIM_TOKENS
         coin, order, *cuts = self._draw(f"{epoch} {piece.begin}")
         if size < 1 or coin >= self._rate * _WORD:
             return
@@ -96,26 +96,26 @@ class FillInTheMiddle:
             Span(second, text.begin + size),
             suffix_first=order < self._spm_rate * _WORD,
         )
-        for place, part in _placed(parts, text.begin):
-            _write(row, stream, part, place=place - window.begin)
+        for offset, part in _with_offsets(parts, text.begin):
+            _write(row, stream, part, offset=offset - window.begin)
 
     def _parts(
         self, prefix: Span, middle: Span, suffix: Span, *, suffix_first: bool
     ) -> Sequence[Span | int]:
-        marks = self._sentinels
+        tokens = self._tokens
         if suffix_first:
-            return [marks.prefix, marks.suffix, suffix, marks.middle, prefix, middle]
-        return [marks.prefix, prefix, marks.suffix, suffix, marks.middle, middle]
+            return [tokens.prefix, tokens.suffix, suffix, tokens.middle, prefix, middle]
+        return [tokens.prefix, prefix, tokens.suffix, suffix, tokens.middle, middle]
 
-    def _draw(self, where: str) -> tuple[int, ...]:
-        digest = hashlib.blake2b(f"{self._key} {where}".encode(), digest_size=_DRAWS.size)
+    def _draw(self, location: str) -> tuple[int, ...]:
+        digest = hashlib.blake2b(f"{self._key} {location}".encode(), digest_size=_DRAWS.size)
         return _DRAWS.unpack(digest.digest())
 
 
-def _without_marks(stream: TokenStream, piece: Span) -> Span:
-    """The piece without the tokens that begin and end its document, which stay where they are."""
+def _without_boundary_tokens(stream: TokenStream, piece: Span) -> Span:
+    """Exclude the document's begin and end tokens, which keep their positions."""
     begin, bos_ids = piece.begin, stream.bos_ids
-    # A window may begin between them.
+    # A window may start between two begin tokens.
     for count in range(min(len(bos_ids), piece.end - begin), 0, -1):
         if tuple(stream.read(np.array([begin]), count)[0].tolist()) == bos_ids[-count:]:
             begin += count
@@ -124,22 +124,22 @@ def _without_marks(stream: TokenStream, piece: Span) -> Span:
     return Span(begin, max(begin, piece.end - (last == stream.eod_id)))
 
 
-def _placed(parts: Sequence[Span | int], place: int) -> Iterator[tuple[int, Span | int]]:
+def _with_offsets(parts: Sequence[Span | int], offset: int) -> Iterator[tuple[int, Span | int]]:
     for part in parts:
-        yield place, part
-        place += 1 if isinstance(part, int) else part.end - part.begin
+        yield offset, part
+        offset += 1 if isinstance(part, int) else part.end - part.begin
 
 
 def _write(
-    row: npt.NDArray[np.int64], stream: TokenStream, part: Span | int, *, place: int
+    row: npt.NDArray[np.int64], stream: TokenStream, part: Span | int, *, offset: int
 ) -> None:
-    """Put what of a part falls into the row there."""
+    """Write a part at an offset of the row, clipped to the row."""
     if isinstance(part, int):
-        if 0 <= place < len(row):
-            row[place] = part
+        if 0 <= offset < len(row):
+            row[offset] = part
         return
-    begin = max(part.begin, part.begin - place)
-    end = min(part.end, part.begin - place + len(row))
+    begin = max(part.begin, part.begin - offset)
+    end = min(part.end, part.begin - offset + len(row))
     if begin < end:
-        place += begin - part.begin
-        row[place : place + end - begin] = stream.read(np.array([begin]), end - begin)[0]
+        offset += begin - part.begin
+        row[offset : offset + end - begin] = stream.read(np.array([begin]), end - begin)[0]

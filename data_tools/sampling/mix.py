@@ -1,7 +1,7 @@
-"""Where each sample of a run comes from: the blends of its stages, one after the other.
+"""The source mix of a run: one blend per segment, and the progress of each source across segments.
 
-A position is a place in a source's shuffled order, in tokens: sample j of a source that is read in
-sequences of length L starts at position j*L. Lengths may change, positions go on.
+A position is an offset in tokens into a source's shuffled order: sample j of a source that is read
+in sequences of length L starts at position j*L. Positions carry over when the length changes.
 """
 
 from __future__ import annotations
@@ -13,96 +13,103 @@ from typing import NamedTuple
 from data_tools.sampling.blend import Blend
 
 
-class Given(NamedTuple):
-    """What a source has given to a run.
+class SourceProgress(NamedTuple):
+    """Progress of one source in a run.
 
-    `position` is where it goes on, `tokens` what was trained on. They differ where a stage of
-    longer sequences could not begin inside one.
+    `position` is where reading continues, `tokens` the number of tokens trained on. They differ
+    when a segment of longer sequences could not start in the middle of one.
     """
 
     position: int
     tokens: int
 
 
-class Phase(NamedTuple):
-    """A stage as the loader needs it: from which sample on, which mix, which length."""
+class MixSetting(NamedTuple):
+    """Source weights and sequence length from a run-wide sample on; one entry of the schedule."""
 
     first_sample: int
     weights: Mapping[str, float]
     sequence_length: int
 
 
-class Leg(NamedTuple):
-    """Samples in one mix and of one length, from `blend.start_sample` to where the next leg begins.
+class MixSegment(NamedTuple):
+    """Samples with one blend and one sequence length.
 
-    `blend` counts samples of `sequence_length`; `given` is the ledger before the leg.
+    The segment runs from `blend.start_sample` to the start of the next one. `blend` counts samples
+    of `sequence_length`; `ledger_before` is the ledger at the start of the segment.
     """
 
     blend: Blend
     sequence_length: int
-    given: Mapping[str, Given]
+    ledger_before: Mapping[str, SourceProgress]
 
-    def ledger(self, consumed_samples: int) -> dict[str, Given]:
-        """The ledger once the run has used so many samples; sources of earlier mixes stay in it."""
-        ledger = dict(self.given)
+    def ledger(self, consumed_samples: int) -> dict[str, SourceProgress]:
+        """Return the ledger after `consumed_samples` samples, including sources no longer used."""
+        ledger = dict(self.ledger_before)
         for name, count in self.blend.ledger(consumed_samples).items():
-            before = self.given.get(name, Given(0, 0)).tokens
+            before = self.ledger_before.get(name, SourceProgress(0, 0)).tokens
             new = (count - self.blend.base[name]) * self.sequence_length
-            ledger[name] = Given(count * self.sequence_length, before + new)
+            ledger[name] = SourceProgress(count * self.sequence_length, before + new)
         return ledger
 
-    def goes_on_in(self, phase: Phase) -> bool:
-        """Whether a phase has the same mix and length."""
-        same_mix = dict(phase.weights) == self.blend.weights
-        return same_mix and phase.sequence_length == self.sequence_length
+    def matches(self, setting: MixSetting) -> bool:
+        """Return whether a setting has the same weights and sequence length."""
+        same_mix = dict(setting.weights) == self.blend.weights
+        return same_mix and setting.sequence_length == self.sequence_length
 
 
 class Mix:
-    """The legs of a run, or of what is left of it after a resume."""
+    """The segments of a run, or of its remainder after a resume."""
 
-    def __init__(self, legs: Sequence[Leg]) -> None:
-        self.legs = tuple(legs)
-        self.first_samples = [leg.blend.start_sample for leg in self.legs]
+    def __init__(self, segments: Sequence[MixSegment]) -> None:
+        self.segments = tuple(segments)
+        self.first_samples = [segment.blend.start_sample for segment in self.segments]
 
-    def leg_of(self, sample: int) -> Leg:
-        """The leg of a run-wide sample, which must not lie before the first leg."""
-        return self.legs[bisect_right(self.first_samples, sample) - 1]
+    def segment_of(self, sample: int) -> MixSegment:
+        """Return the segment of a run-wide sample, which must not precede the first segment."""
+        return self.segments[bisect_right(self.first_samples, sample) - 1]
 
-    def leg_before(self, consumed_samples: int) -> Leg:
-        """The leg that gave the last of so many samples."""
-        return self.leg_of(max(consumed_samples - 1, self.first_samples[0]))
+    def segment_before(self, consumed_samples: int) -> MixSegment:
+        """Return the segment of the last of the first `consumed_samples` samples."""
+        return self.segment_of(max(consumed_samples - 1, self.first_samples[0]))
 
-    def ledger(self, consumed_samples: int) -> dict[str, Given]:
-        """What every source has given once the run has used so many samples."""
-        return self.leg_before(consumed_samples).ledger(consumed_samples)
+    def ledger(self, consumed_samples: int) -> dict[str, SourceProgress]:
+        """Return the progress of every source after `consumed_samples` samples."""
+        return self.segment_before(consumed_samples).ledger(consumed_samples)
 
 
 def plan_mix(
-    phases: Sequence[Phase],
+    schedule: Sequence[MixSetting],
     *,
     consumed_samples: int = 0,
-    ledger: Mapping[str, Given] | None = None,
-    leg: Leg | None = None,
+    ledger: Mapping[str, SourceProgress] | None = None,
+    current: MixSegment | None = None,
 ) -> Mix:
-    """The legs from sample `consumed_samples` on, where `ledger` is what the sources have given.
+    """Build the segments from sample `consumed_samples` on.
 
-    `leg` is the one in force there. A phase that has the mix and length of what is before it goes
-    on with that leg.
+    A setting with the weights and length of the segment before it continues that segment.
+
+    Args:
+        ledger: Progress of the sources at `consumed_samples`.
+        current: The segment in force at `consumed_samples`.
     """
-    starts = [phase.first_sample for phase in phases]
-    legs: list[Leg] = []
-    for phase in phases[bisect_right(starts, consumed_samples) - 1 :]:
-        begin = max(phase.first_sample, consumed_samples)
-        before = legs[-1] if legs else leg
-        if before is None or not before.goes_on_in(phase):
-            legs.append(_leg(phase, begin, legs[-1].ledger(begin) if legs else ledger or {}))
-        elif not legs:
-            legs.append(before)
-    return Mix(legs)
+    starts = [setting.first_sample for setting in schedule]
+    segments: list[MixSegment] = []
+    for setting in schedule[bisect_right(starts, consumed_samples) - 1 :]:
+        begin = max(setting.first_sample, consumed_samples)
+        before = segments[-1] if segments else current
+        if before is None or not before.matches(setting):
+            progress = segments[-1].ledger(begin) if segments else ledger or {}
+            segments.append(_start_segment(setting, begin, progress))
+        elif not segments:
+            segments.append(before)
+    return Mix(segments)
 
 
-def _leg(phase: Phase, begin: int, given: Mapping[str, Given]) -> Leg:
-    length = phase.sequence_length
-    # Rounded up: a longer sequence that begins inside one already read would repeat tokens.
-    base = {name: -(-given[name].position // length) for name in phase.weights if name in given}
-    return Leg(Blend(phase.weights, start_sample=begin, base=base), length, given)
+def _start_segment(
+    setting: MixSetting, begin: int, ledger: Mapping[str, SourceProgress]
+) -> MixSegment:
+    length = setting.sequence_length
+    # Round up: a longer sequence that starts inside one already read would repeat tokens.
+    base = {name: -(-ledger[name].position // length) for name in setting.weights if name in ledger}
+    return MixSegment(Blend(setting.weights, start_sample=begin, base=base), length, ledger)

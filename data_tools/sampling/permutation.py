@@ -1,4 +1,4 @@
-"""A shuffled order of n items that needs no memory and no time to set up."""
+"""Shuffled order of n items, computed in constant memory without set-up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_tools.arrays import IntArray
 
 _UInt64Array = npt.NDArray[np.uint64]
 
-_NUM_ROUNDS = 6  # four make a strong pseudorandom permutation; two more for very small domains
+_NUM_ROUNDS = 6  # four give a strong pseudorandom permutation; two more for very small domains
 _WORD = (1 << 64) - 1
 # The 64-bit finaliser of SplitMix (Steele, Lea, Flood 2014), variant 13 of Stafford.
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -22,7 +22,7 @@ _GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 
 class KeyedPermutation:
-    """The bijection pi_key on [0, size) of a Feistel network over Z_a x Z_b with cycle walking.
+    """Bijection pi_key on [0, size): a Feistel network over Z_a x Z_b with cycle walking.
 
     With x = left * b + right, a = ceil(sqrt(size)) and b = ceil(size / a), the rounds alternate
 
@@ -30,8 +30,8 @@ class KeyedPermutation:
         right <- (right + hash(left,  round_key)) mod b
 
     Each is invertible, so their composition is a bijection of [0, a*b). The at most a - 1 values
-    that fall in [size, a*b) are sent through again until they land inside, which keeps it a
-    bijection on [0, size). Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002).
+    in [size, a*b) are mapped again until they fall inside, which gives a bijection on [0, size).
+    Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002).
 
     Raises:
         ValueError: `size` is not in [1, 2**62].
@@ -46,7 +46,7 @@ class KeyedPermutation:
         self._round_keys = _round_keys(key)
 
     def __call__(self, indices: IntArray) -> IntArray:
-        """Map indices in [0, size), any shape, to their permuted places."""
+        """Permute indices in [0, size) of any shape."""
         values = self._rounds(indices.astype(np.uint64))
         outside = values >= self.size
         while outside.any():
@@ -55,7 +55,7 @@ class KeyedPermutation:
         return values.astype(np.int64)
 
     def permute_one(self, index: int) -> int:
-        """The same map for one Python integer: readable, and the oracle of the vectorised one."""
+        """Permute one Python integer: the readable oracle of the vectorised version."""
         value = index
         while True:
             left, right = divmod(value, self._right_size)

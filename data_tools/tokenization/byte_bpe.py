@@ -1,13 +1,13 @@
-"""Byte-level BPE as of GPT-2 and Qwen through tiktoken: several times as fast, the same ids.
+"""Fast path for byte-level BPE (GPT-2, Qwen) through tiktoken: same ids, several times faster.
 
-Merging: `tokenizers` merges the pairs of its list, tiktoken any two neighbours that together are a
-token, both by rank. They agree where every token, alone, is merged to itself: neighbours that tile
-a token have been merged as in that token alone, so they are its own last pair. This is checked.
+Merging: `tokenizers` merges the pairs of its list, tiktoken any two neighbours that form a token,
+both by rank. They agree if every token, encoded alone, merges to itself: neighbours that make up a
+token have then been merged as in that token alone, so they are its own last pair. This is checked.
 
-Cutting into words: the two regular expression engines agree where they take each character for the
-same kind (letter, number, space, other). Their Unicode tables are not of one version, so each
-character is compared when it is first met, in the contexts that the patterns tell apart. A document
-with a character on which they differ is left to `tokenizers`.
+Pre-tokenization: the two regular expression engines agree if they classify each character alike
+(letter, number, space, other). As their Unicode tables differ in version, each character is
+compared on first occurrence, in the contexts that the patterns distinguish. Documents with a
+character on which they differ fall back to `tokenizers`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ QWEN2_PATTERN = (
 )
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 LONG_SPACE = re.compile(r"\s{1000}")
-"""Spaces in a row; of very many the stack of tiktoken's regular expressions overflows."""
+"""Run of spaces; very long ones overflow the stack of tiktoken's regular expressions."""
 _CONTEXTS = (
     "the{0}the {0}the The{0}The 12{0}12 !{0}! {0}{0} '{0} {0}'s '{0}{0} {0} {0}\n\n{0} \n{0}1"
 )
 
 
 class FastByteBpe:
-    """The encoder of a tokenizer.json. `encode` gives None where it is not known to be the same."""
+    """Fast encoder of a tokenizer.json; `encode` returns None where equality is not certain."""
 
     def __init__(self, backend: Any, *, pattern: str, ranks: dict[bytes, int]) -> None:
         import tiktoken
@@ -43,15 +43,15 @@ class FastByteBpe:
         self._encoding = tiktoken.Encoding(
             "byte_bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
-        # With `encode_special_tokens` those are not looked for, and encoded as the text they are.
-        looked_for = {
+        # With `encode_special_tokens` special tokens are not matched but encoded as plain text.
+        matched = {
             TokenSpec(*(getattr(token, field) for field in TokenSpec._fields)): number
             for number, token in backend.get_added_tokens_decoder().items()
             if not (token.special and backend.encode_special_tokens)
         }
-        self._literal = Splitter({t: n for t, n in looked_for.items() if t.is_literal})
+        self._literal = Splitter({t: n for t, n in matched.items() if t.is_literal})
         self._others = Splitter(
-            {TokenSpec(t.content): n for t, n in looked_for.items() if not t.is_literal}
+            {TokenSpec(t.content): n for t, n in matched.items() if not t.is_literal}
         )
         self._equal: set[str] = set()
         self._different: set[str] = set()
@@ -59,7 +59,7 @@ class FastByteBpe:
 
     @classmethod
     def of(cls, backend: Any) -> FastByteBpe | None:
-        """The fast encoder of a `tokenizers.Tokenizer`, None where it is of another kind."""
+        """Build the fast encoder of a `tokenizers.Tokenizer`; None if it is not supported."""
         spec = json.loads(backend.to_str())
         pattern = _split_pattern(spec["pre_tokenizer"])
         if pattern is None or spec["normalizer"] not in (None, {"type": "NFC"}):
@@ -70,8 +70,8 @@ class FastByteBpe:
         return cls(backend, pattern=pattern, ranks=ranks)
 
     def encode(self, text: str) -> list[int] | None:
-        """Ids of a text, or None."""
-        # These are looked for before normalization and after it.
+        """Return the ids of a text, or None to fall back to `tokenizers`."""
+        # Non-literal tokens are searched before and after normalization.
         if self._others.occurs_in(text):
             return None
         if not self._literal.occurs_in(text):
@@ -108,7 +108,7 @@ class FastByteBpe:
 
 
 def _split_pattern(spec: Any) -> str | None:
-    """The regular expression that cuts text into words before bytes are merged."""
+    """Return the pre-tokenization pattern; None if it is not supported."""
     if spec is None:
         return None
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
@@ -123,7 +123,7 @@ def _split_pattern(spec: Any) -> str | None:
 
 
 def _ranks(model: Any) -> dict[bytes, int] | None:
-    """Token bytes to ids, where ids grow with the order of merges, as tiktoken has it."""
+    """Map token bytes to ids; None unless ids increase in merge order, as tiktoken requires."""
     # With ignore_merges the check below would look tokens up instead of merging them.
     unusual = (
         "ignore_merges",
@@ -151,7 +151,7 @@ def _ranks(model: Any) -> dict[bytes, int] | None:
 
 
 def _merge_to_themselves(model: Any, merges: Any, ranks: dict[bytes, int]) -> bool:
-    """Whether each token is what its own bytes are merged to."""
+    """Return whether the bytes of each token merge to that token."""
     tokens = [*byte_letters(), *("".join(merge) for merge in merges)]
     return all(
         [found.id for found in model.tokenize(token)] == [rank]
@@ -160,7 +160,7 @@ def _merge_to_themselves(model: Any, merges: Any, ranks: dict[bytes, int]) -> bo
 
 
 def byte_letters() -> dict[str, int]:
-    """The printable character that stands for each byte in the files of GPT-2's descendants."""
+    """Return the printable character for each byte in vocabularies derived from GPT-2's."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: tokenizer.json, or vocab.json with merges.txt, and what is beside it."""
+"""Hugging Face tokenizers: tokenizer.json, or vocab.json with merges.txt, and the files beside."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from typing import Any, NamedTuple, cast
 
 from data_tools.errors import DataError
 from data_tools.files import sha256_of
+from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
 from data_tools.tokenization.byte_bpe import GPT2_PATTERN, QWEN2_PATTERN, FastByteBpe, byte_letters
-from data_tools.tokenization.declared import CONFIG, Declared, read_declared, tokens_to_add
-from data_tools.tokenization.document_marks import Mark, Marks, find_end
 from data_tools.tokenization.special_tokens import SpecialTokens, TokenSpec
+from data_tools.tokenization.tokenizer_config import (
+    CONFIG,
+    TokenizerConfig,
+    read_tokenizer_config,
+    tokens_to_add,
+)
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 
 
-class _Rules(NamedTuple):
-    """How a class of transformers cuts text for vocab.json and merges.txt, which do not say."""
+class _ClassRules(NamedTuple):
+    """Pre-tokenization of a transformers class, which vocab.json and merges.txt do not record."""
 
     pattern: str
     is_nfc: bool = False
     end: str = "<|endoftext|>"
 
 
-# Without a class, or with one of any tokenizer, they are read as Megatron-LM and the library's own
-# ByteLevelBPETokenizer read them.
+# Without a class, or with a generic one, they are read as by Megatron-LM and by the library's own
+# ByteLevelBPETokenizer.
 _ANY = (None, "PreTrainedTokenizer", "TokenizersBackend")
-_RULES = {
-    **dict.fromkeys(_ANY, _Rules(GPT2_PATTERN)),
-    "GPT2Tokenizer": _Rules(GPT2_PATTERN),
-    "CodeGenTokenizer": _Rules(GPT2_PATTERN),
-    "Qwen2Tokenizer": _Rules(QWEN2_PATTERN, is_nfc=True),
+_CLASS_RULES = {
+    **dict.fromkeys(_ANY, _ClassRules(GPT2_PATTERN)),
+    "GPT2Tokenizer": _ClassRules(GPT2_PATTERN),
+    "CodeGenTokenizer": _ClassRules(GPT2_PATTERN),
+    "Qwen2Tokenizer": _ClassRules(QWEN2_PATTERN, is_nfc=True),
 }
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the `tokenizers` library, with the tokens that the files beside it declare.
+    """Tokenizer of the `tokenizers` library, with the tokens declared by the files beside it.
 
     Raises:
         DataError: a file cannot be read, or `eod` is not in the vocabulary.
@@ -48,7 +53,7 @@ class HuggingFaceTokenizer:
     def __init__(
         self, path: Path, *, eod: str | int | None, special_tokens: SpecialTokens | None
     ) -> None:
-        declared = read_declared(path.parent)
+        declared = read_tokenizer_config(path.parent)
         self.name = str(path)
         self._backend = _open(path, declared)
         own = {t.content: t for t in map(_spec, self._backend.get_added_tokens_decoder().values())}
@@ -65,11 +70,11 @@ class HuggingFaceTokenizer:
             for number, token in self._backend.get_added_tokens_decoder().items()
             if token.special
         }
-        self.marks = self._find_marks(declared, eod, default)
+        self.boundary_tokens = self._find_boundary_tokens(declared, eod, default)
 
     @property
     def eod_id(self) -> int | None:
-        return self.marks.eod_id
+        return self.boundary_tokens.eod_id
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -98,38 +103,37 @@ class HuggingFaceTokenizer:
         return token in self._special
 
     def save(self, path: Path) -> None:
-        """Write all of it as one tokenizer.json."""
+        """Write the tokenizer and its added tokens as one tokenizer.json."""
         self._backend.save(str(path))
 
     @cached_property
     def _fast(self) -> FastByteBpe | None:
         return FastByteBpe.of(self._backend)
 
-    def _find_marks(
-        self, declared: Declared, eod: str | int | None, default: SpecialTokens
-    ) -> Marks:
-        before, after = self._around_text()
-        own = None
-        if len(after) == 1:
-            own = Mark(after, self._text(after), "as its post-processor")
-        end = find_end(self, declared, eod=eod, own=own)
-        begin = Mark(before, self._text(before), "as its post-processor") if before else None
-        if begin is None and (role := declared.named.get("bos_token")) is not None:
-            token = self.token_to_id(role.token.content)
+    def _find_boundary_tokens(
+        self, declared: TokenizerConfig, eod: str | int | None, default: SpecialTokens
+    ) -> BoundaryTokens:
+        before, after = self._post_processor_ids()
+        source = "from its post-processor"
+        own = BoundaryToken(after, self._text(after), source) if len(after) == 1 else None
+        found = find_eod(self, declared, eod=eod, own=own)
+        bos = BoundaryToken(before, self._text(before), source) if before else None
+        if bos is None and (named := declared.named.get("bos_token")) is not None:
+            token = self.token_to_id(named.token.content)
             if token is not None:
-                begin = Mark((token,), role.token.content, f"declared in {role.file}")
-        # A tokenizer.json says itself what is added; only other files need this setting.
-        asked = declared.adds_bos and Path(self.name).name == VOCAB
-        return Marks(
-            end=end.mark,
-            no_end=end.reason,
-            begin=begin,
-            begins_documents=bool(before) or (asked and begin is not None),
+                bos = BoundaryToken((token,), named.token.content, f"declared in {named.file}")
+        # The post-processor of a tokenizer.json decides; only other files need this setting.
+        adds_bos = declared.adds_bos and Path(self.name).name == VOCAB
+        return BoundaryTokens(
+            eod=found.token,
+            no_eod_reason=found.no_eod_reason,
+            bos=bos,
+            adds_bos=bool(before) or (adds_bos and bos is not None),
             special_tokens=default,
         )
 
-    def _around_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the post-processor puts before and after a text."""
+    def _post_processor_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids that the post-processor puts before and after a text."""
         text = next((t for t in ("a", "0", " ", "\n") if self.encode(t)), None)
         if text is None:
             return (), ()
@@ -142,12 +146,12 @@ class HuggingFaceTokenizer:
 
 
 def fingerprint_of(path: Path) -> str:
-    """The fingerprint of `HuggingFaceTokenizer(path)`, without loading it.
+    """Return the fingerprint of `HuggingFaceTokenizer(path)`, if possible without loading it.
 
     Raises:
         DataError: a file cannot be read.
     """
-    declared = read_declared(path.parent)
+    declared = read_tokenizer_config(path.parent)
     if path.name == VOCAB:
         return HuggingFaceTokenizer(path, eod=None, special_tokens=None).fingerprint
     if not (declared.named or declared.extra or declared.added):
@@ -160,8 +164,8 @@ def fingerprint_of(path: Path) -> str:
     return _fingerprint(path, declared, tokens_to_add(declared, own))
 
 
-def _fingerprint(path: Path, declared: Declared, added: Sequence[TokenSpec]) -> str:
-    """SHA-256 of the file alone where it says everything itself."""
+def _fingerprint(path: Path, declared: TokenizerConfig, added: Sequence[TokenSpec]) -> str:
+    """Return the SHA-256 of the file, extended by the added tokens if there are any."""
     digests = [sha256_of(path)]
     if path.name == VOCAB:
         digests += [sha256_of(path.with_name(MERGES)), str(_rules(path, declared))]
@@ -170,7 +174,7 @@ def _fingerprint(path: Path, declared: Declared, added: Sequence[TokenSpec]) -> 
     return hashlib.sha256(json.dumps([digests, added]).encode()).hexdigest()
 
 
-def _open(path: Path, declared: Declared) -> Any:
+def _open(path: Path, declared: TokenizerConfig) -> Any:
     from tokenizers import Tokenizer
 
     try:
@@ -183,7 +187,7 @@ def _open(path: Path, declared: Declared) -> Any:
         raise _not_a_tokenizer(path, error) from error
 
 
-def _open_vocab_and_merges(path: Path, declared: Declared) -> Any:
+def _open_vocab_and_merges(path: Path, declared: TokenizerConfig) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     rules = _rules(path, declared)
@@ -191,7 +195,7 @@ def _open_vocab_and_merges(path: Path, declared: Declared) -> Any:
     missing = byte_letters().keys() - tokenizer.get_vocab().keys()
     if missing:
         raise DataError(
-            f"{path}: no token for {len(missing)} of the 256 bytes, so it is not byte-level; give "
+            f"{path}: no token for {len(missing)} of the 256 bytes, so it is not byte-level; pass "
             "a tokenizer.json"
         )
     prefix = declared.adds_prefix_space
@@ -209,18 +213,18 @@ def _open_vocab_and_merges(path: Path, declared: Declared) -> Any:
     return tokenizer
 
 
-def _rules(path: Path, declared: Declared) -> _Rules:
-    rules = _RULES.get(declared.tokenizer_class)
+def _rules(path: Path, declared: TokenizerConfig) -> _ClassRules:
+    rules = _CLASS_RULES.get(declared.tokenizer_class)
     if rules is None:
-        known = ", ".join(name for name in _RULES if name and name not in _ANY)
+        known = ", ".join(name for name in _CLASS_RULES if name and name not in _ANY)
         raise DataError(
             f"{path}: {CONFIG} beside it names {declared.tokenizer_class}, and {VOCAB} with "
-            f"{MERGES} is read as {known} only; give its tokenizer.json"
+            f"{MERGES} is read as {known} only; pass its tokenizer.json"
         )
     return rules
 
 
-def _add(backend: Any, added: Sequence[TokenSpec], declared: Declared, path: Path) -> None:
+def _add(backend: Any, added: Sequence[TokenSpec], declared: TokenizerConfig, path: Path) -> None:
     from tokenizers import AddedToken
 
     backend.add_tokens([AddedToken(**token._asdict()) for token in added])
@@ -229,7 +233,7 @@ def _add(backend: Any, added: Sequence[TokenSpec], declared: Declared, path: Pat
         if found != number:
             raise DataError(
                 f"{path}: the files beside it declare {token.content!r} as id {number}, but here "
-                f"it is {found}; they do not belong together: get the tokenizer again"
+                f"it is {found}; they do not belong together: download the tokenizer again"
             )
 
 
@@ -244,5 +248,5 @@ def _spec_of_json(token: Mapping[str, Any]) -> TokenSpec:
 def _not_a_tokenizer(path: Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:120]
     if path.name == VOCAB:
-        return DataError(f"{path}: not a vocabulary with {MERGES} ({reason}); get both again")
-    return DataError(f"{path}: not a tokenizer.json ({reason}); give the path of one")
+        return DataError(f"{path}: not a vocabulary with {MERGES} ({reason}); download both again")
+    return DataError(f"{path}: not a tokenizer.json ({reason}); pass the path of one")

@@ -1,4 +1,4 @@
-"""SentencePiece models, with the tokens that the files beside them declare."""
+"""SentencePiece models, with the tokens declared by the files beside them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from typing import Any
 
 from data_tools.errors import DataError
 from data_tools.files import sha256_of
-from data_tools.tokenization.declared import Declared, read_declared, tokens_to_add
-from data_tools.tokenization.document_marks import Mark, Marks, find_end
+from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
 from data_tools.tokenization.special_tokens import SpecialTokens, Splitter, TokenSpec
+from data_tools.tokenization.tokenizer_config import (
+    TokenizerConfig,
+    read_tokenizer_config,
+    tokens_to_add,
+)
 
-# Fields that come again at the end of a protocol buffer replace those before: normalizer_spec (3)
-# with add_dummy_prefix (3) false.
+# Appended to a protocol buffer, repeated fields override earlier ones: normalizer_spec (3) with
+# add_dummy_prefix (3) false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece .model.
+    """Tokenizer from a SentencePiece .model.
 
-    The library knows nothing of tokens that files beside the model add, and never reads control
-    pieces in a text. Both are cut out here, and the text between them is encoded by the library,
-    with its dummy prefix at the begin of the text alone (everywhere where `legacy` is declared).
+    The library ignores tokens added by files beside the model, and never matches control pieces in
+    text. Text is split at both here, and the library encodes the parts, with its dummy prefix only
+    at the start of the text (before every part if `legacy` is declared).
 
     Raises:
         DataError: a file cannot be read, or `eod` is not in the vocabulary.
@@ -34,7 +38,7 @@ class SentencePieceTokenizer:
     def __init__(
         self, path: Path, *, eod: str | int | None, special_tokens: SpecialTokens | None
     ) -> None:
-        declared = read_declared(path.parent)
+        declared = read_tokenizer_config(path.parent)
         self.name = str(path)
         self._backend = _open(path)
         own = _own_tokens(self._backend)
@@ -45,21 +49,21 @@ class SentencePieceTokenizer:
         self._size: int = self._backend.get_piece_size()
         self.vocab_size = max(self._size, 1 + max(added, default=0))
         self._special = {n for n, token in (own | added).items() if token.special}
-        self._apart = self._special | added.keys()
+        self._split_ids = self._special | added.keys()
         default: SpecialTokens = "plain" if declared.splits_special_tokens else "parse"
         is_plain = (special_tokens or default) == "plain"
         self._splitter = Splitter(
             {t: n for n, t in (own | added).items() if not (is_plain and t.special)}
         )
-        self._inner = self._backend
+        self._inner_backend = self._backend  # for all parts of a text but the first
         if not declared.is_legacy:
             model = self._backend.serialized_model_proto() + _NO_DUMMY_PREFIX
-            self._inner = type(self._backend)(model_proto=model)
-        self.marks = self._find_marks(declared, eod, default)
+            self._inner_backend = type(self._backend)(model_proto=model)
+        self.boundary_tokens = self._find_boundary_tokens(declared, eod, default)
 
     @property
     def eod_id(self) -> int | None:
-        return self.marks.eod_id
+        return self.boundary_tokens.eod_id
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -75,24 +79,24 @@ class SentencePieceTokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += (self._inner if number else self._backend).encode(part)
+                ids += (self._inner_backend if number else self._backend).encode(part)
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ids, without the space that the dummy prefix puts before the first of it.
+        """Decode ids, without the space of the dummy prefix at the start of the text.
 
-        Ids that the tokenizer lacks, as a model with a padded vocabulary may have, are left out.
+        Ids outside the vocabulary, as from a model with a padded vocabulary, are skipped.
         """
         text = ""
         known = (int(i) for i in ids if i < self._size or i in self._names)
-        for is_apart, group in groupby(known, self._apart.__contains__):
-            if is_apart:
-                text += "".join(self._shown(group, skip_special_tokens))
+        for is_split, group in groupby(known, self._split_ids.__contains__):
+            if is_split:
+                text += "".join(self._token_texts(group, skip_special_tokens))
             else:
-                text += (self._inner if text else self._backend).decode(list(group))
+                text += (self._inner_backend if text else self._backend).decode(list(group))
         return text
 
-    def _shown(self, ids: Iterator[int], skip_special_tokens: bool) -> Iterator[str]:
+    def _token_texts(self, ids: Iterator[int], skip_special_tokens: bool) -> Iterator[str]:
         for token in ids:
             if not (skip_special_tokens and token in self._special):
                 yield self.id_to_token(token) or ""
@@ -100,7 +104,7 @@ class SentencePieceTokenizer:
     def token_to_id(self, token: str) -> int | None:
         if token in self._ids:
             return self._ids[token]
-        # The library gives the id of the unknown piece for what it does not have.
+        # The library returns the id of the unknown piece for tokens that it does not have.
         found: int = self._backend.piece_to_id(token)
         return found if self._backend.id_to_piece(found) == token else None
 
@@ -112,45 +116,45 @@ class SentencePieceTokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
-    def _find_marks(
-        self, declared: Declared, eod: str | int | None, default: SpecialTokens
-    ) -> Marks:
-        own = self._piece_mark(self._backend.eos_id())
-        end = find_end(self, declared, eod=eod, own=own)
-        begin = self._piece_mark(self._backend.bos_id())
-        if (role := declared.named.get("bos_token")) is not None:
-            token = self.token_to_id(role.token.content)
+    def _find_boundary_tokens(
+        self, declared: TokenizerConfig, eod: str | int | None, default: SpecialTokens
+    ) -> BoundaryTokens:
+        own = self._control_piece(self._backend.eos_id())
+        found = find_eod(self, declared, eod=eod, own=own)
+        bos = self._control_piece(self._backend.bos_id())
+        if (named := declared.named.get("bos_token")) is not None:
+            token = self.token_to_id(named.token.content)
             if token is not None:
-                begin = Mark((token,), role.token.content, f"declared in {role.file}")
-        return Marks(
-            end=end.mark,
-            no_end=end.reason,
-            begin=begin,
-            begins_documents=declared.adds_bos and begin is not None,
+                bos = BoundaryToken((token,), named.token.content, f"declared in {named.file}")
+        return BoundaryTokens(
+            eod=found.token,
+            no_eod_reason=found.no_eod_reason,
+            bos=bos,
+            adds_bos=declared.adds_bos and bos is not None,
             special_tokens=default,
         )
 
-    def _piece_mark(self, token: int) -> Mark | None:
+    def _control_piece(self, token: int) -> BoundaryToken | None:
         if token < 0:
             return None
-        return Mark((token,), self._backend.id_to_piece(token), "as the model says")
+        return BoundaryToken((token,), self._backend.id_to_piece(token), "from the model file")
 
 
 def fingerprint_of(path: Path) -> str:
-    """The fingerprint of `SentencePieceTokenizer(path)`.
+    """Return the fingerprint of `SentencePieceTokenizer(path)`.
 
     Raises:
         DataError: a file cannot be read.
     """
-    declared = read_declared(path.parent)
+    declared = read_tokenizer_config(path.parent)
     if not (declared.named or declared.extra or declared.added):
         return sha256_of(path)
     backend = _open(path)
     return _fingerprint(path, declared, _added_tokens(backend, declared, _own_tokens(backend)))
 
 
-def _fingerprint(path: Path, declared: Declared, added: dict[int, TokenSpec]) -> str:
-    """SHA-256 of the file alone where it says everything itself."""
+def _fingerprint(path: Path, declared: TokenizerConfig, added: dict[int, TokenSpec]) -> str:
+    """Return the SHA-256 of the file, extended by added tokens and `legacy` if declared."""
     digest = sha256_of(path)
     if not added and not declared.is_legacy:
         return digest
@@ -159,7 +163,7 @@ def _fingerprint(path: Path, declared: Declared, added: dict[int, TokenSpec]) ->
 
 
 def _own_tokens(backend: Any) -> dict[int, TokenSpec]:
-    """Control pieces and the unknown piece, which a text never becomes by itself."""
+    """Return control pieces and the unknown piece, which plain text never encodes to."""
     return {
         number: TokenSpec(backend.id_to_piece(number))
         for number in range(backend.get_piece_size())
@@ -168,11 +172,11 @@ def _own_tokens(backend: Any) -> dict[int, TokenSpec]:
 
 
 def _added_tokens(
-    backend: Any, declared: Declared, own: dict[int, TokenSpec]
+    backend: Any, declared: TokenizerConfig, own: dict[int, TokenSpec]
 ) -> dict[int, TokenSpec]:
-    """Tokens that the files beside a model add to its own or change, with their ids."""
+    """Return the tokens, by id, that the files beside a model add to its own or change."""
     known = {token.content: token for token in own.values()}
-    # Normalization is the library's, and comes after the tokens are cut out.
+    # The library normalizes the text only after it has been split at the tokens.
     tokens = (token._replace(normalized=False) for token in tokens_to_add(declared, known))
     wanted = [token for token in tokens if known.get(token.content) != token]
     numbers = {token.content: number for number, token in declared.added.items()}
@@ -197,5 +201,5 @@ def _open(path: Path) -> Any:
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(
-            f"{path}: not a SentencePiece model ({reason}); give the path of one"
+            f"{path}: not a SentencePiece model ({reason}); pass the path of one"
         ) from error

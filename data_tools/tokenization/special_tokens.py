@@ -1,4 +1,4 @@
-"""Added tokens: what they are, and where a text spells one."""
+"""Added tokens, and a splitter that finds them in text."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 SpecialTokens = Literal["parse", "plain"]
-"""What becomes of text that spells a special token: that token, or ordinary tokens."""
+"""Treatment of text that spells a special token: encode it as that token, or as plain text."""
 
-# What Unicode calls white space: Python's \s has four control characters more.
+# Unicode white space: Python's \s also matches four control characters.
 _SPACE = r"[^\S\x1c-\x1f]*"
 
 
 class TokenSpec(NamedTuple):
-    """A token that is looked for in the text before anything else is done to it.
+    """Added token, matched in the raw text before pre-tokenization.
 
-    The flags are those of `tokenizers.AddedToken`: `lstrip` and `rstrip` take the white space
-    beside it, `single_word` passes it over inside a word, `normalized` looks for it after the
-    text's normalization.
+    The flags are those of `tokenizers.AddedToken`: `lstrip` and `rstrip` include adjacent white
+    space, `single_word` excludes matches inside a word, `normalized` matches in the normalized
+    text.
     """
 
     content: str
@@ -30,12 +30,12 @@ class TokenSpec(NamedTuple):
 
     @property
     def is_literal(self) -> bool:
-        """Whether it is found wherever the raw text spells it."""
+        """Return whether every literal occurrence in the raw text is a match."""
         return not (self.normalized or self.lstrip or self.rstrip or self.single_word)
 
     @property
     def pattern(self) -> str:
-        """A regular expression for the token, a group where it may take white space as well."""
+        """Regular expression for the token; with adjacent white space, the token is a group."""
         content = re.escape(self.content)
         if self.single_word:
             content = rf"(?<!\w){content}(?!\w)"
@@ -45,7 +45,7 @@ class TokenSpec(NamedTuple):
 
 
 class Splitter:
-    """Cuts text at tokens as `tokenizers` does: at the leftmost one, and the longest of those."""
+    """Splits text at added tokens as `tokenizers` does: leftmost match, longest token first."""
 
     def __init__(self, ids: Mapping[TokenSpec, int]) -> None:
         tokens = sorted((t for t in ids if t.content), key=lambda t: len(t.content), reverse=True)
@@ -53,11 +53,11 @@ class Splitter:
         self._pattern = re.compile("|".join(t.pattern for t in tokens)) if tokens else None
 
     def occurs_in(self, text: str) -> bool:
-        """Whether the text spells any of the tokens."""
+        """Return whether any of the tokens occurs in the text."""
         return self._pattern is not None and self._pattern.search(text) is not None
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text in order: ids of tokens, and what lies between them, which is never empty."""
+        """Yield the ids of tokens and the non-empty text between them, in order."""
         end = 0
         for match in self._pattern.finditer(text) if self._pattern is not None else ():
             if match.start() > end:

@@ -1,7 +1,7 @@
-"""Files of tiktoken ranks: a token in base64 and its rank on every line.
+"""tiktoken rank files: a base64 token and its rank on every line.
 
-Such a file says neither how text is split before it is encoded nor which ids are special. RULES
-holds both for the published ones: special tokens that a text may spell and `fim` may name.
+A rank file records neither the pre-tokenization pattern nor the special tokens. ENCODINGS holds
+both for the published files: special tokens that text may spell and `data.fim` may name.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.errors import DataError
+from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
 from data_tools.tokenization.byte_bpe import GPT2_PATTERN, LONG_SPACE, QWEN2_PATTERN
-from data_tools.tokenization.document_marks import Mark, Marks, find_end
 from data_tools.tokenization.special_tokens import SpecialTokens, Splitter, TokenSpec
 
 
-class Rules(NamedTuple):
-    """What a file of ranks leaves open."""
+class TiktokenEncoding(NamedTuple):
+    """Pre-tokenization pattern, sizes and special tokens of a published rank file."""
 
     pattern: str
     num_ranks: int
@@ -28,7 +28,7 @@ class Rules(NamedTuple):
     vocab_size: int
     special: dict[str, int]
     bos: str | None = None
-    """What the published tokenizer of transformers puts before a text."""
+    """Token that the published transformers tokenizer puts before a text."""
 
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -50,9 +50,9 @@ _LONGEST_PART = 25_000  # characters
 _END = "<|endoftext|>"
 
 # Sources: tiktoken_ext/openai_public.py, Qwen's tokenization_qwen.py, llama_models' tokenizer.py.
-RULES = {
-    "gpt2": Rules(GPT2_PATTERN, 50_256, _END, 50_257, {_END: 50_256}),
-    "cl100k_base": Rules(
+ENCODINGS = {
+    "gpt2": TiktokenEncoding(GPT2_PATTERN, 50_256, _END, 50_257, {_END: 50_256}),
+    "cl100k_base": TiktokenEncoding(
         _WORDS + r"\p{N}{1,3}" + _REST,
         100_256,
         _END,
@@ -65,10 +65,10 @@ RULES = {
             "<|endofprompt|>": 100_276,
         },
     ),
-    "o200k_base": Rules(
+    "o200k_base": TiktokenEncoding(
         _O200K, 199_998, _END, 200_019, {_END: 199_999, "<|endofprompt|>": 200_018}
     ),
-    "qwen": Rules(
+    "qwen": TiktokenEncoding(
         QWEN2_PATTERN,
         151_643,
         _END,
@@ -80,8 +80,8 @@ RULES = {
             **{f"<|extra_{number}|>": 151_646 + number for number in range(205)},
         },
     ),
-    # Versions 3 and 3.1 have other names for some of the reserved ids; these are 3.1's.
-    "llama3": Rules(
+    # Llama 3 and 3.1 name some of the reserved ids differently; these names are 3.1's.
+    "llama3": TiktokenEncoding(
         _WORDS + r"\p{N}{1,3}" + _REST,
         128_000,
         "<|end_of_text|>",
@@ -102,53 +102,54 @@ RULES = {
 
 
 class TiktokenTokenizer:
-    """A file of ranks, through the `tiktoken` library.
+    """Tokenizer from a rank file, through the `tiktoken` library.
 
     Raises:
-        DataError: the file cannot be read, is not the one that the rules are for, or `eod` is not
-            in the vocabulary.
+        DataError: the file cannot be read, does not fit the encoding, or `eod` is not in the
+            vocabulary.
     """
 
     def __init__(
         self,
         path: Path,
-        rules_name: str,
+        encoding_name: str,
         *,
         eod: str | int | None = None,
         special_tokens: SpecialTokens | None = None,
     ) -> None:
         import tiktoken
 
-        rules = RULES[rules_name]
+        encoding = ENCODINGS[encoding_name]
         data = _read(path)
-        self.name = f"{path}:{rules_name}"
-        # Other rules give other ids from the same file.
-        self.fingerprint = hashlib.sha256(data + f"\n{rules_name}".encode()).hexdigest()
+        self.name = f"{path}:{encoding_name}"
+        # The same file gives other ids with another encoding.
+        self.fingerprint = hashlib.sha256(data + f"\n{encoding_name}".encode()).hexdigest()
         ranks = _parse(path, data)
-        if sorted(ranks.values()) != list(range(rules.num_ranks)):
+        if sorted(ranks.values()) != list(range(encoding.num_ranks)):
             raise DataError(
                 f"{path}: {len(ranks)} ranks up to {max(ranks.values(), default=-1)} found, "
-                f"0 to {rules.num_ranks - 1} expected by {rules_name}; give the rules of this file"
+                f"0 to {encoding.num_ranks - 1} expected by {encoding_name}; pass the encoding of "
+                "this file"
             )
         self._backend = tiktoken.Encoding(
-            rules_name,
-            pat_str=rules.pattern,
+            encoding_name,
+            pat_str=encoding.pattern,
             mergeable_ranks=ranks,
-            special_tokens=rules.special,
+            special_tokens=encoding.special,
         )
-        self.vocab_size = rules.vocab_size
-        self._num_ranks = rules.num_ranks
-        self._special = rules.special
-        self._names = {number: token for token, number in rules.special.items()}
+        self.vocab_size = encoding.vocab_size
+        self._num_ranks = encoding.num_ranks
+        self._special = encoding.special
+        self._names = {number: token for token, number in encoding.special.items()}
         is_plain = special_tokens == "plain"
         self._splitter = Splitter(
-            {} if is_plain else {TokenSpec(token): n for token, n in rules.special.items()}
+            {} if is_plain else {TokenSpec(token): n for token, n in encoding.special.items()}
         )
-        self.marks = self._find_marks(rules, eod)
+        self.boundary_tokens = self._find_boundary_tokens(encoding, eod)
 
     @property
     def eod_id(self) -> int | None:
-        return self.marks.eod_id
+        return self.boundary_tokens.eod_id
 
     def encode(self, text: str) -> list[int]:
         if not self._splitter.occurs_in(text):
@@ -162,10 +163,10 @@ class TiktokenTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ids; those that the tokenizer lacks are left out."""
-        left_out = self._names if skip_special_tokens else ()
+        """Decode ids; ids outside the vocabulary are skipped."""
+        skipped = self._names if skip_special_tokens else ()
         known = (i for i in ids if i < self._num_ranks or i in self._names)
-        return self._backend.decode([int(i) for i in known if i not in left_out])
+        return self._backend.decode([int(i) for i in known if i not in skipped])
 
     def token_to_id(self, token: str) -> int | None:
         if token in self._special:
@@ -187,23 +188,28 @@ class TiktokenTokenizer:
     def _encode_ordinary(self, text: str) -> list[int]:
         if not LONG_SPACE.search(text):
             return self._backend.encode_ordinary(text)
-        # Cut as Llama 3's own code cuts long runs: on the whole, tiktoken could overflow its stack.
+        # Split long runs as Llama 3's own code does: on the whole text tiktoken's stack may
+        # overflow.
         parts = (text[i : i + _LONGEST_PART] for i in range(0, len(text), _LONGEST_PART))
         return [token for part in parts for token in self._backend.encode_ordinary(part)]
 
-    def _find_marks(self, rules: Rules, eod: str | int | None) -> Marks:
-        source = "as its rules say"
-        own = Mark((rules.special[rules.eod],), rules.eod, source)
-        # What lies beside a file of ranks is not known to be about it: its rules are.
-        end = find_end(self, None, eod=eod, own=own)
-        begin = None if rules.bos is None else Mark((rules.special[rules.bos],), rules.bos, source)
-        return Marks(end.mark, end.reason, begin, begins_documents=begin is not None)
+    def _find_boundary_tokens(
+        self, encoding: TiktokenEncoding, eod: str | int | None
+    ) -> BoundaryTokens:
+        source = "from its encoding"
+        own = BoundaryToken((encoding.special[encoding.eod],), encoding.eod, source)
+        # Files beside a rank file may belong to another tokenizer; only its encoding counts.
+        found = find_eod(self, None, eod=eod, own=own)
+        bos = None
+        if encoding.bos is not None:
+            bos = BoundaryToken((encoding.special[encoding.bos],), encoding.bos, source)
+        return BoundaryTokens(found.token, found.no_eod_reason, bos, adds_bos=bos is not None)
 
 
-def split_spec(spec: str) -> tuple[Path, str] | None:
-    """File and rules of FILE:RULES; None for another specification."""
+def split_tiktoken_spec(spec: str) -> tuple[Path, str] | None:
+    """Split FILE:ENCODING into file and encoding name; None for other specifications."""
     path, _, name = spec.rpartition(":")
-    return (Path(path), name) if path and name in RULES else None
+    return (Path(path), name) if path and name in ENCODINGS else None
 
 
 def _read(path: Path) -> bytes:
@@ -221,7 +227,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(
-                f"{path}:{number}: a token in base64 and its rank expected; give a file of "
-                "tiktoken ranks"
+                f"{path}:{number}: a token in base64 and its rank expected; pass a tiktoken rank "
+                "file"
             ) from error
     return ranks

@@ -1,6 +1,6 @@
-"""Text to token ids and back: Hugging Face, SentencePiece and tiktoken files, raw bytes.
+"""Tokenizers behind one interface: Hugging Face, SentencePiece and tiktoken files, raw bytes.
 
-The libraries are imported when a tokenizer of their kind is loaded.
+Their libraries are imported only when such a tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -9,45 +9,45 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from data_tools.errors import DataError, looked_up
+from data_tools.errors import DataError, cwd_hint
 from data_tools.tokenization import hugging_face_files, sentencepiece_files
+from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD, BYTE_VOCAB_SIZE
-from data_tools.tokenization.document_marks import Mark, Marks
 from data_tools.tokenization.hugging_face_files import MERGES, VOCAB, HuggingFaceTokenizer
 from data_tools.tokenization.sentencepiece_files import SentencePieceTokenizer
 from data_tools.tokenization.special_tokens import SpecialTokens
-from data_tools.tokenization.tiktoken_files import RULES, TiktokenTokenizer, split_spec
+from data_tools.tokenization.tiktoken_files import ENCODINGS, TiktokenTokenizer, split_tiktoken_spec
 
 TOKENIZER_HELP = (
     "bytes; a tokenizer.json, or a directory with one; a directory with vocab.json and merges.txt; "
-    "a SentencePiece .model; or FILE:RULES, a file of tiktoken ranks and how text is split "
-    f"({', '.join(RULES)})"
+    "a SentencePiece .model; or FILE:ENCODING, a file of tiktoken ranks and its encoding "
+    f"({', '.join(ENCODINGS)})"
 )
 _FILES = ("tokenizer.json", "tokenizer.model", VOCAB)
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers. What begins and ends a document is up to the caller."""
+    """Interface of all tokenizers; begin and end tokens are added by the caller."""
 
     @property
     def name(self) -> str:
-        """Its file, for messages."""
+        """File of the tokenizer, for messages."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than its largest id."""
+        """One more than the largest id."""
 
     @property
-    def marks(self) -> Marks:
-        """What may begin and end a document, and who says so."""
+    def boundary_tokens(self) -> BoundaryTokens:
+        """Begin and end tokens of documents, and the source of their declaration."""
 
     @property
     def eod_id(self) -> int | None:
-        """Token that ends a document; None where nothing says which."""
+        """End-of-document id; None if none is declared."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's file and of what files beside it add, or `bytes`."""
+        """SHA-256 of the tokenizer's file and the additions of files beside it, or `bytes`."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -63,16 +63,16 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0..255, and 256 ends a document."""
+    """UTF-8 bytes as ids 0..255; id 256 ends a document."""
 
     name = fingerprint = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
     eod_id = BYTE_EOD
-    marks = Marks(
-        end=Mark((BYTE_EOD,), "end of document", "as always with bytes"),
-        no_end="",
-        begin=None,
-        begins_documents=False,
+    boundary_tokens = BoundaryTokens(
+        eod=BoundaryToken((BYTE_EOD,), "end of document", "as always with bytes"),
+        no_eod_reason="",
+        bos=None,
+        adds_bos=False,
         special_tokens="plain",
     )
 
@@ -101,21 +101,23 @@ def load_tokenizer(
     eod: str | int | None = None,
     special_tokens: SpecialTokens | None = "plain",
 ) -> Tokenizer:
-    """Load a tokenizer: see TOKENIZER_HELP for what `spec` may be.
+    """Load a tokenizer.
 
-    `eod`: the token or id that ends a document, in place of what the tokenizer's files declare.
-    `special_tokens`: what becomes of text that spells one; None: what transformers does with the
-    same files, which is to parse it unless they say otherwise.
+    Args:
+        spec: See TOKENIZER_HELP.
+        eod: End-of-document token or id, instead of the declared one.
+        special_tokens: Treatment of text that spells a special token; None: as transformers does
+            with the same files, which is to parse it unless they set otherwise.
 
     Raises:
-        DataError: there is no such tokenizer, or it does not have the token `eod`.
+        DataError: there is no such tokenizer, or `eod` is not in its vocabulary.
     """
     if spec == "bytes":
         if eod not in (None, BYTE_EOD) or special_tokens == "parse":
             setting = "--special-tokens parse" if eod in (None, BYTE_EOD) else f"--eod {eod}"
             raise DataError(f"{setting} has no effect with the tokenizer `bytes`; remove it")
         return ByteTokenizer()
-    if (ranks := split_spec(spec)) is not None:
+    if (ranks := split_tiktoken_spec(spec)) is not None:
         return TiktokenTokenizer(*ranks, eod=eod, special_tokens=special_tokens)
     path = tokenizer_file(spec)
     if path.suffix == ".json":
@@ -124,7 +126,7 @@ def load_tokenizer(
 
 
 def token_finder(spec: str) -> Callable[[str], int | None]:
-    """Token -> id of a tokenizer, None for what it does not have.
+    """Return the function of a tokenizer that maps a token to its id, or None.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
@@ -133,14 +135,14 @@ def token_finder(spec: str) -> Callable[[str], int | None]:
 
 
 def tokenizer_fingerprint(spec: str) -> str:
-    """The fingerprint of a tokenizer, as far as possible without loading it.
+    """Return the fingerprint of a tokenizer, if possible without loading it.
 
     Raises:
         DataError: there is no such tokenizer, or a file beside it cannot be read.
     """
     if spec == "bytes":
         return ByteTokenizer.fingerprint
-    if (ranks := split_spec(spec)) is not None:
+    if (ranks := split_tiktoken_spec(spec)) is not None:
         return TiktokenTokenizer(*ranks).fingerprint
     path = tokenizer_file(spec)
     kind = hugging_face_files if path.suffix == ".json" else sentencepiece_files
@@ -148,23 +150,23 @@ def tokenizer_fingerprint(spec: str) -> str:
 
 
 def tokenizer_file(spec: str) -> Path:
-    """The file that `spec`, a file or a directory, means; vocab.json stands for merges.txt as well.
+    """Return the tokenizer file for `spec`, a file or directory; vocab.json implies merges.txt.
 
     Raises:
-        DataError: there is no such file, or it is of no known kind.
+        DataError: there is no such file, or its kind is unknown.
     """
     path = Path(spec)
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():
         raise DataError(
-            f"tokenizer {path}: no such file{looked_up(path)}; give `bytes`, a tokenizer.json, a "
+            f"tokenizer {path}: no such file{cwd_hint(path)}; pass `bytes`, a tokenizer.json, a "
             "directory or a .model"
         )
     if path.suffix == ".tiktoken":
         raise DataError(
-            f"tokenizer {path}: tiktoken ranks do not say how text is split; give {path}:RULES, "
-            f"with one of {', '.join(RULES)}"
+            f"tokenizer {path}: tiktoken ranks do not record how text is split; pass "
+            f"{path}:ENCODING with one of {', '.join(ENCODINGS)}"
         )
     if path.suffix not in (".json", ".model"):
         raise DataError(

@@ -1,6 +1,6 @@
-# What the ranks of a job may see of the environment that sbatch was called in, and what they need.
+# Environment of the ranks: which variables of sbatch they inherit, and which are set for them.
 
-# Names that ranks inherit; everything else stays in the batch shell, keys and tokens above all.
+# Inherited names; everything else stays in the batch shell, above all keys and tokens.
 readonly INHERITED='PATH|HOME|USER|LOGNAME|SHELL|PWD|LANG|LC_*|TZ|TERM|TMPDIR|LD_LIBRARY_PATH|XDG_CACHE_HOME
 |SLURM*|CUDA*|NVIDIA_*|NCCL_*|GLOO_*|UCX_*|FI_*|OMP_*|GOMP_*|MKL_*|TORCH*|PYTORCH_*|PET_*|TRITON_*|DS_*|PYTHON*
 |VIRTUAL_ENV|HF_HOME|HF_HUB_OFFLINE|HF_HUB_CACHE|WANDB_MODE|WANDB_DIR|WANDB_PROJECT|MANYFORMER_*'
@@ -31,7 +31,7 @@ choose_container() {
   CONTAINER=()
   [[ -n ${CONTAINER_IMAGE:-} ]] || return 0
   [[ $ROOT != *[:,]* ]] ||
-    give_up 2 "the path $ROOT has a colon or a comma and cannot be mounted; move the project"
+    give_up 2 "the path $ROOT contains a colon or a comma and cannot be mounted; move the project"
   CONTAINER=(
     "--container-image=$CONTAINER_IMAGE"
     "--container-mounts=$ROOT:$ROOT${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
@@ -52,14 +52,14 @@ hide_other_variables() {
   done
 }
 
-# The names for srun --export. Bash would also hand on what it cannot name, such as a.b.
+# The names for srun --export. Bash would also pass on variables that it cannot name, such as a.b.
 visible() { compgen -e | paste -sd ,; }
 
 use_fabric() {
   [[ -n ${FABRIC:-} ]] || return 0
   local file=$LIB/fabric/$FABRIC.sh
   [[ $FABRIC != */* && -f $file ]] ||
-    give_up 2 "FABRIC=$FABRIC is unknown; it can be $(basename -as .sh "$LIB"/fabric/*.sh | paste -sd ' ')"
+    give_up 2 "FABRIC=$FABRIC is unknown; set it to one of $(basename -as .sh "$LIB"/fabric/*.sh | paste -sd ' ')"
   set -a
   . "$file"
   set +a

@@ -1,4 +1,5 @@
-# On every node before each launch: writes what is wrong, or OK, as the last line of its own file.
+# Health check, run on every node before each launch: writes the problem, or OK, as the last line of
+# the node's file.
 
 exec > "$LOG_DIR/health/$SLURMD_NODENAME" 2>&1
 

@@ -1,21 +1,22 @@
-# The life of a batch job; a job script sources this file and calls `run_job RUN_FILE ARGUMENT...`.
+# Main program of a batch job; a job script sources this file and calls
+# `run_job RUN_FILE ARGUMENT...`.
 #
 # Settings, from the environment of sbatch:
-#   TRAIN_NODES           nodes that train (default: all of the job); those beyond are spares
+#   TRAIN_NODES           nodes that train (default: all of the job); the others are spares
 #   RANKS_PER_NODE        (default: the GPUs of a node)
-#   MAX_STALLED_LAUNCHES  launches in a row that bring no new checkpoint before giving up (default: 3)
-#   FABRIC                a file of launchers/lib/fabric, without .sh (default: NCCL decides alone)
-#   HEALTH_CHECK          a program of the site that fails on a node that must not train
-#   HEALTH_TIMEOUT        seconds after which a node that has not answered is left out (default: 300)
-#   CONTAINER_IMAGE, CONTAINER_MOUNTS   as pyxis takes them (default: no container)
-#   KEEP_ENV              names of further variables that ranks may see, separated by commas
+#   MAX_STALLED_LAUNCHES  launches in a row without a new checkpoint before giving up (default: 3)
+#   FABRIC                a file of launchers/lib/fabric, without .sh (default: NCCL's own choice)
+#   HEALTH_CHECK          a site-specific program that fails on a node that must not train
+#   HEALTH_TIMEOUT        seconds after which an unresponsive node is excluded (default: 300)
+#   CONTAINER_IMAGE, CONTAINER_MOUNTS   as for pyxis (default: no container)
+#   KEEP_ENV              names of additional variables that ranks inherit, separated by commas
 #   PYTHON                the interpreter (default: .venv/bin/python if there is one, else python)
 #
-# How a launch ended is read from files in the run directory and not from exit codes, which torchrun
-# reduces to 0 and 1: DONE (trained to the end) and REQUEUE (saved because asked) are the trainer's,
-# STOP is the user's.
+# The outcome of a launch is read from files in the run directory and not from exit codes, which
+# torchrun reduces to 0 and 1: the trainer writes DONE (trained to the end) and REQUEUE (saved on
+# request), the user writes STOP.
 
-set -uo pipefail  # not -e: most commands here may fail and say how the job goes on
+set -uo pipefail  # not -e: most commands here may fail, and their status decides how to continue
 umask 027
 ROOT=${MANYFORMER_ROOT:-$SLURM_SUBMIT_DIR}
 LIB=$ROOT/launchers/lib
@@ -49,25 +50,26 @@ give_up() {  # exit code, reason
   exit "$code"
 }
 
-# Bash evaluates what stands in a variable that it takes for a number, commands included.
+# Bash evaluates the contents of a variable in arithmetic, including commands.
 check_count() {  # name of a variable
-  [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || give_up 2 "$1=${!1} must be a whole number from 1"
+  [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || give_up 2 "$1=${!1} must be a positive integer"
 }
 
 check_size() {
   TRAIN_NODES=${TRAIN_NODES:-$SLURM_NNODES}
   check_count TRAIN_NODES
   (( TRAIN_NODES <= SLURM_NNODES )) ||
-    give_up 2 "TRAIN_NODES=$TRAIN_NODES are more than the $SLURM_NNODES nodes of the job"
+    give_up 2 "TRAIN_NODES=$TRAIN_NODES exceeds the $SLURM_NNODES nodes of the job; lower it or" \
+      "raise --nodes"
   RANKS_PER_NODE=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
   check_count RANKS_PER_NODE
 }
 
-# Check every setting for the number of ranks before a GPU is used, find the run directory, and
-# print what is about to run.
+# Check all settings for the number of ranks before a GPU is used, determine the run directory, and
+# print the configuration of the run.
 prepare_run() {
   export TRAIN_NODES RANKS_PER_NODE LAUNCH PYTHON
-  # The dot keeps a newline at the end of a path, which $(...) would strip.
+  # The dot protects a newline at the end of a path, which $(...) would strip.
   RUN_DIR=$(
     srun --nodes=1 --ntasks=1 --export="$(visible)" ${CONTAINER[@]+"${CONTAINER[@]}"} \
       bash "$LIB/prepare.sh" "$@" && printf .
@@ -79,11 +81,11 @@ prepare_run() {
   cat "$LOG_DIR/start.txt"
 }
 
-# One launcher per node, which starts its ranks.
+# Start one launcher per node, which starts the ranks of that node.
 train() {
   local tick
   export MASTER_ADDR=${NODES[0]}
-  # Below the ports that the kernel gives to clients; another one for every job and launch.
+  # Below the kernel's ephemeral ports; different for every job and launch.
   export MASTER_PORT=$((10000 + (SLURM_JOB_ID + LAUNCH) % 20000))
   say "training on ${NODES[*]}, rendezvous $MASTER_ADDR:$MASTER_PORT"
   rm -f "$RUN_DIR/REQUEUE"
@@ -95,7 +97,7 @@ train() {
   trap 'ask_to_save "the end of the time limit is near"' USR1
   while kill -0 "$STEP" 2> /dev/null; do
     [[ ! -e $RUN_DIR/STOP ]] || ask_to_save "$RUN_DIR/STOP exists"
-    # Again and again: ranks that are still starting up do not listen yet.
+    # Repeat the signal: ranks that are still starting up do not handle it yet.
     [[ -z $ASKED ]] || kill -USR1 "$STEP"
     sleep 5 &
     tick=$!

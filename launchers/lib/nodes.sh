@@ -1,4 +1,4 @@
-# Which nodes of the job train: the first TRAIN_NODES whose health check says OK.
+# Selection of the nodes that train: the first TRAIN_NODES that pass the health check.
 
 choose_nodes() {
   local node log
@@ -8,7 +8,7 @@ choose_nodes() {
   HEALTH_TIMEOUT=${HEALTH_TIMEOUT:-300}
   check_count HEALTH_TIMEOUT
   export HEALTH_CHECK=${HEALTH_CHECK:-}
-  # A node that hangs must not stop the others from being chosen.
+  # A hanging node must not block the selection of the others.
   timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" \
     --ntasks-per-node=1 --kill-on-bad-exit=0 --export="$(visible)" bash "$LIB/health.sh"
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do

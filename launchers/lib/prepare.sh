@@ -1,4 +1,4 @@
-# On one node before each launch: standard output is the run directory and nothing else.
+# Run on one node before each launch; prints only the run directory to standard output.
 
 run_dir=$(WORLD_SIZE=$((TRAIN_NODES * RANKS_PER_NODE)) \
   "$PYTHON" -m pretrain.train "$@" --print-run-dir && printf .) || exit

@@ -1,4 +1,4 @@
-# Whether a run goes on: its marker files, and a bound on launches that bring nothing.
+# Decision to continue a run: its marker files, and a limit on launches without progress.
 
 refuse_finished_run() {
   [[ ! -e $RUN_DIR/DONE ]] || { say "$RUN_DIR/DONE exists: trained to the end"; exit 0; }
@@ -6,7 +6,7 @@ refuse_finished_run() {
     give_up "$EXIT_STOPPED" "$RUN_DIR/STOP exists: remove it and submit again to continue"
 }
 
-# Counted when a launch begins, so that it does not matter what ended the last one.
+# Counted at the start of a launch, so that it does not matter how the previous one ended.
 refuse_stalled_run() {
   local file=$RUN_DIR/logs/job_$SLURM_JOB_ID/progress
   local step last=-1 stalled=0
@@ -19,7 +19,7 @@ refuse_stalled_run() {
   if (( step > last )); then stalled=0; else stalled=$((stalled + 1)); fi
   echo "$step $stalled" > "$file.new" && mv "$file.new" "$file"
   (( stalled < MAX_STALLED_LAUNCHES )) ||
-    give_up "$EXIT_GAVE_UP" "launches in a row that brought no checkpoint after step $step: $stalled;" \
+    give_up "$EXIT_GAVE_UP" "launches in a row without a checkpoint after step $step: $stalled;" \
       "see $RUN_DIR/logs/job_$SLURM_JOB_ID"
 }
 
@@ -32,18 +32,18 @@ newest_step() {
   echo "$newest"
 }
 
-# Not reached after scancel, of which this script dies at once.
+# Not reached after scancel, which kills this script at once.
 decide_what_follows() {
   if [[ -e $RUN_DIR/DONE ]]; then
     say "trained to the end"
     exit 0
   fi
-  [[ ! -e $RUN_DIR/STOP ]] || give_up "$EXIT_STOPPED" "stopped at step $(newest_step) as asked"
+  [[ ! -e $RUN_DIR/STOP ]] || give_up "$EXIT_STOPPED" "stopped at step $(newest_step) as requested"
   if [[ -e $RUN_DIR/REQUEUE ]]; then
-    say "saved step $(newest_step) and stopped as asked; into the queue again"
+    say "saved step $(newest_step) and stopped as requested; requeueing"
   else
-    say "failed after step $(newest_step); into the queue again"
+    say "failed after step $(newest_step); requeueing"
   fi
-  scontrol requeue "$SLURM_JOB_ID" || give_up 1 "the job cannot be queued again; submit it again"
+  scontrol requeue "$SLURM_JOB_ID" || give_up 1 "the job cannot be requeued; submit it again"
   sleep 600  # Slurm ends this script
 }

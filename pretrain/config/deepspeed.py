@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.errors import looked_up
+from data_tools.errors import cwd_hint
 from pretrain.config.deepspeed_keys import ACCEPTED, REFUSED, STAGE_3_ONLY
 from pretrain.config.errors import nearest, show
 from pretrain.config.input_checks import leaves
@@ -350,7 +350,7 @@ def _read(file: Path) -> dict[str, Any]:
         known = ", ".join(sorted(each.name for each in FILES.glob("*.json")))
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(
-            f"cannot read the DeepSpeed file {str(file)!r} (--ds_config){looked_up(file)}: "
+            f"cannot read the DeepSpeed file {str(file)!r} (--ds_config){cwd_hint(file)}: "
             f"{reason}; {FILES} has {known}"
         ) from error
     try:

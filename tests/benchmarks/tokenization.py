@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.preprocess import preprocess
 from data_tools.preprocessing.encoding import EncodingSettings
-from data_tools.preprocessing.join_shards import Job
+from data_tools.preprocessing.join_shards import PreprocessJob
 from tests.benchmarks import gpt_dataset
 from tests.benchmarks.fetch import TEXT, TOKENIZERS
 from tests.benchmarks.timing import Table, interleaved, ratio
@@ -89,7 +89,7 @@ def _ours(tokenizer: Path, output: Path) -> None:
     settings = EncodingSettings(
         tokenizer=str(tokenizer), eod=None, append_eod=True, json_key="text", skip_bad_lines=False
     )
-    job = Job(inputs=[str(TEXT)], output=str(output), settings=settings, overwrite=True)
+    job = PreprocessJob(inputs=[str(TEXT)], output=str(output), settings=settings, overwrite=True)
     preprocess(job, num_workers=CORES)
 
 

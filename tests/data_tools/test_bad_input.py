@@ -90,12 +90,12 @@ def test_null_bytes_are_text_and_counted(tmp_path: Path) -> None:
     assert dataset.info.sources[0].num_with_null_bytes == 1
 
 
-def test_line_of_a_bad_document_is_counted_from_the_begin_of_the_file(tmp_path: Path) -> None:
+def test_line_of_a_bad_document_is_counted_from_the_start_of_the_file(tmp_path: Path) -> None:
     """Also in a shard that begins in the middle of the file."""
     lines = [json.dumps({"text": "x" * 1000})] * 5000
     lines[3999] = '{"text": 5}'
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"in.jsonl:4000: 'text' is a int, not text"):
+    with pytest.raises(DataError, match=r"in.jsonl:4000: 'text' is of type int, not text"):
         _preprocess(tmp_path / "in.jsonl", tmp_path / "out", "--shard-megabytes", "1")
     skip = ["--shard-megabytes", "1", "--on-bad-line", "skip"]
     _preprocess(tmp_path / "in.jsonl", tmp_path / "skipped", *skip)
@@ -110,7 +110,7 @@ def test_corrupt_files_publish_nothing(tmp_path: Path) -> None:
     content = (tmp_path / "c.parquet").read_bytes()
     (tmp_path / "c.parquet").write_bytes(content[:-100])
     for name in ("a.jsonl.gz", "b.txt.zst", "c.parquet"):
-        with pytest.raises(DataError, match=f"{name}: cannot be read to its end.*get it again"):
+        with pytest.raises(DataError, match=f"{name}: cannot be read to its end.*replace the file"):
             _preprocess(tmp_path / name, tmp_path / "out", "--on-bad-line", "skip")
         assert not list(tmp_path.glob("out*"))
 
@@ -119,7 +119,9 @@ def test_ids_that_occur_must_fit_the_vocabulary_of_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.txt").write_text("text")
-    message = r"--vocab-size 256: documents begin or end with id 256; a model needs 257 or more"
+    message = (
+        r"--vocab-size 256: documents begin or end with id 256, .* needs 257 or more; raise it"
+    )
     with pytest.raises(DataError, match=message):
         _preprocess(tmp_path / "in.txt", tmp_path / "out", "--vocab-size", "256")
     _preprocess(tmp_path / "in.txt", tmp_path / "out", "--vocab-size", "257")
@@ -129,7 +131,7 @@ def test_ids_that_occur_must_fit_the_vocabulary_of_a_model(
     options = ["--tokenizer", str(tmp_path / "t"), "--vocab-size", "301", "--overwrite"]
     dataset = _preprocess(tmp_path / "in.txt", tmp_path / "out", *options)
     assert dataset.document(0)[-1] == 300
-    assert "has ids up to 301; a document with one from 301 on ends" in capsys.readouterr().err
+    assert "has ids up to 301; a document with an id of 301 or more" in capsys.readouterr().err
     (tmp_path / "in.txt").write_text("text [PAD]")
     message = r"in.txt: its text has id 301 \(\[PAD\]\), but --vocab-size is 301; raise it"
     with pytest.raises(DataError, match=message):
@@ -152,7 +154,11 @@ def test_vocabulary_with_holes_gets_a_dtype_for_its_largest_id(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("workers", "megabytes", "message"),
     [
-        ("1", "3", r"cannot write shard .*No space left on device.*free space.*are done and kept"),
+        (
+            "1",
+            "3",
+            r"cannot write shard .*No space left on device.*free space.*finished and kept",
+        ),
         # Of two shards at a time none may be finished when the disk is full.
         ("2", "3", r"cannot write shard .*No space left on device.*free space"),
         ("1", "20", r"out: cannot be written .No space left on device.; free as much .*same comma"),

@@ -50,12 +50,12 @@ def test_demo_corpus_is_complete_and_the_splits_share_no_module(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("few_modules")
-def test_complete_corpus_is_left_alone_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
+def test_complete_corpus_is_kept_and_a_damaged_one_is_rebuilt(tmp_path: Path) -> None:
     build_demo_corpus(tmp_path, vocab_size=512)
     files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     said: list[str] = []
-    build_demo_corpus(tmp_path, vocab_size=512, say=said.append)
+    build_demo_corpus(tmp_path, vocab_size=512, log=said.append)
     assert said == [f"{tmp_path}: complete, nothing to do"]
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     (tmp_path / "train.bin").write_bytes(b"damaged")

@@ -19,7 +19,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
-def test_report_tells_counts_lengths_duplicates_and_texts(
+def test_report_shows_counts_lengths_duplicates_and_texts(
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([str(corpus), "--samples", "4"])
@@ -30,7 +30,7 @@ def test_report_tells_counts_lengths_duplicates_and_texts(
     assert "max 100 tokens" in report
     assert "122 bytes, 0.968 bytes per token" in report
     assert "257 ids, largest used 256" in report
-    assert "25.00% of the first 4 documents repeat another" in report
+    assert "25.00% of the first 4 documents repeat an earlier one" in report
     assert "document 1: 'another'" in report
     assert f"source        {corpus.parent}: 4 documents, 126 tokens" in report
 
@@ -58,7 +58,7 @@ def test_corpus_without_a_sidecar_is_shown_as_ids(
 
 def test_another_tokenizer_than_the_corpus_was_made_with_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([3]), tokenizer_fingerprint="f" * 64)
-    with pytest.raises(DataError, match=r"--tokenizer bytes .* is not the one that made"):
+    with pytest.raises(DataError, match=r"--tokenizer bytes .* is not the tokenizer of .*; pass"):
         main([str(tmp_path / "c"), "--tokenizer", "bytes"])
 
 

@@ -13,9 +13,9 @@ from data_tools.verify import verify
 from tests.data_tools.corpora import counting_documents, write_corpus, write_megatron_corpus
 
 
-def _preprocess(folder: Path, name: str, text: str, licence: str) -> str:
+def _preprocess(folder: Path, name: str, text: str, license: str) -> str:
     (folder / f"{name}.txt").write_text(text)
-    options = ["--tokenizer", "bytes", "--licence", licence]
+    options = ["--tokenizer", "bytes", "--licence", license]  # the spelling of earlier versions
     preprocess(["--input", str(folder / f"{name}.txt"), "--output", str(folder / name), *options])
     return str(folder / name)
 
@@ -38,7 +38,7 @@ def test_merged_corpus_holds_the_documents_in_order(tmp_path: Path) -> None:
     assert (info.num_tokens, info.num_bytes) == (70_011, 30)
 
 
-def test_sources_and_licences_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sources_and_licenses_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefixes = [
         _preprocess(tmp_path, "a", "one", "CC0"),
         _preprocess(tmp_path, "b", "two", "MIT"),
@@ -60,7 +60,7 @@ def test_corpora_of_two_tokenizers_are_not_merged(tmp_path: Path) -> None:
     (tmp_path / "b.json").unlink()
     with pytest.raises(DataError, match=r"b: no b.json beside it"):
         merge(prefixes, str(tmp_path / "out"))
-    with pytest.raises(DataError, match="1 corpus given; name two or more"):
+    with pytest.raises(DataError, match="1 corpus given; pass two or more"):
         merge(prefixes[:1], str(tmp_path / "out"))
     with pytest.raises(DataError, match="is one of the corpora to merge"):
         merge([prefixes[0], prefixes[0]], prefixes[0], overwrite=True)
@@ -71,7 +71,7 @@ def _documents(prefix: Path) -> list[list[int]]:
     return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
 
 
-def test_corpora_of_megatron_are_merged_as_they_are(tmp_path: Path) -> None:
+def test_megatron_corpora_are_merged_without_a_sidecar(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 200, size=n) for n in (3, 1, 40)]
     for name, dtype in (("a", "uint8"), ("b", "uint16")):
@@ -84,14 +84,16 @@ def test_corpora_of_megatron_are_merged_as_they_are(tmp_path: Path) -> None:
     assert _documents(tmp_path / "out") == [text.tolist() for text in texts] * 2
 
 
-def test_corpora_of_megatron_get_a_sidecar_with_the_tokenizer_that_made_them(
+def test_megatron_corpora_get_a_sidecar_with_their_tokenizer(
     tmp_path: Path,
 ) -> None:
     ours = _preprocess(tmp_path, "ours", "caf\u00e9", "CC0")
     theirs = [np.array([*b"river", 256]), np.array([*"\u00e9".encode(), 256])]
     write_megatron_corpus(tmp_path / "theirs", theirs, dtype="uint16")
     prefixes = [ours, str(tmp_path / "theirs")]
-    with pytest.raises(DataError, match=r"theirs: no theirs.json beside it, so nothing says"):
+    with pytest.raises(
+        DataError, match=r"theirs: no theirs.json beside it, so its tokenizer cannot"
+    ):
         merge(prefixes, str(tmp_path / "out"))
     info = merge(prefixes, str(tmp_path / "out"), tokenizer="bytes")
     assert info is not None

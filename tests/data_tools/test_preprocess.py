@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
-from data_tools.preprocess import _identity, main
+from data_tools.preprocess import _resume_settings, main
 from data_tools.preprocessing.encoding import EncodingSettings
-from data_tools.preprocessing.resume_folder import WorkFolder
+from data_tools.preprocessing.resume_folder import ResumeFolder
 from data_tools.verify import verify
 from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 
@@ -77,7 +77,7 @@ def test_another_json_key_can_be_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_bad_line_stops_with_its_place_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
+def test_bad_line_stops_with_its_location_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
     source = _write_jsonl(tmp_path / "in.jsonl")
     with open(source, "a") as file:
         file.write('{"text": "unfinished\n')
@@ -168,8 +168,9 @@ def test_documents_are_what_transformers_makes_of_them_and_an_end_token(
     assert _documents(dataset) == expected
     assert dataset.info is not None
     assert dataset.info.text_rules == (301, (300,), "parse")
-    assert "begin with <|begin|> (300; as its post-processor) and end with <|end|> (301; decla" in (
-        capsys.readouterr().out
+    assert (
+        "begin with <|begin|> (300; from its post-processor) and end with <|end|> (301; decla"
+        in (capsys.readouterr().out)
     )
     dataset = _preprocess_with(tmp_path, _CHAT, "--no-add-bos", "--special-tokens", "plain")
     assert _documents(dataset) == [
@@ -217,16 +218,16 @@ def test_end_token_that_is_asked_for_replaces_the_declared_one(tmp_path: Path) -
     assert dataset.info.eod_id == 301
 
 
-def test_unfinished_shards_of_other_rules_are_not_gone_on_from(tmp_path: Path) -> None:
+def test_unfinished_shards_of_other_settings_are_not_resumed(tmp_path: Path) -> None:
     byte_level(tmp_path / "t", ["<|endoftext|>"])
-    folder = WorkFolder(tmp_path / "out")
+    folder = ResumeFolder(tmp_path / "out")
     source = _write_jsonl(tmp_path / "in.jsonl", ["river"])
     settings = EncodingSettings(str(tmp_path / "t"), None, True, "text", skip_bad_lines=False)
-    folder.plan(_identity(settings), [])
+    folder.plan(_resume_settings(settings), [])
     folder.claim(overwrite=False)
     (folder.path / "kept.report").write_text("{}")
     folder.release()
-    message = "unfinished run with special_tokens parse, but this one has plain; give the command"
+    message = "unfinished run with special_tokens parse, but this one has plain; run the original"
     with pytest.raises(DataError, match=message):
         _preprocess(
             source,

@@ -28,7 +28,7 @@ def corpus(tmp_path: Path) -> str:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in _TEXTS)
     (tmp_path / "in.jsonl").write_text(lines)
     arguments = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "all")]
-    preprocess([*arguments, "--tokenizer", "bytes", "--licence", "CC0", "--workers", "1"])
+    preprocess([*arguments, "--tokenizer", "bytes", "--license", "CC0", "--workers", "1"])
     return str(tmp_path / "all")
 
 
@@ -51,7 +51,7 @@ def test_equal_documents_never_cross_and_none_is_lost(corpus: str) -> None:
     assert validation == [text for text in _TEXTS if text in set(validation)]  # in order
 
 
-def test_halves_are_whole_corpora_with_their_bytes(
+def test_splits_are_complete_corpora_with_their_bytes(
     corpus: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outputs = [f"{corpus}_{half}" for half in ("train", "validation")]
@@ -66,7 +66,7 @@ def test_halves_are_whole_corpora_with_their_bytes(
         assert dataset.info.num_bytes == dataset.num_tokens - dataset.num_documents
 
 
-def test_choice_depends_on_the_seed_and_the_document_alone(corpus: str, tmp_path: Path) -> None:
+def test_split_depends_only_on_the_seed_and_the_document(corpus: str, tmp_path: Path) -> None:
     first, again, other = (
         _split(corpus, name, seed=seed) for name, seed in (("1", 0), ("2", 0), ("3", 1))
     )
@@ -106,7 +106,7 @@ def test_ratios_cut_where_megatron_cuts(ratios: str, num_documents: int) -> None
 
 
 @pytest.mark.parametrize("tokenizer", [None, "bytes"])
-def test_parts_of_a_corpus_of_megatron_are_in_order_and_whole(
+def test_splits_of_a_megatron_corpus_are_in_order_and_complete(
     megatron_corpus: tuple[str, list[list[int]]],
     tokenizer: str | None,
     capsys: pytest.CaptureFixture[str],
@@ -209,14 +209,16 @@ def test_options_that_do_not_fit_each_other_are_refused(
     assert not list(tmp_path.glob("[abc].*"))
 
 
-def test_split_that_cannot_be_made_leaves_nothing(corpus: str, tmp_path: Path) -> None:
+def test_failed_split_leaves_nothing(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--share 1.5 must be between 0 and 1"):
         _split(corpus, share=1.5)
-    with pytest.raises(DataError, match=r"all_validation: no document fell to it of 900"):
+    with pytest.raises(
+        DataError, match=r"all_validation: it would get none of the 900 documents; choose"
+    ):
         _split(corpus, share=1e-9)
     with pytest.raises(DataError, match="must be three different corpora"):
         split(corpus, corpus, f"{corpus}_validation", share=0.1, overwrite=True)
     write_corpus(tmp_path / "c", counting_documents([3, 4]))
-    with pytest.raises(DataError, match=r"its tokenizer tokenizer.model is not there or has chang"):
+    with pytest.raises(DataError, match=r"its tokenizer tokenizer.model is missing or has changed"):
         _split(str(tmp_path / "c"))
     assert not list(tmp_path.glob("*_train*"))

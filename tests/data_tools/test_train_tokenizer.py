@@ -85,7 +85,7 @@ def test_bad_line_is_refused_or_skipped(text_file: Path, tmp_path: Path) -> None
     assert train_tokenizer(inputs, output, vocab_size=400, skip_bad_lines=True).vocab_size == 400
 
 
-def test_large_inputs_are_thinned_by_whole_documents(tmp_path: Path) -> None:
+def test_large_inputs_are_sampled_by_whole_documents(tmp_path: Path) -> None:
     for number in range(400):
         (tmp_path / f"{number}.txt").write_text(f"first {number}\nlast {number}")
     pieces = cut_pieces(find_inputs([str(tmp_path)]), piece_bytes=1 << 30, json_key="text")

@@ -28,7 +28,7 @@ def test_verify_finds_every_flipped_bit(tmp_path: Path, suffix: str) -> None:
             verify(str(prefix))
 
 
-def test_id_outside_the_vocabulary_is_found_with_its_place(tmp_path: Path) -> None:
+def test_id_outside_the_vocabulary_is_found_with_its_location(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([30, 40, 50]), vocab_size=1000)
     assert verify(str(tmp_path / "c"), vocab_size=120)[1] == "ids in [0, 120), largest 119"
     message = r"c.bin: id 100 at token 30 of document 2 is outside \[0, 100\)"
@@ -43,7 +43,7 @@ def test_corpus_without_a_sidecar_says_what_was_not_checked(
     (tmp_path / "c.json").unlink()
     main([str(tmp_path / "c")])
     shown = capsys.readouterr().out
-    assert "no vocabulary is known to compare with: --vocab-size N" in shown
+    assert "not compared with a vocabulary: pass --vocab-size N" in shown
     assert "no .json beside it: no checksums to compare with" in shown
     np.memmap(tmp_path / "c.bin", dtype="<i4", mode="r+")[1] = -7
     with pytest.raises(DataError, match="id -7 at token 1 of document 0 is outside"):
@@ -84,7 +84,7 @@ def test_sidecar_of_the_version_without_a_checksum_is_read(tmp_path: Path) -> No
     assert "checksums equal" in verify(str(tmp_path / "c"))
 
 
-def test_another_tokenizer_in_the_place_of_the_corpus_s_own_is_found(tmp_path: Path) -> None:
+def test_a_replaced_tokenizer_file_is_detected(tmp_path: Path) -> None:
     text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.model"
     text.write_text("a corpus of its own, in few words\n" * 200)
     train_tokenizer([str(text)], str(tokenizer), vocab_size=300)
@@ -95,4 +95,4 @@ def test_another_tokenizer_in_the_place_of_the_corpus_s_own_is_found(tmp_path: P
     with pytest.raises(DataError, match=r"tokenizer.model: SHA-256 .* is not the tokenizer that"):
         verify(str(tmp_path / "c"))
     tokenizer.unlink()
-    assert f"tokenizer {tokenizer} is not here: not compared" in verify(str(tmp_path / "c"))
+    assert f"tokenizer {tokenizer} not found: not compared" in verify(str(tmp_path / "c"))

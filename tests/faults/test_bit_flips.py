@@ -14,7 +14,7 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from data_tools.corpus.byte_dataset import MappedFiles
 from data_tools.corpus.indexed import HEADER, IndexedDataset
-from data_tools.corpus.jsonl_cache import open_jsonl, verify_images
+from data_tools.corpus.jsonl_cache import open_jsonl, verify_caches
 from data_tools.errors import DataError
 from data_tools.preprocess import main as preprocess
 from data_tools.train_tokenizer import train_tokenizer
@@ -123,7 +123,7 @@ def try_corpus(folder: Path, count: int, seed: int) -> Tally:
         tally.try_all(kind, folder / name, some, lambda: verify(str(folder / "c")))
     image, cache = cached_text(folder), str(folder / "cache")
     some = list(damages(image.read_bytes(), count, draw))
-    tally.try_all("cached text", image, some, lambda: list(verify_images(cache)))
+    tally.try_all("cached text", image, some, lambda: list(verify_caches(cache)))
     return tally
 
 

@@ -34,7 +34,7 @@ def test_a_job_that_brings_no_checkpoint_gives_up(cluster: Cluster, tmp_path: Pa
     fields = cluster.wait(job, ("FAILED", "COMPLETED"), timeout=120)
     output = cluster.output(job)
     assert (fields["ExitCode"], fields["Restarts"]) == ("93:0", "1"), output
-    assert "launches in a row that brought no checkpoint after step 0: 1" in output
+    assert "launches in a row without a checkpoint after step 0: 1" in output
     assert (tmp_path / "run/launches").read_text().split() == ["launched"]
 
 
@@ -51,7 +51,7 @@ def test_a_job_that_gets_on_comes_back_for_as_long_as_it_does(
     fields = cluster.wait(job, timeout=120)
     output = cluster.output(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "3"), output
-    assert "failed after step 30; into the queue again" in output
+    assert "failed after step 30; requeueing" in output
 
 
 # bash cannot trap a signal that was ignored when it started; Python, as a rank, can.

@@ -157,13 +157,14 @@ def test_a_fabric_sets_its_variables_and_the_users_values_win(
 
 
 @pytest.mark.parametrize("fabric", ["token_ring", "../job", "/etc/profile"])
-def test_an_unknown_fabric_ends_the_job_with_those_that_are_known(
+def test_an_unknown_fabric_ends_the_job_with_the_known_ones(
     fabric: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     variables = {"FABRIC": fabric}
     job = run_recorded(cluster, "llama_125m", run_dir=tmp_path / "run", variables=variables)
     assert job.fields["ExitCode"] == "2:0"
-    assert "it can be efa ethernet infiniband roce" in job.output
+    refusal = f"FABRIC={fabric} is unknown; set it to one of efa ethernet infiniband roce"
+    assert refusal in job.output
 
 
 @pytest.mark.parametrize("number", ["0", "3", "two", "a[$(touch injected)]", ""])

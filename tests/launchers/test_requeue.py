@@ -96,7 +96,7 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_
     fields = cluster.wait(job, timeout=240)
     output = cluster.output(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
-    assert f"saved step {stopped} and stopped as asked; into the queue again" in output
+    assert f"saved step {stopped} and stopped as requested; requeueing" in output
     assert f"continuing after step {stopped}" in output
     assert losses(run_dir) == undisturbed()
     assert (run_dir / "DONE").exists()

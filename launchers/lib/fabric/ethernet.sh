@@ -1,2 +1,2 @@
-# Plain TCP: no RDMA, and no interface that leads nowhere.
+# Plain TCP: no RDMA, and no loopback, Docker or virtual bridge interface.
 : "${NCCL_IB_DISABLE:=1}" "${NCCL_SOCKET_IFNAME:=^lo,docker,virbr}"

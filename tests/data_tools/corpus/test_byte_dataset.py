@@ -130,7 +130,7 @@ def test_fingerprint_sees_a_changed_byte_far_behind_the_beginning(tmp_path: Path
 
 @pytest.mark.parametrize("contents", [{}, {"a": b""}])
 def test_source_without_bytes_is_refused(tmp_path: Path, contents: dict[str, bytes]) -> None:
-    with pytest.raises(DataError, match="files of a byte source hold no byte"):
+    with pytest.raises(DataError, match=r"files of a byte source are all empty; check data.train"):
         ByteStream(MappedFiles(_write_files(tmp_path, contents)))
 
 

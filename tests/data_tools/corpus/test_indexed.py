@@ -123,8 +123,8 @@ def _rewritten(**changes: int) -> Callable[[bytes], bytes]:
         ("idx", _overwrite(17, b"\x07"), "dtype code 7 .float32. found"),
         ("idx", _overwrite(17, b"\x01"), "corpus.bin: .* bytes found, .* expected"),
         ("idx", _overwrite(18, struct.pack("<Q", 2**63)), "bytes found, .* expected"),
-        ("idx", _overwrite(_OFFSETS_AT, struct.pack("<q", 2)), "an offset that is not the end"),
-        ("idx", _overwrite(_OFFSETS_AT + 80, struct.pack("<q", -8)), "an offset that is not"),
+        ("idx", _overwrite(_OFFSETS_AT, struct.pack("<q", 2)), "an offset is not the end"),
+        ("idx", _overwrite(_OFFSETS_AT + 80, struct.pack("<q", -8)), "an offset is not the end"),
         ("idx", _overwrite(_BOUNDS_AT, struct.pack("<q", 1)), "do not cover the sequences"),
         ("bin", lambda content: b"", "the file is empty"),
         ("bin", lambda content: content[:-2], "bytes found, .* expected by corpus.idx"),
@@ -158,7 +158,7 @@ def test_tokens_that_belong_to_no_document_are_refused(tmp_path: Path) -> None:
     struct.pack_into("<q", index, HEADER.size + 4, 2)  # the only document begins a token later
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(2) + (tmp_path / "corpus.bin").read_bytes())
-    with pytest.raises(DataError, match="an offset that is not the end of the sequence before"):
+    with pytest.raises(DataError, match="an offset is not the end of the previous sequence; it is"):
         IndexedDataset(prefix)
 
 
@@ -197,7 +197,7 @@ stream = IndexedStream(IndexedDataset({str(tmp_path / "c")!r}))
 dataset = TokenDataset(
     stream, name="c", sequence_length=2048, seed=0, reset_at_documents=True
 )
-windows = dataset.read(dataset.places(2048 * np.arange(100)), length=2048)
+windows = dataset.read(dataset.locate(2048 * np.arange(100)), length=2048)
 print(dataset.num_windows, int(windows.segment_ids.max()))
 print(stream.fingerprint)
 # ru_maxrss would be the parent's where that is larger.

@@ -32,7 +32,7 @@ def test_smallest_dtype_holds_the_largest_id(tmp_path: Path, vocab_size: int, dt
 
 
 @pytest.mark.parametrize("wrong", [-1, 70_000, 2**40])
-def test_id_out_of_range_is_refused_with_its_place(tmp_path: Path, wrong: int) -> None:
+def test_id_out_of_range_is_refused_with_its_location(tmp_path: Path, wrong: int) -> None:
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=70_000) as writer:
         writer.add_document([1, 2])
         message = f"token id {wrong} at token 1 of document 2 is outside .0, 70000."

@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.config import DataConfig
 from data_tools.corpus.byte_dataset import MappedFiles
-from data_tools.corpus.jsonl_cache import JsonlImage, open_jsonl, verify_images
+from data_tools.corpus.jsonl_cache import JsonlCache, open_jsonl, verify_caches
 from data_tools.corpus.jsonl_stream import JsonlStream
 from data_tools.corpus.token_stream import TokenStream
 from data_tools.errors import DataError
@@ -46,10 +46,10 @@ def _same(first: TokenStream, second: TokenStream) -> bool:
 
 
 @pytest.mark.parametrize("num_files", [1, 2, 3])
-def test_image_is_the_stream_that_parsing_gives(tmp_path: Path, num_files: int) -> None:
+def test_cache_holds_the_tokens_of_the_parsed_stream(tmp_path: Path, num_files: int) -> None:
     files = _files(tmp_path, num_files)
     image, parsed = _open(files, tmp_path / "cache"), JsonlStream(files, json_key="text")
-    assert isinstance(image, JsonlImage)
+    assert isinstance(image, JsonlCache)
     assert _same(image, parsed)
     for length in (1, 2, 9, 100):
         starts = np.arange(parsed.num_tokens - length + 1)
@@ -61,7 +61,7 @@ def test_image_is_the_stream_that_parsing_gives(tmp_path: Path, num_files: int) 
     assert all(map(np.array_equal, found, expected))
 
 
-def test_image_is_made_once_and_again_when_a_file_changes(tmp_path: Path) -> None:
+def test_cache_is_built_once_and_again_when_a_file_changes(tmp_path: Path) -> None:
     files = _files(tmp_path)
     _open(files, tmp_path / "cache")
     [image] = _images(tmp_path / "cache")
@@ -77,7 +77,7 @@ def test_image_is_made_once_and_again_when_a_file_changes(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("cache/*/*"))) == 4  # an image and a lock each
 
 
-def test_ranks_share_one_image(tmp_path: Path) -> None:
+def test_ranks_share_one_cache(tmp_path: Path) -> None:
     files = _files(tmp_path)
     folder = tmp_path / "cache"
     sizes = run_ranks(_num_tokens, 4, [str(path) for path in files.paths], str(folder), init=False)
@@ -90,7 +90,7 @@ def _num_tokens(paths: list[str], folder: str) -> int:
 
 
 @pytest.mark.parametrize("why", ["no folder", "no space"])
-def test_without_an_image_lines_are_parsed(
+def test_without_a_cache_lines_are_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
 ) -> None:
     files = _files(tmp_path)
@@ -100,7 +100,7 @@ def test_without_an_image_lines_are_parsed(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     stream = _open(files, tmp_path / "cache")
     assert isinstance(stream, JsonlStream)
-    assert "lines are parsed whenever they are read, which is slower" in caplog.text
+    assert "lines are parsed on every read, which is slower: set data.cache_dir" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_without_an_image_lines_are_parsed(
         ("", r"0.jsonl: neither it nor the 0 files beside it have text"),
     ],
 )
-def test_bad_file_leaves_no_image(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_file_leaves_no_cache(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "0.jsonl").write_text('{"text": ""}\n' + line)
     with pytest.raises(DataError, match=message):
         _open(MappedFiles([tmp_path / "0.jsonl"]), tmp_path / "cache")
@@ -128,21 +128,21 @@ def test_cache_dir_is_taken_where_it_has_an_effect(documents: str) -> None:
             DataConfig.model_validate(settings)
 
 
-def test_every_flipped_bit_of_an_image_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_cache_is_found(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     _open(_files(tmp_path, 1), cache)
     (image,) = _images(cache)
-    assert list(verify_images(str(cache))) == [image]
+    assert list(verify_caches(str(cache))) == [image]
     content = image.read_bytes()
     for bit in range(8 * len(content)):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         image.write_bytes(damaged)
         with pytest.raises(DataError, match=rf"{image}: the cached text is damaged; delete it"):
-            list(verify_images(str(cache)))
+            list(verify_caches(str(cache)))
 
 
-def test_a_truncated_image_is_not_opened(tmp_path: Path) -> None:
+def test_a_truncated_cache_is_not_opened(tmp_path: Path) -> None:
     files = _files(tmp_path, 1)
     _open(files, tmp_path / "cache")
     (image,) = _images(tmp_path / "cache")

@@ -68,7 +68,7 @@ def test_a_copy_is_made_once_and_again_when_the_remote_files_change(
     assert IndexedDataset(second).num_tokens == 700
 
 
-def test_a_copy_that_was_cut_off_is_made_again(tmp_path: Path, corpus: Path) -> None:
+def test_an_interrupted_copy_is_repeated(tmp_path: Path, corpus: Path) -> None:
     _upload(corpus, "memory://bucket/c")
     prefix = local_prefix("memory://bucket/c", cache_dir=str(tmp_path / "cache"))
     content = prefix.with_name("c.bin").read_bytes()
@@ -97,7 +97,10 @@ def test_a_corpus_without_sidecar_is_copied_too(tmp_path: Path, corpus: Path) ->
     ("url", "message"),
     [
         ("memory://nothing/c", r"no memory://nothing/c.bin and memory://nothing/c.idx there"),
-        ("nosuch://bucket/c", "nosuch://bucket/c: Protocol not known: nosuch; install what"),
+        (
+            "nosuch://bucket/c",
+            "nosuch://bucket/c: Protocol not known: nosuch; install that package or check the URL",
+        ),
     ],
 )
 def test_a_url_that_cannot_be_read_is_refused(tmp_path: Path, url: str, message: str) -> None:
@@ -122,7 +125,10 @@ def test_the_cache_is_where_the_user_keeps_caches(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "bytes", "train": "s3://b/text"}, "s3://b/text is a URL; copy it here, or"),
+        (
+            {"kind": "bytes", "train": "s3://b/text"},
+            "kind is bytes, but s3://b/text is a URL; copy it",
+        ),
         ({"cache_dir": "cache"}, "data.cache_dir=cache has no effect: no source is a URL"),
     ],
 )

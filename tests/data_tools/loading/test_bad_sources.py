@@ -92,7 +92,7 @@ def _write_sparse(prefix: Path, lengths: list[int]) -> None:
         file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
 
 
-def test_places_behind_two_to_the_31_tokens_are_read(tmp_path: Path) -> None:
+def test_positions_beyond_two_to_the_31_tokens_are_read(tmp_path: Path) -> None:
     lengths = [1_500_000_000, 1_000_000_000, 500_000_000]
     _write_sparse(tmp_path / "c", lengths)
     total = sum(lengths)
@@ -105,12 +105,12 @@ def test_places_behind_two_to_the_31_tokens_are_read(tmp_path: Path) -> None:
     assert [p.tolist() for p in stream.document_starts(np.array([begin]), 10)] == [[begin + 5]]
     dataset = TokenDataset(stream, name="c", sequence_length=8, seed=0, reset_at_documents=True)
     epochs = 3 * dataset.num_windows * 8
-    places = dataset.places(np.arange(epochs, epochs + 8000, 8))
-    assert set(places.epochs.tolist()) == {3}
-    assert (places.starts > 1 << 31).any()
-    assert places.starts.min() >= 0
-    assert places.starts.max() <= total - 9
-    assert dataset.read(places, length=8).ids.shape == (1000, 9)
+    locations = dataset.locate(np.arange(epochs, epochs + 8000, 8))
+    assert set(locations.epochs.tolist()) == {3}
+    assert (locations.starts > 1 << 31).any()
+    assert locations.starts.min() >= 0
+    assert locations.starts.max() <= total - 9
+    assert dataset.read(locations, length=8).ids.shape == (1000, 9)
 
 
 def test_a_run_of_more_than_two_to_the_31_samples_keeps_its_ledger(tmp_path: Path) -> None:

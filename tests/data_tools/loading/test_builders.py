@@ -82,9 +82,9 @@ def test_corpora_whose_documents_begin_or_end_differently_are_refused(tmp_path: 
         ),
         (
             "begun",
-            "begun: its documents begin with id 1, but those of .* with no token",
+            "begun: its documents begin with id 1, but those of .* with no dedicated token",
         ),
-        ("endless", "end with no token for that, .* or set data.eod=3 if the text of the other"),
+        ("endless", "end with no dedicated token, .* or set data.eod=3 if the text of the other"),
     ):
         section = {"train": [str(tmp_path / "a"), str(tmp_path / name)]}
         with pytest.raises(DataError, match=message):

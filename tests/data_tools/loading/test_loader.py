@@ -143,7 +143,7 @@ def test_resume_after_every_step_gives_the_same_samples(
     assert torch.equal(torch.cat(rows), reference)
 
 
-def test_consumed_samples_alone_skip_to_the_same_place(
+def test_consumed_samples_alone_skip_to_the_same_position(
     corpora: Path, reference: torch.Tensor
 ) -> None:
     with _loader(corpora, micro_batch_size=16, consumed_samples=64) as loader:
@@ -160,7 +160,7 @@ def test_micro_batches_of_an_unfinished_step_are_drawn_again(corpora: Path) -> N
         assert torch.equal(next(resumed).tokens, drawn[3])
 
 
-def test_ledger_counts_the_tokens_that_were_really_given(corpora: Path) -> None:
+def test_ledger_counts_the_tokens_actually_read(corpora: Path) -> None:
     with _loader(corpora, micro_batch_size=16) as loader:
         tokens = _samples([loader], num_steps=9, micro_batches=1)
         from_b = int((tokens[:, 0] >= _FIRST_OF_B).sum())
@@ -317,7 +317,7 @@ def test_closing_ends_the_threads_and_next_starts_them_again(corpora: Path) -> N
         assert all(torch.equal(next(plain).tokens, row) for row in rows)
 
 
-def test_loader_that_nobody_holds_ends_its_threads(corpora: Path) -> None:
+def test_unreferenced_loader_stops_its_threads(corpora: Path) -> None:
     loader = _loader(corpora, num_workers=2)
     next(loader)
     threads = [t for t in threading.enumerate() if t.name.startswith("data-loader")]
@@ -330,9 +330,7 @@ def test_loader_that_nobody_holds_ends_its_threads(corpora: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_running_loader_can_be_moved(
-    corpora: Path, reference: torch.Tensor, num_workers: int
-) -> None:
+def test_running_loader_can_seek(corpora: Path, reference: torch.Tensor, num_workers: int) -> None:
     with _loader(corpora, micro_batch_size=16, num_workers=num_workers) as loader:
         first = next(loader).tokens
         state = loader.state_dict()

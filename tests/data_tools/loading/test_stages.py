@@ -199,7 +199,7 @@ def test_stages_without_the_length_of_the_run_are_refused(corpora: Path) -> None
         )
 
 
-def test_a_source_that_only_a_later_stage_needs_is_missed_at_the_start(
+def test_a_missing_source_of_a_later_stage_is_refused_at_the_start(
     corpora: Path, tmp_path: Path
 ) -> None:
     for suffix in (".bin", ".idx", ".json"):

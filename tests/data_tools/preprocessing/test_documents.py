@@ -39,7 +39,7 @@ def _lines(count: int) -> bytes:
 
 
 @pytest.mark.parametrize("packing", _PACKINGS)
-def test_packed_files_hold_the_same_documents(tmp_path: Path, packing: str) -> None:
+def test_compressed_files_hold_the_same_documents(tmp_path: Path, packing: str) -> None:
     pack = _PACKINGS[packing]
     files = [tmp_path / f"a.jsonl{packing}", tmp_path / f"b.txt{packing}"]
     files[0].write_bytes(pack(_lines(2000)))
@@ -48,8 +48,8 @@ def test_packed_files_hold_the_same_documents(tmp_path: Path, packing: str) -> N
     found = list(reader)
     texts = [extract_text(document, json_key="text") for document in found]
     assert texts == [*(f"document {i}" for i in range(2000)), "one\ntwo\n"]
-    assert found[7].place == f"{files[0]}:8"
-    assert found[-1].place == str(files[1])
+    assert found[7].location == f"{files[0]}:8"
+    assert found[-1].location == str(files[1])
     assert reader.bytes_read == reader.total_bytes == sum(f.stat().st_size for f in files)
 
 
@@ -63,7 +63,7 @@ def test_files_of_several_frames_are_read_to_their_end(tmp_path: Path, packing: 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 @pytest.mark.parametrize("damage", ["cut in half", "last byte cut", "garbage behind", "not packed"])
-def test_damaged_packed_file_is_an_error_never_a_shorter_corpus(
+def test_damaged_compressed_file_is_an_error_never_a_shorter_corpus(
     tmp_path: Path, packing: str, damage: str
 ) -> None:
     packed = _PACKINGS[packing](_lines(50_000))
@@ -75,7 +75,7 @@ def test_damaged_packed_file_is_an_error_never_a_shorter_corpus(
     }[damage]
     path = tmp_path / f"a.jsonl{packing}"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot be read to its end near byte .* get it again"):
+    with pytest.raises(DataError, match=r"cannot be read to its end near byte .* replace the file"):
         list(_reader(path))
 
 
@@ -94,8 +94,8 @@ def test_blank_lines_are_no_documents_and_the_last_line_needs_no_end(tmp_path: P
         (b"[" * 100_000, "not valid JSON"),
         (b"[1]", "a JSON list found, an object expected"),
         (b'{"content": "a"}', "no key 'text' .keys: 'content'."),
-        (b'{"text": 5}', "'text' is a int, not text"),
-        (b'{"text": null}', "'text' is a NoneType, not text"),
+        (b'{"text": 5}', "'text' is of type int, not text"),
+        (b'{"text": null}', "'text' is of type NoneType, not text"),
         (b'{"text": "\\ud800"}', "'text' holds a lone surrogate"),
         (b'{"text": "\xff"}', "byte 10 is not valid UTF-8"),
     ],
@@ -147,11 +147,11 @@ def test_batches_keep_order_and_bound_their_size() -> None:
     assert max(sum(len(document.data) for document in batch) for batch in batches) < 1_700_000
 
 
-def test_memory_of_a_packed_file_does_not_grow_with_its_size() -> None:
+def test_memory_of_a_compressed_file_does_not_grow_with_its_size() -> None:
     reader = documents._ZstdReader(io.BytesIO(_PACKINGS[".zst"](bytes(1 << 26))))
     largest, total = 0, 0
     while data := reader.read(1 << 16):
         total += len(data)
-        largest = max(largest, len(reader._unpacked))
+        largest = max(largest, len(reader._decompressed))
     assert total == 1 << 26
     assert largest < 1 << 26

@@ -34,15 +34,15 @@ def test_text_is_read_however_a_table_stores_it(tmp_path: Path, kind: str) -> No
     table = pyarrow.table({"text": column.cast(_KINDS[kind])})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     assert pyarrow.parquet.read_schema(tmp_path / "a.parquet").field("text").type != "string"
-    found = [text for _, text in _places_and_texts([str(tmp_path / "a.parquet")], 1)]
+    found = [text for _, text in _locations_and_texts([str(tmp_path / "a.parquet")], 1)]
     assert found == [text or "" for text in texts]
 
 
-def test_numbers_of_a_dictionary_of_numbers_are_no_text(tmp_path: Path) -> None:
+def test_dictionary_encoded_numbers_are_not_text(tmp_path: Path) -> None:
     table = pyarrow.table({"text": pyarrow.array([1, 2, 1]).dictionary_encode()})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"column 'text' is .*int64.*, not text; choose another"):
-        _places_and_texts([str(tmp_path / "a.parquet")], 1)
+        _locations_and_texts([str(tmp_path / "a.parquet")], 1)
 
 
 def _write_parquet(path: Path, texts: list[str | None], *, column: str = "text") -> Path:
@@ -51,12 +51,12 @@ def _write_parquet(path: Path, texts: list[str | None], *, column: str = "text")
     return path
 
 
-def _places_and_texts(patterns: list[str], piece_bytes: int) -> list[tuple[str, str]]:
+def _locations_and_texts(patterns: list[str], piece_bytes: int) -> list[tuple[str, str]]:
     found = []
     for piece in cut_pieces(find_inputs(patterns), piece_bytes=piece_bytes, json_key="text"):
         for document in PieceReader(piece, json_key="text"):
             text = extract_text(document, json_key="text")
-            found.append((locate(document, piece).place, text))
+            found.append((locate(document, piece).location, text))
     return found
 
 
@@ -71,7 +71,7 @@ def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
     assert names == ["z.txt", "a.txt.gz", "b.jsonl", "c.parquet"]
     with pytest.raises(DataError, match=r"z.txt is named twice by --input"):
         find_inputs([*patterns, str(tmp_path / "*.txt")])
-    with pytest.raises(DataError, match=r"i.png: suffix not known; .jsonl, .txt expected"):
+    with pytest.raises(DataError, match=r"i.png: unknown suffix; .jsonl, .txt expected"):
         find_inputs([str(tmp_path / "folder" / "i.png")])
 
 
@@ -84,14 +84,14 @@ def test_lines_are_the_same_wherever_a_file_is_cut(tmp_path: Path, piece_bytes: 
         (f"{path}:{i + (1 if i <= 50 else 2)}", text) for i, text in enumerate(_TEXTS[:100])
     ]
     expected[50] = (f"{path}:52", _TEXTS[50])
-    assert _places_and_texts([str(path)], piece_bytes) == expected
+    assert _locations_and_texts([str(path)], piece_bytes) == expected
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 5000, 1 << 30])
 def test_rows_are_the_same_wherever_a_table_is_cut(tmp_path: Path, piece_bytes: int) -> None:
     path = _write_parquet(tmp_path / "a.parquet", list(_TEXTS))
     expected = [(f"{path}:{i}", text) for i, text in enumerate(_TEXTS, start=1)]
-    assert _places_and_texts([str(path)], piece_bytes) == expected
+    assert _locations_and_texts([str(path)], piece_bytes) == expected
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 1 << 30])
@@ -100,13 +100,13 @@ def test_saved_dataset_and_hub_style_folder_give_their_rows(
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.Dataset.from_dict({"text": _TEXTS}).save_to_disk(str(tmp_path / "saved"))
-    found = _places_and_texts([f"hf:{tmp_path / 'saved'}"], piece_bytes)
+    found = _locations_and_texts([f"hf:{tmp_path / 'saved'}"], piece_bytes)
     assert [text for _, text in found] == _TEXTS
     folder = tmp_path / "like_the_hub"
     folder.mkdir()
     _write_parquet(folder / "train.parquet", list(_TEXTS))
     _write_parquet(folder / "test.parquet", ["held out"])
-    found = _places_and_texts([f"hf:{folder}@train"], piece_bytes)
+    found = _locations_and_texts([f"hf:{folder}@train"], piece_bytes)
     assert [text for _, text in found] == _TEXTS
     with pytest.raises(DataError, match=r"split not given; name one of train, test as hf:"):
         find_inputs([f"hf:{folder}"])
@@ -115,7 +115,7 @@ def test_saved_dataset_and_hub_style_folder_give_their_rows(
 
 
 def test_dataset_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--input hf:.*/absent: .*; give hf:NAME\[:CONFIG\]"):
+    with pytest.raises(DataError, match=r"--input hf:.*/absent: .*; pass hf:NAME\[:CONFIG\]"):
         find_inputs([f"hf:{tmp_path}/absent"])
 
 
@@ -155,5 +155,7 @@ def test_damaged_parquet_is_an_error_never_a_shorter_corpus(tmp_path: Path, dama
     path.write_bytes(
         {"cut in half": content[: len(content) // 2], "empty": b""}.get(damage, content)
     )
-    with pytest.raises(DataError, match=r"a.parquet: cannot be read to its end .* get it again"):
-        _places_and_texts([str(path)], 1 << 30)
+    with pytest.raises(
+        DataError, match=r"a.parquet: cannot be read to its end .* replace the file"
+    ):
+        _locations_and_texts([str(path)], 1 << 30)

@@ -14,7 +14,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.preprocess import main
 from data_tools.preprocessing import multi_node
-from data_tools.preprocessing.multi_node import FolderRanks, OneRank, find_ranks
+from data_tools.preprocessing.multi_node import FolderCommunicator, SingleRank, find_communicator
 
 needs_mpi = pytest.mark.skipif(
     shutil.which("mpirun") is None or find_spec("mpi4py") is None,
@@ -108,7 +108,7 @@ def test_input_that_is_missing_leaves_nothing(tmp_path: Path) -> None:
 
 def test_texts_of_all_ranks_are_gathered_in_order(tmp_path: Path) -> None:
     def meet(rank: int) -> tuple[list[str], list[str]]:
-        ours = FolderRanks(tmp_path / "meeting", rank=rank, size=3)
+        ours = FolderCommunicator(tmp_path / "meeting", rank=rank, size=3)
         everywhere = ours.gather("a", f"rank {rank}", last=False)
         return everywhere, ours.gather("b", "x" * rank, last=True)
 
@@ -119,18 +119,20 @@ def test_texts_of_all_ranks_are_gathered_in_order(tmp_path: Path) -> None:
     assert not (tmp_path / "meeting").exists()
 
 
-def test_rank_that_is_silent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_node, "_SILENT_SECONDS", 0.3)
-    with pytest.raises(DataError, match=r"rank 1 of 2 has given no sign of life .* command again"):
-        FolderRanks(tmp_path / "meeting", rank=0, size=2).gather("a", "", last=False)
+def test_rank_without_heartbeats_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_node, "_HEARTBEAT_TIMEOUT_SECONDS", 0.3)
+    with pytest.raises(DataError, match=r"rank 1 of 2 has sent no heartbeat for .* command again"):
+        FolderCommunicator(tmp_path / "meeting", rank=0, size=2).gather("a", "", last=False)
 
 
-def test_launcher_is_told_by_the_environment(tmp_path: Path) -> None:
+def test_launcher_is_detected_from_the_environment(tmp_path: Path) -> None:
     batch_step = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
     for environment in ({}, batch_step, {"OMPI_COMM_WORLD_SIZE": "1"}):
-        assert isinstance(find_ranks(tmp_path.joinpath, environment), OneRank)
+        assert isinstance(find_communicator(tmp_path.joinpath, environment), SingleRank)
     step = {**batch_step, "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_ID": "7"}
-    found = find_ranks(tmp_path.joinpath, step)
-    assert isinstance(found, FolderRanks)
+    found = find_communicator(tmp_path.joinpath, step)
+    assert isinstance(found, FolderCommunicator)
     assert (found.rank, found.size) == (2, 4)
     assert os.listdir(tmp_path) == ["1-7-0"]

@@ -95,7 +95,7 @@ def _compare_with_undisturbed(tmp_path: Path, *, num_kills: int, seed: int) -> N
     assert list(_contents(tmp_path / "killed")) == sorted("out" + suffix for suffix in _SUFFIXES)
 
 
-def test_killed_runs_that_go_on_write_what_an_undisturbed_one_writes(tmp_path: Path) -> None:
+def test_killed_and_resumed_runs_write_the_output_of_an_undisturbed_one(tmp_path: Path) -> None:
     _compare_with_undisturbed(tmp_path, num_kills=4, seed=0)
 
 
@@ -111,12 +111,12 @@ def stopped(tmp_path: Path) -> list[str]:
     (tmp_path / "late.jsonl").write_text('{"text": "late"}\nbad\n')
     arguments = [*_arguments(good, tmp_path / "out"), "--workers", "1"]
     arguments[2:2] = [str(tmp_path / "late.jsonl")]
-    with pytest.raises(DataError, match=r"late.jsonl:2: .* \(6 of 7 shards are done and kept in"):
+    with pytest.raises(DataError, match=r"late.jsonl:2: .* \(6 of 7 shards are finished and kept"):
         main([*arguments, "--on-bad-line", "error"])
     return arguments
 
 
-def test_finished_shards_are_not_done_again(
+def test_finished_shards_are_not_encoded_again(
     stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not (tmp_path / "out.idx").exists()
@@ -125,7 +125,7 @@ def test_finished_shards_are_not_done_again(
     assert not (tmp_path / "out.work").exists()
 
 
-def test_shards_of_a_file_that_changed_are_done_again(
+def test_shards_of_a_changed_file_are_encoded_again(
     stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "good.jsonl").write_text('{"text": "another"}\n')
@@ -134,14 +134,14 @@ def test_shards_of_a_file_that_changed_are_done_again(
     assert IndexedDataset(tmp_path / "out").num_documents == 2
 
 
-def test_shards_of_other_settings_are_not_taken_for_ours(stopped: list[str]) -> None:
-    message = r"out.work holds an unfinished run with eod_id 256, but this one has None; give the"
+def test_shards_of_other_settings_are_refused(stopped: list[str]) -> None:
+    message = r"out.work holds an unfinished run with eod_id 256, but this one has None; run the"
     with pytest.raises(DataError, match=message):
         main([*stopped, "--no-append-eod"])
     main(stopped)
 
 
-def test_half_of_a_publication_is_not_taken_for_another_output(
+def test_partly_published_output_is_completed_by_the_next_run(
     stopped: list[str], tmp_path: Path
 ) -> None:
     """Killed after .bin got its name and before .idx did."""
@@ -153,7 +153,7 @@ def test_half_of_a_publication_is_not_taken_for_another_output(
     verify(str(tmp_path / "out"))
 
 
-def test_complete_output_whose_work_folder_is_left_is_not_made_again_or_replaced(
+def test_complete_output_with_a_leftover_work_folder_is_kept(
     stopped: list[str], tmp_path: Path
 ) -> None:
     """Killed while the work folder was being removed."""
@@ -170,7 +170,7 @@ def test_complete_output_whose_work_folder_is_left_is_not_made_again_or_replaced
     verify(str(tmp_path / "out"))
 
 
-def test_mistyped_input_does_not_cost_finished_shards(
+def test_mistyped_input_keeps_finished_shards(
     stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mistyped.jsonl").write_text("bad\n")

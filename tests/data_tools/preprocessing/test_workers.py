@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.preprocessing.workers import Advance, run_tasks
+from data_tools.preprocessing.workers import ProgressDelta, run_tasks
 
 
-def _write(path: Path) -> Iterator[Advance]:
-    yield Advance(1, 10)
+def _write(path: Path) -> Iterator[ProgressDelta]:
+    yield ProgressDelta(1, 10)
     path.write_text("done")
-    yield Advance(0, 5)
+    yield ProgressDelta(0, 5)
 
 
-def _fail(text: str) -> Iterator[Advance]:
-    yield Advance(int(text), 0)
+def _fail(text: str) -> Iterator[ProgressDelta]:
+    yield ProgressDelta(int(text), 0)
 
 
-def _die(status: int) -> Iterator[Advance]:
+def _die(status: int) -> Iterator[ProgressDelta]:
     os._exit(status)
-    yield Advance(0, 0)
+    yield ProgressDelta(0, 0)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

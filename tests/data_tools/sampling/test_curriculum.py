@@ -28,7 +28,7 @@ def _firsts(curriculum: Curriculum) -> list[int]:
     return [stage.first_step for stage in curriculum.stages]
 
 
-def test_a_run_without_stages_has_one_that_lasts_as_long_as_it() -> None:
+def test_a_run_without_stages_has_one_stage_of_its_whole_length() -> None:
     curriculum = _plan(max_steps=7)
     assert curriculum.total_steps == 7
     assert curriculum.stage_after(6).weights == {"dictionary": 1.0, "stories": 1.0, "wiki": 1.0}
@@ -99,21 +99,27 @@ def test_a_stage_that_gets_no_step_is_refused(limits: dict[str, int]) -> None:
     ("stages", "message"),
     [
         ([{}], "data.stages has one stage, which has no effect"),
-        ([{}, {}], "data.stages.0 needs one of until_step and until_fraction"),
-        ([{"until_step": 1, "until_fraction": 0.5}, {}], "data.stages.0 needs one of"),
+        ([{}, {}], "data.stages.0 needs exactly one of until_step and until_fraction"),
+        ([{"until_step": 1, "until_fraction": 0.5}, {}], "data.stages.0 needs exactly one of"),
         ([{"until_step": 1}, {"until_fraction": 0.5}, {}], "and all stages the same one"),
-        ([{"until_step": 1}, {"until_step": 2}], "data.stages.1, the last, has an end"),
-        ([{"until_step": 2}, {"until_step": 2}, {}], "data.stages.1 ends at 2, not after 2"),
+        (
+            [{"until_step": 1}, {"until_step": 2}],
+            "data.stages.1 is the last stage .*; remove its until_step",
+        ),
+        ([{"until_step": 2}, {"until_step": 2}, {}], "data.stages.1 ends at 2, .* end 2; order"),
         ([{"until_fraction": 1.5}, {}], "less than 1"),
         ([{"until_step": 1, "weights": {"poems": 1}}, {}], "names poems, which is not a source"),
         ([{"until_step": 1, "weights": {}}, {}], "at least 1 item"),
         ([{"until_step": 1, "weights": {"wiki": 0}}, {}], "greater than 0"),
         (
             [{"until_step": 1, "weights": {"wiki": 1}}, {"weights": {"stories": 1}}],
-            "data.train source dictionary is in no stage",
+            "data.train source dictionary has no effect: no stage uses it; give it a weight",
         ),
-        ([{"until_step": 1, "sequence_length": 48}, {}], "=48 does not divide"),
-        ([{"until_step": 1, "sequence_length": 128}, {}], "=128 does not divide"),
+        ([{"until_step": 1, "sequence_length": 48}, {}], "=48 must divide data.sequence_length=64"),
+        (
+            [{"until_step": 1, "sequence_length": 128}, {}],
+            "=128 must divide data.sequence_length=64",
+        ),
         ([{"until_step": 1, "lenght": 8}, {}], "Extra inputs are not permitted"),
     ],
 )
@@ -194,7 +200,7 @@ def test_a_ramp_and_stages_change_independently() -> None:
     assert curriculum.describe().count("\n") + 1 == len(curriculum.stages) >= 4
 
 
-def test_a_size_that_one_step_of_the_size_before_passes_is_left_out() -> None:
+def test_a_ramp_level_passed_by_the_previous_step_is_skipped() -> None:
     steep = [BatchStep(100, 8), BatchStep(110, 9)]
     assert [size for size, *_ in _walk(_ramped(max_steps=3, ramp=steep))] == [8, 10, 10]
 
@@ -216,7 +222,7 @@ BY_STEP = ({"until_step": 4, "sequence_length": 16}, {"until_step": 9}, {"sequen
         (BY_STEP, {"max_tokens": 9000}, []),
     ],
 )
-def test_a_plan_from_any_step_on_is_what_is_left_of_the_whole(
+def test_a_plan_from_any_step_is_the_rest_of_the_whole_plan(
     stages: Sequence[dict[str, Any]], limits: dict[str, int], ramp: list[BatchStep]
 ) -> None:
     whole = _ramped(*stages, **limits, ramp=ramp)
@@ -224,11 +230,11 @@ def test_a_plan_from_any_step_on_is_what_is_left_of_the_whole(
         rest = _ramped(*stages, **limits, ramp=ramp, start=whole.position_after(step))
         assert rest.total_steps == whole.total_steps
         assert _walk(rest) == _walk(whole)[step:]
-        phases = {(p.first_sample, p.sequence_length) for p in whole.phases()}
-        assert {(p.first_sample, p.sequence_length) for p in rest.phases()[1:]} <= phases
+        schedule = {(p.first_sample, p.sequence_length) for p in whole.mix_schedule()}
+        assert {(p.first_sample, p.sequence_length) for p in rest.mix_schedule()[1:]} <= schedule
 
 
-def test_what_a_run_has_taken_counts_when_its_batch_changes() -> None:
+def test_consumed_tokens_count_when_the_batch_size_changes() -> None:
     start = _ramped(max_steps=6, ramp=[]).position_after(6)
     assert start == (6, 60, 3840)
     later = _ramped(max_tokens=9000, ramp=[], start=start, sequences_per_step=40)
@@ -241,14 +247,12 @@ def test_what_a_run_has_taken_counts_when_its_batch_changes() -> None:
     [({"max_steps": 6}, 6), ({"max_steps": 4}, 4), ({"max_tokens": 3840}, 6),
      ({"max_tokens": 3201}, 6), ({"max_tokens": 3200}, 5), ({"max_tokens": 1}, 1)],
 )  # fmt: skip
-def test_a_run_that_is_over_says_after_how_many_steps_it_was(
-    limits: dict[str, int], total: int
-) -> None:
+def test_a_finished_run_plans_no_further_step(limits: dict[str, int], total: int) -> None:
     start = Position(6, 60, 3840)
     assert _ramped(**limits, ramp=[], start=start).total_steps == total
 
 
-def test_shares_of_tokens_that_are_not_known_in_steps_are_refused() -> None:
+def test_shares_of_tokens_that_cannot_be_converted_to_steps_are_refused() -> None:
     message = (
         r"until_fraction, training.batch_ramp and training.max_steps=30: .* set training.max_t"
     )
@@ -258,9 +262,9 @@ def test_shares_of_tokens_that_are_not_known_in_steps_are_refused() -> None:
         _ramped(*STAGED, max_steps=30, max_tokens=9000)
 
 
-def test_whole_steps_are_counted_in_the_sizes_they_have() -> None:
+def test_samples_are_rounded_down_to_whole_steps_of_their_size() -> None:
     curriculum = _ramped(max_steps=20)
     begins = [curriculum.position_after(step).samples for step in range(21)]
     for samples in range(begins[-1]):
         expected = max(begin for begin in begins if begin <= samples)
-        assert curriculum.whole_steps(0, samples) == expected
+        assert curriculum.samples_in_whole_steps(0, samples) == expected

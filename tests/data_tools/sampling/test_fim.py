@@ -201,7 +201,7 @@ def test_byte_sources_are_rearranged_too(tmp_path: Path, documents: str, level: 
         ]
 
 
-def test_the_same_sample_is_rearranged_alike_at_any_layout_and_otherwise_with_another_seed(
+def test_rearrangement_depends_on_the_seed_and_not_on_the_layout(
     corpus: Path,
 ) -> None:
     fim = {"rate": 0.5, **_IDS}
@@ -260,7 +260,7 @@ def _tokenizer(folder: Path, names: list[str]) -> str:
         (["[P]", "[M]", "[S]"], {"prefix": "[P]", "suffix": "[S]", "middle": "[M]"}),
     ],
 )
-def test_sentinels_are_found_in_the_tokenizer(
+def test_fim_tokens_are_found_in_the_tokenizer(
     tmp_path: Path, names: list[str], given: dict[str, str]
 ) -> None:
     spec = _tokenizer(tmp_path, names)
@@ -284,7 +284,7 @@ def test_sentinels_are_found_in_the_tokenizer(
         ),
     ],
 )
-def test_unusable_sentinels_are_refused(
+def test_unusable_fim_tokens_are_refused(
     corpus: Path, fim: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     path = corpus.with_suffix(".bin") if changes else corpus
@@ -292,7 +292,7 @@ def test_unusable_sentinels_are_refused(
         _loader(path, fim=fim, **changes)
 
 
-def test_a_tokenizer_without_sentinels_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_fim_tokens_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([500]), vocab_size=2004)
     (tmp_path / "c.json").unlink()
     spec = _tokenizer(tmp_path, ["a", "b"])

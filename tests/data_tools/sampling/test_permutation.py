@@ -23,7 +23,7 @@ def test_vectorised_permutation_equals_the_scalar_one(size: int) -> None:
     assert all(0 <= place < size for place in expected)
 
 
-def test_every_place_is_equally_likely_over_keys() -> None:
+def test_every_position_is_equally_likely_over_keys() -> None:
     size, num_keys = 7, 7000
     counts = np.zeros((size, size))
     for key in range(num_keys):

@@ -22,7 +22,7 @@ def _dataset(prefix: Path, sequence_length: int, **changes: object) -> TokenData
 def test_an_epoch_predicts_every_token_that_fits_once(tmp_path: Path, num_tokens: int) -> None:
     dataset = _dataset(write_counting_corpus(tmp_path / "c", num_tokens), 10)
     assert dataset.num_windows == 10
-    windows = dataset.read(dataset.places(10 * np.arange(dataset.num_windows)), length=10).ids
+    windows = dataset.read(dataset.locate(10 * np.arange(dataset.num_windows)), length=10).ids
     assert windows.shape == (10, 11)
     assert not np.array_equal(windows, np.sort(windows, axis=0))  # shuffled
     assert np.array_equal(windows, windows[:, :1] + np.arange(11))  # consecutive tokens
@@ -39,10 +39,10 @@ def test_epochs_have_different_orders_of_the_same_windows(tmp_path: Path) -> Non
 def test_samples_asked_for_together_equal_samples_asked_for_one_by_one(tmp_path: Path) -> None:
     dataset = _dataset(write_counting_corpus(tmp_path / "c", 101), 7, reset_at_documents=True)
     numbers = np.array([40, 3, 13, 14, 3])  # over several epochs, one of them twice
-    together = dataset.read(dataset.places(7 * numbers), length=7)
+    together = dataset.read(dataset.locate(7 * numbers), length=7)
     assert together.segment_ids is not None
     for row, number in enumerate(numbers):
-        alone = dataset.read(dataset.places(np.array([7 * number])), length=7)
+        alone = dataset.read(dataset.locate(np.array([7 * number])), length=7)
         assert alone.segment_ids is not None
         assert np.array_equal(together.ids[row], alone.ids[0])
         assert np.array_equal(together.segment_ids[row], alone.segment_ids[0])

@@ -55,7 +55,7 @@ def test_ids_are_those_of_the_library(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", _TOKENIZERS)
-def test_ordinary_text_takes_the_fast_way(name: str) -> None:
+def test_ordinary_text_takes_the_fast_path(name: str) -> None:
     fast = _FAST[name]
     assert fast is not None
     assert fast.encode(_CORPUS) == _TOKENIZERS[name].encode(_CORPUS).ids
@@ -84,14 +84,14 @@ def test_added_tokens_in_a_text_are_found_as_the_library_finds_them(parse: bool,
     assert fast.encode(text) in (None, _WITH_ADDED[parse].encode(text).ids)
 
 
-def test_chat_text_takes_the_fast_way() -> None:
+def test_chat_text_takes_the_fast_path() -> None:
     text = "<|end|>user\nhello caf\u00e9<tool>1<|end|>x\n" * 3
     for parse, fast in _FAST_WITH_ADDED.items():
         assert fast is not None
         assert fast.encode(text) == _WITH_ADDED[parse].encode(text).ids
 
 
-def test_text_on_which_the_two_could_differ_is_left_to_the_library() -> None:
+def test_text_on_which_the_two_could_differ_falls_back_to_the_library() -> None:
     tokenizer = _train(_QWEN)
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
@@ -130,13 +130,13 @@ def _swap_two_merges(spec: Any) -> None:
         _swap_two_merges,
     ],
 )
-def test_tokenizer_of_another_kind_has_no_fast_way(change: Callable[[Any], None]) -> None:
+def test_tokenizer_of_another_kind_has_no_fast_path(change: Callable[[Any], None]) -> None:
     spec = json.loads(_TOKENIZERS["as Qwen"].to_str())
     change(spec)
     assert FastByteBpe.of(Tokenizer.from_str(json.dumps(spec))) is None
 
 
-def test_vocabulary_with_a_token_that_is_not_merged_to_itself_has_no_fast_way() -> None:
+def test_vocabulary_with_a_token_that_does_not_merge_to_itself_has_no_fast_path() -> None:
     """abc is the merge of ab and c, but b and c are merged first: it is never found."""
     spec = json.loads(_TOKENIZERS["as GPT-2"].to_str())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -162,7 +162,7 @@ def _model() -> dict[str, Any]:
     ],
     ids=["a merge that is no token", "two tokens of one id", "a letter that is no byte"],
 )
-def test_a_spoilt_model_is_left_to_the_library(change: Callable[[Any], object]) -> None:
+def test_an_unsupported_model_falls_back_to_the_library(change: Callable[[Any], object]) -> None:
     model = _model()
     assert _ranks(model) is not None
     change(model)

@@ -59,11 +59,11 @@ def test_vocabulary_and_merges_alone_are_read_as_their_own_library_reads_them(
     for text in (each.replace("<|endoftext|>", "") for each in _mixtures()):
         assert ours.encode(text) == theirs.encode(text).ids
     # It declares nothing, and has one token of a usual name.
-    assert ours.marks.require_eod() == theirs.token_to_id("<|endoftext|>")
+    assert ours.boundary_tokens.require_eod() == theirs.token_to_id("<|endoftext|>")
     parsed = load_tokenizer(str(tmp_path), special_tokens="parse")
     assert parsed.encode("river<|endoftext|>") == [*ours.encode("river"), ours.eod_id]
     declare(tmp_path, tokenizer_config={"bos_token": "<|endoftext|>", "add_bos_token": True})
-    assert load_tokenizer(str(tmp_path)).marks.begin_ids(None) == (ours.eod_id,)
+    assert load_tokenizer(str(tmp_path)).boundary_tokens.bos_ids(None) == (ours.eod_id,)
 
 
 def test_tokenizer_json_counts_before_vocabulary_and_merges(tmp_path: Path) -> None:

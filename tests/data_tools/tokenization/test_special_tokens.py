@@ -44,7 +44,7 @@ def test_text_is_cut_where_the_tokenizers_library_cuts_it(theirs: Tokenizer, tex
     assert len(ours) == len(expected)
 
 
-def test_nothing_is_cut_without_tokens_and_nothing_empty_is_given() -> None:
+def test_splitter_without_tokens_keeps_text_and_yields_nothing_empty() -> None:
     assert list(Splitter({}).split("a <a>")) == ["a <a>"]
     assert list(Splitter({TokenSpec("<a>"): 7}).split("<a><a>b")) == [7, 7, "b"]
     assert not Splitter({TokenSpec("<a>"): 7}).occurs_in("<b>")

@@ -29,10 +29,10 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Tokeni
     ]
     (tmp_path / "small.tiktoken").write_bytes(b"".join(lines))
     special = {"<|endoftext|>": 290, "<|im_end|>": 291, "<|begin|>": 292}
-    rules = tiktoken_files.RULES["gpt2"]._replace(
+    rules = tiktoken_files.ENCODINGS["gpt2"]._replace(
         num_ranks=290, vocab_size=295, special=special, bos="<|begin|>"
     )
-    monkeypatch.setitem(tiktoken_files.RULES, "gpt2", rules)
+    monkeypatch.setitem(tiktoken_files.ENCODINGS, "gpt2", rules)
     return tmp_path / "small.tiktoken", tokenizer
 
 
@@ -54,7 +54,7 @@ def test_runs_of_spaces_of_any_length_are_encoded(ranks: tuple[Path, Tokenizer])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_special_tokens_of_the_rules_are_parsed_begin_and_end_documents(
+def test_special_tokens_of_an_encoding_are_parsed_and_begin_and_end_documents(
     ranks: tuple[Path, Tokenizer],
 ) -> None:
     spec = f"{ranks[0]}:gpt2"
@@ -66,13 +66,13 @@ def test_special_tokens_of_the_rules_are_parsed_begin_and_end_documents(
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode(ids) == text.replace("<|im_end|>", "")
     assert 291 not in load_tokenizer(spec).encode(text)
-    assert tokenizer.marks.begin_ids(None) == (292,)
+    assert tokenizer.boundary_tokens.bos_ids(None) == (292,)
     assert load_tokenizer(spec, eod="<|im_end|>").eod_id == 291
 
 
-@pytest.mark.parametrize("name", tiktoken_files.RULES)
-def test_special_ids_of_the_rules_lie_beyond_the_ranks(name: str) -> None:
-    rules = tiktoken_files.RULES[name]
+@pytest.mark.parametrize("name", tiktoken_files.ENCODINGS)
+def test_special_ids_of_an_encoding_lie_beyond_the_ranks(name: str) -> None:
+    rules = tiktoken_files.ENCODINGS[name]
     ids = rules.special.values()
     assert len({*ids}) == len(rules.special)
     assert rules.num_ranks <= min(ids)
@@ -80,7 +80,7 @@ def test_special_ids_of_the_rules_lie_beyond_the_ranks(name: str) -> None:
     assert {rules.eod, rules.bos or rules.eod} <= rules.special.keys()
 
 
-def test_file_that_is_not_what_its_rules_are_for_is_refused(
+def test_file_that_does_not_fit_its_encoding_is_refused(
     ranks: tuple[Path, Tokenizer], tmp_path: Path
 ) -> None:
     path, _ = ranks
@@ -88,7 +88,9 @@ def test_file_that_is_not_what_its_rules_are_for_is_refused(
         DataError, match=r"290 ranks up to 289 found, 0 to 100255 expected by cl100"
     ):
         load_tokenizer(f"{path}:cl100k_base")
-    with pytest.raises(DataError, match=r"do not say how text is split; give .*tiktoken:RULES"):
+    with pytest.raises(
+        DataError, match=r"do not record how text is split; pass .*tiktoken:ENCODING"
+    ):
         load_tokenizer(str(path))
     with pytest.raises(DataError, match=r":gpt2: <no> is not in its vocabulary, so it cannot end"):
         load_tokenizer(f"{path}:gpt2", eod="<no>")

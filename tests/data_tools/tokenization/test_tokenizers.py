@@ -94,28 +94,33 @@ def test_end_token_that_no_file_names_must_be_given_where_one_is_needed(tmp_path
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.eod_id is None
     with pytest.raises(DataError, match="no token ends a document; name one with --eod TOKEN, or"):
-        tokenizer.marks.require_eod()
+        tokenizer.boundary_tokens.require_eod()
     for asked in ("<end>", tokenizer.vocab_size - 1):
-        assert load_tokenizer(str(path), eod=asked).marks.require_eod() == tokenizer.vocab_size - 1
+        assert (
+            load_tokenizer(str(path), eod=asked).boundary_tokens.require_eod()
+            == tokenizer.vocab_size - 1
+        )
     with pytest.raises(DataError, match="<stop> is not in its vocabulary, so it cannot end a doc"):
         load_tokenizer(str(path), eod="<stop>")
     with pytest.raises(DataError, match=r"id 900 is to end a document, but its ids are below \d+"):
         load_tokenizer(str(path), eod=900)
 
 
-def test_two_usual_end_tokens_are_no_guess(tmp_path: Path) -> None:
+def test_two_usual_end_tokens_are_not_guessed_between(tmp_path: Path) -> None:
     path = _write_hugging_face(tmp_path / "tokenizer.json", eod="<|endoftext|>")
     backend = Tokenizer.from_file(str(path))
     # A piece of ordinary text, as <table> and </s> are in vocabularies that know HTML.
     backend.add_tokens([AddedToken("</s>", special=False)])
     backend.save(str(path))
-    assert load_tokenizer(str(path)).marks.require_eod() == backend.token_to_id("<|endoftext|>")
+    assert load_tokenizer(str(path)).boundary_tokens.require_eod() == backend.token_to_id(
+        "<|endoftext|>"
+    )
     backend.add_special_tokens([AddedToken("<eos>", special=True)])
     backend.save(str(path))
     with pytest.raises(
         DataError, match=r"<\|endoftext\|> and <eos> are in its vocabulary and no fi"
     ):
-        load_tokenizer(str(path)).marks.require_eod()
+        load_tokenizer(str(path)).boundary_tokens.require_eod()
 
 
 def test_sentencepiece_model_ends_documents_with_its_eos(tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_sentencepiece_model_without_eos_needs_a_named_piece(tmp_path: Path) -> 
         tmp_path / "t.model", eos_id=-1, bos_id=-1, unk_id=0, control_symbols=["<done>"]
     )
     with pytest.raises(DataError, match="name one with --eod TOKEN"):
-        load_tokenizer(str(path)).marks.require_eod()
+        load_tokenizer(str(path)).boundary_tokens.require_eod()
     assert load_tokenizer(str(path), eod="<done>").eod_id == 1
 
 
@@ -154,14 +159,14 @@ def test_begin_token_is_written_where_transformers_writes_it_or_where_asked(
         # add_bos_token is for other files: a tokenizer.json says itself what is added.
         config = {"bos_token": "<s>", "add_bos_token": True}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    marks = load_tokenizer(str(path)).marks
-    assert marks.begin_ids(False) == ()
-    assert marks.begin_ids(None) == (ids if kind == "a post-processor" else ())
+    tokens = load_tokenizer(str(path)).boundary_tokens
+    assert tokens.bos_ids(False) == ()
+    assert tokens.bos_ids(None) == (ids if kind == "a post-processor" else ())
     if kind == "nothing":
         with pytest.raises(DataError, match="--add-bos: no file of the tokenizer declares a token"):
-            marks.begin_ids(True)
+            tokens.bos_ids(True)
     else:
-        assert marks.begin_ids(True) == (ids if kind == "a post-processor" else ids[1:])
+        assert tokens.bos_ids(True) == (ids if kind == "a post-processor" else ids[1:])
 
 
 def test_end_token_that_only_the_post_processor_names_is_declared(tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_end_token_that_only_the_post_processor_names_is_declared(tmp_path: Path
         single="$A [SEP]", special_tokens=[("[SEP]", end)]
     )
     backend.save(str(path))
-    assert load_tokenizer(str(path)).marks.require_eod() == end
+    assert load_tokenizer(str(path)).boundary_tokens.require_eod() == end
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_file_that_is_no_tokenizer_is_refused(
 
 
 def test_missing_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent: no such file; give `bytes`, a tokenizer.json"):
+    with pytest.raises(DataError, match=r"absent: no such file; pass `bytes`, a tokenizer.json"):
         load_tokenizer(str(tmp_path / "absent"))
     with pytest.raises(DataError, match=r"no tokenizer.json, tokenizer.model or vocab.json with"):
         load_tokenizer(str(tmp_path))

@@ -92,7 +92,7 @@ def test_tokens_are_those_of_transformers_with_the_same_files(
     assert ours.eod_id == theirs.eos_token_id
     assert ours.vocab_size == len(theirs)
     assert ours.fingerprint == tokenizer_fingerprint(str(tmp_path))
-    begins = list(ours.marks.begin_ids(None))
+    begins = list(ours.boundary_tokens.bos_ids(None))
     assert begins == ([] if begin is None else [theirs.convert_tokens_to_ids(begin)])
     plain = load_tokenizer(str(tmp_path), special_tokens="plain")
     for text in _mixtures():
@@ -151,7 +151,7 @@ def test_sentencepiece_tokens_are_those_of_transformers_with_the_same_files(
     ours = load_tokenizer(str(tmp_path), special_tokens=None)
     assert (ours.eod_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
     assert ours.fingerprint == tokenizer_fingerprint(str(tmp_path))
-    begins = list(ours.marks.begin_ids(None))
+    begins = list(ours.boundary_tokens.bos_ids(None))
     plain = load_tokenizer(str(tmp_path), special_tokens="plain")
     # Before a space or a user defined symbol transformers leaves SentencePiece's dummy prefix out.
     words = ["river", "stone", "a", "<s>", "</s>", "<unk>", "<control>"]
@@ -189,14 +189,14 @@ def test_legacy_tokenizer_has_the_space_before_every_part(tmp_path: Path) -> Non
 def test_end_token_of_generation_config_counts_where_it_is_a_special_token(tmp_path: Path) -> None:
     byte_level(tmp_path, ["<|endoftext|>", "<|im_end|>"])
     declare(tmp_path, generation_config={"eos_token_id": [301, 300]})
-    end = load_tokenizer(str(tmp_path)).marks.end
+    end = load_tokenizer(str(tmp_path)).boundary_tokens.eod
     assert end is not None
     assert (end.ids, end.source) == ((301,), "declared in generation_config.json")
     # The default of a class that was saved with the model: 2 is the byte of a number sign here.
     declare(tmp_path, generation_config={"eos_token_id": 2}, config={"eos_token_id": 301})
     assert load_tokenizer(str(tmp_path)).eod_id == 301
     declare(tmp_path, config={"eos_token_id": 2})
-    end = load_tokenizer(str(tmp_path)).marks.end
+    end = load_tokenizer(str(tmp_path)).boundary_tokens.eod
     assert end is not None
     assert (end.text, end.source) == ("<|endoftext|>", "a guess: no file declares one")
 
@@ -219,10 +219,16 @@ def test_fingerprint_is_that_of_the_file_unless_others_change_the_tokens(tmp_pat
             "declare '<tool>' as id 400, but here it is 301; they do not belong together",
         ),
         ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is not an obj"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": entry("<tool>")}}}, "'x' is no token"),
-        ({"added_tokens": {"<tool>": "many"}}, "added_tokens.json: <tool>: 'many' is no token id"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"x": entry("<tool>")}}},
+            "'x' is not a token id",
+        ),
+        (
+            {"added_tokens": {"<tool>": "many"}},
+            "added_tokens.json: <tool>: 'many' is not a token id",
+        ),
         ({"special_tokens_map": {"eos_token": 7}}, "special_tokens_map.json: eos_token is 7, not"),
-        ({"tokenizer_config": {"extra_special_tokens": "<tool>"}}, "is no list of tokens"),
+        ({"tokenizer_config": {"extra_special_tokens": "<tool>"}}, "is not a list of tokens"),
     ],
 )
 def test_file_that_declares_nonsense_is_refused(

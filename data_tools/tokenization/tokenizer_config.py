@@ -1,9 +1,8 @@
-"""What the files beside a tokenizer declare: names, added tokens, what begins and ends a text.
+"""Declarations in the files beside a tokenizer: named and added tokens, begin and end of text.
 
-They are read in the order of precedence of transformers: the entries of special_tokens_map.json
-replace those of tokenizer_config.json, and count only where that file has no
-`added_tokens_decoder`, as do added_tokens.json. generation_config.json and config.json say only
-which ids end a text.
+The precedence is that of transformers: entries of special_tokens_map.json replace those of
+tokenizer_config.json, but count only if that file has no `added_tokens_decoder`; the same holds for
+added_tokens.json. Of generation_config.json and config.json only the end-of-text ids are read.
 """
 
 from __future__ import annotations
@@ -23,47 +22,47 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
-class Role(NamedTuple):
-    """A token with a name such as `eos_token`, and the file that names it."""
+class NamedToken(NamedTuple):
+    """Token with a name such as `eos_token`, and the file that declares it."""
 
     token: TokenSpec
     file: str
 
 
-class EndId(NamedTuple):
-    """An id that ends a text, and the file that says so."""
+class EosId(NamedTuple):
+    """End-of-text id, and the file that declares it."""
 
     id: int
     file: str
 
 
-class Declared(NamedTuple):
-    """What the files beside a tokenizer say; everything is empty where there are none."""
+class TokenizerConfig(NamedTuple):
+    """Declarations of the files beside a tokenizer; all empty if there are none."""
 
     folder: Path
-    named: dict[str, Role]
+    named: dict[str, NamedToken]
     """By name: `eos_token`, `pad_token`, ..."""
     extra: tuple[TokenSpec, ...]
-    """Further special tokens."""
+    """Additional special tokens."""
     added: dict[int, TokenSpec]
-    """Tokens with their ids, whether or not the tokenizer's own file has them."""
+    """Added tokens by id, whether or not the tokenizer's own file has them."""
     added_have_flags: bool
-    """Whether `added` has flags of its own; without, those of the tokenizer's file hold."""
-    ends: tuple[EndId, ...]
+    """Return whether `added` declares flags; otherwise those of the tokenizer's own file apply."""
+    eos_ids: tuple[EosId, ...]
     tokenizer_class: str | None
     splits_special_tokens: bool
     adds_bos: bool
     adds_eos: bool
     is_legacy: bool
-    """SentencePiece: whether a space goes before the text after every special token."""
+    """SentencePiece: whether a space is inserted after every special token."""
     adds_prefix_space: bool
 
 
-def read_declared(folder: Path) -> Declared:
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Read the files beside a tokenizer.
 
     Raises:
-        DataError: one of them is not a JSON object, or an entry is not what it should be.
+        DataError: a file is not a JSON object, or an entry has the wrong type.
     """
     config = _read(folder / CONFIG)
     sources = dict.fromkeys(config, CONFIG)
@@ -75,7 +74,7 @@ def read_declared(folder: Path) -> Declared:
         config |= others
         sources |= dict.fromkeys(others, _MAP)
     named = {
-        name: Role(token, sources[name])
+        name: NamedToken(token, sources[name])
         for name, value in config.items()
         if _is_role(name, value) and (token := _token(folder / sources[name], name, value))
     }
@@ -84,13 +83,13 @@ def read_declared(folder: Path) -> Declared:
         special = {role.token.content for role in named.values()} | {t.content for t in extra}
         added = _added_without_flags(folder / _ADDED, special)
     name = config.get("tokenizer_class")
-    return Declared(
+    return TokenizerConfig(
         folder,
         named,
         extra,
         added,
         added_have_flags="added_tokens_decoder" in config,
-        ends=tuple(_ends(folder)),
+        eos_ids=tuple(_eos_ids(folder)),
         tokenizer_class=name.removesuffix("Fast") if isinstance(name, str) else None,
         splits_special_tokens=config.get("split_special_tokens") is True,
         adds_bos=config.get("add_bos_token") is True,
@@ -100,10 +99,10 @@ def read_declared(folder: Path) -> Declared:
     )
 
 
-def tokens_to_add(declared: Declared, own: Mapping[str, TokenSpec]) -> list[TokenSpec]:
-    """Tokens that the declarations add to those of the tokenizer's own file, or change there.
+def tokens_to_add(declared: TokenizerConfig, own: Mapping[str, TokenSpec]) -> list[TokenSpec]:
+    """Return the tokens that the declarations add to the tokenizer's own file, or change in it.
 
-    `own`: the added tokens of that file by their content. A token that has a name is special.
+    `own`: added tokens of that file by content. Named tokens are special.
     """
     tokens = {token.content: token for _, token in sorted(declared.added.items())}
     if not declared.added_have_flags:
@@ -117,7 +116,7 @@ def tokens_to_add(declared: Declared, own: Mapping[str, TokenSpec]) -> list[Toke
 def _is_role(name: str, value: Any) -> bool:
     if name.removesuffix("_token") in _ROLES and name.endswith("_token"):
         return value is not None
-    # Names of a model's own, as image_token; other settings may end like that and be no text.
+    # Model-specific names such as image_token; other settings with this suffix may not be text.
     return name.endswith("_token") and isinstance(value, str)
 
 
@@ -129,12 +128,12 @@ def _extra(folder: Path, config: dict[str, Any], sources: dict[str, str]) -> tup
     values = list(values.values()) if isinstance(values, dict) else values
     path = folder / sources[name]
     if not isinstance(values, list):
-        raise DataError(f"{path}: {name} is no list of tokens; correct it")
+        raise DataError(f"{path}: {name} is not a list of tokens; correct it")
     return tuple(_token(path, name, value) for value in values)
 
 
 def _token(path: Path, name: str, value: Any) -> TokenSpec:
-    """A token as text, or as an object with `content` and flags."""
+    """Parse a token given as text, or as an object with `content` and flags."""
     if isinstance(value, str):
         return TokenSpec(value)
     flags = value if isinstance(value, dict) else {}
@@ -154,7 +153,7 @@ def _added_with_flags(path: Path, entries: Any) -> dict[int, TokenSpec]:
         special = isinstance(value, dict) and value.get("special") is True
         tokens[_id(path, "added_tokens_decoder", key)] = token._replace(
             special=special,
-            # What `AddedToken` takes where the file does not say it.
+            # The default of `AddedToken`.
             normalized=token.normalized if "normalized" in value else not special,
         )
     return tokens
@@ -169,22 +168,22 @@ def _added_without_flags(path: Path, special: set[str]) -> dict[int, TokenSpec]:
     }
 
 
-def _id(path: Path, where: str, key: Any) -> int:
+def _id(path: Path, entry: str, key: Any) -> int:
     try:
         number = int(key)
     except (TypeError, ValueError):
         number = -1
     if number < 0:
-        raise DataError(f"{path}: {where}: {str(key)[:60]!r} is no token id; correct it")
+        raise DataError(f"{path}: {entry}: {str(key)[:60]!r} is not a token id; correct it")
     return number
 
 
-def _ends(folder: Path) -> Iterator[EndId]:
+def _eos_ids(folder: Path) -> Iterator[EosId]:
     for name in ("generation_config.json", "config.json"):
         ids = _read(folder / name).get("eos_token_id")
         for number in ids if isinstance(ids, list) else [ids]:
             if isinstance(number, int) and not isinstance(number, bool):
-                yield EndId(number, name)
+                yield EosId(number, name)
 
 
 def _read(path: Path) -> dict[str, Any]:
