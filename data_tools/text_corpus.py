@@ -12,7 +12,7 @@ from data_tools.cli import usable_cpus
 from data_tools.preprocess import preprocess, summary
 from data_tools.preprocessing.encoding import EncodingSettings
 from data_tools.preprocessing.inputs import find_inputs
-from data_tools.preprocessing.join_shards import Job
+from data_tools.preprocessing.join_shards import PreprocessJob
 from data_tools.tokenization.tokenizers import tokenizer_fingerprint
 
 
@@ -45,7 +45,7 @@ def tokenize_text(text: str, tokenizer: str, prefix: Path) -> None:
     settings = EncodingSettings(
         tokenizer=tokenizer, eod=None, append_eod=True, json_key="text", skip_bad_lines=False
     )
-    job = Job([text], str(prefix), settings, overwrite=True, command=shlex.join(command))
+    job = PreprocessJob([text], str(prefix), settings, overwrite=True, command=shlex.join(command))
     # The workers are the parallelism: a tokenizer's threads would compete for the same CPUs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print(summary(str(prefix), preprocess(job, num_workers=usable_cpus()).info), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from data_tools.errors import looked_up
+from data_tools.errors import cwd_hint
 from pretrain.config.errors import nearest
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
@@ -25,7 +25,7 @@ class SearchPath:
         if config_dir is not None:
             if not Path(config_dir).is_dir():
                 raise ConfigError(
-                    f"--config-dir {str(config_dir)!r} is not a directory{looked_up(config_dir)}; "
+                    f"--config-dir {str(config_dir)!r} is not a directory{cwd_hint(config_dir)}; "
                     "correct it"
                 )
             self._folders.insert(0, Path(config_dir).resolve())
