@@ -228,20 +228,28 @@ def run_layers(
     return carry
 
 
-def check_layers(specs: Sequence[LayerSpec], inputs: Any, schema: Any) -> None:
-    """Run a model's layers on the meta device and check what each but the last returns.
+def check_layers(model: SequentialModel, inputs: Any, schema: Any) -> Any:
+    """Run a model on the meta device and check what each of its layers but the last returns.
 
-    Costs no memory and no arithmetic, so it runs before anything large is built. `specs` and
-    `schema` are those of one process (ParallelContext.single(device="meta")).
+    Costs no memory and no arithmetic, so it runs before anything large is built. `model` is built
+    for one process (ParallelContext.single(device="meta")), and `schema` is that of its carry. Of
+    layers of one class with equal arguments only the first runs: all others return the same.
+
+    Returns the carry that the last layer takes.
 
     Raises:
         ValueError: a layer breaks the schema of the carry.
     """
-    ctx = ParallelContext.single(device="meta")
     carry = type(inputs)(*(x if x is None else x.to("meta") for x in inputs))
-    for spec in specs[:-1]:
-        carry = spec.module(ctx=ctx, **spec.kwargs)(carry)
+    checked: list[tuple[type[nn.Module], Mapping[str, Any]]] = []
+    for spec, layer in zip(model.specs[:-1], model.layers[:-1], strict=True):
+        if (spec.module, spec.kwargs) in checked:
+            continue
+        carry = layer(carry)
         check_carry(spec.name, carry, schema)
+        if spec is not model.specs[0]:  # which takes the inputs instead of a carry
+            checked.append((spec.module, spec.kwargs))
+    return carry
 
 
 def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> None:

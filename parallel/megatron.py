@@ -23,7 +23,6 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel import mappings as _mappings
 
 gather_from_sequence_region = _mappings.gather_from_sequence_parallel_region
-scatter_to_sequence_region = _mappings.scatter_to_sequence_parallel_region
 
 
 def initialize_model_parallel(*, tensor: int, pipeline: int) -> None:
@@ -103,7 +102,3 @@ class DeepSpeedTopology:
             parallel_state,
             name.replace("get_model_parallel_", "get_tensor_model_parallel_"),
         )
-
-
-def is_initialized() -> bool:
-    return torch.distributed.is_initialized() and parallel_state.model_parallel_is_initialized()

@@ -43,30 +43,6 @@ def initialize(
             _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
 
 
-def perturb(
-    module: nn.Module,
-    *,
-    seed: int,
-    prefix: str,
-    tensor_rank: int,
-    std: float,
-    expert_rank: int = 0,
-) -> None:
-    """Add N(0, std^2) to every parameter that starts constant, the same at any layout.
-
-    Gates and modulations that start at zero hide what lies behind them: to compare layouts or to
-    look for leaks, the model has to be somewhere else.
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta or isinstance(init_of(name, parameter), Normal):
-            continue
-        noise = torch.empty_like(parameter, requires_grad=False)
-        drawn = _Drawn(f"{prefix}.{name}/noise", Normal(std), sharding_of(name, parameter))
-        _fill(noise, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
-        with torch.no_grad():
-            parameter.add_(noise)
-
-
 def generator_for(seed: int, name: str, tile: int = 0) -> torch.Generator:
     """A CPU generator that depends only on the seed, the parameter's name and the tile."""
     digest = hashlib.blake2b(f"{seed}/{name}/{tile}".encode(), digest_size=8).digest()

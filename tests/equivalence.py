@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from models.base import ModelFamily, TokenInputs
 from parallel.carry import LayerSpec, SequentialModel, run_layers
 from parallel.context import ParallelContext
-from parallel.random import perturb
-from parallel.sharding import merge, sharding_of, sum_partial_gradients
+from parallel.random import initialize
+from parallel.sharding import (
+    Normal,
+    declare,
+    init_of,
+    merge,
+    sharding_of,
+    sum_partial_gradients,
+)
 from parallel.wire import Wire
 
 
@@ -72,14 +79,71 @@ def build(
     noise: float,
     recompute: bool = False,
 ) -> SequentialModel:
-    """The model with N(0, noise^2) on what starts constant, so that no gate hides what it gates."""
+    """The model with N(0, noise^2) on what starts constant, so that no gate hides what it gates.
 
+    Initial values are drawn once for all models that share them: drawing takes longer than a step.
+    """
+    model = SequentialModel(specs, ctx, seed=None, recompute=recompute)
+    draw = _Draw.of(model, seed=seed, noise=noise)
+    values = _DRAWN.get(draw)
+    if values is None:
+        values = _DRAWN[draw] = _drawn(specs, ctx, seed=seed, noise=noise)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+    return model
+
+
+class _Draw(NamedTuple):
+    """What decides the initial values of a rank's parameters (parallel/random.py)."""
+
+    seed: int
+    noise: float
+    tensor_rank: int
+    expert_rank: int
+    parameters: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: SequentialModel, *, seed: int, noise: float) -> _Draw:
+        parameters = tuple(
+            (name, p.shape, p.dtype, repr(init_of(name, p)), sharding_of(name, p))
+            for name, p in model.named_parameters()
+        )
+        return cls(seed, noise, model.ctx.tensor.rank, model.ctx.expert.rank, parameters)
+
+
+_DRAWN: dict[_Draw, dict[str, Tensor]] = {}
+
+
+def _drawn(
+    specs: Sequence[LayerSpec], ctx: ParallelContext, *, seed: int, noise: float
+) -> dict[str, Tensor]:
     def disturb(spec: LayerSpec, layer: nn.Module) -> None:
         if noise:
             rank = ctx.tensor.rank
             perturb(layer, seed=seed, prefix=spec.name, tensor_rank=rank, std=noise)
 
-    return SequentialModel(specs, ctx, seed=seed, recompute=recompute, after_each=disturb)
+    model = SequentialModel(specs, ctx, seed=seed, after_each=disturb)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def perturb(module: nn.Module, *, seed: int, prefix: str, tensor_rank: int, std: float) -> None:
+    """Add N(0, std^2) to every parameter that starts constant, the same at any layout.
+
+    Gates and modulations that start at zero hide what lies behind them: to compare layouts or to
+    look for leaks, the model has to be somewhere else.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or isinstance(init_of(name, parameter), Normal):
+            continue
+        noise = nn.Parameter(torch.empty_like(parameter))
+        holder = nn.ParameterDict(
+            {"noise": declare(noise, sharding_of(name, parameter), Normal(std))}
+        )
+        names = {"noise": f"{prefix}.{name}/noise"}
+        initialize(holder, seed=seed, prefix="", tensor_rank=tensor_rank, names=names)
+        with torch.no_grad():
+            parameter.add_(noise)
 
 
 def full_gradients(model: nn.Module, ctx: ParallelContext) -> dict[str, Tensor]:

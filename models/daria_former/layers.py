@@ -188,11 +188,17 @@ class DACBlock(nn.Module):
     """
 
     def __init__(
-        self, config: DariaFormerConfig, *, layer: int, rotaries: Rotaries, ctx: ParallelContext
+        self,
+        config: DariaFormerConfig,
+        *,
+        updates_emotion: bool,
+        is_last: bool,
+        rotaries: Rotaries,
+        ctx: ParallelContext,
     ) -> None:
         super().__init__()
         self.config, self.ctx = config, ctx
-        self.is_last = layer + 1 == config.num_layers
+        self.is_last = is_last
         output_init = residual_output(config.initializer_range, num_layers=config.num_layers)
         self.attention_norm = AdaptiveNorm(config, ctx=ctx)
         self.attention = MultiContextAttention(
@@ -203,9 +209,7 @@ class DACBlock(nn.Module):
         self.ffn = EmotionModulatedFFN(config, output_init=output_init, ctx=ctx)
         self.fusion = ResidualFusion(config, ctx=ctx)
         self.rhythm = RhythmGate(config, ctx=ctx)
-        self.emotion = None
-        if config.updates_emotion_after(layer):
-            self.emotion = _emotion_site(config, ctx)
+        self.emotion = _emotion_site(config, ctx) if updates_emotion else None
         self.lora = adapted_block(self) if config.lora_rank else None
 
     def new_cache(self, batch_size: int, max_length: int) -> BlockCache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[L
     """`embedding`, `block_0` ... `block_{L-1}`, `head`."""
     rotaries = Rotaries.of(config)
     blocks = [
-        LayerSpec(f"block_{i}", DACBlock, {"config": config, "layer": i, "rotaries": rotaries})
+        LayerSpec(f"block_{i}", DACBlock, _block_arguments(config, i, rotaries))
         for i in range(config.num_layers)
     ]
     return decoder_specs(
@@ -41,6 +43,16 @@ def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[L
         embedding=DariaEmbedding,
         head=DariaHead,
     )
+
+
+def _block_arguments(config: DariaFormerConfig, layer: int, rotaries: Rotaries) -> dict[str, Any]:
+    """Without the number of the layer, so that equal blocks have equal specs."""
+    return {
+        "config": config,
+        "updates_emotion": config.updates_emotion_after(layer),
+        "is_last": layer + 1 == config.num_layers,
+        "rotaries": rotaries,
+    }
 
 
 def carry_schema(

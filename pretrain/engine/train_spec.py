@@ -139,9 +139,9 @@ def check_model(spec: TrainSpec) -> SequentialModel:
         segments = tokens.int() if spec.segmented else None
         schema = spec.schema(single, seq_length=length)
         inputs = TokenInputs(tokens, segments)
-        check_layers(spec.layer_specs(), inputs, schema)
+        carry = check_layers(whole, inputs, schema)
         if spec.config.training.z_loss:
-            _check_z_loss(spec, whole(inputs))
+            _check_z_loss(spec, whole.layers[-1](carry))
     return whole
 
 

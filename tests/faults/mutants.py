@@ -1,8 +1,8 @@
 """Removes one defence at a time and runs the tests that are there for it: they have to fail.
 
 `python -m tests.faults.mutants [NAME ...]` copies the tree, and for every mutant replaces a piece
-of one file of the copy. A process with what is slow to import is forked for each, so that a mutant
-costs what its tests cost.
+of one function of the copy (mutation.py). A process with what is slow to import is forked for each,
+so that a mutant costs what its tests cost.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import pytest
+
+from tests.faults.mutation import Mutant, mutated
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_tools", "launchers", "models", "parallel", "pretrain", "tests")
@@ -28,18 +30,9 @@ LIMIT = 90.0  # seconds; a defence without which everything stands still is one,
 SURVIVED, KILLED = 0, 1  # what pytest returns
 
 
-class Mutant(NamedTuple):
-    """`old`, which is in `file` once, becomes `new`; some of `tests` must then fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-
-STORE, STORAGE = "pretrain/checkpointing/store.py", "parallel/checkpoint/storage.py"
-RESUME, MANIFEST = "pretrain/checkpointing/selection.py", "parallel/checkpoint/manifest.py"
-LOOP, SAVES = "pretrain/loop.py", "pretrain/checkpointing/async_save.py"
+STORE, STORAGE = "pretrain.checkpointing.store", "parallel.checkpoint.storage"
+SELECTION, MANIFEST = "pretrain.checkpointing.selection", "parallel.checkpoint.manifest"
+LOOP, SAVES = "pretrain.loop", "pretrain.checkpointing.async_save"
 _TESTS = "tests/pretrain/checkpointing/test_store.py::test_"
 _SAVES = "tests/pretrain/checkpointing/test_async_save.py::test_"
 _FAULTS = "tests/pretrain/checkpointing/test_store_faults.py::test_"
@@ -54,68 +47,53 @@ BIT_FLIPS = (f"{_TESTS}every_single_bit_flip_of_a_checkpoint_is_found",)
 
 MUTANTS = {
     "files are flushed": Mutant(
-        STORAGE,
-        """                self.point("fsync", path)
-                os.fsync(file.fileno())
-""",
+        f"{STORAGE}:Storage.create",
+        'self.point("fsync", path); os.fsync(file.fileno())',
         "",
         POWER_LOSS,
     ),
     "folders are flushed": Mutant(
-        STORE,
-        "                self._storage.sync(directory)\n",
-        "                pass\n",
-        POWER_LOSS,
+        f"{STORE}:CheckpointStore._publish", "self._storage.sync(directory)", "None", POWER_LOSS
     ),
     "the rename is flushed": Mutant(
-        STORAGE,
-        """        self.point("fsync", path)
-        descriptor""",
-        """        if path.name == "checkpoints":
-            return
-        self.point("fsync", path)
-        descriptor""",
+        f"{STORAGE}:Storage.sync",
+        'self.point("fsync", path)',
+        'if path.name == "checkpoints": return\nself.point("fsync", path)',
         POWER_LOSS,
     ),
     "ranks agree that all have written": Mutant(
-        STORE,
-        "        failure = self._ranks.first_message(failure)\n",
+        f"{STORE}:CheckpointStore.save",
+        "failure = self._ranks.first_message(failure)",
         "",
         (f"{_FAULTS}a_write_error_on_one_rank_stops_every_rank_and_publishes_nothing",),
     ),
     "rank 0 waits for the others": Mutant(
-        STORE,
-        """        reports = self._ranks.gather(report)
-        failure = self._ranks.first_message(failure)
-""",
-        "        reports = [report]\n",
+        f"{STORE}:CheckpointStore.save",
+        "reports = self._ranks.gather(report); failure = self._ranks.first_message(failure)",
+        "reports = [report]",
         CRASHES,
     ),
     "a checkpoint gets its name last": Mutant(
-        STORE,
+        f"{STORE}:CheckpointStore._begin",
         'self.directory / f".tmp-step_{step}-{token}"',
         "target",
         KILLED_SAVE,
     ),
     "old checkpoints go after the new one is there": Mutant(
-        STORE,
-        "        target = self._path(step)\n",
-        """        target = self._path(step)
-        for old in steps_in(self.directory):
-            delete(self.directory, old, self._storage)
-""",
+        f"{STORE}:CheckpointStore._begin",
+        "target = self._path(step)",
+        "target = self._path(step)\n"
+        "for old in steps_in(self.directory): delete(self.directory, old, self._storage)",
         KILLED_SAVE,
     ),
     "a deletion begins with a rename": Mutant(
-        "pretrain/checkpointing/retention.py",
-        """    storage.rename(directory / f"step_{step}", doomed)
-    storage.remove_tree(doomed)
-""",
-        '    storage.remove_tree(directory / f"step_{step}")\n',
+        "pretrain.checkpointing.retention:delete",
+        'storage.rename(directory / f"step_{step}", doomed); storage.remove_tree(doomed)',
+        'storage.remove_tree(directory / f"step_{step}")',
         KILLED_SAVE,
     ),
     "contents are hashed": Mutant(
-        RESUME,
+        f"{SELECTION}:_verify",
         "ranks.first_message(verify_content(directory, manifest, mine))",
         "None",
         (
@@ -124,151 +102,153 @@ MUTANTS = {
         ),
     ),
     "the manifest has a checksum": Mutant(
-        MANIFEST,
-        "    if checksum != expected or raw != ",
-        "    if raw != ",
-        BIT_FLIPS,
+        f"{MANIFEST}:_parse", "checksum != expected", "False", BIT_FLIPS
     ),
     "sizes are compared": Mutant(
-        MANIFEST,
-        "        if present[name].st_size != entry.size:\n",
-        "        if False:\n",
+        f"{MANIFEST}:verify_listing",
+        "present[name].st_size != entry.size",
+        "False",
         (f"{_TESTS}command_line_lists_and_verifies",),
     ),
     "surplus files are refused": Mutant(
-        MANIFEST, "    if surplus:\n", "    if False:\n", (f"{_TESTS}a_surplus_file_is_found",)
+        f"{MANIFEST}:verify_listing",
+        "if surplus: ...",
+        "if False: ...",
+        (f"{_TESTS}a_surplus_file_is_found",),
     ),
     "symbolic links are refused": Mutant(
-        MANIFEST,
-        "            if path.is_symlink():\n",
-        "            if False:\n",
+        f"{MANIFEST}:verify_listing",
+        "path.is_symlink()",
+        "False",
         (f"{_TESTS}symbolic_links_are_refused_though_their_content_is_right",),
     ),
     "names stay inside a checkpoint": Mutant(
-        MANIFEST,
-        "            if not _FILE_NAME.fullmatch(name):\n",
-        "            if False:\n",
+        f"{MANIFEST}:Manifest._stay_inside",
+        "_FILE_NAME.fullmatch(name)",
+        "True",
         (f"{_TESTS}a_manifest_that_names_a_file_outside_is_refused",),
     ),
     "one job for a run directory": Mutant(
-        "parallel/checkpoint/lock.py",
-        "            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
-        "",
+        "parallel.checkpoint.lock:RunLock.__init__",
+        "fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "None",
         (f"{_TESTS}a_second_job_in_the_same_directory_is_refused",),
     ),
     "the lock is looked at before a checkpoint is published": Mutant(
-        STORE,
-        "if self._lock is None or not self._lock.is_held():",
-        "if self._lock is None:",
+        f"{STORE}:CheckpointStore._publish",
+        "self._lock.is_held()",
+        "True",
         (f"{_TESTS}a_job_that_lost_its_lock_publishes_nothing",),
     ),
     "the newest checkpoint comes first": Mutant(
-        RESUME,
-        "if n is not None and not e.is_symlink()), reverse=True)",
-        "if n is not None and not e.is_symlink()))",
+        f"{SELECTION}:steps_in",
+        "True",
+        "False",
         (f"{_TESTS}the_newest_checkpoint_is_found_with_its_contents",),
     ),
     "no fresh start when all checkpoints are damaged": Mutant(
-        RESUME,
-        "    if problems:\n        raise",
-        "    if False:\n        raise",
+        f"{SELECTION}:find_checkpoint",
+        "if problems: ...",
+        "if False: ...",
         (f"{_TESTS}only_damaged_checkpoints_are_an_error_and_no_fresh_start",),
     ),
     "no fresh start beside a `latest`": Mutant(
-        RESUME,
-        "    if not steps and latest is not None:\n",
-        "    if False:\n",
+        f"{SELECTION}:_candidates",
+        "not steps and latest is not None",
+        "False",
         (f"{_TESTS}latest_without_any_checkpoint_is_an_error_and_no_fresh_start",),
     ),
     "another configuration is refused": Mutant(
-        RESUME,
-        "    if forbidden := forbidden_changes(differences):\n",
-        "    if forbidden := []:\n",
+        f"{SELECTION}:_checked",
+        "forbidden_changes(differences)",
+        "[]",
         (f"{_TESTS}another_configuration_is_an_error_with_both_values",),
     ),
     "a save in the background has a copy of its own": Mutant(
-        SAVES,
-        "        return buffer.copy_(tensor.detach(), non_blocking=True)\n",
-        "        return tensor.detach()\n",
+        f"{SAVES}:HostBuffers.copy",
+        "return buffer.copy_(tensor.detach(), non_blocking=True)",
+        "return tensor.detach()",
         (f"{_SAVES}files_are_those_of_a_save_in_the_step_though_steps_change_the_state",),
     ),
     "what fails in the background is raised": Mutant(
-        SAVES,
-        "            raise running.error\n",
-        "            pass\n",
+        f"{SAVES}:Saves.wait",
+        "raise running.error",
+        "",
         (f"{_SAVES}a_last_save_that_fails_is_an_error_and_leaves_no_marker",),
     ),
     "the marker waits for the last save": Mutant(
-        LOOP,
-        "                    self.saves.wait()\n",
-        "                    pass\n",
+        f"{LOOP}:TrainLoop._steps",
+        "self.saves.wait()",
+        "None",
         (f"{_SAVES}a_run_that_is_asked_to_stop_publishes_before_it_leaves_its_marker",),
     ),
     "random numbers go on": Mutant(
-        LOOP,
-        "            restore_rng_state(checkpoint.rng_path(self.ranks.rank))\n",
-        "            pass\n",
+        f"{LOOP}:TrainLoop.restore",
+        "restore_rng_state(checkpoint.rng_path(self.ranks.rank))",
+        "None",
         KILLS,
     ),
     "the place in the data goes on": Mutant(
-        "pretrain/checkpointing/train_state.py",
-        '        self.loader.load_state_dict(state["data"], curriculum=curriculum)\n',
-        "",
+        "pretrain.checkpointing.train_state:TrainState.load_state_dict",
+        'self.loader.load_state_dict(state["data"], curriculum=curriculum)',
+        "None",
         KILLS,
     ),
     "moments of the optimizer go on": Mutant(
-        "pretrain/engine/optimizer_state.py",
-        "        for key in (MASTER, *MOMENTS):\n            live",
-        "        for key in (MASTER,):\n            live",
+        "pretrain.engine.optimizer_state:restore_optimizer_state",
+        "(MASTER, *MOMENTS)",
+        "(MASTER,)",
         KILLS,
     ),
     "a rank that stands still ends the run": Mutant(
-        "pretrain/supervision/watchdog.py",
-        "        if found is None and waited > limit:\n",
-        "        if False:\n",
+        "pretrain.supervision.watchdog:Watchdog._look",
+        "found is None and waited > limit",
+        "False",
         ("tests/pretrain/supervision/test_watchdog.py::test_one_process_alone_is_watched_too",),
     ),
     "every group has a timeout": Mutant(
-        "pretrain/distributed/process_groups.py",
-        "            distributed_c10d._set_pg_timeout(limit, group)\n",
-        "            pass\n",
+        "pretrain.distributed.process_groups:limit_groups",
+        "distributed_c10d._set_pg_timeout(limit, group)",
+        "None",
         (
-            "tests/pretrain/supervision/test_watchdog.py::test_every_group_of_a_run_has_the_timeout_of_the_run",
+            "tests/pretrain/supervision/test_watchdog.py"
+            "::test_every_group_of_a_run_has_the_timeout_of_the_run",
         ),
     ),
     "replicas are compared": Mutant(
-        "pretrain/stability/replica_check.py",
-        "    if torch.equal(least, most):\n",
-        "    if True:\n",
+        "pretrain.stability.replica_check:_difference",
+        "torch.equal(least, most)",
+        "True",
         (
             "tests/pretrain/stability/test_replica_check.py"
             "::test_before_a_save_ranks_are_compared_whatever_the_interval",
         ),
     ),
     "what is not finite is never saved": Mutant(
-        "pretrain/stability/nonfinite_steps.py",
-        "    finding = first_not_finite(module)\n",
-        "    finding = None\n",
+        "pretrain.stability.nonfinite_steps:check_finite",
+        "first_not_finite(module)",
+        "None",
         (
-            "tests/pretrain/stability/test_nonfinite_steps.py::test_what_is_not_finite_is_never_saved",
+            "tests/pretrain/stability/test_nonfinite_steps.py"
+            "::test_what_is_not_finite_is_never_saved",
         ),
     ),
     "a run that could not save takes no step": Mutant(
-        STORE,
-        'probe = self.directory / f".latest-{os.urandom(4).hex()}"',
-        'probe = self.run_dir / "probe"',
+        f"{STORE}:CheckpointStore._open",
+        'self.directory / f".latest-{os.urandom(4).hex()}"',
+        'self.run_dir / "probe"',
         ("tests/faults/test_disk.py::test_a_run_that_could_not_save_takes_no_step",),
     ),
     "a corpus is compared with its checksum": Mutant(
-        "data_tools/verify.py",
-        '    _compare(f"{dataset.paths.bin}: SHA-256", bin_sha256, info.bin_sha256)\n',
-        "",
+        "data_tools.verify:verify",
+        '_compare(f"{dataset.paths.bin}: SHA-256", bin_sha256, info.bin_sha256)',
+        "None",
         ("tests/data_tools/test_verify.py::test_verify_finds_every_flipped_bit",),
     ),
     "the description of a corpus has a checksum": Mutant(
-        "data_tools/corpus/corpus_info.py",
-        "    _check_undamaged(path, text)\n",
-        "",
+        "data_tools.corpus.corpus_info:read_info",
+        "_check_undamaged(path, text)",
+        "None",
         ("tests/data_tools/test_verify.py::test_edited_sidecar_is_refused_when_it_is_opened",),
     ),
 }
@@ -310,21 +290,9 @@ def _is_killed(name: str, mutant: Mutant, tree: Path, log: Path) -> bool:
     return outcome != SURVIVED
 
 
-def mutated(mutant: Mutant, tree: Path) -> str:
-    """The file of a mutant as it becomes.
-
-    Raises:
-        ValueError: the file no longer holds once what is to be replaced.
-    """
-    source = (tree / mutant.file).read_text()
-    if source.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file} holds {source.count(mutant.old)} times: {mutant.old!r}")
-    return source.replace(mutant.old, mutant.new)
-
-
 @contextmanager
 def _applied(mutant: Mutant, tree: Path) -> Iterator[None]:
-    path = tree / mutant.file
+    path = mutant.path(tree)
     source = path.read_text()
     path.write_text(mutated(mutant, tree))
     try:

@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.faults.mutants import MUTANTS, ROOT, mutated
+from tests.faults.mutants import MUTANTS, ROOT
+from tests.faults.mutation import Mutant, mutated
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_changes_its_source(name: str) -> None:
     mutant = MUTANTS[name]
-    assert mutated(mutant, ROOT) != (ROOT / mutant.file).read_text()
+    before = ast.parse(mutant.path(ROOT).read_text())
+    assert ast.dump(ast.parse(mutated(mutant, ROOT))) != ast.dump(before)
     for test in mutant.tests:
         path, _, function = test.partition("::")
         assert f"def {function}(" in (ROOT / path).read_text()
+
+
+SOURCE = """
+class Store:
+    def save(self, files):
+        if ( files  and
+             self.ready ):  # a comment
+            self.write( files )
+        else:
+            self.skip()
+        self.skip()
+        return len(files)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        (
+            "if files and self.ready: ...",
+            "if False: ...",
+            "if False:\n            self.write(files)",
+        ),
+        ("self.write(files)", "", "            pass\n        else:\n            self.skip()"),
+        ("len(files)", "0", "return 0"),
+        ("self.skip(); return len(files)", "return 1", "skip()\n        return 1"),
+        ("self.write(files)", "a = 1; b(a)", "            a = 1\n            b(a)\n        else"),
+    ],
+)
+def test_a_piece_is_found_however_it_is_formatted(old, new, changed, tmp_path) -> None:
+    (tmp_path / "store.py").write_text(SOURCE)
+    assert changed in mutated(Mutant("store:Store.save", old, new, ()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "old", "message"),
+    [
+        ("store:Store.save", "self.skip()", "store:Store.save holds 2 times instead of once"),
+        ("store:Store.save", "self.skip(1)", "store:Store.save holds 0 times instead of once"),
+        ("store:Store.load", "x", "store:Store.load: 0 definitions of 'load' instead of one"),
+    ],
+)
+def test_a_piece_that_is_not_there_once_is_refused(place, old, message, tmp_path) -> None:
+    (tmp_path / "store.py").write_text(SOURCE)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mutated(Mutant(place, old, "None", ()), tmp_path)
 
 
 @pytest.mark.slow

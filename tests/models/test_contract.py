@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import get_args
 
 import pytest
@@ -75,6 +76,12 @@ def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **o
     )
 
 
+@cache
+def _measure_alone(name: str, dtype: torch.dtype = torch.float32) -> Measured:
+    """One process, whole: what all layouts are compared with."""
+    return _measure(name, dtype=dtype)
+
+
 def _measure_in_both(name: str, **options) -> dict[torch.dtype, Measured]:
     return {dtype: _measure(name, dtype=dtype, **options) for dtype in BOUNDS}
 
@@ -88,28 +95,27 @@ def _assert_equal(measured: Measured, expected: Measured, *, within: float = 0.0
 
 
 def test_stages_joined_by_the_wire_equal_the_whole_model_bit_for_bit(name):
-    expected = _measure(name)
+    expected = _measure_alone(name)
     last = len(_model(name).specs) - 1
     for cuts in [(1,), (last,), (2, last - 1), (1, 2, 3), tuple(range(1, last + 1))]:
         _assert_equal(_measure(name, cuts=cuts), expected)
 
 
 def test_recomputation_changes_nothing(name):
-    _assert_equal(_measure(name, recompute=True), _measure(name))
+    _assert_equal(_measure(name, recompute=True), _measure_alone(name))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_tensor_ranks_equal_one_in_loss_and_every_gradient(name, sequence_parallel):
     options = {"tensor": 2, "sequence_parallel": sequence_parallel}
-    expected = _measure_in_both(name)
     for measured in run_ranks(_measure_in_both, 2, name, **options):
         for dtype, within in BOUNDS.items():
-            _assert_equal(measured[dtype], expected[dtype], within=within)
+            _assert_equal(measured[dtype], _measure_alone(name, dtype), within=within)
 
 
 def test_every_parameter_gets_a_gradient_and_declares_its_sharding(name):
     model = _model(name)
-    gradients = _measure(name).gradients
+    gradients = _measure_alone(name).gradients
     assert set(sharding_table(model)) == set(gradients)
     silent = [parameter for parameter, g in gradients.items() if not g.abs().max() > 0]
     assert not silent
@@ -121,7 +127,8 @@ def test_every_layer_keeps_the_declared_carry_on_the_meta_device(name):
     schema = family.carry_schema(
         config, ParallelContext.single(device="meta"), micro_batch_size=BATCH, seq_length=SEQ
     )
-    check_layers(family.layer_specs(config), TokenInputs(tokens), schema)
+    model = SequentialModel(family.layer_specs(config), ParallelContext.single(device="meta"))
+    check_layers(model, TokenInputs(tokens), schema)
 
 
 @torch.no_grad()
@@ -302,7 +309,7 @@ def test_a_setting_that_is_not_of_the_function_changes_no_logit(name):
         tried += 1
         assert changed.function() == config.function(), setting
         specs = family.layer_specs(changed)
-        other = build(specs, ParallelContext.single(), seed=8, noise=0.0).double()
+        other = SequentialModel(specs, ParallelContext.single(), seed=None).double()
         other.load_state_dict(model.state_dict())
         with torch.no_grad():
             assert torch.equal(logits_of(other.eval()(TokenInputs(tokens))), expected), setting

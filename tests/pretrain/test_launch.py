@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from pretrain.config import to_yaml
-from tests.distributed import free_port
+from pretrain.train import main
+from tests.distributed import free_port, run_ranks
 from tests.missing import cannot_run
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 from tests.tolerance import FP32_LOSS
@@ -104,27 +108,50 @@ def test_every_launcher_trains_to_the_losses_of_one_process(
     assert [r["loss"] for r in metrics(run)[0]] == pytest.approx(one_process, rel=FP32_LOSS)
 
 
-def _two_ranks(configs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    port = str(free_port())
-    return _launch(
-        "deepspeed", "--num_gpus", "2", "--master_port", port, *_arguments(configs, *overrides)
-    )
+class Said(NamedTuple):
+    code: int
+    stderr: str
 
 
-@pytest.mark.parametrize(
+def _main(arguments: list[str], **variables: str) -> Said:
+    """The command in this process, a rank."""
+    os.environ.update(variables)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = main(arguments[1:])
+    return Said(code, stderr.getvalue())
+
+
+_MISTAKES = pytest.mark.parametrize(
     ("override", "message"),
     [
-        pytest.param("data.train=nowhere", "nowhere.idx: no such file", marks=pytest.mark.slow),
+        ("data.train=nowhere", "nowhere.idx: no such file"),
         ("training.lr_multipliers={router: 2.0}", "no parameter name contains 'router'"),
     ],
 )
-def test_a_mistake_is_said_once_for_all_ranks_in_one_line(override, message, configs, tmp_path):
-    done = _two_ranks(configs, f"run_dir={tmp_path}/run", override)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(said) == 1, done.stderr
+
+
+def _assert_said_once(message: str, stderr: str) -> None:
+    said = [line for line in stderr.splitlines() if line.startswith("error")]
+    assert len(said) == 1, stderr
     assert message in said[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in stderr
+
+
+@_MISTAKES
+def test_a_mistake_is_said_once_for_all_ranks_in_one_line(override, message, configs, tmp_path):
+    arguments = _arguments(configs, f"run_dir={tmp_path}/run", "parallel.tensor=2", override)
+    ranks = run_ranks(_main, 2, arguments, init=False)
+    assert [rank.code for rank in ranks] == [2, 2]
+    _assert_said_once(message, "".join(rank.stderr for rank in ranks))
+
+
+@pytest.mark.slow
+@_MISTAKES
+def test_under_the_launcher_too(override, message, configs, tmp_path):
+    arguments = _arguments(configs, f"run_dir={tmp_path}/run", override)
+    done = _launch("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *arguments)
+    assert done.returncode != 0
+    _assert_said_once(message, done.stderr)
 
 
 def test_a_port_in_use_is_named_with_the_remedy(configs):
@@ -132,19 +159,17 @@ def test_a_port_in_use_is_named_with_the_remedy(configs):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         arguments = _arguments(configs, "parallel.tensor=2")
-        done = _launch(sys.executable, *arguments, **variables, MASTER_PORT=str(port))
-    assert done.returncode == 2
-    assert f"127.0.0.1:{port}" in done.stderr
-    assert "choose a free port" in done.stderr
-    assert "Traceback" not in done.stderr
+        variables = {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        (rank,) = run_ranks(_main, 1, arguments, init=False, **variables)
+    assert rank.code == 2
+    assert f"127.0.0.1:{port}" in rank.stderr
+    assert "choose a free port" in rank.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_code(configs, tmp_path):
     changes = ("training.lr=1e30", "stability.max_skipped_steps=0")
     arguments = _arguments(configs, f"run_dir={tmp_path}/run", *changes)
-    done = _launch(sys.executable, *arguments)
-    assert done.returncode == 5
-    assert "error: step" in done.stderr
-    assert "Traceback" not in done.stderr
+    (rank,) = run_ranks(_main, 1, arguments, init=False)
+    assert rank.code == 5
+    assert "error: step" in rank.stderr

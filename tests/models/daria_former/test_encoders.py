@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from models.daria_former.encoders import AudioEncoder, ImageEncoder, ModalityEncoder
 from parallel.context import ParallelContext
-from parallel.random import initialize, perturb
+from parallel.random import initialize
+from tests.equivalence import perturb
 from tests.models.daria_former.cases import MODALITIES, config_of
 
 CONFIG = config_of(**MODALITIES)
