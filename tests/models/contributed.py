@@ -20,17 +20,18 @@ from parallel.context import ParallelContext
 from pretrain.config import RunConfig
 from pretrain.config.compose import compose_config
 from pretrain.errors import EXIT_COMPLETED
-from pretrain.run import run as run_training
 from tests.distributed import run_ranks
 from tests.equivalence import Measured, measure
 from tests.models.families import CASES
 from tests.models.hf.alone import computed_alone
 from tests.models.test_contract import BOUNDS
 from tests.models.test_contributing import commands
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, write_data
 from tests.tolerance import FP32_LOSS, FP32_NORM, FP64, assert_close
 
 STEPS, NEW_TOKENS = 2, 5
+ZERO = "configs/ds/zero1.json"
 SMALL = {
     "data.tokenizer": "null",
     "data.sequence_length": 32,
@@ -58,17 +59,13 @@ def trained(command) -> RunConfig:
     config = _config(command)
     ranks = config.parallel.pipeline * config.parallel.tensor
     assert (config.parallel.pipeline, config.parallel.tensor, ranks) == (2, 2, 4)
-    assert run_ranks(_train, ranks, config, init=False) == [EXIT_COMPLETED] * ranks
+    assert run_ranks(run_training, ranks, config, ZERO, init=False) == [EXIT_COMPLETED] * ranks
     return config
 
 
 def _config(overrides: list[str]) -> RunConfig:
     small = [f"{name}={value}" for name, value in SMALL.items()]
     return compose_config("demo", overrides=[*overrides, *small])
-
-
-def _train(config: RunConfig) -> int:
-    return run_training(config, "configs/ds/zero1.json")
 
 
 def _measured(tensor: int, cuts: tuple[int, ...] = ()) -> Measured:
@@ -99,7 +96,7 @@ def test_scaled_has_the_loss_and_gradients_of_one_process_in_two_stages_of_two_r
 def test_scaled_trains_in_two_stages_of_two_ranks_as_in_one_process(command, trained):
     alone = [each for each in command if not each.startswith("parallel.")]
     single = _config([*alone, "run_dir=runs/single"])
-    assert run_ranks(_train, 1, single, init=False) == [EXIT_COMPLETED]
+    assert run_ranks(run_training, 1, single, ZERO, init=False) == [EXIT_COMPLETED]
     (found, found_evaluation), (expected, evaluation) = metrics(trained), metrics(single)
     assert len(found) == len(expected) == STEPS
     for ours, theirs in zip(found, expected, strict=True):
