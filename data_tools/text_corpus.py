@@ -1,4 +1,4 @@
-"""The corpus of a text and a tokenizer, for commands that are given text itself."""
+"""Tokenized corpora of plain text, for commands that take text instead of a corpus."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from data_tools.tokenization.tokenizers import tokenizer_fingerprint
 
 
 def corpus_prefix(text: str, tokenizer: str, folder: Path, name: str) -> Path:
-    """Where the corpus of exactly these files and this tokenizer belongs in `folder`; its name
-    changes with either.
+    """Return the prefix in `folder` for the corpus of a text and a tokenizer.
+
+    The name changes with the path, size or time of a file, and with the tokenizer.
 
     Raises:
         DataError: there is no such text or tokenizer.
@@ -34,7 +35,7 @@ def corpus_files(prefix: Path) -> list[Path]:
 
 
 def tokenize_text(text: str, tokenizer: str, prefix: Path) -> None:
-    """Write the corpus of a text in this process alone, whatever launcher started it.
+    """Tokenize a text on a single rank, under any launcher.
 
     Raises:
         DataError: the text cannot be tokenized.
@@ -46,6 +47,6 @@ def tokenize_text(text: str, tokenizer: str, prefix: Path) -> None:
         tokenizer=tokenizer, eod=None, append_eod=True, json_key="text", skip_bad_lines=False
     )
     job = PreprocessJob([text], str(prefix), settings, overwrite=True, command=shlex.join(command))
-    # The workers are the parallelism: a tokenizer's threads would compete for the same CPUs.
+    # Parallelism comes from the workers; tokenizer threads would compete for the same CPUs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print(summary(str(prefix), preprocess(job, num_workers=usable_cpus()).info), flush=True)
