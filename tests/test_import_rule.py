@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ ALLOWED = {
 }
 # Folders of models/ that all families share.
 SHARED = ("common", "hf", "standalone")
+MAX_FILES = 18  # in a folder that a reader still takes in at a glance
 # Command lines that need a little more.
 EXCEPTIONS = {
     "models/standalone/train_command.py": (
@@ -96,18 +99,40 @@ def _family(path: str) -> str | None:
     return parts[1] if (ROOT / "models" / parts[1]).is_dir() else None
 
 
+def _files() -> list[str]:
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
 def project_imports() -> list[Import]:
-    return [
-        found
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
-        for found in imports_in(path.read_text(), path.relative_to(ROOT).as_posix())
-    ]
+    return [found for file in _files() for found in imports_in((ROOT / file).read_text(), file)]
 
 
 def test_no_import_breaks_the_rule():
     violations = [text for found in project_imports() if (text := violation(found))]
     assert not violations, "\n".join(violations)
+
+
+def test_imports_have_no_cycle():
+    """Those inside functions included: none of them is there to dodge one."""
+    modules = {_module(file): file for file in _files()}
+    graph: dict[str, set[str]] = {}
+    for found in project_imports():
+        target = found.module
+        while target and target not in modules:
+            target = target.rpartition(".")[0]
+        if target and modules[target] != found.file:
+            graph.setdefault(found.file, set()).add(modules[target])
+    TopologicalSorter(graph).prepare()  # CycleError names the files of one
+
+
+def _module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_folder_is_a_heap():
+    sizes = Counter(file.rpartition("/")[0] for file in _files())
+    assert {folder: size for folder, size in sizes.items() if size > MAX_FILES} == {}
 
 
 def test_every_exception_is_used():
