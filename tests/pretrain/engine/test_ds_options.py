@@ -165,6 +165,7 @@ def _difference(found, reference, moved, *, precision: str) -> str | None:
                 return f"{what}, step {step}: {ours}, expected {theirs}"
     if found.folder is None:
         return None
+    bound *= len(reference.losses)
     ours, theirs = found.masters(), reference.masters()
     if ours.keys() != theirs.keys():
         return f"other parameters: {sorted(ours.keys() ^ theirs.keys())}"
