@@ -29,9 +29,9 @@ class RendezvousError(ValueError):
 class LostRankError(RuntimeError):
     """Another rank has ended. `said`: it, or a rank beside this one, has told the user."""
 
-    def __init__(self, message: str, *, said: bool) -> None:
+    def __init__(self, message: str, *, is_reported: bool) -> None:
         super().__init__(message)
-        self.said = said
+        self.is_reported = is_reported
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,12 +15,12 @@ from models.registry import get_family
 from parallel.checkpoint.weights import ShardPosition
 from parallel.cpu.waiting import Waiting
 from pretrain.checkpointing import Checkpoint, CheckpointContents
-from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.rng_state import restore_rng_state, rng_states, seed_rng
 from pretrain.checkpointing.train_state import Owner, TrainState, load_states, save_states
 from pretrain.config import RunConfig, resolved
 from pretrain.config.layout import RunLayout
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.launcher_env import ranks_on_this_machine
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.lr_schedule import learning_rate
@@ -28,7 +28,7 @@ from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.metrics.flops import device_name, peak_flops, training_flops_per_token
 from pretrain.metrics.records import Throughput, evaluation_record, training_record
 from pretrain.metrics.writers import Writers, build_writers
-from pretrain.stability.nonfinite_steps import GuardedSteps, check_finite
+from pretrain.stability.nonfinite_steps import SkipNonFinite, check_finite
 from pretrain.stability.replica_check import check_replicas
 from pretrain.stability.rollback import Rollback, Spike
 from pretrain.supervision.signals import GracefulStop
@@ -55,8 +55,8 @@ class TrainLoop:
         engine: Engine,
         state: TrainState,
         evaluation: EvalBatches | None,
-        saves: Saves,
-        ranks: Ranks,
+        checkpointer: Checkpointer,
+        ranks: RankGroup,
         watchdog: Watchdog,
     ) -> None:
         self.config = config
@@ -65,10 +65,10 @@ class TrainLoop:
         self.ctx = engine.ctx
         self.state = state
         self.evaluation = evaluation
-        self.saves = saves
+        self.checkpointer = checkpointer
         self.ranks = ranks
         self.watchdog = watchdog
-        self.steps = GuardedSteps(
+        self.steps = SkipNonFinite(
             engine,
             state.loader,
             ranks,
@@ -100,8 +100,8 @@ class TrainLoop:
         Raises:
             CheckpointError, AgreedError: on every rank; the run cannot go on from it.
         """
-        self.watchdog.moved(f"the restoration of step {checkpoint.step}")
-        self.ranks.together(lambda: load_states(self.owners, checkpoint.trainer))
+        self.watchdog.progress(f"the restoration of step {checkpoint.step}")
+        self.ranks.run_on_all_ranks(lambda: load_states(self.owners, checkpoint.trainer))
         samples = self.state.curriculum.start.samples
         self.engine.restore(checkpoint, samples=samples, ranks=self.ranks)
         if checkpoint.layout.grid == self.layout.grid:
@@ -121,7 +121,9 @@ class TrainLoop:
                 writers.close()
             if not isinstance(end, Spike):
                 return end
-            self._warn(self.rollback.roll_back(end, self.saves, self.restore, step=self.state.step))
+            self._warn(
+                self.rollback.roll_back(end, self.checkpointer, self.restore, step=self.state.step)
+            )
 
     def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         state, training = self.state, self.config.training
@@ -130,7 +132,7 @@ class TrainLoop:
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
-            self.watchdog.moved(f"step {step}", is_step=True)
+            self.watchdog.progress(f"step {step}", is_step=True)
             result = self._train(step, rate)
             state.step, state.learning_rate, last = step, rate, step == total
             stopping = stop.should_stop(self.ranks)
@@ -152,9 +154,9 @@ class TrainLoop:
                     if saving:
                         self._save()
                     if last or stopping:
-                        self.saves.wait()
+                        self.checkpointer.wait()
             if stopping and not last:
-                self._say(f"stopped at step {step} as asked; start again to continue")
+                self._print(f"stopped at step {step} as asked; start again to continue")
                 return EXIT_STOPPED
         return EXIT_COMPLETED
 
@@ -206,7 +208,7 @@ class TrainLoop:
         if self.evaluation is None:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
-        self.watchdog.moved(f"the evaluation after step {self.state.step}")
+        self.watchdog.progress(f"the evaluation after step {self.state.step}")
         nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(
@@ -220,11 +222,11 @@ class TrainLoop:
 
     def _save(self) -> None:
         check_finite(self.engine.module, self.ranks, step=self.state.step)
-        self.saves.save(self._contents())
+        self.checkpointer.save(self._contents())
 
     def _contents(self) -> CheckpointContents:
         engine = self.engine
-        is_portable = self.saves.identity.layout_bound_by is None
+        is_portable = self.checkpointer.identity.layout_bound_by is None
         return CheckpointContents(
             step=self.state.step,
             weights=engine.weights(),
@@ -253,7 +255,7 @@ class TrainLoop:
         start = (
             f"continuing after step {self.state.step}" if self.state.step else "from the beginning"
         )
-        self._say(
+        self._print(
             f"{self.config.model.family}, {self.num_parameters / 1e6:.1f}M parameters, "
             f"{training.precision}, on {self.ranks.size} x {device}\n"
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
@@ -263,7 +265,7 @@ class TrainLoop:
             f"run directory {Path(self.config.run_dir).absolute()}"
         )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.ctx.is_main:
             print(text, flush=True)
 

@@ -26,8 +26,8 @@ from parallel.checkpoint.storage import Storage
 from parallel.context import ParallelContext
 from parallel.precision import Precision
 from pretrain.checkpointing import CheckpointStore, Layout, RunIdentity
-from pretrain.checkpointing.async_save import Saves
-from pretrain.checkpointing.resumption import changes_told
+from pretrain.checkpointing.async_save import Checkpointer
+from pretrain.checkpointing.resumption import describe_changes
 from pretrain.checkpointing.rng_state import seed_rng
 from pretrain.checkpointing.selection import Checkpoint
 from pretrain.checkpointing.train_state import TrainState
@@ -36,14 +36,14 @@ from pretrain.config.deepspeed import DeepSpeedSettings, layout_bound_by
 from pretrain.config.layout import RunLayout
 from pretrain.config.resolve import ResolvedRun
 from pretrain.config.run_length import plan_run
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.process_groups import (
     group_timeout,
     limit_groups,
     prepare,
     process_group,
 )
-from pretrain.distributed.rendezvous import World, meet
+from pretrain.distributed.rendezvous import World, rendezvous
 from pretrain.engine.build import build_engine
 from pretrain.engine.engine import Engine
 from pretrain.engine.initial_weights import initial_weights
@@ -51,20 +51,20 @@ from pretrain.engine.parameter_groups import describe_groups
 from pretrain.engine.train_spec import TrainSpec, build_context, build_precision, check_model
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
-from pretrain.run_status import clear_markers, leave_marker
+from pretrain.run_status import clear_markers, write_marker
 from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-class _Started(NamedTuple):
+class _RunContext(NamedTuple):
     """What a rank has once all of them have met."""
 
     stop: GracefulStop
     watchdog: Watchdog
     ctx: ParallelContext
-    ranks: Ranks
+    ranks: RankGroup
 
 
 class _Data(NamedTuple):
@@ -88,45 +88,47 @@ def run(settings: ResolvedRun) -> int:
     with ExitStack() as stack:
         stop, watchdog, ctx, ranks = init_run(config, layout, precision, stack)
         spec = TrainSpec.of(config, ds_config, ctx)
-        whole = ranks.together(lambda: check_model(spec))
-        watchdog.moved("opening the data")
+        whole = ranks.run_on_all_ranks(lambda: check_model(spec))
+        watchdog.progress("opening the data")
         data = _open_data(config, layout, ctx, ranks, stack)
         state = TrainState(config, data.loader, data_size=layout.data)
-        watchdog.moved("searching for a checkpoint")
+        watchdog.progress("searching for a checkpoint")
         store = _open_store(config, _identity(config, layout, ds_config, data), ranks, stack)
         checkpoint = store.find(config.resume)
-        ranks.on_first(lambda: clear_markers(Path(config.run_dir)))
+        ranks.run_on_rank0(lambda: clear_markers(Path(config.run_dir)))
         if checkpoint is not None:
             _plan_resume(checkpoint, config, layout, state, ranks)
             if state.step == state.total_steps:
-                ranks.on_first(lambda: _end_complete(config, state.step))
+                ranks.run_on_rank0(lambda: _report_complete(config, state.step))
                 return EXIT_COMPLETED
-        ranks.on_first(lambda: _remark(config, data))
-        watchdog.moved("building the model")
+        ranks.run_on_rank0(lambda: _warn_about_data(config, data))
+        watchdog.progress("building the model")
         engine = _build_engine(spec, ranks, is_fresh=checkpoint is None)
-        saves = stack.enter_context(_saves(config, store, watchdog))
-        loop = TrainLoop(config, layout, engine, state, data.evaluation, saves, ranks, watchdog)
+        checkpointer = stack.enter_context(_build_checkpointer(config, store, watchdog))
+        loop = TrainLoop(
+            config, layout, engine, state, data.evaluation, checkpointer, ranks, watchdog
+        )
         if checkpoint is not None:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
         # Only now: a start that fails leaves nothing that speaks of its settings.
-        ranks.on_first(lambda: _announce(config, whole))
+        ranks.run_on_rank0(lambda: _write_config(config, whole))
         stop.started()
         code = loop.run(stop)
         # Every rank has saved: a launcher that reads the marker may end all of them.
-        ranks.on_first(lambda: leave_marker(Path(config.run_dir), code))
+        ranks.run_on_rank0(lambda: write_marker(Path(config.run_dir), code))
         return code
 
 
 def init_run(
     config: RunConfig, layout: RunLayout, precision: Precision, stack: ExitStack
-) -> _Started:
+) -> _RunContext:
     """Bring the ranks together, watched from the moment all have met; `stack` ends it."""
     stop = stack.enter_context(GracefulStop(starting=True))
     world, limit = World.from_environment(), config.watchdog.timeout
     prepare()
-    store = meet(world, purpose=config.run_dir, timeout=limit)
+    store = rendezvous(world, purpose=config.run_dir, timeout=limit)
     watchdog = Watchdog(
         Path(config.run_dir),
         rank=world.rank,
@@ -136,41 +138,41 @@ def init_run(
         slow_ratio=config.watchdog.slow_ratio,
     )
     stack.enter_context(watchdog)
-    watchdog.moved("creating process groups")
+    watchdog.progress("creating process groups")
     group = process_group(tensor_size=layout.tensor, store=store, timeout=limit)
-    stack.push(watchdog.leave)  # of an error in what follows
+    stack.push(watchdog.on_exit)  # of an error in what follows
     device = stack.enter_context(group)
-    stack.push(watchdog.leave)  # of any other, before the group is destroyed
-    ranks = _agreement(limit)
+    stack.push(watchdog.on_exit)  # of any other, before the group is destroyed
+    ranks = _build_rank_group(limit)
     ctx = build_context(config, precision=precision, device=device)
     axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}
-    watchdog.placed(
+    watchdog.set_layout(
         ", ".join(f"{name} {axis.rank}" for name, axis in axes.items() if axis.size > 1),
         stage=ctx.pipeline.rank,
     )
-    return _Started(stop, watchdog, ctx, ranks)
+    return _RunContext(stop, watchdog, ctx, ranks)
 
 
-def _agreement(timeout: float | None) -> Ranks:
+def _build_rank_group(timeout: float | None) -> RankGroup:
     """A gloo group of all ranks, over which they agree on small things (collective)."""
-    return Ranks.of_group(dist.new_group(backend="gloo", timeout=group_timeout(timeout)))
+    return RankGroup.of_group(dist.new_group(backend="gloo", timeout=group_timeout(timeout)))
 
 
 def _open_data(
-    config: RunConfig, layout: RunLayout, ctx: ParallelContext, ranks: Ranks, stack: ExitStack
+    config: RunConfig, layout: RunLayout, ctx: ParallelContext, ranks: RankGroup, stack: ExitStack
 ) -> _Data:
-    loader = ranks.together(lambda: open_training_data(config, layout, ctx))
+    loader = ranks.run_on_all_ranks(lambda: open_training_data(config, layout, ctx))
     stack.enter_context(loader)
-    evaluation = ranks.together(lambda: _eval_batches(config, ctx))
-    return _Data(loader, evaluation, ranks.together(lambda: read_text_rules(config.data)))
+    evaluation = ranks.run_on_all_ranks(lambda: _eval_batches(config, ctx))
+    return _Data(loader, evaluation, ranks.run_on_all_ranks(lambda: read_text_rules(config.data)))
 
 
 def _open_store(
-    config: RunConfig, identity: RunIdentity, ranks: Ranks, stack: ExitStack
+    config: RunConfig, identity: RunIdentity, ranks: RankGroup, stack: ExitStack
 ) -> CheckpointStore:
     if config.checkpoint.asynchronous:
         # Collectives of a save in the background must not interleave with the main thread's.
-        ranks = _agreement(config.watchdog.timeout)
+        ranks = _build_rank_group(config.watchdog.timeout)
     store = CheckpointStore(
         Path(config.run_dir),
         identity=identity,
@@ -182,11 +184,15 @@ def _open_store(
     return store
 
 
-def _saves(config: RunConfig, store: CheckpointStore, watchdog: Watchdog) -> Saves:
-    return Saves(store, asynchronous=config.checkpoint.asynchronous, moved=watchdog.moved)
+def _build_checkpointer(
+    config: RunConfig, store: CheckpointStore, watchdog: Watchdog
+) -> Checkpointer:
+    return Checkpointer(
+        store, asynchronous=config.checkpoint.asynchronous, progress=watchdog.progress
+    )
 
 
-def _build_engine(spec: TrainSpec, ranks: Ranks, *, is_fresh: bool) -> Engine:
+def _build_engine(spec: TrainSpec, ranks: RankGroup, *, is_fresh: bool) -> Engine:
     """The engine of the run; a fresh one takes the weights of training.init_from."""
     weights = initial_weights(spec.config, spec.ctx, ranks) if is_fresh else None
     engine = build_engine(spec, load_layer=None if weights is None else weights.load)
@@ -195,38 +201,44 @@ def _build_engine(spec: TrainSpec, ranks: Ranks, *, is_fresh: bool) -> Engine:
 
 
 def _plan_resume(
-    checkpoint: Checkpoint, config: RunConfig, layout: RunLayout, state: TrainState, ranks: Ranks
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    layout: RunLayout,
+    state: TrainState,
+    ranks: RankGroup,
 ) -> None:
     """Plan the steps that are left, and say what has changed.
 
     The loop restores this state again with all else. Already here a checkpoint that does not go
     with the data or the settings is refused before the model is built.
     """
-    ranks.together(lambda: state.load_state_dict(checkpoint.trainer))
-    ranks.on_first(lambda: _say(changes_told(checkpoint, config, layout, state.curriculum)))
+    ranks.run_on_all_ranks(lambda: state.load_state_dict(checkpoint.trainer))
+    ranks.run_on_rank0(
+        lambda: _print_lines(describe_changes(checkpoint, config, layout, state.curriculum))
+    )
 
 
-def _say(lines: Sequence[str]) -> None:
+def _print_lines(lines: Sequence[str]) -> None:
     for line in lines:
         print(line, flush=True)
 
 
-def _end_complete(config: RunConfig, step: int) -> None:
-    _say([f"{config.run_dir} is complete at step {step}: there is nothing left to train"])
-    leave_marker(Path(config.run_dir), EXIT_COMPLETED)
+def _report_complete(config: RunConfig, step: int) -> None:
+    _print_lines([f"{config.run_dir} is complete at step {step}: there is nothing left to train"])
+    write_marker(Path(config.run_dir), EXIT_COMPLETED)
 
 
-def _remark(config: RunConfig, data: _Data) -> None:
+def _warn_about_data(config: RunConfig, data: _Data) -> None:
     curriculum = data.loader.curriculum
     for line in data_warnings(config.data, curriculum, data.loader, data.evaluation):
         logger.warning("%s", line)
 
 
-def _announce(config: RunConfig, model: nn.Module) -> None:
+def _write_config(config: RunConfig, model: nn.Module) -> None:
     """Write the settings down, and say how each group of parameters is trained."""
     path = Path(config.run_dir, "config.yaml")
     Storage().replace_file(path, to_yaml(config).encode("ascii"))
-    _say([describe_groups(model, config.training)])
+    _print_lines([describe_groups(model, config.training)])
 
 
 def open_training_data(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:

@@ -17,6 +17,6 @@ def clear_markers(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def leave_marker(run_dir: Path, code: int) -> None:
+def write_marker(run_dir: Path, code: int) -> None:
     """Say that the run ended with exit code `code`; rank 0 calls it once every rank has saved."""
     Storage().replace_file(run_dir / MARKERS[code], b"")

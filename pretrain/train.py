@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_STOPPED
     except LostRankError as error:
-        if not error.said:
+        if not error.is_reported:
             _report(error)
         return EXIT_LOST_RANK
     except (MemoryError, RuntimeError) as error:

@@ -26,12 +26,12 @@ from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint, Resume, RunIdentity
 from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
 
-_FAREWELL = 5.0  # seconds in which a save may still end when this rank fails by itself
+_DRAIN_SECONDS = 5.0  # seconds in which a save may still end when this rank fails by itself
 _NICENESS = 10
 logger = logging.getLogger(__name__)
 
 
-class Saves:
+class Checkpointer:
     """The saves of a run, on all of its ranks; a context manager that the last one cannot outlive.
 
     In the background one save is under way at a time. What it raises, `CheckpointError` on every
@@ -44,9 +44,9 @@ class Saves:
     """
 
     def __init__(
-        self, store: CheckpointStore, *, asynchronous: bool, moved: Callable[[str], object]
+        self, store: CheckpointStore, *, asynchronous: bool, progress: Callable[[str], object]
     ) -> None:
-        self._store, self._asynchronous, self._moved = store, asynchronous, moved
+        self._store, self._asynchronous, self._progress = store, asynchronous, progress
         self._buffers = HostBuffers()
         self._running: _BackgroundSave | None = None
 
@@ -66,12 +66,12 @@ class Saves:
             CheckpointError: this save, or the one before it in the background, was not published.
         """
         if not self._asynchronous:
-            self._moved(f"the save of step {contents.step}")
+            self._progress(f"the save of step {contents.step}")
             published = f"the publication of step {contents.step}"
-            self._store.save(contents, written=partial(self._moved, published))
+            self._store.save(contents, written=partial(self._progress, published))
             return
         self.wait()
-        self._moved(f"the copy of step {contents.step} to host memory")
+        self._progress(f"the copy of step {contents.step} to host memory")
         self._running = _BackgroundSave(self._store, snapshot(contents, self._buffers))
         self._running.start()
 
@@ -84,16 +84,16 @@ class Saves:
         running = self._running
         if running is None:
             return
-        self._moved(f"the wait for the save of step {running.step}")
+        self._progress(f"the wait for the save of step {running.step}")
         running.written.wait()
         # Ranks that have come to here are not the one that holds the others up.
-        self._moved(f"the wait for the publication of step {running.step}")
+        self._progress(f"the wait for the publication of step {running.step}")
         running.join()
         self._running = None
         if running.error is not None:
             raise running.error
 
-    def __enter__(self) -> Saves:
+    def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(
@@ -107,10 +107,10 @@ class Saves:
         if error is None or running is None:
             self.wait()
             return
-        self._moved(f"the wait for the save of step {running.step}")
+        self._progress(f"the wait for the save of step {running.step}")
         # An error that all ranks raise leaves them all here. After one that is this rank's alone
         # others may be dead, and this rank must end so that its launcher sees it.
-        running.join(None if isinstance(error, AgreedError) else _FAREWELL)
+        running.join(None if isinstance(error, AgreedError) else _DRAIN_SECONDS)
         if running.is_alive():
             logger.warning("the save of step %d is given up", running.step)
         elif running.error is not None:
@@ -129,7 +129,7 @@ class _BackgroundSave(threading.Thread):
         self._save = partial(store.save, contents, written=self.written.set)
 
     def run(self) -> None:
-        _leave_the_cpu_to_steps()
+        _lower_priority()
         try:
             self._save()
         except BaseException as error:  # the main thread raises it
@@ -138,7 +138,7 @@ class _BackgroundSave(threading.Thread):
             self.written.set()
 
 
-def _leave_the_cpu_to_steps() -> None:
+def _lower_priority() -> None:
     """This thread hashes while others train: where cores are few it must not be in their way."""
     if sys.platform == "linux":  # elsewhere threads have no priorities of their own
         thread = threading.get_native_id()

@@ -33,7 +33,7 @@ def shard_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-class Run(BaseModel):
+class FlatRange(BaseModel):
     """Elements [start, start + length) of the slice `shard` of `num_shards`, flattened."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -88,11 +88,11 @@ def check_masters(shard: OptimizerShard) -> None:
 
 class _Piece(NamedTuple):
     path: Path
-    run: Run
+    span: FlatRange
 
     @property
     def stop(self) -> int:
-        return self.run.start + self.run.length
+        return self.span.start + self.span.length
 
 
 class StoredParameter(NamedTuple):
@@ -124,8 +124,8 @@ class StoredOptimizer:
         self.directory = directory
         pieces: dict[str, list[_Piece]] = {}
         for path in sorted(directory.iterdir()):
-            for name, run in _read_runs(path).items():
-                pieces.setdefault(name, []).append(_Piece(path, run))
+            for name, span in _read_ranges(path).items():
+                pieces.setdefault(name, []).append(_Piece(path, span))
         self._parameters = {name: _assemble(name, each) for name, each in pieces.items()}
 
     def names(self) -> set[str]:
@@ -147,7 +147,7 @@ class StoredOptimizer:
     def steps(self, name: str) -> set[int]:
         """Step counts of the elements of a parameter: one, unless something went wrong."""
         shards = self.parameter(name).shards
-        return {piece.run.step for shard in shards for piece in shard}
+        return {piece.span.step for shard in shards for piece in shard}
 
     def read(self, name: str, key: str, *, start: int, length: int, tensor: Axis) -> Tensor:
         """Elements [start, start + length) of the slice that `tensor.rank` of `tensor.size` holds.
@@ -206,10 +206,12 @@ def _elements(stored: StoredParameter, key: str, shard: int, start: int, stop: i
     """Elements of one slice, flattened, from the pieces that overlap them."""
     parts = [torch.empty(0)]
     for piece in stored.shards[shard]:
-        low, high = max(start, piece.run.start), min(stop, piece.stop)
+        low, high = max(start, piece.span.start), min(stop, piece.stop)
         if low < high:
             tensor = f"{stored.name}/{key}"
-            parts.append(_read_piece(piece, tensor, low - piece.run.start, high - piece.run.start))
+            parts.append(
+                _read_piece(piece, tensor, low - piece.span.start, high - piece.span.start)
+            )
     return torch.cat(parts)
 
 
@@ -217,13 +219,13 @@ def _read_piece(piece: _Piece, tensor: str, low: int, high: int) -> Tensor:
     try:
         with safe_open(piece.path, framework="pt") as file:
             view = file.get_slice(tensor)
-            if view.get_shape() == [piece.run.length] and view.get_dtype() == "F32":
+            if view.get_shape() == [piece.span.length] and view.get_dtype() == "F32":
                 return view[low:high]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(piece.path)!r}, {tensor}: cannot be read: {error}") from error
     raise CheckpointError(
         f"{str(piece.path)!r}, {tensor}: {view.get_dtype()} {view.get_shape()}, expected "
-        f"F32 [{piece.run.length}]: the file was not written by manyformer"
+        f"F32 [{piece.span.length}]: the file was not written by manyformer"
     )
 
 
@@ -231,12 +233,14 @@ def _row_width(shape: Sequence[int]) -> int:
     return math.prod(shape[1:])
 
 
-def _read_runs(path: Path) -> dict[str, Run]:
+def _read_ranges(path: Path) -> dict[str, FlatRange]:
     """What a file says that it holds."""
     try:
         with safe_open(path, framework="pt") as file:
             table = json.loads((file.metadata() or {})[HEADER])
-        return {name: Run.model_validate_json(json.dumps(run)) for name, run in table.items()}
+        return {
+            name: FlatRange.model_validate_json(json.dumps(span)) for name, span in table.items()
+        }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     except (KeyError, ValueError, AttributeError, ValidationError) as error:
@@ -251,18 +255,18 @@ def _assemble(name: str, pieces: Iterable[_Piece]) -> StoredParameter:
     Raises:
         CheckpointError: names the parameter and the file at which the elements do not go on.
     """
-    pieces = sorted(pieces, key=lambda piece: (piece.run.shard, piece.run.start))
-    first = pieces[0].run
+    pieces = sorted(pieces, key=lambda piece: (piece.span.shard, piece.span.start))
+    first = pieces[0].span
     sharding = Sharding(dim=first.dim, full_size=first.full_size)
     num_shards = first.num_shards if sharding.dim is not None else 1
     shards: list[list[_Piece]] = [[] for _ in range(num_shards)]
     for piece in pieces:
-        if piece.run.layout != first.layout or piece.run.shard >= num_shards:
+        if piece.span.layout != first.layout or piece.span.shard >= num_shards:
             raise CheckpointError(
-                f"{str(piece.path)!r}: parameter {name!r} is {piece.run.layout}, "
+                f"{str(piece.path)!r}: parameter {name!r} is {piece.span.layout}, "
                 f"{first.layout} in {str(pieces[0].path)!r}: they are not of one checkpoint"
             )
-        shards[piece.run.shard].append(piece)
+        shards[piece.span.shard].append(piece)
     for number, shard in enumerate(shards):
         _check_tiling(name, number, shard, math.prod(first.shape))
     return StoredParameter(name, sharding, first.shape, shards)
@@ -270,7 +274,10 @@ def _assemble(name: str, pieces: Iterable[_Piece]) -> StoredParameter:
 
 def _check_tiling(name: str, number: int, shard: list[_Piece], numel: int) -> None:
     position = 0
-    for start, stop, path in [*((p.run.start, p.stop, str(p.path)) for p in shard), (numel, 0, "")]:
+    for start, stop, path in [
+        *((p.span.start, p.stop, str(p.path)) for p in shard),
+        (numel, 0, ""),
+    ]:
         if start != position:
             where = f" before {path!r}" if path else ""
             raise CheckpointError(

@@ -13,41 +13,43 @@ from pretrain.config.layout import RunLayout
 from pretrain.config.resume_rules import MISSING, Difference
 from pretrain.engine.lr_schedule import learning_rate
 
-_OF_THE_COMMAND = ("run_dir", "resume")
+_COMMAND_SETTINGS = ("run_dir", "resume")
 _LIMITS = ("max_steps", "max_tokens", "max_epochs")
-_UNUSED = "training.init_from"
+_UNUSED_AT_RESUME = "training.init_from"
 # What decides the learning rate of a step, beside the number of steps of the run.
-_OF_THE_RATE = ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio")
-_OF_THE_BATCH = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
+_RATE_SETTINGS = ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio")
+_BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
 
 
-def changes_told(
+def describe_changes(
     checkpoint: Checkpoint, config: RunConfig, layout: RunLayout, curriculum: Curriculum
 ) -> list[str]:
     """A line for every change since the checkpoint: old -> new. `curriculum`: the steps left."""
     names = {each.key.removeprefix("training.") for each in checkpoint.differences}
     return [
-        *(_told(each) for each in checkpoint.differences if each.key not in _OF_THE_COMMAND),
-        *_batch_told(checkpoint, layout, curriculum, names),
-        *_rate_told(checkpoint, config, curriculum, names),
+        *(_describe(each) for each in checkpoint.differences if each.key not in _COMMAND_SETTINGS),
+        *_describe_batch(checkpoint, layout, curriculum, names),
+        *_describe_rate(checkpoint, config, curriculum, names),
     ]
 
 
-def _told(difference: Difference) -> str:
+def _describe(difference: Difference) -> str:
     values = (difference.old, difference.new)
     old, new = ("none" if x in (None, MISSING) else show(x, longest=400) for x in values)
     unused = ", which has no effect: the weights are the checkpoint's"
-    return f"{difference.key}: {old} -> {new}{unused * difference.key.startswith(_UNUSED)}"
+    return (
+        f"{difference.key}: {old} -> {new}{unused * difference.key.startswith(_UNUSED_AT_RESUME)}"
+    )
 
 
-def _batch_told(
+def _describe_batch(
     checkpoint: Checkpoint, layout: RunLayout, curriculum: Curriculum, names: set[str]
 ) -> Iterator[str]:
     step, stage = checkpoint.step, curriculum.stages[0]
     if step == curriculum.total_steps:
         return
     before = checkpoint.trainer.get("sequences_per_step")
-    is_changed = names & {*_OF_THE_BATCH} or checkpoint.layout.data != layout.data
+    is_changed = names & {*_BATCH_SETTINGS} or checkpoint.layout.data != layout.data
     if is_changed and isinstance(before, int) and before != stage.sequences_per_step:
         yield (
             f"sequences per step: {before} in step {step} -> {stage.sequences_per_step} in step "
@@ -55,11 +57,11 @@ def _batch_told(
         )
 
 
-def _rate_told(
+def _describe_rate(
     checkpoint: Checkpoint, config: RunConfig, curriculum: Curriculum, names: set[str]
 ) -> Iterator[str]:
     step, total = checkpoint.step, curriculum.total_steps
-    if not names & {*_OF_THE_RATE, *_LIMITS} and checkpoint.trainer.get("total_steps") == total:
+    if not names & {*_RATE_SETTINGS, *_LIMITS} and checkpoint.trainer.get("total_steps") == total:
         return
     if step < total and (before := last_rate(checkpoint.trainer)):
         after = learning_rate(step + 1, config.training, total_steps=total)

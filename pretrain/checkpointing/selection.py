@@ -29,7 +29,7 @@ from pretrain.config.resume_rules import (
     keep_batch,
     samples_per_step,
 )
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 
 Resume = Literal["auto", "must", "never"]
 LATEST_NAME = "latest"
@@ -77,7 +77,7 @@ def rng_file_name(rank: int) -> str:
 
 
 def find_checkpoint(
-    run_dir: Path, resume: Resume, *, identity: RunIdentity, ranks: Ranks
+    run_dir: Path, resume: Resume, *, identity: RunIdentity, ranks: RankGroup
 ) -> Checkpoint | None:
     """The newest undamaged checkpoint; None when the run has to start from its beginning.
 
@@ -89,13 +89,13 @@ def find_checkpoint(
             newest undamaged one is of another run, layout or data.
     """
     problems: list[str] = []
-    for step in ranks.on_first(lambda: _candidates(run_dir, resume)):
+    for step in ranks.run_on_rank0(lambda: _candidates(run_dir, resume)):
         directory = run_dir / "checkpoints" / f"step_{step}"
         manifest, problem = _verify(directory, ranks)
         if manifest is not None and problem is None:
-            return ranks.on_first(partial(_checked, directory, manifest, identity))
+            return ranks.run_on_rank0(partial(_checked, directory, manifest, identity))
         problems.append(str(problem))
-        if ranks.is_first:
+        if ranks.is_rank0:
             logger.warning("checkpoint step_%d is not used: %s", step, problem)
     if problems:
         raise CheckpointError(
@@ -148,11 +148,11 @@ def _read_latest(directory: Path) -> str | None:
         return f"({error.strerror})"
 
 
-def _verify(directory: Path, ranks: Ranks) -> tuple[Manifest | None, str | None]:
+def _verify(directory: Path, ranks: RankGroup) -> tuple[Manifest | None, str | None]:
     """On every rank the manifest that rank 0 read, and the first problem that any rank found."""
     manifest: Manifest | None = None
     problem: str | None = None
-    if ranks.is_first:
+    if ranks.is_rank0:
         try:
             manifest = read_manifest(directory)
             problem = verify_listing(directory, manifest)
@@ -162,7 +162,7 @@ def _verify(directory: Path, ranks: Ranks) -> tuple[Manifest | None, str | None]
     if manifest is None or problem is not None:
         return manifest, problem
     mine = [name for name, e in manifest.files.items() if e.rank % ranks.size == ranks.rank]
-    return manifest, ranks.first_message(verify_content(directory, manifest, mine))
+    return manifest, ranks.first_error(verify_content(directory, manifest, mine))
 
 
 def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Checkpoint:

@@ -48,7 +48,7 @@ from pretrain.checkpointing.selection import (
     rng_file_name,
     steps_in,
 )
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 
 _TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
@@ -99,7 +99,7 @@ class CheckpointStore:
         identity: RunIdentity,
         keep: int,
         keep_every: int | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008 - immutable
+        ranks: RankGroup = RankGroup(),  # noqa: B008 - immutable
         storage: Storage | None = None,
     ) -> None:
         if keep < 1:
@@ -112,7 +112,7 @@ class CheckpointStore:
         self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
         self._trusted: set[int] = set()  # verified by `find` or written by `save`
         self._lock: RunLock | None = None
-        self._ranks.on_first(self._open)
+        self._ranks.run_on_rank0(self._open)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -138,14 +138,14 @@ class CheckpointStore:
         path = self._path(contents.step)
         if contents.step in self._trusted:
             return path
-        temporary = self._ranks.on_first(lambda: self._begin(contents))
+        temporary = self._ranks.run_on_rank0(lambda: self._begin(contents))
         report, failure = self._write(temporary, contents)
         written()
         reports = self._ranks.gather(report)
-        failure = self._ranks.first_message(failure)
-        self._ranks.on_first(lambda: self._publish(contents.step, temporary, reports, failure))
+        failure = self._ranks.first_error(failure)
+        self._ranks.run_on_rank0(lambda: self._publish(contents.step, temporary, reports, failure))
         self._trusted.add(contents.step)
-        self._ranks.on_first(lambda: self._retain(contents.step))
+        self._ranks.run_on_rank0(lambda: self._retain(contents.step))
         return path
 
     def _path(self, step: int) -> Path:
@@ -245,7 +245,7 @@ class CheckpointStore:
         paths = [directory / "rng" / rng_file_name(self._ranks.rank)]
         with self._storage.create(paths[0]) as file:
             write_rng_state(file, contents.rng)
-        if self._ranks.is_first:
+        if self._ranks.is_rank0:
             paths.append(directory / TRAINER_NAME)
             self._storage.write(paths[1], _json_bytes(contents.trainer))
         return paths

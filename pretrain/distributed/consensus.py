@@ -13,7 +13,7 @@ from parallel.checkpoint.errors import AgreedError, CheckpointError, one_line
 T = TypeVar("T")
 
 
-class Ranks(NamedTuple):
+class RankGroup(NamedTuple):
     """All processes of the run. `group` is a gloo group over them; None for a single process."""
 
     rank: int = 0
@@ -21,19 +21,19 @@ class Ranks(NamedTuple):
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup) -> Ranks:
+    def of_group(cls, group: dist.ProcessGroup) -> RankGroup:
         """`group` must contain every process, in order, so that group rank 0 is global rank 0."""
         return cls(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value, in rank order, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.is_first else None
+        values: list[Any] | None = [None] * self.size if self.is_rank0 else None
         dist.gather_object(value, values, dst=0, group=self.group)
         return values
 
@@ -45,13 +45,13 @@ class Ranks(NamedTuple):
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]  # type: ignore[return-value]
 
-    def first_message(self, message: str | None) -> str | None:
+    def first_error(self, message: str | None) -> str | None:
         """On all ranks the same: the message of the lowest rank that has one, or None."""
         messages = self.gather(message)
         first = next((text for text in messages or [] if text is not None), None)
         return self.broadcast(first)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """This rank's result of `action`, once every rank has one.
 
         Raises:
@@ -63,12 +63,12 @@ class Ranks(NamedTuple):
             value = action()
         except (OSError, ValueError) as error:
             failure = one_line(error)
-        failure = self.first_message(failure)
+        failure = self.first_error(failure)
         if failure is not None:
             raise AgreedError(failure)
         return value  # type: ignore[return-value]
 
-    def on_first(self, action: Callable[[], T]) -> T:
+    def run_on_rank0(self, action: Callable[[], T]) -> T:
         """Rank 0's result of `action` on every rank.
 
         Raises:
@@ -76,7 +76,7 @@ class Ranks(NamedTuple):
         """
         value: T | None = None
         failure: str | None = None
-        if self.is_first:
+        if self.is_rank0:
             try:
                 value = action()
             except (OSError, ValueError) as error:

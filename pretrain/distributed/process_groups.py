@@ -18,7 +18,7 @@ from parallel.cpu.compat import (
     prepare_deepspeed,
     prepare_environment,
 )
-from pretrain.distributed.rendezvous import World, meet
+from pretrain.distributed.rendezvous import World, rendezvous
 
 _AFTER_WATCHDOG = 30.0  # seconds
 
@@ -63,7 +63,7 @@ def process_group(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dist.init_process_group(
         distributed_backend(),
-        store=meet(world, purpose="", timeout=timeout) if store is None else store,
+        store=rendezvous(world, purpose="", timeout=timeout) if store is None else store,
         rank=world.rank,
         world_size=world.size,
         timeout=group_timeout(timeout),

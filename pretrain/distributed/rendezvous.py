@@ -14,10 +14,10 @@ import torch.distributed as dist
 from pretrain.distributed.launcher_env import environment_number
 from pretrain.errors import ConfigError, RendezvousError
 
-_SAY_EVERY = 60.0  # seconds after which rank 0 says who is missing
+_REPORT_INTERVAL = 60.0  # seconds after which rank 0 says who is missing
 _FOREVER = timedelta(days=365)
-_FAREWELL = 1.0  # seconds that rank 0 keeps the store for the others when ranks are missing
-_MAX_NAMED = 16  # missing ranks that a message lists
+_DRAIN_SECONDS = 1.0  # seconds that rank 0 keeps the store for the others when ranks are missing
+_MAX_LISTED = 16  # missing ranks that a message lists
 
 
 class World(NamedTuple):
@@ -41,7 +41,7 @@ class World(NamedTuple):
         )
 
 
-def meet(world: World, *, purpose: str, timeout: float | None) -> dist.Store:
+def rendezvous(world: World, *, purpose: str, timeout: float | None) -> dist.Store:
     """The store over which the ranks set up their groups, once all of them have come.
 
     `purpose` tells apart runs that meet at one address by mistake, such as the run directory.
@@ -62,8 +62,8 @@ def meet(world: World, *, purpose: str, timeout: float | None) -> dist.Store:
     began = time.monotonic()
     limit = _FOREVER if timeout is None else timedelta(seconds=timeout)
     store = _open(world, limit)
-    _introduce(world, store, purpose)
-    _await_all(world, store, began=began, limit=limit.total_seconds())
+    _register(world, store, purpose)
+    _wait_for_all(world, store, began=began, limit=limit.total_seconds())
     return store
 
 
@@ -74,19 +74,19 @@ def _open(world: World, limit: timedelta) -> dist.Store:
     # torchrun may start ranks again while its agent keeps the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_keeper = world.rank == 0 and not of_agent
+    is_store_owner = world.rank == 0 and not of_agent
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(port),
-            is_master=is_keeper,
+            is_master=is_store_owner,
             timeout=limit,
             wait_for_workers=False,
             multi_tenant=True,
         )
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
-        if is_keeper:
+        if is_store_owner:
             raise ConfigError(
                 f"cannot open the rendezvous at {_address()} ({reason}); "
                 "choose a free port with --master_port"
@@ -98,7 +98,7 @@ def _open(world: World, limit: timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
-def _introduce(world: World, store: dist.Store, purpose: str) -> None:
+def _register(world: World, store: dist.Store, purpose: str) -> None:
     """Say who this rank is.
 
     Raises:
@@ -120,7 +120,7 @@ def _introduce(world: World, store: dist.Store, purpose: str) -> None:
         )
 
 
-def _await_all(world: World, store: dist.Store, *, began: float, limit: float) -> None:
+def _wait_for_all(world: World, store: dist.Store, *, began: float, limit: float) -> None:
     # A process that meets twice at one address, as tests do, may find its old store.
     if store.add("number", 1) % world.size == 0:
         store.set("complete", "")
@@ -128,7 +128,9 @@ def _await_all(world: World, store: dist.Store, *, began: float, limit: float) -
         waited = time.monotonic() - began
         remaining = limit - waited
         try:
-            store.wait(["complete"], timedelta(seconds=max(0.001, min(_SAY_EVERY, remaining))))
+            store.wait(
+                ["complete"], timedelta(seconds=max(0.001, min(_REPORT_INTERVAL, remaining)))
+            )
             return
         except dist.DistStoreError:
             waited = time.monotonic() - began
@@ -139,14 +141,14 @@ def _await_all(world: World, store: dist.Store, *, began: float, limit: float) -
             raise RendezvousError(f"rank 0 has ended before all ranks met: {error}") from error
         if waited >= limit:
             if world.rank == 0:
-                time.sleep(_FAREWELL)
+                time.sleep(_DRAIN_SECONDS)
             raise ConfigError(f"{missing}; see their logs, or raise watchdog.timeout")
         sys.stderr.write(f"waiting: {missing}\n")
 
 
 def _describe_missing(world: World, store: dist.Store, waited: float) -> str:
     missing = [rank for rank in range(world.size) if not store.check([f"rank_{rank}"])]
-    names = ", ".join(map(str, missing[:_MAX_NAMED])) + ", ..." * (len(missing) > _MAX_NAMED)
+    names = ", ".join(map(str, missing[:_MAX_LISTED])) + ", ..." * (len(missing) > _MAX_LISTED)
     return (
         f"{world.size - len(missing)}/{world.size} ranks have joined at {_address()} after "
         f"{waited:.0f} s; missing: rank {names}"

@@ -13,9 +13,9 @@ from models.base import TokenInputs
 from parallel.carry import AfterEach, LayerSpec, SequentialModel
 from parallel.context import ParallelContext
 from parallel.sharding import sharding_table, sum_partial_gradients
-from pretrain.engine.deepspeed_moe import experts_found, register_experts
+from pretrain.engine.deepspeed_moe import patched_moe_detection, register_experts
 from pretrain.engine.engine import Engine, PlainEngine, StageEngine
-from pretrain.engine.optimizers import add_norms_at_once, build_optimizer, muon_accepted
+from pretrain.engine.optimizers import build_optimizer, fuse_group_norms, patched_muon_check
 from pretrain.engine.partitions import clear_padding
 from pretrain.engine.train_spec import TrainSpec
 
@@ -109,8 +109,8 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
     optimizer = build_optimizer(module, spec.config.training, spec.ctx)
     quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
     is_muon = spec.config.training.optimizer == "muon"
-    muon = muon_accepted() if is_muon else contextlib.nullcontext()
-    with quiet, experts_found(spec.ctx), muon:
+    muon = patched_muon_check() if is_muon else contextlib.nullcontext()
+    with quiet, patched_moe_detection(spec.ctx), muon:
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -118,7 +118,7 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
             mpu=None if spec.ctx.pipeline.size > 1 else _mpu(spec.ctx),
         )
     if spec.ctx.pipeline.size > 1:
-        add_norms_at_once(engine.optimizer)
+        fuse_group_norms(engine.optimizer)
     return engine
 
 

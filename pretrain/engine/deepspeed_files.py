@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from parallel.checkpoint.errors import CheckpointError, one_line
-from pretrain.engine.deepspeed_moe import files_without_experts, restore_experts
+from pretrain.engine.deepspeed_moe import restore_experts, without_moe_checkpoint_files
 
 ENGINE_TAG = "engine"
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
@@ -34,7 +34,7 @@ def save_engine_state(
     Raises:
         CheckpointError: this rank's write failed; the other ranks have finished theirs.
     """
-    with _observed_writes(engine.checkpoint_engine) as writes, files_without_experts(engine):
+    with _observed_writes(engine.checkpoint_engine) as writes, without_moe_checkpoint_files(engine):
         engine.save_checkpoint(
             str(directory), tag=ENGINE_TAG, client_state=dict(client_state or {}), save_latest=False
         )
@@ -56,7 +56,7 @@ def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
     """
     loaded = None
     if any((directory / ENGINE_TAG).glob("*.pt")):  # DeepSpeed asserts this without a message
-        with files_without_experts(engine), _harmless_reads(engine.checkpoint_engine):
+        with without_moe_checkpoint_files(engine), _harmless_reads(engine.checkpoint_engine):
             loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
     if loaded is None:  # where it finds nothing it goes on with the initial weights
         raise CheckpointError(f"{str(directory / ENGINE_TAG)!r} holds no DeepSpeed checkpoint")

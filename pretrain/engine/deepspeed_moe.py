@@ -68,7 +68,7 @@ def is_shared_by_expert_ranks(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def experts_found(ctx: ParallelContext) -> Iterator[None]:
+def patched_moe_detection(ctx: ParallelContext) -> Iterator[None]:
     """Engines that are made in here take the model for one with experts, where it has some."""
     if ctx.expert.size == 1:
         yield
@@ -89,7 +89,7 @@ def experts_found(ctx: ParallelContext) -> Iterator[None]:
 
 
 @contextmanager
-def files_without_experts(engine: Any) -> Iterator[None]:
+def without_moe_checkpoint_files(engine: Any) -> Iterator[None]:
     """While its state is saved or loaded, an engine takes the experts for ordinary parameters.
 
     DeepSpeed's files of experts are those of its own layer class. The file of weights now has the

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from parallel.carry import canonical_names
 from parallel.sharding import Sharding, local_shape, sharding_of
 from pretrain.checkpointing.optimizer_shards import MASTER, MOMENTS
-from pretrain.engine.partitions import held
+from pretrain.engine.partitions import local_shard
 
 
-class Part(NamedTuple):
+class ParamSlice(NamedTuple):
     """A parameter as checkpoints know it, or one expert of those that it stacks.
 
     `shape`: of the slice that this tensor rank holds, whole over data ranks. `first`: where it
@@ -32,15 +32,15 @@ class Part(NamedTuple):
     first: int = 0
 
 
-def parts_of(name: str, parameter: Tensor, *, expert_rank: int) -> list[Part]:
+def param_slices(name: str, parameter: Tensor, *, expert_rank: int) -> list[ParamSlice]:
     """The parameter itself; of stacked experts each under its number, for any expert size."""
     sharding, shape = sharding_of(name, parameter), local_shape(parameter)  # type: ignore[arg-type]
     if sharding.experts is None:
-        return [Part(name, shape, sharding)]
+        return [ParamSlice(name, shape, sharding)]
     num_local, *matrix = shape
     dim = None if sharding.dim is None else sharding.dim - 1
     return [
-        Part(
+        ParamSlice(
             f"{name}.{expert_rank * num_local + index}",
             tuple(matrix),
             Sharding(dim, sharding.full_size),
@@ -50,7 +50,7 @@ def parts_of(name: str, parameter: Tensor, *, expert_rank: int) -> list[Part]:
     ]
 
 
-class Place(NamedTuple):
+class ShardLocation(NamedTuple):
     """Where the elements of a parameter lie that this rank's optimizer updates.
 
     They begin at `start` of this tensor rank's slice, flattened. `master` (fp32) and `weight` (what
@@ -77,14 +77,14 @@ class Fragment(NamedTuple):
     shape: tuple[int, ...]
     sharding: Sharding
     is_tied_copy: bool
-    place: Place
+    location: ShardLocation
 
     @property
     def length(self) -> int:
-        return self.place.master.numel()
+        return self.location.master.numel()
 
 
-class LiveOptimizer:
+class OptimizerView:
     """The AdamW state of one rank of a DeepSpeed engine, at any ZeRO stage.
 
     Args:
@@ -97,27 +97,27 @@ class LiveOptimizer:
         self._wrapper = engine.optimizer
         self._optimizer: Any = getattr(self._wrapper, "optimizer", self._wrapper)
         self._parameters = trained_parameters(engine.module)
-        self.parts = {
-            name: parts_of(name, parameter, expert_rank=expert_rank)
+        self.slices = {
+            name: param_slices(name, parameter, expert_rank=expert_rank)
             for name, parameter in self._parameters.items()
         }
         self.fragments = list(self._fragments(data_size))
 
     def step(self, fragment: Fragment) -> int:
         """Optimizer steps that these elements have taken; 0 where there is no state yet."""
-        return int(self._optimizer.state.get(fragment.place.flat, {}).get("step", 0))
+        return int(self._optimizer.state.get(fragment.location.flat, {}).get("step", 0))
 
     def value(self, fragment: Fragment, key: str) -> Tensor:
         """Master weights or a moment, as a view; zeros where there is no state yet."""
-        place = fragment.place
-        state = self._optimizer.state.get(place.flat)
+        location = fragment.location
+        state = self._optimizer.state.get(location.flat)
         if key == MASTER:
-            return place.master
+            return location.master
         if not state:
-            return torch.zeros_like(place.master)
-        return state[key].view(-1).narrow(0, place.offset, fragment.length)
+            return torch.zeros_like(location.master)
+        return state[key].view(-1).narrow(0, location.offset, fragment.length)
 
-    def begin_state(self, flat: Tensor, step: int) -> None:
+    def init_state(self, flat: Tensor, step: int) -> None:
         """State of a tensor that has taken `step` steps, with moments of zero to be filled."""
         # torch counts in a tensor beside the parameter, DeepSpeed's optimizers in an int.
         counts_in_tensor = isinstance(self._optimizer, torch.optim.AdamW)
@@ -127,18 +127,18 @@ class LiveOptimizer:
 
     def _fragments(self, data_size: int) -> Iterator[Fragment]:
         for name, parameter in self._parameters.items():
-            place = self._place(parameter, data_size)
-            if place is not None:
+            location = self._locate(parameter, data_size)
+            if location is not None:
                 is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
-                yield from _cut(self.parts[name], place, is_tied_copy=is_tied_copy)
+                yield from _cut(self.slices[name], location, is_tied_copy=is_tied_copy)
 
-    def _place(self, parameter: Any, data_size: int) -> Place | None:
+    def _locate(self, parameter: Any, data_size: int) -> ShardLocation | None:
         """None when other data ranks hold all of the parameter."""
         if _is_stage_3(self._wrapper):
-            return _place_of_stage_3(self._wrapper, parameter)
+            return _locate_stage_3(self._wrapper, parameter)
         elements = parameter.detach().view(-1)
         if self._wrapper is self._optimizer:
-            return Place(0, elements, elements, parameter, 0, copies=data_size)
+            return ShardLocation(0, elements, elements, parameter, 0, copies=data_size)
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
@@ -146,33 +146,39 @@ class LiveOptimizer:
         start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         offset = mapping.hp_fragment_address.start
         master = flat.detach().narrow(0, offset, length)
-        return Place(start, master, elements.narrow(0, start, length), flat, offset)
+        return ShardLocation(start, master, elements.narrow(0, start, length), flat, offset)
 
 
-def _place_of_stage_3(zero: Any, parameter: Any) -> Place | None:
+def _locate_stage_3(zero: Any, parameter: Any) -> ShardLocation | None:
     group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-    start, weight = held(parameter)
+    start, weight = local_shard(parameter)
     if weight.numel() == 0:
         return None
     flat = zero.fp32_partitioned_groups_flat[group]
-    return Place(start, flat.detach().narrow(0, offset, weight.numel()), weight, flat, offset)
+    return ShardLocation(
+        start, flat.detach().narrow(0, offset, weight.numel()), weight, flat, offset
+    )
 
 
-def _cut(parts: list[Part], place: Place, *, is_tied_copy: bool) -> Iterator[Fragment]:
+def _cut(
+    slices: list[ParamSlice], location: ShardLocation, *, is_tied_copy: bool
+) -> Iterator[Fragment]:
     """Elements of a parameter as elements of its parts."""
-    for part in parts:
-        low = max(place.start, part.first)
-        length = min(place.start + len(place.master), part.first + math.prod(part.shape)) - low
+    for each in slices:
+        low = max(location.start, each.first)
+        length = (
+            min(location.start + len(location.master), each.first + math.prod(each.shape)) - low
+        )
         if length > 0:
-            own = Place(
-                low - part.first,
-                place.master.narrow(0, low - place.start, length),
-                place.weight.narrow(0, low - place.start, length),
-                place.flat,
-                place.offset + low - place.start,
-                place.copies,
+            own = ShardLocation(
+                low - each.first,
+                location.master.narrow(0, low - location.start, length),
+                location.weight.narrow(0, low - location.start, length),
+                location.flat,
+                location.offset + low - location.start,
+                location.copies,
             )
-            yield Fragment(part.name, part.shape, part.sharding, is_tied_copy, own)
+            yield Fragment(each.name, each.shape, each.sharding, is_tied_copy, own)
 
 
 def publish_weights(engine: Any) -> None:

@@ -27,16 +27,16 @@ from parallel.sharding import all_experts
 from parallel.wire import Wire
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.deepspeed_files import load_engine_state, save_engine_state
 from pretrain.engine.deepspeed_optimizer import publish_weights
 from pretrain.engine.loss_targets import Targets, count_scored
 from pretrain.engine.optimizer_state import optimizer_shard, restore_optimizer_state
 from pretrain.engine.optimizers import (
-    changing_nothing,
     clip_gradients,
-    forget_gradients,
+    drop_averaged_gradients,
     set_learning_rate,
+    without_update,
 )
 from pretrain.engine.train_spec import TrainSpec
 
@@ -97,7 +97,7 @@ class Engine(ABC):
         """Let DeepSpeed write its own files below `directory`; see `save_engine_state`."""
         return save_engine_state(self._deepspeed, directory)
 
-    def restore(self, checkpoint: Checkpoint, *, samples: int, ranks: Ranks) -> None:
+    def restore(self, checkpoint: Checkpoint, *, samples: int, ranks: RankGroup) -> None:
         """Restore weights, optimizer state and step counts (collective over `ranks`).
 
         `samples`: of all ranks that the run had taken.
@@ -109,7 +109,7 @@ class Engine(ABC):
         if not checkpoint.any_layout:
             load_engine_state(engine, path)
             return
-        ranks.together(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+        ranks.run_on_all_ranks(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
         publish_weights(engine)
         engine.global_steps, engine.global_samples = checkpoint.step, samples
 
@@ -124,7 +124,7 @@ class Engine(ABC):
             update_layer_states(self.module, ctx=self.ctx)
         else:
             discard_layer_sums(self.module)
-            forget_gradients(self._deepspeed.optimizer)
+            drop_averaged_gradients(self._deepspeed.optimizer)
 
 
 class PlainEngine(Engine):
@@ -165,7 +165,7 @@ class PlainEngine(Engine):
                 norm = clip_gradients(self.module, self.spec.config.training.grad_clip, self.ctx)
                 # As DeepSpeed's own optimizers do, it waits for the device.
                 applied = bool(norm.isfinite())
-            with contextlib.nullcontext() if applied else changing_nothing(engine.optimizer):
+            with contextlib.nullcontext() if applied else without_update(engine.optimizer):
                 engine.step()
         if not clip_in_loop:
             norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()

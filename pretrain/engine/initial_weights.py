@@ -29,7 +29,7 @@ from parallel.layer_state import persistent_buffers
 from parallel.sharding import split
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config.errors import nearest, show
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 
 Table = Mapping[str, ParameterInfo]
 TOKENIZER = "data.tokenizer"
@@ -63,7 +63,9 @@ class InitialWeights:
             buffer.copy_(self._reader.full(f"{spec.name}.{path}"))
 
 
-def initial_weights(config: RunConfig, ctx: ParallelContext, ranks: Ranks) -> InitialWeights | None:
+def initial_weights(
+    config: RunConfig, ctx: ParallelContext, ranks: RankGroup
+) -> InitialWeights | None:
     """The weights that `training.init_from` names; None without it (collective).
 
     Raises:
@@ -73,7 +75,7 @@ def initial_weights(config: RunConfig, ctx: ParallelContext, ranks: Ranks) -> In
         return None
     path = Path(config.training.init_from)
     table = parameter_table(get_family(config.model.family), config.model)
-    ranks.on_first(lambda: _check(path, config, table))
+    ranks.run_on_rank0(lambda: _check(path, config, table))
     return InitialWeights(path, table, ctx)
 
 

@@ -62,7 +62,7 @@ class BatchedMuon(MuonWithAuxAdam):
         torch._foreach_add_(parameters, list(updates.view_as(momenta).unbind()), alpha=-group["lr"])
 
 
-def leave_kernels_uncompiled() -> None:
+def disable_kernel_compilation() -> None:
     """Let the engines too, which call the kernels on their own under ZeRO, run them as written."""
     compiled = original_muon.muon_update
     if compiled.__module__ == __name__:

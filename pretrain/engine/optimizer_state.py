@@ -22,17 +22,17 @@ from pretrain.checkpointing.optimizer_shards import (
     HEADER,
     MASTER,
     MOMENTS,
+    FlatRange,
     OptimizerShard,
-    Run,
     StoredOptimizer,
 )
 from pretrain.engine.deepspeed_optimizer import (
     Fragment,
-    LiveOptimizer,
-    Part,
-    Place,
+    OptimizerView,
+    ParamSlice,
+    ShardLocation,
 )
-from pretrain.engine.partitions import held
+from pretrain.engine.partitions import local_shard
 
 
 def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
@@ -40,44 +40,44 @@ def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
 
     What several ranks hold alike is written by one of them.
     """
-    live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
-    runs: dict[str, dict[str, Any]] = {}
+    live = OptimizerView(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
+    ranges: dict[str, dict[str, Any]] = {}
     elements: list[Weight] = []
     weights: list[Weight] = []
     for index, fragment in enumerate(live.fragments):
         if not _is_writer(fragment, index, ctx):
             continue
-        name, shape, place = fragment.name, (fragment.length,), fragment.place
-        runs[name] = _run_of(fragment, live.step(fragment), ctx).model_dump(mode="json")
+        name, shape, location = fragment.name, (fragment.length,), fragment.location
+        ranges[name] = _flat_range(fragment, live.step(fragment), ctx).model_dump(mode="json")
         for key in (MASTER, *MOMENTS):
             load = partial(live.value, fragment, key)
             elements.append(Weight(f"{name}/{key}", shape, torch.float32, Sharding(), load))
-        if place.weight.data_ptr() != place.master.data_ptr():
-            load = partial(_weight, place)
-            weights.append(Weight(name, shape, place.weight.dtype, Sharding(), load))
-    return OptimizerShard(elements, weights, {HEADER: json.dumps(runs)})
+        if location.weight.data_ptr() != location.master.data_ptr():
+            load = partial(_weight, location)
+            weights.append(Weight(name, shape, location.weight.dtype, Sharding(), load))
+    return OptimizerShard(elements, weights, {HEADER: json.dumps(ranges)})
 
 
-def _weight(place: Place) -> Tensor:
-    return place.weight
+def _weight(location: ShardLocation) -> Tensor:
+    return location.weight
 
 
 def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:
     """One rank writes what tensor ranks, data ranks (ZeRO-0) or pipeline stages hold alike."""
     if fragment.is_tied_copy or (fragment.sharding.dim is None and ctx.tensor.rank > 0):
         return False
-    copies = fragment.place.copies
+    copies = fragment.location.copies
     return copies == 1 or index % copies == ctx.data.rank
 
 
-def _run_of(fragment: Fragment, step: int, ctx: ParallelContext) -> Run:
-    return Run(
+def _flat_range(fragment: Fragment, step: int, ctx: ParallelContext) -> FlatRange:
+    return FlatRange(
         shape=fragment.shape,
         dim=fragment.sharding.dim,
         full_size=fragment.sharding.full_size,
         shard=ctx.tensor.rank,
         num_shards=ctx.tensor.size,
-        start=fragment.place.start,
+        start=fragment.location.start,
         length=fragment.length,
         step=step,
     )
@@ -92,30 +92,30 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
     Raises:
         CheckpointError: a parameter, or an element of one, that is missing or of another shape.
     """
-    live = LiveOptimizer(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
+    live = OptimizerView(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
     stored = StoredOptimizer(directory / FOLDER)
-    for parts in live.parts.values():
-        for part in parts:
-            _check_part(part, stored)
-    _begin_states(live, stored)
+    for slices in live.slices.values():
+        for each in slices:
+            _check_slice(each, stored)
+    _init_states(live, stored)
     for fragment in live.fragments:
         read = partial(
             stored.read,
             fragment.name,
-            start=fragment.place.start,
+            start=fragment.location.start,
             length=fragment.length,
             tensor=ctx.tensor,
         )
         for key in (MASTER, *MOMENTS):
             live.value(fragment, key).copy_(read(key))
-        fragment.place.weight.copy_(fragment.place.master)
+        fragment.location.weight.copy_(fragment.location.master)
     _restore_untrained(engine.module, directory, ctx)
 
 
-def _check_part(part: Part, stored: StoredOptimizer) -> None:
+def _check_slice(each: ParamSlice, stored: StoredOptimizer) -> None:
     """Compare what the model declares with what the checkpoint holds."""
-    name, sharding, found = part.name, part.sharding, stored.parameter(part.name)
-    shape = list(part.shape)
+    name, sharding, found = each.name, each.sharding, stored.parameter(each.name)
+    shape = list(each.shape)
     if sharding.dim is not None:
         shape[sharding.dim] = sharding.extent
     if (tuple(shape), sharding.dim) != (found.shape, found.sharding.dim):
@@ -126,12 +126,12 @@ def _check_part(part: Part, stored: StoredOptimizer) -> None:
         )
 
 
-def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
+def _init_states(live: OptimizerView, stored: StoredOptimizer) -> None:
     """One step count per tensor that the optimizer steps, on which its parameters must agree."""
     counts: dict[Tensor, tuple[str, int]] = {}  # a tensor is hashed by its identity
     for fragment in live.fragments:
         for step in stored.steps(fragment.name):
-            name, expected = counts.setdefault(fragment.place.flat, (fragment.name, step))
+            name, expected = counts.setdefault(fragment.location.flat, (fragment.name, step))
             if step != expected:
                 raise CheckpointError(
                     f"{str(stored.directory)!r}: parameter {fragment.name!r} has taken {step} "
@@ -139,7 +139,7 @@ def _begin_states(live: LiveOptimizer, stored: StoredOptimizer) -> None:
                     "both: resume at the ZeRO stage that wrote the checkpoint"
                 )
     for flat, (_, step) in counts.items():
-        live.begin_state(flat, step)
+        live.init_state(flat, step)
 
 
 def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
@@ -159,13 +159,13 @@ def _copy_weight(
 ) -> None:
     sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
     full = reader.full(name)
-    place = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
-    local = split(full, sharding, **place, expert=ctx.expert)
+    location = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
+    local = split(full, sharding, **location, expert=ctx.expert)
     if tuple(local.shape) != local_shape(tensor) or local.dtype != tensor.dtype:
         raise CheckpointError(
             f"{str(reader.directory)!r}: {name!r} is {local.dtype} {list(local.shape)}, the model "
             f"has {tensor.dtype} {list(local_shape(tensor))}: it is of another model; resume with "
             "the configuration that wrote it"
         )
-    start, elements = held(tensor)
+    start, elements = local_shard(tensor)
     elements.copy_(local.reshape(-1).narrow(0, start, elements.numel()))

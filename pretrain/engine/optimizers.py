@@ -63,13 +63,13 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
     return norm
 
 
-def spoil(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """`loss`, with a gradient that is NaN where the loss is not finite, and unchanged elsewhere."""
     return loss * (1 + 0 * loss.detach())
 
 
 @contextmanager
-def changing_nothing(optimizer: Any) -> Iterator[None]:
+def without_update(optimizer: Any) -> Iterator[None]:
     """In here an optimizer that DeepSpeed does not wrap takes its step without doing anything.
 
     Gradients of None would not do: Muon takes them for zeros, steps on and decays the weights.
@@ -81,7 +81,7 @@ def changing_nothing(optimizer: Any) -> Iterator[None]:
         del optimizer.step
 
 
-def forget_gradients(optimizer: Any) -> None:
+def drop_averaged_gradients(optimizer: Any) -> None:
     """Drop what DeepSpeed has summed in a step that it left out.
 
     With `offload_optimizer`, ZeRO-1 and 2 in bf16 keep those sums and add the next step's to them
@@ -91,7 +91,7 @@ def forget_gradients(optimizer: Any) -> None:
         optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
 
-def add_norms_at_once(optimizer: Any) -> None:
+def fuse_group_norms(optimizer: Any) -> None:
     """Let ZeRO-1 in fp32 compute the norm of all parameter groups together, under a pipeline.
 
     DeepSpeed (0.19.8, zero/stage_1_and_2.py, `scaled_global_norm`) adds up over stages group by
@@ -118,7 +118,7 @@ def add_norms_at_once(optimizer: Any) -> None:
 
 
 @contextmanager
-def muon_accepted() -> Iterator[None]:
+def patched_muon_check() -> Iterator[None]:
     """Engines that are made in here run Muon in bf16 in pipelines and on stacked matrices, too.
 
     BF16_Optimizer (DeepSpeed 0.19.8) refuses both when it is made, although what it computes with
@@ -221,9 +221,9 @@ def _muon(
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
     if ctx.device.type == "cpu" and not config.compile:
-        from pretrain.engine.muon import BatchedMuon, leave_kernels_uncompiled
+        from pretrain.engine.muon import BatchedMuon, disable_kernel_compilation
 
-        leave_kernels_uncompiled()
+        disable_kernel_compilation()
         return BatchedMuon(groups)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 

@@ -19,7 +19,7 @@ from pretrain.config import TrainingConfig
 from pretrain.engine.deepspeed_moe import is_shared_by_expert_ranks
 from pretrain.errors import ConfigError
 
-_NAMED = 8  # so many kinds of parameters of a group are printed
+_MAX_LISTED = 8  # so many kinds of parameters of a group are printed
 
 
 class Treatment(NamedTuple):
@@ -114,8 +114,8 @@ def describe_groups(model: nn.Module, training: TrainingConfig) -> str:
 
 def _line(treatment: Treatment, kinds: Mapping[str, int]) -> str:
     rate = f", lr x {treatment.lr_multiplier:g}" * (treatment.lr_multiplier != 1.0)
-    more = f" and {len(kinds) - _NAMED} more" * (len(kinds) > _NAMED)
+    more = f" and {len(kinds) - _MAX_LISTED} more" * (len(kinds) > _MAX_LISTED)
     return (
         f"trained by {treatment.optimizer}, weight decay {treatment.weight_decay:g}{rate}: "
-        f"{sum(kinds.values()):,} parameters, {', '.join(list(kinds)[:_NAMED])}{more}"
+        f"{sum(kinds.values()):,} parameters, {', '.join(list(kinds)[:_MAX_LISTED])}{more}"
     )

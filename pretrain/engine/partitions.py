@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Held(NamedTuple):
+class LocalShard(NamedTuple):
     """Elements of a parameter from element `start` of the flattened whole on, as a view."""
 
     start: int
@@ -26,16 +26,16 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def held(parameter: Tensor) -> Held:
+def local_shard(parameter: Tensor) -> LocalShard:
     """What this rank holds of a parameter: all of it, or its partition under ZeRO-3."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
-        return Held(0, parameter.detach().view(-1))
+        return LocalShard(0, parameter.detach().view(-1))
     flat = partition.detach().view(-1)
     numel: int = parameter.ds_numel  # type: ignore[attr-defined]
     rank: int = parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
     start = min(flat.numel() * rank, numel)
-    return Held(start, flat.narrow(0, 0, min(numel - start, flat.numel())))
+    return LocalShard(start, flat.narrow(0, 0, min(numel - start, flat.numel())))
 
 
 @torch.no_grad()
@@ -44,4 +44,4 @@ def clear_padding(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         partition = getattr(parameter, "ds_tensor", None)
         if partition is not None:
-            partition.view(-1)[held(parameter).elements.numel() :].zero_()
+            partition.view(-1)[local_shard(parameter).elements.numel() :].zero_()

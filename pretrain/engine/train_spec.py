@@ -17,7 +17,7 @@ from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import DeepSpeedSettings
 from pretrain.engine.loss_targets import Targets
-from pretrain.engine.optimizers import spoil
+from pretrain.engine.optimizers import propagate_nonfinite
 from pretrain.engine.parameter_groups import check_multipliers
 from pretrain.errors import ConfigError
 
@@ -71,7 +71,7 @@ class TrainSpec(NamedTuple):
             z_loss = self._z_loss(logits_of(output), labels, num_scored)
             total = total + self.config.training.z_loss * z_loss
             terms = terms | {Z_LOSS: z_loss.detach()}
-        return spoil(total), terms
+        return propagate_nonfinite(total), terms
 
     def _z_loss(self, logits: Tensor, labels: Tensor, num_scored: Tensor | None) -> Tensor:
         """Mean of `(log Z)^2` over scored tokens, which are counted as those of lm_loss are."""

@@ -11,7 +11,7 @@ from typing import Any
 from pretrain.config.sections import SpikeConfig
 
 
-class SpikeWatch:
+class SpikeDetector:
     """Looks at the loss of every step: `loss > mean + sigma * deviation` of the `window` before.
 
     A loss that stands out is not part of what later ones are compared with, nor is one that is not
@@ -30,7 +30,7 @@ class SpikeWatch:
         """Restore the window; empty where an older checkpoint has none."""
         self.losses = deque(state.get("losses", ()), maxlen=self._config.window)
 
-    def stands_out(self, loss: float) -> bool:
+    def is_spike(self, loss: float) -> bool:
         """Look at the loss of the next step."""
         if not math.isfinite(loss):
             return False

@@ -19,16 +19,16 @@ from torch.utils.hooks import RemovableHandle
 
 from data_tools.loading.batch import Batch
 from data_tools.loading.loader import TrainLoader
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import Engine, StepResult
-from pretrain.engine.partitions import held
+from pretrain.engine.partitions import local_shard
 from pretrain.errors import TrainingError
 
-_WEIGHT, _OUTPUT, _GRADIENT = range(3)  # the first numbers of `Finding.order`
-_NAMED = 4  # so many samples are told; the others are counted
+_WEIGHT, _OUTPUT, _GRADIENT = range(3)  # the first numbers of `NonFiniteOrigin.order`
+_MAX_LISTED = 4  # so many samples are told; the others are counted
 
 
-class Finding(NamedTuple):
+class NonFiniteOrigin(NamedTuple):
     """The first thing on a rank that is not finite. `micro_batch`: counted from 0, where known.
 
     `order`: the rank with the least one has met it before all others.
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
         return self.order < (_OUTPUT,)
 
 
-class Witness:
+class NonFiniteTracer:
     """Watches a module for the first output or gradient that is not finite; a context manager.
 
     It asks the device after every layer: for a step that has already failed. `stage`, `num_stages`:
@@ -55,7 +55,7 @@ class Witness:
         self._stage, self._num_stages = stage, num_stages
         self._micro_batch, self._num_outputs = -1, 0
         self._handles: list[RemovableHandle] = []
-        self.finding = first_not_finite(module)
+        self.origin = first_nonfinite_parameter(module)
 
     def __enter__(self) -> Self:
         self._handles = [self._module.register_forward_pre_hook(self._begin)]
@@ -84,37 +84,37 @@ class Witness:
     def _see_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._num_outputs += 1
         # What is not finite when it arrives began elsewhere.
-        if self.finding is None and not _all_finite(output) and _all_finite(inputs):
+        if self.origin is None and not _all_finite(output) and _all_finite(inputs):
             order = (_OUTPUT, self._micro_batch, self._stage, self._num_outputs)
-            self.finding = Finding(f"the output of {name}", order, self._micro_batch)
+            self.origin = NonFiniteOrigin(f"the output of {name}", order, self._micro_batch)
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
-        if self.finding is None and not bool(gradient.isfinite().all()):
+        if self.origin is None and not bool(gradient.isfinite().all()):
             # A pipeline interleaves micro-batches, and only it knows which one comes back.
             micro_batch = self._micro_batch if self._num_stages == 1 else None
             order = (_GRADIENT, -self._stage)
-            self.finding = Finding(f"the gradient of {name}", order, micro_batch)
+            self.origin = NonFiniteOrigin(f"the gradient of {name}", order, micro_batch)
 
 
-def first_not_finite(module: nn.Module) -> Finding | None:
+def first_nonfinite_parameter(module: nn.Module) -> NonFiniteOrigin | None:
     """The first parameter of which this rank holds a number that is not finite."""
-    parameters = {name: held(p).elements for name, p in module.named_parameters()}
+    parameters = {name: local_shard(p).elements for name, p in module.named_parameters()}
     if not parameters:
         return None
     finite = torch.stack([tensor.isfinite().all() for tensor in parameters.values()])
     name = next((n for n, ok in zip(parameters, finite.tolist(), strict=True) if not ok), None)
-    return None if name is None else Finding(f"parameter {name} itself", (_WEIGHT,))
+    return None if name is None else NonFiniteOrigin(f"parameter {name} itself", (_WEIGHT,))
 
 
-def check_finite(module: nn.Module, ranks: Ranks, *, step: int) -> None:
+def check_finite(module: nn.Module, ranks: RankGroup, *, step: int) -> None:
     """Collective, before a save.
 
     Raises:
         TrainingError: on every rank; a weight is not finite.
     """
-    finding = first_not_finite(module)
-    message = ranks.first_message(
-        None if finding is None else f"{finding.what} of rank {ranks.rank} is not finite"
+    origin = first_nonfinite_parameter(module)
+    message = ranks.first_error(
+        None if origin is None else f"{origin.what} of rank {ranks.rank} is not finite"
     )
     if message is not None:
         raise TrainingError(
@@ -123,7 +123,7 @@ def check_finite(module: nn.Module, ranks: Ranks, *, step: int) -> None:
         )
 
 
-class GuardedSteps:
+class SkipNonFinite:
     """The train steps of a run, of which those that are not finite change nothing.
 
     Args:
@@ -138,7 +138,7 @@ class GuardedSteps:
         self,
         engine: Engine,
         loader: TrainLoader,
-        ranks: Ranks,
+        ranks: RankGroup,
         *,
         max_skipped: int,
     ) -> None:
@@ -168,7 +168,7 @@ class GuardedSteps:
             TrainingError: on every rank; more than `max_skipped` steps in a row were not finite, or
                 a weight is not.
         """
-        batches = _Kept(self._loader)
+        batches = _ReplayableBatches(self._loader)
         result = self._engine.train_step(batches, learning_rate=learning_rate)
         if result.applied:
             self.in_a_row = 0
@@ -176,9 +176,9 @@ class GuardedSteps:
         before = _numbers(result)
         # What a model draws comes from seeds, names and the text: it draws the same again.
         pipeline = self._engine.ctx.pipeline
-        watch = Witness(self._engine.module, stage=pipeline.rank, num_stages=pipeline.size)
-        with watch as witness:
-            result = self._engine.train_step(iter(batches.kept), learning_rate=learning_rate)
+        watch = NonFiniteTracer(self._engine.module, stage=pipeline.rank, num_stages=pipeline.size)
+        with watch as tracer:
+            result = self._engine.train_step(iter(batches.drawn), learning_rate=learning_rate)
         self._engine.uncount_step()
         if result.applied:
             self.in_a_row = 0
@@ -188,7 +188,7 @@ class GuardedSteps:
             )
         self.in_a_row += 1
         self.num_skipped += 1
-        message = f"step {step}: {before}; {self._told_by_all(step, samples, witness.finding)}"
+        message = f"step {step}: {before}; {self._find_origin(step, samples, tracer.origin)}"
         self._check_limit(step, message)
         return result, (
             f"{message}; the step is left out ({self.in_a_row} in a row, "
@@ -205,17 +205,19 @@ class GuardedSteps:
                 f"stability.skip_steps=[[{first},{step}]] or a lower training.lr"
             )
 
-    def _told_by_all(self, step: int, samples: range, finding: Finding | None) -> str:
+    def _find_origin(self, step: int, samples: range, origin: NonFiniteOrigin | None) -> str:
         """Collective: what the first rank that met it has found, on all ranks alike.
 
         Raises:
             TrainingError: a weight is not finite, and no other batch helps.
         """
-        text = "" if finding is None else self._told(samples, finding)
-        every = self._ranks.broadcast(self._ranks.gather((finding, text))) or []
+        text = "" if origin is None else self._describe_origin(samples, origin)
+        every = self._ranks.broadcast(self._ranks.gather((origin, text))) or []
         found = [(each.order, each.is_weight, text) for each, text in every if each is not None]
         if not found:
-            return f"no single layer is to blame, the batch is {self._places(samples, None)}"
+            return (
+                f"no single layer is to blame, the batch is {self._describe_samples(samples, None)}"
+            )
         _, is_weight, text = min(found)
         if is_weight:
             raise TrainingError(
@@ -225,34 +227,34 @@ class GuardedSteps:
         more = len(found) - 1
         return text + (f", and has gone on to {more} more ranks" if more else "")
 
-    def _told(self, samples: range, finding: Finding) -> str:
+    def _describe_origin(self, samples: range, origin: NonFiniteOrigin) -> str:
         return (
-            f"it begins on rank {self._ranks.rank} with {finding.what}, "
-            f"in {self._places(samples, finding.micro_batch)}"
+            f"it begins on rank {self._ranks.rank} with {origin.what}, "
+            f"in {self._describe_samples(samples, origin.micro_batch)}"
         )
 
-    def _places(self, samples: range, micro_batch: int | None) -> str:
+    def _describe_samples(self, samples: range, micro_batch: int | None) -> str:
         """Where the samples of a step, or of a micro-batch of this data rank, lie in the data."""
         if micro_batch is not None:
             data = self._engine.ctx.data
             count = len(samples) // (self._engine.num_micro_batches * data.size)
             first = (micro_batch * data.size + data.rank) * count
             samples = samples[first : first + count]
-        places = self._loader.describe(samples[:_NAMED])
-        more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
+        places = self._loader.describe(samples[:_MAX_LISTED])
+        more = f" and {len(samples) - _MAX_LISTED} more" if len(samples) > _MAX_LISTED else ""
         return f"samples {samples[0]} to {samples[-1]} of the run ({', '.join(places)}{more})"
 
 
-class _Kept(Iterator[Batch]):
+class _ReplayableBatches(Iterator[Batch]):
     """Keeps what it passes on, for the case that the step has to be done again."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
-        self.kept: list[Batch] = []
+        self.drawn: list[Batch] = []
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self.kept.append(batch)
+        self.drawn.append(batch)
         return batch
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parallel.context import Axis, ParallelContext
 from parallel.layer_state import persistent_buffers
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.deepspeed_moe import is_shared_by_expert_ranks
 from pretrain.engine.partitions import is_partitioned
 from pretrain.errors import TrainingError
@@ -31,7 +31,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, step: int) -> None:
+def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: RankGroup, *, step: int) -> None:
     """Compare what ranks hold in common; collective over all ranks.
 
     One pass over the parameters and, where all is well, two all-reduces of a number per parameter;
@@ -55,9 +55,9 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: Ranks, *, ste
         _difference(replicated, ctx.tensor),
         _difference(common, ctx.data),
         _difference(experts, ctx.expert_data),
-        _drift(module),
+        _tied_difference(module),
     ]
-    message = ranks.first_message(next((text for text in found if text is not None), None))
+    message = ranks.first_error(next((text for text in found if text is not None), None))
     if message is not None:
         raise TrainingError(
             f"after step {step} {message}: memory or a reduction has gone wrong, and since then "
@@ -88,7 +88,7 @@ def _difference(tensors: Mapping[str, Tensor], axis: Axis) -> str | None:
     return f"{list(tensors)[column]} of {who} differs{others}"
 
 
-def _drift(module: nn.Module) -> str | None:
+def _tied_difference(module: nn.Module) -> str | None:
     """The first tied parameter whose copy here is not that of its first stage, or None."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = []

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpointing import Checkpoint
-from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.config.sections import StabilityConfig
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.errors import TrainingError
-from pretrain.stability.loss_spikes import SpikeWatch
+from pretrain.stability.loss_spikes import SpikeDetector
 
 
 class Spike(NamedTuple):
@@ -27,55 +27,60 @@ class Spike(NamedTuple):
 class Rollback:
     """Finds loss spikes, returns the run to the checkpoint before one, and skips data.
 
-    `left_out`: (first, last) step of the data that each rollback skips. Without `config.spike`
+    `skipped`: (first, last) step of the data that each rollback skips. Without `config.spike`
     nothing is looked for, and only the steps of `config.skip_steps` are skipped.
     """
 
-    def __init__(self, config: StabilityConfig, ranks: Ranks) -> None:
+    def __init__(self, config: StabilityConfig, ranks: RankGroup) -> None:
         self._config, self._ranks = config, ranks
-        self._watch = None if config.spike is None else SpikeWatch(config.spike)
-        self._unread: list[tuple[int, Tensor]] = []  # losses that are still on the device
-        self.left_out: list[tuple[int, int]] = []
+        self._detector = None if config.spike is None else SpikeDetector(config.spike)
+        self._pending: list[tuple[int, Tensor]] = []  # losses that are still on the device
+        self.skipped: list[tuple[int, int]] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The skipped steps and the losses of the window, as plain JSON."""
-        losses = {"losses": []} if self._watch is None else self._watch.state_dict()
-        return {"left_out": self.left_out, **losses}
+        losses = {"losses": []} if self._detector is None else self._detector.state_dict()
+        return {"left_out": self.skipped, **losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them; an older checkpoint has none."""
-        self.left_out = [(first, last) for first, last in state.get("left_out", [])]
-        self._unread = []
-        if self._watch is not None:
-            self._watch.load_state_dict(state)
+        self.skipped = [(first, last) for first, last in state.get("left_out", [])]
+        self._pending = []
+        if self._detector is not None:
+            self._detector.load_state_dict(state)
 
     def skips(self, step: int) -> bool:
         """Whether the data of a step are skipped."""
-        ranges = [*self._config.skip_steps, *self.left_out]
+        ranges = [*self._config.skip_steps, *self.skipped]
         return any(first <= step <= last for first, last in ranges)
 
     def record(self, step: int, loss: Tensor) -> None:
         """Note the loss of a step, which `find_spike` reads from the device."""
-        if self._watch is not None:
-            self._unread.append((step, loss))
+        if self._detector is not None:
+            self._pending.append((step, loss))
 
     def find_spike(self) -> Spike | None:
         """The first loss since the last call that stands out, as rank 0 sees it (collective)."""
-        if (watch := self._watch) is None or not self._unread:
+        if (detector := self._detector) is None or not self._pending:
             return None
-        unread, self._unread = self._unread, []
+        pending, self._pending = self._pending, []
 
         def look() -> Spike | None:
-            losses = torch.stack([loss.detach().float().view(()) for _, loss in unread])
-            for (step, _), loss in zip(unread, losses.tolist(), strict=True):
-                if watch.stands_out(loss):
-                    return Spike(step, loss, watch.limit)
+            losses = torch.stack([loss.detach().float().view(()) for _, loss in pending])
+            for (step, _), loss in zip(pending, losses.tolist(), strict=True):
+                if detector.is_spike(loss):
+                    return Spike(step, loss, detector.limit)
             return None
 
-        return self._ranks.on_first(look)
+        return self._ranks.run_on_rank0(look)
 
     def roll_back(
-        self, spike: Spike, saves: Saves, restore: Callable[[Checkpoint], None], *, step: int
+        self,
+        spike: Spike,
+        checkpointer: Checkpointer,
+        restore: Callable[[Checkpoint], None],
+        *,
+        step: int,
     ) -> str:
         """Return to the newest checkpoint; the data from around `spike` up to `step` are skipped.
 
@@ -90,13 +95,13 @@ class Rollback:
             f"step {spike.step}: loss {spike.loss:.4g} is above {spike.limit:.4g}, "
             f"{config.sigma:g} standard deviations over the last {config.window} steps"
         )
-        left_out = self.left_out  # also of rollbacks that the checkpoint is older than
-        if len(left_out) >= config.max_rollbacks:
+        skipped = self.skipped  # also of rollbacks that the checkpoint is older than
+        if len(skipped) >= config.max_rollbacks:
             raise TrainingError(
-                f"{what}: the run has returned to an earlier step {len(left_out)} times already; "
+                f"{what}: the run has returned to an earlier step {len(skipped)} times already; "
                 "lower training.lr, or raise stability.spike.max_rollbacks"
             )
-        checkpoint = saves.find("auto")
+        checkpoint = checkpointer.find("auto")
         if checkpoint is None:
             raise TrainingError(
                 f"{what}, and there is no checkpoint yet to return to; lower checkpoint.interval "
@@ -104,7 +109,7 @@ class Rollback:
             )
         restore(checkpoint)
         first = max(spike.step - config.skip_before, checkpoint.step + 1)
-        self.left_out = [*left_out, (first, step)]
+        self.skipped = [*skipped, (first, step)]
         return (
             f"{what}: back to step {checkpoint.step}; the data of steps {first} to {step} are left "
             "out"

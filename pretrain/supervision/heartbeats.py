@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from pretrain.supervision.progress import Progress
 
-ANSWER = 1.5  # seconds in which the store answers, unless its keeper is what stands still
-_NEIGHBOURS = 16  # ranks before and after this one that may be on its machine
+STORE_TIMEOUT = 1.5  # seconds in which the store answers, unless its keeper is what stands still
+_MAX_DISTANCE = 16  # ranks before and after this one that may be on its machine
 _UNKNOWN = Progress("an unknown host", 0)
 T = TypeVar("T")
 
@@ -36,25 +36,27 @@ class RunRecord:
         self._rank, self._size = rank, size
 
     @property
-    def keeper(self) -> str:
+    def store_owner(self) -> str:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return f"torchrun on {os.environ['MASTER_ADDR']}, which keeps the record of all ranks,"
         return "rank 0, which keeps the record of all ranks,"
 
     def report(self, own: Progress) -> None:
-        within(ANSWER, partial(self._store.set, _key(self._rank), json.dumps(own)))
+        with_timeout(STORE_TIMEOUT, partial(self._store.set, _key(self._rank), json.dumps(own)))
 
     def read(self, ranks: range | None = None) -> dict[int, Progress]:
         """The progress of some ranks, by default of all; of those that have not said it a blank."""
-        return within(ANSWER, partial(self._read, range(self._size) if ranks is None else ranks))
+        return with_timeout(
+            STORE_TIMEOUT, partial(self._read, range(self._size) if ranks is None else ranks)
+        )
 
-    def said(self, key: str) -> str | None:
+    def get_flag(self, key: str) -> str | None:
         """What was said first under `key`, if anything."""
-        return within(ANSWER, lambda: self._get(key))
+        return with_timeout(STORE_TIMEOUT, lambda: self._get(key))
 
-    def say(self, key: str, text: str) -> bool:
+    def set_flag_once(self, key: str, text: str) -> bool:
         """Say it, unless another rank was first; returns whether this one was."""
-        first = within(ANSWER, lambda: self._store.compare_set(key, "", text).decode())
+        first = with_timeout(STORE_TIMEOUT, lambda: self._store.compare_set(key, "", text).decode())
         return first == text
 
     def _read(self, ranks: range) -> dict[int, Progress]:
@@ -69,31 +71,31 @@ class RunRecord:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
 
-class Neighbours:
+class LocalPeers:
     """The other ranks on this machine, whose ends are seen at once."""
 
     def __init__(self, *, rank: int, size: int) -> None:
-        around = range(max(0, rank - _NEIGHBOURS), min(size, rank + _NEIGHBOURS + 1))
-        self._unmet = {other for other in around if other != rank}
+        around = range(max(0, rank - _MAX_DISTANCE), min(size, rank + _MAX_DISTANCE + 1))
+        self._unattached = {other for other in around if other != rank}
         self._rank, self._around = rank, around
         self._handles: dict[int, int] = {}
         self._known: dict[int, Progress] = {}
-        self._gone: set[int] = set()  # before they were met
+        self._exited_early: set[int] = set()  # before they were met
 
-    def meet(self, record: RunRecord, own: Progress) -> None:
+    def attach(self, record: RunRecord, own: Progress) -> None:
         """Begin to watch those that have by now said where they are."""
-        if not self._unmet or sys.platform != "linux":
+        if not self._unattached or sys.platform != "linux":
             return
         for rank, progress in record.read(self._around).items():
-            if rank in self._unmet and progress.pid:
-                self._unmet.discard(rank)
+            if rank in self._unattached and progress.pid:
+                self._unattached.discard(rank)
                 # A process number means something only where it was given.
                 if (progress.host, progress.pid_namespace) == (own.host, own.pid_namespace):
                     self._known[rank] = progress
                     try:
                         self._handles[rank] = os.pidfd_open(progress.pid)
                     except ProcessLookupError:
-                        self._gone.add(rank)
+                        self._exited_early.add(rank)
 
     def ended(self) -> list[int]:
         """Those whose processes have ended, whether or not their launcher has noticed."""
@@ -101,7 +103,7 @@ class Neighbours:
         ranks = {handle: rank for rank, handle in self._handles.items()}
         for handle in ranks:
             poll.register(handle, select.POLLIN)
-        return sorted(self._gone.union(ranks[handle] for handle, _ in poll.poll(0)))
+        return sorted(self._exited_early.union(ranks[handle] for handle, _ in poll.poll(0)))
 
     def wake(self) -> None:
         """Let those go on that were stopped: they hear how the run ends and say where they were."""
@@ -113,14 +115,14 @@ class Neighbours:
         """What is known of ranks that have ended and have not said why."""
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._known.update(record.read(self._around))
-        names = ", ".join(f"rank {rank} {self._known[rank].named_silent}" for rank in ended)
+        names = ", ".join(f"rank {rank} {self._known[rank].last_known}" for rank in ended)
         memory = max(self._known[rank].memory_gib for rank in ended)
         return (
             f"{names} has ended without a word: killed by signal 9, likely out of memory (it held "
             f"{memory:.1f} GiB; dmesg says more), or crashed; start again to continue"
         )
 
-    def speaks(self, ended: list[int]) -> bool:
+    def is_reporter(self, ended: list[int]) -> bool:
         """Whether this rank is the one of its machine to say so."""
         return self._rank == min({self._rank, *self._handles} - set(ended))
 
@@ -130,7 +132,7 @@ class Neighbours:
         self._handles = {}
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
+def with_timeout(seconds: float, action: Callable[[], T]) -> T:
     """What `action` returns or raises. A store whose keeper stands still never answers, so that it
     is asked from a thread that may be left behind.
 

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from pretrain.errors import EXIT_STOPPED
 
-GRACE = 30.0  # seconds in which a rank may save once its launcher is gone; launchers give as many
+GRACE_SECONDS = (
+    30.0  # seconds in which a rank may save once its launcher is gone; launchers give as many
+)
 _PR_SET_PDEATHSIG = 1
 _INIT = 1
 _NODE_LAUNCHER = "deepspeed.launcher.launch"  # which the command `deepspeed` starts
@@ -50,7 +52,7 @@ _MPI_LAUNCHERS = frozenset(
 )
 _NUM_WORDS = 4  # python -u -m deepspeed.launcher.launch
 # What these launchers alone set.
-_OWN_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 
 
 def end_with_launcher() -> None:
@@ -64,11 +66,11 @@ def end_with_launcher() -> None:
         return
     parent = os.getppid()
     launchers = _launchers_above(parent)
-    if _came_too_late(launchers, parent):
+    if _launcher_is_gone(launchers, parent):
         sys.exit(EXIT_STOPPED)
     if not launchers:
         return
-    if not _PYTHON_LAUNCHERS.isdisjoint(_words_of(parent)):
+    if not _PYTHON_LAUNCHERS.isdisjoint(_command_words(parent)):
         # The kernel also sends the signal when only the thread ends that made this process: those
         # of Python make ranks in their main thread, those of MPI may not.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -80,15 +82,15 @@ def end_with_launcher() -> None:
             handles.append(os.pidfd_open(pid))
     if len(handles) < len(launchers):
         os.kill(os.getpid(), signal.SIGTERM)
-    threading.Thread(target=_outlive, args=(handles,), name="launcher", daemon=True).start()
+    threading.Thread(target=_follow_launcher, args=(handles,), name="launcher", daemon=True).start()
 
 
-def _came_too_late(launchers: list[int], parent: int) -> bool:
+def _launcher_is_gone(launchers: list[int], parent: int) -> bool:
     """Whether a launcher has ended before this process could look: init has its children."""
     if not launchers:
-        return parent == _INIT and any(name in os.environ for name in _OWN_VARIABLES)
+        return parent == _INIT and any(name in os.environ for name in _LAUNCHER_VARIABLES)
     outermost = launchers[-1]
-    if not any(word == _NODE_LAUNCHER for word in _words_of(outermost)):
+    if not any(word == _NODE_LAUNCHER for word in _command_words(outermost)):
         return False
     # The `deepspeed` command that starts it is in the same process group, often as its leader; a
     # shell that ssh has started is the leader of its own and lives.
@@ -107,10 +109,10 @@ def _launchers_above(pid: int) -> list[int]:
 
 
 def _is_launcher(pid: int) -> bool:
-    return not (_PYTHON_LAUNCHERS | _MPI_LAUNCHERS).isdisjoint(_words_of(pid))
+    return not (_PYTHON_LAUNCHERS | _MPI_LAUNCHERS).isdisjoint(_command_words(pid))
 
 
-def _words_of(pid: int) -> list[str]:
+def _command_words(pid: int) -> list[str]:
     """The first words of the command line of a process, without the directories before them."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:_NUM_WORDS]
@@ -128,12 +130,12 @@ def _parent_of(pid: int) -> int:
     return int(after_name.split()[1])
 
 
-def _outlive(handles: list[int]) -> None:
+def _follow_launcher(handles: list[int]) -> None:
     """Wait for the first of the launchers to end, and end this process."""
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)
     poll.poll()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
+    time.sleep(GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

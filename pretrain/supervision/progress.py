@@ -19,7 +19,13 @@ _PACKAGES = tuple(
 _COLLECTIVES = "/torch/distributed/"
 _AUTOGRAD = "/torch/autograd/"
 # Where `.wait()` is that of a collective.
-_WAITING = ("/torch/", "/deepspeed/", "/megatron/", f"{_PROJECT}/models/", f"{_PROJECT}/parallel/")
+_WAIT_PATHS = (
+    "/torch/",
+    "/deepspeed/",
+    "/megatron/",
+    f"{_PROJECT}/models/",
+    f"{_PROJECT}/parallel/",
+)
 _MAX_RANKS = 8  # of a group that are listed
 _MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
 
@@ -49,11 +55,11 @@ class Progress(NamedTuple):
     memory_gib: float = 0.0
 
     @property
-    def named(self) -> str:
+    def summary(self) -> str:
         return self._describe(f"in {self.activity}")
 
     @property
-    def named_silent(self) -> str:
+    def last_known(self) -> str:
         """For a rank that may by now be elsewhere."""
         return self._describe(f"last heard of in {self.activity}")
 
@@ -75,7 +81,7 @@ def is_waiting(frame: FrameType | None) -> bool:
     return False
 
 
-def find_thread(ident: int) -> tuple[str, str]:
+def locate_thread(ident: int) -> tuple[str, str]:
     """(function, collective) of Progress for a thread; for one that has stood still for a while.
 
     The tensors in a frame that is looked at live as long as the frame does.
@@ -85,12 +91,14 @@ def find_thread(ident: int) -> tuple[str, str]:
     function, collective = _function_of(innermost), _collective_of(innermost)
     if not collective and innermost is not None and _AUTOGRAD in innermost.f_code.co_filename:
         # Backward on a GPU runs in threads of autograd, for which the main thread waits.
-        inside = (_collective_of(f) for key, f in frames.items() if key != ident and _is_alien(f))
+        inside = (
+            _collective_of(f) for key, f in frames.items() if key != ident and _is_foreign_thread(f)
+        )
         collective = next((each for each in inside if each), "")
     return function, collective
 
 
-def _is_alien(frame: FrameType) -> bool:
+def _is_foreign_thread(frame: FrameType) -> bool:
     """Whether Python has not started the thread."""
     outermost = frame
     while outermost.f_back is not None:
@@ -129,7 +137,7 @@ def _collective_of(frame: FrameType | None) -> str:
 def _waits_for_work(frame: FrameType) -> bool:
     """Whether the innermost frame waits for an asynchronous collective: in C, without a frame."""
     name = frame.f_code.co_filename
-    if any(part in name for part in _WAITING):
+    if any(part in name for part in _WAIT_PATHS):
         return ".wait()" in linecache.getline(name, frame.f_lineno)
     return False
 
@@ -182,7 +190,7 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
 
 def describe_silent(ranks: Mapping[int, Progress]) -> str:
     """The ranks that no longer say anything."""
-    named = [f"rank {rank} {progress.named_silent}" for rank, progress in ranks.items()]
+    named = [f"rank {rank} {progress.last_known}" for rank, progress in ranks.items()]
     return f"{', '.join(named[:_MAX_RANKS])} does not answer{_and_more(len(named))}"
 
 
@@ -195,7 +203,9 @@ def _list(ranks: Mapping[int, Progress], what: str) -> str:
     named = []
     for rank, progress in list(ranks.items())[:_MAX_RANKS]:
         where = f" is in {_where(progress)} and" if progress.function else ""
-        named.append(f"rank {rank} {progress.named}{where} {what}".replace(" and while", " while"))
+        named.append(
+            f"rank {rank} {progress.summary}{where} {what}".replace(" and while", " while")
+        )
     return ", ".join(named) + _and_more(len(ranks))
 
 

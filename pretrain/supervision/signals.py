@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.errors import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -62,7 +62,7 @@ class GracefulStop:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
-    def should_stop(self, ranks: Ranks) -> bool:
+    def should_stop(self, ranks: RankGroup) -> bool:
         """Whether any rank was signalled; collective, so that all ranks stop after the same step.
 
         It costs one all-reduce of four bytes over gloo and leaves the accelerator's queue alone.

@@ -16,12 +16,14 @@ from typing import NamedTuple
 from pretrain.supervision.progress import Progress
 
 SAMPLING_INTERVAL = 0.02  # seconds
-_STEPS = 7  # of a window, at least
-_SECONDS = 2.0  # of a window, at least: of fewer samples a half and a whole cannot be told apart
-_LOWEST_SHARE = 0.2  # of a step that a rank must lose to the usual one to be called slow
+_MIN_STEPS = 7  # of a window, at least
+_MIN_SECONDS = (
+    2.0  # of a window, at least: of fewer samples a half and a whole cannot be told apart
+)
+_MIN_SHARE = 0.2  # of a step that a rank must lose to the usual one to be called slow
 
 
-class Pace:
+class BusyTimer:
     """The seconds a step in which one rank did not wait for others, window by window."""
 
     def __init__(self) -> None:
@@ -38,7 +40,7 @@ class Pace:
         self._seconds += seconds
         self._busy += seconds * is_busy
         done = steps - self._first_step
-        if done < _STEPS or self._seconds < _SECONDS:
+        if done < _MIN_STEPS or self._seconds < _MIN_SECONDS:
             return False
         self.window += 1
         self.busy, self.seconds_per_step = self._busy / done, self._seconds / done
@@ -46,7 +48,7 @@ class Pace:
         return True
 
 
-class Slow(NamedTuple):
+class Straggler(NamedTuple):
     """A rank that takes `ratio` times as long for its own work as is usual in its stage."""
 
     rank: int
@@ -54,7 +56,7 @@ class Slow(NamedTuple):
     usual: float  # seconds a step
 
 
-class SlowRanks:
+class StragglerDetector:
     """Compares the paces of all ranks; the ranks of a pipeline stage are alike, stages are not.
 
     A rank is slow that exceeds `ratio` in two windows in a row, and by a share of the step that
@@ -65,9 +67,9 @@ class SlowRanks:
         self._ratio = ratio
         self.largest: float | None = None  # the largest ratio of any rank in the last windows
         self._suspects: dict[int, int] = {}  # rank -> the window in which it was slow
-        self._named: set[int] = set()
+        self._reported: set[int] = set()
 
-    def compare(self, ranks: Mapping[int, Progress], *, seconds_per_step: float) -> list[Slow]:
+    def compare(self, ranks: Mapping[int, Progress], *, seconds_per_step: float) -> list[Straggler]:
         """Those that have just turned out to be slow."""
         stages: dict[int, dict[int, Progress]] = {}
         for rank, progress in ranks.items():
@@ -78,8 +80,8 @@ class SlowRanks:
             # The lower of two: of two ranks the slow one must not be its own measure.
             usual = median_low(progress.busy for progress in stage.values())
             for rank, progress in stage.items():
-                each = Slow(rank, progress.busy / max(usual, 1e-9), usual)
-                matters = progress.busy - usual >= _LOWEST_SHARE * seconds_per_step
+                each = Straggler(rank, progress.busy / max(usual, 1e-9), usual)
+                matters = progress.busy - usual >= _MIN_SHARE * seconds_per_step
                 largest = max(largest, each.ratio if matters else 1.0)
                 if self._is_slow(rank, progress.window, each.ratio >= self._ratio and matters):
                     slow.append(each)
@@ -89,10 +91,10 @@ class SlowRanks:
     def _is_slow(self, rank: int, window: int, exceeds: bool) -> bool:
         if not exceeds:
             self._suspects.pop(rank, None)
-            self._named.discard(rank)  # if it is slow again, that is news
+            self._reported.discard(rank)  # if it is slow again, that is news
             return False
         before = self._suspects.setdefault(rank, window)
-        if before == window or rank in self._named:
+        if before == window or rank in self._reported:
             return False
-        self._named.add(rank)
+        self._reported.add(rank)
         return True

@@ -26,17 +26,35 @@ import torch.distributed as dist
 
 from parallel.checkpoint.errors import AgreedError, one_line
 from pretrain.errors import EXIT_HUNG, EXIT_LOST_RANK, ConfigError, LostRankError
-from pretrain.supervision.heartbeats import Neighbours, RunRecord
-from pretrain.supervision.progress import Progress, blame, describe_silent, find_thread, is_waiting
-from pretrain.supervision.stragglers import SAMPLING_INTERVAL, Pace, Slow, SlowRanks
+from pretrain.supervision.heartbeats import LocalPeers, RunRecord
+from pretrain.supervision.progress import (
+    Progress,
+    blame,
+    describe_silent,
+    is_waiting,
+    locate_thread,
+)
+from pretrain.supervision.stragglers import (
+    SAMPLING_INTERVAL,
+    BusyTimer,
+    Straggler,
+    StragglerDetector,
+)
 
-_OBSERVATION = 1.0  # seconds that ranks are watched to see whether they live
-_FAREWELL = 2.0  # seconds that a rank outlives a verdict, for the others to hear and act on it
-_LEAVE = 3.0  # seconds in which ranks end after one of them, if they end by themselves
-_UNWINDING = 20.0  # seconds in which an error may end the main thread
+_OBSERVATION_SECONDS = 1.0  # seconds that ranks are watched to see whether they live
+_DRAIN_SECONDS = 2.0  # seconds that a rank outlives a verdict, for the others to hear and act on it
+_PEER_EXIT_SECONDS = 3.0  # seconds in which ranks end after one of them, if they end by themselves
+_UNWIND_SECONDS = 20.0  # seconds in which an error may end the main thread
 _VERDICT, _FAILURE = "verdict", "failure"
 # In what gloo and NCCL say when a peer is gone; both raise plain RuntimeErrors.
-_BROKEN = ("gloo", "pair closure", "NCCL", "Connection reset", "Connection closed", "Broken pipe")
+_CONNECTION_ERRORS = (
+    "gloo",
+    "pair closure",
+    "NCCL",
+    "Connection reset",
+    "Connection closed",
+    "Broken pipe",
+)
 
 
 class Ending(NamedTuple):
@@ -72,25 +90,25 @@ class Watchdog:
         self._record = (
             None if store is None or size == 1 else RunRecord(store, rank=rank, size=size)
         )
-        self._neighbours = Neighbours(rank=rank, size=size)
+        self._local_peers = LocalPeers(rank=rank, size=size)
         # What the main thread says, and what the other one sees of it: each writes its own.
-        self._said = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
-        self._seen: dict[str, Any] = {}
-        self._main, self._moved_at = threading.get_ident(), time.monotonic()
+        self._reported = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
+        self._sampled: dict[str, Any] = {}
+        self._main, self._last_progress = threading.get_ident(), time.monotonic()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._leaving = False  # the main thread is at the end of the run, or has met an error
+        self._exiting = False  # the main thread is at the end of the run, or has met an error
         self._failure: str | None = None  # of another rank, as that rank says it
-        self._troubled_at: float | None = None  # when the end of another rank was seen
-        self._steps, self._in_step, self._pace = 0, False, Pace()
-        self._to_compare = 0
-        self._slow: SlowRanks | None = None
+        self._peer_lost_at: float | None = None  # when the end of another rank was seen
+        self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
+        self._comparisons_left = 0
+        self._stragglers: StragglerDetector | None = None
         if slow_ratio is not None and self._record is not None:
-            self._slow = SlowRanks(slow_ratio)
+            self._stragglers = StragglerDetector(slow_ratio)
 
     def __enter__(self) -> Watchdog:
         if self._timeout is not None:
-            self.moved("the start")
+            self.progress("the start")
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._exchange()  # at once: a rank may end before its thread has said a word
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -101,28 +119,28 @@ class Watchdog:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        self._neighbours.close()
+        self._local_peers.close()
 
     @property
     def _own(self) -> Progress:
-        return self._said._replace(**self._seen)
+        return self._reported._replace(**self._sampled)
 
     @property
     def slowest_ratio(self) -> float | None:
         """Own work of the slowest rank over the usual one of its stage; rank 0 knows, in time."""
-        return None if self._slow is None else self._slow.largest
+        return None if self._stragglers is None else self._stragglers.largest
 
-    def placed(self, place: str, *, stage: int) -> None:
+    def set_layout(self, place: str, *, stage: int) -> None:
         """Say where in the layout this rank is; ranks of one stage are compared."""
-        self._said = self._said._replace(place=place, stage=stage)
+        self._reported = self._reported._replace(place=place, stage=stage)
 
-    def moved(self, activity: str, *, is_step: bool = False) -> None:
+    def progress(self, activity: str, *, is_step: bool = False) -> None:
         """The main thread has come on and begins `activity`, such as "step 12"."""
-        self._said = self._said._replace(moves=self._said.moves + 1, activity=activity)
-        self._moved_at, self._in_step = time.monotonic(), is_step
+        self._reported = self._reported._replace(moves=self._reported.moves + 1, activity=activity)
+        self._last_progress, self._in_step = time.monotonic(), is_step
         self._steps += is_step
 
-    def leave(
+    def on_exit(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
@@ -134,54 +152,56 @@ class Watchdog:
         Raises:
             LostRankError: a collective has failed because another rank ended.
         """
-        has_left, self._leaving = self._leaving, True
-        if has_left or self._record is None or self._thread is None:
+        is_exiting, self._exiting = self._exiting, True
+        if is_exiting or self._record is None or self._thread is None:
             return
         if not isinstance(error, Exception):
             return
-        self.moved(f"its end, after an error in {self._own.activity}")
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _BROKEN):
-            cause = self._cause()
+        self.progress(f"its end, after an error in {self._own.activity}")
+        if isinstance(error, RuntimeError) and any(
+            text in str(error) for text in _CONNECTION_ERRORS
+        ):
+            cause = self._find_cause()
             if cause is not None:
-                raise LostRankError(cause.message or "", said=cause.message is None) from error
+                raise LostRankError(cause.message or "", get_flag=cause.message is None) from error
         elif not isinstance(error, (AgreedError, ConfigError)):
             with contextlib.suppress(RuntimeError, TimeoutError):
-                self._record.say(_FAILURE, f"rank {self._rank}: {one_line(error)}")
+                self._record.set_flag_once(_FAILURE, f"rank {self._rank}: {one_line(error)}")
             if self._rank == 0:  # it may keep the store, and the others have to hear of it
                 time.sleep(2 * self._interval)
 
-    def _cause(self) -> Ending | None:
+    def _find_cause(self) -> Ending | None:
         """Which rank is gone, once that is known; None if it cannot be found out."""
-        deadline = time.monotonic() + _LEAVE
+        deadline = time.monotonic() + _PEER_EXIT_SECONDS
         while time.monotonic() < deadline:
-            found = self._lost()
+            found = self._lost_peer()
             if found is not None:
                 return found
             time.sleep(0.05)
-        return self._silent()
+        return self._find_silent_peers()
 
-    def _lost(self) -> Ending | None:
+    def _lost_peer(self) -> Ending | None:
         if self._record is None:
             return None
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._exchange()
         if self._failure is not None:
             return Ending(EXIT_LOST_RANK, None)
-        ended = self._neighbours.ended()
+        ended = self._local_peers.ended()
         if not ended:
             return None
-        message = self._neighbours.describe(ended, self._record)
-        return Ending(EXIT_LOST_RANK, message if self._neighbours.speaks(ended) else None)
+        message = self._local_peers.describe(ended, self._record)
+        return Ending(EXIT_LOST_RANK, message if self._local_peers.is_reporter(ended) else None)
 
-    def _silent(self) -> Ending | None:
+    def _find_silent_peers(self) -> Ending | None:
         """Ranks of other machines that no longer say anything."""
         assert self._record is not None
         try:
             before = self._record.read()
-            self._observe()
+            self._observe_heartbeats()
             after = self._record.read()
         except (RuntimeError, TimeoutError):
-            message = f"{self._record.keeper} does not answer"
+            message = f"{self._record.store_owner} does not answer"
             return Ending(EXIT_LOST_RANK, message if self._rank <= 1 else None)
         gone = {
             rank: progress
@@ -191,7 +211,7 @@ class Watchdog:
         if not gone:
             return None
         text = describe_silent(gone)
-        return Ending(EXIT_LOST_RANK, text if self._record.say(_FAILURE, text) else None)
+        return Ending(EXIT_LOST_RANK, text if self._record.set_flag_once(_FAILURE, text) else None)
 
     def _watch(self) -> None:
         ending, reported, sampled = None, 0.0, time.monotonic()
@@ -200,39 +220,50 @@ class Watchdog:
         while ending is None:
             # Not in step with what is looked at.
             often = SAMPLING_INTERVAL * jitter.uniform(0.5, 1.5)
-            samples = self._slow is not None and self._in_step
+            samples = self._stragglers is not None and self._in_step
             if self._closing.wait(min(often, self._interval) if samples else self._interval):
                 return
             now = time.monotonic()
             self._sample(now - sampled)
             sampled = now
             if now - reported >= self._interval:
-                ending, reported = self._look(), time.monotonic()
+                ending, reported = self._check(), time.monotonic()
         self._finish(ending)
 
     def _sample(self, seconds: float) -> None:
-        if self._slow is None or self._record is None or not self._in_step:
+        if self._stragglers is None or self._record is None or not self._in_step:
             return
         busy = not is_waiting(sys._current_frames().get(self._main))
-        if not self._pace.add(seconds, is_busy=busy, steps=self._steps):
+        if not self._busy_timer.add(seconds, is_busy=busy, steps=self._steps):
             return
-        self._seen = {**self._seen, "window": self._pace.window, "busy": self._pace.busy}
-        self._to_compare = 2  # times: the others report theirs about now
+        self._sampled = {
+            **self._sampled,
+            "window": self._busy_timer.window,
+            "busy": self._busy_timer.busy,
+        }
+        self._comparisons_left = 2  # times: the others report theirs about now
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._record.report(self._own)
 
     def _compare(self) -> None:
         """On rank 0: warn of ranks that have turned out to be slow."""
-        if self._slow is None or self._record is None or not self._to_compare or self._rank > 0:
+        if (
+            self._stragglers is None
+            or self._record is None
+            or not self._comparisons_left
+            or self._rank > 0
+        ):
             return
-        self._to_compare -= 1
+        self._comparisons_left -= 1
         everyone = self._record.read()
-        for slow in self._slow.compare(everyone, seconds_per_step=self._pace.seconds_per_step):
+        for slow in self._stragglers.compare(
+            everyone, seconds_per_step=self._busy_timer.seconds_per_step
+        ):
             _warn(slow, everyone[slow.rank])
 
-    def _look(self) -> Ending | None:
+    def _check(self) -> Ending | None:
         """Tell how far this rank is; what ends it, if anything does."""
-        waited = time.monotonic() - self._moved_at
+        waited = time.monotonic() - self._last_progress
         assert self._timeout is not None
         self._describe(stuck=waited > self._timeout / 2)
         answers, found = True, None
@@ -241,15 +272,15 @@ class Watchdog:
             self._compare()
         except (RuntimeError, TimeoutError):  # told below, when it matters
             answers = False
-        limit = max(self._timeout, _UNWINDING) if self._leaving else self._timeout
+        limit = max(self._timeout, _UNWIND_SECONDS) if self._exiting else self._timeout
         if found is None and waited > limit:
-            found = self._judge(waited, answers=answers)
-        return found or self._without_others()
+            found = self._declare_hang(waited, answers=answers)
+        return found or self._check_peers()
 
     def _describe(self, *, stuck: bool) -> None:
-        function, collective = find_thread(self._main) if stuck else ("", "")
-        self._seen = {
-            **self._seen,
+        function, collective = locate_thread(self._main) if stuck else ("", "")
+        self._sampled = {
+            **self._sampled,
             "beats": self._own.beats + 1,
             "function": function,
             "collective": collective,
@@ -260,21 +291,21 @@ class Watchdog:
         if self._record is None:
             return None
         self._record.report(self._own)
-        self._neighbours.meet(self._record, self._own)
-        if self._record.said(_VERDICT) is not None:
+        self._local_peers.attach(self._record, self._own)
+        if self._record.get_flag(_VERDICT) is not None:
             return Ending(EXIT_HUNG, None)
-        self._failure = self._failure or self._record.said(_FAILURE)
+        self._failure = self._failure or self._record.get_flag(_FAILURE)
         return None
 
-    def _without_others(self) -> Ending | None:
+    def _check_peers(self) -> Ending | None:
         """Another rank has ended: leave the main thread the time to hear of it by itself."""
-        if self._leaving or not (self._failure or self._neighbours.ended()):
+        if self._exiting or not (self._failure or self._local_peers.ended()):
             return None
-        self._troubled_at = self._troubled_at or time.monotonic()
-        over = time.monotonic() - self._troubled_at > _LEAVE
-        return self._lost() if over else None
+        self._peer_lost_at = self._peer_lost_at or time.monotonic()
+        over = time.monotonic() - self._peer_lost_at > _PEER_EXIT_SECONDS
+        return self._lost_peer() if over else None
 
-    def _judge(self, waited: float, *, answers: bool) -> Ending | None:
+    def _declare_hang(self, waited: float, *, answers: bool) -> Ending | None:
         what = f"no progress in {self._own.activity} for {waited:.0f} s"
         what += f" (watchdog.timeout is {self._timeout:g}): "
         if self._record is None:
@@ -284,22 +315,22 @@ class Watchdog:
             if not answers:
                 raise TimeoutError
             before = self._record.read()
-            self._observe()
+            self._observe_heartbeats()
             culprit = blame(before, self._record.read(), own_rank=self._rank)
-            is_first = self._record.say(_VERDICT, f"rank {self._rank}: {what}{culprit}")
-            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
+            is_rank0 = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
+            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_rank0 else None)
         except (RuntimeError, TimeoutError):
             # The others cannot be asked who is to say it. The keeper hears of it if it wakes.
-            message = f"{what}{self._record.keeper} does not answer"
-            self._neighbours.wake()
+            message = f"{what}{self._record.store_owner} does not answer"
+            self._local_peers.wake()
             with contextlib.suppress(RuntimeError, TimeoutError):
-                self._record.say(_VERDICT, message)
+                self._record.set_flag_once(_VERDICT, message)
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
 
-    def _observe(self) -> None:
+    def _observe_heartbeats(self) -> None:
         """Give all ranks the time to be heard once more, this one too: others may look at it."""
         assert self._record is not None
-        until = time.monotonic() + _OBSERVATION + self._interval
+        until = time.monotonic() + _OBSERVATION_SECONDS + self._interval
         while time.monotonic() < until:
             time.sleep(self._interval / 2)
             self._describe(stuck=True)
@@ -307,7 +338,7 @@ class Watchdog:
 
     def _finish(self, ending: Ending) -> None:
         if ending.code == EXIT_HUNG:
-            self._neighbours.wake()
+            self._local_peers.wake()
             failure = self._write_stacks()
             if ending.message is not None:
                 stacks = failure or f"stacks in {self._folder}/stacks_rank_*.txt"
@@ -325,9 +356,9 @@ class Watchdog:
         return None
 
 
-def _warn(slow: Slow, progress: Progress) -> None:
+def _warn(slow: Straggler, progress: Progress) -> None:
     sys.stderr.write(
-        f"warning: rank {slow.rank} {progress.named} is slow: {progress.busy:.3g} s a step of its "
+        f"warning: rank {slow.rank} {progress.summary} is slow: {progress.busy:.3g} s a step of its "
         f"own work, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual in its stage\n"
     )
     sys.stderr.flush()
@@ -351,6 +382,6 @@ def _end_process(ending: Ending) -> NoReturn:
         sys.stderr.write(f"error on rank {os.environ.get('RANK', '0')}: {ending.message}\n")
         sys.stderr.flush()
     if ending.code == EXIT_HUNG:
-        time.sleep(_FAREWELL)
+        time.sleep(_DRAIN_SECONDS)
     # The main thread may be in a collective that never ends, so nothing can be unwound.
     os._exit(ending.code)

@@ -22,7 +22,7 @@ import torch
 
 from models.registry import get_family
 from pretrain.checkpointing import CheckpointContents, CheckpointStore, Layout, RunIdentity
-from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.rng_state import rng_states
 from pretrain.distributed.process_groups import process_group
 from pretrain.engine.engine import Engine
@@ -111,12 +111,12 @@ def _measure(
     return clock.seconds, size
 
 
-def _saves(run_dir: Path, asynchronous: bool) -> Saves:
+def _saves(run_dir: Path, asynchronous: bool) -> Checkpointer:
     identity = RunIdentity(
         layout=Layout(zero_stage=1, precision=PRECISION), config={}, fingerprints={}
     )
     store = CheckpointStore(run_dir, identity=identity, keep=1)
-    return Saves(store, asynchronous=asynchronous, moved=str)
+    return Checkpointer(store, asynchronous=asynchronous, progress=str)
 
 
 def _contents(engine: Engine, step: int) -> CheckpointContents:

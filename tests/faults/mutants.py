@@ -63,13 +63,13 @@ MUTANTS = {
     ),
     "ranks agree that all have written": Mutant(
         f"{STORE}:CheckpointStore.save",
-        "failure = self._ranks.first_message(failure)",
+        "failure = self._ranks.first_error(failure)",
         "",
         (f"{_FAULTS}a_write_error_on_one_rank_stops_every_rank_and_publishes_nothing",),
     ),
     "rank 0 waits for the others": Mutant(
         f"{STORE}:CheckpointStore.save",
-        "reports = self._ranks.gather(report); failure = self._ranks.first_message(failure)",
+        "reports = self._ranks.gather(report); failure = self._ranks.first_error(failure)",
         "reports = [report]",
         CRASHES,
     ),
@@ -94,7 +94,7 @@ MUTANTS = {
     ),
     "contents are hashed": Mutant(
         f"{SELECTION}:_verify",
-        "ranks.first_message(verify_content(directory, manifest, mine))",
+        "ranks.first_error(verify_content(directory, manifest, mine))",
         "None",
         (
             f"{_TESTS}a_damaged_newest_checkpoint_is_passed_over_with_one_warning_that_names_the"
@@ -171,14 +171,14 @@ MUTANTS = {
         (f"{_SAVES}files_are_those_of_a_save_in_the_step_though_steps_change_the_state",),
     ),
     "what fails in the background is raised": Mutant(
-        f"{SAVES}:Saves.wait",
+        f"{SAVES}:Checkpointer.wait",
         "raise running.error",
         "",
         (f"{_SAVES}a_last_save_that_fails_is_an_error_and_leaves_no_marker",),
     ),
     "the marker waits for the last save": Mutant(
         f"{LOOP}:TrainLoop._steps",
-        "self.saves.wait()",
+        "self.checkpointer.wait()",
         "None",
         (f"{_SAVES}a_run_that_is_asked_to_stop_publishes_before_it_leaves_its_marker",),
     ),
@@ -201,7 +201,7 @@ MUTANTS = {
         KILLS,
     ),
     "a rank that stands still ends the run": Mutant(
-        "pretrain.supervision.watchdog:Watchdog._look",
+        "pretrain.supervision.watchdog:Watchdog._check",
         "found is None and waited > limit",
         "False",
         ("tests/pretrain/supervision/test_watchdog.py::test_one_process_alone_is_watched_too",),
@@ -226,7 +226,7 @@ MUTANTS = {
     ),
     "what is not finite is never saved": Mutant(
         "pretrain.stability.nonfinite_steps:check_finite",
-        "first_not_finite(module)",
+        "first_nonfinite_parameter(module)",
         "None",
         (
             "tests/pretrain/stability/test_nonfinite_steps.py"

@@ -17,7 +17,7 @@ from parallel.sharding import Sharding
 from pretrain.checkpointing.rng_state import rng_states
 from pretrain.checkpointing.selection import Checkpoint, RunIdentity
 from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 
 
 def identity(
@@ -36,7 +36,7 @@ def open_store(
     run: RunIdentity | None = None,
     keep: int = 2,
     keep_every: int | None = None,
-    ranks: Ranks | None = None,
+    ranks: RankGroup | None = None,
     storage: Storage | None = None,
 ) -> CheckpointStore:
     return CheckpointStore(
@@ -44,7 +44,7 @@ def open_store(
         identity=run or identity(),
         keep=keep,
         keep_every=keep_every,
-        ranks=ranks or Ranks(),
+        ranks=ranks or RankGroup(),
         storage=storage,
     )
 
@@ -52,12 +52,12 @@ def open_store(
 def contents(
     step: int,
     *,
-    ranks: Ranks | None = None,
+    ranks: RankGroup | None = None,
     storage: Storage | None = None,
     write_engine: Callable[[Path], Sequence[Path]] | None = None,
 ) -> CheckpointContents:
     """Everything in it says which step and rank it is of. Tensor ranks are the ranks."""
-    rank, size, _ = ranks or Ranks()
+    rank, size, _ = ranks or RankGroup()
     value = torch.full((2, 3), float(step + rank))
     sharding = Sharding(dim=0, full_size=2 * size)
 

@@ -25,9 +25,9 @@ from parallel.checkpoint.storage import Hook, Storage
 from parallel.checkpoint.weights import Weight
 from parallel.sharding import Sharding
 from pretrain.checkpointing import CheckpointStore, async_save
-from pretrain.checkpointing.async_save import HostBuffers, Saves, snapshot
+from pretrain.checkpointing.async_save import Checkpointer, HostBuffers, snapshot
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.errors import EXIT_COMPLETED, EXIT_HUNG, EXIT_STOPPED, TrainingError
 from pretrain.loop import TrainLoop
 from tests.distributed import run_ranks
@@ -87,10 +87,12 @@ def saved_both_ways(config, ds_config_path: str) -> tuple[int, int]:
     def save_in_step(self):
         found = in_step(self)
         directory = Path(config.run_dir, "in_step")
-        store = CheckpointStore(directory, identity=self.saves.identity, keep=9, ranks=self.ranks)
+        store = CheckpointStore(
+            directory, identity=self.checkpointer.identity, keep=9, ranks=self.ranks
+        )
         store.save(found)
         store.close()
-        buffers.append(self.saves._buffers)
+        buffers.append(self.checkpointer._buffers)
         return found
 
     def wait_for_the_next_step(operation, path):
@@ -164,9 +166,9 @@ def test_a_run_killed_during_a_background_save_continues_like_an_undisturbed_one
         assert path.parent.name == "rng" or last[path] == content, path
 
 
-def ranks_of_world() -> Ranks:
+def ranks_of_world() -> RankGroup:
     assert dist.group.WORLD is not None
-    return Ranks.of_group(dist.group.WORLD)
+    return RankGroup.of_group(dist.group.WORLD)
 
 
 def fails_on_the_second_rank(run_dir: Path) -> list[str]:
@@ -178,7 +180,7 @@ def fails_on_the_second_rank(run_dir: Path) -> list[str]:
             raise OSError(28, "No space left on device", str(path))
 
     store = open_store(run_dir, ranks=ranks, storage=Storage(hook=hook))
-    saves = Saves(store, asynchronous=True, moved=str)
+    saves = Checkpointer(store, asynchronous=True, progress=str)
     raised = []
     for step in (1, 2, 3, 4):
         try:
@@ -220,13 +222,13 @@ def test_a_last_save_that_fails_is_an_error_and_leaves_no_marker(data, tmp_path)
 
 def stopped_while_saving(config, ds_config_path: str) -> int:
     """`run` with slow saves that is asked to stop in step 2, which it does after the next one."""
-    leave_marker = pretrain.run.leave_marker
+    write_marker = pretrain.run.write_marker
 
     def check_and_leave(run_dir, code):
         assert (run_dir / "checkpoints" / "step_3" / MANIFEST_NAME).is_file()
-        leave_marker(run_dir, code)
+        write_marker(run_dir, code)
 
-    pretrain.run.leave_marker = check_and_leave
+    pretrain.run.write_marker = check_and_leave
     before_background_operations(
         lambda operation, path: time.sleep(0.2 if operation == "open" else 0)
     )
@@ -247,12 +249,12 @@ def test_looking_for_a_checkpoint_waits_for_the_save_under_way(tmp_path):
         time.sleep(0.02)
 
     store = open_store(tmp_path, storage=Storage(hook=hook))
-    with Saves(store, asynchronous=True, moved=str) as running:
+    with Checkpointer(store, asynchronous=True, progress=str) as running:
         running.save(contents(1))
         assert_holds(running.find("must"), 1)
 
 
-def save_and_fail(running: Saves, error: Exception) -> None:
+def save_and_fail(running: Checkpointer, error: Exception) -> None:
     with running:
         running.save(contents(1))
         raise error
@@ -270,7 +272,7 @@ def test_another_error_lets_the_save_end_and_is_not_hidden_by_it(error, tmp_path
 
         store = open_store(run_dir, storage=Storage(hook=hook))
         with pytest.raises(type(error), match=str(error)):
-            save_and_fail(Saves(store, asynchronous=True, moved=str), error)
+            save_and_fail(Checkpointer(store, asynchronous=True, progress=str), error)
         store.close()
         assert (run_dir / "checkpoints" / "step_1").is_dir() is not fails
         assert ("a save failed, too: OSError: disk gone" in caplog.text) is fails
@@ -279,14 +281,14 @@ def test_another_error_lets_the_save_end_and_is_not_hidden_by_it(error, tmp_path
 def test_an_error_of_this_rank_alone_gives_a_save_up_that_does_not_end(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(async_save, "_FAREWELL", 0.2)
+    monkeypatch.setattr(async_save, "_DRAIN_SECONDS", 0.2)
     released = threading.Event()
 
     def hook(operation, path):
         assert released.wait(LONG)
 
     store = open_store(tmp_path, storage=Storage(hook=hook))
-    running = Saves(store, asynchronous=True, moved=str)
+    running = Checkpointer(store, asynchronous=True, progress=str)
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="elsewhere"):
         save_and_fail(running, RuntimeError("elsewhere"))

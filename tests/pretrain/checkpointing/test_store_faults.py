@@ -14,8 +14,8 @@ import torch.distributed as dist
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.storage import Storage, fault_hook
 from pretrain.checkpoint import main
-from pretrain.checkpointing.async_save import Saves
-from pretrain.distributed.consensus import Ranks
+from pretrain.checkpointing.async_save import Checkpointer
+from pretrain.distributed.consensus import RankGroup
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
 
@@ -26,7 +26,7 @@ def save_steps(
     """What a run does: it opens the directory and saves; `keep=1` makes it delete as well."""
     store = open_store(run_dir, keep=1, storage=storage)
     store.find("auto")
-    with Saves(store, asynchronous=asynchronous, moved=str) as saves:
+    with Checkpointer(store, asynchronous=asynchronous, progress=str) as saves:
         for step in steps:
             saves.save(contents(step, storage=storage))
     store.close()
@@ -188,7 +188,7 @@ def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(
         message = ""
         try:
             store = open_store(run_dir, keep=2, storage=storage)
-            with Saves(store, asynchronous=asynchronous, moved=str) as saves:
+            with Checkpointer(store, asynchronous=asynchronous, progress=str) as saves:
                 saves.save(contents(2, storage=storage))
         except CheckpointError as error:
             message = str(error)
@@ -203,10 +203,10 @@ def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(
     assert refused > 20
 
 
-def ranks_of_world() -> Ranks:
+def ranks_of_world() -> RankGroup:
     group = dist.group.WORLD
     assert group is not None
-    return Ranks.of_group(group)
+    return RankGroup.of_group(group)
 
 
 def save_on_ranks(run_dir: Path, steps: list[int], environment: dict[str, str]) -> str | None:

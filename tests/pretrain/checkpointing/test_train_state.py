@@ -23,9 +23,9 @@ from pretrain.checkpointing.train_state import (
 )
 from pretrain.config import RunConfig, parse_config
 from pretrain.config.layout import RunLayout
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.run import open_training_data
-from pretrain.stability.nonfinite_steps import GuardedSteps
+from pretrain.stability.nonfinite_steps import SkipNonFinite
 from pretrain.stability.rollback import Rollback
 from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_values import run_values
@@ -75,8 +75,8 @@ class _Run:
         layout, ctx = RunLayout(tensor=1, pipeline=1, data=1, expert=1), ParallelContext.single()
         self.loader: TrainLoader = open_training_data(config, layout, ctx)
         self.state = TrainState(config, self.loader, data_size=1)
-        self.steps = GuardedSteps(None, self.loader, Ranks(), max_skipped=3)  # type: ignore[arg-type]
-        self.rollback = Rollback(config.stability, Ranks())
+        self.steps = SkipNonFinite(None, self.loader, RankGroup(), max_skipped=3)  # type: ignore[arg-type]
+        self.rollback = Rollback(config.stability, RankGroup())
         self.owners: list[Owner] = [
             (None, self.state), ("stability", self.steps), ("stability", self.rollback)
         ]  # fmt: skip
@@ -153,7 +153,7 @@ def test_files_without_the_sections_of_later_versions_still_load(run: _Run) -> N
     del old["stability"], old["learning_rate"], old["total_steps"], old["sequences_per_step"]
     load_states(run.owners, old)
     assert (run.state.step, run.state.learning_rate) == (3, 0.0)
-    assert (run.steps.num_skipped, run.steps.in_a_row, run.rollback.left_out) == (0, 0, [])
+    assert (run.steps.num_skipped, run.steps.in_a_row, run.rollback.skipped) == (0, 0, [])
 
 
 def test_restoring_forgets_what_came_after(run: _Run) -> None:

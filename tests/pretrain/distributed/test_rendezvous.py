@@ -10,7 +10,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from pretrain.distributed.rendezvous import World, meet
+from pretrain.distributed.rendezvous import World, rendezvous
 from pretrain.errors import ConfigError, RendezvousError
 from tests.distributed import free_port, run_ranks
 
@@ -25,7 +25,9 @@ def _meet(
     if world.rank not in come:
         return "", "", 0.0
     try:
-        store = meet(world, purpose=(purposes or {}).get(world.rank, PURPOSE), timeout=timeout)
+        store = rendezvous(
+            world, purpose=(purposes or {}).get(world.rank, PURPOSE), timeout=timeout
+        )
     except (ConfigError, RendezvousError) as error:
         return type(error).__name__, str(error), time.monotonic() - began
     store.set(f"done_{world.rank}", "")
@@ -70,7 +72,7 @@ def _same_rank_twice() -> str:
         os.environ["RANK"] = "0"
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # connect and do not listen
     try:
-        meet(World.from_environment(), purpose=PURPOSE, timeout=1.5)
+        rendezvous(World.from_environment(), purpose=PURPOSE, timeout=1.5)
     except (ConfigError, RendezvousError) as error:
         return str(error)
     return "met"
@@ -90,7 +92,7 @@ def test_a_port_that_is_none_is_refused(port, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ConfigError, match=r"MASTER_PORT=.* must be a port from 1 to 65535"):
-        meet(World(0, 0, 2), purpose=PURPOSE, timeout=1.0)
+        rendezvous(World(0, 0, 2), purpose=PURPOSE, timeout=1.0)
 
 
 def test_a_port_in_use_is_named_with_the_remedy(monkeypatch):
@@ -101,16 +103,16 @@ def test_a_port_in_use_is_named_with_the_remedy(monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}.*choose a free port"):
-            meet(World(0, 0, 2), purpose=PURPOSE, timeout=1.0)
+            rendezvous(World(0, 0, 2), purpose=PURPOSE, timeout=1.0)
 
 
 def test_a_host_name_that_is_unknown_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RendezvousError, match=r"rank 0 does not answer at no-such-host.invalid:"):
-        meet(World(1, 0, 2), purpose=PURPOSE, timeout=1.0)
+        rendezvous(World(1, 0, 2), purpose=PURPOSE, timeout=1.0)
 
 
 def test_a_process_alone_needs_no_port(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert isinstance(meet(World(0, 0, 1), purpose=PURPOSE, timeout=1.0), dist.Store)
+    assert isinstance(rendezvous(World(0, 0, 1), purpose=PURPOSE, timeout=1.0), dist.Store)

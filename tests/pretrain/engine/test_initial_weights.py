@@ -17,7 +17,7 @@ from parallel.checkpoint.manifest import encode_manifest
 from parallel.context import ParallelContext
 from pretrain.config import ConfigError, RunConfig, parse_config
 from pretrain.config.compose import compose_config
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.initial_weights import initial_weights
 from tests.models.checkpoints import write_checkpoint
 from tests.pretrain.tiny_run import tiny_run
@@ -53,7 +53,7 @@ def imported(tmp_path: Path) -> Path:
 
 def _take(data: Path, imported: Path, *, model: dict[str, Any], **changes: Any) -> None:
     run = tiny_run(data, model=model, training__init_from=str(imported), **changes)
-    initial_weights(run, ParallelContext.single(device="meta"), Ranks())
+    initial_weights(run, ParallelContext.single(device="meta"), RankGroup())
 
 
 def _named(*names: str) -> dict[str, Any]:

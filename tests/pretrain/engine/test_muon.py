@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from torch import nn
 
-from pretrain.engine.muon import BatchedMuon, leave_kernels_uncompiled
+from pretrain.engine.muon import BatchedMuon, disable_kernel_compilation
 
 # Matrices of one shape and of its transpose, a single one, and what AdamW takes.
 SHAPES = [(6, 4), (6, 4), (4, 6), (6, 4), (8, 8), (3,), (5,)]
@@ -93,8 +93,8 @@ def test_no_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch):
 def test_the_engines_run_the_kernels_as_they_are_written_too():
     from torch._dynamo.utils import counters
 
-    leave_kernels_uncompiled()
-    leave_kernels_uncompiled()
+    disable_kernel_compilation()
+    disable_kernel_compilation()
     gradient, momentum = _parameters()[0].detach(), torch.zeros(SHAPES[0])
     with torch.compiler.set_stance("force_eager"):
         expected = original_muon.muon_update(gradient.clone(), momentum.clone())

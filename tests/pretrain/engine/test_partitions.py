@@ -12,7 +12,7 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 import pretrain.run
-from pretrain.engine.partitions import clear_padding, held
+from pretrain.engine.partitions import clear_padding, local_shard
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.run_training import run_training
@@ -34,7 +34,7 @@ def _run(config, ds_config_path: str, fill: bool) -> tuple[int, int]:
     )
     code = run_training(config, ds_config_path)
     padding = [
-        parameter.ds_tensor.view(-1)[held(parameter).elements.numel() :]
+        parameter.ds_tensor.view(-1)[local_shard(parameter).elements.numel() :]
         for parameter in built[0].module.parameters()
         if hasattr(parameter, "ds_tensor")
     ]
@@ -104,7 +104,7 @@ class _Partitioned(torch.nn.Parameter):
 )
 def test_a_rank_holds_its_partition_without_the_padding(numel, rank, size, start, length):
     parameter = _Partitioned.of(numel, rank=rank, size=size)
-    part = held(parameter)
+    part = local_shard(parameter)
     assert (part.start, part.elements.numel()) == (start, length)
     clear_padding([parameter, torch.nn.Parameter(torch.full((2,), float("nan")))])
     assert parameter.ds_tensor[:length].isnan().all()
@@ -113,5 +113,5 @@ def test_a_rank_holds_its_partition_without_the_padding(numel, rank, size, start
 
 def test_a_rank_holds_all_of_what_is_not_partitioned():
     parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
-    assert held(parameter).start == 0
-    assert torch.equal(held(parameter).elements, torch.arange(6.0))
+    assert local_shard(parameter).start == 0
+    assert torch.equal(local_shard(parameter).elements, torch.arange(6.0))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pretrain.checkpointing import optimizer_shards
-from pretrain.checkpointing.async_save import Saves
+from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
 from tests.distributed import run_ranks
 from tests.pretrain.layouts.layout_runs import (
@@ -92,18 +92,18 @@ def test_a_parameter_that_is_missing_at_the_new_layout_stops_every_rank(runs, tm
 
 def without_a_file(config, ds_config_path: str) -> str:
     """The checkpoint as a writer would have left it that forgot what the last stage holds."""
-    read = optimizer_shards._read_runs
+    read = optimizer_shards._read_ranges
 
     def forgetful(path):
         return {n: r for n, r in read(path).items() if not n.startswith("block_3")}
 
-    optimizer_shards._read_runs = forgetful
+    optimizer_shards._read_ranges = forgetful
     return _refused(config, ds_config_path)
 
 
 def with_one_step_less(config, ds_config_path: str) -> str:
     """The checkpoint as ZeRO-0 writes it when a parameter got no gradient in one of its steps."""
-    read = optimizer_shards._read_runs
+    read = optimizer_shards._read_ranges
 
     def changed(path):
         runs = read(path)
@@ -112,7 +112,7 @@ def with_one_step_less(config, ds_config_path: str) -> str:
             runs[name] = runs[name].model_copy(update={"step": SAVED - 1})
         return runs
 
-    optimizer_shards._read_runs = changed
+    optimizer_shards._read_ranges = changed
     return _refused(config, ds_config_path)
 
 
@@ -184,13 +184,13 @@ def test_what_only_deepspeed_can_restore_goes_on_at_its_layout_alone(runs, tmp_p
 
 def spoiled_master(config, ds_config_path: str) -> str:
     """`run`, in which a weight is changed behind the optimizer's back before it is saved."""
-    save = Saves.save
+    save = Checkpointer.save
 
     def spoil_and_save(self, contents):
         next(iter(contents.weights)).load().data.view(-1)[0] += 1
         save(self, contents)
 
-    Saves.save = spoil_and_save
+    Checkpointer.save = spoil_and_save
     return _refused(config, ds_config_path)
 
 

@@ -15,7 +15,7 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.config.sections import SpikeConfig
 from pretrain.errors import EXIT_COMPLETED, TrainingError
-from pretrain.stability.loss_spikes import SpikeWatch
+from pretrain.stability.loss_spikes import SpikeDetector
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.run_training import run_training
@@ -25,17 +25,17 @@ STEPS, SPIKE = 10, 7
 
 
 def test_a_loss_stands_out_from_a_full_window_only_and_does_not_enter_it():
-    watch = SpikeWatch(SpikeConfig(sigma=3.0, window=4))
-    assert not any(watch.stands_out(loss) for loss in (100.0, 2.0, 2.1, 1.9))
+    watch = SpikeDetector(SpikeConfig(sigma=3.0, window=4))
+    assert not any(watch.is_spike(loss) for loss in (100.0, 2.0, 2.1, 1.9))
     for loss in (2.0, 2.1, 1.9, 2.0):  # the first one has left the window
-        assert not watch.stands_out(loss)
-    assert watch.stands_out(2.4)
-    assert watch.stands_out(2.4)
-    assert not watch.stands_out(float("nan"))
-    assert not watch.stands_out(2.1)
-    restored = SpikeWatch(SpikeConfig(sigma=3.0, window=4))
+        assert not watch.is_spike(loss)
+    assert watch.is_spike(2.4)
+    assert watch.is_spike(2.4)
+    assert not watch.is_spike(float("nan"))
+    assert not watch.is_spike(2.1)
+    restored = SpikeDetector(SpikeConfig(sigma=3.0, window=4))
     restored.load_state_dict(watch.state_dict())
-    assert restored.stands_out(2.4)
+    assert restored.is_spike(2.4)
 
 
 def _config(data: Path, run_dir: Path, **changes):
@@ -57,7 +57,7 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
 
     now = 0
     train, objective = (
-        pretrain.stability.nonfinite_steps.GuardedSteps.train,
+        pretrain.stability.nonfinite_steps.SkipNonFinite.train,
         pretrain.engine.train_spec.TrainSpec.objective,
     )
 
@@ -70,7 +70,7 @@ def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
         total, terms = objective(self, output, targets)
         return (total * 100, terms) if now in steps else (total, terms)
 
-    pretrain.stability.nonfinite_steps.GuardedSteps.train = noted
+    pretrain.stability.nonfinite_steps.SkipNonFinite.train = noted
     pretrain.engine.train_spec.TrainSpec.objective = multiplied
     try:
         return run_training(config, ds_config_path)

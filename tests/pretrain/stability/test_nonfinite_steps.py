@@ -14,8 +14,8 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-from pretrain.distributed.consensus import Ranks
-from pretrain.engine.optimizers import spoil
+from pretrain.distributed.consensus import RankGroup
+from pretrain.engine.optimizers import propagate_nonfinite
 from pretrain.errors import EXIT_COMPLETED, TrainingError
 from pretrain.stability.nonfinite_steps import check_finite
 from tests.distributed import run_ranks
@@ -58,7 +58,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         here = int(os.environ["RANK"]) == fault.rank and now["step"] in fault.steps
         return here and not (fault.once and now["times"] > 0)
 
-    original_train = pretrain.stability.nonfinite_steps.GuardedSteps.train
+    original_train = pretrain.stability.nonfinite_steps.SkipNonFinite.train
     original_objective = pretrain.engine.train_spec.TrainSpec.objective
     original_build = pretrain.run.build_engine
 
@@ -69,7 +69,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     def objective(self, output, targets):
         total, terms = original_objective(self, output, targets)
         if fault.where == "loss" and strikes():
-            total = spoil(total + float("inf"))
+            total = propagate_nonfinite(total + float("inf"))
         return total, terms
 
     def build_engine(*args, **kwargs):
@@ -97,7 +97,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
             parameter.register_hook(lambda g: g * float("inf") if strikes() else None)
         return engine
 
-    pretrain.stability.nonfinite_steps.GuardedSteps.train = train
+    pretrain.stability.nonfinite_steps.SkipNonFinite.train = train
     pretrain.engine.train_spec.TrainSpec.objective = objective
     pretrain.run.build_engine = build_engine
     try:
@@ -255,17 +255,17 @@ def test_a_weight_that_is_not_finite_ends_the_run_at_once(layout, data, tmp_path
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_what_is_not_finite_is_never_saved(value):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    check_finite(module, Ranks(), step=7)
+    check_finite(module, RankGroup(), step=7)
     with torch.no_grad():
         module[1].bias[1] = value
     with pytest.raises(TrainingError, match=r"after step 7 parameter 1\.bias itself of rank 0 is"):
-        check_finite(module, Ranks(), step=7)
+        check_finite(module, RankGroup(), step=7)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e30])
 def test_a_finite_loss_keeps_its_value_and_gradient(factor):
     x = torch.tensor([1.5, -2.0], requires_grad=True)
-    loss = spoil((x * factor).square().sum())
+    loss = propagate_nonfinite((x * factor).square().sum())
     loss.backward()
     assert loss.isfinite() == (factor == 1.0)
     if factor == 1.0:

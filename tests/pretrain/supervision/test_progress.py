@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.supervision.progress import Progress, blame, find_thread, is_waiting
+from pretrain.supervision.progress import Progress, blame, is_waiting, locate_thread
 from tests.distributed import run_ranks
 
 ALIKE = [
@@ -65,7 +65,7 @@ def _watch_a_wait() -> tuple[bool, tuple[str, str]]:
         main = threading.get_ident()
 
         def look() -> None:
-            seen.append((is_waiting(sys._current_frames()[main]), find_thread(main)))
+            seen.append((is_waiting(sys._current_frames()[main]), locate_thread(main)))
 
         threading.Timer(0.3, look).start()
     else:
@@ -82,4 +82,4 @@ def test_a_main_thread_that_waits_for_others_is_seen_with_the_call_and_its_ranks
 
 def test_a_main_thread_that_works_is_not_taken_for_one_that_waits():
     assert not is_waiting(sys._getframe())
-    assert find_thread(threading.get_ident())[1] == ""
+    assert locate_thread(threading.get_ident())[1] == ""

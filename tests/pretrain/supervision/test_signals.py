@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from pretrain.distributed.consensus import Ranks
+from pretrain.distributed.consensus import RankGroup
 from pretrain.supervision.signals import GracefulStop
 from tests.distributed import run_ranks
 
@@ -15,11 +15,11 @@ from tests.distributed import run_ranks
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_for_a_stop_and_interrupts_nothing(number: signal.Signals) -> None:
     with GracefulStop() as stop:
-        assert not stop.should_stop(Ranks())
+        assert not stop.should_stop(RankGroup())
         for _ in range(3):  # impatient schedulers send it again
             os.kill(os.getpid(), number)
         time.sleep(0)  # the handler runs between two bytecodes of this thread
-        assert stop.should_stop(Ranks())
+        assert stop.should_stop(RankGroup())
         assert stop.received == number
 
 
@@ -49,7 +49,7 @@ def test_the_old_handlers_are_back_afterwards() -> None:
 def steps_until_stop(signalled_rank: int, signalled_step: int) -> int:
     group = dist.group.WORLD
     assert group is not None
-    ranks = Ranks.of_group(group)
+    ranks = RankGroup.of_group(group)
     with GracefulStop() as stop:
         for step in range(1, 100):
             if (ranks.rank, step) == (signalled_rank, signalled_step):

@@ -14,7 +14,7 @@ import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from pretrain.engine.engine import PlainEngine
 from pretrain.supervision.progress import Progress
-from pretrain.supervision.stragglers import Pace, SlowRanks
+from pretrain.supervision.stragglers import BusyTimer, StragglerDetector
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
@@ -27,7 +27,7 @@ def _found(factors: list[list[float]], *, stages: list[int], noise: float = 0.0)
 
     `factors[window][rank]` times a tenth of a second are a rank's own work in a step.
     """
-    generator, compared = random.Random(0), SlowRanks(RATIO)
+    generator, compared = random.Random(0), StragglerDetector(RATIO)
     result = []
     for window, row in enumerate(factors, start=1):
         busy = [0.1 * factor * (1 + generator.uniform(-noise, noise)) for factor in row]
@@ -63,14 +63,14 @@ def test_stages_of_a_pipeline_are_not_compared_with_each_other():
 
 def test_what_a_rank_loses_little_time_with_is_not_said():
     """Own work of a tenth of a step, twice the usual, delays nobody."""
-    compared = SlowRanks(RATIO)
+    compared = StragglerDetector(RATIO)
     for window in (1, 2, 3):
         ranks = {r: Progress("host", 1, window=window, busy=0.1 * (1 + r)) for r in range(2)}
         assert compared.compare(ranks, seconds_per_step=1.0) == []
 
 
 def test_a_window_holds_enough_steps_and_samples():
-    pace = Pace()
+    pace = BusyTimer()
     ends = [pace.add(0.1, is_busy=n % 4 == 0, steps=n // 2) for n in range(20)]
     assert ends == [False] * 19 + [True]
     assert (pace.window, pace.seconds_per_step) == (1, pytest.approx(20 * 0.1 / 9))
@@ -80,8 +80,8 @@ def test_a_window_holds_enough_steps_and_samples():
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_samples_of_equal_ranks_raise_no_alarm(share):
     """Own work of a share of every step, a fifth more or less, seen in samples."""
-    generator, compared = random.Random(1), SlowRanks(RATIO)
-    paces = [Pace() for _ in range(16)]
+    generator, compared = random.Random(1), StragglerDetector(RATIO)
+    paces = [BusyTimer() for _ in range(16)]
     for window in range(200):
         shares = [share * generator.uniform(0.8, 1.2) for _ in paces]
         for sample in range(100):

@@ -164,7 +164,7 @@ def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
     )
     with watchdog:
         for step in range(moves if rank == 2 else moves + 2):
-            watchdog.moved(f"step {step}")
+            watchdog.progress(f"step {step}")
             time.sleep(0.2)
         time.sleep(5 if limit == 1.0 else 0)
     return endings[0] if endings else None
@@ -202,7 +202,7 @@ def _timeouts(config: RunConfig) -> dict[str, float]:
             backend = group._get_backend(next(iter(group._device_types)))
             found[f"{group.group_name} {group.group_desc}"] = backend.options._timeout
 
-    Watchdog.leave = note  # called last while there are groups
+    Watchdog.on_exit = note  # called last while there are groups
     run_training(config)
     return found
 
