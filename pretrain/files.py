@@ -1,6 +1,6 @@
-"""Locate the files that are not code: run files (`configs/`) and job scripts (`launchers/`).
+"""Location of the files that are not code: run files (`configs/`), job scripts (`launchers/`).
 
-They lie beside the packages, in a clone as in an installed wheel:
+They lie beside the packages, both in a clone and in an installed wheel:
 
     cp -r "$(manyformer-files)/launchers" .
 """

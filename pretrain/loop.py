@@ -1,4 +1,4 @@
-"""The train loop: a step, and after it what is due."""
+"""The train loop: optimizer steps, and the logging, evaluation and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Values(NamedTuple):
-    """A StepResult as numbers: reading them waits for the device."""
+    """A StepResult as Python numbers; reading them synchronises with the device."""
 
     loss: float
     terms: dict[str, float]
@@ -46,7 +46,7 @@ class Values(NamedTuple):
 
 
 class TrainLoop:
-    """Steps, and after them what is due: a log line, an evaluation, a checkpoint."""
+    """Trains, logs, evaluates and saves on schedule."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class TrainLoop:
             max_skipped=config.stability.max_skipped_steps,
         )
         self.rollback = Rollback(config.stability, ranks)
-        # Owners of what trainer.json keeps, by their sections in it.
+        # Owners of the state in trainer.json, by section.
         self.owners: list[Owner] = [
             (None, self.state),
             ("stability", self.steps),
@@ -92,13 +92,12 @@ class TrainLoop:
             )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `checkpoint` was taken (collective).
+        """Continue from `checkpoint` (collective).
 
-        Restores the weights, the optimizer, the position in the data, the random numbers and all
-        counts.
+        Restores weights, optimizer, position in the data, random generators and all counts.
 
         Raises:
-            CheckpointError, AgreedError: on every rank; the run cannot go on from it.
+            CheckpointError, AgreedError: on every rank; the run cannot continue from it.
         """
         self.watchdog.progress(f"the restoration of step {checkpoint.step}")
         self.ranks.run_on_all_ranks(lambda: load_states(self.owners, checkpoint.trainer))
@@ -111,7 +110,7 @@ class TrainLoop:
             seed_rng(seed=seed, step=checkpoint.step, rank=self.ranks.rank)
 
     def run(self, stop: GracefulStop) -> int:
-        """Train to the end, or until a signal asks to stop; both end with a checkpoint."""
+        """Train to the end or until a stop signal, saving a checkpoint in both cases."""
         while True:
             writers = self._writers()
             self._announce()
@@ -128,7 +127,7 @@ class TrainLoop:
     def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         state, training = self.state, self.config.training
         total, first, stopping = state.total_steps, state.step + 1, False
-        gc.freeze()  # what start-up has built lives as long as the run
+        gc.freeze()  # objects of the start-up live as long as the run
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
@@ -161,10 +160,10 @@ class TrainLoop:
         return EXIT_COMPLETED
 
     def _train(self, step: int, rate: float) -> StepResult | None:
-        """Take a step; None when its data are skipped, or it was not finite."""
+        """Take a step; None if its data are skipped or it was not finite."""
         samples = self.state.samples_of(step)
         if self.rollback.skips(step):
-            self._warn(f"step {step}: its data are left out")
+            self._warn(f"step {step}: its data are skipped")
             self.state.loader.skip_to(samples.stop)
             return None
         result, message = self.steps.train(step, samples, learning_rate=rate)
@@ -278,7 +277,7 @@ def _read(result: StepResult, step: int) -> Values:
     """The numbers of a step, read from the device at once.
 
     Raises:
-        TrainingError: the loss or the norm is not finite; what follows would be worthless.
+        TrainingError: the loss or the norm is not finite.
     """
     tensors = [result.loss, *result.terms.values()]
     numbers = torch.stack([x.detach().float().view(()) for x in tensors]).tolist()

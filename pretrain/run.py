@@ -1,4 +1,4 @@
-"""A run from its resolved settings to its exit code: what is around the train loop."""
+"""A run from its resolved settings to its exit code: set-up around the train loop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class _RunContext(NamedTuple):
-    """What a rank has once all of them have met."""
+    """State of a rank after the rendezvous."""
 
     stop: GracefulStop
     watchdog: Watchdog
@@ -80,8 +80,8 @@ def run(settings: ResolvedRun) -> int:
 
     Raises:
         AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
-        ConfigError: a setting cannot be used; nothing has been started yet.
-        TrainingError: training cannot go on, see `stability` in the configuration.
+        ConfigError: a setting cannot be used; nothing has been started.
+        TrainingError: training cannot continue, see `stability` in the configuration.
     """
     config, layout, ds_config = settings
     precision = build_precision(config)
@@ -112,11 +112,11 @@ def run(settings: ResolvedRun) -> int:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
-        # Only now: a start that fails leaves nothing that speaks of its settings.
+        # Only now: a failed start must not leave its settings behind.
         ranks.run_on_rank0(lambda: _write_config(config, whole))
         stop.started()
         code = loop.run(stop)
-        # Every rank has saved: a launcher that reads the marker may end all of them.
+        # Every rank has saved: a launcher that sees the marker may end them.
         ranks.run_on_rank0(lambda: write_marker(Path(config.run_dir), code))
         return code
 
@@ -124,7 +124,10 @@ def run(settings: ResolvedRun) -> int:
 def init_run(
     config: RunConfig, layout: RunLayout, precision: Precision, stack: ExitStack
 ) -> _RunContext:
-    """Bring the ranks together, watched from the moment all have met; `stack` ends it."""
+    """Set up ranks and process groups, under a watchdog from the rendezvous on.
+
+    `stack` tears everything down.
+    """
     stop = stack.enter_context(GracefulStop(starting=True))
     world, limit = World.from_environment(), config.watchdog.timeout
     prepare()
@@ -140,9 +143,9 @@ def init_run(
     stack.enter_context(watchdog)
     watchdog.progress("creating process groups")
     group = process_group(tensor_size=layout.tensor, store=store, timeout=limit)
-    stack.push(watchdog.on_exit)  # of an error in what follows
+    stack.push(watchdog.on_exit)  # for an error while groups are created
     device = stack.enter_context(group)
-    stack.push(watchdog.on_exit)  # of any other, before the group is destroyed
+    stack.push(watchdog.on_exit)  # for any later one, before the group is destroyed
     ranks = _build_rank_group(limit)
     ctx = build_context(config, precision=precision, device=device)
     axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}
@@ -193,7 +196,7 @@ def _build_checkpointer(
 
 
 def _build_engine(spec: TrainSpec, ranks: RankGroup, *, is_fresh: bool) -> Engine:
-    """The engine of the run; a fresh one takes the weights of training.init_from."""
+    """Build the engine; in a fresh run it takes the weights of training.init_from."""
     weights = initial_weights(spec.config, spec.ctx, ranks) if is_fresh else None
     engine = build_engine(spec, load_layer=None if weights is None else weights.load)
     limit_groups(spec.config.watchdog.timeout)
@@ -207,10 +210,10 @@ def _plan_resume(
     state: TrainState,
     ranks: RankGroup,
 ) -> None:
-    """Plan the steps that are left, and say what has changed.
+    """Plan the remaining steps, and print what has changed.
 
-    The loop restores this state again with all else. Already here a checkpoint that does not go
-    with the data or the settings is refused before the model is built.
+    The loop restores this state again with everything else. Doing it here refuses a checkpoint
+    that does not fit the data or the settings before the model is built.
     """
     ranks.run_on_all_ranks(lambda: state.load_state_dict(checkpoint.trainer))
     ranks.run_on_rank0(
@@ -235,17 +238,17 @@ def _warn_about_data(config: RunConfig, data: _Data) -> None:
 
 
 def _write_config(config: RunConfig, model: nn.Module) -> None:
-    """Write the settings down, and say how each group of parameters is trained."""
+    """Write config.yaml, and print how each group of parameters is trained."""
     path = Path(config.run_dir, "config.yaml")
     Storage().replace_file(path, to_yaml(config).encode("ascii"))
     _print_lines([describe_groups(model, config.training)])
 
 
 def open_training_data(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
-    """This rank's loader at the beginning of the run; its `curriculum` is the plan of the steps.
+    """Open this rank's loader at the start of the run; its `curriculum` plans the steps.
 
     Raises:
-        ConfigError, DataError: the data cannot be used, or no run can be planned over them.
+        ConfigError, DataError: the data cannot be used, or the steps cannot be planned.
     """
     vocab_size = config.model.vocab_size
     sources = open_training_sources(config.data, vocab_size=vocab_size)
@@ -302,7 +305,7 @@ def _identity(
 def _fingerprints(
     config: RunConfig, loader: TrainLoader, evaluation: EvalBatches | None
 ) -> dict[str, str]:
-    """Of every file that the configuration names: setting -> fingerprint, where one is known."""
+    """Map each setting that names a file to its fingerprint, if one is known."""
     splits = {"train": loader.fingerprints}
     if evaluation is not None:
         splits["validation"] = evaluation.fingerprints

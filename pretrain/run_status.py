@@ -1,4 +1,4 @@
-"""How a run ended, as a file in its directory: launchers do not pass exit codes on."""
+"""Marker files that record how a run ended, because launchers do not forward exit codes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from parallel.checkpoint.storage import Storage
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
 
-# STOP, which asks a run to stop and not to come back, is the user's and stays where it is.
+# STOP, the user's request to stop and not to requeue, is never removed here.
 MARKERS = {EXIT_COMPLETED: "DONE", EXIT_STOPPED: "REQUEUE"}
 
 
 def clear_markers(run_dir: Path) -> None:
-    """Take away what an earlier run of this directory left: this one has not ended."""
+    """Remove the markers of an earlier run in this directory."""
     for name in MARKERS.values():
         (run_dir / name).unlink(missing_ok=True)
 
 
 def write_marker(run_dir: Path, code: int) -> None:
-    """Say that the run ended with exit code `code`; rank 0 calls it once every rank has saved."""
+    """Record exit code `code`; called by rank 0 once every rank has saved."""
     Storage().replace_file(run_dir / MARKERS[code], b"")

@@ -1,7 +1,7 @@
-"""Entry of a training run: command line -> checked configuration -> loop.
+"""Entry point of training: command line -> checked configuration -> loop.
 
-Everything that can be wrong with a setting is found before torch is imported, so that a mistake
-costs a second and not the start of a job.
+All checks of settings run before torch is imported, so that a mistake costs a second and not the
+start of a job.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if not __package__:
-    # Started as a script: the packages lie beside its folder, and the folder itself must not be
-    # searched, or its modules could be imported by their bare names.
+    # Started as a script: add the repository root, and drop this folder from the search path, or
+    # its modules could be imported by their bare names.
     sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
 from parallel.checkpoint.errors import AgreedError
@@ -61,18 +61,18 @@ _MEMORY_ADVICE = (
 
 
 class CommandError(ValueError):
-    """The command line or the environment of a launcher cannot be understood."""
+    """An invalid command line or launcher environment."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours: one line instead of the usage."""
+    """Argument parser that reports errors in one line instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}; --help lists the arguments")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run training as the command line says; returns the exit code, 2 for an error of the user."""
+    """Run training from the command line; returns the exit code (see `pretrain.errors`)."""
     try:
         end_with_launcher()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"warning: {remark}\n")
         with private_files():
             code = run(settings)
-        # A job script reads the marker file; torchrun would report 75 as the failure of a rank.
+        # The job script reads the marker file; torchrun would report 75 as a failed rank.
         if code == EXIT_STOPPED and os.environ.get(MARKERS_VARIABLE) == "1":
             return EXIT_COMPLETED
         return code
@@ -146,7 +146,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     # For job scripts: check the settings for WORLD_SIZE processes, print the run directory, exit.
     parser.add_argument("--print-run-dir", action="store_true", help=argparse.SUPPRESS)
-    # The deepspeed launcher adds it; LOCAL_RANK says the same everywhere.
+    # Added by the deepspeed launcher; LOCAL_RANK is used instead.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides",
@@ -158,7 +158,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
-    """The checked settings, or None when they were only to be printed."""
+    """The resolved settings; None if the command line only asks to print something."""
     from pretrain.config import to_yaml
     from pretrain.config.compose import compose_config
     from pretrain.config.resolve import resolve_run
@@ -179,7 +179,7 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
 
 
 def _report(error: Exception, *, advice: str = "") -> None:
-    """One line on standard error. What all ranks know the first one says; a lone error is heard."""
+    """Print one line on standard error; rank 0 alone reports errors that all ranks share."""
     if os.environ.get(DEBUG_VARIABLE) == "1":
         traceback.print_exception(error)
     agreed = isinstance(error, (AgreedError, CommandError, ConfigError))

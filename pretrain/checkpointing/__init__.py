@@ -1,18 +1,18 @@
-"""Checkpoints that are either complete and verified or not there.
+"""Checkpoints: published atomically, verified before use.
 
     RUN/checkpoints/step_N/
         optimizer/  rank_00000.safetensors ...: fp32 masters, moments and step counts
-        weights/    pp_00_tp_00.safetensors ...: the weights alone, for generate and convert
+        weights/    pp_00_tp_00.safetensors ...: weights only, for generate and convert
         rng/        rank_00000.safetensors ...: states of the random generators
-        trainer.json    what the loop needs to go on: tokens, position in the data
+        trainer.json    state of the loop: steps, tokens, position in the data
         manifest.json   written last: size and sha256 of every file above, layout, configuration
     RUN/checkpoints/latest    a hint for people; resuming looks at the directories
 
-Any layout reads what it needs of these files; there is nothing to convert. Where only DeepSpeed can
+Any layout reads what it needs from these files, without conversion. Where only DeepSpeed can
 restore the optimizer (`config.deepspeed.layout_bound_by`), `engine/` holds its own pickled files
 instead of `optimizer/`, and the run resumes at the layout that wrote them.
 
-`python -m pretrain.checkpoint list|verify|prune DIR` looks at what is there, or deletes old ones.
+`python -m pretrain.checkpoint list|verify|prune DIR` inspects checkpoints, or deletes old ones.
 """
 
 from parallel.checkpoint.errors import CheckpointError

@@ -1,7 +1,8 @@
-"""Saves within the step that asks for them, or in the background while the next steps train.
+"""Synchronous and asynchronous checkpoint saves.
 
-Both write through the same `CheckpointStore`. In the background a copy of this rank's state on the
-host is taken first, and a thread writes, flushes, agrees with the other ranks and publishes.
+Both write through the same `CheckpointStore`. An asynchronous save first copies this rank's state
+to host memory; a thread then writes, flushes, agrees with the other ranks and publishes while the
+next steps train.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint, Resume, RunIdentity
 from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
 
-_DRAIN_SECONDS = 5.0  # seconds in which a save may still end when this rank fails by itself
+_DRAIN_SECONDS = 5.0  # for a running save to finish when this rank alone fails
 _NICENESS = 10
 logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """The saves of a run, on all of its ranks; a context manager that the last one cannot outlive.
+    """Saves the checkpoints of a run, on all ranks; leaving the context waits for the last save.
 
-    In the background one save is under way at a time. What it raises, `CheckpointError` on every
-    rank, comes out of the next `save` or `wait`; nothing was published then.
+    At most one asynchronous save is in flight. Its `CheckpointError`, the same on every rank, is
+    raised by the next `save` or `wait`; nothing was published then.
 
     Args:
-        store: for saves in the background one whose ranks have a group of their own, because its
-            collectives run beside those of the main thread.
-        moved: told what this rank is about to do (`Watchdog.moved`).
+        store: asynchronous saves need one whose ranks have a process group of their own, because
+            its collectives run concurrently with those of the main thread.
+        progress: called with what this rank begins to do (`Watchdog.progress`).
     """
 
     def __init__(
@@ -55,15 +56,15 @@ class Checkpointer:
         return self._store.identity
 
     def find(self, resume: Resume) -> Checkpoint | None:
-        """See `CheckpointStore.find`; a save under way is published first."""
+        """See `CheckpointStore.find`; a save in flight is published first."""
         self.wait()
         return self._store.find(resume)
 
     def save(self, contents: CheckpointContents) -> None:
-        """Write and publish; or wait for the save before, copy, and do so in the background.
+        """Write and publish now, or wait for the previous save, copy, and do so in the background.
 
         Raises:
-            CheckpointError: this save, or the one before it in the background, was not published.
+            CheckpointError: this save, or the previous asynchronous one, was not published.
         """
         if not self._asynchronous:
             self._progress(f"the save of step {contents.step}")
@@ -76,17 +77,17 @@ class Checkpointer:
         self._running.start()
 
     def wait(self) -> None:
-        """Return once no save is under way, all of them published.
+        """Wait until every save is published.
 
         Raises:
-            CheckpointError: the one in the background failed, on every rank alike.
+            CheckpointError: the save in flight failed, on every rank alike.
         """
         running = self._running
         if running is None:
             return
         self._progress(f"the wait for the save of step {running.step}")
         running.written.wait()
-        # Ranks that have come to here are not the one that holds the others up.
+        # A rank that gets here is not the one that blocks the others.
         self._progress(f"the wait for the publication of step {running.step}")
         running.join()
         self._running = None
@@ -102,14 +103,14 @@ class Checkpointer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """After an error a save under way may end; what it raises does not hide the error."""
+        """After an error let the save in flight finish; its own error does not hide the first."""
         running = self._running
         if error is None or running is None:
             self.wait()
             return
         self._progress(f"the wait for the save of step {running.step}")
-        # An error that all ranks raise leaves them all here. After one that is this rank's alone
-        # others may be dead, and this rank must end so that its launcher sees it.
+        # An error agreed on by all ranks brings all of them here. After an error of this rank alone
+        # others may be dead, and this rank must exit so that its launcher notices.
         running.join(None if isinstance(error, AgreedError) else _DRAIN_SECONDS)
         if running.is_alive():
             logger.warning("the save of step %d is given up", running.step)
@@ -118,10 +119,10 @@ class Checkpointer:
 
 
 class _BackgroundSave(threading.Thread):
-    """One save. `written`: this rank has done its part, or failed; `error` is what it raised."""
+    """One save. `written`: this rank has written its part or failed; `error`: what it raised."""
 
     def __init__(self, store: CheckpointStore, contents: CheckpointContents) -> None:
-        # A daemon: at the end of a process that has given it up, nothing waits for it.
+        # A daemon: the process does not wait for a save that was given up.
         super().__init__(name=f"save of step {contents.step}", daemon=True)
         self.step = contents.step
         self.written = threading.Event()
@@ -132,15 +133,15 @@ class _BackgroundSave(threading.Thread):
         _lower_priority()
         try:
             self._save()
-        except BaseException as error:  # the main thread raises it
+        except BaseException as error:  # raised again by the main thread
             self.error = error
         finally:
             self.written.set()
 
 
 def _lower_priority() -> None:
-    """This thread hashes while others train: where cores are few it must not be in their way."""
-    if sys.platform == "linux":  # elsewhere threads have no priorities of their own
+    """Lower the priority of this thread: hashing must not slow down training on few cores."""
+    if sys.platform == "linux":  # elsewhere threads have no own priority
         thread = threading.get_native_id()
         lower = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19)
         with contextlib.suppress(OSError):
@@ -148,10 +149,10 @@ def _lower_priority() -> None:
 
 
 class HostBuffers:
-    """Host memory for a copy of what a rank writes: allocated by the first save, used by all.
+    """Host buffers for a copy of what a rank writes; allocated by the first save, then reused.
 
-    From an accelerator copies go to pinned memory (of which torch takes the next power of two for
-    each tensor) without waiting for each; `synchronize` does for all of them.
+    Copies from an accelerator are asynchronous and go to pinned memory (torch allocates the next
+    power of two per tensor); `synchronize` waits for all of them.
     """
 
     def __init__(self) -> None:
@@ -159,7 +160,7 @@ class HostBuffers:
         self._is_copying = False
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` under `name`, complete after `synchronize`, until the next one."""
+        """Copy `tensor` to buffer `name`; complete after `synchronize`, valid until the next copy."""
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -174,10 +175,10 @@ class HostBuffers:
 
 
 def snapshot(contents: CheckpointContents, buffers: HostBuffers) -> CheckpointContents:
-    """`contents` as they are now, whatever later steps change; collective, as loading weights is.
+    """Copy `contents`, unaffected by later steps; collective, as loading weights is.
 
-    A rank copies what it will write, and the weights to compare it with. What fails here is raised
-    again where it would be written, so that all ranks get there and agree on the failure.
+    A rank copies what it will write, and the weights to compare it with. An error is raised again
+    where the copy would be written, so that all ranks get there and agree on the failure.
     """
     optimizer = contents.optimizer
     if optimizer is not None:
@@ -206,7 +207,7 @@ def _hold_optimizer(
 def _hold(
     weights: Sequence[Weight], folder: str, buffers: HostBuffers, *, keep: bool
 ) -> list[Weight]:
-    """The same weights with copies to load; none without `keep`, when loading was all there is."""
+    """The same weights, loading from copies; without `keep` only take part in the loading."""
     held = []
     for weight in weights:
         tensor = weight.load()
@@ -215,7 +216,7 @@ def _hold(
         load: Callable[[], Tensor]
         try:
             load = partial(_same, buffers.copy(f"{folder}/{weight.name}", tensor))
-        except RuntimeError as error:  # no memory; the other ranks go on loading
+        except RuntimeError as error:  # out of memory; the other ranks keep loading
             load = partial(_raise, error)
         held.append(weight._replace(load=load))
     return held

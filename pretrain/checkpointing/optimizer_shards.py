@@ -1,8 +1,8 @@
-"""Optimizer state in a checkpoint, readable at any layout: named runs of elements, nothing pickled.
+"""Layout-independent optimizer state: named flat ranges of elements, without pickles.
 
-`optimizer/rank_00000.safetensors` ... hold, for the elements of a parameter that the rank updated,
-`NAME/master`, `NAME/exp_avg` and `NAME/exp_avg_sq` as fp32 vectors. The header says which elements
-of which tensor rank's slice they are, and how many steps they have taken.
+`optimizer/rank_00000.safetensors` ... hold, for the elements of each parameter that the rank updates,
+`NAME/master`, `NAME/exp_avg` and `NAME/exp_avg_sq` as fp32 vectors. The header records which elements
+of which tensor rank's slice they are, and their step count.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class FlatRange(BaseModel):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What all runs of a parameter have in common."""
+        """What all ranges of a parameter share."""
         return self.shape, self.dim, self.full_size, self.num_shards
 
 
 class OptimizerShard(NamedTuple):
-    """What one rank writes of the optimizer: its elements, and the header that names them.
+    """One rank's part of the optimizer state: its elements, and the header that names them.
 
-    `weights` are the elements as forward reads them, by parameter, where that is another tensor
-    than their master. They are not written; `check_masters` compares them.
+    `weights`: the elements as forward reads them, by parameter, if that tensor is not the master
+    itself. Not written; `check_masters` compares them.
     """
 
     elements: Sequence[Weight]
@@ -66,10 +66,10 @@ class OptimizerShard(NamedTuple):
 
 
 def check_masters(shard: OptimizerShard) -> None:
-    """Compare what is to be written with what the model computes with.
+    """Check that every weight is its fp32 master rounded.
 
     Raises:
-        CheckpointError: a weight is not its master rounded; nothing can be continued from that.
+        CheckpointError: a weight is not; a run cannot continue from such a checkpoint.
     """
     weights = {weight.name: weight for weight in shard.weights}
     for element in shard.elements:
@@ -96,7 +96,7 @@ class _Piece(NamedTuple):
 
 
 class StoredParameter(NamedTuple):
-    """One parameter of a checkpoint: its slices, and the pieces that each slice consists of."""
+    """One parameter of a checkpoint: its slices, each a list of pieces."""
 
     name: str
     sharding: Sharding
@@ -113,11 +113,11 @@ class StoredParameter(NamedTuple):
 
 
 class StoredOptimizer:
-    """The optimizer state of a checkpoint, of which a rank reads only the elements it will update.
+    """The optimizer state of a checkpoint; a rank reads only the elements it will update.
 
     Raises:
-        CheckpointError: a file that is not one of ours, or a parameter of which an element is
-            missing or doubled; the message names it.
+        CheckpointError: a foreign file, or a parameter with missing or duplicate elements; the
+            message names it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -132,10 +132,10 @@ class StoredOptimizer:
         return set(self._parameters)
 
     def parameter(self, name: str) -> StoredParameter:
-        """What the checkpoint knows of a parameter.
+        """The stored slices of a parameter.
 
         Raises:
-            CheckpointError: it knows nothing of it.
+            CheckpointError: there are none.
         """
         if name not in self._parameters:
             raise CheckpointError(
@@ -234,7 +234,7 @@ def _row_width(shape: Sequence[int]) -> int:
 
 
 def _read_ranges(path: Path) -> dict[str, FlatRange]:
-    """What a file says that it holds."""
+    """Read the header of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             table = json.loads((file.metadata() or {})[HEADER])
@@ -250,10 +250,10 @@ def _read_ranges(path: Path) -> dict[str, FlatRange]:
 
 
 def _assemble(name: str, pieces: Iterable[_Piece]) -> StoredParameter:
-    """Order the pieces of a parameter and check that every element is there exactly once.
+    """Order the pieces of a parameter and check that every element exists exactly once.
 
     Raises:
-        CheckpointError: names the parameter and the file at which the elements do not go on.
+        CheckpointError: names the parameter and the file where a gap or an overlap begins.
     """
     pieces = sorted(pieces, key=lambda piece: (piece.span.shard, piece.span.start))
     first = pieces[0].span
@@ -282,6 +282,6 @@ def _check_tiling(name: str, number: int, shard: list[_Piece], numel: int) -> No
             where = f" before {path!r}" if path else ""
             raise CheckpointError(
                 f"parameter {name!r}, slice {number}: optimizer state of elements {position} to "
-                f"{start} is missing or doubled{where}, expected 0 to {numel} once each"
+                f"{start} is missing or duplicate{where}, expected 0 to {numel} once each"
             )
         position = stop

@@ -1,4 +1,4 @@
-"""What a run that continues from a checkpoint reports as changed."""
+"""Report of the changes since the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.engine.lr_schedule import learning_rate
 _COMMAND_SETTINGS = ("run_dir", "resume")
 _LIMITS = ("max_steps", "max_tokens", "max_epochs")
 _UNUSED_AT_RESUME = "training.init_from"
-# What decides the learning rate of a step, beside the number of steps of the run.
+# Settings of the learning rate, besides the number of steps of the run.
 _RATE_SETTINGS = ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio")
 _BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
 
@@ -24,7 +24,7 @@ _BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
 def describe_changes(
     checkpoint: Checkpoint, config: RunConfig, layout: RunLayout, curriculum: Curriculum
 ) -> list[str]:
-    """A line for every change since the checkpoint: old -> new. `curriculum`: the steps left."""
+    """One line per change since the checkpoint: old -> new. `curriculum`: the remaining steps."""
     names = {each.key.removeprefix("training.") for each in checkpoint.differences}
     return [
         *(_describe(each) for each in checkpoint.differences if each.key not in _COMMAND_SETTINGS),

@@ -1,4 +1,4 @@
-"""Which checkpoints go, and how they are deleted."""
+"""Retention: selection and deletion of old checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from pretrain.checkpointing.selection import steps_in
 
 
 def surplus(steps: Sequence[int], *, keep: int, keep_every: int | None) -> list[int]:
-    """Of steps, the newest first, those that neither number `keep` nor `keep_every` holds on to."""
+    """Steps to delete: neither among the newest `keep` nor multiples of `keep_every`.
+
+    `steps`: newest first.
+    """
     older = steps[keep:]
     return [step for step in older if keep_every is None or step % keep_every]
 
@@ -22,15 +25,15 @@ def surplus(steps: Sequence[int], *, keep: int, keep_every: int | None) -> list[
 def delete(directory: Path, step: int, storage: Storage) -> None:
     """Delete the checkpoint of a step."""
     doomed = directory / f".delete-step_{step}-{os.urandom(4).hex()}"
-    # Renamed first: a deletion that is cut short must not look like a checkpoint.
+    # Renamed first: an interrupted deletion must not look like a checkpoint.
     storage.rename(directory / f"step_{step}", doomed)
     storage.remove_tree(doomed)
 
 
 def prune(run_dir: Path, *, keep: int, keep_every: int | None) -> list[int]:
-    """Delete surplus checkpoints of a run that nobody is training; returns their steps.
+    """Delete surplus checkpoints of a run that no job is training; returns their steps.
 
-    Damaged ones count for nothing and stay, for inspection.
+    Damaged ones are not counted and are kept for inspection.
 
     Raises:
         CheckpointError: another job uses the run directory, or nothing would be kept.

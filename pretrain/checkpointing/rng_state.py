@@ -1,4 +1,4 @@
-"""States of all random generators of a rank as one safetensors file."""
+"""RNG states of a rank as one safetensors file."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def restore_rng_state(path: Path) -> None:
 
 
 def seed_rng(*, seed: int, step: int, rank: int) -> None:
-    """Set the generators anew, as a function of the arguments.
+    """Seed the generators as a function of the arguments.
 
-    For a rank of another layout, of which no earlier rank is the predecessor. What a model draws
-    comes from seeds, names and the text, so that neither losses nor weights depend on it.
+    For a rank of another layout, which has no predecessor to take the states from. Models draw
+    from seeds, names and the text, so neither losses nor weights depend on these generators.
     """
     words = np.random.SeedSequence([seed, step, rank]).generate_state(3, np.uint32)
     python, numpy, torch_seed = (int(word) for word in words)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from: the newest undamaged one, agreed upon by all ranks."""
+"""Selection of the checkpoint to resume from: the newest undamaged one, agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 class RunIdentity(NamedTuple):
-    """What a checkpoint must agree with to be continued by this run.
+    """Identity of a run, which a checkpoint must match to be resumed.
 
-    `config` is the resolved configuration, `fingerprints` of files that it names, by the key that
-    names each: they decide whether a file is the same, wherever it lies. `text` says how text
-    became tokens.
-    `layout_bound_by` names the setting that ties the run's checkpoints to the layout they were
-    written at, if there is one.
+    `config`: the resolved configuration. `fingerprints`: of the files it names, by setting; they
+    decide whether a file is the same, wherever it lies. `text`: how text became tokens.
+    `layout_bound_by`: the setting that ties the run's checkpoints to the layout they were written
+    at, if there is one.
     """
 
     layout: Layout
@@ -58,7 +57,7 @@ class Checkpoint(NamedTuple):
     """A verified checkpoint of this run, and the layout that wrote it.
 
     `any_layout`: its optimizer state is ours, in `optimizer/`; otherwise DeepSpeed's, in `engine/`.
-    `differences`: what the run may have, and has, otherwise than the one that wrote it.
+    `differences`: settings that legitimately differ from the run that wrote it.
     """
 
     path: Path
@@ -79,10 +78,10 @@ def rng_file_name(rank: int) -> str:
 def find_checkpoint(
     run_dir: Path, resume: Resume, *, identity: RunIdentity, ranks: RankGroup
 ) -> Checkpoint | None:
-    """The newest undamaged checkpoint; None when the run has to start from its beginning.
+    """Find the newest undamaged checkpoint; None if the run has to start from the beginning.
 
-    Collective. Every rank verifies the files that it wrote; a damaged checkpoint is passed over
-    with one warning that names the file and what is wrong with it.
+    Collective. Every rank verifies the files that it wrote; a damaged checkpoint is skipped with
+    one warning that names the file and its fault.
 
     Raises:
         CheckpointError: `must` and there is none; `never` and there is one; only damaged ones; the
@@ -106,7 +105,7 @@ def find_checkpoint(
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The N of all entries `step_N`, newest first; a symbolic link is never one of ours."""
+    """The N of all entries `step_N`, newest first; symbolic links are ignored."""
     if not directory.is_dir():
         return []
     steps = ((step_of_name(entry.name), entry) for entry in directory.iterdir())
@@ -137,7 +136,7 @@ def _candidates(run_dir: Path, resume: Resume) -> list[int]:
 
 
 def _read_latest(directory: Path) -> str | None:
-    """What `latest` says, for messages only; None when it is absent."""
+    """Content of `latest`, for messages only; None if it is absent."""
     path = directory / LATEST_NAME
     if not os.path.lexists(path):
         return None
@@ -149,7 +148,7 @@ def _read_latest(directory: Path) -> str | None:
 
 
 def _verify(directory: Path, ranks: RankGroup) -> tuple[Manifest | None, str | None]:
-    """On every rank the manifest that rank 0 read, and the first problem that any rank found."""
+    """Verify a checkpoint; returns rank 0's manifest and the first problem found by any rank."""
     manifest: Manifest | None = None
     problem: str | None = None
     if ranks.is_rank0:
@@ -182,7 +181,7 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
     trainer = _read_trainer(directory / TRAINER_NAME)
     _refuse_another_layout(directory, manifest, identity, any_layout=any_layout)
     _refuse_a_grown_batch(directory, manifest, identity, trainer)
-    # What follows from the number of processes and from DeepSpeed's JSON.
+    # Consequences of the number of processes and of DeepSpeed's JSON.
     old, new = manifest.layout, identity.layout
     sizes = {"data ranks": (old.data, new.data), "ZeRO stage": (old.zero_stage, new.zero_stage)}
     differences += [Difference(k, a, b, "layout") for k, (a, b) in sizes.items() if a != b]
@@ -190,7 +189,7 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of an earlier version with the defaults of what it did not know."""
+    """Complete the configuration of an earlier version with the defaults of newer settings."""
     try:
         return resolved(RunConfig.model_validate(config))
     except ValueError:
@@ -198,7 +197,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_marks(directory: Path, manifest: Manifest, identity: RunIdentity) -> None:
-    """Documents must go on beginning and ending with the tokens that the model has learnt."""
+    """Refuse documents that begin or end with other tokens than those the model has learnt."""
     before, now = manifest.text, identity.text
     for what, old, new in (
         ("end", before.eod_id, now.eod_id),
@@ -226,7 +225,7 @@ def _read_trainer(path: Path) -> dict[str, Any]:
 def _refuse_another_layout(
     directory: Path, manifest: Manifest, identity: RunIdentity, *, any_layout: bool
 ) -> None:
-    """DeepSpeed's own files are of one layout, and of runs that it alone can restore."""
+    """Refuse a change of layout for DeepSpeed's own files, and a change between the formats."""
     old, new, bound = manifest.layout, identity.layout, identity.layout_bound_by
     if any_layout and bound is not None:
         raise CheckpointError(
@@ -245,7 +244,7 @@ def _refuse_another_layout(
 def _refuse_a_grown_batch(
     directory: Path, manifest: Manifest, identity: RunIdentity, trainer: dict[str, Any]
 ) -> None:
-    """A batch that changes with the number of processes alone may not be meant to."""
+    """Refuse a batch that changes only through the number of processes: probably unintended."""
     before = samples_per_step(manifest.config, data_size=manifest.layout.data)
     now = samples_per_step(identity.config, data_size=identity.layout.data)
     old, new = (batch_settings(config) for config in (manifest.config, identity.config))

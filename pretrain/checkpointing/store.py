@@ -1,4 +1,4 @@
-"""Writing and publishing checkpoints.
+"""Writing and atomic publishing of checkpoints.
 
 A save writes under a temporary name, flushes every file, and publishes by one rename after every
 rank has reported success.
@@ -56,13 +56,13 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointContents(NamedTuple):
-    """What one rank contributes to a checkpoint.
+    """One rank's contribution to a checkpoint.
 
-    `weights` are loaded by every rank, and written by the one of each (pipeline, tensor) place that
-    has `writes_weights`. `rng` are the states of this rank's generators. `trainer` is rank 0's.
-    `optimizer` gives what this rank writes of the optimizer. Where only DeepSpeed can write it,
-    `write_engine` does in its place: it is collective and returns the files that this rank wrote
-    below the directory it is given (`save_engine_state`).
+    `weights`: loaded by every rank, written by the one rank of each (pipeline, tensor) position
+    that has `writes_weights`. `rng`: states of this rank's generators. `trainer`: used from rank 0.
+    `optimizer`: returns this rank's optimizer state. Where only DeepSpeed can write that,
+    `write_engine` takes its place: it is collective and returns the files that this rank wrote
+    below the given directory (`save_engine_state`).
     """
 
     step: int
@@ -85,8 +85,8 @@ class CheckpointStore:
     """The checkpoints of one run, on all of its ranks: every method is collective.
 
     Args:
-        keep: how many of the newest checkpoints stay, at least 1.
-        keep_every: those of steps that are multiples of it stay, too.
+        keep: number of newest checkpoints to keep, at least 1.
+        keep_every: also keep those of steps that are multiples of it.
 
     Raises:
         CheckpointError: another job uses the run directory, or it cannot be written.
@@ -119,7 +119,7 @@ class CheckpointStore:
             self._lock.release()
 
     def find(self, resume: Resume) -> Checkpoint | None:
-        """See `resume.find_checkpoint`."""
+        """See `selection.find_checkpoint`."""
         found = find_checkpoint(self.run_dir, resume, identity=self.identity, ranks=self._ranks)
         if found is not None:
             self._trusted.add(found.step)
@@ -128,9 +128,9 @@ class CheckpointStore:
     def save(
         self, contents: CheckpointContents, *, written: Callable[[], object] = lambda: None
     ) -> Path:
-        """Write and publish a checkpoint, then delete those that retention no longer keeps.
+        """Write and publish a checkpoint, then delete those beyond retention.
 
-        `written` is called once this rank has done its part and waits for the others.
+        `written` is called once this rank has written its part and waits for the others.
 
         Raises:
             CheckpointError: a rank failed; nothing was published and nothing deleted.
@@ -152,7 +152,7 @@ class CheckpointStore:
         return self.directory / f"step_{step}"
 
     def _open(self) -> None:
-        """Rank 0: take the lock, see that saves can be written, remove what one has left behind."""
+        """Rank 0: take the lock, probe that saves can be written, remove interrupted saves."""
         self._lock = RunLock(self.run_dir)
         try:
             self.directory.mkdir(exist_ok=True)
@@ -172,11 +172,11 @@ class CheckpointStore:
                 self._storage.remove_tree(entry)
 
     def _begin(self, contents: CheckpointContents) -> Path:
-        """Rank 0: make the temporary directory; set aside what stands at the final name."""
+        """Rank 0: create the temporary directory; move aside what has the final name."""
         step, token = contents.step, os.urandom(4).hex()
         target = self._path(step)
         if os.path.lexists(target):
-            # `find` passed this one over as damaged, or it would be trusted. Kept for inspection.
+            # `find` skipped this one as damaged, or it would be trusted. Kept for inspection.
             aside = self.directory / f"damaged-step_{step}-{token}"
             logger.warning("moving the unusable %s to %s", target.name, aside.name)
             self._storage.rename(target, aside)
@@ -191,7 +191,7 @@ class CheckpointStore:
     ) -> tuple[_Written | None, str | None]:
         """On every rank: write, flush and checksum this rank's files.
 
-        A part that fails does not keep the rank from the next one: parts are collective.
+        After a failed part the rank still takes part in the next ones: they are collective.
         """
         not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
         paths: list[Path] = []
@@ -257,7 +257,7 @@ class CheckpointStore:
         reports: list[_Written | None] | None,
         failure: str | None,
     ) -> None:
-        """Rank 0: give the directory its name, or remove it when any rank has failed."""
+        """Rank 0: rename the directory to its final name, or remove it if any rank failed."""
         try:
             if failure is not None:
                 raise CheckpointError(failure)
@@ -283,7 +283,7 @@ class CheckpointStore:
         for report in reports:
             files |= report.files
             sharding |= report.sharding
-        for path in sorted(temporary.rglob("*")):  # what DeepSpeed copied without its writer
+        for path in sorted(temporary.rglob("*")):  # files that DeepSpeed copies past its writer
             if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
                 self._storage.sync(path)
                 files[name] = self._entry(path)
@@ -308,7 +308,7 @@ class CheckpointStore:
             logger.warning("step_%d is saved, but latest could not be written: %s", step, error)
 
     def _retain(self, newest: int) -> None:
-        """Rank 0: delete what retention no longer keeps, counted back from the one just written."""
+        """Rank 0: apply retention, counting back from the checkpoint just written."""
         steps = [step for step in steps_in(self.directory) if step <= newest]
         for step in surplus(steps, keep=self._keep, keep_every=self._keep_every):
             try:

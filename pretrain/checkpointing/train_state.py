@@ -1,4 +1,4 @@
-"""What trainer.json keeps: the state of everything in a run that is not a tensor."""
+"""Trainer state (trainer.json): everything in a run that is not a tensor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LIMITS = ("max_steps", "max_tokens", "max_epochs")
 
 
 class Stateful(Protocol):
-    """An owner of state that a checkpoint keeps."""
+    """An owner of checkpointed state."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from `state`."""
 
 
 # An owner of state, and its section of trainer.json; None: the top level. Owners may share one.
@@ -44,17 +44,17 @@ def load_states(owners: Sequence[Owner], trainer: Mapping[str, Any]) -> None:
     """Restore every owner from the content of trainer.json; a section may be missing.
 
     Raises:
-        CheckpointError, ConfigError, DataError: the run cannot go on from there.
+        CheckpointError, ConfigError, DataError: the run cannot continue from it.
     """
     for section, owner in owners:
         owner.load_state_dict(trainer if section is None else trainer.get(section, {}))
 
 
 class TrainState:
-    """How far a run has come: steps, learning rate, and the position in its data.
+    """Progress of a run: steps, learning rate and position in the data.
 
-    `loader` holds the position, and the plan of the steps: `curriculum`. After a restart that plan
-    goes on from where the run stood, with the settings of now.
+    `loader` holds the position and the plan of the steps (`curriculum`). After a restart the plan
+    continues from the restored position, with the current settings.
 
     Args:
         data_size: data ranks of the run.
@@ -80,7 +80,7 @@ class TrainState:
         return self.curriculum.tokens_after(self.step)
 
     def samples_of(self, step: int) -> range:
-        """The samples that a step takes, by their numbers in the run; those of all ranks."""
+        """Indices in the run of the samples of a step, over all ranks."""
         first, end = (self.curriculum.position_after(n).samples for n in (step - 1, step))
         return range(first, end)
 
@@ -97,10 +97,10 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, with the steps that the settings leave.
+        """Continue from `state`, with the steps that remain under the current settings.
 
         Raises:
-            CheckpointError, ConfigError, DataError: the run cannot go on there.
+            CheckpointError, ConfigError, DataError: the run cannot continue there.
         """
         position = position_of(state)
         curriculum = plan_run(
@@ -131,7 +131,7 @@ class TrainState:
 
 
 def count_tokens(loader: TrainLoader) -> int:
-    """Tokens of the training sources together, each counted once."""
+    """Total tokens of the training sources, each counted once."""
     return sum(stream.num_tokens for _, stream in loader.sources)
 
 
@@ -139,7 +139,7 @@ def position_of(state: Mapping[str, Any]) -> Position:
     """The steps, samples and tokens that a `TrainState.state_dict` was taken after.
 
     Raises:
-        CheckpointError, DataError: it does not say.
+        CheckpointError, DataError: the state is incomplete.
     """
     samples = LoaderState.parse(state.get("data", {})).consumed_samples
     step, tokens = state.get("step"), state.get("tokens")
@@ -152,6 +152,6 @@ def position_of(state: Mapping[str, Any]) -> Position:
 
 
 def last_rate(state: Mapping[str, Any]) -> float:
-    """The learning rate of the last step; 0 in older checkpoints, which do not have it."""
+    """The learning rate of the last step; 0 in older checkpoints, which lack it."""
     rate = state.get("learning_rate", 0.0)
     return float(rate) if isinstance(rate, int | float) else 0.0

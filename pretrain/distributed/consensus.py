@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class RankGroup(NamedTuple):
-    """All processes of the run. `group` is a gloo group over them; None for a single process."""
+    """All ranks of the run. `group`: a gloo group over them; None for a single process."""
 
     rank: int = 0
     size: int = 1
@@ -46,16 +46,16 @@ class RankGroup(NamedTuple):
         return values[0]  # type: ignore[return-value]
 
     def first_error(self, message: str | None) -> str | None:
-        """On all ranks the same: the message of the lowest rank that has one, or None."""
+        """The message of the lowest rank that has one, on every rank; None if no rank has one."""
         messages = self.gather(message)
         first = next((text for text in messages or [] if text is not None), None)
         return self.broadcast(first)
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """This rank's result of `action`, once every rank has one.
+        """Run `action` on every rank; returns this rank's result once all have succeeded.
 
         Raises:
-            AgreedError: on every rank, the user's error that the lowest failing rank met.
+            AgreedError: on every rank, the user's error of the lowest rank that failed.
         """
         value: T | None = None
         failure: str | None = None
@@ -69,7 +69,7 @@ class RankGroup(NamedTuple):
         return value  # type: ignore[return-value]
 
     def run_on_rank0(self, action: Callable[[], T]) -> T:
-        """Rank 0's result of `action` on every rank.
+        """Run `action` on rank 0; returns its result on every rank.
 
         Raises:
             CheckpointError: on every rank, what rank 0 raised.

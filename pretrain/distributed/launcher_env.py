@@ -1,4 +1,4 @@
-"""Whatever started this process: its place among all ranks, in the variables that torch reads."""
+"""Translation of every launcher's environment variables into those that torch reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Environment = MutableMapping[str, str]
 
 
 class _Launcher(NamedTuple):
-    """The variables in which a launcher tells a process its place."""
+    """The variables in which a launcher passes rank, local rank and world size."""
 
     name: str
     rank: str
@@ -34,7 +34,7 @@ _LAUNCHERS = (
     ),
     _Launcher("MPICH", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
     _Launcher("MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE"),
-    # SLURM_NTASKS would be that of the job, also for a single process in its batch script.
+    # SLURM_NTASKS is that of the whole job, even for a single process in its batch script.
     _Launcher("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 )
 # Ranks on this machine: of torchrun and accelerate, deepspeed, Open MPI, MPICH, MVAPICH, srun.
@@ -50,11 +50,11 @@ _NODES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
 
 
 def adopt_launcher(environment: Environment = os.environ) -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what mpirun or srun say.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT under mpirun or srun.
 
-    Nothing happens under launchers that set RANK themselves (torchrun, deepspeed, accelerate), nor
-    in a process that is alone. An address that is given is kept; otherwise ranks of MPI meet where
-    rank 0 finds a free port, and those of srun on the first node of their step.
+    Does nothing under launchers that set RANK themselves (torchrun, deepspeed, accelerate), nor in
+    a single process. A given address is kept; otherwise MPI ranks meet at a free port of rank 0,
+    and srun's on the first node of their step.
 
     Raises:
         ConfigError: the ranks cannot find each other.
@@ -78,7 +78,7 @@ def adopt_launcher(environment: Environment = os.environ) -> None:
 
 
 def ranks_on_this_machine(environment: Environment = os.environ) -> int:
-    """How many ranks of the run its launcher has started here; 1 for a process that is alone."""
+    """Number of ranks that the launcher started on this machine; 1 for a single process."""
     for name in _LOCAL_SIZES:
         number = re.match("[0-9]+", environment.get(name, ""))  # srun writes 8(x2) for two nodes
         if number is not None:
@@ -88,7 +88,7 @@ def ranks_on_this_machine(environment: Environment = os.environ) -> int:
 
 def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple[str, int]:
     nodes = environment["SLURM_STEP_NODELIST"]
-    if not _NODES.fullmatch(nodes):  # one that begins with - would be an option of scontrol
+    if not _NODES.fullmatch(nodes):  # a leading - would be an option of scontrol
         raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} is no list of nodes; unset it")
     try:
         done = subprocess.run(
@@ -99,7 +99,7 @@ def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple
             f"MASTER_ADDR is not set and scontrol cannot list {nodes} ({error}); "
             "export MASTER_ADDR and MASTER_PORT before srun"
         ) from error
-    # Below the ports that the kernel gives to clients; the same on every rank of the step.
+    # Below the ephemeral port range; the same on every rank of the step.
     job, step = (
         environment_number(name, environment=environment)
         for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -110,7 +110,7 @@ def _rendezvous_of_slurm(launcher: _Launcher, environment: Environment) -> tuple
 def environment_number(
     name: str, default: int | None = None, environment: Environment = os.environ
 ) -> int:
-    """A variable that holds a whole number from 0; `default` where it is not set.
+    """Read a variable as a whole number from 0; `default` if it is not set.
 
     Raises:
         ConfigError: it holds something else.
@@ -140,7 +140,7 @@ def _rendezvous_of_mpi(launcher: _Launcher, environment: Environment) -> tuple[s
         )
     here = (socket.gethostname(), _free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
     there: tuple[str, int] = MPI.COMM_WORLD.bcast(here, root=0)
-    MPI.Finalize()  # it has introduced the ranks to each other; torch does the rest
+    MPI.Finalize()  # only needed to exchange the address; torch does the rest
     return there
 
 

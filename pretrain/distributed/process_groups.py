@@ -1,4 +1,4 @@
-"""From the environment of a launcher to an initialised process group, and back."""
+"""Set-up and tear-down of torch.distributed from the environment of a launcher."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _AFTER_WATCHDOG = 30.0  # seconds
 
 
 def prepare() -> None:
-    """Import and set what every process that trains needs; call before all else here."""
+    """Import DeepSpeed and set the environment of a training process; call it first."""
     prepare_environment()
     _quiet_imports()
-    import deepspeed  # noqa: F401  seconds, in which no other rank waits
+    import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
 
     prepare_deepspeed()
 
@@ -38,10 +38,9 @@ def process_group(
 ) -> Iterator[torch.device]:
     """Initialise torch.distributed and DeepSpeed; yields this process's device.
 
-    `tensor_size` is that of the run: how CUDA orders kernels is fixed when it starts. `store` is
-    where the ranks have met (`rendezvous.meet`); by default they meet here. One process alone needs
-    no port. The group is destroyed in the end, also after an error: torch otherwise aborts the
-    process now and then while it exits.
+    `tensor_size`: of the run, because the order of CUDA kernels is fixed when CUDA starts. `store`:
+    of `rendezvous`; by default the ranks meet here. A single process needs no port. The group is
+    destroyed at the end, also after an error: torch otherwise sometimes aborts at exit.
 
     Raises:
         ConfigError: the rendezvous address cannot be used.
@@ -54,12 +53,12 @@ def process_group(
     device = torch.device("cpu")
     if device_type() == "cuda":
         if tensor_size > 1:
-            # Lets Megatron-Core overlap its collectives with the matrix products that follow.
+            # Lets Megatron-Core overlap its collectives with the GEMMs that follow.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    # A product that cuBLAS splits over its inner dimension, as gradients of weights are, would add
-    # the parts up in bf16.
+    # Split-K GEMMs of cuBLAS, such as those of weight gradients, would reduce their partial sums in
+    # bf16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dist.init_process_group(
         distributed_backend(),
@@ -79,15 +78,15 @@ def process_group(
 
 
 def group_timeout(timeout: float | None) -> timedelta | None:
-    """When collectives fail by themselves: after the watchdog, which can say who is missing."""
+    """Timeout of collectives: later than the watchdog, which can name the missing rank."""
     return None if timeout is None else timedelta(seconds=timeout + _AFTER_WATCHDOG)
 
 
 def limit_groups(timeout: float | None) -> None:
     """Give every process group of this process the timeout of `group_timeout`.
 
-    Groups that DeepSpeed, Megatron-Core and device meshes make do not inherit that of the default
-    group: they wait for half an hour (torch 2.13), and DeepSpeed's `new_group` takes no timeout.
+    Groups created by DeepSpeed, Megatron-Core and device meshes do not inherit the timeout of the
+    default group: they wait for half an hour (torch 2.13), and DeepSpeed's `new_group` takes none.
     """
     limit = group_timeout(timeout)
     if limit is not None:
@@ -101,6 +100,6 @@ def process_groups() -> list[dist.ProcessGroup]:
 
 
 def _quiet_imports() -> None:
-    """Libraries warn about what they were not asked for; a run starts with its own words."""
+    """Silence import-time warnings of third-party libraries."""
     for module in ("deepspeed", "megatron", "torch.distributed", "torch.utils.cpp_extension"):
         warnings.filterwarnings("ignore", module=rf"{module}.*")

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: bounded in time, and clear about who has not come."""
+"""Rendezvous of the ranks of a run, with a timeout and a message that names missing ranks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from pretrain.distributed.launcher_env import environment_number
 from pretrain.errors import ConfigError, RendezvousError
 
-_REPORT_INTERVAL = 60.0  # seconds after which rank 0 says who is missing
+_REPORT_INTERVAL = 60.0  # seconds between rank 0's reports of missing ranks
 _FOREVER = timedelta(days=365)
-_DRAIN_SECONDS = 1.0  # seconds that rank 0 keeps the store for the others when ranks are missing
-_MAX_LISTED = 16  # missing ranks that a message lists
+_DRAIN_SECONDS = 1.0  # seconds that rank 0 keeps the store open for the others on failure
+_MAX_LISTED = 16  # missing ranks listed in a message
 
 
 class World(NamedTuple):
-    """This process among all of a run, as `deepspeed`, `torchrun` or `accelerate` describe it."""
+    """Rank, local rank and world size, as set by `deepspeed`, `torchrun` or `accelerate`."""
 
     rank: int
     local_rank: int
@@ -42,15 +42,15 @@ class World(NamedTuple):
 
 
 def rendezvous(world: World, *, purpose: str, timeout: float | None) -> dist.Store:
-    """The store over which the ranks set up their groups, once all of them have come.
+    """Wait for all ranks; returns the store over which they set up their process groups.
 
-    `purpose` tells apart runs that meet at one address by mistake, such as the run directory.
+    `purpose`, such as the run directory, tells apart runs that use one address by mistake.
     `timeout`: seconds; None: wait for ever. Under torchrun the store is that of its agent,
-    elsewhere rank 0 keeps it.
+    elsewhere rank 0 owns it.
 
     Raises:
-        ConfigError: the address is missing or in use, or not all ranks have come in time.
-        RendezvousError: rank 0 has not come or has gone, or another run meets there.
+        ConfigError: the address is missing or in use, or ranks are missing at the timeout.
+        RendezvousError: rank 0 is missing or has exited, or another run uses the address.
     """
     if "MASTER_ADDR" not in os.environ:
         if world.size > 1:
@@ -71,7 +71,7 @@ def _open(world: World, limit: timedelta) -> dist.Store:
     port = os.environ.get("MASTER_PORT", "")
     if not (port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError(f"MASTER_PORT={port!r} must be a port from 1 to 65535")
-    # torchrun may start ranks again while its agent keeps the same store.
+    # torchrun may restart ranks while its agent keeps the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_store_owner = world.rank == 0 and not of_agent
@@ -99,10 +99,10 @@ def _open(world: World, limit: timedelta) -> dist.Store:
 
 
 def _register(world: World, store: dist.Store, purpose: str) -> None:
-    """Say who this rank is.
+    """Register this rank in the store.
 
     Raises:
-        RendezvousError: another run meets here, or another process has this rank.
+        RendezvousError: another run uses the address, or another process has this rank.
     """
     own = f"{world.size} ranks, {purpose}"
     first = store.compare_set("run", "", own).decode()
@@ -121,7 +121,7 @@ def _register(world: World, store: dist.Store, purpose: str) -> None:
 
 
 def _wait_for_all(world: World, store: dist.Store, *, began: float, limit: float) -> None:
-    # A process that meets twice at one address, as tests do, may find its old store.
+    # A process that uses one address twice, as tests do, may find its old store.
     if store.add("number", 1) % world.size == 0:
         store.set("complete", "")
     while True:

@@ -1,4 +1,4 @@
-"""Detection of loss spikes: losses that stand out from those before them."""
+"""Detection of loss spikes: losses far above those of the steps before."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pretrain.config.sections import SpikeConfig
 
 
 class SpikeDetector:
-    """Looks at the loss of every step: `loss > mean + sigma * deviation` of the `window` before.
+    """Tests every loss: a spike is `loss > mean + sigma * deviation` of the `window` before it.
 
-    A loss that stands out is not part of what later ones are compared with, nor is one that is not
-    finite. Nothing is found before there are `window` losses.
+    Spikes and non-finite losses do not enter the window. No spike is found before the window is
+    full.
     """
 
     def __init__(self, config: SpikeConfig) -> None:
@@ -31,7 +31,7 @@ class SpikeDetector:
         self.losses = deque(state.get("losses", ()), maxlen=self._config.window)
 
     def is_spike(self, loss: float) -> bool:
-        """Look at the loss of the next step."""
+        """Test the loss of the next step, and add it to the window unless it is a spike."""
         if not math.isfinite(loss):
             return False
         if len(self.losses) == self._config.window and loss > self.limit:

@@ -1,9 +1,9 @@
-"""A step whose loss or gradient is not finite: done again under watch, named, and left out.
+"""Skipping of steps whose loss or gradient is not finite, with a rerun that finds the origin.
 
-DeepSpeed leaves the weights as they are when the norm of the gradient, which all ranks share, is
-not finite. `optimizers.spoil` makes that norm speak for the loss as well, so that all ranks decide
-alike and nobody has to ask another one. The step is then done once more with every layer watched:
-either it is finite now, and what was wrong is not in the data, or the watch says where it began.
+DeepSpeed does not update the weights when the global gradient norm, which all ranks share, is not
+finite. `optimizers.propagate_nonfinite` extends this to the loss, so all ranks decide alike without
+communication. The step is then rerun with hooks on every layer: either it is finite now, and the
+fault is not in the data, or the hooks find where it began.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pretrain.engine.partitions import local_shard
 from pretrain.errors import TrainingError
 
 _WEIGHT, _OUTPUT, _GRADIENT = range(3)  # the first numbers of `NonFiniteOrigin.order`
-_MAX_LISTED = 4  # so many samples are told; the others are counted
+_MAX_LISTED = 4  # samples listed in the message; the rest are only counted
 
 
 class NonFiniteOrigin(NamedTuple):
-    """The first thing on a rank that is not finite. `micro_batch`: counted from 0, where known.
+    """The first non-finite tensor on a rank. `micro_batch`: counted from 0, where known.
 
-    `order`: the rank with the least one has met it before all others.
+    `order`: sort key over ranks; the smallest is the origin.
     """
 
     what: str
@@ -44,10 +44,10 @@ class NonFiniteOrigin(NamedTuple):
 
 
 class NonFiniteTracer:
-    """Watches a module for the first output or gradient that is not finite; a context manager.
+    """Context manager that hooks a module to find its first non-finite output or gradient.
 
-    It asks the device after every layer: for a step that has already failed. `stage`, `num_stages`:
-    of the pipeline.
+    Synchronises with the device after every layer, so it is for a step that has already failed.
+    `stage`, `num_stages`: of the pipeline.
     """
 
     def __init__(self, module: nn.Module, *, stage: int = 0, num_stages: int = 1) -> None:
@@ -83,21 +83,21 @@ class NonFiniteTracer:
 
     def _see_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._num_outputs += 1
-        # What is not finite when it arrives began elsewhere.
+        # Non-finite inputs originate elsewhere.
         if self.origin is None and not _all_finite(output) and _all_finite(inputs):
             order = (_OUTPUT, self._micro_batch, self._stage, self._num_outputs)
             self.origin = NonFiniteOrigin(f"the output of {name}", order, self._micro_batch)
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
         if self.origin is None and not bool(gradient.isfinite().all()):
-            # A pipeline interleaves micro-batches, and only it knows which one comes back.
+            # A pipeline interleaves micro-batches: which one this backward belongs to is unknown.
             micro_batch = self._micro_batch if self._num_stages == 1 else None
             order = (_GRADIENT, -self._stage)
             self.origin = NonFiniteOrigin(f"the gradient of {name}", order, micro_batch)
 
 
 def first_nonfinite_parameter(module: nn.Module) -> NonFiniteOrigin | None:
-    """The first parameter of which this rank holds a number that is not finite."""
+    """The first parameter with a non-finite element on this rank."""
     parameters = {name: local_shard(p).elements for name, p in module.named_parameters()}
     if not parameters:
         return None
@@ -107,7 +107,7 @@ def first_nonfinite_parameter(module: nn.Module) -> NonFiniteOrigin | None:
 
 
 def check_finite(module: nn.Module, ranks: RankGroup, *, step: int) -> None:
-    """Collective, before a save.
+    """Refuse to save non-finite weights (collective).
 
     Raises:
         TrainingError: on every rank; a weight is not finite.
@@ -124,14 +124,13 @@ def check_finite(module: nn.Module, ranks: RankGroup, *, step: int) -> None:
 
 
 class SkipNonFinite:
-    """The train steps of a run, of which those that are not finite change nothing.
+    """Train steps of a run; those that are not finite are skipped and change nothing.
 
     Args:
-        max_skipped: how many in a row may be left out.
+        max_skipped: most consecutive steps that may be skipped.
 
-    `num_skipped`: steps that the run has left out, the last `in_a_row` of them in a row. Both are
-    part of a checkpoint: a run that is started again and again would otherwise never reach the
-    limit.
+    `num_skipped`: steps skipped so far, the last `in_a_row` of them consecutive. Both are part of a
+    checkpoint: otherwise a run that is restarted again and again would never reach the limit.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class SkipNonFinite:
 
         Also returns a message to log, or None.
 
-        `samples`: their numbers in the run, those of all data ranks together.
+        `samples`: their indices in the run, over all data ranks.
 
         Raises:
             TrainingError: on every rank; more than `max_skipped` steps in a row were not finite, or
@@ -174,7 +173,7 @@ class SkipNonFinite:
             self.in_a_row = 0
             return result, None
         before = _numbers(result)
-        # What a model draws comes from seeds, names and the text: it draws the same again.
+        # Random numbers of a model derive from seeds, names and the text: the rerun draws the same.
         pipeline = self._engine.ctx.pipeline
         watch = NonFiniteTracer(self._engine.module, stage=pipeline.rank, num_stages=pipeline.size)
         with watch as tracer:
@@ -183,7 +182,7 @@ class SkipNonFinite:
         if result.applied:
             self.in_a_row = 0
             return result, (
-                f"step {step}: {before}; done again it is finite ({_numbers(result)}): a device or "
+                f"step {step}: {before}; rerun, it is finite ({_numbers(result)}): a device or "
                 "its memory may have failed"
             )
         self.in_a_row += 1
@@ -191,7 +190,7 @@ class SkipNonFinite:
         message = f"step {step}: {before}; {self._find_origin(step, samples, tracer.origin)}"
         self._check_limit(step, message)
         return result, (
-            f"{message}; the step is left out ({self.in_a_row} in a row, "
+            f"{message}; the step is skipped ({self.in_a_row} in a row, "
             f"stability.max_skipped_steps={self._max_skipped})"
         )
 
@@ -206,18 +205,16 @@ class SkipNonFinite:
             )
 
     def _find_origin(self, step: int, samples: range, origin: NonFiniteOrigin | None) -> str:
-        """Collective: what the first rank that met it has found, on all ranks alike.
+        """Describe the origin over all ranks, on all ranks alike (collective).
 
         Raises:
-            TrainingError: a weight is not finite, and no other batch helps.
+            TrainingError: a weight is not finite, which no other batch can repair.
         """
         text = "" if origin is None else self._describe_origin(samples, origin)
         every = self._ranks.broadcast(self._ranks.gather((origin, text))) or []
         found = [(each.order, each.is_weight, text) for each, text in every if each is not None]
         if not found:
-            return (
-                f"no single layer is to blame, the batch is {self._describe_samples(samples, None)}"
-            )
+            return f"no single layer is the origin; the batch:  {self._describe_samples(samples, None)}"
         _, is_weight, text = min(found)
         if is_weight:
             raise TrainingError(
@@ -225,7 +222,7 @@ class SkipNonFinite:
                 "last checkpoint"
             )
         more = len(found) - 1
-        return text + (f", and has gone on to {more} more ranks" if more else "")
+        return text + (f", and has spread to {more} more ranks" if more else "")
 
     def _describe_origin(self, samples: range, origin: NonFiniteOrigin) -> str:
         return (
@@ -234,7 +231,7 @@ class SkipNonFinite:
         )
 
     def _describe_samples(self, samples: range, micro_batch: int | None) -> str:
-        """Where the samples of a step, or of a micro-batch of this data rank, lie in the data."""
+        """Locate the samples of a step, or of a micro-batch of this data rank, in the data."""
         if micro_batch is not None:
             data = self._engine.ctx.data
             count = len(samples) // (self._engine.num_micro_batches * data.size)
@@ -246,7 +243,7 @@ class SkipNonFinite:
 
 
 class _ReplayableBatches(Iterator[Batch]):
-    """Keeps what it passes on, for the case that the step has to be done again."""
+    """Keeps the batches it yields, so that the step can be rerun."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches

@@ -1,10 +1,10 @@
-"""Finds ranks whose copies of the same numbers have come to differ.
+"""Detection of ranks whose replicas of the same tensor have diverged.
 
-Data ranks hold the same parameters (but for ZeRO-3, which leaves no copies, and for experts, which
-only some of them have in common), tensor ranks the same replicated ones, pipeline stages a copy
-each of a tied one. Nothing compares them in training: a flipped bit or a reduction that was left
-out goes on unseen, and the loss falls on. (With ZeRO-1 and 2 a step overwrites the copies of data
-ranks from the masters, so that there only what has gone wrong since is seen.)
+Data ranks hold the same parameters (except under ZeRO-3, which keeps no replicas, and for experts,
+which only some of them share), tensor ranks the same replicated parameters, and pipeline stages a
+copy each of a tied one. Training never compares them: a flipped bit or a missing reduction goes
+unnoticed while the loss keeps falling. (Under ZeRO-1 and 2 every step overwrites the replicas of
+data ranks from the masters, so only divergence since the last step is seen.)
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pretrain.engine.deepspeed_moe import is_shared_by_expert_ranks
 from pretrain.engine.partitions import is_partitioned
 from pretrain.errors import TrainingError
 
-# Copies of a tied parameter may differ by so much of their norm. Each stage sums over its own data
-# ranks, and two sums of many ranks round apart; a stage that trains its own copy is soon further.
+# Tolerated difference of tied copies, relative to their norm. Each stage sums over its own data
+# ranks, so the sums round differently; a stage that trains its own copy soon exceeds this.
 _TIED_TOLERANCE = 2.0**-8
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,16 +32,16 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: RankGroup, *, step: int) -> None:
-    """Compare what ranks hold in common; collective over all ranks.
+    """Compare replicated tensors; collective over all ranks.
 
-    One pass over the parameters and, where all is well, two all-reduces of a number per parameter;
-    a tied parameter is sent from its first pipeline stage to the others.
+    Costs one pass over the parameters and, if all agree, two all-reduces of one integer per
+    parameter; a tied parameter is broadcast from its first pipeline stage.
 
     Raises:
         TrainingError: on every rank; names the tensor and the ranks that differ from the others.
     """
     tensors = {**dict(module.named_parameters()), **persistent_buffers(module)}
-    if any(map(is_partitioned, tensors.values())):  # ZeRO-3: there are no copies
+    if any(map(is_partitioned, tensors.values())):  # ZeRO-3: no replicas
         return
     replicated = {
         name: tensor
@@ -50,7 +50,7 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: RankGroup, *,
     }
     experts = {n: t for n, t in tensors.items() if is_shared_by_expert_ranks(t)}
     common = {n: t for n, t in tensors.items() if n not in experts}
-    # Every rank compares over all axes, whatever the first has shown: they are collective.
+    # Every rank compares over all axes whatever the first one finds: they are collective.
     found = [
         _difference(replicated, ctx.tensor),
         _difference(common, ctx.data),
@@ -60,13 +60,13 @@ def check_replicas(module: nn.Module, ctx: ParallelContext, ranks: RankGroup, *,
     message = ranks.first_error(next((text for text in found if text is not None), None))
     if message is not None:
         raise TrainingError(
-            f"after step {step} {message}: memory or a reduction has gone wrong, and since then "
-            "ranks have trained different models; start again from an earlier checkpoint"
+            f"after step {step} {message}: memory or a reduction is faulty, and ranks have "
+            "trained different models since; start again from an earlier checkpoint"
         )
 
 
 def _difference(tensors: Mapping[str, Tensor], axis: Axis) -> str | None:
-    """The first tensor that is not the same on all ranks of an axis, or None."""
+    """The first tensor that differs between ranks of an axis, or None."""
     if axis.group is None or axis.size == 1 or not tensors:
         return None
     own = torch.stack([digest(tensor) for tensor in tensors.values()])
@@ -82,21 +82,21 @@ def _difference(tensors: Mapping[str, Tensor], axis: Axis) -> str | None:
     names = [str(dist.get_global_rank(axis.group, i)) for i in range(axis.size)]
     usual, count = Counter(values).most_common(1)[0]
     odd = [name for name, value in zip(names, values, strict=True) if value != usual]
-    # Of two ranks nobody can say which is wrong.
+    # With two ranks it is unknown which one is wrong.
     who = f"rank {', '.join(odd)}" if count > 1 else f"ranks {', '.join(names)}"
     others = " from the others" if count > 1 else " from each other"
     return f"{list(tensors)[column]} of {who} differs{others}"
 
 
 def _tied_difference(module: nn.Module) -> str | None:
-    """The first tied parameter whose copy here is not that of its first stage, or None."""
+    """The first tied parameter that differs from the copy of its first stage, or None."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = []
     for parameter, group, first_rank in getattr(module, "tied_parameters", []):
         own, first = parameter.detach(), parameter.detach().clone()
         dist.broadcast(first, src=first_rank, group=group)
         distance, size = (own.float() - first.float()).norm(), first.float().norm()
-        if not distance <= _TIED_TOLERANCE * size:  # NaN is not, either
+        if not distance <= _TIED_TOLERANCE * size:  # NaN counts as different
             found.append(
                 f"{names[id(parameter)]} of rank {dist.get_rank()} differs by "
                 f"{float(distance / size):.1e} of its norm from the copy of rank {first_rank} that "
@@ -106,6 +106,6 @@ def _tied_difference(module: nn.Module) -> str | None:
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits as integers, modulo 2^64: int64, another for any flipped bit."""
+    """Sum of a tensor's bits as integers modulo 2^64 (int64); any flipped bit changes it."""
     bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
     return bits.sum(dtype=torch.int64)

@@ -17,7 +17,7 @@ from pretrain.stability.loss_spikes import SpikeDetector
 
 
 class Spike(NamedTuple):
-    """A loss that stands out, and the limit that it is above."""
+    """A loss above the limit of the spike detector."""
 
     step: int
     loss: float
@@ -25,10 +25,10 @@ class Spike(NamedTuple):
 
 
 class Rollback:
-    """Finds loss spikes, returns the run to the checkpoint before one, and skips data.
+    """Detects loss spikes, rolls the run back to the checkpoint before one, and skips data.
 
     `skipped`: (first, last) step of the data that each rollback skips. Without `config.spike`
-    nothing is looked for, and only the steps of `config.skip_steps` are skipped.
+    no spike is detected, and only the steps of `config.skip_steps` are skipped.
     """
 
     def __init__(self, config: StabilityConfig, ranks: RankGroup) -> None:
@@ -43,7 +43,7 @@ class Rollback:
         return {"left_out": self.skipped, **losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them; an older checkpoint has none."""
+        """Restore the state; an older checkpoint has none."""
         self.skipped = [(first, last) for first, last in state.get("left_out", [])]
         self._pending = []
         if self._detector is not None:
@@ -55,12 +55,12 @@ class Rollback:
         return any(first <= step <= last for first, last in ranges)
 
     def record(self, step: int, loss: Tensor) -> None:
-        """Note the loss of a step, which `find_spike` reads from the device."""
+        """Record the loss of a step; `find_spike` reads it from the device."""
         if self._detector is not None:
             self._pending.append((step, loss))
 
     def find_spike(self) -> Spike | None:
-        """The first loss since the last call that stands out, as rank 0 sees it (collective)."""
+        """The first spike since the last call, as seen by rank 0 (collective)."""
         if (detector := self._detector) is None or not self._pending:
             return None
         pending, self._pending = self._pending, []
@@ -82,12 +82,12 @@ class Rollback:
         *,
         step: int,
     ) -> str:
-        """Return to the newest checkpoint; the data from around `spike` up to `step` are skipped.
+        """Return to the newest checkpoint and skip the data from around `spike` up to `step`.
 
         `restore` loads a checkpoint into the run, this object included. Returns a message to log.
 
         Raises:
-            TrainingError: there is no checkpoint, or the run has returned as often as it may.
+            TrainingError: there is no checkpoint, or the limit of rollbacks is reached.
         """
         config = self._config.spike
         assert config is not None
@@ -95,7 +95,7 @@ class Rollback:
             f"step {spike.step}: loss {spike.loss:.4g} is above {spike.limit:.4g}, "
             f"{config.sigma:g} standard deviations over the last {config.window} steps"
         )
-        skipped = self.skipped  # also of rollbacks that the checkpoint is older than
+        skipped = self.skipped  # includes rollbacks later than the checkpoint
         if len(skipped) >= config.max_rollbacks:
             raise TrainingError(
                 f"{what}: the run has returned to an earlier step {len(skipped)} times already; "
@@ -111,6 +111,6 @@ class Rollback:
         first = max(spike.step - config.skip_before, checkpoint.step + 1)
         self.skipped = [*skipped, (first, step)]
         return (
-            f"{what}: back to step {checkpoint.step}; the data of steps {first} to {step} are left "
-            "out"
+            f"{what}: back to step {checkpoint.step}; the data of steps {first} to {step} are "
+            "skipped"
         )

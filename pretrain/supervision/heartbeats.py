@@ -1,4 +1,4 @@
-"""What ranks know of each other beside the collectives: a record of all, and processes here."""
+"""Heartbeats of all ranks in the store, and process handles of the ranks on this machine."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import torch.distributed as dist
 
 from pretrain.supervision.progress import Progress
 
-STORE_TIMEOUT = 1.5  # seconds in which the store answers, unless its keeper is what stands still
-_MAX_DISTANCE = 16  # ranks before and after this one that may be on its machine
+STORE_TIMEOUT = 1.5  # seconds until the store counts as hung
+_MAX_DISTANCE = 16  # ranks before and after this one that may share its machine
 _UNKNOWN = Progress("an unknown host", 0)
 T = TypeVar("T")
 
 
 class RunRecord:
-    """How far every rank is and what has been found, in the store where the ranks have met.
+    """Progress of every rank, and flags that are set once, in the store of the rendezvous.
 
-    Every call raises TimeoutError or RuntimeError where the store does not answer.
+    Every call raises TimeoutError or RuntimeError if the store does not answer.
     """
 
     def __init__(self, store: dist.Store, *, rank: int, size: int) -> None:
-        # Another connection than that of the main thread, which may wait in its own.
+        # A separate connection: the main thread may be blocked in its own.
         self._store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
         self._rank, self._size = rank, size
 
@@ -45,17 +45,17 @@ class RunRecord:
         with_timeout(STORE_TIMEOUT, partial(self._store.set, _key(self._rank), json.dumps(own)))
 
     def read(self, ranks: range | None = None) -> dict[int, Progress]:
-        """The progress of some ranks, by default of all; of those that have not said it a blank."""
+        """Progress of `ranks`, by default of all; a blank for ranks that have not reported."""
         return with_timeout(
             STORE_TIMEOUT, partial(self._read, range(self._size) if ranks is None else ranks)
         )
 
     def get_flag(self, key: str) -> str | None:
-        """What was said first under `key`, if anything."""
+        """The value of a flag; None while it is unset."""
         return with_timeout(STORE_TIMEOUT, lambda: self._get(key))
 
     def set_flag_once(self, key: str, text: str) -> bool:
-        """Say it, unless another rank was first; returns whether this one was."""
+        """Set a flag unless another rank has; returns whether this rank set it."""
         first = with_timeout(STORE_TIMEOUT, lambda: self._store.compare_set(key, "", text).decode())
         return first == text
 
@@ -72,7 +72,7 @@ class RunRecord:
 
 
 class LocalPeers:
-    """The other ranks on this machine, whose ends are seen at once."""
+    """The other ranks on this machine, whose exit is noticed immediately (pidfd)."""
 
     def __init__(self, *, rank: int, size: int) -> None:
         around = range(max(0, rank - _MAX_DISTANCE), min(size, rank + _MAX_DISTANCE + 1))
@@ -80,16 +80,16 @@ class LocalPeers:
         self._rank, self._around = rank, around
         self._handles: dict[int, int] = {}
         self._known: dict[int, Progress] = {}
-        self._exited_early: set[int] = set()  # before they were met
+        self._exited_early: set[int] = set()  # exited before we attached
 
     def attach(self, record: RunRecord, own: Progress) -> None:
-        """Begin to watch those that have by now said where they are."""
+        """Start watching the ranks that have reported where they run."""
         if not self._unattached or sys.platform != "linux":
             return
         for rank, progress in record.read(self._around).items():
             if rank in self._unattached and progress.pid:
                 self._unattached.discard(rank)
-                # A process number means something only where it was given.
+                # A pid is valid only in its own host and pid namespace.
                 if (progress.host, progress.pid_namespace) == (own.host, own.pid_namespace):
                     self._known[rank] = progress
                     try:
@@ -98,7 +98,7 @@ class LocalPeers:
                         self._exited_early.add(rank)
 
     def ended(self) -> list[int]:
-        """Those whose processes have ended, whether or not their launcher has noticed."""
+        """Ranks whose processes have exited, whether or not their launcher has noticed."""
         poll = select.poll()
         ranks = {handle: rank for rank, handle in self._handles.items()}
         for handle in ranks:
@@ -106,24 +106,24 @@ class LocalPeers:
         return sorted(self._exited_early.union(ranks[handle] for handle, _ in poll.poll(0)))
 
     def wake(self) -> None:
-        """Let those go on that were stopped: they hear how the run ends and say where they were."""
+        """Send SIGCONT, so that stopped processes see the verdict and write their stacks."""
         for handle in self._handles.values():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, signal.SIGCONT)
 
     def describe(self, ended: list[int], record: RunRecord) -> str:
-        """What is known of ranks that have ended and have not said why."""
+        """A message about ranks that exited without reporting an error."""
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._known.update(record.read(self._around))
         names = ", ".join(f"rank {rank} {self._known[rank].last_known}" for rank in ended)
         memory = max(self._known[rank].memory_gib for rank in ended)
         return (
-            f"{names} has ended without a word: killed by signal 9, likely out of memory (it held "
-            f"{memory:.1f} GiB; dmesg says more), or crashed; start again to continue"
+            f"{names} has ended without an error message: killed by signal 9, likely out of memory "
+            f"(it held {memory:.1f} GiB; dmesg says more), or crashed; start again to continue"
         )
 
     def is_reporter(self, ended: list[int]) -> bool:
-        """Whether this rank is the one of its machine to say so."""
+        """Whether this rank is the one on its machine to report the exit."""
         return self._rank == min({self._rank, *self._handles} - set(ended))
 
     def close(self) -> None:
@@ -133,11 +133,12 @@ class LocalPeers:
 
 
 def with_timeout(seconds: float, action: Callable[[], T]) -> T:
-    """What `action` returns or raises. A store whose keeper stands still never answers, so that it
-    is asked from a thread that may be left behind.
+    """Return or raise what `action` does, within `seconds`.
+
+    A store whose owner hangs never answers, so the call runs in a thread that can be abandoned.
 
     Raises:
-        TimeoutError: nothing came in `seconds`.
+        TimeoutError: no answer within `seconds`.
     """
     answers: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
 

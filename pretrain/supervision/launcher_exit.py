@@ -1,8 +1,8 @@
-"""A rank ends with the launcher that started it, also when the launcher was killed.
+"""Exit of a rank together with its launcher, even if the launcher was killed.
 
-`torchrun` and `deepspeed` end their ranks only when they can: one that is killed leaves them
-running, and so does the `deepspeed` command on SIGTERM (0.19.8, launcher/runner.py), whose ranks
-are children of its child.
+`torchrun` and `deepspeed` cannot end their ranks when they are killed themselves, and the
+`deepspeed` command leaves them running on SIGTERM (0.19.8, launcher/runner.py): its ranks are
+children of its child.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from pathlib import Path
 
 from pretrain.errors import EXIT_STOPPED
 
-GRACE_SECONDS = (
-    30.0  # seconds in which a rank may save once its launcher is gone; launchers give as many
-)
+GRACE_SECONDS = 30.0  # for a save once the launcher is gone; launchers give as many
 _PR_SET_PDEATHSIG = 1
 _INIT = 1
-_NODE_LAUNCHER = "deepspeed.launcher.launch"  # which the command `deepspeed` starts
-# The first words of their command lines. A shell is none: ranks outlive the terminal, if asked to.
+_NODE_LAUNCHER = "deepspeed.launcher.launch"  # started by the `deepspeed` command
+# First words of their command lines. Shells are not listed: a rank may outlive its terminal.
 _PYTHON_LAUNCHERS = frozenset(
     {
         "accelerate",
@@ -51,16 +49,16 @@ _MPI_LAUNCHERS = frozenset(
     }
 )
 _NUM_WORDS = 4  # python -u -m deepspeed.launcher.launch
-# What these launchers alone set.
+# Variables that only these launchers set.
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 
 
 def end_with_launcher() -> None:
-    """End this process with any of the launchers above it; call first of all.
+    """Tie this process to the launchers above it; call before anything else.
 
-    Without `torchrun` or DeepSpeed's `launch.py`, its parent, it is killed at once. Without another
-    launcher it is asked to stop, as by SIGTERM, and killed GRACE seconds later. Nothing happens in
-    a process without a launcher, and on systems other than Linux.
+    When its parent `torchrun` or DeepSpeed's `launch.py` dies, the process is killed at once. When
+    another launcher dies, it gets SIGTERM, and SIGKILL GRACE_SECONDS later. Does nothing without a
+    launcher, and on systems other than Linux.
     """
     if sys.platform != "linux":
         return
@@ -71,8 +69,8 @@ def end_with_launcher() -> None:
     if not launchers:
         return
     if not _PYTHON_LAUNCHERS.isdisjoint(_command_words(parent)):
-        # The kernel also sends the signal when only the thread ends that made this process: those
-        # of Python make ranks in their main thread, those of MPI may not.
+        # The kernel also sends the signal when only the thread that forked this process ends.
+        # Python launchers fork ranks in their main thread; MPI launchers may not.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -86,14 +84,14 @@ def end_with_launcher() -> None:
 
 
 def _launcher_is_gone(launchers: list[int], parent: int) -> bool:
-    """Whether a launcher has ended before this process could look: init has its children."""
+    """Whether a launcher exited before this process could watch it (reparented to init)."""
     if not launchers:
         return parent == _INIT and any(name in os.environ for name in _LAUNCHER_VARIABLES)
     outermost = launchers[-1]
     if not any(word == _NODE_LAUNCHER for word in _command_words(outermost)):
         return False
-    # The `deepspeed` command that starts it is in the same process group, often as its leader; a
-    # shell that ssh has started is the leader of its own and lives.
+    # The `deepspeed` command above it is in the same process group, often as its leader. A shell
+    # started by ssh leads a group of its own and is alive.
     with contextlib.suppress(ProcessLookupError):
         leader = os.getpgid(outermost)
         return _parent_of(outermost) == _INIT or not Path(f"/proc/{leader}").exists()
@@ -113,7 +111,7 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _command_words(pid: int) -> list[str]:
-    """The first words of the command line of a process, without the directories before them."""
+    """First words of a process's command line, as base names."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:_NUM_WORDS]
     except OSError:
@@ -123,7 +121,7 @@ def _command_words(pid: int) -> list[str]:
 
 def _parent_of(pid: int) -> int:
     try:
-        # The name of the program stands in parentheses and may hold spaces and parentheses.
+        # The program name is in parentheses and may itself contain spaces and parentheses.
         after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2]
     except OSError:
         return 0
@@ -131,7 +129,7 @@ def _parent_of(pid: int) -> int:
 
 
 def _follow_launcher(handles: list[int]) -> None:
-    """Wait for the first of the launchers to end, and end this process."""
+    """Wait until one of the launchers exits, then end this process."""
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)

@@ -1,4 +1,4 @@
-"""How far each rank has come and where its main thread is, and which rank holds up the others."""
+"""Progress of each rank, the position of its main thread, and the rank that blocks the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = tuple(
 )
 _COLLECTIVES = "/torch/distributed/"
 _AUTOGRAD = "/torch/autograd/"
-# Where `.wait()` is that of a collective.
+# Files in which `.wait()` waits for a collective.
 _WAIT_PATHS = (
     "/torch/",
     "/deepspeed/",
@@ -26,18 +26,18 @@ _WAIT_PATHS = (
     f"{_PROJECT}/models/",
     f"{_PROJECT}/parallel/",
 )
-_MAX_RANKS = 8  # of a group that are listed
-_MAX_DEPTH = 12  # frames that are looked at to see whether a thread waits
+_MAX_RANKS = 8  # listed in a message
+_MAX_DEPTH = 12  # innermost frames inspected to see whether a thread waits
 
 
 class Progress(NamedTuple):
-    """How far a rank has come: `beats` counts what its thread has sent, `moves` what its main
-    thread has done, of which the last was `activity`.
+    """Progress of a rank: `beats` counts the heartbeats of its watchdog thread, `moves` the
+    activities its main thread has begun, the latest of which is `activity`.
 
-    `place`: in the layout; `function`: the innermost of ours that its main thread is in;
-    `collective`: in which it waits for other ranks, "" if it does not; both empty while it moves.
-    `pid_namespace`: where `pid` means something. `window`, `busy`: see `pace.Pace`. `memory_gib`:
-    resident on the host.
+    `place`: position in the layout. `function`: innermost function of ours in the main thread.
+    `collective`: the one in which it waits for other ranks, "" if none. Both are empty while the
+    rank makes progress. `pid_namespace`: in which `pid` is valid. `window`, `busy`: see
+    `stragglers.BusyTimer`. `memory_gib`: resident on the host.
     """
 
     host: str
@@ -60,7 +60,7 @@ class Progress(NamedTuple):
 
     @property
     def last_known(self) -> str:
-        """For a rank that may by now be elsewhere."""
+        """For a rank that no longer reports."""
         return self._describe(f"last heard of in {self.activity}")
 
     def _describe(self, where: str) -> str:
@@ -69,7 +69,7 @@ class Progress(NamedTuple):
 
 
 def is_waiting(frame: FrameType | None) -> bool:
-    """Whether a thread, of which `frame` is the innermost, waits for other ranks."""
+    """Whether the thread whose innermost frame is `frame` waits for other ranks."""
     for depth in range(_MAX_DEPTH):
         if frame is None:
             return False
@@ -82,15 +82,15 @@ def is_waiting(frame: FrameType | None) -> bool:
 
 
 def locate_thread(ident: int) -> tuple[str, str]:
-    """(function, collective) of Progress for a thread; for one that has stood still for a while.
+    """(function, collective) of Progress for a thread; call it only for one that seems hung.
 
-    The tensors in a frame that is looked at live as long as the frame does.
+    Holding a frame keeps its tensors alive.
     """
     frames = sys._current_frames()
     innermost = frames.get(ident)
     function, collective = _function_of(innermost), _collective_of(innermost)
     if not collective and innermost is not None and _AUTOGRAD in innermost.f_code.co_filename:
-        # Backward on a GPU runs in threads of autograd, for which the main thread waits.
+        # Backward on a GPU runs in autograd's threads, for which the main thread waits.
         inside = (
             _collective_of(f) for key, f in frames.items() if key != ident and _is_foreign_thread(f)
         )
@@ -99,7 +99,7 @@ def locate_thread(ident: int) -> tuple[str, str]:
 
 
 def _is_foreign_thread(frame: FrameType) -> bool:
-    """Whether Python has not started the thread."""
+    """Whether the thread was not started by Python."""
     outermost = frame
     while outermost.f_back is not None:
         outermost = outermost.f_back
@@ -117,7 +117,7 @@ def _function_of(frame: FrameType | None) -> str:
 
 
 def _collective_of(frame: FrameType | None) -> str:
-    """The outermost function of torch.distributed that the innermost frames are in."""
+    """The torch.distributed call that the innermost frames are in (its outermost function)."""
     found = None
     for depth in range(_MAX_DEPTH):
         if frame is None:
@@ -135,7 +135,7 @@ def _collective_of(frame: FrameType | None) -> str:
 
 
 def _waits_for_work(frame: FrameType) -> bool:
-    """Whether the innermost frame waits for an asynchronous collective: in C, without a frame."""
+    """Whether the innermost frame waits for an asynchronous collective (in C, without a frame)."""
     name = frame.f_code.co_filename
     if any(part in name for part in _WAIT_PATHS):
         return ".wait()" in linecache.getline(name, frame.f_lineno)
@@ -144,7 +144,7 @@ def _waits_for_work(frame: FrameType) -> bool:
 
 def _describe_call(frame: FrameType) -> str:
     arguments, name = frame.f_locals, frame.f_code.co_name
-    if name == "wrapper":  # it logs exceptions, and has the call's own arguments
+    if name == "wrapper":  # torch's logging decorator; its arguments are those of the call
         name = getattr(arguments.get("func"), "__name__", "a collective")
         arguments = dict(arguments.get("kwargs") or {})
     peer = arguments.get("src", arguments.get("dst"))
@@ -163,7 +163,7 @@ def _describe_group(group: object) -> str:
 
 
 def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int) -> str:
-    """Name the ranks that hold the others up, from two looks at all of them."""
+    """Name the ranks that block the others, from two snapshots of all ranks."""
     silent = {
         rank: progress
         for rank, progress in after.items()
@@ -179,17 +179,17 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     least = min(progress.moves for progress in after.values())
     behind = {rank: progress for rank, progress in after.items() if progress.moves == least}
     if len(behind) < len(after):
-        return _list(behind, "has come least far")
+        return _list(behind, "is the furthest behind")
     places = {rank: _where(progress) for rank, progress in after.items()}
     usual = _most_common(list(places.values()))
     odd = {rank: after[rank] for rank, place in places.items() if place != usual}
     if odd:
         return _list(odd, f"while others are in {usual}")
-    return f"all ranks have come equally far and are in {usual}; their stacks say more"
+    return f"all ranks are equally far and in {usual}; see their stacks"
 
 
 def describe_silent(ranks: Mapping[int, Progress]) -> str:
-    """The ranks that no longer say anything."""
+    """Describe ranks that no longer send heartbeats."""
     named = [f"rank {rank} {progress.last_known}" for rank, progress in ranks.items()]
     return f"{', '.join(named[:_MAX_RANKS])} does not answer{_and_more(len(named))}"
 
@@ -199,7 +199,7 @@ def _and_more(number: int) -> str:
 
 
 def _list(ranks: Mapping[int, Progress], what: str) -> str:
-    """The ranks with where they are, and what is wrong with each of them."""
+    """Describe ranks by where they are and what is wrong with them."""
     named = []
     for rank, progress in list(ranks.items())[:_MAX_RANKS]:
         where = f" is in {_where(progress)} and" if progress.function else ""

@@ -1,4 +1,4 @@
-"""Stop a run when the scheduler or the user asks for it: between two steps, or while it starts."""
+"""Graceful stop on the signals of a scheduler or a user, between steps or during start-up."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class GracefulStop:
-    """Turns the signals that ask for a stop into an answer of `should_stop`; a context manager.
+    """Context manager that turns stop signals into the answer of `should_stop`.
 
-    The handler only notes the signal, so that one arriving in the middle of a save or a collective
-    call interrupts nothing, however often it comes: launchers pass on what a terminal has already
-    sent to every process. Leaving the context restores the old handlers.
+    The handler only records the signal, so one that arrives during a save or a collective
+    interrupts nothing, however often it is repeated: launchers forward what a terminal has already
+    sent to every process. Leaving the context restores the previous handlers.
 
-    With `starting` there is nothing to save until `started` is called: a signal ends the process
-    with EXIT_STOPPED. At once, also where the main thread waits in C for other ranks, in which
-    Python runs no handler. What was ignored stays ignored: job scripts ask again and again, until
-    ranks listen.
+    With `starting` there is nothing to save until `started` is called, and a signal ends the
+    process with EXIT_STOPPED at once, even while the main thread waits in C for other ranks, where
+    Python runs no handlers. Ignored signals stay ignored: job scripts repeat their request until
+    ranks handle it.
     """
 
     def __init__(self, *, starting: bool = False) -> None:
@@ -57,15 +57,15 @@ class GracefulStop:
             self._writer = -1
 
     def started(self) -> None:
-        """From now on signals are answered by `should_stop`."""
+        """End of start-up: from now on signals are reported by `should_stop`."""
         self._starting = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def should_stop(self, ranks: RankGroup) -> bool:
-        """Whether any rank was signalled; collective, so that all ranks stop after the same step.
+        """Whether any rank received a signal; collective, so all ranks stop after the same step.
 
-        It costs one all-reduce of four bytes over gloo and leaves the accelerator's queue alone.
+        Costs one 4-byte all-reduce over gloo and no synchronisation with the accelerator.
         """
         return ranks.any(self.received is not None)
 
@@ -73,7 +73,7 @@ class GracefulStop:
         self.received = self.received or signal.Signals(number)
 
     def _listen(self, reader: int) -> None:
-        """Read the numbers of signals, which C writes when they arrive."""
+        """Read signal numbers from the wake-up pipe, which C writes to on arrival."""
         while data := os.read(reader, 1):
             if self._starting:
                 sys.stderr.write(

@@ -1,10 +1,10 @@
-"""Finds ranks that do their own work much slower than others and so slow down the whole run.
+"""Detection of stragglers: ranks whose own work is much slower and slows down the whole run.
 
-In a step ranks wait for each other, so that all take as long as the slowest. What tells them apart
-is the time in which a rank does not wait. The watchdog's thread looks fifty times a second at what
-the main thread is in: a function of torch.distributed, or anything else. The step does nothing for
-it and waits for no device. It sees what keeps the host busy (data, Python, a CPU that is shared or
-throttled), but not a slow device, for which the hosts of all ranks wait alike.
+Ranks wait for each other in every step, so all of them take as long as the slowest. They differ in
+the time they do not wait. The watchdog thread samples the main thread fifty times a second: it is
+inside torch.distributed, or busy. The step itself does nothing for this and waits for no device.
+Sampling sees what keeps the host busy (data, Python, a CPU that is shared or throttled), but not a
+slow device, for which the hosts of all ranks wait alike.
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ from typing import NamedTuple
 from pretrain.supervision.progress import Progress
 
 SAMPLING_INTERVAL = 0.02  # seconds
-_MIN_STEPS = 7  # of a window, at least
-_MIN_SECONDS = (
-    2.0  # of a window, at least: of fewer samples a half and a whole cannot be told apart
-)
-_MIN_SHARE = 0.2  # of a step that a rank must lose to the usual one to be called slow
+_MIN_STEPS = 7  # per window
+_MIN_SECONDS = 2.0  # per window: with fewer samples, half and full speed look alike
+_MIN_SHARE = 0.2  # of a step that a rank must lose to the median before it counts as slow
 
 
 class BusyTimer:
-    """The seconds a step in which one rank did not wait for others, window by window."""
+    """Seconds per step in which a rank did not wait for others, per window of steps."""
 
     def __init__(self) -> None:
-        self.window, self.busy = 0, 0.0  # windows that have ended, and the seconds of the last
-        self.seconds_per_step = 0.0  # of the last window, waiting included
+        self.window, self.busy = 0, 0.0  # completed windows, seconds of the last one
+        self.seconds_per_step = 0.0  # of the last window, including waits
         self._begin(steps=0)
 
     def _begin(self, *, steps: int) -> None:
         self._first_step, self._busy, self._seconds = steps, 0.0, 0.0
 
     def add(self, seconds: float, *, is_busy: bool, steps: int) -> bool:
-        """A sample of a step: what the main thread did in the last `seconds`, `steps` steps into
-        the run. Returns whether it ended a window."""
+        """Add a sample: whether the main thread was busy in the last `seconds`, `steps` steps into
+        the run. Returns whether it completed a window."""
         self._seconds += seconds
         self._busy += seconds * is_busy
         done = steps - self._first_step
@@ -49,7 +47,7 @@ class BusyTimer:
 
 
 class Straggler(NamedTuple):
-    """A rank that takes `ratio` times as long for its own work as is usual in its stage."""
+    """A rank whose own work takes `ratio` times the median of its pipeline stage."""
 
     rank: int
     ratio: float
@@ -57,27 +55,27 @@ class Straggler(NamedTuple):
 
 
 class StragglerDetector:
-    """Compares the paces of all ranks; the ranks of a pipeline stage are alike, stages are not.
+    """Compares the busy time of all ranks within each pipeline stage; stages differ by nature.
 
-    A rank is slow that exceeds `ratio` in two windows in a row, and by a share of the step that
-    matters.
+    A straggler exceeds `ratio` in two consecutive windows, and loses at least `_MIN_SHARE` of a
+    step by it.
     """
 
     def __init__(self, ratio: float) -> None:
         self._ratio = ratio
-        self.largest: float | None = None  # the largest ratio of any rank in the last windows
+        self.largest: float | None = None  # the largest ratio of any rank in its last window
         self._suspects: dict[int, int] = {}  # rank -> the window in which it was slow
         self._reported: set[int] = set()
 
     def compare(self, ranks: Mapping[int, Progress], *, seconds_per_step: float) -> list[Straggler]:
-        """Those that have just turned out to be slow."""
+        """The stragglers found since the last call."""
         stages: dict[int, dict[int, Progress]] = {}
         for rank, progress in ranks.items():
             if progress.window:
                 stages.setdefault(progress.stage, {})[rank] = progress
         slow, largest = [], 0.0
         for stage in stages.values():
-            # The lower of two: of two ranks the slow one must not be its own measure.
+            # The lower median: of two ranks the slow one must not be the reference.
             usual = median_low(progress.busy for progress in stage.values())
             for rank, progress in stage.items():
                 each = Straggler(rank, progress.busy / max(usual, 1e-9), usual)
@@ -91,7 +89,7 @@ class StragglerDetector:
     def _is_slow(self, rank: int, window: int, exceeds: bool) -> bool:
         if not exceeds:
             self._suspects.pop(rank, None)
-            self._reported.discard(rank)  # if it is slow again, that is news
+            self._reported.discard(rank)  # reported again if it becomes slow again
             return False
         before = self._suspects.setdefault(rank, window)
         if before == window or rank in self._reported:

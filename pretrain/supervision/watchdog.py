@@ -1,10 +1,10 @@
-"""Ends a run that no longer moves or has lost a rank, and says which rank it is.
+"""Watchdog: ends a run that hangs or has lost a rank, and names that rank.
 
-A collective waits for its last rank, for half an hour or for ever. Here every rank has a thread
-that tells the others how far its main thread has come, over the store where the ranks have met.
-The first thread whose main thread has not come on for `timeout` seconds compares how far every
-rank is and gives a verdict. All ranks then write their stacks into the run directory and end, so
-that the launcher ends the job and a scheduler can start it again.
+A collective waits for its last rank, for half an hour or for ever. Here every rank has a watchdog
+thread that reports the progress of its main thread through the store of the rendezvous. The first
+watchdog whose main thread makes no progress for `timeout` seconds compares all ranks and publishes
+a verdict. All ranks then write their stacks to the run directory and exit, so that the launcher
+ends the job and a scheduler can restart it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from pretrain.supervision.stragglers import (
     StragglerDetector,
 )
 
-_OBSERVATION_SECONDS = 1.0  # seconds that ranks are watched to see whether they live
-_DRAIN_SECONDS = 2.0  # seconds that a rank outlives a verdict, for the others to hear and act on it
-_PEER_EXIT_SECONDS = 3.0  # seconds in which ranks end after one of them, if they end by themselves
-_UNWIND_SECONDS = 20.0  # seconds in which an error may end the main thread
+_OBSERVATION_SECONDS = 1.0  # between two snapshots of all heartbeats
+_DRAIN_SECONDS = 2.0  # a rank outlives its verdict, so that others can read it and act
+_PEER_EXIT_SECONDS = 3.0  # for ranks to exit by themselves after a peer has
+_UNWIND_SECONDS = 20.0  # for an error to unwind the main thread
 _VERDICT, _FAILURE = "verdict", "failure"
-# In what gloo and NCCL say when a peer is gone; both raise plain RuntimeErrors.
+# Parts of gloo's and NCCL's messages when a peer is gone; both raise plain RuntimeErrors.
 _CONNECTION_ERRORS = (
     "gloo",
     "pair closure",
@@ -58,19 +58,19 @@ _CONNECTION_ERRORS = (
 
 
 class Ending(NamedTuple):
-    """How a rank ends that the watchdog ends; `message` None: another rank says why."""
+    """Exit code and message of a rank that the watchdog ends; None: another rank reports it."""
 
     code: int
     message: str | None
 
 
 class Watchdog:
-    """Watches the main thread of one rank; a context manager.
+    """Context manager that watches the main thread of one rank.
 
-    `moved` is called by the main thread whenever it has come on; it costs no communication.
-    `store` is that of the whole run, where `size` is more than 1. `end` gets how the rank is to
+    The main thread calls `progress` at every new activity, which costs no communication. `store`
+    is that of the whole run, needed if `size` is more than 1. `end` gets how the rank is to
     end; by default it ends the process. `timeout` in seconds; None: watch nothing. `slow_ratio`:
-    see SlowRanks; None: compare nothing.
+    see StragglerDetector; None: compare nothing.
     """
 
     def __init__(
@@ -91,15 +91,15 @@ class Watchdog:
             None if store is None or size == 1 else RunRecord(store, rank=rank, size=size)
         )
         self._local_peers = LocalPeers(rank=rank, size=size)
-        # What the main thread says, and what the other one sees of it: each writes its own.
+        # Written by the main thread and by the watchdog thread; each has its own.
         self._reported = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
         self._sampled: dict[str, Any] = {}
         self._main, self._last_progress = threading.get_ident(), time.monotonic()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._exiting = False  # the main thread is at the end of the run, or has met an error
-        self._failure: str | None = None  # of another rank, as that rank says it
-        self._peer_lost_at: float | None = None  # when the end of another rank was seen
+        self._exiting = False  # the main thread is at the end of the run, or raised an error
+        self._failure: str | None = None  # error of another rank, in its words
+        self._peer_lost_at: float | None = None  # when the exit of another rank was noticed
         self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
         self._comparisons_left = 0
         self._stragglers: StragglerDetector | None = None
@@ -110,7 +110,7 @@ class Watchdog:
         if self._timeout is not None:
             self.progress("the start")
             with contextlib.suppress(RuntimeError, TimeoutError):
-                self._exchange()  # at once: a rank may end before its thread has said a word
+                self._exchange()  # at once: a rank may exit before its thread's first heartbeat
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -127,15 +127,15 @@ class Watchdog:
 
     @property
     def slowest_ratio(self) -> float | None:
-        """Own work of the slowest rank over the usual one of its stage; rank 0 knows, in time."""
+        """Busy time of the slowest rank over the median of its stage; known on rank 0 only."""
         return None if self._stragglers is None else self._stragglers.largest
 
     def set_layout(self, place: str, *, stage: int) -> None:
-        """Say where in the layout this rank is; ranks of one stage are compared."""
+        """Set the position of this rank in the layout; ranks of one stage are compared."""
         self._reported = self._reported._replace(place=place, stage=stage)
 
     def progress(self, activity: str, *, is_step: bool = False) -> None:
-        """The main thread has come on and begins `activity`, such as "step 12"."""
+        """Report that the main thread begins `activity`, such as "step 12"."""
         self._reported = self._reported._replace(moves=self._reported.moves + 1, activity=activity)
         self._last_progress, self._in_step = time.monotonic(), is_step
         self._steps += is_step
@@ -146,8 +146,10 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Called as `__exit__`, while the groups still exist: all ranks have come to the end, or
-        tell the others of an error that is this rank's own, or find out whose it is.
+        """Exit hook, called while the groups still exist.
+
+        On an error of this rank's own, report it to the other ranks; on a failed collective, find
+        out which rank caused it.
 
         Raises:
             LostRankError: a collective has failed because another rank ended.
@@ -157,7 +159,7 @@ class Watchdog:
             return
         if not isinstance(error, Exception):
             return
-        self.progress(f"its end, after an error in {self._own.activity}")
+        self.progress(f"exiting after an error in {self._own.activity}")
         if isinstance(error, RuntimeError) and any(
             text in str(error) for text in _CONNECTION_ERRORS
         ):
@@ -167,11 +169,11 @@ class Watchdog:
         elif not isinstance(error, (AgreedError, ConfigError)):
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._record.set_flag_once(_FAILURE, f"rank {self._rank}: {one_line(error)}")
-            if self._rank == 0:  # it may keep the store, and the others have to hear of it
+            if self._rank == 0:  # it may own the store, and the others have yet to read it
                 time.sleep(2 * self._interval)
 
     def _find_cause(self) -> Ending | None:
-        """Which rank is gone, once that is known; None if it cannot be found out."""
+        """Find which rank is gone; None if that cannot be determined."""
         deadline = time.monotonic() + _PEER_EXIT_SECONDS
         while time.monotonic() < deadline:
             found = self._lost_peer()
@@ -194,7 +196,7 @@ class Watchdog:
         return Ending(EXIT_LOST_RANK, message if self._local_peers.is_reporter(ended) else None)
 
     def _find_silent_peers(self) -> Ending | None:
-        """Ranks of other machines that no longer say anything."""
+        """Find ranks, of other machines too, that no longer send heartbeats."""
         assert self._record is not None
         try:
             before = self._record.read()
@@ -215,10 +217,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         ending, reported, sampled = None, 0.0, time.monotonic()
-        # Its own: the state of the global one belongs to the run, which saves and restores it.
+        # A private generator: the state of the global one is saved and restored with the run.
         jitter = random.Random()
         while ending is None:
-            # Not in step with what is looked at.
+            # Jittered, so that samples do not align with the steps.
             often = SAMPLING_INTERVAL * jitter.uniform(0.5, 1.5)
             samples = self._stragglers is not None and self._in_step
             if self._closing.wait(min(often, self._interval) if samples else self._interval):
@@ -241,12 +243,12 @@ class Watchdog:
             "window": self._busy_timer.window,
             "busy": self._busy_timer.busy,
         }
-        self._comparisons_left = 2  # times: the others report theirs about now
+        self._comparisons_left = 2  # comparisons: the others report their window about now
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._record.report(self._own)
 
     def _compare(self) -> None:
-        """On rank 0: warn of ranks that have turned out to be slow."""
+        """On rank 0: warn about stragglers."""
         if (
             self._stragglers is None
             or self._record is None
@@ -262,7 +264,7 @@ class Watchdog:
             _warn(slow, everyone[slow.rank])
 
     def _check(self) -> Ending | None:
-        """Tell how far this rank is; what ends it, if anything does."""
+        """Send a heartbeat; returns the verdict that ends this rank, if there is one."""
         waited = time.monotonic() - self._last_progress
         assert self._timeout is not None
         self._describe(stuck=waited > self._timeout / 2)
@@ -270,7 +272,7 @@ class Watchdog:
         try:
             found = self._exchange()
             self._compare()
-        except (RuntimeError, TimeoutError):  # told below, when it matters
+        except (RuntimeError, TimeoutError):  # reported below, if it matters
             answers = False
         limit = max(self._timeout, _UNWIND_SECONDS) if self._exiting else self._timeout
         if found is None and waited > limit:
@@ -298,7 +300,7 @@ class Watchdog:
         return None
 
     def _check_peers(self) -> Ending | None:
-        """Another rank has ended: leave the main thread the time to hear of it by itself."""
+        """After the exit of another rank, give the main thread time to notice it by itself."""
         if self._exiting or not (self._failure or self._local_peers.ended()):
             return None
         self._peer_lost_at = self._peer_lost_at or time.monotonic()
@@ -320,7 +322,7 @@ class Watchdog:
             is_rank0 = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
             return Ending(EXIT_HUNG, f"{what}{culprit}" if is_rank0 else None)
         except (RuntimeError, TimeoutError):
-            # The others cannot be asked who is to say it. The keeper hears of it if it wakes.
+            # Ranks cannot agree on who reports it. The store's owner sees the verdict if it wakes.
             message = f"{what}{self._record.store_owner} does not answer"
             self._local_peers.wake()
             with contextlib.suppress(RuntimeError, TimeoutError):
@@ -328,7 +330,7 @@ class Watchdog:
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
 
     def _observe_heartbeats(self) -> None:
-        """Give all ranks the time to be heard once more, this one too: others may look at it."""
+        """Wait for another heartbeat of all ranks, sending this rank's own meanwhile."""
         assert self._record is not None
         until = time.monotonic() + _OBSERVATION_SECONDS + self._interval
         while time.monotonic() < until:
@@ -358,8 +360,8 @@ class Watchdog:
 
 def _warn(slow: Straggler, progress: Progress) -> None:
     sys.stderr.write(
-        f"warning: rank {slow.rank} {progress.summary} is slow: {progress.busy:.3g} s a step of its "
-        f"own work, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual in its stage\n"
+        f"warning: rank {slow.rank} {progress.summary} is slow: {progress.busy:.3g} s of own work "
+        f"per step, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual in its stage\n"
     )
     sys.stderr.flush()
 
@@ -383,5 +385,5 @@ def _end_process(ending: Ending) -> NoReturn:
         sys.stderr.flush()
     if ending.code == EXIT_HUNG:
         time.sleep(_DRAIN_SECONDS)
-    # The main thread may be in a collective that never ends, so nothing can be unwound.
+    # The main thread may be in a collective that never returns: nothing can be unwound.
     os._exit(ending.code)

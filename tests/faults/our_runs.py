@@ -209,6 +209,6 @@ def not_a_number(folder: Path) -> str:
     log = next(text for _, text in ends if text)
     begins = re.findall(r"it begins on (rank \d with [^,]*),", log)
     return (
-        f"{log.count('the step is left out')} step skipped on all ranks, weights "
+        f"{log.count('the step is skipped')} step skipped on all ranks, weights "
         f"{'finite' if finite else 'not finite'}; the log says: {begins[0]}"
     )

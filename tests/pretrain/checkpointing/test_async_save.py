@@ -321,7 +321,7 @@ def test_a_save_that_hangs_is_found_by_the_watchdog_and_its_rank_is_named(data, 
     assert "no progress in the wait for the" in report
     assert re.search(
         r"rank 1 .* in the wait for the save of step 2\) is in wait "
-        r"\(pretrain/checkpointing/async_save\.py:\d+\) and has come least far",
+        r"\(pretrain/checkpointing/async_save\.py:\d+\) and is the furthest behind",
         report,
     )
     assert "in _write_optimizer\n" in (tmp_path / "stacks_rank_00001.txt").read_text()

@@ -181,7 +181,7 @@ def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
     expected = _config(data, tmp_path / "a", stability__skip_steps=[[BAD, BAD]], **changes)
     ends = _run(expected, NOBODY, world_size, stage)
     assert [code for code, _ in ends] == [EXIT_COMPLETED] * world_size
-    assert f"step {BAD}: its data are left out" in ends[0][1]
+    assert f"step {BAD}: its data are skipped" in ends[0][1]
 
     faulted = _config(data, tmp_path / "b", **changes)
     # Only the last stage of a pipeline has a loss.
@@ -210,7 +210,7 @@ def test_a_fault_that_does_not_come_again_changes_nothing(layout, data, tmp_path
     _run(undisturbed, NOBODY, world_size, stage)
     faulted = _config(data, tmp_path / "b", **changes)
     (_, said), *_ = _run(faulted, Fault("activation", 0, once=True), world_size, stage)
-    assert re.search(rf"step {BAD}: loss nan, .*; done again it is finite \(loss \d", said)
+    assert re.search(rf"step {BAD}: loss nan, .*; rerun, it is finite \(loss \d", said)
     assert _curve(faulted) == _curve(undisturbed)
     weights = final_weights(undisturbed)
     for name, weight in final_weights(faulted).items():

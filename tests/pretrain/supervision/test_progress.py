@@ -50,7 +50,7 @@ def _after(**changes: dict[str, object]) -> dict[int, Progress]:
             "rank 3 (process 13 on host, data 3, in step 3) is in barrier of all ranks, called by "
             f"{STEP} while others are in {ALL_REDUCE}",
         ),
-        ({}, "all ranks have come equally far and are in all_reduce"),
+        ({}, "all ranks are equally far and in all_reduce"),
     ],
     ids=["silent", "not in the collective", "behind", "in another collective", "alike"],
 )

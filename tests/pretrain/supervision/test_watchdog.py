@@ -175,7 +175,7 @@ def test_all_ranks_end_and_one_of_them_names_the_one_that_is_behind(tmp_path):
     assert {ending.code for ending in endings} == {EXIT_HUNG}
     [said] = [ending.message for ending in endings if ending.message is not None]
     assert re.search(
-        r"no progress in step \d for 1 s .*: rank 2 .*in step 3\).*has come least far", said
+        r"no progress in step \d for 1 s .*: rank 2 .*in step 3\).*is the furthest behind", said
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"stacks_rank_0000{rank}.txt" for rank in range(3)
