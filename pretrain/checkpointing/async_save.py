@@ -140,7 +140,7 @@ class _BackgroundSave(threading.Thread):
 
 
 def _lower_priority() -> None:
-    """Lower the priority of this thread: hashing must not slow down training on few cores."""
+    """Lower the priority of this thread, so that hashing does not slow down training."""
     if sys.platform == "linux":  # elsewhere threads have no own priority
         thread = threading.get_native_id()
         lower = min(os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS, 19)

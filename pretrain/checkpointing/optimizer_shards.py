@@ -1,8 +1,8 @@
 """Layout-independent optimizer state: named flat ranges of elements, without pickles.
 
-`optimizer/rank_00000.safetensors` ... hold, for the elements of each parameter that the rank updates,
-`NAME/master`, `NAME/exp_avg` and `NAME/exp_avg_sq` as fp32 vectors. The header records which elements
-of which tensor rank's slice they are, and their step count.
+`optimizer/rank_00000.safetensors` ... hold, for the elements of each parameter that the rank
+updates, `NAME/master`, `NAME/exp_avg` and `NAME/exp_avg_sq` as fp32 vectors. The header records
+which elements of which tensor rank's slice they are, and their step count.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compose a RunConfig from a run file, the files that it builds on, and the command line.
 
 A run file is YAML with a `defaults` list (`pretrain.config.defaults`); a command line has overrides
-(`pretrain.config.overrides`). `group=option` takes the place of the option that files choose; where
-they choose none it comes after all of them. Then settings are changed in the order given, and at
-last `${section.key}` and OmegaConf's other references are replaced by what they stand for.
+(`pretrain.config.overrides`). `group=option` replaces the option that files choose; if they
+choose none, it is applied after all of them. Settings are then overridden in the order given, and
+finally `${section.key}` and OmegaConf's other interpolations are resolved.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def compose_config(
 
 
 def _is_choice(override: Override, search: SearchPath) -> bool:
-    """Whether an override is about the option of a group; a section may also be given whole."""
+    """Whether an override chooses an option of a group rather than setting a whole section."""
     return search.is_group(override.key) and not isinstance(override.value, dict | list)
 
 
@@ -88,7 +88,7 @@ def _resolve(config: DictConfig, run_file: Path) -> dict[str, Any]:
 
 
 def _error(error: Exception, where: str) -> ConfigError:
-    """OmegaConf's message, of which the first line says what is wrong and the others where."""
+    """Convert OmegaConf's error, whose first line is the reason."""
     key = getattr(error, "full_key", None)
     reason = str(error).partition("\n")[0]
     return ConfigError(f"{where}: {f'{key}: ' if key else ''}{reason}; correct it")

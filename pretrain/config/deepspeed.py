@@ -1,4 +1,4 @@
-"""The only reader of the DeepSpeed JSON: fills "auto", refuses contradictions and known traps."""
+"""Reader of the DeepSpeed JSON: fills "auto", refuses contradictions and known pitfalls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def resolve_ds_config(
 
     Raises:
         ConfigError: the file cannot be read, has a key that is unknown or owned by the run
-            configuration, contradicts it, or asks for what is known to train wrongly; or
+            configuration, contradicts it, or is known to train wrongly; or
             checkpoint.asynchronous is set for a run that only DeepSpeed can save.
     """
     file = _find(path) if path is not None else _default_file(config, data_size)
@@ -75,17 +75,17 @@ def resolve_ds_config(
 
 
 def layout_bound_by(config: RunConfig, ds_config: DeepSpeedSettings) -> str | None:
-    """The setting for which only DeepSpeed's own files hold the whole state; None without one.
+    """The setting that confines optimizer state to DeepSpeed's own files; None without one.
 
-    Such a run resumes at the layout that wrote its checkpoints, every other one at any layout.
+    Such a run resumes only at the layout that wrote its checkpoints, others at any layout.
     """
     training, zero = config.training, ds_config.values.get("zero_optimization", {})
     bound = {
-        # muon keeps momentum of whole matrices; the others count steps per group of parameters.
+        # muon keeps momentum of whole matrices; the others count steps per parameter group.
         f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
         # Transformer Engine's scales are part of its layers, not of their weights.
         "training.precision=fp8": training.precision == "fp8",
-        # DeepSpeed 0.19.8 maps elements to parameters in the order before the round robin.
+        # DeepSpeed 0.19.8 maps elements to parameters in their order before the round robin.
         "round_robin_gradients": zero.get("round_robin_gradients", False),
     }
     return next((name for name, applies in bound.items() if applies), None)
@@ -108,7 +108,7 @@ def _find(path: str | Path) -> Path:
 
 
 def _default_file(config: RunConfig, data_size: int) -> Path:
-    """ZeRO-1, but ZeRO-0 where it would shard nothing and is not needed for anything else.
+    """ZeRO-1, or ZeRO-0 where ZeRO-1 would shard nothing and is not needed otherwise.
 
     With one data rank ZeRO-1 only copies gradients and weights once more. bf16 needs it for its
     fp32 accumulation, a pipeline for its gradient norm. Muon in fp32 cannot run on it.
@@ -132,24 +132,24 @@ def _owned(config: RunConfig, data_size: int) -> dict[str, _Owned]:
         ),
         "gradient_clipping": _Owned(training.grad_clip, "training.grad_clip"),
         "bf16.enabled": _Owned(training.precision != "fp32", "training.precision"),
-        # Without it ZeRO-2 would take a step that is not finite (0.19.8).
+        # Without it ZeRO-2 would apply a non-finite step (0.19.8).
         "bf16.check_grad_overflow": _Owned(
-            training.precision != "fp32", "training.precision; such a step is left out"
+            training.precision != "fp32", "training.precision; such a step is skipped"
         ),
-        # Sums of many micro-batches in bf16 lose the small ones.
+        # Accumulating many micro-batches in bf16 loses small gradients.
         "data_types.grad_accum_dtype": _Owned("fp32", "fp32 accumulation of gradients"),
-        # Optimizers come from training.optimizer, so that DeepSpeed takes each for untested.
+        # DeepSpeed regards every optimizer it did not build itself as untested.
         "zero_allow_untested_optimizer": _Owned(True, "training.optimizer"),
         "zero_force_ds_cpu_optimizer": _Owned(False, "training.optimizer"),
-        # Both are on by default and split activations that differ between tensor ranks.
+        # Both are on by default, and would split activations that differ between tensor ranks.
         "pipeline.pipe_partitioned": _Owned(False, "the layout of pipeline messages"),
         "pipeline.grad_partitioned": _Owned(False, "the layout of pipeline messages"),
     }
 
 
-# What the file may set and DeepSpeed would otherwise decide against us: it prints in a step, its
-# throughput timer waits for the device in every micro-batch, and in bf16 it would sum the fp32
-# gradients of data ranks in bf16.
+# Defaults that replace harmful ones of DeepSpeed: it prints during steps, its throughput timer
+# synchronises with the device in every micro-batch, and in bf16 it would reduce the fp32 gradients
+# of data ranks in bf16.
 _DEFAULTS: dict[str, Any] = {
     "steps_per_print": _NEVER,
     "timers.throughput.enabled": False,
@@ -180,7 +180,7 @@ def _check_stage(stage: int, config: RunConfig, file: Path) -> None:
     name, pipeline = "zero_optimization.stage", config.parallel.pipeline
     if pipeline > 1 and stage != 1:
         why = (
-            "without ZeRO the clipping norm leaves out all stages but the first"
+            "without ZeRO the clipping norm covers only the first stage"
             if stage == 0
             else "DeepSpeed's pipeline engine cannot partition gradients or parameters"
         )
@@ -219,7 +219,7 @@ def _check_experts(stage: int, flat: Mapping[str, Any], config: RunConfig, file:
         return
     if stage not in (1, 2):
         why = (
-            "the gradient norm and what is saved would leave out the experts of other ranks"
+            "the gradient norm and the saved state would miss the experts of other ranks"
             if stage == 0
             else "DeepSpeed would partition the experts of one rank over ranks that have others"
         )
@@ -250,7 +250,10 @@ def _check_precision(flat: Mapping[str, Any], config: RunConfig, file: Path) -> 
 
 def _check_pipeline(flat: Mapping[str, Any], config: RunConfig, file: Path) -> None:
     pipeline = config.parallel.pipeline
-    for key in ("wall_clock_breakdown", "flops_profiler.enabled"):  # which includes the former
+    for key in (
+        "wall_clock_breakdown",
+        "flops_profiler.enabled",
+    ):  # the profiler enables the former
         if pipeline > 1 and flat.get(key):
             raise ConfigError(
                 f"{file}: {key}=true with parallel.pipeline={pipeline}: DeepSpeed's pipeline "
@@ -276,10 +279,10 @@ def _check_optimizer(stage: int, flat: Mapping[str, Any], config: RunConfig, fil
 
 
 def _check_muon(stage: int, config: RunConfig, file: Path) -> None:
-    """Muon runs where the gradient itself is clipped and measured, before it is orthogonalised.
+    """Allow Muon only where the gradient itself is clipped, before it is orthogonalised.
 
     BF16_Optimizer (bf16, ZeRO-1) and the loop (fp32, ZeRO-0) do so. DeepSpeed's other optimizers
-    clip the update that Muon makes of it; at stage 2 in bf16 they also lose gradients of AdamW's
+    clip the orthogonalised update; at stage 2 in bf16 they also lose gradients of AdamW's
     parameters that lie before a matrix in a bucket (0.19.8), and at stage 3 a rank has no matrix.
     """
     precision = config.training.precision
@@ -298,7 +301,7 @@ def _check_muon(stage: int, config: RunConfig, file: Path) -> None:
 def _checked_section(
     values: Mapping[str, Any], schema: Mapping[str, Any], file: Path, prefix: str = ""
 ) -> dict[str, Any]:
-    """`values` of a section of the file, with every key and the kind of every value checked."""
+    """Check every key and the type of every value in a section of the file."""
     checked: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -317,9 +320,9 @@ def _checked_section(
 
 
 def _checked(value: Any, kind: Any, key: str, file: Path) -> Any:
-    """`value` as `kind`, which is a type or a tuple of choices."""
+    """Check `value` against `kind`, a type or a tuple of choices."""
     if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 5e8 is how DeepSpeed's own examples write a bucket size
+        value = int(value)  # DeepSpeed's own examples write bucket sizes as 5e8
     if isinstance(kind, tuple):
         choice = next((c for c in kind if c == value and type(c) is type(value)), None)
         if choice is None:

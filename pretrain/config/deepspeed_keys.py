@@ -1,11 +1,11 @@
-"""Which keys a DeepSpeed JSON may hold here, as data; read from DeepSpeed 0.19.8.
+"""Accepted and refused keys of the DeepSpeed JSON, as data; from DeepSpeed 0.19.8.
 
 DeepSpeed ignores unknown keys outside a few sections, so a misspelt one would have no effect.
 `tests/pretrain/config/test_deepspeed.py` compares these tables with the installed DeepSpeed.
 
-What is accepted trains as one process does, at every layout that accepts it:
-`tests/pretrain/engine/test_ds_options.py` tries every key at every kind of layout. What does not is
-refused, and so is what no test can try.
+An accepted key trains like a single process, at every layout that accepts it:
+`tests/pretrain/engine/test_ds_options.py` tries every key at every kind of layout. Keys that do
+not, and keys that no test can try, are refused.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ _CHECKPOINT = "set checkpoint.* in the run configuration"
 _REMOVED = "DeepSpeed has removed it"
 _NO_EFFECT = "it has no effect here"
 _NVME = "offloading to NVMe is not supported; offload to the device cpu"
-_EIGHT_BITS = "what ranks exchange would be rounded to 8 bits"
+_EIGHT_BITS = "communication would be rounded to 8 bits"
 _NO_SCALING = "gradients are summed in fp32 or bf16, whose range needs no scaling"
 _FAILS = "DeepSpeed 0.19.8 then finds parameters empty in a step"
 
-# Keys that DeepSpeed knows and that must not stand in the JSON of a run -> why, and what to do.
+# Keys that DeepSpeed knows and that are refused here -> reason, and remedy.
 REFUSED: dict[str, str] = {
     "optimizer": "set training.optimizer, lr, betas, eps and weight_decay in the run configuration",
     "scheduler": "set training.schedule, warmup_steps and min_lr_ratio in the run configuration",

@@ -44,7 +44,7 @@ class _Choice(NamedTuple):
 
 
 class DefaultsTree:
-    """Every file that a run file and the options of a command line lead to.
+    """All files reached from a run file and the options of a command line.
 
     `parts`: the settings of each file, the last one wins. `options`: group -> the option taken.
 

@@ -1,4 +1,4 @@
-"""Turns what pydantic says about a configuration into one line that a user can act on."""
+"""One-line, actionable messages from pydantic's validation errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONSTRAINTS = {
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that `name` was probably meant to be, or None."""
+    """The valid name closest to `name`, or None."""
     valid = list(valid)
     if our_name(name) in valid:
         return our_name(name)
@@ -33,7 +33,7 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def show(value: Any, *, longest: int = _LONGEST_VALUE) -> str:
-    """`value` as it would be typed, cut to a length that fits in a line."""
+    """`value` as it would be typed, truncated to fit in a line."""
     text = repr(value)
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
@@ -59,12 +59,12 @@ def schema_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
 def config_error(
     error: ValidationError, schema: type[BaseModel], *, prefix: str = ""
 ) -> ConfigError:
-    """The first complaint of `error` about `schema`, whose settings lie under `prefix`."""
-    # A misspelt key also counts as a missing one: the spelling is the news.
+    """The first error about `schema`, whose settings lie under `prefix`."""
+    # A misspelt key also counts as a missing one; report the spelling first.
     details = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     message = _describe(details[0], schema, prefix)
     first, *others = dict.fromkeys(_path(prefix, each["loc"]) for each in details)
-    # What contains the first complaint only echoes it.
+    # Errors of sections that contain the first one only repeat it.
     others = [path for path in others if not first.startswith(f"{path}.")]
     if others:
         message += f" (and {len(others)} more: {', '.join(others)})"
@@ -89,7 +89,7 @@ def _describe(details: Mapping[str, Any], schema: type[BaseModel], prefix: str) 
 
 
 def _own_words(message: str, path: str, value: Any) -> str:
-    """The message of one of our validators, with the section that it speaks of."""
+    """The message of one of our validators, prefixed with its section."""
     section = path.split(".", maxsplit=1)[0]
     if not path or f"{section}." in message or message.startswith(section):
         return message
@@ -127,7 +127,7 @@ def _flat_args(annotation: Any) -> list[Any]:
 
 
 def _schema_at(schema: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
-    """The schema of the section that `loc` leads to; numbers are places in a tuple of sections."""
+    """The schema of the section at `loc`; numbers are indices in a tuple of sections."""
     for part in loc:
         if isinstance(part, str):
             candidates = _flat_args(schema.model_fields[part].annotation)

@@ -1,6 +1,6 @@
-"""Checks of a configuration before its schema: sizes that no configuration needs, credentials.
+"""Checks before the schema: limits on size and nesting, and credentials.
 
-Text, nesting and numbers may be so large that reading them does the harm. Keys and passwords do not
+Text, nesting and numbers can be so large that parsing them is harmful. Keys and passwords do not
 belong in a configuration: it is written to the run directory, to every checkpoint and to W&B, and
 job scripts print it.
 """
@@ -32,9 +32,9 @@ _IN_URL = re.compile(
 def leaves(
     values: Mapping[str, Any], prefix: str = "", *, into_lists: bool = True
 ) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested settings that is no mapping.
+    """Yield (dotted key, value) of all leaves of nested settings.
 
-    Nor a list, whose indices are then keys; without `into_lists` a list is a value.
+    Indices of lists are keys, too; without `into_lists` a list is a leaf.
     """
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -47,11 +47,11 @@ def leaves(
 
 
 def read_run_file(file: Path) -> str:
-    """The text of a YAML file that is safe to build: few values, not deep, however it refers to
-    itself.
+    """Read a YAML file and check that it is safe to parse: few values and levels, with aliases
+    expanded.
 
     Raises:
-        ConfigError: it is not; the message names file and line.
+        ConfigError: it is not safe; the message names file and line.
         OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read.
     """
     with file.open("rb") as opened:
@@ -66,8 +66,8 @@ def read_run_file(file: Path) -> str:
 
 
 def _check_events(text: str, file: Path) -> None:
-    """Walk through the parser's events, of which none builds a value: a few references to
-    references would stand for more values than memory holds."""
+    """Count values over the parser's events, without building any: a few nested aliases can
+    expand to more values than memory holds."""
     open_nodes: list[tuple[str | None, int]] = []  # anchor, values before it
     anchored: dict[str | None, int] = {}
     values = 0
@@ -90,7 +90,7 @@ def _check_events(text: str, file: Path) -> None:
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuse whole numbers that do not fit in 64 bits, as tensors, files and seeds count in.
+    """Refuse whole numbers that do not fit in 64 bits, the width of tensors, files and seeds.
 
     Raises:
         ConfigError: names the first.
@@ -103,10 +103,10 @@ def check_numbers(values: Mapping[str, Any]) -> None:
 
 
 def check_credentials(values: Mapping[str, Any]) -> None:
-    """Refuse text under a name of credentials, and URLs with credentials in them; never show them.
+    """Refuse text under names of credentials, and URLs that contain some; never show the value.
 
     Raises:
-        ConfigError: names the setting and says where such things belong.
+        ConfigError: names the setting and where credentials belong.
     """
     for key, value in leaves(values):
         if isinstance(value, str) and _KEY.search(key):

@@ -1,4 +1,4 @@
-"""The layout of a run: sizes of the axes, and whether they fit the processes and the model."""
+"""Parallel layout of a run: sizes of the axes, checked against processes and model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.errors import ConfigError
 
 
 class RunLayout(NamedTuple):
-    """Sizes of the axes: how many ranks share what."""
+    """Sizes of the parallel axes."""
 
     tensor: int
     pipeline: int
@@ -25,14 +25,14 @@ class RunLayout(NamedTuple):
 
 
 def check_layout(config: RunConfig, world_size: int) -> RunLayout:
-    """Lay `config` out over `world_size` processes, as far as no data are needed for it.
+    """Lay `config` out over `world_size` processes, without opening the data.
 
     `data = world_size / (tensor * pipeline)`.
 
     Raises:
-        ConfigError: the layout does not divide the world, the model or a sequence, it has expert
-            ranks and the model no experts, a sequence is longer than the model's positions, or the
-            steps cannot be planned (see `plan_run`).
+        ConfigError: the layout does not divide the world size, the model or a sequence; it has
+            expert ranks and the model no experts; a sequence is longer than the model's positions;
+            or the steps cannot be planned (see `plan_run`).
     """
     _check_model(config)
     _check_sequence(config)

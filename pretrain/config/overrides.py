@@ -2,10 +2,10 @@
 
     VALUE = [VALUE, ...]  |  {KEY: VALUE, ...}  |  'text' or "text"  |  bare text
 
-Bare text is null, true, false or a number if it reads as one, otherwise a string without its outer
-blanks. It must not contain any of `,=[]{}()'"`, unless a backslash stands before the character.
-`${...}` refers to another setting. The prefixes `+` and `++` of Hydra's command lines are accepted
-and have no meaning of their own: a setting need not be in the run file to be set.
+Bare text is null, true, false or a number if it reads as one, otherwise a string stripped of outer
+blanks. It must not contain any of `,=[]{}()'"` unless escaped with a backslash. `${...}` refers to
+another setting. Hydra's prefixes `+` and `++` are accepted and mean nothing: a setting need not be
+in the run file to be set.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse_override(argument: str) -> Override:
 
 
 class _ValueReader:
-    """Recursive descent over the text of one value."""
+    """Recursive-descent parser of one value."""
 
     def __init__(self, key: str, text: str) -> None:
         self._key = key
@@ -86,7 +86,7 @@ class _ValueReader:
         self._depth = 0
 
     def read(self) -> Any:
-        """The value that the whole text stands for; no text stands for the empty string."""
+        """Parse the whole text; no text is the empty string."""
         if not self._text.strip():
             return ""
         value = self._value()
@@ -140,7 +140,7 @@ class _ValueReader:
             raise self._error() from None
 
     def _accept(self, mark: str) -> bool:
-        """Step over `mark`, if it comes next."""
+        """Consume `mark` if it comes next."""
         self._skip_blanks()
         is_next = self._text.startswith(mark, self._position)
         self._position += len(mark) * is_next
@@ -159,7 +159,7 @@ class _ValueReader:
 
 
 def _typed(text: str) -> Any:
-    """What bare text stands for."""
+    """Convert bare text to its value."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):

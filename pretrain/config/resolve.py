@@ -1,4 +1,4 @@
-"""Everything that is known of a run before torch is imported, resolved once."""
+"""Resolution of settings, layout and DeepSpeed JSON, once and before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which settings may differ between a checkpoint and the run that continues from it."""
+"""Rules for settings that differ between a checkpoint and the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Change = Literal["free", "training", "layout", "fixed"]
 
 MISSING = "(absent)"
 
-# free: does not touch what is computed. training: takes effect from the next step on, so the run
+# free: does not change what is computed. training: takes effect from the next step on, so the run
 # may continue but is no longer the same experiment. layout: the same mathematics on another
 # arrangement of ranks. fixed: the checkpoint is of another run. `section.*` covers a section.
 RULES: dict[str, Change] = {
@@ -21,10 +21,10 @@ RULES: dict[str, Change] = {
     "resume": "free",
     "model.*": "fixed",
     "data.kind": "fixed",
-    "data.train": "training",  # the loader continues each source where its ledger stands
+    "data.train": "training",  # the loader continues each source from its ledger
     "data.validation": "free",
     "data.tokenizer": "fixed",
-    "data.eod": "free",  # what documents really end with is compared when a checkpoint is found
+    "data.eod": "free",  # the actual end of documents is compared when a checkpoint is found
     "data.documents": "fixed",
     "data.json_key": "fixed",
     "data.sequence_length": "fixed",
@@ -46,8 +46,8 @@ RULES: dict[str, Change] = {
     "training.warmup_steps": "training",
     "training.decay_steps": "training",
     "training.min_lr_ratio": "training",
-    # Where DeepSpeed's own files hold the optimizer state it restores the parameter groups too, so
-    # that new values of these would be read and then lost.
+    # DeepSpeed's own files also restore the parameter groups, which would silently override new
+    # values of these.
     "training.lr_multipliers": "fixed",
     "training.optimizer": "fixed",
     "training.betas": "fixed",
@@ -73,7 +73,7 @@ RULES: dict[str, Change] = {
 
 
 class Difference(NamedTuple):
-    """One setting that differs, and what that means for a resume."""
+    """A setting that differs, and the rule for it at a resume."""
 
     key: str
     old: Any
@@ -96,8 +96,8 @@ def config_differences(
 ) -> list[Difference]:
     """Every setting that differs between two resolved configurations, sorted by its key.
 
-    The prints are fingerprints of what settings name, by their keys: where both sides have one it
-    decides and not the path, so that a file may move, and may not become another one.
+    `old_prints`, `new_prints`: fingerprints of files by the setting that names them. If both sides
+    have one, it is compared instead of the path, so that a file may move but not change.
     """
     before, after = _flatten(old), _flatten(new)
     found = []
@@ -111,18 +111,18 @@ def config_differences(
                 for value, prints in zip(values, (old_prints, new_prints), strict=True)
             ]
         elif values[0] == values[1] or all(value in (MISSING, None) for value in values):
-            continue  # what is not there is as good as what is null
+            continue  # absent is equivalent to null
         found.append(Difference(key, values[0], values[1], change_of(key)))
     return found
 
 
 def forbidden_changes(differences: Sequence[Difference]) -> list[str]:
-    """One text, with both values, per setting that makes a run another one."""
+    """A message with both values for every fixed setting that differs."""
     return [str(each) for each in differences if each.change == "fixed"]
 
 
 def samples_per_step(config: Mapping[str, Any], *, data_size: int) -> int | None:
-    """The global batch of a resolved configuration; None if it does not say."""
+    """The global batch size of a resolved configuration; None if it is not given."""
     training = config.get("training", {})
     sizes = (training.get("batch_size"), training.get("gradient_accumulation_steps"))
     if not all(isinstance(size, int) for size in sizes):
@@ -131,15 +131,15 @@ def samples_per_step(config: Mapping[str, Any], *, data_size: int) -> int | None
 
 
 def batch_settings(config: Mapping[str, Any]) -> list[Any]:
-    """What a resolved configuration says of the batch, the number of data ranks aside."""
+    """Batch settings of a resolved configuration, apart from the number of data ranks."""
     training = config.get("training", {})
     names = ("batch_size", "gradient_accumulation_steps", "batch_ramp")
     return [training.get(name) or None for name in names]
 
 
 def keep_batch(config: Mapping[str, Any], samples: int, *, data_size: int) -> str | None:
-    """Settings with which a step takes `samples` on so many data ranks, with micro-batches of at
-    most the size they have; None where there are none."""
+    """Settings that keep `samples` per step on `data_size` data ranks, with micro-batches no larger
+    than now; None if there are none."""
     own, rest = divmod(samples, data_size)
     if rest:
         return None
@@ -150,7 +150,7 @@ def keep_batch(config: Mapping[str, Any], samples: int, *, data_size: int) -> st
 
 
 def change_of(key: str) -> Change:
-    """The rule of a dotted key; a key that no rule knows belongs to another program's file."""
+    """The rule of a dotted key; unknown keys are fixed."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
@@ -165,7 +165,7 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings whose sources have their names for keys, wherever in their list they stand."""
+    """Key lists of sources by name, so that their order in the list does not matter."""
     named: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value):

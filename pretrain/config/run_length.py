@@ -1,4 +1,4 @@
-"""The length of a run: how many steps it has, and what each of them takes."""
+"""The length of a run: number of steps, and the batch of each."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def plan_run(
     Args:
         data_size: data ranks of the run.
         num_tokens: tokens of data.train, each source counted once; needed for training.max_epochs.
-        start: what the run has already taken.
+        start: steps, samples and tokens the run has already taken.
 
     Raises:
-        ConfigError: a stage gets no step, the warmup and decay are as long as the run, or a size of
-            the batch is not one of this layout.
+        ConfigError: a stage has no steps, warmup and decay take the whole run, or a batch size is
+            impossible at this layout.
     """
     training = config.training
     sequences_per_step = training.batch_size * training.gradient_accumulation_steps * data_size
@@ -54,7 +54,7 @@ def plan_run(
 
 
 def check_length(config: RunConfig, *, data_size: int) -> None:
-    """Check what can be known of the steps before the data are opened.
+    """Check the plan of the steps as far as possible without opening the data.
 
     With training.max_epochs their number depends on the data, and only `plan_run` can check it.
 
@@ -68,7 +68,7 @@ def check_length(config: RunConfig, *, data_size: int) -> None:
 
 
 def _max_tokens(config: RunConfig, num_tokens: int | None) -> int | None:
-    """The least of what max_tokens and max_epochs allow; None where both are unset."""
+    """The smaller limit of max_tokens and max_epochs; None if both are unset."""
     limits = [config.training.max_tokens]
     if config.training.max_epochs is not None:
         assert num_tokens is not None, "training.max_epochs needs the number of tokens"
@@ -87,7 +87,7 @@ def _check_ramp(config: RunConfig, data_size: int, start: Position) -> None:
 
 
 def _check_size(name: str, size: int, per_round: int, full: int) -> None:
-    """A step is made of whole micro-batches on every data rank, and a ramp ends below the rest."""
+    """Check that a step is whole micro-batches on every data rank and below the full batch."""
     if size % per_round:
         nearest = [
             n for n in (size // per_round * per_round, -(-size // per_round) * per_round) if n

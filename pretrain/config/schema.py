@@ -1,4 +1,4 @@
-"""The typed configuration of a run: what may stand in its YAML file. No torch in here."""
+"""The typed configuration of a run, the schema of its YAML file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pretrain.errors import ConfigError
 
 
 class ModelConfig(Protocol):
-    """What a run asks of the configuration of any family."""
+    """Interface of every family's model configuration."""
 
     @property
     def family(self) -> str: ...
@@ -46,24 +46,25 @@ class ModelConfig(Protocol):
     def max_position_embeddings(self) -> int: ...
 
     def tensor_divisible(self) -> dict[str, int]:
-        """Sizes, by their key below `model`, that parallel.tensor must divide."""
+        """Sizes that parallel.tensor must divide, by their key below `model`."""
         ...
 
     def function(self) -> dict[str, Any]:
-        """The settings that what the model computes outside of training depends on, given its
-        weights, with sizes that follow from others written out."""
+        """Settings that determine what the model computes in inference, given its weights;
+        derived sizes are written out."""
         ...
 
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 class BatchRampStep(BaseModel):
-    """A size that the batch has before it has its full one."""
+    """A batch size of the ramp, before the full batch."""
 
     model_config = STRICT
 
     until_tokens: Annotated[int, BeforeValidator(lambda value: _whole(value))] = Field(
-        gt=0, description="The size ends with the step in which the run reaches so many tokens"
+        gt=0,
+        description="The size applies up to the step in which the run reaches this many tokens",
     )
     sequences_per_step: int = Field(gt=0, description="Sequences of a step, over all data ranks")
 
@@ -73,14 +74,14 @@ class TrainingConfig(BaseModel):
 
     model_config = STRICT
 
-    max_steps: int | None = Field(default=None, gt=0, description="Stop after so many steps")
+    max_steps: int | None = Field(default=None, gt=0, description="Stop after this many steps")
     max_tokens: Annotated[int | None, BeforeValidator(lambda value: _whole(value))] = Field(
-        default=None, gt=0, description="Stop at the first step that has seen so many tokens"
+        default=None, gt=0, description="Stop at the first step that has seen this many tokens"
     )
     max_epochs: float | None = Field(
         default=None,
         gt=0,
-        description="Stop when as many tokens were seen as data.train holds, times this",
+        description="Passes over data.train after which training stops",
     )
     batch_size: int = Field(gt=0, description="Sequences per micro-batch and data rank")
     gradient_accumulation_steps: int = Field(
@@ -91,8 +92,8 @@ class TrainingConfig(BaseModel):
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = Field(
         default=(),
-        description="Smaller batches at the beginning, in fewer micro-batches: ascending "
-        "{until_tokens, sequences_per_step}; the learning rate counts their steps as any others",
+        description="Smaller batches at the beginning, with fewer micro-batches: ascending "
+        "{until_tokens, sequences_per_step}; they count as steps for the learning rate",
     )
 
     lr: float = Field(gt=0, description="Peak learning rate")
@@ -107,7 +108,7 @@ class TrainingConfig(BaseModel):
     )
     lr_multipliers: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
-        description="Part of a parameter name -> factor on lr; the longest match counts. A tied "
+        description="Part of a parameter name -> factor on lr; the longest match wins. A tied "
         "parameter goes by its name in the first layer that holds it",
     )
 
@@ -140,20 +141,21 @@ class TrainingConfig(BaseModel):
         default=None, description="How FP8 tensors are scaled; with precision=fp8 only"
     )
     activation_recomputation: Literal["none", "full"] = Field(
-        default="none", description="full: keep the input of each layer and redo its forward pass"
+        default="none",
+        description="full: keep only the input of each layer and recompute its forward pass",
     )
     init_from: str | None = Field(
         default=None,
         min_length=1,
-        description="Checkpoint, run or converted model whose weights training begins with",
+        description="Checkpoint, run or converted model that provides the initial weights",
     )
     init_from_changes: Annotated[
         tuple[str, ...],
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = Field(
         default=(),
-        description="Settings of model, such as rope_theta, and data.tokenizer, that make another "
-        "function of the weights of init_from and are meant to",
+        description="Settings of model, such as rope_theta, or data.tokenizer that deliberately differ "
+        "from those of init_from",
     )
     compile: bool = Field(default=False, description="torch.compile the layers")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")
@@ -174,7 +176,7 @@ class TrainingConfig(BaseModel):
 
 
 class ParallelConfig(BaseModel):
-    """Ranks per axis; data is what the world leaves over tensor x pipeline, expert a part of it."""
+    """Ranks per axis. data = world size / (tensor x pipeline); expert divides data."""
 
     model_config = STRICT
 
@@ -202,7 +204,7 @@ class ParallelConfig(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """Everything that defines a run, apart from what only DeepSpeed parses (its JSON)."""
+    """All settings of a run, apart from DeepSpeed's JSON."""
 
     model_config = STRICT
 
@@ -211,9 +213,9 @@ class RunConfig(BaseModel):
     )
     resume: Literal["auto", "must", "never"] = Field(
         default="auto",
-        description="auto: continue from a valid checkpoint in run_dir, start where there is none",
+        description="auto: continue from a valid checkpoint in run_dir, or start if there is none",
     )
-    # The family named by `model.family` brings the schema of this section.
+    # The family named by `model.family` provides the schema of this section.
     model: Annotated[
         ModelConfig,
         PlainValidator(lambda value: _parse_model(value)),
@@ -247,9 +249,9 @@ class RunConfig(BaseModel):
 
 
 def parse_config(values: Mapping[str, Any], *, given: Collection[str] = frozenset()) -> RunConfig:
-    """The typed configuration of a plain mapping, as a YAML file holds it; aliases may stand in it.
+    """The typed configuration of a plain mapping, as a YAML file holds it; aliases are accepted.
 
-    `given`: what the command line sets, dotted; it wins over other spellings of it in `values`.
+    `given`: dotted keys set on the command line; they win over other spellings in `values`.
 
     Raises:
         ConfigError: an unknown, missing or unusable setting.
@@ -290,12 +292,12 @@ def _parse_model(value: Any) -> ModelConfig:
 
 
 def _whole(value: Any) -> Any:
-    """Token counts are written as 10e9, which YAML reads as a float."""
+    """Accept token counts such as 10e9, which YAML reads as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _pair(value: Any) -> Any:
-    """YAML has lists where the schema has a pair."""
+    """Convert YAML's list to a pair."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers such as [0.9, 0.95]")
     return tuple(value)
@@ -313,7 +315,7 @@ def _check_stages(config: RunConfig) -> None:
 
 
 def _changeable(model: ModelConfig) -> frozenset[str]:
-    """Settings that a stage may change; a family that has some names them in its configuration."""
+    """Settings that a stage may change, as declared by the family's configuration."""
     return getattr(model, "changeable_settings", frozenset())
 
 

@@ -1,4 +1,4 @@
-"""The folders that hold run files and groups: one of the user, then that of the project."""
+"""Search path for run files and groups: the user's folder, then the project's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.files import CONFIGS
 class SearchPath:
     """Look up run files, `NAME.yaml`, and options of groups, `GROUP/OPTION.yaml`.
 
-    `config_dir`: a folder whose files win over those of the project; None: the project's alone.
+    `config_dir`: a folder whose files take precedence over the project's; None: the project's only.
 
     Raises:
         ConfigError: `config_dir` is not a directory.

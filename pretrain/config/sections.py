@@ -1,4 +1,4 @@
-"""How a run is saved, watched, evaluated and reported: sections of the configuration."""
+"""Configuration sections for checkpoints, supervision, stability, evaluation and logging."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=Fals
 
 
 class CheckpointConfig(BaseModel):
-    """When checkpoints are written and how many stay."""
+    """Interval and retention of checkpoints."""
 
     model_config = STRICT
 
     interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
-    keep: int = Field(default=3, gt=0, description="Newest checkpoints that stay on disk")
+    keep: int = Field(default=3, gt=0, description="Number of newest checkpoints to keep")
     keep_every: int | None = Field(
-        default=None, gt=0, description="Those of steps that are multiples of it stay, too"
+        default=None, gt=0, description="Also keep checkpoints of steps that are multiples of it"
     )
     asynchronous: bool = Field(
         default=False,
@@ -36,60 +36,61 @@ class CheckpointConfig(BaseModel):
 
 
 class WatchdogConfig(BaseModel):
-    """What ends a run that stands still, or whose ranks have come to train different models."""
+    """Detection of hung runs, stragglers and diverged ranks."""
 
     model_config = STRICT
 
     timeout: float | None = Field(
         default=600.0,
         gt=0,
-        description="Seconds in which all ranks must meet, and each finish a part of the start, a "
-        "step, an evaluation or a save, the first step and its compilation included; null: wait "
-        "for ever",
+        description="Seconds for the rendezvous, and for each part of the start, step, evaluation and "
+        "save, including the first step and its compilation; null: wait for ever",
     )
     slow_ratio: float | None = Field(
         default=2.0,
         gt=1,
-        description="Warn of a rank whose own work in a step takes so many times as long as that "
-        "of most ranks of its pipeline stage; null: never",
+        description="Warn about a rank whose own work per step exceeds the median of its pipeline "
+        "stage by this factor; null: never",
     )
     replica_interval: int | None = Field(
         default=100,
         gt=0,
-        description="Steps after which ranks compare what they hold in common; null: never",
+        description="Steps between comparisons of replicated tensors; null: never",
     )
 
 
 class SpikeConfig(BaseModel):
-    """Return to the checkpoint before a loss that stands out, and leave out the data around it."""
+    """Roll back to the checkpoint before a loss spike, and skip the data around it."""
 
     model_config = STRICT
 
     sigma: float = Field(
-        gt=0, description="Standard deviations above the mean at which a loss stands out"
+        gt=0, description="Standard deviations above the mean that make a loss a spike"
     )
-    window: int = Field(default=100, ge=2, description="Steps that mean and deviation are of")
+    window: int = Field(
+        default=100, ge=2, description="Steps over which mean and deviation are taken"
+    )
     skip_before: int = Field(
-        default=10, ge=0, description="Steps before the loss whose data are left out with its own"
+        default=10, ge=0, description="Steps before the spike whose data are also skipped"
     )
-    max_rollbacks: int = Field(default=3, gt=0, description="Returns after which the run ends")
+    max_rollbacks: int = Field(default=3, gt=0, description="Rollbacks after which the run ends")
 
 
 class StabilityConfig(BaseModel):
-    """What happens when training goes wrong in its numbers."""
+    """Reaction to non-finite steps and loss spikes."""
 
     model_config = STRICT
 
     max_skipped_steps: int = Field(
         default=3,
         ge=0,
-        description="Steps in a row that may be left out because loss or gradient is not finite",
+        description="Consecutive steps that may be skipped because loss or gradient is not finite",
     )
     skip_steps: Annotated[
         tuple[tuple[int, int], ...], BeforeValidator(lambda value: _ranges(value))
-    ] = Field(default=(), description="[[first, last], ...]: steps whose data are left out")
+    ] = Field(default=(), description="[[first, last], ...]: steps whose data are skipped")
     spike: SpikeConfig | None = Field(
-        default=None, description="What to do about a loss that stands out; null: nothing"
+        default=None, description="Reaction to a loss spike; null: none"
     )
 
     @model_validator(mode="after")
@@ -104,7 +105,7 @@ class StabilityConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """When held-out text is scored and how much of it."""
+    """Interval and size of the evaluation on held-out text."""
 
     model_config = STRICT
 
@@ -115,7 +116,7 @@ class EvaluationConfig(BaseModel):
 
 
 class WandbConfig(BaseModel):
-    """Weights & Biases; its key comes from the environment, never from here."""
+    """Weights & Biases; its key comes from the environment only."""
 
     model_config = STRICT
 

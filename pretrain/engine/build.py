@@ -21,7 +21,7 @@ from pretrain.engine.train_spec import TrainSpec
 
 
 def build_engine(spec: TrainSpec, *, load_layer: AfterEach | None = None) -> Engine:
-    """Build this rank's part of a model that `check_model` accepts, for DeepSpeed (collective).
+    """Build this rank's part of a model that `check_model` has accepted (collective).
 
     `load_layer` may overwrite the initial weights of each layer.
     """
@@ -39,9 +39,9 @@ def build_engine(spec: TrainSpec, *, load_layer: AfterEach | None = None) -> Eng
 
 
 def compile_layers(module: nn.Module, *, num_lengths: int, **options: Any) -> None:
-    """Compile every layer, to train and to be evaluated at so many lengths of a sequence.
+    """Compile every layer, for training and evaluation at `num_lengths` sequence lengths.
 
-    Equal layers share their code, so that start-up does not grow with depth. `options`: of
+    Equal layers share compiled code, so start-up does not grow with depth. `options`: of
     torch.compile.
     """
     # Beyond its limit, 8 variants of a `forward`, torch (2.13) runs layers uncompiled and only
@@ -63,7 +63,7 @@ def _build_whole(spec: TrainSpec, after_each: AfterEach) -> nn.Module:
 
 
 def _after_each(spec: TrainSpec, load_layer: AfterEach | None) -> AfterEach:
-    """Load each layer once it is built; under ZeRO-3 partition it, so that no rank holds all."""
+    """Load each layer once built; under ZeRO-3 partition it, so that no rank holds the model."""
 
     def finish(layer_spec: LayerSpec, layer: nn.Module) -> None:
         if load_layer is not None:
@@ -71,11 +71,11 @@ def _after_each(spec: TrainSpec, load_layer: AfterEach | None) -> AfterEach:
         if spec.ds_config.zero_stage == 3:
             import deepspeed
 
-            # DeepSpeed casts the module later, but by then the parameters are elsewhere: they would
-            # stay in fp32 (0.19.8).
+            # DeepSpeed casts the module later, when the parameters are already partitioned: they
+            # would stay in fp32 (0.19.8).
             layer.to(spec.ctx.precision.dtype)
-            # Without a group DeepSpeed partitions over all ranks, tensor ranks too, and broadcasts
-            # one's shards to the others: training then runs, with wrong weights.
+            # Without a group DeepSpeed partitions over all ranks, tensor ranks included, and
+            # broadcasts one rank's shards to the others: training runs, with wrong weights.
             deepspeed.zero.Init(
                 layer,
                 data_parallel_group=spec.ctx.data.group,
@@ -107,7 +107,7 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
     import deepspeed
 
     optimizer = build_optimizer(module, spec.config.training, spec.ctx)
-    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its use of memory in bf16
+    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints its memory use in bf16
     is_muon = spec.config.training.optimizer == "muon"
     muon = patched_muon_check() if is_muon else contextlib.nullcontext()
     with quiet, patched_moe_detection(spec.ctx), muon:
@@ -123,7 +123,7 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
 
 
 def _mpu(ctx: ParallelContext) -> Any:
-    """What tells DeepSpeed about the tensor axis; PipelineModule tells it itself."""
+    """The `mpu` object that describes the tensor axis; PipelineModule brings its own."""
     if ctx.tensor.size == 1:
         return None
     from parallel.megatron import DeepSpeedTopology

@@ -20,7 +20,7 @@ _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 @dataclass
 class EngineWrites:
-    """What this rank's engine wrote, and the first error it met doing so."""
+    """Files written by this rank's engine, and its first write error."""
 
     paths: list[Path] = field(default_factory=list)
     error: CheckpointError | None = None
@@ -29,7 +29,7 @@ class EngineWrites:
 def save_engine_state(
     engine: Any, directory: Path, *, client_state: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Collective: let DeepSpeed write `directory/engine`; returns the files that this rank wrote.
+    """Let DeepSpeed write `directory/engine` (collective); returns the files of this rank.
 
     Raises:
         CheckpointError: this rank's write failed; the other ranks have finished theirs.
@@ -47,9 +47,9 @@ def save_engine_state(
 
 
 def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
-    """Collective: restore weights, optimizer and step counters; returns the client state.
+    """Restore weights, optimizer and step counters (collective); returns the client state.
 
-    Call it only on what `CheckpointStore.find` has verified: the files are torch's.
+    Call it only on what `CheckpointStore.find` has verified: the files are torch pickles.
 
     Raises:
         CheckpointError: there is nothing to load, or a file holds more than DeepSpeed writes.
@@ -58,7 +58,7 @@ def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
     if any((directory / ENGINE_TAG).glob("*.pt")):  # DeepSpeed asserts this without a message
         with without_moe_checkpoint_files(engine), _harmless_reads(engine.checkpoint_engine):
             loaded, client_state = engine.load_checkpoint(str(directory), tag=ENGINE_TAG)
-    if loaded is None:  # where it finds nothing it goes on with the initial weights
+    if loaded is None:  # it would silently keep the initial weights
         raise CheckpointError(f"{str(directory / ENGINE_TAG)!r} holds no DeepSpeed checkpoint")
     restore_experts(engine)
     return client_state
@@ -66,10 +66,10 @@ def load_engine_state(engine: Any, directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def _harmless_reads(checkpoint_engine: Any) -> Iterator[None]:
-    """Let DeepSpeed read tensors, plain values and what `_classes` names.
+    """Restrict DeepSpeed's unpickling to tensors, plain values and the classes of `_classes`.
 
-    It would build and call whatever a file asks for (torch_checkpoint_engine.py of 0.19.8,
-    weights_only=False), so that whoever can write the file runs code as the user.
+    It loads with weights_only=False (torch_checkpoint_engine.py of 0.19.8), so whoever can write
+    the file could run code as the user.
     """
     original = checkpoint_engine.load
 
@@ -93,7 +93,7 @@ def _harmless_reads(checkpoint_engine: Any) -> Iterator[None]:
 
 
 def _classes() -> list[Any]:
-    """What the files of DeepSpeed 0.19.8 hold beside tensors and plain values; none of it acts."""
+    """Classes in files of DeepSpeed 0.19.8, besides tensors; unpickling them has no effects."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -103,10 +103,10 @@ def _classes() -> list[Any]:
 
 @contextmanager
 def _observed_writes(checkpoint_engine: Any) -> Iterator[EngineWrites]:
-    """Note every file that DeepSpeed writes on this rank, and hold back a failure until the end.
+    """Record every file that DeepSpeed writes on this rank, and defer write errors to the end.
 
-    DeepSpeed's save contains barriers. A rank that left it at a full disk would leave the others
-    waiting in one; this way all arrive, and the failure is told afterwards.
+    DeepSpeed's save contains barriers: a rank that raised on a full disk would leave the others
+    waiting in one. This way all of them finish, and the error is raised afterwards.
     """
     writes = EngineWrites()
     original = checkpoint_engine.save

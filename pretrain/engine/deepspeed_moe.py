@@ -1,8 +1,8 @@
-"""What DeepSpeed has to know about parameters that expert ranks share.
+"""Registration of expert-parallel parameters with DeepSpeed.
 
 DeepSpeed (0.19.8) reduces, partitions, clips and counts such parameters by itself once three things
-are in place: attributes of the parameter, process groups under a name, and an engine that has
-found layers of experts. It looks for its own layer class alone, and so it is told.
+are in place: attributes of the parameter, process groups under a name, and an engine with
+`has_moe_layers`. It detects only its own MoE layer class, so the flag is set here.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pretrain.errors import ConfigError
 
 
 def group_name(ctx: ParallelContext) -> str:
-    """The name of the expert groups; DeepSpeed reads the size out of it."""
+    """Name of the expert groups, from which DeepSpeed parses the size."""
     return f"ep_size_{ctx.expert.size}"
 
 
 def register_experts(module: nn.Module, ctx: ParallelContext) -> None:
-    """Mark the experts of a model, and give DeepSpeed the groups of the layout.
+    """Mark the experts of a model, and register the expert groups with DeepSpeed.
 
-    Its gradients then are summed over the data ranks that hold the same experts and divided by the
-    number of all data ranks, whose tokens came to them; its optimizer state is partitioned over the
-    former. At expert size 1 they are parameters like any other.
+    Expert gradients are then summed over the data ranks that hold the same experts and divided by
+    the number of all data ranks, whose tokens the experts saw; optimizer state is partitioned over
+    the former. At expert size 1 experts are parameters like any other.
 
     Raises:
         ConfigError: a pipeline stage has no experts (on every rank).
@@ -42,7 +42,7 @@ def register_experts(module: nn.Module, ctx: ParallelContext) -> None:
     name = group_name(ctx)
     groups._EXPERT_PARALLEL_GROUP[name] = ctx.expert.group
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = ctx.expert_data.group
-    # Otherwise the norm of bf16 gradients leaves out all tensor ranks but one's columns.
+    # Otherwise the norm of bf16 gradients covers only one tensor rank's columns.
     groups.expert_tensor_parallel_world_size = ctx.tensor.size
     experts = [p for n, p in module.named_parameters() if sharding_of(n, p).experts is not None]
     _check_stages(len(experts), ctx)
@@ -52,7 +52,7 @@ def register_experts(module: nn.Module, ctx: ParallelContext) -> None:
 
 
 def _check_stages(num_parameters: int, ctx: ParallelContext) -> None:
-    """DeepSpeed adds the norms of experts up over stages: one that has none would not take part."""
+    """Refuse stages without experts: they would miss the all-reduce of the expert norms."""
     fewest = torch.tensor(num_parameters, device=ctx.device)
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=ctx.pipeline.group)
     if fewest == 0:
@@ -69,7 +69,7 @@ def is_shared_by_expert_ranks(parameter: Tensor) -> bool:
 
 @contextmanager
 def patched_moe_detection(ctx: ParallelContext) -> Iterator[None]:
-    """Engines that are made in here take the model for one with experts, where it has some."""
+    """Context in which new engines treat the model as MoE if the layout has expert ranks."""
     if ctx.expert.size == 1:
         yield
         return
@@ -90,11 +90,11 @@ def patched_moe_detection(ctx: ParallelContext) -> Iterator[None]:
 
 @contextmanager
 def without_moe_checkpoint_files(engine: Any) -> Iterator[None]:
-    """While its state is saved or loaded, an engine takes the experts for ordinary parameters.
+    """Context in which an engine saves and loads experts as ordinary parameters.
 
-    DeepSpeed's files of experts are those of its own layer class. The file of weights now has the
-    experts of the first expert rank alone; those of each rank are in its optimizer shard, from
-    where `restore_experts` puts them back.
+    DeepSpeed's expert files require its own layer class. The weights file then holds only the
+    experts of the first expert rank; those of each rank are in its optimizer shard, from which
+    `restore_experts` restores them.
     """
     found, engine.has_moe_layers = engine.has_moe_layers, False
     try:
@@ -104,6 +104,6 @@ def without_moe_checkpoint_files(engine: Any) -> Iterator[None]:
 
 
 def restore_experts(engine: Any) -> None:
-    """After loading: the weights of this rank's experts from their master copies (collective)."""
+    """Restore this rank's experts from their masters, after loading (collective)."""
     if engine.has_moe_layers:
         engine.optimizer.update_lp_params()

@@ -1,7 +1,7 @@
-"""Where DeepSpeed keeps this rank's master weights and moments, parameter by parameter.
+"""Per-parameter view of the master weights and moments in DeepSpeed's optimizers.
 
-The only reader of DeepSpeed's optimizers (0.19.8). Under ZeRO they step a few long vectors, each
-cut over data ranks; here every part is told as runs of elements of named parameters.
+The only code that reads DeepSpeed's optimizers (0.19.8). Under ZeRO they step a few flat vectors,
+partitioned over data ranks; here they appear as flat ranges of named parameters.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pretrain.engine.partitions import local_shard
 
 
 class ParamSlice(NamedTuple):
-    """A parameter as checkpoints know it, or one expert of those that it stacks.
+    """A parameter as named in checkpoints, or one expert of a stack.
 
-    `shape`: of the slice that this tensor rank holds, whole over data ranks. `first`: where it
-    begins in the parameter, flattened.
+    `shape`: of this tensor rank's slice, unpartitioned over data ranks. `first`: its offset in the
+    flattened parameter.
     """
 
     name: str
@@ -33,7 +33,7 @@ class ParamSlice(NamedTuple):
 
 
 def param_slices(name: str, parameter: Tensor, *, expert_rank: int) -> list[ParamSlice]:
-    """The parameter itself; of stacked experts each under its number, for any expert size."""
+    """The parameter itself, or each of its stacked experts under its global number."""
     sharding, shape = sharding_of(name, parameter), local_shape(parameter)  # type: ignore[arg-type]
     if sharding.experts is None:
         return [ParamSlice(name, shape, sharding)]
@@ -51,11 +51,11 @@ def param_slices(name: str, parameter: Tensor, *, expert_rank: int) -> list[Para
 
 
 class ShardLocation(NamedTuple):
-    """Where the elements of a parameter lie that this rank's optimizer updates.
+    """Location of the elements of a parameter that this rank's optimizer updates.
 
-    They begin at `start` of this tensor rank's slice, flattened. `master` (fp32) and `weight` (what
-    forward reads) are the elements, as views. They lie at `offset` of `flat`, the tensor that the
-    optimizer steps. `copies`: how many data ranks hold the same.
+    They begin at `start` of this tensor rank's flattened slice. `master` (fp32) and `weight` (what
+    forward reads) are views of them. They lie at `offset` of `flat`, the tensor that the optimizer
+    steps. `copies`: number of data ranks that hold the same elements.
     """
 
     start: int
@@ -67,10 +67,10 @@ class ShardLocation(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """Consecutive elements of one part, under the name that checkpoints know it by.
+    """Consecutive elements of one parameter slice, under its name in checkpoints.
 
-    `shape`: of the slice that this tensor rank holds, whole over data ranks. `is_tied_copy`: an
-    earlier pipeline stage owns the parameter.
+    `shape`: of this tensor rank's slice, unpartitioned over data ranks. `is_tied_copy`: an earlier
+    pipeline stage owns the parameter.
     """
 
     name: str
@@ -88,9 +88,9 @@ class OptimizerView:
     """The AdamW state of one rank of a DeepSpeed engine, at any ZeRO stage.
 
     Args:
-        engine: of a module with `specs`, the layers that say which parameters are tied.
+        engine: its module has `specs`, the layers that declare tied parameters.
         data_size: data ranks of the run.
-        expert_rank: which of the stacked experts this rank holds.
+        expert_rank: selects the stacked experts that this rank holds.
     """
 
     def __init__(self, engine: Any, *, data_size: int, expert_rank: int = 0) -> None:
@@ -104,11 +104,11 @@ class OptimizerView:
         self.fragments = list(self._fragments(data_size))
 
     def step(self, fragment: Fragment) -> int:
-        """Optimizer steps that these elements have taken; 0 where there is no state yet."""
+        """Step count of these elements; 0 before the first step."""
         return int(self._optimizer.state.get(fragment.location.flat, {}).get("step", 0))
 
     def value(self, fragment: Fragment, key: str) -> Tensor:
-        """Master weights or a moment, as a view; zeros where there is no state yet."""
+        """Master weights or a moment, as a view; zeros before the first step."""
         location = fragment.location
         state = self._optimizer.state.get(location.flat)
         if key == MASTER:
@@ -118,8 +118,8 @@ class OptimizerView:
         return state[key].view(-1).narrow(0, location.offset, fragment.length)
 
     def init_state(self, flat: Tensor, step: int) -> None:
-        """State of a tensor that has taken `step` steps, with moments of zero to be filled."""
-        # torch counts in a tensor beside the parameter, DeepSpeed's optimizers in an int.
+        """Create the state of a tensor after `step` steps, with zero moments to be filled."""
+        # torch keeps the step count in a tensor, DeepSpeed's optimizers in an int.
         counts_in_tensor = isinstance(self._optimizer, torch.optim.AdamW)
         count = torch.tensor(float(step), device=flat.device) if counts_in_tensor else step
         moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
@@ -133,7 +133,7 @@ class OptimizerView:
                 yield from _cut(self.slices[name], location, is_tied_copy=is_tied_copy)
 
     def _locate(self, parameter: Any, data_size: int) -> ShardLocation | None:
-        """None when other data ranks hold all of the parameter."""
+        """Locate this rank's elements; None if other data ranks hold all of the parameter."""
         if _is_stage_3(self._wrapper):
             return _locate_stage_3(self._wrapper, parameter)
         elements = parameter.detach().view(-1)
@@ -163,7 +163,7 @@ def _locate_stage_3(zero: Any, parameter: Any) -> ShardLocation | None:
 def _cut(
     slices: list[ParamSlice], location: ShardLocation, *, is_tied_copy: bool
 ) -> Iterator[Fragment]:
-    """Elements of a parameter as elements of its parts."""
+    """Split the elements of a parameter into fragments of its slices."""
     for each in slices:
         low = max(location.start, each.first)
         length = (
@@ -182,11 +182,11 @@ def _cut(
 
 
 def publish_weights(engine: Any) -> None:
-    """Collective: hand what each data rank has written to its fragments to the other ones."""
+    """Broadcast what each data rank has written to its fragments (collective)."""
     zero = engine.optimizer
     if _is_stage_3(zero):
-        # Drops what is gathered; the next forward gathers what it needs. The epilogue that belongs
-        # to this call gathers small parameters at once, and a backward then finds some of them
+        # Releases gathered parameters; the next forward gathers what it needs. The matching
+        # epilogue would gather small parameters at once, and a backward then finds some of them
         # empty (DeepSpeed 0.19.8).
         zero.checkpoint_event_prologue()
     elif hasattr(zero, "update_lp_params"):
@@ -198,6 +198,6 @@ def _is_stage_3(optimizer: Any) -> bool:
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of this stage that an optimizer updates, by the names of checkpoints."""
+    """Trainable parameters of this stage, by their names in checkpoints."""
     names = canonical_names(module.specs)  # type: ignore[arg-type]
     return {names.get(n, n): p for n, p in module.named_parameters() if p.requires_grad}

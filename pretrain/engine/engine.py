@@ -42,10 +42,10 @@ from pretrain.engine.train_spec import TrainSpec
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step measured: means over all its samples, and the norm before clipping.
+    """Result of one optimizer step: means over all its samples, and the norm before clipping.
 
-    Tensors stay on the device until someone reads them. `applied`: the loss and the norm are
-    finite, or else nothing has changed; the same on all ranks.
+    Tensors stay on the device until they are read. `applied`: the same on all ranks; False if the
+    loss or the norm is not finite, and then nothing has changed.
     """
 
     loss: Tensor
@@ -87,7 +87,7 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self) -> list[Weight]:
-        """What this rank's checkpoint file of weights holds; loading them is collective."""
+        """The weights of this rank's checkpoint file; loading them is collective."""
 
     def optimizer_shard(self) -> OptimizerShard:
         """Masters, moments and step counts that this rank updates; not collective."""
@@ -100,7 +100,7 @@ class Engine(ABC):
     def restore(self, checkpoint: Checkpoint, *, samples: int, ranks: RankGroup) -> None:
         """Restore weights, optimizer state and step counts (collective over `ranks`).
 
-        `samples`: of all ranks that the run had taken.
+        `samples`: taken by the run so far, over all ranks.
 
         Raises:
             CheckpointError, AgreedError: the checkpoint does not fit the model.
@@ -114,12 +114,12 @@ class Engine(ABC):
         engine.global_steps, engine.global_samples = checkpoint.step, samples
 
     def uncount_step(self) -> None:
-        """Take one step back in DeepSpeed's counts, after a step was taken twice."""
+        """Decrement DeepSpeed's step counts, after a step was rerun."""
         self._deepspeed.global_steps -= 1
         self._deepspeed.global_samples -= self._deepspeed.train_batch_size()
 
     def _finish_step(self, *, applied: bool) -> None:
-        """Let layers learn from a step; of one that is left out nothing may stay behind."""
+        """Update layer states after a step; a skipped step must leave no trace."""
         if applied:
             update_layer_states(self.module, ctx=self.ctx)
         else:
@@ -134,12 +134,12 @@ class PlainEngine(Engine):
         super().__init__(deepspeed_engine, spec)
         needs_reduction = hasattr(deepspeed_engine.optimizer, "reduce_gradients")
         if self.ctx.data.size == 1 and spec.ds_config.zero_stage <= 1 and not needs_reduction:
-            # ZeRO-0, and ZeRO-1 in bf16: with no other data rank DeepSpeed would still copy all
-            # gradients to a buffer and back. Elsewhere the call also partitions them.
+            # ZeRO-0, and ZeRO-1 in bf16: with one data rank DeepSpeed would still copy all
+            # gradients to a buffer and back. In other cases the call also partitions them.
             deepspeed_engine.enable_backward_allreduce = False
 
     def set_sequence_length(self, length: int) -> None:
-        """Nothing is kept that has the length of a sequence."""
+        """Do nothing: no buffer depends on the sequence length."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -163,7 +163,7 @@ class PlainEngine(Engine):
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
                 norm = clip_gradients(self.module, self.spec.config.training.grad_clip, self.ctx)
-                # As DeepSpeed's own optimizers do, it waits for the device.
+                # Synchronises with the device, as DeepSpeed's own optimizers do.
                 applied = bool(norm.isfinite())
             with contextlib.nullcontext() if applied else without_update(engine.optimizer):
                 engine.step()
@@ -200,7 +200,7 @@ class StageEngine(Engine):
         self.sequence_length = spec.config.data.sequence_length
 
     def set_sequence_length(self, length: int) -> None:
-        """Another wire, and new receive buffers: DeepSpeed keeps those of the first micro-batch."""
+        """Replace the wire and the receive buffers, which DeepSpeed keeps from the first batch."""
         if length != self.sequence_length:
             stage: Any = self.module
             stage.wire = Wire(self.spec.schema(self.ctx, seq_length=length))
@@ -229,7 +229,7 @@ class StageEngine(Engine):
             mean = self._deepspeed.eval_batch(
                 self._pairs(iter(batches)), num_micro_batches=num_batches
             )
-        # The engine averages over micro-batches and data ranks what `score` gave as sums.
+        # The engine averages the sums of `score` over micro-batches and data ranks.
         return mean.item() * num_batches * self.ctx.data.size
 
     def weights(self) -> list[Weight]:
@@ -239,7 +239,7 @@ class StageEngine(Engine):
     def _pairs(
         self, batches: Iterator[Batch], num_scored: Tensor | None = None
     ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """(inputs, targets) as PipelineEngine pulls them, on the first and the last stage only."""
+        """(inputs, targets) pairs, which PipelineEngine pulls on its first and last stage only."""
         for batch in batches:
             pair = TokenInputs(batch.tokens, batch.segment_ids), Targets(batch.labels, num_scored)
             inputs, targets = (tuple(x for x in each if x is not None) for each in pair)
@@ -259,13 +259,13 @@ def _set_accumulation(engine: Any, number: int) -> None:
     """Let DeepSpeed accumulate over `number` micro-batches from the next step on."""
     micro_batch, data_size = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
     engine.set_train_batch_size(number * micro_batch * data_size)
-    # The plain engine takes a step where its count of micro-batches is a multiple of their number
-    # (0.19.8, is_gradient_accumulation_boundary): that count is of steps of the former size.
+    # The plain engine steps when its micro-batch count is a multiple of their number (0.19.8,
+    # is_gradient_accumulation_boundary); the count so far is of steps of the previous size.
     engine.micro_steps = 0
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    """A parameter that ZeRO-3 has partitioned, whole (collective over data ranks)."""
+    """Gather a parameter partitioned by ZeRO-3 (collective over data ranks)."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):

@@ -1,4 +1,4 @@
-"""Begin training with the weights of a checkpoint of any layout, such as a converted model."""
+"""Initial weights from a checkpoint of any layout, such as a converted model."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 class InitialWeights:
-    """Fills one layer after the other with this rank's slices of stored weights.
+    """Fills layer after layer with this rank's slices of stored weights.
 
-    Optimizer, step and data position start anew: that is what distinguishes it from resuming.
+    Unlike resuming, optimizer, step and data position start afresh.
     """
 
     def __init__(self, path: Path, table: Table, ctx: ParallelContext) -> None:
@@ -69,7 +69,7 @@ def initial_weights(
     """The weights that `training.init_from` names; None without it (collective).
 
     Raises:
-        CheckpointError: there are none, they are damaged, or they are of another model.
+        CheckpointError: the weights are missing, damaged, or of another model.
     """
     if config.training.init_from is None:
         return None
@@ -98,7 +98,7 @@ def _check(path: Path, config: RunConfig, table: Table) -> None:
 
 
 def _check_function(path: Path, config: RunConfig, stored: StoredModel) -> None:
-    """Weights are a model only together with the settings that they were trained with."""
+    """Refuse settings that make another function of the weights, unless they are declared."""
     theirs, ours = stored.config.function(), config.model.function()
     differing = {
         f"model.{name}": f"{show(theirs.get(name))} there, {show(ours.get(name))} here"
@@ -131,16 +131,16 @@ def _check_function(path: Path, config: RunConfig, stored: StoredModel) -> None:
 
 
 def _tokenizers(path: Path, config: RunConfig, stored: StoredModel) -> str | None:
-    """How the tokenizer of the weights and that of the data differ; None where they do not, or
-    one of the two is not known."""
+    """Describe how the tokenizers of the weights and of the data differ; None if they agree or
+    one of them is unknown."""
     ours = corpus_tokenizer(config.data)
     theirs = load_manifest(find_manifest(path)).fingerprints.get(TOKENIZER)
     if theirs is None and stored.tokenizer is not None:
         theirs = _fingerprint(stored)
     if theirs is None and stored.tokenizer is not None and ours is not None:
         logger.warning(
-            "training.init_from=%s: its tokenizer %s is not there any more, so that it cannot be "
-            "compared with that of the data",
+            "training.init_from=%s: its tokenizer %s no longer exists, so it cannot be compared "
+            "with that of the data",
             path,
             stored.tokenizer,
         )
@@ -150,7 +150,7 @@ def _tokenizers(path: Path, config: RunConfig, stored: StoredModel) -> str | Non
 
 
 def _fingerprint(stored: StoredModel) -> str | None:
-    """Of the tokenizer that lies where it did, or beside weights that were moved with it."""
+    """Fingerprint of the tokenizer at its recorded path, or beside weights that were moved."""
     assert stored.tokenizer is not None
     for spec in (stored.tokenizer, str(stored.weights.parent / "tokenizer")):
         with contextlib.suppress(ValueError, OSError):

@@ -1,4 +1,4 @@
-"""What the output of a model is compared with, the same however a global batch is cut."""
+"""Targets of the loss, independent of how a global batch is split into micro-batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parallel.context import ParallelContext
 
 
 class Targets(NamedTuple):
-    """What an output is compared with.
+    """Targets of the loss.
 
     `labels`: int64 [b, s], -100 = not scored. `num_scored`: scalar, see `ModelFamily.loss`.
     """
@@ -27,10 +27,10 @@ class Targets(NamedTuple):
 def count_scored(
     batches: Iterator[Batch], num_batches: int, ctx: ParallelContext
 ) -> tuple[Iterator[Batch], Tensor]:
-    """The next `num_batches`, and how many tokens each of all data ranks' scores on average.
+    """The next `num_batches` batches, and their mean number of scored tokens over all data ranks.
 
-    Counted on the host before they are moved, summed over data ranks on the device: nobody waits
-    for it. Collective over data ranks.
+    Counted on the host before the transfer and summed over data ranks on the device, without a
+    synchronisation. Collective over data ranks.
     """
     step = list(itertools.islice(batches, num_batches))
     own = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in step)

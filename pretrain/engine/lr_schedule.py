@@ -30,7 +30,7 @@ def multiplier(
 ) -> float:
     """The factor on the peak learning rate.
 
-    * warmup: step / warmup_steps, so that the first step moves and the last one has the peak.
+    * warmup: step / warmup_steps: positive at the first step, the peak at the last.
     * cosine: min + (1 - min) (1 + cos(pi p)) / 2, p going from 0 at the end of the warmup to 1.
     * wsd: 1, then over the last `decay_steps` linearly down to min (Hu et al. 2024, section 4).
     * constant: 1.

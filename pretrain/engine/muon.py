@@ -1,8 +1,8 @@
-"""DeepSpeed's Muon on a CPU: its kernels as they are written, for all matrices of a shape at once.
+"""DeepSpeed's Muon on a CPU: its kernels uncompiled, and batched over matrices of one shape.
 
-DeepSpeed (0.19.8, runtime/zero/muon) compiles the kernels for every shape, which takes a C++
-compiler minutes before the first step, and calls them once for every matrix. On a CPU they are
-matrix products, most of them small: a batch of them takes half the time.
+DeepSpeed (0.19.8, runtime/zero/muon) compiles its kernels for every shape, which takes a C++
+compiler minutes before the first step, and calls them once per matrix. On a CPU they are mostly
+small matrix products: batching them halves the time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class BatchedMuon(MuonWithAuxAdam):
     """`W <- (1 - lr decay) W - lr sqrt(max(1, rows / columns)) orthogonalised(momentum)`.
 
     Groups, state and result (up to rounding) are those of MuonWithAuxAdam. Parameters without a
-    gradient stay as they are: a step whose gradients were dropped changes nothing.
+    gradient are not updated: a step whose gradients were dropped changes nothing.
     """
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class BatchedMuon(MuonWithAuxAdam):
 
 
 def disable_kernel_compilation() -> None:
-    """Let the engines too, which call the kernels on their own under ZeRO, run them as written."""
+    """Run the kernels uncompiled also where DeepSpeed's engines call them, under ZeRO."""
     compiled = original_muon.muon_update
     if compiled.__module__ == __name__:
         return
@@ -72,7 +72,7 @@ def disable_kernel_compilation() -> None:
         with torch.compiler.set_stance("force_eager"):
             return compiled(*args, **kwargs)
 
-    original_muon.muon_update = muon_update  # they import it where they call it
+    original_muon.muon_update = muon_update  # the engines import it at the call
 
 
 def _by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:

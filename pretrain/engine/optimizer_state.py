@@ -1,4 +1,4 @@
-"""Saving and restoring weights' masters, moments and step counts, at the same or another layout."""
+"""Saving and restoring of masters, moments and step counts, at the same or another layout."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from pretrain.engine.partitions import local_shard
 
 
 def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
-    """The elements that this rank updates, to be loaded one by one; not collective.
+    """The elements that this rank updates, loaded one by one; not collective.
 
-    What several ranks hold alike is written by one of them.
+    Replicas are written by one of the ranks that hold them.
     """
     live = OptimizerView(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
     ranges: dict[str, dict[str, Any]] = {}
@@ -63,7 +63,7 @@ def _weight(location: ShardLocation) -> Tensor:
 
 
 def _is_writer(fragment: Fragment, index: int, ctx: ParallelContext) -> bool:
-    """One rank writes what tensor ranks, data ranks (ZeRO-0) or pipeline stages hold alike."""
+    """Whether this rank writes elements replicated over tensor, data (ZeRO-0) or stage ranks."""
     if fragment.is_tied_copy or (fragment.sharding.dim is None and ctx.tensor.rank > 0):
         return False
     copies = fragment.location.copies
@@ -90,7 +90,7 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
     Not collective; `publish_weights` follows once every rank has succeeded.
 
     Raises:
-        CheckpointError: a parameter, or an element of one, that is missing or of another shape.
+        CheckpointError: a parameter is missing, incomplete or of another shape.
     """
     live = OptimizerView(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
     stored = StoredOptimizer(directory / FOLDER)
@@ -113,7 +113,7 @@ def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContex
 
 
 def _check_slice(each: ParamSlice, stored: StoredOptimizer) -> None:
-    """Compare what the model declares with what the checkpoint holds."""
+    """Compare the declared shape and sharding with those in the checkpoint."""
     name, sharding, found = each.name, each.sharding, stored.parameter(each.name)
     shape = list(each.shape)
     if sharding.dim is not None:
@@ -127,7 +127,7 @@ def _check_slice(each: ParamSlice, stored: StoredOptimizer) -> None:
 
 
 def _init_states(live: OptimizerView, stored: StoredOptimizer) -> None:
-    """One step count per tensor that the optimizer steps, on which its parameters must agree."""
+    """Create the optimizer states; parameters in one flat tensor must share a step count."""
     counts: dict[Tensor, tuple[str, int]] = {}  # a tensor is hashed by its identity
     for fragment in live.fragments:
         for step in stored.steps(fragment.name):
@@ -143,7 +143,7 @@ def _init_states(live: OptimizerView, stored: StoredOptimizer) -> None:
 
 
 def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
-    """Buffers and frozen parameters, which no optimizer knows, from the weights."""
+    """Restore buffers and frozen parameters, which no optimizer holds, from the weights."""
     names = canonical_names(module.specs)  # type: ignore[arg-type]
     frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
     tensors = {**persistent_buffers(module), **frozen}

@@ -1,4 +1,4 @@
-"""Optimizers by name, and the gradient norm where DeepSpeed gives none."""
+"""Optimizers by name, and gradient clipping where DeepSpeed does none."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
     """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm.
 
     `norm^2 = sum over tensor ranks of sharded parameters + replicated parameters once`. With
-    `max_norm = 0` gradients stay as they are. Used where DeepSpeed wraps no optimizer (ZeRO-0 in
+    `max_norm = 0` gradients are not scaled. Used where DeepSpeed wraps no optimizer (ZeRO-0 in
     fp32), because its engine then reports no norm.
     """
     sharded: list[Tensor] = []
@@ -64,15 +64,15 @@ def clip_gradients(module: nn.Module, max_norm: float, ctx: ParallelContext) -> 
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
-    """`loss`, with a gradient that is NaN where the loss is not finite, and unchanged elsewhere."""
+    """Give `loss` a NaN gradient if it is not finite; value and gradient unchanged otherwise."""
     return loss * (1 + 0 * loss.detach())
 
 
 @contextmanager
 def without_update(optimizer: Any) -> Iterator[None]:
-    """In here an optimizer that DeepSpeed does not wrap takes its step without doing anything.
+    """Context in which the step of an optimizer that DeepSpeed does not wrap is a no-op.
 
-    Gradients of None would not do: Muon takes them for zeros, steps on and decays the weights.
+    Setting gradients to None is not enough: Muon treats them as zeros and decays the weights.
     """
     optimizer.step = lambda *args, **kwargs: None
     try:
@@ -82,7 +82,7 @@ def without_update(optimizer: Any) -> Iterator[None]:
 
 
 def drop_averaged_gradients(optimizer: Any) -> None:
-    """Drop what DeepSpeed has summed in a step that it left out.
+    """Drop the gradient sums of a step that DeepSpeed skipped.
 
     With `offload_optimizer`, ZeRO-1 and 2 in bf16 keep those sums and add the next step's to them
     (0.19.8, zero/stage_1_and_2.py, `step`): one NaN would make every later step NaN.
@@ -94,11 +94,11 @@ def drop_averaged_gradients(optimizer: Any) -> None:
 def fuse_group_norms(optimizer: Any) -> None:
     """Let ZeRO-1 in fp32 compute the norm of all parameter groups together, under a pipeline.
 
-    DeepSpeed (0.19.8, zero/stage_1_and_2.py, `scaled_global_norm`) adds up over stages group by
-    group: where a stage has more groups than another, as with the multiplier of a layer that only
-    one of them has, the run stands still.
+    DeepSpeed (0.19.8, zero/stage_1_and_2.py, `scaled_global_norm`) reduces over stages group by
+    group: if one stage has more groups than another, for example through the learning-rate
+    multiplier of a layer that only one of them has, the run hangs.
     """
-    if not hasattr(optimizer, "get_grad_norm_direct"):  # BF16_Optimizer does it right
+    if not hasattr(optimizer, "get_grad_norm_direct"):  # BF16_Optimizer is not affected
         return
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
@@ -108,7 +108,7 @@ def fuse_group_norms(optimizer: Any) -> None:
             return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
         pairs: list[tuple[Tensor, nn.Parameter]] = []
         for i in groups:
-            # After the gradients of its parameters a group may have padding, marked or not.
+            # The gradients of a group may be followed by padding, marked or not.
             real = (g for g in optimizer.averaged_gradients[i] if not hasattr(g, "_zero_padding"))
             pairs += zip(real, optimizer.params_in_partition[i], strict=False)
         gradients, parameters = [g for g, _ in pairs], [p for _, p in pairs]
@@ -119,11 +119,11 @@ def fuse_group_norms(optimizer: Any) -> None:
 
 @contextmanager
 def patched_muon_check() -> Iterator[None]:
-    """Engines that are made in here run Muon in bf16 in pipelines and on stacked matrices, too.
+    """Context in which new engines accept Muon in bf16 under pipelines and on stacked matrices.
 
-    BF16_Optimizer (DeepSpeed 0.19.8) refuses both when it is made, although what it computes with
-    takes the last two dimensions for the matrix, all before for a batch, and the norm from all
-    stages. So it meets Muon only afterwards.
+    The constructor of BF16_Optimizer (DeepSpeed 0.19.8) refuses both, although its kernels take the
+    last two dimensions as the matrix and the others as a batch, and its norm covers all stages. So
+    the optimizer's class is hidden from the constructor.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -174,7 +174,7 @@ def _transformer_engine_adam(groups: list[dict[str, Any]], common: dict[str, Any
 
 
 def _apex_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:
-    # A web toolkit is called apex on PyPI; NVIDIA's is told by what it contains.
+    # apex on PyPI is a web toolkit; NVIDIA's is recognised by its modules.
     return _from("apex.optimizers", "FusedAdam", "apex_adam")(groups, **common, adam_w_mode=True)
 
 
@@ -210,7 +210,7 @@ def _muon(
     config: TrainingConfig,
     ctx: ParallelContext,
 ) -> torch.optim.Optimizer:
-    """Muon for matrices, each expert's by itself, and AdamW for everything else.
+    """Muon for matrices, each expert separately, and AdamW for everything else.
 
     Every matrix is whole on its rank (RunConfig refuses muon with parallel.tensor > 1):
     orthogonalising a shard is another algorithm.

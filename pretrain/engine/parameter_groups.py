@@ -1,8 +1,8 @@
-"""What training does with each parameter: its optimizer, weight decay and learning rate.
+"""Parameter groups: optimizer, weight decay and learning rate of each parameter.
 
-Decided by two things alone, which are the same on every rank and at every layout: the name that
-checkpoints know a parameter by, and the role that it declares where it is created. The copies of a
-tied matrix on several pipeline stages therefore train alike.
+They depend only on the parameter's name in checkpoints and the role it declares where it is
+created, which are the same on every rank and at every layout. The copies of a tied matrix on
+several pipeline stages therefore train alike.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pretrain.config import TrainingConfig
 from pretrain.engine.deepspeed_moe import is_shared_by_expert_ranks
 from pretrain.errors import ConfigError
 
-_MAX_LISTED = 8  # so many kinds of parameters of a group are printed
+_MAX_LISTED = 8  # kinds of parameters printed per group
 
 
 class Treatment(NamedTuple):
-    """How a parameter is trained. Muon orthogonalises; everything else is AdamW."""
+    """Optimizer, decay and learning-rate factor of a parameter."""
 
     optimizer: Literal["adamw", "muon"]
     weight_decay: float
@@ -34,10 +34,11 @@ def treatment_of(name: str, parameter: nn.Parameter, training: TrainingConfig) -
     """The treatment of a parameter, by its canonical name and its role.
 
     A learning-rate multiplier applies to every parameter whose name contains its key; the longest
-    matching key wins. Vectors do not decay. Under `training.optimizer=muon` matrices are Muon's.
+    matching key wins. Vectors do not decay. Under `training.optimizer=muon` matrices are
+    trained by Muon, everything else by AdamW.
 
     Raises:
-        ValueError: the parameter declares nothing.
+        ValueError: the parameter declares no role.
     """
     role = role_of(name, parameter)
     multipliers = training.lr_multipliers
@@ -52,13 +53,13 @@ def treatment_of(name: str, parameter: nn.Parameter, training: TrainingConfig) -
 def parameter_groups(
     module: nn.Module, training: TrainingConfig, *, expert_group: str = ""
 ) -> list[dict[str, Any]]:
-    """Parameters of `module` that are trained, in groups of equal treatment and a fixed order.
+    """Trainable parameters of `module`, in groups of equal treatment and in a fixed order.
 
-    Parameters that expert ranks share have groups of their own, with the marks that DeepSpeed looks
-    for and `expert_group` as their name.
+    Expert-parallel parameters have groups of their own, with the keys that DeepSpeed looks for and
+    `expert_group` as their name.
 
     Args:
-        module: has `specs`, the layers that say which parameters are tied.
+        module: has `specs`, the layers that declare tied parameters.
     """
     names = canonical_names(module.specs)  # type: ignore[arg-type]
     groups: dict[tuple[bool, Treatment], list[nn.Parameter]] = {}
@@ -76,7 +77,7 @@ def parameter_groups(
 
 
 def check_multipliers(model: nn.Module, lr_multipliers: Mapping[str, float]) -> None:
-    """Refuse a multiplier that would have no effect. `model`: the whole one, with its `specs`.
+    """Refuse a multiplier that would have no effect. `model`: the whole model, with its `specs`.
 
     Raises:
         ConfigError: a key matches no parameter.
@@ -99,9 +100,9 @@ def check_multipliers(model: nn.Module, lr_multipliers: Mapping[str, float]) -> 
 
 
 def describe_groups(model: nn.Module, training: TrainingConfig) -> str:
-    """A line for each group: its treatment, and what is in it, layers of equal names once.
+    """One line per group: its treatment and its parameters, listed once for all layers.
 
-    `model`: the whole one on the meta device.
+    `model`: the whole model on the meta device.
     """
     groups: dict[Treatment, dict[str, int]] = {}
     for name, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
-"""What a rank holds of a parameter that ZeRO-3 has partitioned, without the padding.
+"""This rank's shard of a parameter partitioned by ZeRO-3, without padding.
 
 DeepSpeed (0.19.8, zero/partition_parameters.py) cuts a flattened parameter into equal partitions.
-Where the number of ranks does not divide it, the last ones end in padding: memory that nobody
-writes. It is no part of the model, so nothing may look at it, and `clear_padding` makes it zero.
+If the number of ranks does not divide it, the last ones end in padding: uninitialised memory that
+is no part of the model. Nothing may read it, and `clear_padding` zeroes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class LocalShard(NamedTuple):
-    """Elements of a parameter from element `start` of the flattened whole on, as a view."""
+    """Elements of a flattened parameter from `start` on, as a view."""
 
     start: int
     elements: Tensor
@@ -27,7 +27,7 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """What this rank holds of a parameter: all of it, or its partition under ZeRO-3."""
+    """This rank's elements of a parameter: all of them, or its partition under ZeRO-3."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
         return LocalShard(0, parameter.detach().view(-1))

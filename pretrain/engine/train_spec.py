@@ -1,4 +1,4 @@
-"""What a run computes: model, objective, layout; and the check that it can."""
+"""Specification of training: model, objective and layout, and their checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Z_LOSS = "z_loss"
 
 
 class TrainSpec(NamedTuple):
-    """What every part of an engine needs to know of its run."""
+    """Settings, model family and layout shared by every part of an engine."""
 
     config: RunConfig
     ds_config: DeepSpeedSettings
@@ -59,7 +59,7 @@ class TrainSpec(NamedTuple):
         )
 
     def objective(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What training minimises, and the terms it reports.
+        """The loss that training minimises, and the terms that it reports.
 
         `targets`: Targets, or the tuple of its fields that PipelineEngine makes of it.
         """
@@ -74,13 +74,13 @@ class TrainSpec(NamedTuple):
         return propagate_nonfinite(total), terms
 
     def _z_loss(self, logits: Tensor, labels: Tensor, num_scored: Tensor | None) -> Tensor:
-        """Mean of `(log Z)^2` over scored tokens, which are counted as those of lm_loss are."""
+        """Mean of `(log Z)^2` over scored tokens, counted as for lm_loss."""
         if num_scored is None:
             num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
         return vocab_parallel_z_losses(logits, labels, ctx=self.ctx).sum() / num_scored
 
     def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What evaluation sums: the losses of the scored tokens, in nats."""
+        """Sum of the losses of the scored tokens, in nats, for evaluation."""
         losses = self.family.token_losses(output, targets[0], ctx=self.ctx)
         zero = torch.zeros((), device=losses.device)
         return losses.sum(), dict.fromkeys(self.loss_names, zero)
@@ -90,7 +90,7 @@ def build_precision(config: RunConfig) -> Precision:
     """The precision of the run.
 
     Raises:
-        ConfigError: FP8 without what it needs on this machine.
+        ConfigError: FP8 is not available on this machine.
     """
     try:
         return Precision(config.training.precision, config.training.fp8_recipe)
@@ -101,7 +101,7 @@ def build_precision(config: RunConfig) -> Precision:
 def build_context(
     config: RunConfig, *, precision: Precision, device: torch.device
 ) -> ParallelContext:
-    """Lay the initialised process group out as the run says (collective)."""
+    """Build the parallel layout of the run over the initialised process group (collective)."""
     return ParallelContext.from_world(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
@@ -113,7 +113,7 @@ def build_context(
 
 
 def check_model(spec: TrainSpec) -> SequentialModel:
-    """Run the layers on the meta device, so that wrong shapes and names cost no memory.
+    """Run the layers on the meta device, to find wrong shapes and names without memory.
 
     Returns the whole model on that device.
 

@@ -1,4 +1,4 @@
-"""What is measured in a run: speed, memory, and the records that go to the writers."""
+"""Measurements of a run: throughput, memory, and the records for the writers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Record = dict[str, float]
 
 
 class Rate(NamedTuple):
-    """Training speed of all ranks together.
+    """Training throughput of all ranks together.
 
     `mfu`: model FLOP/s over the peak of all devices, None where the peak is unknown.
     """
@@ -23,10 +23,10 @@ class Rate(NamedTuple):
 
 
 class Throughput:
-    """Measures training speed between two log lines.
+    """Measures training throughput between two log lines.
 
-    The first step compiles, allocates and warms caches: after it the loop calls `measure` once and
-    that window is not part of any later figure. Evaluation and saving are taken out by `paused`.
+    The first step compiles, allocates and warms caches: after it the loop calls `measure` once, so
+    that no later figure includes it. `paused` excludes evaluation and saving.
 
     Args:
         peak: FLOP/s of all devices together; None: unknown.
@@ -55,9 +55,9 @@ class Throughput:
         self._flops_per_token = flops_per_token
 
     def measure(self, *, step: int, tokens: int) -> Rate:
-        """The speed since the last call, and begin the next window.
+        """Return the throughput since the last call and begin the next window.
 
-        Called again before another step is done, it repeats its answer.
+        Without a new step in between, the previous result is returned again.
         """
         if step == self._step:
             return self._last
@@ -72,7 +72,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block is not training time."""
+        """Exclude the time inside the block."""
         before = self._clock()
         try:
             yield
@@ -92,10 +92,10 @@ def training_record(
     rate: Rate,
     slowest_rank: float | None = None,
 ) -> Record:
-    """A line of metrics.jsonl about one training step.
+    """Build the metrics.jsonl record of a training step.
 
     `tokens` counts those seen so far, `skipped_steps` the steps that were not finite.
-    `slowest_rank`: its own work over the usual one (`pace`), where it is known.
+    `slowest_rank`: ratio of the slowest rank (`Watchdog.slowest_ratio`), where known.
     """
     record: Record = {"step": step, "loss": loss, "lm_loss": terms.get("lm_loss", loss), **terms}
     record |= {
@@ -119,11 +119,11 @@ def training_record(
 def evaluation_record(
     *, step: int, tokens: int, total_nats: float, num_tokens: int, num_bytes: int | None
 ) -> Record:
-    """A line of metrics.jsonl about held-out text.
+    """Build the metrics.jsonl record of an evaluation.
 
     eval_loss = nats / tokens, perplexity = exp(eval_loss), bits_per_byte = nats / (ln 2 bytes):
-    the last compares models of different tokenizers, and is left out where the corpus does not say
-    how many bytes its text had (`num_bytes` is None).
+    the last compares models of different tokenizers, and is omitted if the number of bytes of the
+    corpus's text is unknown (`num_bytes` is None).
     """
     loss = total_nats / num_tokens
     record: Record = {
@@ -138,7 +138,7 @@ def evaluation_record(
 
 
 def peak_memory_gib() -> float | None:
-    """Most CUDA memory that this process has held in tensors, in GiB; None without CUDA."""
+    """Peak CUDA memory in tensors of this process, in GiB; None without CUDA."""
     import torch
 
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None

@@ -1,6 +1,6 @@
-"""Where the records of a run go: metrics.jsonl, a progress line, TensorBoard, Weights & Biases.
+"""Writers of the records of a run: metrics.jsonl, progress line, TensorBoard, Weights & Biases.
 
-Only rank 0 has writers. None of them may stop a run: one that fails is reported once and dropped.
+Only rank 0 has writers. A failing writer is reported once and dropped, and never stops a run.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def build_writers(
     resumed_step: int,
     total_steps: int,
 ) -> Writers:
-    """The writers that the configuration asks for; records after `resumed_step` are forgotten.
+    """The writers that the configuration asks for; records after `resumed_step` are dropped.
 
     Raises:
-        OSError, ImportError: a writer cannot start; better known now than after the first step.
+        OSError, ImportError: a writer cannot start.
     """
     writers: list[Writer] = [
         JsonlWriter(run_dir / METRICS_NAME, resumed_step=resumed_step),
@@ -87,7 +87,7 @@ def build_writers(
 
 
 class JsonlWriter:
-    """One JSON object per line; a number that JSON does not have (NaN, infinity) is null."""
+    """One JSON object per line; NaN and infinity are written as null."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         _drop_after(path, resumed_step)
@@ -103,7 +103,7 @@ class JsonlWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl; a last line that a crash has torn is left out."""
+    """The records of a metrics.jsonl; a last line truncated by a crash is skipped."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -116,7 +116,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`: the run is about to write those that follow again."""
+    """Keep the records up to `step`; the run will write the later ones again."""
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]

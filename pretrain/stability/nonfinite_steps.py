@@ -214,7 +214,8 @@ class SkipNonFinite:
         every = self._ranks.broadcast(self._ranks.gather((origin, text))) or []
         found = [(each.order, each.is_weight, text) for each, text in every if each is not None]
         if not found:
-            return f"no single layer is the origin; the batch:  {self._describe_samples(samples, None)}"
+            where = self._describe_samples(samples, None)
+            return f"no single layer is the origin, the batch is {where}"
         _, is_weight, text = min(found)
         if is_weight:
             raise TrainingError(

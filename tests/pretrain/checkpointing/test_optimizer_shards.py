@@ -123,7 +123,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: (d / "rank_00009.safetensors").write_bytes(
             (d / "rank_00003.safetensors").read_bytes()
         ),
-        r"'w', slice 1: .* missing or doubled before '.*rank_0000[39].safetensors'",
+        r"'w', slice 1: .* missing or duplicate before '.*rank_0000[39].safetensors'",
     ),
     "another cut": (lambda d: change_run(d, 3, num_shards=3), "are not of one checkpoint"),
     "another shape": (lambda d: change_run(d, 3, shape=[2, 3]), "are not of one checkpoint"),
