@@ -160,7 +160,7 @@ class HostBuffers:
         self._is_copying = False
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Copy `tensor` to buffer `name`; complete after `synchronize`, valid until the next copy."""
+        """Copy `tensor` to buffer `name`; complete after `synchronize`, valid until reused."""
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

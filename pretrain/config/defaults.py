@@ -73,9 +73,9 @@ class DefaultsTree:
 
 
 class _Walk:
-    """One pass over the files, with `choices` in place of the options that they name.
+    """One pass over the files, with `choices` replacing the options that they name.
 
-    `replaced`: what `override` entries ask for; of several for one group the outermost counts.
+    `replaced`: options of `override` entries; of several for one group the outermost wins.
     """
 
     def __init__(self, search: SearchPath, choices: Choices) -> None:
@@ -87,12 +87,12 @@ class _Walk:
         self._open: list[Path] = []
 
     def add_file(self, file: Path, *, section: str | None = None, folder: str = "") -> None:
-        """Add a file and what its `defaults` name; `section` is the one that it belongs to."""
+        """Add a file and the files its `defaults` name; `section`: the section it belongs to."""
         if file in self._open:
             raise ConfigError(f"{file}: `defaults` leads back to this file; remove an entry")
         settings = _read(file)
         entries = _entries(settings, file, is_section=section is not None)
-        for entry in entries:  # before those of the files inside: the outermost counts
+        for entry in entries:  # before those of nested files: the outermost wins
             if isinstance(entry, _Choice) and entry.replaces:
                 self.replaced.setdefault(entry.group, entry.option)
         self._open.append(file)
@@ -106,7 +106,7 @@ class _Walk:
         self._open.pop()
 
     def add_option(self, group: str, option: str | None, *, named_by: Path | None = None) -> None:
-        """Add the file of an option, or of the one chosen in its place."""
+        """Add the file of an option, or of the choice that replaces it."""
         self.options[group] = option = self._choices.get(group, option)
         if option is not None:
             section = group if group in RunConfig.model_fields else None
@@ -136,7 +136,7 @@ class _Walk:
 
 
 def _read(file: Path) -> DictConfig:
-    """The settings of a file, with references to others as they stand there."""
+    """Read the settings of a file, with interpolations unresolved."""
     try:
         settings = OmegaConf.load(io.StringIO(read_run_file(file)))
     except ConfigError:
@@ -152,7 +152,7 @@ def _read(file: Path) -> DictConfig:
 
 
 def _entries(settings: DictConfig, file: Path, *, is_section: bool) -> list[str | _Choice]:
-    """Take the `defaults` list out of the settings of a file; in a section it has no choices."""
+    """Pop the `defaults` list of a file; a file of a section may not choose options."""
     listed = settings.pop("defaults", None)
     if listed is None:
         listed = [] if is_section else implied_defaults(settings)
@@ -172,7 +172,7 @@ def _entries(settings: DictConfig, file: Path, *, is_section: bool) -> list[str 
 
 
 def _parse_entry(entry: Any) -> str | _Choice | None:
-    """A name, or what an entry `group: option` says; None for an entry of another form."""
+    """Parse a file name or a `group: option` entry; None for any other form."""
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict) or len(entry) != 1:

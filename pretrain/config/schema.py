@@ -154,8 +154,8 @@ class TrainingConfig(BaseModel):
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = Field(
         default=(),
-        description="Settings of model, such as rope_theta, or data.tokenizer that deliberately differ "
-        "from those of init_from",
+        description="Settings of model, such as rope_theta, or data.tokenizer that deliberately "
+        "differ from those of init_from",
     )
     compile: bool = Field(default=False, description="torch.compile the layers")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, sample order and dropout")

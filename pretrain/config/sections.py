@@ -43,8 +43,8 @@ class WatchdogConfig(BaseModel):
     timeout: float | None = Field(
         default=600.0,
         gt=0,
-        description="Seconds for the rendezvous, and for each part of the start, step, evaluation and "
-        "save, including the first step and its compilation; null: wait for ever",
+        description="Seconds for the rendezvous, and for each part of the start, step, evaluation "
+        "and save, including the first step and its compilation; null: wait for ever",
     )
     slow_ratio: float | None = Field(
         default=2.0,

@@ -26,7 +26,7 @@ _AFTER_WATCHDOG = 30.0  # seconds
 def prepare() -> None:
     """Import DeepSpeed and set the environment of a training process; call it first."""
     prepare_environment()
-    _quiet_imports()
+    _silence_import_warnings()
     import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
 
     prepare_deepspeed()
@@ -99,7 +99,7 @@ def process_groups() -> list[dist.ProcessGroup]:
     return list(distributed_c10d._world.pg_map)
 
 
-def _quiet_imports() -> None:
+def _silence_import_warnings() -> None:
     """Silence import-time warnings of third-party libraries."""
     for module in ("deepspeed", "megatron", "torch.distributed", "torch.utils.cpp_extension"):
         warnings.filterwarnings("ignore", module=rf"{module}.*")

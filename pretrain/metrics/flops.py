@@ -10,7 +10,7 @@ TERA = 1e12
 
 
 def training_flops_per_token(family: ModelFamily, config: Any, seq_length: int) -> float:
-    """FLOPs that one trained token needs: a forward pass and a backward pass of twice the work.
+    """Training FLOPs per token: a forward pass, and a backward pass of twice its cost.
 
     F_train = 3 F_forward, with F_forward counting matrix products only. Recomputed activations are
     not counted: they make a run slower, not the model larger (PaLM, appendix B).
@@ -19,7 +19,7 @@ def training_flops_per_token(family: ModelFamily, config: Any, seq_length: int) 
 
 
 class _Peak(NamedTuple):
-    """Dense TFLOP/s of one device; `fp8` None where there is none."""
+    """Dense TFLOP/s of one device; `fp8`: None without FP8 units."""
 
     bf16: float
     fp8: float | None
@@ -27,7 +27,7 @@ class _Peak(NamedTuple):
 
 
 # torch.cuda.get_device_name() -> NVIDIA's data sheet of that product, without sparsity. fp32 is
-# that of the ordinary cores: torch multiplies float32 without TF32 unless it is told to.
+# that of the CUDA cores: torch multiplies float32 without TF32 by default.
 _PEAKS = {
     "NVIDIA A100-SXM4-40GB": _Peak(312, None, 19.5),
     "NVIDIA A100-SXM4-80GB": _Peak(312, None, 19.5),
@@ -60,7 +60,7 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
 
 
 def device_name() -> str | None:
-    """The CUDA device of this process as its driver calls it; None without one."""
+    """Name of this process's CUDA device as given by the driver; None without one."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -170,7 +170,7 @@ class ProgressLine:
             f"eval loss {record['eval_loss']:.4f}",
             f"perplexity {record['perplexity']:.2f}",
         ]
-        if "bits_per_byte" in record:  # not where the corpus does not say its bytes
+        if "bits_per_byte" in record:  # absent if the corpus does not record its bytes
             parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
         return " | ".join(parts)
 
@@ -194,7 +194,7 @@ def _clock(seconds: float) -> str:
 
 
 class TensorBoardWriter:
-    """Scalars `train/...` and `eval/...`; steps of an earlier attempt are hidden at a resume."""
+    """Scalars `train/...` and `eval/...`; steps of an earlier attempt are purged at a resume."""
 
     def __init__(self, directory: Path, *, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -165,7 +165,9 @@ class Watchdog:
         ):
             cause = self._find_cause()
             if cause is not None:
-                raise LostRankError(cause.message or "", get_flag=cause.message is None) from error
+                raise LostRankError(
+                    cause.message or "", is_reported=cause.message is None
+                ) from error
         elif not isinstance(error, (AgreedError, ConfigError)):
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._record.set_flag_once(_FAILURE, f"rank {self._rank}: {one_line(error)}")

@@ -1,8 +1,8 @@
-"""Replace the other spellings of settings by the settings of the schema, their owners.
+"""Resolution of aliases: other spellings are replaced by the settings of the schema, their owners.
 
-Only owners are in a resolved configuration. The spellings are data: `compat.spellings`, and
-`aliases` of a family's configuration class. What is chosen by name is beside this file: corpora
-(`corpus_catalog`) and the sizes of published models (`model_presets`).
+A resolved configuration contains only owners. The spellings are data: `compat.spellings`, and
+`aliases` of a family's configuration class. Named choices are resolved in `corpus_catalog`
+(corpora) and `model_presets` (sizes of published models).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pretrain.config.compat.spellings import ALIASES, Alias
 from pretrain.config.errors import show
 from pretrain.errors import ConfigError
 
-# Attention always runs in a fused kernel where there is one: the only value is what happens anyway.
+# Attention always uses a fused kernel where there is one, so `true` is the only valid value.
 _ALWAYS_TRUE = ("model.use_flash_attention", "training.use_flash_attention")
-# Keys of lr_multipliers are parts of parameter names, and every name contains the empty text.
+# Keys of lr_multipliers are substrings of parameter names; the empty one matches every name.
 _EVERYTHING_ELSE = "base_model"
 
 
 def resolve_aliases(
     values: Mapping[str, Any], *, given: Collection[str] = frozenset()
 ) -> dict[str, Any]:
-    """The configuration with every alias replaced by its owner.
+    """Replace every alias in a configuration by its owner.
 
     `given`: what the command line sets, dotted; it wins over other spellings of it in a file.
 
@@ -54,7 +54,7 @@ def resolve_aliases(
 
 
 def aliases_of(family: Any) -> dict[str, Alias]:
-    """Every alias, with those of a family; of an unknown family there are none."""
+    """All aliases, including those of the family if it is known."""
     if family not in family_names():
         return ALIASES
     own: Mapping[str, str] = getattr(get_config_class(family), "aliases", {})
@@ -62,7 +62,7 @@ def aliases_of(family: Any) -> dict[str, Alias]:
 
 
 def _resolve_model(values: dict[str, Any], given: Collection[str]) -> None:
-    """Write out aliases of all sections and what the names of models stand for."""
+    """Resolve the aliases of all sections and the names of models."""
     resolve_model_type(values)
     preset = preset_of(values)
     model = values.get("model")
@@ -71,14 +71,14 @@ def _resolve_model(values: dict[str, Any], given: Collection[str]) -> None:
     _drop_overruled(values, aliases, given)
     for name, alias in aliases.items():
         _rename(values, name, alias)
-    if preset:  # after the aliases: a setting under any of its names wins over that of the preset
+    if preset:  # after the aliases: a setting under any name wins over the preset
         values["model"] = preset | values["model"]
 
 
 def _drop_overruled(
     values: dict[str, Any], aliases: Mapping[str, Alias], given: Collection[str]
 ) -> None:
-    """Remove the other spellings of what the command line sets."""
+    """Remove aliases of settings given on the command line."""
     for owner in {alias.owner for alias in aliases.values()}:
         spellings = {owner, *(name for name, alias in aliases.items() if alias.owner == owner)}
         if not spellings.isdisjoint(given):
@@ -117,7 +117,7 @@ def _drop_if_true(values: dict[str, Any], name: str) -> None:
 
 
 def _flatten_optimizer(training: dict[str, Any]) -> None:
-    """`training.optimizer` as a section of numbers stands for settings of `training`."""
+    """Move a `training.optimizer` section to the settings of `training`."""
     section = training.get("optimizer")
     if not isinstance(section, Mapping):
         return
@@ -157,7 +157,7 @@ def _resolve_warmup(training: dict[str, Any]) -> None:
 
 
 def _take(values: dict[str, Any], name: str) -> Any:
-    """Remove a setting and return it; None where it is not given."""
+    """Remove a setting and return it; None if it is not given."""
     section, _, key = name.partition(".")
     settings = values.get(section)
     return settings.pop(key, None) if isinstance(settings, dict) else None

@@ -18,7 +18,7 @@ _CHOICES = ("dataset_name", "dataset_names", "dataset_weights", "mixed")
 
 
 def resolve_corpora(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The `data` section with `train` and `validation` in place of names.
+    """Replace names of corpora in the `data` section by `train` and `validation`.
 
     Raises:
         ConfigError: names and paths are both given, or a name cannot be resolved.
@@ -68,7 +68,7 @@ def _catalogue(corpora: Any) -> dict[str, dict[str, Any]]:
 
 
 def _chosen(data: Mapping[str, Any], known: list[str]) -> tuple[list[str], list[float]]:
-    """Names and weights of the chosen corpora. A run file may hold both: `mixed` says which."""
+    """Names and weights of the chosen corpora; `mixed` selects between both forms."""
     mixed = data.get("mixed", "dataset_names" in data)
     if not isinstance(mixed, bool):
         raise ConfigError(f"data.mixed={show(mixed)} must be true or false; correct it")

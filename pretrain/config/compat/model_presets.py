@@ -1,4 +1,4 @@
-"""Models named by type and by the published model whose sizes they have, or by a checkpoint.
+"""Models named by type and published size, or by a checkpoint.
 
     model_type=dtf model.base_model_name=Qwen/Qwen2.5-0.5B model.num_hidden_layers=6
 
@@ -28,8 +28,10 @@ _NAMES = ("base_model_name", "pretrained_model_name")
 
 
 def implied_defaults(settings: MutableMapping[Any, Any]) -> list[Any]:
-    """The `defaults` list of a file that has none: empty unless the file names a model type, which
-    is taken out of its settings and chosen in place of that of configs/base.yaml."""
+    """The defaults list for a run file with `model_type` and no `defaults`; otherwise empty.
+
+    `model_type` is removed from the settings and overrides that of configs/base.yaml.
+    """
     if "model_type" not in settings:
         return []
     return ["/base", {"override model_type": settings.pop("model_type")}]
@@ -75,7 +77,7 @@ def preset_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_checkpoint(training: Any) -> dict[str, Any]:
-    """The model that `training.init_from` holds."""
+    """The model settings of the checkpoint at `training.init_from`."""
     path = training.get("init_from") if isinstance(training, Mapping) else None
     if not isinstance(path, str):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Other names of our settings, as data: those that are accepted and those that are only recognised.
+"""Other spellings of our settings, as data: accepted ones, and ones recognised only in errors.
 
 A model family has more of its own: `aliases` of its configuration class.
 """
@@ -18,7 +18,7 @@ class Alias(NamedTuple):
 
 _PRECISIONS = {"bf16": "bf16", "fp8": "fp8", "no": "fp32"}
 
-# Accepted: another name of the setting, and it means exactly the same.
+# Accepted: aliases with exactly the same meaning.
 ALIASES = {
     "data.block_size": Alias("data.sequence_length"),
     "data.max_length": Alias("data.sequence_length"),
@@ -35,8 +35,8 @@ ALIASES = {
     "training.num_epochs": Alias("training.max_epochs"),
 }
 
-# Not accepted: what other trainers call a setting. An error about such a key names the setting,
-# which its spelling alone would not lead to.
+# Not accepted: names in other trainers. An error about such a key suggests our setting, which
+# is too different in spelling to be guessed.
 _SYNONYMS = {
     "accumulation_steps": "gradient_accumulation_steps",
     "clip_grad": "grad_clip",
@@ -66,5 +66,5 @@ _KNOWN = _SYNONYMS | {
 
 
 def our_name(name: str) -> str:
-    """Our name of the setting that others call `name`; `name` itself if it is none of theirs."""
+    """Our name for the setting `name` of another trainer; `name` itself if it is unknown."""
     return _KNOWN.get(name, name)
