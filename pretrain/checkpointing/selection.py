@@ -177,10 +177,10 @@ def _checked(directory: Path, manifest: Manifest, identity: RunIdentity) -> Chec
             f"{str(directory)!r} is of another run ({'; '.join(forbidden)}): "
             "choose another run_dir or restore these values"
         )
-    _refuse_other_marks(directory, manifest, identity)
+    _refuse_other_document_tokens(directory, manifest, identity)
     trainer = _read_trainer(directory / TRAINER_NAME)
-    _refuse_another_layout(directory, manifest, identity, any_layout=any_layout)
-    _refuse_a_grown_batch(directory, manifest, identity, trainer)
+    _refuse_other_layout(directory, manifest, identity, any_layout=any_layout)
+    _refuse_unintended_batch(directory, manifest, identity, trainer)
     # Consequences of the number of processes and of DeepSpeed's JSON.
     old, new = manifest.layout, identity.layout
     sizes = {"data ranks": (old.data, new.data), "ZeRO stage": (old.zero_stage, new.zero_stage)}
@@ -196,7 +196,9 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
-def _refuse_other_marks(directory: Path, manifest: Manifest, identity: RunIdentity) -> None:
+def _refuse_other_document_tokens(
+    directory: Path, manifest: Manifest, identity: RunIdentity
+) -> None:
     """Refuse documents that begin or end with other tokens than those the model has learnt."""
     before, now = manifest.text, identity.text
     for what, old, new in (
@@ -222,7 +224,7 @@ def _read_trainer(path: Path) -> dict[str, Any]:
     return trainer
 
 
-def _refuse_another_layout(
+def _refuse_other_layout(
     directory: Path, manifest: Manifest, identity: RunIdentity, *, any_layout: bool
 ) -> None:
     """Refuse a change of layout for DeepSpeed's own files, and a change between the formats."""
@@ -241,7 +243,7 @@ def _refuse_another_layout(
         )
 
 
-def _refuse_a_grown_batch(
+def _refuse_unintended_batch(
     directory: Path, manifest: Manifest, identity: RunIdentity, trainer: dict[str, Any]
 ) -> None:
     """Refuse a batch that changes only through the number of processes: probably unintended."""

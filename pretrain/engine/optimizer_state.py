@@ -159,8 +159,8 @@ def _copy_weight(
 ) -> None:
     sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
     full = reader.full(name)
-    location = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
-    local = split(full, sharding, **location, expert=ctx.expert)
+    shard = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
+    local = split(full, sharding, **shard, expert=ctx.expert)
     if tuple(local.shape) != local_shape(tensor) or local.dtype != tensor.dtype:
         raise CheckpointError(
             f"{str(reader.directory)!r}: {name!r} is {local.dtype} {list(local.shape)}, the model "
