@@ -45,7 +45,7 @@ def cross_entropy_and_entropy(
         losses = vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
         return losses, vocab_parallel_entropy(logits, ctx=ctx)
     labels = labels.transpose(0, 1)
-    both = _ChunkedBoth.apply(logits.flatten(0, 1), labels.flatten())
+    both = _ChunkedCrossEntropyAndEntropy.apply(logits.flatten(0, 1), labels.flatten())
     return both[0].view(labels.shape), both[1].view(labels.shape)
 
 
@@ -143,11 +143,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = _rows_per_chunk(logits)
         normalizers = torch.cat([at_least_fp32(x).logsumexp(dim=-1) for x in logits.split(rows)])
         scored = labels != IGNORED_LABEL
-        targets, here = _own_targets(labels.masked_fill(~scored, 0), logits.shape[-1], layout)
+        targets, here = _local_targets(labels.masked_fill(~scored, 0), logits.shape[-1], layout)
         targets, here = targets.unsqueeze(-1), here & scored
         own = at_least_fp32(logits.gather(-1, targets).squeeze(-1)).masked_fill(~here, 0.0)
         if layout.tensor.size > 1:
-            normalizers, own = _over_all_columns(normalizers, own, layout)
+            normalizers, own = _combine_over_ranks(normalizers, own, layout)
         ctx.save_for_backward(logits, targets, here, scored, normalizers)
         return (normalizers - own).masked_fill(~scored, 0.0)
 
@@ -172,7 +172,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient, None, None
 
 
-def _own_targets(
+def _local_targets(
     labels: Tensor, num_columns: int, layout: ParallelContext
 ) -> tuple[Tensor, Tensor]:
     """The column of every label on this rank, 0 where another rank has it, and whether it is here.
@@ -186,7 +186,7 @@ def _own_targets(
     return columns.masked_fill(~here, 0), here
 
 
-def _over_all_columns(
+def _combine_over_ranks(
     normalizers: Tensor, own: Tensor, layout: ParallelContext
 ) -> tuple[Tensor, Tensor]:
     """The logsumexp of all ranks' columns from those of each, and the sum of `own` over ranks."""
@@ -196,7 +196,7 @@ def _over_all_columns(
     return highest + sums[0].log(), sums[1]
 
 
-class _ChunkedBoth(torch.autograd.Function):
+class _ChunkedCrossEntropyAndEntropy(torch.autograd.Function):
     """`dx_j = p_j (dloss - (log p_j + H) dH) - [j = y] dloss`."""
 
     @staticmethod

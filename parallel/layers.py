@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
 from parallel.precision import fp8_linear, is_fp8_linear
-from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
+from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
 
@@ -86,8 +86,8 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     contexts = [_context_of(linear) for linear in linears]
     ctx = None if None in contexts else contexts[0]
     if ctx is not None:
-        x = enter_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
-    if joined and all(_is_bare(linear) for linear in linears):
+        x = copy_to_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
+    if joined and all(_is_plain_linear(linear) for linear in linears):
         weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
         y = F.linear(x, torch.cat(weights))
         return y.split([len(weight) for weight in weights], dim=-1)
@@ -99,13 +99,13 @@ def project_replicated(x: Tensor, *linears: nn.Module, ctx: ParallelContext) -> 
     """Apply column-parallel layers to an input that every rank holds whole, whatever its length.
 
     For what has no tokens to share under sequence parallelism: memory slots, encoded images.
-    Forward: no collective. Backward: that of `parallel.regions.enter_tensor_region`.
+    Forward: no collective. Backward: that of `parallel.regions.copy_to_tensor_region`.
     """
-    x = enter_tensor_region(x, ctx=ctx)
+    x = copy_to_tensor_region(x, ctx=ctx)
     return tuple(_without_tokens(x, linear) for linear in linears)
 
 
-def project_part(x: Tensor, linear: nn.Module) -> Tensor:
+def project_partial(x: Tensor, linear: nn.Module) -> Tensor:
     """What this rank adds to the product of a row-parallel layer without bias, before the sum.
 
     For what has no tokens, as in `project_replicated`: x [m, b, in/t].
@@ -123,7 +123,7 @@ def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
     return y
 
 
-def _is_bare(linear: nn.Module) -> bool:
+def _is_plain_linear(linear: nn.Module) -> bool:
     """Whether calling a layer means the product with its weight and nothing else.
 
     That is: no hook, no other `forward`, no bias, and no weight that multiplies in a way of its
@@ -169,7 +169,7 @@ class VocabParallelEmbedding(nn.Embedding):
         foreign = (local < 0) | (local >= self.num_embeddings)
         rows = super().forward(local.masked_fill(foreign, 0))
         rows = rows.masked_fill(foreign.unsqueeze(-1), 0.0)
-        return leave_tensor_region(rows, ctx=self.ctx).transpose(0, 1)
+        return reduce_from_tensor_region(rows, ctx=self.ctx).transpose(0, 1)
 
 
 def VocabParallelHead(
@@ -237,7 +237,7 @@ class _RowParallelLinear(_ShardedLinear):
         y = F.linear(x, self.weight)
         if not collectives:
             return y
-        y = leave_tensor_region(y, ctx=self.ctx)
+        y = reduce_from_tensor_region(y, ctx=self.ctx)
         return y if self.bias is None else y + self.bias
 
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from parallel.context import Axis, ParallelContext
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
-from parallel.recompute import once
+from parallel.recompute import replay_decision
 from parallel.regions import (
-    computed_by_all,
-    enter_tensor_region,
+    copy_to_tensor_region,
     gather_sequence,
-    leave_tensor_region,
+    reduce_from_tensor_region,
+    scale_replicated_grad,
 )
 from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
 
@@ -103,11 +103,11 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> MoEOutput:
         """`lengths`: int64 [b], tokens of each row, where what follows them is padding."""
         routing = self.router(x, lengths)
-        x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
-        weights = enter_tensor_region(routing.weights, ctx=self.ctx)
+        x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+        weights = copy_to_tensor_region(routing.weights, ctx=self.ctx)
         y = self._experts_of(x.flatten(0, 1), routing.experts, lengths)
         y = (y * weights.to(y.dtype).unsqueeze(-1)).sum(dim=2)
-        hidden = leave_tensor_region(y, ctx=self.ctx)
+        hidden = reduce_from_tensor_region(y, ctx=self.ctx)
         return MoEOutput(hidden, routing.load_balancing_loss, routing.z_loss)
 
     def _experts_of(self, tokens: Tensor, experts: Tensor, lengths: Tensor | None) -> Tensor:
@@ -120,12 +120,12 @@ class MoELayer(nn.Module):
                 each = [self._capacity(length, top_k) for length in lengths.tolist()]
                 limits = torch.tensor(each, device=lengths.device)
         slots = _assign_slots(experts, num_experts=num_experts, capacity=capacity, limits=limits)
-        sent = _Move.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
+        sent = _GatherRows.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
         if capacity is None:
             computed = _without_capacity(sent, slots.counts, self.experts, self.ctx.expert)
         else:
             computed = _with_capacity(sent, self.experts, self.ctx.expert)
-        returned = _Move.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
+        returned = _GatherRows.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
         return returned.view(*experts.shape, -1)
 
     def _capacity(self, length: int, top_k: int) -> int:
@@ -176,7 +176,7 @@ class TopKRouter(nn.Module):
         logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
         logits = gather_sequence(logits, ctx=self.ctx)
         probabilities = logits.softmax(dim=-1)
-        experts = once(lambda: self._choose(logits.detach()))
+        experts = replay_decision(lambda: self._choose(logits.detach()))
         weights = probabilities.gather(-1, experts)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -189,8 +189,8 @@ class TopKRouter(nn.Module):
         return Routing(
             experts,
             weights,
-            computed_by_all(balance, ctx=self.ctx),
-            computed_by_all(z_loss, ctx=self.ctx),
+            scale_replicated_grad(balance, ctx=self.ctx),
+            scale_replicated_grad(z_loss, ctx=self.ctx),
         )
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
     """The slots [n k, h] to their experts' ranks, and the results back. The host reads counts."""
     if x.is_meta:  # shapes alone are asked for
         return torch.empty_like(x)
-    leaving, arriving = once(lambda: _read_counts(counts, axis))
+    leaving, arriving = replay_decision(lambda: _read_counts(counts, axis))
     if axis.size == 1:
         return experts(x, leaving[0])
     sent, received = ([sum(of_rank) for of_rank in each] for each in (leaving, arriving))
@@ -370,7 +370,7 @@ def _exchange(
     return out
 
 
-class _Move(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Rows `index` of x, zeros for the number past the end.
 
     `inverse` [len(x), r] holds the rows of the result that each row of x went to, so that backward

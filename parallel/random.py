@@ -38,7 +38,9 @@ def initialize(
         if parameter.is_meta:
             continue
         canonical = (names or {}).get(name, f"{prefix}.{name}")
-        drawn = _Drawn(canonical, init_of(canonical, parameter), sharding_of(canonical, parameter))
+        drawn = _InitSpec(
+            canonical, init_of(canonical, parameter), sharding_of(canonical, parameter)
+        )
         with torch.no_grad():
             _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
 
@@ -58,7 +60,7 @@ class _Rows(NamedTuple):
     stop: int
 
 
-class _Drawn(NamedTuple):
+class _InitSpec(NamedTuple):
     """What is drawn for one tensor: the name that seeds it, the distribution, the sharding."""
 
     name: str
@@ -66,7 +68,9 @@ class _Drawn(NamedTuple):
     sharding: Sharding
 
 
-def _fill(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int, expert_rank: int) -> None:
+def _fill(
+    target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int, expert_rank: int
+) -> None:
     """Fill this rank's part; stacked experts one by one, each under its own number."""
     name, init, sharding = drawn
     if sharding.experts is None:
@@ -74,11 +78,11 @@ def _fill(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int, expert_
         return
     dim = None if sharding.dim is None else sharding.dim - 1
     for index, matrix in enumerate(target, start=expert_rank * len(target)):
-        one = _Drawn(f"{name}/{index}", init, Sharding(dim, sharding.full_size))
+        one = _InitSpec(f"{name}/{index}", init, Sharding(dim, sharding.full_size))
         _fill_one(matrix, one, seed=seed, tensor_rank=tensor_rank)
 
 
-def _fill_one(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int) -> None:
+def _fill_one(target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int) -> None:
     name, init, sharding = drawn
     if isinstance(init, Constant):
         target.fill_(init.value)

@@ -3,7 +3,7 @@
 A layer whose activations are recomputed runs its forward pass twice. Arithmetic may be repeated; a
 discrete decision must not be: on a device whose sums depend on timing a near tie could fall the
 other way, and what is counted would be counted twice. So `once` remembers, from the forward pass to
-its repetition, what was decided, and `add_once` counts in the first of them alone.
+its repetition, what was decided, and `count_once` counts in the first of them alone.
 
 In compiled code both are operators that the compiler does not look into: the graph of a layer is
 the same in both passes, decides again, and takes what was decided from the operator.
@@ -46,7 +46,7 @@ def decision_contexts() -> tuple[
     return _on_tape(values, None), _on_tape(values, 0)
 
 
-def once(decide: Callable[[], T]) -> T:
+def replay_decision(decide: Callable[[], T]) -> T:
     """What `decide()` returns; in a repeated forward pass what it returned in the first.
 
     What it returns has no gradient, and is asked for in the same order both times. In compiled code
@@ -61,7 +61,7 @@ def once(decide: Callable[[], T]) -> T:
     return _on_tape_or_new(decide)
 
 
-def add_once(total: Tensor, part: Tensor) -> None:
+def count_once(total: Tensor, part: Tensor) -> None:
     """`total += part`, and in a repeated forward pass nothing; without gradient."""
     add = _counted if torch.compiler.is_compiling() else _count
     add(total, part)

@@ -23,7 +23,7 @@ from torch import Tensor
 from parallel.context import ParallelContext
 
 
-def own_length(seq_length: int, *, ctx: ParallelContext) -> int:
+def local_seq_len(seq_length: int, *, ctx: ParallelContext) -> int:
     """How many of the tokens of a sequence this rank has between layers.
 
     Raises:
@@ -49,14 +49,14 @@ def gather_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return megatron.gather_from_sequence_region(x.contiguous(), group=ctx.tensor.group)
 
 
-def own_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+def local_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """The tokens [s/t, ...] of this rank out of [s, ...]; a view, with a partial gradient."""
     if not ctx.sequence_parallel:
         return x
     return x.chunk(ctx.tensor.size)[ctx.tensor.rank]
 
 
-def enter_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+def copy_to_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """A whole tensor on its way into what this rank alone computes (its heads, its columns).
 
     Forward: the same tensor. Backward: an all-reduce, since every rank contributes a part; none
@@ -69,7 +69,7 @@ def enter_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return megatron.copy_to_tensor_region(x, group=ctx.tensor.group)
 
 
-def leave_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+def reduce_from_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Parts [s, ...] that each rank computed, summed: whole, or [s/t, ...] of own tokens.
 
     Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an all-gather.
@@ -98,16 +98,16 @@ def sum_over_sequence_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return sum_over_tensor_ranks(x, ctx=ctx) if ctx.sequence_parallel else x
 
 
-def computed_by_all(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+def scale_replicated_grad(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """A value that every tensor rank computes alike from whole tensors, such as a loss term.
 
     Under sequence parallelism the gradients of whole tensors are summed over ranks, so each rank
     sends back 1/t of it.
     """
-    return _Share.apply(x, ctx.tensor.size) if ctx.sequence_parallel else x
+    return _ScaleGrad.apply(x, ctx.tensor.size) if ctx.sequence_parallel else x
 
 
-class _Share(torch.autograd.Function):
+class _ScaleGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.size = size

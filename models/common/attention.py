@@ -32,7 +32,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=_is_grouped(q, k))
 
 
-def continued_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the last s positions over all T: q [b, n, s, d], k and v [b, g, T, d]."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries == num_keys:
@@ -110,7 +110,7 @@ def windowed_attention(
     """
     num_queries, earlier = q.shape[2], k.shape[2] - q.shape[2]
     if k.shape[2] <= window and positions is None:
-        return continued_attention(q, k, v)
+        return cached_attention(q, k, v)
     if num_queries == 1:
         k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=_is_grouped(q, k))
@@ -151,7 +151,7 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
     return q.shape[1] != k.shape[1]
 
 
-class Gathered(NamedTuple):
+class GatheredTokens(NamedTuple):
     """Where tokens come from that are computed without those between them.
 
     `positions`: int32 [b, s], what their queries and keys are turned by. `attend(q, k, v)`: what
@@ -233,7 +233,7 @@ class CausalSelfAttention(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        gathered: Gathered | None = None,
+        gathered: GatheredTokens | None = None,
     ) -> Tensor:
         """`positions` [b, s] where documents are packed; `cache` where x continues a sequence;
         `gathered`, alone, where x are tokens out of a sequence."""
@@ -252,7 +252,7 @@ class CausalSelfAttention(nn.Module):
         if gathered is not None:
             mixed = gathered.attend(q, k, v)
         elif cache is not None:
-            mixed = continued_attention(q, *cache.append(k, v))
+            mixed = cached_attention(q, *cache.append(k, v))
         elif positions is not None:
             mixed = packed_attention(q, k, v, positions)
         else:

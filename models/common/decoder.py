@@ -25,7 +25,7 @@ from models.common.rope import RotaryTable, positions_in_segments
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
-from parallel.regions import own_length
+from parallel.regions import local_seq_len
 from parallel.sharding import Normal
 
 
@@ -53,7 +53,7 @@ def decoder_carry_schema(
     Raises:
         ValueError: sequence parallelism with a sequence that the tensor size does not divide.
     """
-    shape = (own_length(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
+    shape = (local_seq_len(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
     positions = Field((micro_batch_size, seq_length), torch.int32) if segmented else None
     return DecoderCarry(Field(shape, ctx.precision.dtype, gradient=True), positions)
 

@@ -42,7 +42,7 @@ from models.daria_former.paths import Rotaries, Sources
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.precision import at_least_fp32
-from parallel.regions import gather_sequence, own_sequence
+from parallel.regions import gather_sequence, local_sequence
 from parallel.sharding import Normal
 
 
@@ -218,7 +218,7 @@ class DACBlock(nn.Module):
         return self.attention.new_cache(batch_size, max_length, emotion=emotion)
 
     def forward(self, carry: DariaCarry, cache: BlockCache | None = None) -> DariaCarry:
-        x, own = carry.hidden, own_sequence(carry.emotion, ctx=self.ctx)
+        x, own = carry.hidden, local_sequence(carry.emotion, ctx=self.ctx)
         sources = Sources(carry.priors, carry.bank, carry.modality, carry.positions, carry.keys)
         attended = self.attention(self.attention_norm(x, own), sources, cache)
         strength = 1.0 + F.linear(own.to(x.dtype), self.attention_scale).tanh()
@@ -245,7 +245,7 @@ class DACBlock(nn.Module):
     def _dropped(self, x: Tensor, carry: DariaCarry, *, stream: int) -> Tensor:
         if not self.training or self.config.dropout == 0 or carry.keys is None:
             return x
-        keys = own_sequence(carry.keys.T, ctx=self.ctx)
+        keys = local_sequence(carry.keys.T, ctx=self.ctx)
         return dropout(x, keys, self.config.dropout, stream=stream)
 
 
@@ -274,7 +274,7 @@ class DariaHead(nn.Module):
 
     def forward(self, carry: DariaCarry) -> DariaOutput:
         x = carry.hidden
-        own = own_sequence(carry.emotion, ctx=self.ctx).to(x.dtype)
+        own = local_sequence(carry.emotion, ctx=self.ctx).to(x.dtype)
         y = self.norm(x) + F.linear(own, self.style)
         mood = F.linear(own, self.category).softmax(dim=-1)
         y = self.rhythm(y + F.linear(mood, self.category_style), self._noise(carry))
@@ -293,7 +293,7 @@ class DariaHead(nn.Module):
     def _noise(self, carry: DariaCarry) -> Tensor | None:
         if not self.training or self.config.rhythm_noise_std == 0 or carry.keys is None:
             return None
-        keys = own_sequence(carry.keys.T, ctx=self.ctx)
+        keys = local_sequence(carry.keys.T, ctx=self.ctx)
         return normal(keys, self.config.hidden_dim, stream=0)
 
 

@@ -16,12 +16,12 @@ from models.daria_former.attention import Attended, MultiContextAttention
 from models.daria_former.carry import AUX
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
-from parallel.layers import project_part
+from parallel.layers import project_partial
 from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import (
-    computed_by_all,
     gather_sequence,
-    own_sequence,
+    local_sequence,
+    scale_replicated_grad,
     sum_over_sequence_ranks,
     sum_over_tensor_ranks,
 )
@@ -89,16 +89,16 @@ def memory_consistency(
         return at_least_fp32(x.new_zeros(x.shape[1]))
     complete = num_segments * segment_len
     means = readout[:, :, :complete].unflatten(2, (num_segments, segment_len)).mean(dim=3)
-    written = project_part(means.permute(2, 0, 1, 3).flatten(2), output_projection)
+    written = project_partial(means.permute(2, 0, 1, 3).flatten(2), output_projection)
     written = at_least_fp32(sum_over_tensor_ranks(written, ctx=ctx))
     with torch.no_grad():
         target = at_least_fp32(gather_sequence(x, ctx=ctx)[:complete])
         target = F.rms_norm(target, target.shape[-1:]).unflatten(0, (num_segments, segment_len))
         target = target.mean(dim=1)
-    return disagreement(written, target).mean(dim=0)
+    return cosine_distance(written, target).mean(dim=0)
 
 
-def disagreement(written: Tensor, target: Tensor) -> Tensor:
+def cosine_distance(written: Tensor, target: Tensor) -> Tensor:
     """`1 - cos(x, y)` over the last dimension."""
     return 1.0 - F.cosine_similarity(written, target, dim=-1)
 
@@ -116,7 +116,7 @@ def emotion_smoothness(
     else:
         continues = positions.T[1:] > 0
         mean = (steps * continues).sum(dim=0) / continues.sum(dim=0).clamp(min=1)
-    return computed_by_all(mean, ctx=ctx)
+    return scale_replicated_grad(mean, ctx=ctx)
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
     counted[-1] = 0.0
     if positions is not None:
         counted[:-1] = (positions.T[1:] > 0).to(counted.dtype)
-    total = (excess * own_sequence(counted, ctx=ctx)).sum(dim=0)
+    total = (excess * local_sequence(counted, ctx=ctx)).sum(dim=0)
     return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum(dim=0).clamp(min=1.0)
 
 

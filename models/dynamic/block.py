@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.common.attention import Gathered, causal_attention, packed_attention
+from models.common.attention import GatheredTokens, causal_attention, packed_attention
 from models.common.cache import KVCache
 from models.common.decoder import decoder_attention, decoder_mlp, decoder_norm
 from models.common.init import residual_output
@@ -67,7 +67,7 @@ class Block(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        gathered: Gathered | None = None,
+        gathered: GatheredTokens | None = None,
         lengths: Tensor | None = None,
     ) -> BlockOutput:
         a = self.attention(
@@ -81,7 +81,7 @@ class Block(nn.Module):
         return BlockOutput(a + moe.hidden, losses)
 
 
-class Places(NamedTuple):
+class TokenPositions(NamedTuple):
     """Where the tokens of a call are. `positions`: int32 [b, s], in their documents. `packed`:
     whether rows hold several documents."""
 
@@ -89,12 +89,12 @@ class Places(NamedTuple):
     packed: bool
 
     @property
-    def firsts(self) -> Tensor:
+    def document_starts(self) -> Tensor:
         """Tokens that begin a document: bool [b, s]."""
         return self.positions == 0
 
 
-class SomeTokens(nn.Module):
+class RoutedBlock(nn.Module):
     """A block that computes chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
 
     Attention sees only chosen tokens, at their positions in the sequence, of the same document.
@@ -113,36 +113,40 @@ class SomeTokens(nn.Module):
         self.block.attention.rotary.check(max_length)
         return RaggedKVCache(batch_size, max_length, share=self.token_share)
 
-    def places(self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None) -> Places:
+    def token_positions(
+        self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None
+    ) -> TokenPositions:
         """Where the tokens of x [s/t, b, h] are; `positions` of packed documents.
 
         Raises:
             ValueError: there are no rotary angles for that many positions.
         """
         if positions is not None:
-            return Places(positions, packed=True)
+            return TokenPositions(positions, packed=True)
         start = 0 if cache is None else cache.length
         length = x.shape[0] * (self.ctx.tensor.size if self.ctx.sequence_parallel else 1)
         self.block.attention.rotary.check(start + length)
         index = torch.arange(start, start + length, dtype=torch.int32, device=x.device)
-        return Places(index.expand(x.shape[1], -1), packed=False)
+        return TokenPositions(index.expand(x.shape[1], -1), packed=False)
 
     def forward(
-        self, x: Tensor, gate: Tensor, selection: Selection, places: Places
+        self, x: Tensor, gate: Tensor, selection: Selection, token_positions: TokenPositions
     ) -> tuple[Tensor, Tensor | None]:
         """x [s/t, b, h], gate fp32 [s/t, b] -> y [s/t, b, h], and the losses of experts."""
         chosen = gather_tokens(x, selection, ctx=self.ctx)
-        gathered = _gathered(selection, places)
+        gathered = _gathered(selection, token_positions)
         output = self.block(chosen, gathered=gathered, lengths=selection.lengths)
         return add_tokens(x, output.delta, gate, selection, ctx=self.ctx), output.expert_losses
 
-    def continued(self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache) -> Tensor:
+    def forward_cached(
+        self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache
+    ) -> Tensor:
         """The same for tokens that continue a sequence: `chosen` bool [b, s]."""
         step = cache.begin(chosen)
         if step is None:
             return x
         tokens = step.selection.indices.T  # [m, r]
-        gathered = Gathered(step.positions, partial(cache.attend, step=step))
+        gathered = GatheredTokens(step.positions, partial(cache.attend, step=step))
         delta = self.block(x[tokens, step.rows], gathered=gathered).delta
         valid = step.selection.valid
         assert valid is not None
@@ -152,12 +156,12 @@ class SomeTokens(nn.Module):
         return y
 
 
-def _gathered(selection: Selection, places: Places) -> Gathered:
-    positions = places.positions.gather(1, selection.indices)
-    if not places.packed:
-        return Gathered(positions, causal_attention)
-    index = torch.arange(places.positions.shape[1], device=positions.device)
-    documents = (index - places.positions).gather(1, selection.indices)
+def _gathered(selection: Selection, token_positions: TokenPositions) -> GatheredTokens:
+    positions = token_positions.positions.gather(1, selection.indices)
+    if not token_positions.packed:
+        return GatheredTokens(positions, causal_attention)
+    index = torch.arange(token_positions.positions.shape[1], device=positions.device)
+    documents = (index - token_positions.positions).gather(1, selection.indices)
     # Chosen tokens counted from 0 in every document say where attention ends.
     order = positions_in_segments(documents)
-    return Gathered(positions, partial(packed_attention, positions=order))
+    return GatheredTokens(positions, partial(packed_attention, positions=order))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common.attention import QUERY_BLOCK, continued_attention
+from models.common.attention import QUERY_BLOCK, cached_attention
 from models.common.cache import KeysValues, KVCache
 from models.dynamic.token_gather import Selection, chosen_first
 
@@ -21,7 +21,7 @@ from models.dynamic.token_gather import Selection, chosen_first
 FIRST_ROOM, LEAST_ROOM = 1.25, 64
 
 
-class Step(NamedTuple):
+class CachedStep(NamedTuple):
     """The computed tokens of one call. `rows`: int64 [r], rows that have any; `selection`: theirs
     among the c tokens of the call [r, m]; `positions`: int32 [r, m], theirs in the sequence."""
 
@@ -58,7 +58,7 @@ class RaggedKVCache:
             return torch.zeros(self.batch_size, dtype=torch.int64)
         return self._chosen[:, : self.length].sum(dim=1)
 
-    def begin(self, chosen: Tensor) -> Step | None:
+    def begin(self, chosen: Tensor) -> CachedStep | None:
         """Append c tokens, of which `chosen` bool [b, c] will be computed; None where none is.
 
         Raises:
@@ -80,9 +80,9 @@ class RaggedKVCache:
             return None
         rows = torch.tensor([i for i, n in enumerate(numbers) if n], device=chosen.device)
         selection = chosen_first(chosen[rows], max(numbers))
-        return Step(rows, selection, (selection.indices + start).int())
+        return CachedStep(rows, selection, (selection.indices + start).int())
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: Step) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: CachedStep) -> Tensor:
         """Store keys and values of a step and attend to those up to each query, its own included.
 
         q [r, n, m, d], k and v [r, g, m, d] -> [r, n, m, d].
@@ -100,7 +100,7 @@ class RaggedKVCache:
             held[owners, :, slots] = new.transpose(1, 2)[valid]
         keys, values = (self._rows(held, step.rows, total) for held in stored)
         if len(step.rows) == 1:
-            return continued_attention(q, keys, values)
+            return cached_attention(q, keys, values)
         # The last key of a query; what fills a row up sees those of the row.
         last = torch.minimum(before[:, None] + offsets, after[:, None] - 1)
         return _attend_up_to(q, keys, values, last)

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from models.common.decoder import decoder_norm
 from models.common.rope import RotaryTable
-from models.dynamic.block import Block, Places, SomeTokens
+from models.dynamic.block import Block, RoutedBlock, TokenPositions
 from models.dynamic.cache import PairCache
 from models.dynamic.carry import DTF_AUX, DynamicCarry, with_entries, with_expert_losses
 from models.dynamic.config import DTFConfig
 from models.dynamic.scores import next_keys
 from models.dynamic.surprise import (
-    DTFRouter,
-    Expected,
-    PriorFFN,
+    PriorNetwork,
+    PriorPrediction,
     Surprise,
+    SurpriseRouter,
     averaged,
     moving_average,
     prior_loss,
@@ -31,16 +31,16 @@ from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 
 
-class Decided(NamedTuple):
+class DecisionBlockOutput(NamedTuple):
     """`delta` [s/t, b, h]: what a block adds to every token. `expected`: what its prior expected,
     None without one. `expert_losses`: of the block."""
 
     delta: Tensor
-    expected: Expected | None
+    expected: PriorPrediction | None
     expert_losses: Tensor | None
 
 
-class DTFDecisionLayer(nn.Module):
+class DecisionBlock(nn.Module):
     """What a block adds to every token, and what a small prior expected it to add."""
 
     def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
@@ -50,7 +50,7 @@ class DTFDecisionLayer(nn.Module):
         self.prior_norm, self.prior = None, None
         if config.has_prior:
             self.prior_norm = decoder_norm(config, ctx=ctx)
-            self.prior = PriorFFN(config, ctx=ctx)
+            self.prior = PriorNetwork(config, ctx=ctx)
 
     def forward(
         self,
@@ -58,7 +58,7 @@ class DTFDecisionLayer(nn.Module):
         positions: Tensor | None,
         cache: PairCache | None,
         lengths: Tensor | None = None,
-    ) -> Decided:
+    ) -> DecisionBlockOutput:
         """x [s/t, b, h], `lengths` as in TokenInputs."""
         delta, losses = self.block(
             x,
@@ -69,7 +69,7 @@ class DTFDecisionLayer(nn.Module):
         expected = None
         if self.prior is not None and self.prior_norm is not None:
             expected = self.prior(self.prior_norm(x.detach() if self.detaches else x))
-        return Decided(delta, expected, losses)
+        return DecisionBlockOutput(delta, expected, losses)
 
 
 class DTFPair(nn.Module):
@@ -84,9 +84,9 @@ class DTFPair(nn.Module):
     def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.config, self.ctx = config, ctx
-        self.decision = DTFDecisionLayer(config, rotary=rotary, ctx=ctx)
-        self.router = DTFRouter(config, ctx=ctx)
-        self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
+        self.decision = DecisionBlock(config, rotary=rotary, ctx=ctx)
+        self.router = SurpriseRouter(config, ctx=ctx)
+        self.dynamic = RoutedBlock(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> PairCache:
         """Empty state for generation."""
@@ -96,22 +96,26 @@ class DTFPair(nn.Module):
 
     def forward(self, carry: DynamicCarry, cache: PairCache | None = None) -> DynamicCarry:
         x, router = carry.hidden, self.router
-        places = self.dynamic.places(x, carry.positions, None if cache is None else cache.dynamic)
+        token_positions = self.dynamic.token_positions(
+            x, carry.positions, None if cache is None else cache.dynamic
+        )
         delta, expected, losses = self.decision(x, carry.positions, cache, carry.lengths)
         post = x + delta
         numbers = None
         if carry.keys is not None:
-            numbers = router.random_numbers(carry.keys, places)
+            numbers = router.random_numbers(carry.keys, token_positions)
             carry = carry._replace(keys=next_keys(carry.keys))
-        surprise = surprise_of(delta, expected, places, self.config, cache=cache, ctx=self.ctx)
-        scored, aux = router.judged(post, surprise, numbers, carry.lengths)
-        forced = places.firsts if self.config.force_first else None
+        surprise = surprise_of(
+            delta, expected, token_positions, self.config, cache=cache, ctx=self.ctx
+        )
+        router_scores, aux = router.score_tokens(post, surprise, numbers, carry.lengths)
+        forced = token_positions.document_starts if self.config.force_first else None
         if cache is not None:
-            chosen = router.choice.decide(post, scored, forced)
-            y = self.dynamic.continued(post, scored.gate, chosen, cache.dynamic)
+            chosen = router.choice.decide(post, router_scores, forced)
+            y = self.dynamic.forward_cached(post, router_scores.gate, chosen, cache.dynamic)
             return carry._replace(hidden=y)
-        selection, measured = router.choice(post, scored, forced, carry.lengths)
-        y, more_losses = self.dynamic(post, scored.gate, selection, places)
+        selection, measured = router.choice(post, router_scores, forced, carry.lengths)
+        y, more_losses = self.dynamic(post, router_scores.gate, selection, token_positions)
         if not self.training:
             return carry._replace(hidden=y)
         for each in (losses, more_losses):
@@ -127,8 +131,8 @@ class DTFPair(nn.Module):
 
 def surprise_of(
     delta: Tensor,
-    expected: Expected | None,
-    places: Places,
+    expected: PriorPrediction | None,
+    token_positions: TokenPositions,
     config: DTFConfig,
     *,
     cache: PairCache | None = None,
@@ -144,7 +148,7 @@ def surprise_of(
     static = at_least_fp32(delta).square().mean(dim=-1)
     change = None if expected is None else squared_error(delta, expected)
     if cache is None:
-        average = averaged(static, places, config, ctx=ctx)
+        average = averaged(static, token_positions, config, ctx=ctx)
     else:
         average = _continued_average(static, cache, config)
     return Surprise(static, change, average)

@@ -22,14 +22,14 @@ from parallel.sharding import Normal, declare_replicated
 _MULTIPLIERS = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))
 
 
-class Scored(NamedTuple):
+class RouterScores(NamedTuple):
     """`scores`: what tokens are ranked by. `gate`: the factor on what the block adds."""
 
     scores: Tensor
     gate: Tensor
 
 
-def through(gate: Tensor) -> Tensor:
+def straight_through(gate: Tensor) -> Tensor:
     """The value 1 with the gradient of log gate: "straight through"."""
     return gate / gate.detach()
 

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dynamic.block import Places
+from models.dynamic.block import TokenPositions
 from models.dynamic.config import DTFConfig
-from models.dynamic.scores import LinearScore, Scored, random_scores, through
-from models.dynamic.token_selection import Choice, row_means
+from models.dynamic.scores import LinearScore, RouterScores, random_scores, straight_through
+from models.dynamic.token_selection import TokenSelector, row_means
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
-from parallel.regions import gather_sequence, own_sequence, sum_over_sequence_ranks
+from parallel.regions import gather_sequence, local_sequence, sum_over_sequence_ranks
 from parallel.sharding import Constant, Normal, declare_replicated
 
 NORM_EPS = 1e-8
@@ -29,20 +29,20 @@ LARGEST_LOGVAR = 10.0
 KL_CONSTANT = 1.0  # added to the squared error, so that a variance never collapses
 
 
-class Expected(NamedTuple):
+class PriorPrediction(NamedTuple):
     """What the prior expects the decision layer to add: its mean [s/t, b, h], and with
     surprise=kl the logarithm of its variance."""
 
     mean: Tensor
     logvar: Tensor | None = None
 
-    def detached(self) -> Expected:
+    def detached(self) -> PriorPrediction:
         """The same without gradient."""
         logvar = None if self.logvar is None else self.logvar.detach()
-        return Expected(self.mean.detach(), logvar)
+        return PriorPrediction(self.mean.detach(), logvar)
 
 
-class PriorFFN(nn.Module):
+class PriorNetwork(nn.Module):
     """`W_down silu(W_up x)`, with biases, or `W_down (silu(W_gate x) * W_up x)`: [s/t, b, h].
 
     W_down starts at 0: at first nothing is expected. Tensor ranks share the m channels.
@@ -59,19 +59,19 @@ class PriorFFN(nn.Module):
         self.down = RowParallelLinear(size, outputs, ctx=ctx, bias=True, init=Constant(0.0))
         self.hidden_size = hidden
 
-    def forward(self, x: Tensor) -> Expected:
+    def forward(self, x: Tensor) -> PriorPrediction:
         if self.gate is None:
             y = self.down(F.silu(self.up(x)))
         else:
             gate, up = project_together(x, self.gate, self.up)
             y = self.down(F.silu(gate) * up)
         if y.shape[-1] == self.hidden_size:
-            return Expected(y)
+            return PriorPrediction(y)
         mean, logvar = at_least_fp32(y).chunk(2, dim=-1)
-        return Expected(mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR))
+        return PriorPrediction(mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR))
 
 
-def squared_error(delta: Tensor, expected: Expected) -> Tensor:
+def squared_error(delta: Tensor, expected: PriorPrediction) -> Tensor:
     """`mean_h (delta - mean)^2`, or with a variance
     `mean_h (logvar + ((delta - mean)^2 + c) exp(-logvar)) / 2`: [s/t, b]."""
     square = (at_least_fp32(delta) - expected.mean).square()
@@ -83,7 +83,7 @@ def squared_error(delta: Tensor, expected: Expected) -> Tensor:
 
 def prior_loss(
     delta: Tensor,
-    expected: Expected,
+    expected: PriorPrediction,
     *,
     normalised: bool,
     ctx: ParallelContext,
@@ -187,14 +187,14 @@ def _wide(value: Tensor | float) -> Any:
     return at_least_fp32(value) if isinstance(value, Tensor) else value
 
 
-class Judged(NamedTuple):
+class MeasuredScores(NamedTuple):
     """Scores and gates, and the named measurements behind them."""
 
-    scored: Scored
+    router_scores: RouterScores
     aux: dict[str, Tensor]
 
 
-class DTFRouter(nn.Module):
+class SurpriseRouter(nn.Module):
     """Scores, gates and chooses the tokens of a dynamic layer."""
 
     def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
@@ -203,51 +203,53 @@ class DTFRouter(nn.Module):
         kind = config.router_score
         self.score = LinearScore(config, ctx=ctx) if kind == "linear" else None
         self.criteria = Criteria(config, ctx=ctx) if kind in ("vpr", "ce", "cu") else None
-        self.choice = Choice(
+        self.choice = TokenSelector(
             config, is_linear=kind == "linear", num_routed=config.num_routed, ctx=ctx
         )
 
-    def judged(
+    def score_tokens(
         self,
         post: Tensor,
         surprise: Surprise | None,
         numbers: Tensor | None,
         lengths: Tensor | None = None,
-    ) -> Judged:
+    ) -> MeasuredScores:
         """Scores of own tokens: `post` [s/t, b, h] for a linear score, else of their surprise, or
         the given random numbers [s/t, b]. `lengths` as in TokenInputs."""
         if numbers is not None:
-            return Judged(Scored(numbers, torch.ones_like(numbers)), {})
+            return MeasuredScores(RouterScores(numbers, torch.ones_like(numbers)), {})
         if self.score is not None:
             scores = self.score(post)
-            return Judged(Scored(scores, self._gate(scores.sigmoid())), {})
+            return MeasuredScores(RouterScores(scores, self._gate(scores.sigmoid())), {})
         assert surprise is not None
         if self.criteria is None:
             chosen = surprise.static if self.config.router_score == "dst" else surprise.change
             assert chosen is not None
             norm = surprise.average + NORM_EPS if self.config.surprise_norm == "ma" else 1.0
-            return Judged(Scored(chosen / norm, torch.ones_like(chosen)), {})
+            return MeasuredScores(RouterScores(chosen / norm, torch.ones_like(chosen)), {})
         logits = self.criteria(surprise)
         scores = torch.stack([F.softplus(logit) for logit in logits.values()]).sum(dim=0)
         means = {
             name: row_means(logit.detach().sigmoid(), ctx=self.ctx, lengths=lengths)
             for name, logit in logits.items()
         }
-        return Judged(Scored(scores, self._gate(-torch.expm1(-scores))), means)
+        return MeasuredScores(RouterScores(scores, self._gate(-torch.expm1(-scores))), means)
 
-    def random_numbers(self, keys: Tensor, places: Places) -> Tensor:
+    def random_numbers(self, keys: Tensor, token_positions: TokenPositions) -> Tensor:
         """The scores of router_score=random, of own tokens: [s/t, b]."""
-        numbers = random_scores(keys, places.positions)
-        return own_sequence(numbers.T, ctx=self.ctx)
+        numbers = random_scores(keys, token_positions.positions)
+        return local_sequence(numbers.T, ctx=self.ctx)
 
     def _gate(self, gate: Tensor) -> Tensor:
-        return through(gate) if self.config.gate_fn == "st" else gate
+        return straight_through(gate) if self.config.gate_fn == "st" else gate
 
 
-def averaged(static: Tensor, places: Places, config: DTFConfig, *, ctx: ParallelContext) -> Tensor:
+def averaged(
+    static: Tensor, token_positions: TokenPositions, config: DTFConfig, *, ctx: ParallelContext
+) -> Tensor:
     """The moving average of own tokens' surprise [s/t, b], from all tokens; without gradient."""
     everything = gather_sequence(static.detach(), ctx=ctx).T
     average = moving_average(
-        everything, places.positions, config.ma_window, skip_first=config.ma_skip_first
+        everything, token_positions.positions, config.ma_window, skip_first=config.ma_skip_first
     )
-    return own_sequence(average.T, ctx=ctx)
+    return local_sequence(average.T, ctx=ctx)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
-from parallel.regions import enter_tensor_region, sum_over_sequence_ranks
+from parallel.regions import copy_to_tensor_region, sum_over_sequence_ranks
 
 
 class Selection(NamedTuple):
@@ -74,7 +74,7 @@ def add_tokens(
         if counted is not None:
             weights = weights * counted
     if ctx.sequence_parallel:
-        delta = enter_tensor_region(delta, ctx=whole_tokens(ctx))
+        delta = copy_to_tensor_region(delta, ctx=whole_tokens(ctx))
     added: Tensor = _AddRows.apply(x, delta, weights, rows.flat)
     return added
 

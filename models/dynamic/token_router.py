@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.dynamic.token_gather import Selection, chosen_first
 from parallel.context import ParallelContext
 from parallel.layer_state import kept_in_dtype
-from parallel.recompute import add_once, once
+from parallel.recompute import count_once, replay_decision
 
 # How a token is chosen without looking at later ones, and the oracle that does look.
 Rule = Literal["threshold", "predictor", "aux", "topk"]
@@ -53,7 +53,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
-def agreed(values: Tensor, *, ctx: ParallelContext) -> Tensor:
+def gather_or_broadcast(values: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Values of own tokens [s/t, b] as every tensor rank sees them, bit for bit: [b, s].
 
     Without gradient. Under sequence parallelism an all-gather; else a broadcast from the first
@@ -110,7 +110,7 @@ class ScoreThreshold(nn.Module):
         sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
         if self._sums.device != sums.device:  # the module has been moved
             self._sums = torch.zeros_like(sums)
-        add_once(self._sums, sums)
+        count_once(self._sums, sums)
 
     def take_sums(self) -> Tensor:
         sums = self._sums.to(self.tau.device)
@@ -132,7 +132,7 @@ class ScoreThreshold(nn.Module):
         return self
 
 
-class Routed(NamedTuple):
+class RoutingDecision(NamedTuple):
     """`selection`: what is computed. `chosen`: the same as a mask, bool [b, s].
 
     `fraction`: the share of tokens that the causal rule chooses; `recall`: the share of the k best
@@ -182,14 +182,14 @@ class TokenRouter(nn.Module):
         logits: Tensor | None = None,
         forced: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Routed:
+    ) -> RoutingDecision:
         """Choose from scores [s/t, b] of own tokens; `logits` alike, for the predictor.
 
         `forced`: bool [b, s], tokens that are chosen whatever their score. `lengths`: int64 [b],
         tokens of each row, where what follows them is padding; without sequence parallelism.
         """
         choose = self._choose if lengths is None else partial(self._choose_of_rows, lengths)
-        routed: Routed = once(lambda: choose(scores, logits, forced))
+        routed: RoutingDecision = replay_decision(lambda: choose(scores, logits, forced))
         return routed
 
     def decide(
@@ -205,11 +205,13 @@ class TokenRouter(nn.Module):
                 "causal_router=topk compares a token with later ones, which a generation does not "
                 "have; use threshold, predictor or aux"
             )
-        return _with(self._causal(scores, logits), forced)
+        return _with_forced(self._causal(scores, logits), forced)
 
     @torch.no_grad()
-    def _choose(self, scores: Tensor, logits: Tensor | None, forced: Tensor | None) -> Routed:
-        ranked = agreed(scores, ctx=self.ctx)
+    def _choose(
+        self, scores: Tensor, logits: Tensor | None, forced: Tensor | None
+    ) -> RoutingDecision:
+        ranked = gather_or_broadcast(scores, ctx=self.ctx)
         spread = ranked.std(dim=1, correction=0)
         if forced is not None:
             ranked = ranked.masked_fill(forced, math.inf)
@@ -221,7 +223,7 @@ class TokenRouter(nn.Module):
         among_best = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True)
         causal = among_best
         if self.rule != "topk":
-            causal = _with(self._causal(scores, logits, ranked), forced)
+            causal = _with_forced(self._causal(scores, logits, ranked), forced)
         rule = self.train_rule if self.training else self.rule
         if rule == "topk":
             selection, chosen = Selection(best), among_best
@@ -229,14 +231,16 @@ class TokenRouter(nn.Module):
             # All tokens outside of training: the number of chosen ones depends on later tokens,
             # and with it would the shapes of what is computed, and the last bits of the results.
             room = min(length, math.ceil(THRESHOLD_ROOM * k)) if self.training else length
-            chosen = self._within(causal if rule == self.rule else ranked > self._tau, ranked, room)
+            chosen = self._limit_to_capacity(
+                causal if rule == self.rule else ranked > self._tau, ranked, room
+            )
             selection = chosen_first(chosen, room)
         recall = (causal & among_best).sum(dim=1) / k
-        return Routed(selection, chosen, causal.float().mean(dim=1), recall, spread)
+        return RoutingDecision(selection, chosen, causal.float().mean(dim=1), recall, spread)
 
     def _choose_of_rows(
         self, lengths: Tensor, scores: Tensor, logits: Tensor | None, forced: Tensor | None
-    ) -> Routed:
+    ) -> RoutingDecision:
         """`_choose` for every row by itself: padding neither competes nor counts."""
         rows = [
             self._choose(
@@ -250,7 +254,7 @@ class TokenRouter(nn.Module):
         chosen = torch.cat([F.pad(r.chosen, (0, length - r.chosen.shape[1])) for r in rows])
         sizes = [r.selection.indices.shape[1] for r in rows]
         selection = chosen_first(chosen, max(sizes))
-        return Routed(
+        return RoutingDecision(
             selection._replace(lengths=torch.tensor(sizes, device=lengths.device)),
             chosen,
             *(torch.cat(values) for values in zip(*(r[2:] for r in rows), strict=True)),
@@ -260,7 +264,7 @@ class TokenRouter(nn.Module):
     def _tau(self) -> Tensor:
         return self.threshold.tau
 
-    def _within(self, chosen: Tensor, ranked: Tensor, room: int) -> Tensor:
+    def _limit_to_capacity(self, chosen: Tensor, ranked: Tensor, room: int) -> Tensor:
         """`chosen`, or of each row the `room` best of them."""
         if room == chosen.shape[1]:
             return chosen
@@ -274,11 +278,11 @@ class TokenRouter(nn.Module):
         """The causal rule: bool [b, s]. `ranked`: agreed scores, where they are known."""
         if self.rule == "predictor":
             assert logits is not None
-            return agreed(logits, ctx=self.ctx) > self.least_logit
+            return gather_or_broadcast(logits, ctx=self.ctx) > self.least_logit
         if ranked is None:
-            ranked = agreed(scores, ctx=self.ctx)
+            ranked = gather_or_broadcast(scores, ctx=self.ctx)
         return ranked > (self.least_logit if self.rule == "aux" else self._tau)
 
 
-def _with(chosen: Tensor, forced: Tensor | None) -> Tensor:
+def _with_forced(chosen: Tensor, forced: Tensor | None) -> Tensor:
     return chosen if forced is None else chosen | forced

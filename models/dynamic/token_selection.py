@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dynamic.config import DynamicConfig
-from models.dynamic.scores import Predictor, Scored
+from models.dynamic.scores import Predictor, RouterScores
 from models.dynamic.token_gather import Selection
-from models.dynamic.token_router import Routed, TokenRouter
+from models.dynamic.token_router import RoutingDecision, TokenRouter
 from parallel.context import ParallelContext
 from parallel.padding import mean_of_tokens
-from parallel.regions import own_sequence, sum_over_sequence_ranks
+from parallel.regions import local_sequence, sum_over_sequence_ranks
 
 
-class Chosen(NamedTuple):
+class SelectionOutput(NamedTuple):
     """`selection`: the tokens to compute. `aux`: named entries [b], empty outside of training."""
 
     selection: Selection
     aux: dict[str, Tensor]
 
 
-class Choice(nn.Module):
+class TokenSelector(nn.Module):
     """Chooses tokens by score with `token_router.TokenRouter`, and trains what will choose outside
     of training.
 
@@ -58,36 +58,44 @@ class Choice(nn.Module):
         self.predictor = Predictor(config, ctx=ctx) if config.has_predictor else None
 
     def forward(
-        self, x: Tensor, scored: Scored, forced: Tensor | None, lengths: Tensor | None = None
-    ) -> Chosen:
+        self,
+        x: Tensor,
+        router_scores: RouterScores,
+        forced: Tensor | None,
+        lengths: Tensor | None = None,
+    ) -> SelectionOutput:
         """x [s/t, b, h], scores and gate [s/t, b], `forced` bool [b, s], `lengths` as in
         TokenInputs."""
         logits = None if self.predictor is None else self.predictor(x)
-        routed = self.tokens(scored.scores, logits=logits, forced=forced, lengths=lengths)
-        aux = self._aux(scored, logits, routed, lengths) if self.training else {}
-        return Chosen(routed.selection, aux)
+        routed = self.tokens(router_scores.scores, logits=logits, forced=forced, lengths=lengths)
+        aux = self._aux(router_scores, logits, routed, lengths) if self.training else {}
+        return SelectionOutput(routed.selection, aux)
 
-    def decide(self, x: Tensor, scored: Scored, forced: Tensor | None) -> Tensor:
+    def decide(self, x: Tensor, router_scores: RouterScores, forced: Tensor | None) -> Tensor:
         """The choice among tokens that continue a sequence: bool [b, s]."""
         logits = None if self.predictor is None else self.predictor(x)
-        return self.tokens.decide(scored.scores, logits=logits, forced=forced)
+        return self.tokens.decide(router_scores.scores, logits=logits, forced=forced)
 
     def _aux(
-        self, scored: Scored, logits: Tensor | None, routed: Routed, lengths: Tensor | None
+        self,
+        router_scores: RouterScores,
+        logits: Tensor | None,
+        routed: RoutingDecision,
+        lengths: Tensor | None,
     ) -> dict[str, Tensor]:
         means = partial(row_means, lengths=lengths, ctx=self.ctx)
         entries = {
             "causal_fraction": routed.fraction,
             "causal_recall": routed.recall,
             "score_std": routed.spread,
-            "gate_mean": means(scored.gate.detach()),
+            "gate_mean": means(router_scores.gate.detach()),
         }
         if self.is_linear:
-            entries["router_z_loss"] = means(scored.scores.square())
+            entries["router_z_loss"] = means(router_scores.scores.square())
         if self.rule == "aux":
-            logits = scored.scores
+            logits = router_scores.scores
         if logits is not None:
-            targets = own_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
+            targets = local_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             entries["router_loss"] = means(losses)
         return {name: entry / self.num_routed for name, entry in entries.items()}

@@ -23,7 +23,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 
 
-class Facts(NamedTuple):
+class CpuResources(NamedTuple):
     """What a process may compute with.
 
     `cores`: physical ones among the CPUs that it may run on. `quota`: CPU seconds a second that its
@@ -39,22 +39,22 @@ class Facts(NamedTuple):
         return self.cores if self.quota is None else max(1, min(self.cores, int(self.quota)))
 
 
-class Choice(NamedTuple):
+class ThreadSettings(NamedTuple):
     """Variables that are set before libgomp is loaded, and one line for the user, or None."""
 
     variables: dict[str, str]
     remark: str | None
 
 
-def choose(facts: Facts, given: Mapping[str, str]) -> Choice:
+def choose(facts: CpuResources, given: Mapping[str, str]) -> ThreadSettings:
     """Threads of a process of which `facts` hold. A number that is `given` is not changed."""
     threads = max(1, facts.usable // facts.ranks)
     if THREADS not in given:
-        return Choice({THREADS: str(threads)} if threads < facts.cores else {}, None)
+        return ThreadSettings({THREADS: str(threads)} if threads < facts.cores else {}, None)
     wanted = given[THREADS]
     if not wanted.isdecimal() or int(wanted) <= threads:
-        return Choice({}, None)
-    return Choice(
+        return ThreadSettings({}, None)
+    return ThreadSettings(
         {},
         f"{THREADS}={wanted} in each of {facts.ranks} ranks here makes more threads than the "
         f"{facts.usable} cores that they may use; set it to {threads}",
@@ -134,7 +134,7 @@ def prepare_threads(
     """
     if "torch" in sys.modules or not sys.platform.startswith("linux"):
         return None
-    facts = Facts(cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=sharing(ranks))
+    facts = CpuResources(cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=sharing(ranks))
     choice = choose(facts, environment)
     environment.update(choice.variables)
     return choice.remark

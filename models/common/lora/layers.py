@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.common.counter_rng import dropout
 from parallel.context import ParallelContext
-from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
+from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Sharding, declare
 
 PRIMARY = "primary"
@@ -133,9 +133,9 @@ class LoRALinear(nn.Module):
         if not collectives:
             return self._product(x, per_token=per_token)
         if not self.is_row:
-            x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+            x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
             return self._product(x, per_token=per_token)
-        y = leave_tensor_region(self._product(x, per_token=per_token), ctx=self.ctx)
+        y = reduce_from_tensor_region(self._product(x, per_token=per_token), ctx=self.ctx)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor, *, per_token: bool) -> Tensor:

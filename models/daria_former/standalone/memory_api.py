@@ -26,7 +26,7 @@ from parallel.layers import project_replicated
 _WORKING, _EPISODIC = 0, 1
 
 
-class RemembersText(Protocol):
+class ModelWithMemory(Protocol):
     """What the banks need of a model: its configuration, its first layer, its blocks."""
 
     config: DariaFormerConfig
@@ -62,7 +62,7 @@ class Fit(NamedTuple):
 class SlotMemory:
     """Working or episodic memory: the slots that blocks have pooled from a text, in its cache."""
 
-    def __init__(self, model: RemembersText, level: int) -> None:
+    def __init__(self, model: ModelWithMemory, level: int) -> None:
         self.model, self.level = model, level
         config = model.config
         self.capacity = (config.working_memory_slots, config.episodic_memory_slots)[level]
@@ -119,7 +119,7 @@ class SlotMemory:
 class PersistentMemory:
     """Learned slots that every segment can choose: two rows of the bank each, one for the key."""
 
-    def __init__(self, model: RemembersText) -> None:
+    def __init__(self, model: ModelWithMemory) -> None:
         self.model = model
 
     def __len__(self) -> int:
@@ -232,7 +232,7 @@ class PersistentMemory:
 class PersonaMemory:
     """The slots of the persona path: learned rows, moved by the persona that is given."""
 
-    def __init__(self, model: RemembersText) -> None:
+    def __init__(self, model: ModelWithMemory) -> None:
         self.model = model
 
     def __len__(self) -> int:
@@ -260,7 +260,7 @@ class MemoryIntegrationSystem:
         ValueError: on use, of what the model does not have or a text that has not begun.
     """
 
-    def __init__(self, model: RemembersText) -> None:
+    def __init__(self, model: ModelWithMemory) -> None:
         self.model, config = model, model.config
         self.working, self.episodic = SlotMemory(model, _WORKING), SlotMemory(model, _EPISODIC)
         has_rows = config.has("memory") and config.persistent_memory_slots > 0
@@ -308,7 +308,7 @@ class MemoryIntegrationSystem:
         return _memory_cache(0, kv_cache).levels[_EPISODIC][0].length
 
 
-def _memory_path(model: RemembersText, layer: int) -> MemoryPath:
+def _memory_path(model: ModelWithMemory, layer: int) -> MemoryPath:
     _check_index("layer", layer, model.config.num_layers)
     paths: Any = model.layers[layer].attention.paths
     if "memory" not in paths:
