@@ -26,8 +26,8 @@ class LayerSpec:
 
     `name`: a flat identifier, unique in the model; parameters are called `name.path` in the whole
     model, in every pipeline stage and in checkpoints. `module`: called as `module(ctx=ctx,
-    **kwargs)`. `tied`: own parameter -> full name of the parameter of an earlier layer that it is,
-    for every parameter that is shared. `recompute`: whether activation recomputation covers it.
+    **kwargs)`. `tied`: parameter of this layer -> full name of the earlier layer's parameter that
+    it shares. `recompute`: whether activation recomputation applies to the layer.
     """
 
     name: str
@@ -126,11 +126,11 @@ def build_layers(
 ) -> dict[str, nn.Module]:
     """Build consecutive layers on `ctx.device`, initialised from (seed, parameter name).
 
-    With `seed=None` parameters are left as memory happens to be, for weights about to be loaded.
+    With `seed=None` parameters are left uninitialised, for weights about to be loaded.
 
-    A parameter tied to one of the same layers becomes the same object. One that is tied to a layer
-    elsewhere is a copy that starts equal. In `after_each` ZeRO-3 partitions the layer, so that no
-    rank ever holds the whole model, and stored weights are loaded into it.
+    A parameter tied to one of these layers becomes the same object; one tied to a layer elsewhere
+    is a copy with the same initial value. `after_each` is where ZeRO-3 partitions the layer, so
+    that no rank ever holds the whole model, and where stored weights are loaded into it.
     """
     layers: dict[str, nn.Module] = {}
     foreign: dict[str, nn.Parameter] = {}  # copies of parameters that belong to layers elsewhere

@@ -48,7 +48,7 @@ class ThreadSettings(NamedTuple):
 
 
 def choose(facts: CpuResources, given: Mapping[str, str]) -> ThreadSettings:
-    """Threads of a process of which `facts` hold. A number that is `given` is not changed."""
+    """Choose the number of threads of a process with these resources; keep a `given` number."""
     threads = max(1, facts.usable // facts.ranks)
     if THREADS not in given:
         return ThreadSettings({THREADS: str(threads)} if threads < facts.cores else {}, None)
