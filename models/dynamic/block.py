@@ -1,4 +1,4 @@
-"""The block of both families, and its application to some tokens of a sequence.
+"""The block of both families, and the routed block that applies it to chosen tokens.
 
 Shapes: s sequence, b batch, h hidden, k chosen tokens of a row, t tensor size.
 """
@@ -26,18 +26,18 @@ from parallel.sharding import Normal
 
 
 class BlockOutput(NamedTuple):
-    """`delta`: what a block adds, [s, b, h]. `expert_losses`: fp32 [b, 2], load balancing and
-    z-loss of the block's experts, of every row; None without experts."""
+    """`delta`: the block's residual update, [s, b, h]. `expert_losses`: fp32 [b, 2], load-balancing
+    and z-loss of the block's experts per row; None without experts."""
 
     delta: Tensor
     expert_losses: Tensor | None = None
 
 
 class Block(nn.Module):
-    """What a pre-norm block adds to x: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
+    """Update by a pre-norm block: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
 
-    The sum itself, not block(x) - x, in which bf16 would cancel. [s, b, h], or [s/t, b, h]. With
-    `num_experts` the mlp is a layer of experts (parallel.moe).
+    Computed as that sum, not as block(x) - x, which would cancel in bf16. [s, b, h], or
+    [s/t, b, h]. With `num_experts` the MLP is a mixture of experts (parallel.moe).
     """
 
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class TokenPositions(NamedTuple):
-    """Where the tokens of a call are. `positions`: int32 [b, s], in their documents. `packed`:
+    """Positions of a call's tokens. `positions`: int32 [b, s], within their documents. `packed`:
     whether rows hold several documents."""
 
     positions: Tensor
@@ -95,10 +95,10 @@ class TokenPositions(NamedTuple):
 
 
 class RoutedBlock(nn.Module):
-    """A block that computes chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
+    """A block applied to chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
 
-    Attention sees only chosen tokens, at their positions in the sequence, of the same document.
-    Under sequence parallelism tensor ranks bring the chosen tokens together
+    Attention sees only chosen tokens of the same document, at their positions in the sequence.
+    Under sequence parallelism the chosen tokens are gathered on all tensor ranks
     (models.dynamic.token_gather).
     """
 
@@ -116,7 +116,7 @@ class RoutedBlock(nn.Module):
     def token_positions(
         self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None
     ) -> TokenPositions:
-        """Where the tokens of x [s/t, b, h] are; `positions` of packed documents.
+        """The positions of the tokens of x [s/t, b, h]; `positions` are given if rows are packed.
 
         Raises:
             ValueError: there are no rotary angles for that many positions.
@@ -141,7 +141,7 @@ class RoutedBlock(nn.Module):
     def forward_cached(
         self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache
     ) -> Tensor:
-        """The same for tokens that continue a sequence: `chosen` bool [b, s]."""
+        """`forward` for tokens that continue a cached sequence: `chosen` bool [b, s]."""
         step = cache.begin(chosen)
         if step is None:
             return x
@@ -162,6 +162,6 @@ def _gathered(selection: Selection, token_positions: TokenPositions) -> Gathered
         return GatheredTokens(positions, causal_attention)
     index = torch.arange(token_positions.positions.shape[1], device=positions.device)
     documents = (index - token_positions.positions).gather(1, selection.indices)
-    # Chosen tokens counted from 0 in every document say where attention ends.
+    # Attention stays within a document: number the chosen tokens of each document from 0.
     order = positions_in_segments(documents)
     return GatheredTokens(positions, partial(packed_attention, positions=order))

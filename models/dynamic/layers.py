@@ -1,4 +1,4 @@
-"""Layers that both families have, and those of `mod`.
+"""Layers shared by both families, and those of `mod`.
 
 Shapes: s sequence, b batch, h hidden, V vocabulary, t tensor size. Between layers activations are
 [s, b, h], or [s/t, b, h] under sequence parallelism.
@@ -38,7 +38,7 @@ from parallel.regions import local_sequence
 
 
 class DynamicEmbedding(nn.Module):
-    """Token ids to the residual stream, and segment ids to positions."""
+    """Map token ids to the residual stream, and segment ids to positions."""
 
     def __init__(
         self, config: MoDConfig | DTFConfig, *, segmented: bool, ctx: ParallelContext
@@ -82,7 +82,7 @@ class DenseLayer(nn.Module):
 
 
 class DepthRouter(nn.Module):
-    """Scores, gates and chooses the tokens of a routed layer.
+    """Router of a `mod` layer: scores, gates and selection of its tokens.
 
     `r = w . x / rms(x)`, `gate = sigmoid(r)`, r or 1; with router_score=random r is a fixed random
     number and the gate 1.
@@ -100,7 +100,7 @@ class DepthRouter(nn.Module):
     def router_scores(
         self, x: Tensor, keys: Tensor | None, token_positions: TokenPositions
     ) -> RouterScores:
-        """Scores and gates of own tokens x [s/t, b, h]."""
+        """Scores and gates of this rank's tokens x [s/t, b, h]."""
         if self.score is None:
             assert keys is not None
             numbers = random_scores(keys, token_positions.positions)
@@ -124,7 +124,7 @@ class RoutedLayer(nn.Module):
         self.dynamic = RoutedBlock(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
-        """Empty state for generation: of computed tokens only."""
+        """Empty cache for generation, for computed tokens only."""
         return self.dynamic.new_cache(batch_size, max_length)
 
     def forward(self, carry: DynamicCarry, cache: RaggedKVCache | None = None) -> DynamicCarry:

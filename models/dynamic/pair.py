@@ -1,4 +1,4 @@
-"""The pair of layers of `dtf`: a decision layer for every token, a dynamic one for some.
+"""The layer pair of `dtf`: a decision layer for every token, a dynamic layer for chosen ones.
 
 Shapes: s sequence, b batch, h hidden, t tensor size.
 """
@@ -22,7 +22,7 @@ from models.dynamic.surprise import (
     PriorPrediction,
     Surprise,
     SurpriseRouter,
-    averaged,
+    local_moving_average,
     moving_average,
     prior_loss,
     squared_error,
@@ -32,8 +32,8 @@ from parallel.precision import at_least_fp32
 
 
 class DecisionBlockOutput(NamedTuple):
-    """`delta` [s/t, b, h]: what a block adds to every token. `expected`: what its prior expected,
-    None without one. `expert_losses`: of the block."""
+    """`delta` [s/t, b, h]: the block's update of every token. `expected`: the prior's prediction of
+    it, None without a prior. `expert_losses`: of the block."""
 
     delta: Tensor
     expected: PriorPrediction | None
@@ -41,7 +41,7 @@ class DecisionBlockOutput(NamedTuple):
 
 
 class DecisionBlock(nn.Module):
-    """What a block adds to every token, and what a small prior expected it to add."""
+    """A block for every token, and a small prior that predicts its update."""
 
     def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
@@ -73,12 +73,12 @@ class DecisionBlock(nn.Module):
 
 
 class DTFPair(nn.Module):
-    """Two layers of the plain stack, of which the second computes only surprising tokens.
+    """Two layers of the dense stack, of which the second computes only surprising tokens.
 
         delta = block_0(x),  post = x + delta,  expected = prior(norm(x))
         y_t   = post_t + gate_t block_1(post)_t     for chosen tokens t, else post_t
 
-    One layer of a pipeline, so that what the choice is made of never crosses a stage.
+    One layer of a pipeline, so that the inputs of the decision never cross a stage boundary.
     """
 
     def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
@@ -138,7 +138,7 @@ def surprise_of(
     cache: PairCache | None = None,
     ctx: ParallelContext,
 ) -> Surprise | None:
-    """Surprise of own tokens [s/t, b]; None where the score needs none."""
+    """Surprise of this rank's tokens [s/t, b]; None if the score does not use it."""
     if config.router_score in ("linear", "random"):
         return None
     if config.router_detach:
@@ -148,16 +148,16 @@ def surprise_of(
     static = at_least_fp32(delta).square().mean(dim=-1)
     change = None if expected is None else squared_error(delta, expected)
     if cache is None:
-        average = averaged(static, token_positions, config, ctx=ctx)
+        average = local_moving_average(static, token_positions, config, ctx=ctx)
     else:
         average = _continued_average(static, cache, config)
     return Surprise(static, change, average)
 
 
 def _continued_average(static: Tensor, cache: PairCache, config: DTFConfig) -> Tensor:
-    """The moving average of the newest tokens [c, b], from all that the cache has kept."""
+    """Moving average for the newest tokens [c, b], from the cached surprises."""
     everything = cache.with_surprise(static.T)
-    # A window that begins with the sequence needs its beginning; a later one W tokens only.
+    # Windows at the start of the sequence need its beginning; later ones only W tokens.
     needed = everything[:, -(static.shape[0] + config.ma_window) :]
     index = torch.arange(needed.shape[1], device=static.device).expand_as(needed)
     average = moving_average(needed, index, config.ma_window, skip_first=config.ma_skip_first)

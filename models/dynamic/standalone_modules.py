@@ -1,7 +1,7 @@
-"""The parts of both families as modules of their own, in one process.
+"""Parts of both families as standalone modules, in one process.
 
-Each is a part of a real layer, made by the configuration alone, with hidden states [b, s, h] in and
-out; a row is one document. Put together they compute what the layer computes:
+Each wraps a part of a real layer and is built from the configuration alone, with hidden states
+[b, s, h] in and out; a row is one document. Together they compute the whole layer:
 
     decision = DTFDecisionLayer(config)(hidden)
     hidden = DTFDynamicLayer(config)(decision.posterior, DTFRouter(config)(decision))
@@ -26,11 +26,11 @@ from parallel.context import ParallelContext
 
 
 class DecisionOutput(NamedTuple):
-    """What a decision layer knows of every token, [b, s, h].
+    """Output of a decision layer for every token, [b, s, h].
 
-    `original`: its input. `posterior`: with what its block adds. `prior`: with what was expected of
-    it, None where the router needs no prior. `prior_loss`: how wrong that was, a mean over rows.
-    `update`, `expected`: the differences themselves, [s, b, h], which sums in bf16 would round.
+    `original`: its input. `posterior`: input plus the block's update. `prior`: input plus the
+    predicted update, None if the router needs no prior. `prior_loss`: the prior's error, a mean
+    over rows. `update`, `expected`: the updates themselves, [s, b, h], which sums in bf16 round.
     """
 
     original: Tensor
@@ -59,7 +59,7 @@ class RouterOutput(NamedTuple):
 
 
 class DTFDecisionLayer(nn.Module):
-    """A block for every token, and a small prior of what it adds."""
+    """A block for every token, and a small prior that predicts its update."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class DTFDecisionLayer(nn.Module):
 
 
 class DTFRouter(nn.Module):
-    """Scores tokens by their surprise and chooses among them."""
+    """A router that scores tokens by their surprise and selects among them."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class DTFRouter(nn.Module):
 
 
 class DTFDynamicLayer(nn.Module):
-    """A block for the tokens that a router has chosen; the others stay as they are."""
+    """A block applied to the tokens chosen by a router; the others are unchanged."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class DTFDynamicLayer(nn.Module):
 
 
 class PriorFFN(nn.Module):
-    """What a decision layer is expected to add to [b, s, h]: 0 at first."""
+    """The prior: predicts a decision layer's update of [b, s, h]; initially 0."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class PriorFFN(nn.Module):
 
 
 class MoDRouter(nn.Module):
-    """Scores tokens by a learned direction and chooses among them."""
+    """A router that scores tokens along a learned direction and selects among them."""
 
     def __init__(self, config: MoDConfig) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class MoDRouter(nn.Module):
 
 
 class MoDLayer(nn.Module):
-    """A router and a block for the tokens that it chooses; the others stay as they are."""
+    """A router and a block applied to the tokens that it chooses; the others are unchanged."""
 
     def __init__(self, config: MoDConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class MoDLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, tokens: Tensor | None = None
     ) -> tuple[Tensor, RouterOutput]:
-        """Hidden states [b, s, h], and what the router said."""
+        """Hidden states [b, s, h], and the router's output."""
         routed = self.router(hidden_states, tokens)
         return _apply_block(self.layer, hidden_states, routed), routed
 
@@ -187,14 +187,14 @@ def _routed(config: MoDConfig) -> Any:
 def _build_first(
     specs: list[LayerSpec], kind: type[nn.Module], config: DTFConfig | MoDConfig
 ) -> Any:
-    """The first layer of a kind, initialised."""
+    """Build and initialise the first layer of class `kind`."""
     for spec in specs:
         if spec.module is kind:
             ctx = ParallelContext.single(device=torch.get_default_device())
             return build_layers([spec], ctx, seed=torch.initial_seed())[spec.name]
     raise ValueError(
-        f"capacity_gamma={config.capacity_gamma} routes nothing, so there is no {kind.__name__}; "
-        "choose one below 1"
+        f"capacity_gamma={config.capacity_gamma} routes nothing, so the model has no routed layer; "
+        "choose a value below 1"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which tokens a routed layer computes, and what the choice costs and tells in training.
+"""Selection of the tokens of a routed layer, with its losses and measurements.
 
 Shapes: s sequence, b batch, t tensor size.
 """
@@ -29,14 +29,14 @@ class SelectionOutput(NamedTuple):
 
 
 class TokenSelector(nn.Module):
-    """Chooses tokens by score with `token_router.TokenRouter`, and trains what will choose outside
-    of training.
+    """Selects tokens by score with `token_router.TokenRouter`, and trains the causal rule that
+    selects them outside of training.
 
         z     = mean(r^2)                       of a linear score
         loss  = mean BCE(p, chosen)             of the predictor's logit p, or of p = r (aux)
 
-    Means are over the tokens of every row by itself.
-    Only the loss of the rule `aux` reaches the model; the predictor sees x without gradient.
+    Means are over the tokens of each row.
+    Only the loss of the rule `aux` reaches the model; the predictor sees a detached x.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TokenSelector(nn.Module):
     ) -> None:
         super().__init__()
         self.rule, self.is_linear, self.ctx = config.causal_router, is_linear, ctx
-        self.num_routed = num_routed  # layers that the entries of aux are means over
+        self.num_routed = num_routed  # the entries of aux are means over these layers
         least = config.causal_threshold
         self.tokens = TokenRouter(
             config.capacity_gamma,
@@ -72,7 +72,7 @@ class TokenSelector(nn.Module):
         return SelectionOutput(routed.selection, aux)
 
     def decide(self, x: Tensor, router_scores: RouterScores, forced: Tensor | None) -> Tensor:
-        """The choice among tokens that continue a sequence: bool [b, s]."""
+        """Select among tokens that continue a sequence: bool [b, s]."""
         logits = None if self.predictor is None else self.predictor(x)
         return self.tokens.decide(router_scores.scores, logits=logits, forced=forced)
 
@@ -102,8 +102,8 @@ class TokenSelector(nn.Module):
 
 
 def row_means(x: Tensor, *, ctx: ParallelContext, lengths: Tensor | None = None) -> Tensor:
-    """The mean over a row's tokens of what each rank has of its own, [s/t, b] -> [b] on every
-    rank. `lengths` as in TokenInputs, without sequence parallelism."""
+    """Mean over the tokens of each row, from every rank's tokens [s/t, b] -> [b] on every rank.
+    `lengths` as in TokenInputs, without sequence parallelism."""
     if lengths is not None:
         return mean_of_tokens(x, lengths)
     ranks = ctx.tensor.size if ctx.sequence_parallel else 1
