@@ -1,4 +1,4 @@
-"""The adapters of a block, whose weights may follow the emotion state or the persona.
+"""Adapters of a block, with weights that may be computed from the emotion state or the persona.
 
 Shapes: s sequence, b batch, E emotion, p persona.
 """
@@ -15,12 +15,12 @@ from parallel.precision import at_least_fp32
 from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal, declare_replicated
 
-# What the weight of an adapter may follow instead of being a number.
+# The computed adapter weights.
 FOLLOWED = {"esv": Follows("esv", per_token=True), "persona": Follows("persona", per_token=False)}
 
 
 class BlockAdapters(nn.Module):
-    """What the adapters of one block share: the weights of those that follow something.
+    """Computed weights of the adapters of one block.
 
         esv:      w_t = clamp(kappa . e_t, 0, 1)    e: the emotion state that enters the block
         persona:  w = sigmoid(kappa . p)            p: the persona given, or the learned one

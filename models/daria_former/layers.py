@@ -62,7 +62,7 @@ def _emotion_site(
 
 class ContextRouter(nn.Module):
     """`W norm(x) + b` per token of the embedding: a prior for every path's gate in every block, and
-    the logit of being worth remembering, which weighs the token when it is pooled into memory.
+    the segment logit, which weighs the token when it is pooled into memory.
 
     [s/t, b, h] -> fp32 [s, b, num_priors], whole on every tensor rank; with the memory path the
     last channel is the segment logit. Causal by construction: no token looks at another. It starts
@@ -83,7 +83,7 @@ class ContextRouter(nn.Module):
 
 
 class DariaEmbedding(nn.Module):
-    """Everything that exists before the first block: the carry of the tokens.
+    """The first layer: builds the carry from the inputs.
 
     The hidden state is the token table's row; from it come the router's priors and the first
     emotion state. The bank holds the learned slots that all blocks project for themselves:
@@ -255,8 +255,8 @@ class DariaHead(nn.Module):
         y = norm(x) + W_s e + C^T softmax(W_c e)         style of the state and of its category
         logits = W rhythm(y) / T,                        T = 1 + tanh(w_T e) / 2
 
-    The temperature belongs to the model, in training as in generation, so that its likelihood is
-    honest; a sampler must not apply it again.
+    The temperature is part of the model, in training as in generation, so that its likelihood is
+    exact; a sampler must not apply it again.
     """
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:

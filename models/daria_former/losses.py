@@ -1,7 +1,7 @@
-"""The losses beside the cross entropy, as they are computed inside the layers.
+"""Auxiliary losses, computed inside the layers.
 
-Each is a value of every row by itself, [b], and is the same at any layout. The rows are averaged by
-`models.base.scored_mean`, so that a step is the same however it is cut into micro-batches. Shapes:
+Each is a value per row, [b], and is the same at any layout. Rows are averaged by
+`models.base.scored_mean`, so that a step does not depend on its split into micro-batches. Shapes:
 s sequence, b batch, h hidden, n heads, d head dimension, P paths, c segments, t tensor size.
 """
 
@@ -26,9 +26,9 @@ from parallel.regions import (
     sum_over_tensor_ranks,
 )
 
-# A path whose mean gate falls below this is pulled back.
+# A path whose mean gate falls below this is penalised.
 LEAST_GATE = 0.02
-# Consecutive hidden states may be this similar for free.
+# Cosine similarity of consecutive hidden states up to which there is no penalty.
 FREE_SIMILARITY = 0.9
 
 
@@ -47,8 +47,8 @@ def block_measurements(
     is_last: bool,
     ctx: ParallelContext,
 ) -> Tensor:
-    """What one block adds to `aux`: gate balance and mean gates, and in the last block the memory
-    loss. x [s/t, b, h] is what the block returns."""
+    """One block's contribution to `aux`: gate balance and mean gates, and in the last block the
+    memory loss. x [s/t, b, h] is the block's output."""
     gates = mean_gates(attended.gates, config.num_heads, ctx=ctx)
     shares = (gates.detach() / config.num_layers).unbind(dim=1)
     entries = {f"gate_{path}": share for path, share in zip(config.all_paths, shares, strict=True)}
@@ -81,8 +81,8 @@ def memory_consistency(
 ) -> Tensor:
     """`mean_c (1 - cos(W_o m_c, mean of norm(x) in c))` of every row, the target without gradient.
 
-    What the memory path reads in a segment, as the block would write it, should resemble what the
-    segment is about. `readout` [b, n/t, s, d]; segments are counted along the row.
+    Pulls the memory path's readout of a segment, after the output projection, towards the mean
+    hidden state of the segment. `readout` [b, n/t, s, d]; segments are counted along the row.
     """
     num_segments = readout.shape[2] // segment_len
     if num_segments == 0:
@@ -121,8 +121,8 @@ def emotion_smoothness(
 
 @torch.no_grad()
 def emotion_variance(emotion: Tensor) -> Tensor:
-    """Variance over a row's tokens, a mean over channels: [s, b, E] -> [b]. Near 0 the state says
-    nothing."""
+    """Variance over a row's tokens, averaged over channels: [s, b, E] -> [b]. Near 0 the state
+    carries no information."""
     return emotion.var(dim=0, correction=0).mean(dim=-1)
 
 

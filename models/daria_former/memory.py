@@ -55,8 +55,8 @@ class MemoryLayout(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the memory path knows of tokens: queries [b, n, s, d], keys and values [b, g, s, d], and
-    anchors, the weights of pooling before their softmax, [b, g, s]."""
+    """Inputs of the memory path per token: queries [b, n, s, d], keys and values [b, g, s, d], and
+    anchors, the pooling logits, [b, g, s]."""
 
     queries: Tensor
     keys: Tensor
@@ -199,8 +199,8 @@ def _joined(tokens: Tokens, cache: MemoryCache, opened: int) -> Tokens:
 
 
 class _SegmentState(NamedTuple):
-    """What the segments of a call can use: the query of each (one more than are complete, the first
-    from before the call), and the slots of each level."""
+    """State available to the segments of a call: the query of each (one more than are complete, the
+    first from before the call), and the slots of each level."""
 
     queries: Tensor
     levels: list[Slots]

@@ -1,4 +1,4 @@
-"""What the emotion state does to a block, and how a block writes to the residual stream.
+"""Modulation of a block by the emotion state, and its fusion into the residual stream.
 
 Shapes: s sequence, b batch, h hidden, E emotion, F feed-forward, R rank, t tensor size. Activations
 are [s, b, .], or [s/t, b, .] under sequence parallelism; "own" is the emotion state of just these

@@ -1,4 +1,4 @@
-"""The five attention paths: what each reads, and how.
+"""The five attention paths.
 
 Shapes: s sequence, b batch, h hidden, n query heads, g key/value heads, d head dimension, P paths,
 t tensor size (n and g are this rank's share inside a layer).
@@ -63,7 +63,7 @@ class Rotaries(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What a block's attention reads beside the hidden state; see DariaCarry for shapes."""
+    """Sources of a block's attention beside the hidden state; see DariaCarry for shapes."""
 
     priors: Tensor | None = None
     bank: Tensor | None = None
@@ -75,8 +75,8 @@ class Sources(NamedTuple):
 class PathReadout(NamedTuple):
     """`values` [b, n, s, d] that a path has read, and the `gain` [n, d] by which they are mixed.
 
-    The gain is returned because only inside the call of its module is a parameter certain to be
-    there: offloading takes it away after that.
+    The gain is returned because a parameter is guaranteed to be available only inside the call of
+    its module: offloading releases it afterwards.
     """
 
     values: Tensor
@@ -338,7 +338,7 @@ def _rotation(
 def _cached_slots(
     name: str, make: Callable[[Sources], Slots], sources: Sources, cache: BlockCache | None
 ) -> Slots:
-    """Slots that a generation projects once."""
+    """Slots that are projected once per generation."""
     if cache is None:
         return make(sources)
     if name not in cache.static:

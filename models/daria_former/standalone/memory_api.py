@@ -1,4 +1,4 @@
-"""The four levels of memory as what they are: the slots that attention reads, to look at and write.
+"""Read and write access to the slots of the four memory levels.
 
 Working and episodic memory are state of a generation, one set of slots per block, in its cache.
 Persistent memory and the persona are learned rows of the first layer that every block projects
@@ -27,7 +27,7 @@ _WORKING, _EPISODIC = 0, 1
 
 
 class ModelWithMemory(Protocol):
-    """What the banks need of a model: its configuration, its first layer, its blocks."""
+    """The model interface that the banks use: configuration, first layer, blocks."""
 
     config: DariaFormerConfig
     training: bool
@@ -45,15 +45,15 @@ class ModelWithMemory(Protocol):
 
 
 class PersistentRows(NamedTuple):
-    """What keys and what values are projected from, [m, h] each."""
+    """The rows that keys and values are projected from, [m, h] each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Fit(NamedTuple):
-    """How well consolidated slots say, over all blocks, what the episode said: mean cosine of the
-    keys, and relative error of the values (0: exactly)."""
+    """Quality of consolidated slots over all blocks: mean cosine similarity of the keys, and
+    relative error of the values (0: exact)."""
 
     key_cosine: float
     value_error: float
@@ -275,7 +275,7 @@ class MemoryIntegrationSystem:
         return concatenated(parts)
 
     def get_persona_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
-        """What the persona path of a block reads."""
+        """The slots that the persona path of a block reads."""
         if self.persona is None:
             raise ValueError("the model has no persona path; add persona to paths before building")
         return self.persona.read_kv(layer, persona)

@@ -1,4 +1,4 @@
-"""What the configurations of both families have in common in transformers."""
+"""Base class of both families' configurations in transformers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What Qwen2 is in a model of these families. Its tensors have its names in files, so that a loader
-of Qwen2 reads them.
+"""Tensor names in files: Qwen2's for the dense part, so that a Qwen2 loader reads it.
 
 Both layers of a pair keep their index in the plain stack. Beside the plain part a layer may have
 `router.*`, `prior.*` and `tau`.
