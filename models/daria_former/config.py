@@ -263,7 +263,7 @@ class DariaFormerConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DariaFormerConfig:
-        """The reverse of `to_dict`."""
+        """The inverse of `to_dict`."""
         return cls.model_validate(values)
 
 

@@ -231,7 +231,7 @@ def _close_segments(
 def _visible(
     known: _SegmentState, first: int, num_segments: int, num_closed: int, layout: MemoryLayout
 ) -> Tensor:
-    """Which slots each segment from `first` on may see, bool [c, m]: the newest of those that were
+    """Mask of the slots visible to each segment from `first` on, bool [c, m]: the newest that were
     complete when it began. `num_closed` segments are complete by now."""
     device = known.queries.device
     index = torch.arange(first, first + num_segments, device=device).unsqueeze(1)
@@ -287,7 +287,7 @@ def _take(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _segment_boundaries(opened: int, length: int, segment: int) -> list[int]:
-    """Where to cut `length` tokens so that a piece is part of one segment, or whole segments."""
+    """Split points of `length` tokens: each piece is part of one segment, or whole segments."""
     head = min((-opened) % segment, length)
     middle = head + (length - head) // segment * segment
     return sorted({head, middle, length} - {0})
@@ -325,7 +325,8 @@ class _CompleteRuns(NamedTuple):
         return self.counts.gather(1, tokens.clamp(min=0)) - 1
 
     def visible_at(self, tokens: Tensor, positions: Tensor, capacity: int) -> Tensor:
-        """Which runs are slots of the document of each token [b, l], complete there: [b, l, m]."""
+        """Mask of the runs visible as slots to each token [b, l]: complete, and of its document,
+        [b, l, m]."""
         stop = self.counts.gather(1, tokens)
         own = (positions.long().gather(1, tokens) + 1) // self.size
         number = torch.arange(self.ends.shape[1], device=tokens.device)

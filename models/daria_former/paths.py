@@ -115,8 +115,8 @@ class ContextPath(nn.Module, ABC):
         sources: Sources,
         cache: BlockCache | None,
     ) -> PathReadout:
-        """What the path reads: `queries` [s, b, n, d] normalised, `projected` what
-        `token_projections` gave, [s, b, .] each."""
+        """Read the path's source: `queries` [s, b, n, d] normalised, `projected` the outputs of
+        `token_projections`, [s, b, .] each."""
         q = scaled_heads(queries, self.query_gain)
         return PathReadout(self.attend(q, projected, sources, cache), self.output_gain)
 
@@ -271,7 +271,7 @@ class StaticPath(ContextPath):
 
     @abstractmethod
     def source(self, sources: Sources) -> Tensor | None:
-        """What there is to read, [m, b or 1, h]."""
+        """The hidden vectors to read, [m, b or 1, h], or None."""
 
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None

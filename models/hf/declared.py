@@ -43,7 +43,7 @@ class OwnTokens(NamedTuple):
 
 
 def read_declared(directory: Path, contents: Mapping[str, Any]) -> Declared:
-    """What a Hugging Face directory declares; `contents`: of its config.json.
+    """Read the declarations of a Hugging Face directory; `contents`: of its config.json.
 
     Raises:
         ValueError: an id that is none, or a damaged generation_config.json.

@@ -92,7 +92,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
     def inputs(
         self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
     ) -> Any:
-        """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows.
+        """Build the first layer's inputs: `tokens` int64 [b, s], and other inputs of the same rows.
 
         `lengths`: int64 [b], tokens of each row, in training where rows end in padding; for layers
         that look at a row as a whole.

@@ -98,7 +98,7 @@ def sample_of(tokenizer: Any, marked: Iterable[str] = ()) -> Sample:
 
 
 def _spelt(tokenizer: Any) -> list[str]:
-    """What single tokens spell, of a part of the vocabulary; not the halves of characters."""
+    """Texts of single tokens, for a part of the vocabulary; without partial characters."""
     number = tokenizer.get_vocab_size()
     chosen = random.Random(1).sample(range(number), min(number, _WORDS))
     texts = (tokenizer.decode([i], skip_special_tokens=False) for i in chosen)

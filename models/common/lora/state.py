@@ -66,7 +66,7 @@ def written_settings(settings: Mapping[str, Any]) -> Tensor:
 
 
 def read_settings(written: Tensor) -> dict[str, Any]:
-    """The reverse of `written_settings`."""
+    """The inverse of `written_settings`."""
     return json.loads(bytes(written.to(torch.uint8).tolist()))
 
 

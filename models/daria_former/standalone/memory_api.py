@@ -69,7 +69,7 @@ class SlotMemory:
         self.stride = (config.working_stride, config.episodic_stride)[level]
 
     def num_slots(self, kv_cache: Cache) -> int:
-        """How many slots the segment to come can choose from."""
+        """The number of slots available to the next segment."""
         return min(self.capacity, self._histories(0, kv_cache)[0].length)
 
     def read_kv(self, layer: int, kv_cache: Cache) -> Slots:

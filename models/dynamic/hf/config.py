@@ -34,7 +34,7 @@ class DynamicHFConfig(DecoderPreTrainedConfig):
         return config
 
     def check_base(self, contents: Mapping[str, Any]) -> None:
-        """Whether the weights of the Qwen2 model with this config.json fit.
+        """Check that the weights of the Qwen2 model with this config.json fit.
 
         Raises:
             ValueError: they do not.

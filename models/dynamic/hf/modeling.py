@@ -155,7 +155,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         return taken
 
     def _has(self, name: str) -> bool:
-        """Whether a tensor of a Qwen2 model is in none of the layers that are left out."""
+        """Whether a tensor of a Qwen2 model belongs to a layer that is used."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         return layer is None or int(layer[1]) < self.config.num_hidden_layers
 

@@ -65,5 +65,5 @@ def is_plain(name: str) -> bool:
 
 
 def is_added(name: str) -> bool:
-    """Whether a name in files is of what a layer has beside the plain part."""
+    """Whether a name in files belongs to a router, prior or threshold."""
     return re.fullmatch(r"model\.layers\.\d+\.(tau|router\..+|prior\..+)", name) is not None
