@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from models.base import TokenInputs
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.engine.engine import compile_layers
+from pretrain.engine.build import compile_layers
 from tests.equivalence import build
 from tests.models.families import CASES
 from tests.tolerance import FP64
