@@ -1,4 +1,4 @@
-"""What a model family is: its layers, carry, loss, counts and Hugging Face names."""
+"""The interface of a model family: layers, carry, loss, counts and Hugging Face names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class TokenInputs(NamedTuple):
-    """What the first layer of a token model takes.
+    """Inputs of the first layer of a token model.
 
-    `tokens`: int64 [b, s]. `segment_ids`: int32 [b, s], another number for every document of a row,
-    or None when a row is one document. `lengths`: int64 [b], how many tokens each row has, in
-    columns 0 to lengths - 1; the rest is padding. None without padding, as in pretraining.
+    `tokens`: int64 [b, s]. `segment_ids`: int32 [b, s], a different number for every document of a
+    row, or None when a row is one document. `lengths`: int64 [b], the number of tokens in each row,
+    in columns 0 to lengths - 1; the rest is padding. None without padding, as in pretraining.
     """
 
     tokens: Tensor
@@ -46,10 +46,10 @@ def num_scored_in(labels: Tensor) -> Tensor:
 def scored_mean(values: Tensor, labels: Tensor, num_scored: Tensor) -> Tensor:
     """`sum_r n_r v_r / num_scored`, n_r the number of scored tokens of row r.
 
-    How losses and measurements that are not sums over tokens (hinges, variances, products of means)
-    become those of a step: each is a value of one row, and rows count by their scored tokens, as in
-    the cross entropy. With the `num_scored` of `ModelFamily.loss` the result is the same function
-    of the rows of a step however these are cut into micro-batches, data ranks and stages.
+    Averages losses and measurements that are not sums over tokens (hinges, variances, products of
+    means) over a step: each is a value of one row, and rows are weighted by their scored tokens, as
+    in the cross entropy. With the `num_scored` of `ModelFamily.loss` the result is the same
+    function of the rows of a step however they are split into micro-batches, data ranks and stages.
 
     `values` [b, ...] of the rows of `labels` int64 [b, s]; returns [...].
     """
@@ -58,7 +58,7 @@ def scored_mean(values: Tensor, labels: Tensor, num_scored: Tensor) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits [s, b, V/t] in what a family's last layer returns: them alone, or a field."""
+    """The logits [s, b, V/t] of a last layer's output: the output itself, or its field `logits`."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
@@ -66,7 +66,7 @@ def logits_of(output: Any) -> Tensor:
 def token_losses(output: Any, labels: Tensor, ctx: ParallelContext) -> Tensor:
     """Cross entropy of every position, fp32 [s, b], 0 where the label is -100.
 
-    `output`: what the last layer returns, logits [s, b, V/t] or a tuple with a field of this name;
+    `output`: the output of the last layer, logits [s, b, V/t] or a tuple with a field of this name;
     `labels`: int64 [b, s].
     """
     return vocab_parallel_cross_entropy(logits_of(output), labels, ctx=ctx)
@@ -80,7 +80,7 @@ def lm_loss(
     ctx: ParallelContext,
     num_scored: Tensor | None = None,
 ) -> LossOutput:
-    """Sum of the cross entropy over `num_scored`, the mean when None; 0 where nothing is scored."""
+    """Sum of the cross entropy divided by `num_scored`, or the mean if None; 0 without labels."""
     if num_scored is None:
         num_scored = num_scored_in(labels)
     total = token_losses(output, labels, ctx).sum() / num_scored
@@ -89,18 +89,18 @@ def lm_loss(
 
 @dataclass(frozen=True)
 class BaseModelMapping:
-    """How a family grows out of a model of transformers, whose layers are a part of its own.
+    """How a family is initialised from a pretrained transformers model that it contains.
 
-    * `model_types`: their `model_type`s that it can grow out of.
-    * `from_config(contents, changes)`: the family's configuration for the contents of their
-      config.json and other settings, its own or in place of theirs.
-    * `defaults`: settings that weights of theirs need to begin as the same function.
+    * `model_types`: the supported base `model_type`s.
+    * `from_config(contents, changes)`: the family's configuration for the contents of the base
+      model's config.json, with `changes` that add to or override its settings.
+    * `defaults`: settings with which a model that has the base weights starts as the same function.
     * `check_sizes(ours, theirs, source)`: raises ValueError where the weights of the second
-      configuration do not fit the first. Fewer layers do: the first ones are taken.
-    * `names(config)`: our parameter name -> theirs, of the part that is theirs. Raises ValueError
-      for a parameter that neither they have nor the family adds.
-    * `to_config(config)`: the contents of their config.json for that part. Raises ValueError where
-      it is another function than the model with every token computed.
+      configuration do not fit the first. Fewer layers of ours do: the first ones are taken.
+    * `names(config)`: our parameter name -> the base model's, for the shared part. Raises
+      ValueError for a parameter that neither the base model has nor the family adds.
+    * `to_config(config)`: the contents of the base model's config.json for the shared part. Raises
+      ValueError if that is a different function than our model with every token computed.
     """
 
     model_types: tuple[str, ...]
@@ -113,18 +113,18 @@ class BaseModelMapping:
 
 @dataclass(frozen=True)
 class HFMapping:
-    """How a family is written in Hugging Face's names, as data.
+    """The mapping between a family and its Hugging Face form, as data.
 
-    * `model_types`: their `model_type`s that the family reads.
-    * `to_config(config)`: the contents of a config.json. `from_config(contents)`: the reverse.
-      Both raise ValueError for what the other side does not have.
+    * `model_types`: the `model_type`s that the family reads.
+    * `to_config(config)`: the contents of a config.json. `from_config(contents)`: the inverse.
+      Both raise ValueError for settings without an equivalent on the other side.
     * `names(config)`: our parameter name -> theirs, one to one.
     * `tied(config)`: their second name of a tied tensor -> the first one.
-    * `derived`: regular expression of their tensors that hold nothing learnt.
-    * `code`: for a model that transformers does not have, the files of code that an exported
-      directory holds -> what models.hf.code_bundle generates them from.
+    * `derived`: regular expression of their tensors that are not learnt.
+    * `code`: for a model without a class in transformers, the code files of an exported
+      directory -> the sources that models.hf.code_bundle generates them from.
     * `model_class()`: the class of such a model, which transformers' Auto classes then know.
-    * `base`: for a family that grows out of a model of transformers.
+    * `base`: for a family initialised from a pretrained transformers model.
     """
 
     model_types: tuple[str, ...]
@@ -139,7 +139,7 @@ class HFMapping:
 
 
 class Counts(NamedTuple):
-    """Parameters and FLOPs of a family in closed form.
+    """Closed forms of a family's parameters and FLOPs.
 
     `num_parameters(config)`: a tied parameter counts once. `flops(config, seq_length)`: forward
     FLOPs per token.
@@ -151,28 +151,27 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """One family; one instance per family, `FAMILY` in its `model.py`,
-    or what the registry names where a package holds several.
+    """A model family: one instance each, `FAMILY` in its `model.py`, or the name that the registry
+    gives where a package holds several.
 
-    The functions, with the family's configuration as first argument where there is one:
+    The functions take the family's configuration as first argument where they have one:
 
     * `layer_specs(config, *, segmented=False) -> list[LayerSpec]`: the model. With `segmented`
       rows hold several documents and `TokenInputs.segment_ids` is given.
     * `carry_schema(config, ctx, *, micro_batch_size, seq_length, segmented=False)`: the carry's
       class filled with `parallel.carry.Field`s of local shape.
     * `loss(output, labels, *, config, ctx, num_scored=None) -> LossOutput`: `labels` int64 [b, s],
-      -100 = not scored. The losses of the scored tokens are summed and divided by `num_scored`,
-      a scalar tensor: how many tokens a micro-batch of this step scores on average, so that the
-      mean over micro-batches is the mean over tokens however the batch is cut. None: by the number
-      in `labels`. Every other loss and measurement is a value of each row, never of a micro-batch,
-      and is averaged by `scored_mean`. Its terms are `loss_names`.
+      -100 = not scored. The losses of the scored tokens are summed and divided by `num_scored`, a
+      scalar tensor: the average number of scored tokens per micro-batch of this step, so that the
+      mean over micro-batches is the mean over tokens however the batch is split. None: divided by
+      the number in `labels`. Every other loss and measurement is a value per row, never per
+      micro-batch, and is averaged by `scored_mean`. Its terms are `loss_names`.
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
 
-    Without a `loss` of its own a family minimises the cross entropy alone. `counts`: closed forms;
-    without them parameters and FLOPs are counted from the layers (models.layer_counts). `hf` is
-    None for a family that cannot be converted. `causal_in_training` is False where a layer in
-    training mode (`module.training`) compares a token with later ones; in evaluation mode every
-    family is causal.
+    The default `loss` is the cross entropy alone. `counts`: closed forms; without them parameters
+    and FLOPs are counted from the layers (models.layer_counts). `hf` is None for a family that
+    cannot be converted. `causal_in_training` is False if a layer in training mode
+    (`module.training`) compares a token with later ones; in evaluation mode every family is causal.
     """
 
     name: str
@@ -196,14 +195,14 @@ class ModelFamily:
         """Forward FLOPs per token of a sequence of `seq_length`.
 
         Raises:
-            ValueError: they can neither be counted from the layers nor are they in `counts`.
+            ValueError: they cannot be counted from the layers and there are no `counts`.
         """
         if self.counts is not None:
             return self.counts.flops(config, seq_length)
         return count_flops(self.layer_specs(config), seq_length, family=self.name)
 
     def require_hf(self) -> HFMapping:
-        """`hf` for a conversion.
+        """The family's `hf`, required for a conversion.
 
         Raises:
             ValueError: the family has none.

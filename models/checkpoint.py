@@ -1,4 +1,4 @@
-"""A checkpoint directory as a model sees it: configuration, weights, tokenizer. Nothing unpickled.
+"""Models from checkpoint directories: configuration, weights, tokenizer. Nothing is unpickled.
 
 The directory holds `manifest.json`, whose `config` is that of the run, and `weights/`, which
 parallel.checkpoint.weights reads at any layout.
@@ -37,7 +37,7 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class StoredModel(NamedTuple):
-    """What a checkpoint says about the model in it. `tokenizer` is None where it names none."""
+    """The model stored in a checkpoint; `tokenizer` is None if the checkpoint names none."""
 
     weights: Path
     family: ModelFamily
@@ -47,7 +47,7 @@ class StoredModel(NamedTuple):
 
 
 def open_checkpoint(path: Path | str) -> StoredModel:
-    """Read a checkpoint (`step_N`), or the newest one of a run directory.
+    """Open a checkpoint (`step_N`), or the newest one of a run directory.
 
     Raises:
         ValueError: there is none, or its manifest or a weight file is damaged.
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path | str) -> StoredModel:
 
 
 def origin_of(checkpoint: Path) -> str | None:
-    """Where the run of a checkpoint took its first weights from (`training.init_from`), if it did.
+    """The source of the initial weights of a checkpoint's run (`training.init_from`), or None.
 
     Raises:
         ValueError: its manifest is damaged.
@@ -79,10 +79,10 @@ def origin_of(checkpoint: Path) -> str | None:
 
 
 def parse_config(values: dict[str, Any], *, source: Path) -> Any:
-    """The configuration of a family, `family` naming which.
+    """Parse the configuration of the family named by its key `family`.
 
     Raises:
-        ValueError: one line with the first key that is wrong.
+        ValueError: one line with the first invalid key.
     """
     try:
         return get_config_class(values["family"]).model_validate(values)
@@ -95,10 +95,10 @@ def parse_config(values: dict[str, Any], *, source: Path) -> Any:
 def load_model(
     stored: StoredModel, *, device: torch.device | str, precision: str | None = None
 ) -> SequentialModel:
-    """The whole model on one device, in `precision` (fp32, bf16) or as its weights are stored.
+    """Load the whole model onto one device, in `precision` (fp32, bf16) or the stored dtype.
 
     Raises:
-        ValueError: the weights are not exactly those of the configuration.
+        ValueError: the weights do not match the configuration exactly.
     """
     with ShardedWeightsReader(stored.weights) as reader:
         table = parameter_table(stored.family, stored.config)
@@ -116,8 +116,8 @@ def load_model(
 
 
 class ParameterInfo(NamedTuple):
-    """The full shape of a stored tensor, and how tensor ranks share it. `buffer_dtype`: that of a
-    buffer, which keeps it at any precision; None for a parameter."""
+    """Full shape and sharding of a stored tensor. `buffer_dtype`: the dtype of a buffer, which is
+    kept at any precision; None for a parameter."""
 
     shape: torch.Size
     sharding: Sharding
@@ -125,8 +125,8 @@ class ParameterInfo(NamedTuple):
 
 
 def parameter_table(family: ModelFamily, config: Any) -> dict[str, ParameterInfo]:
-    """Every parameter and persistent buffer in the order of the layers, a tied parameter once; no
-    memory, no arithmetic."""
+    """Every parameter and persistent buffer in layer order, a tied parameter once; built on the
+    meta device, without memory or arithmetic."""
     table: dict[str, ParameterInfo] = {}
     for spec, layer in layers_without_memory(family.layer_specs(config)):
         for path, parameter in layer.named_parameters():
@@ -168,9 +168,9 @@ def check_shape(name: str, found: torch.Size, expected: torch.Size, *, source: P
 
 
 def write_manifest(directory: Path, stored: StoredModel, *, step: int = 0) -> None:
-    """Complete a checkpoint whose files are already in `directory`.
+    """Write the manifest that completes a checkpoint whose files are already in `directory`.
 
-    The format is that of training checkpoints, so that whatever reads those reads this one.
+    The format is that of training checkpoints, so that every reader of those can read it.
     """
     table = parameter_table(stored.family, stored.config)
     manifest = Manifest(

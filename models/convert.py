@@ -11,9 +11,9 @@ start and text be generated. Both need memory for about one shard, and neither w
 directory that holds anything. A model that transformers does not have is exported with its code;
 code that a directory brings is never run here.
 
-`--family`: a model of a family that grows out of the one in the directory, with its weights;
-`--set` changes settings (values as in JSON), and `--from-scratch` takes the settings only.
-`--plain`: the export of such a model as the one it grew out of, without what the family adds.
+`--family`: import as a family that is initialised from the model in the directory, with its
+weights; `--set` changes settings (values as in JSON), and `--from-scratch` takes the settings only.
+`--plain`: export such a model as its base model, without the parameters that the family adds.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def to_hf(
 ) -> list[str]:
     """Export a checkpoint; returns remarks for the user.
 
-    `tokenizer` replaces the one that the checkpoint names, `eod` the token that ended the documents
-    of training, which is the end token of the export. `plain`: export the model of
-    transformers that the family grows out of, without what it adds.
+    `tokenizer` replaces the one named by the checkpoint, `eod` the token that ended the training
+    documents, which becomes the end token of the export. `plain`: export the transformers model
+    that the family was initialised from, without the parameters that it adds.
 
     Raises:
         ValueError: the checkpoint, the output or the tokenizer cannot be used, or the model has no
@@ -95,7 +95,7 @@ def to_hf(
     declared, remarks = declared_of(stored)
     with _published(output) as folder:
         export_configuration(stored, folder, hf=hf, dtype=dtype)
-        # Before the weights: what is wrong with a tokenizer need not wait for them.
+        # Before the weights: errors of the tokenizer should not wait for them.
         if spec is None:
             remarks.append("no tokenizer files were written")
             own = OwnTokens(stored.text.eod_id)
@@ -120,11 +120,11 @@ def from_hf(
 ) -> list[str]:
     """Import a Hugging Face directory as a checkpoint; returns remarks for the user.
 
-    `family`: one that grows out of the model in the directory, with `changes` of its settings;
-    `from_scratch`: with nothing of its weights.
+    `family`: one that can be initialised from the model in the directory, with `changes` to its
+    settings; `from_scratch`: without its weights.
 
     Raises:
-        ValueError: the model is not one of ours, is damaged, or is not stored as safetensors.
+        ValueError: the model type is not supported, or the model is damaged or not safetensors.
     """
     remarks = []
     if family is None:
@@ -160,7 +160,7 @@ def from_hf(
 
 
 def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str | None) -> Exported:
-    """Tokenizer files, what is to be said about them, and the tokens that they name."""
+    """Write the tokenizer files; returns remarks, and the tokens that the files name."""
     from data_tools.tokenization.tokenizers import (
         load_tokenizer,
         split_tiktoken_spec,
@@ -212,7 +212,7 @@ def _write_declared(folder: Path, stored: StoredModel, declared: Declared, own: 
 
 @contextlib.contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes `output` when the body succeeds, and else vanishes.
+    """A temporary folder that is renamed to `output` if the body succeeds, and removed otherwise.
 
     Raises:
         ValueError: `output` exists and is not an empty directory.

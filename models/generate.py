@@ -4,8 +4,8 @@
         [--temperature T] [--top-k K] [--top-p P] [--seed S] [--device cpu|cuda]
         [--tokenizer SPEC] [--eod TOKEN] [--[no-]add-bos] [--special-tokens parse|plain]
 
-DIR is a checkpoint (`step_N`) or a run directory, whose newest checkpoint is taken. A prompt
-becomes tokens as the documents of training did; for an imported model, as in transformers.
+DIR is a checkpoint (`step_N`), or a run directory, whose newest checkpoint is used. Prompts are
+tokenized like the training documents; for an imported model, as in transformers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from models.base import TokenInputs, logits_of
 from parallel.carry import SequentialModel
 from parallel.layers import gather_logits
 
-# Tokens of the prompt that go through the model at a time.
+# Chunk size of the prefill, in tokens.
 PREFILL_CHUNK = 512
 
 
 class ScoreProcessor(Protocol):
-    """What a family changes in the scores before a token is chosen."""
+    """A family's hook that changes the scores before a token is sampled."""
 
     def observe(self, output: Any) -> None:
-        """Take note of what the last layer returned for the newest tokens."""
+        """Observe the last layer's output for the newest tokens."""
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Scores [b, V] of the token after `tokens` [b, t] in place of the model's logits."""
@@ -53,9 +53,9 @@ def generate(
 ) -> Tensor:
     """Continue every row of `tokens` int64 [b, p] by up to `max_new_tokens`: [b, p + new].
 
-    Temperature 0 takes the most probable token. A row that has produced `eos_id` is filled with it;
-    generation ends when all rows have. Under tensor parallelism every rank needs a generator in the
-    same state. `make_inputs`: tokens to what the first layer takes.
+    Temperature 0 is greedy decoding. A row that has produced `eos_id` is filled with it; generation
+    ends when all rows have. Under tensor parallelism every rank needs a generator in the same
+    state. `make_inputs`: builds the first layer's inputs from tokens.
 
     Raises:
         ValueError: a setting out of its range or without effect, or an empty prompt.
@@ -111,7 +111,7 @@ def sample(
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    # One number per row, whatever the padding of the vocabulary: every layout draws the same.
+    # One number per row, regardless of vocabulary padding: every layout draws the same tokens.
     uniform = torch.rand(len(ids), 1, generator=generator, device=ids.device, dtype=torch.float64)
     cumulative = probabilities.double().cumsum(dim=-1)
     choice = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)

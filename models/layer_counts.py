@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a model, counted from its layers on the meta device.
 
-For families without closed forms. Costs no memory and no arithmetic.
+For families without closed forms. Takes no memory and no arithmetic.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def count_parameters(specs: Iterable[LayerSpec]) -> int:
 def count_flops(specs: Iterable[LayerSpec], seq_length: int, *, family: str) -> float:
     """Forward FLOPs per token of a sequence of `seq_length`, two per multiply-add.
 
-    Every linear layer multiplies every token once: `2 in out`. A module with other products says
-    what they cost in `flops_per_token(seq_length)`, without the linear layers in it: attention, or
-    a parameter that is no weight of a linear layer. Lookups, norms and activations are not counted.
+    Every linear layer is applied once per token: `2 in out`. A module with other products gives
+    their cost in `flops_per_token(seq_length)`, excluding its linear layers: attention, or a
+    parameter that is not the weight of a linear layer. Look-ups, norms and activations are not
+    counted.
 
     Raises:
-        ValueError: a matrix belongs to no linear layer and its module does not say what it costs.
+        ValueError: a matrix belongs to no linear layer and its module does not give its cost.
     """
     total = 0.0
     for spec, layer in layers_without_memory(specs):
@@ -46,7 +47,7 @@ def count_flops(specs: Iterable[LayerSpec], seq_length: int, *, family: str) -> 
 
 
 def layers_without_memory(specs: Iterable[LayerSpec]) -> Iterator[tuple[LayerSpec, nn.Module]]:
-    """The layers of a model on the meta device, one at a time.
+    """Build the layers of a model on the meta device, one at a time.
 
     Raises:
         ValueError: a tensor of the model is larger than any memory.

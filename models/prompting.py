@@ -1,4 +1,4 @@
-"""How a prompt becomes tokens: as the documents did that a model was trained on."""
+"""Tokenization of prompts in the same way as the documents that a model was trained on."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from parallel.checkpoint.manifest import TextRecord
 
 
 class Prompting(NamedTuple):
-    """How a prompt becomes tokens, and which token ends its continuation."""
+    """The tokenization of prompts, and the token that ends a continuation."""
 
     tokenizer: Tokenizer
     bos_ids: tuple[int, ...]
     eod_id: int | None
 
     def encode(self, prompt: str, *, vocab_size: int) -> list[int]:
-        """The ids of a prompt; of an empty one, what a document begins with or after.
+        """Encode a prompt; an empty one becomes the token that begins or precedes a document.
 
         Raises:
-            ValueError: the model lacks one of them, or there are none.
+            ValueError: the model lacks one of the ids, or there are none.
         """
         ids = [*self.bos_ids, *self.tokenizer.encode(prompt)]
         if not ids and self.eod_id is not None:
-            ids = [self.eod_id]  # the end of a document is what a document begins after
+            ids = [self.eod_id]  # a document follows the end token of the one before
         if not ids:
             raise ValueError(
                 "the prompt is empty, and no token is known to begin or end a document; give a "
@@ -39,7 +39,7 @@ class Prompting(NamedTuple):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids without special tokens."""
+        """Decode ids to text without special tokens."""
         return self.tokenizer.decode([i for i in ids if i != self.eod_id])
 
 
@@ -51,12 +51,12 @@ def load_prompting(
     add_bos: bool | None = None,
     special_tokens: Literal["parse", "plain"] | None = None,
 ) -> Prompting:
-    """A tokenizer, used as for the data of a model unless a setting says otherwise.
+    """Load a tokenizer with the settings of a model's training data unless overridden.
 
-    What neither says is done as transformers does it with the files of the tokenizer.
+    Settings given by neither follow transformers' handling of the tokenizer's files.
 
     Raises:
-        ValueError: there is no such tokenizer, or it does not have a token that is asked for.
+        ValueError: there is no such tokenizer, or it lacks a requested token.
     """
     tokenizer = load_tokenizer(
         spec,

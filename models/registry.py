@@ -1,4 +1,4 @@
-"""Family names and where their code is; nothing is imported before it is asked for."""
+"""Registry of model families, imported lazily."""
 
 from __future__ import annotations
 

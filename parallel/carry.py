@@ -1,4 +1,4 @@
-"""A model as an ordered list of layers that hand each other one named carry.
+"""A model as an ordered list of layers that pass one named carry from one to the next.
 
 A family declares its carry once, as a NamedTuple class, and describes it for a given run with the
 same class filled with `Field`s. Every layer between the first and the last takes and returns the
@@ -26,8 +26,8 @@ class LayerSpec:
 
     `name`: a flat identifier, unique in the model; parameters are called `name.path` in the whole
     model, in every pipeline stage and in checkpoints. `module`: called as `module(ctx=ctx,
-    **kwargs)`. `tied`: own parameter -> full name of the parameter of an earlier layer that it is,
-    for every parameter that is shared. `recompute`: whether activation recomputation covers it.
+    **kwargs)`. `tied`: parameter of this layer -> full name of the earlier layer's parameter that
+    it shares. `recompute`: whether activation recomputation applies to the layer.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Field(NamedTuple):
 
 
 def check_carry(layer: str, carry: Any, schema: Any) -> None:
-    """Compare what a layer returned with the schema of its family.
+    """Check a layer's output against the carry schema of its family.
 
     Raises:
-        ValueError: names the layer, the field, what was expected and what came.
+        ValueError: names the layer, the field, and the expected and actual value.
     """
     if type(carry) is not type(schema):
         raise ValueError(
@@ -109,10 +109,10 @@ def ties(specs: Iterable[LayerSpec]) -> list[Tie]:
 
 
 def canonical_names(specs: Iterable[LayerSpec]) -> dict[str, str]:
-    """Name of a tied parameter in its own layer -> the one name that all its copies go by.
+    """Map a tied parameter's name in its own layer to the canonical name of all its copies.
 
-    That is its name in the first layer that holds it, as in the whole model and in checkpoints.
-    Whatever is decided by a parameter's name is decided by this one, or copies would differ.
+    The canonical name is the one in the first layer that holds the parameter, as in the whole model
+    and in checkpoints. Every decision by parameter name must use it, or copies would diverge.
     """
     return {f"{tie.layer}.{tie.path}": tie.target for tie in ties(specs)}
 
@@ -126,11 +126,11 @@ def build_layers(
 ) -> dict[str, nn.Module]:
     """Build consecutive layers on `ctx.device`, initialised from (seed, parameter name).
 
-    With `seed=None` parameters are left as memory happens to be, for weights about to be loaded.
+    With `seed=None` parameters are left uninitialised, for weights about to be loaded.
 
-    A parameter tied to one of the same layers becomes the same object. One that is tied to a layer
-    elsewhere is a copy that starts equal. In `after_each` ZeRO-3 partitions the layer, so that no
-    rank ever holds the whole model, and stored weights are loaded into it.
+    A parameter tied to one of these layers becomes the same object; one tied to a layer elsewhere
+    is a copy with the same initial value. `after_each` is where ZeRO-3 partitions the layer, so
+    that no rank ever holds the whole model, and where stored weights are loaded into it.
     """
     layers: dict[str, nn.Module] = {}
     foreign: dict[str, nn.Parameter] = {}  # copies of parameters that belong to layers elsewhere
@@ -164,8 +164,8 @@ def build_layers(
 class SequentialModel(nn.Module):
     """The whole model in one process: `carry = layer(carry)` over the ordered layers.
 
-    `forward(inputs)` returns what the last layer returns. With `cache` (from `new_cache`) each
-    layer that keeps state between calls receives its own part as a second argument, and the tokens
+    `forward(inputs)` returns the output of the last layer. With `cache` (from `new_cache`) each
+    layer that keeps state between calls receives its own entry as a second argument, and the tokens
     passed continue those already seen.
     """
 
@@ -219,7 +219,7 @@ def run_layers(
     *,
     recompute: bool,
 ) -> Any:
-    """Hand the carry through consecutive layers, recomputing in backward those that allow it."""
+    """Run consecutive layers on the carry; with `recompute`, recompute those that allow it."""
     for spec, layer in zip(specs, layers, strict=True):
         if recompute and spec.recompute and torch.is_grad_enabled():
             carry = ctx.precision.checkpoint(layer, carry)
@@ -229,11 +229,11 @@ def run_layers(
 
 
 def check_layers(model: SequentialModel, inputs: Any, schema: Any) -> Any:
-    """Run a model on the meta device and check what each of its layers but the last returns.
+    """Run a model on the meta device and check the output of every layer but the last.
 
     Costs no memory and no arithmetic, so it runs before anything large is built. `model` is built
-    for one process (ParallelContext.single(device="meta")), and `schema` is that of its carry. Of
-    layers of one class with equal arguments only the first runs: all others return the same.
+    for one process (ParallelContext.single(device="meta")); `schema` describes its carry. Among
+    layers of one class with equal arguments only the first runs: the others return the same.
 
     Returns the carry that the last layer takes.
 
@@ -271,9 +271,10 @@ def _set_parameter(module: nn.Module, path: str, parameter: nn.Parameter) -> Non
 
 
 def _declared(parameter: nn.Parameter) -> str:
-    """What decides how a copy of a tied parameter is held and trained.
+    """Describe how a tied parameter is sharded and trained, for comparing its copies.
 
-    Among roles only those that an optimizer tells apart: an embedding may be tied to a head.
+    Roles are compared only as far as an optimizer distinguishes them: an embedding may be tied to a
+    head.
     """
     role = getattr(parameter, "role", None)
     kind = role if role in ("matrix", "vector") else "neither matrix nor vector"

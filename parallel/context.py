@@ -1,4 +1,4 @@
-"""Where a process stands in the layout of a run."""
+"""The parallel layout of a run as seen from one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parallel.precision import Precision
 
 
 class Axis(NamedTuple):
-    """One axis of the layout: how many ranks share it, which one this is, and how to reach them.
+    """One axis of the layout: its size, this process's rank on it, and its process group.
 
     `group` is None exactly when the axis was built without process groups (one process).
     """
@@ -24,7 +24,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """The layout as one process sees it. It is passed to whoever needs it and never global.
+    """The layout as seen from one process; always passed explicitly, never global.
 
     Ranks are ordered with the tensor axis fastest, then data, then pipeline:
     `rank = (pipeline * data_size + data) * tensor_size + tensor`, the order of DeepSpeed's
@@ -60,14 +60,14 @@ class ParallelContext:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes what is written once."""
+        """True on the one process that writes files that exist once per run."""
         return self.tensor.rank == self.pipeline.rank == self.data.rank == 0
 
     @classmethod
     def single(
         cls, *, precision: Precision | None = None, device: torch.device | str = "cpu"
     ) -> ParallelContext:
-        """One process, size 1 on every axis, no process group."""
+        """The context of a single process: size 1 on every axis, no process group."""
         return cls(precision=precision or Precision(), device=torch.device(device))
 
     @classmethod
@@ -81,10 +81,10 @@ class ParallelContext:
         precision: Precision | None = None,
         device: torch.device | str = "cpu",
     ) -> ParallelContext:
-        """Lay the initialised process group out as pipeline x data x tensor, data around expert.
+        """Arrange the ranks of the default process group as pipeline x data x tensor.
 
-        Collective: every rank of the world calls it with the same sizes. At tensor size > 1
-        Megatron-Core's parallel_state is initialised with the same ranks.
+        The expert axis subdivides data. Collective: every rank calls it with the same sizes. At
+        tensor size > 1 Megatron-Core's parallel_state is initialised with the same ranks.
 
         Raises:
             ValueError: the sizes do not divide the world, or the expert size the data size.
@@ -113,7 +113,7 @@ class ParallelContext:
 
 
 def _axes(device_type: str, sizes: dict[str, int]) -> dict[str, Axis]:
-    """One axis for each entry, the last fastest (collective)."""
+    """Create one axis per entry of `sizes`, the last one varying fastest (collective)."""
     names = tuple(sizes)
     mesh = dist.init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=names)
     return {

@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that tensor ranks may share."""
+"""Vocabulary-parallel cross entropy, entropy and z-loss."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from parallel.precision import at_least_fp32
 from parallel.regions import all_reduced
 
 IGNORED_LABEL = -100
-# A log-probability whose exponential is 0 in fp32, and which times 0 is 0, unlike that of a column
-# of -inf.
+# A log-probability whose exponential is 0 in fp32 and whose product with 0 is 0, unlike -inf.
 _LEAST_LOG = -1e4
 
-# Logits that are in fp32 at a time: what the cache of a CPU core holds, or enough to fill a GPU.
+# Logits held in fp32 at a time: what fits the cache of a CPU core, or enough to fill a GPU.
 _CHUNK_SIZE = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
 
-    Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are
-    left as they are. Rows are worked off in chunks, in forward and again in backward, so beside the
-    logits and their gradient nothing of their size exists. With tensor ranks: two all-reduces in
-    forward, of [s, b] and [2, s, b], none in backward. fp64 logits have losses in fp64.
+    Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are not
+    modified. Rows are processed in chunks, in forward and again in backward, so that nothing of the
+    size of the logits exists beside them and their gradient. At tensor size > 1: two all-reduces in
+    forward, of [s, b] and [2, s, b], none in backward. The losses of fp64 logits are fp64.
     """
     labels = labels.transpose(0, 1)
     losses: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), ctx)
@@ -39,21 +38,21 @@ def cross_entropy_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_cross_entropy` and `vocab_parallel_entropy` of the same logits.
 
-    At tensor size 1 both come from one pass over the logits, and their gradient from another.
+    At tensor size 1 one pass over the logits computes both, and one more their gradient.
     """
     if ctx.tensor.size > 1:
         losses = vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
         return losses, vocab_parallel_entropy(logits, ctx=ctx)
     labels = labels.transpose(0, 1)
-    both = _ChunkedBoth.apply(logits.flatten(0, 1), labels.flatten())
+    both = _ChunkedCrossEntropyAndEntropy.apply(logits.flatten(0, 1), labels.flatten())
     return both[0].view(labels.shape), both[1].view(labels.shape)
 
 
 def vocab_parallel_entropy(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Entropy in nats of every predicted distribution, fp32: [s, b, V/t] -> [s, b].
 
-    `H = log Z - sum_j p_j x_j`, rows worked off in chunks. Two all-reduces of [s, b] in forward
-    (one of them of two numbers each), none in backward.
+    `H = log Z - sum_j p_j x_j`, rows processed in chunks. Two all-reduces of [s, b] in forward (one
+    of them of two numbers per position), none in backward.
     """
     entropies: Tensor = _ChunkedEntropy.apply(logits.flatten(0, 1), ctx)
     return entropies.view(logits.shape[:2])
@@ -63,7 +62,7 @@ def vocab_parallel_z_losses(logits: Tensor, labels: Tensor, *, ctx: ParallelCont
     """Per-token z-loss `(log Z)^2 = logsumexp(logits)^2`: [s, b, V/t], [b, s] -> [s, b].
 
     In fp32, or fp64 for fp64 logits. Positions whose label is -100 have loss and gradient 0. Rows
-    are worked off in chunks; with tensor ranks two all-reduces of [s, b] in forward, none in
+    are processed in chunks. At tensor size > 1: two all-reduces of [s, b] in forward, none in
     backward. Source: PaLM (arXiv 2204.02311, section 5).
     """
     log_z: Tensor = _ChunkedLogPartition.apply(logits.flatten(0, 1), ctx)
@@ -143,11 +142,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = _rows_per_chunk(logits)
         normalizers = torch.cat([at_least_fp32(x).logsumexp(dim=-1) for x in logits.split(rows)])
         scored = labels != IGNORED_LABEL
-        targets, here = _own_targets(labels.masked_fill(~scored, 0), logits.shape[-1], layout)
+        targets, here = _local_targets(labels.masked_fill(~scored, 0), logits.shape[-1], layout)
         targets, here = targets.unsqueeze(-1), here & scored
         own = at_least_fp32(logits.gather(-1, targets).squeeze(-1)).masked_fill(~here, 0.0)
         if layout.tensor.size > 1:
-            normalizers, own = _over_all_columns(normalizers, own, layout)
+            normalizers, own = _combine_over_ranks(normalizers, own, layout)
         ctx.save_for_backward(logits, targets, here, scored, normalizers)
         return (normalizers - own).masked_fill(~scored, 0.0)
 
@@ -172,12 +171,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient, None, None
 
 
-def _own_targets(
+def _local_targets(
     labels: Tensor, num_columns: int, layout: ParallelContext
 ) -> tuple[Tensor, Tensor]:
-    """The column of every label on this rank, 0 where another rank has it, and whether it is here.
+    """The local column of every label (0 where another rank holds it), and a mask of local labels.
 
-    Without tensor ranks a label beyond the columns stays as it is, for `gather` to refuse.
+    At tensor size 1 a label outside the vocabulary is left as it is, for `gather` to refuse.
     """
     if layout.tensor.size == 1:
         return labels, torch.ones_like(labels, dtype=torch.bool)
@@ -186,17 +185,17 @@ def _own_targets(
     return columns.masked_fill(~here, 0), here
 
 
-def _over_all_columns(
+def _combine_over_ranks(
     normalizers: Tensor, own: Tensor, layout: ParallelContext
 ) -> tuple[Tensor, Tensor]:
-    """The logsumexp of all ranks' columns from those of each, and the sum of `own` over ranks."""
+    """Combine each rank's logsumexp into that of all columns, and sum `own` over ranks."""
     highest = all_reduced(normalizers.clone(), torch.distributed.ReduceOp.MAX, ctx=layout)
     sums = torch.stack(((normalizers - highest).exp(), own))  # of padding alone: exp(-inf) = 0
     all_reduced(sums, torch.distributed.ReduceOp.SUM, ctx=layout)
     return highest + sums[0].log(), sums[1]
 
 
-class _ChunkedBoth(torch.autograd.Function):
+class _ChunkedCrossEntropyAndEntropy(torch.autograd.Function):
     """`dx_j = p_j (dloss - (log p_j + H) dH) - [j = y] dloss`."""
 
     @staticmethod
@@ -232,7 +231,7 @@ class _ChunkedBoth(torch.autograd.Function):
 
 def _normalizer_and_entropy(x: Tensor) -> tuple[Tensor, Tensor]:
     """`log Z + max(x)` and `log Z - sum_j exp(z_j) z_j / Z` of every row, with z = x - max(x) and
-    Z = sum_j exp(z_j): the exponentials, which take longest, once for both."""
+    Z = sum_j exp(z_j). The exponentials, the slowest part, are computed once for both."""
     highest = at_least_fp32(x.amax(dim=-1))
     shifted = x - highest.unsqueeze(-1)
     weights = shifted.exp()
@@ -243,7 +242,7 @@ def _normalizer_and_entropy(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _workspace(out: Tensor, like: Tensor) -> Tensor:
-    """Where a part of the gradient is computed in the dtype of `like`: in place, where it fits."""
+    """A buffer for a part of the gradient in the dtype of `like`: `out` itself if it has it."""
     return out if out.dtype == like.dtype else torch.empty_like(out, dtype=like.dtype)
 
 

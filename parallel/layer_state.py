@@ -1,8 +1,8 @@
-"""What a layer learns from the data beside its parameters, updated after every optimizer step.
+"""Layer state learnt from the data beside the parameters, updated after every optimizer step.
 
-Such state (a threshold, a running mean) must not change inside a step: accumulation and
-recomputation would then change what a step computes. So a module only sums what it sees, and
-`update_layer_states` hands it, once per step, the sums over all micro-batches and data ranks.
+Such state (a threshold, a running mean) must not change inside a step, or accumulation and
+recomputation would change what the step computes. So a module only accumulates sums, and
+`update_layer_states` gives it, once per step, the sums over all micro-batches and data ranks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from parallel.context import ParallelContext
 
 @runtime_checkable
 class UpdatedAfterStep(Protocol):
-    """A module with such state. Its state is made of persistent buffers (see `kept_in_dtype`)."""
+    """A module whose state consists of persistent buffers (see `kept_in_dtype`)."""
 
     def take_sums(self) -> Tensor:
-        """fp64 [n]: what this rank has summed since the last call; begins anew. n is constant."""
+        """Return this rank's sums since the last call, fp64 [n] with constant n, and reset them."""
         ...
 
     def after_step(self, sums: Tensor) -> None:
@@ -51,7 +51,7 @@ def update_layer_states(module: nn.Module, *, ctx: ParallelContext) -> None:
 
 
 def discard_layer_sums(module: nn.Module) -> None:
-    """Forget what every layer below `module` has summed in a step that changes nothing."""
+    """Discard the sums of every layer below `module`, after a step that was skipped."""
     for owner in module.modules():
         if isinstance(owner, UpdatedAfterStep):
             owner.take_sums()
@@ -60,9 +60,9 @@ def discard_layer_sums(module: nn.Module) -> None:
 def kept_in_dtype(
     module: nn.Module, apply: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """`apply` of nn.Module._apply for a module whose buffers may move but keep their dtype.
+    """Wrap the function of nn.Module._apply so that it moves buffers but keeps their dtype.
 
-    Models are cast to bf16 as a whole, in which an average over many steps stands still.
+    Models are cast to bf16 as a whole, where an average over many steps would no longer change.
     """
     own = {id(buffer) for buffer in module.buffers(recurse=False)}
 
@@ -76,6 +76,6 @@ def kept_in_dtype(
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer that is saved with the weights; whole on every rank that has the layer."""
+    """Persistent buffers by name; each is replicated on every rank that has the layer."""
     saved = module.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}

@@ -1,12 +1,12 @@
-"""Linear layers, embedding and head that tensor ranks share, under Megatron's names.
+"""Tensor-parallel linear layers, embedding and head, under Megatron's names.
 
 At tensor size 1 linear layers and head are instances of nn.Linear itself, which tools such as
-torch's dynamic quantisation look for by its exact type, and nothing of Megatron is imported. At
-tensor size > 1 the collectives and the overlapped backward are Megatron-Core's. Under FP8 the
-linear layers are Transformer Engine's.
+torch's dynamic quantisation look up by exact type, and nothing of Megatron is imported. At tensor
+size > 1 the collectives and the overlapped backward are Megatron-Core's. Under FP8 the linear
+layers are Transformer Engine's.
 
-Every product goes through the call of its layer, so that whatever wraps or replaces a layer
-(adapters, hooks, quantisation, FSDP, offloading) has its effect.
+Every product goes through the call of its layer, so that anything that wraps or replaces a layer
+(adapters, hooks, quantisation, FSDP, offloading) takes effect.
 
 Shapes: s sequence, b batch, h hidden, t tensor size. Under sequence parallelism the activations
 between layers are [s/t, b, h]; `ColumnParallelLinear` gathers them and `RowParallelLinear`
@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
 from parallel.precision import fp8_linear, is_fp8_linear
-from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
+from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
 
@@ -35,12 +35,12 @@ def ColumnParallelLinear(
     init: Init = Normal(0.02),
     role: Role = "matrix",
 ) -> nn.Module:
-    """`y = x W^T + b` with W [out, in] cut over its rows: rank r computes columns r of y.
+    """`y = x W^T + b` with W [out, in] sharded by rows: each rank computes its columns of y.
 
     Input [s, b, in] (or [s/t, b, in] under sequence parallelism), output [s, b, out/t].
     Forward: no collective, or an all-gather over the sequence. Backward: an all-reduce of the
     input gradient, or a reduce-scatter, overlapped with the weight gradient. With `role="gate"` the
-    product stays in bf16 under FP8: gates and scores are narrow and decide.
+    product stays in bf16 under FP8: gates and scores are narrow and sensitive.
 
     Raises:
         ValueError: the tensor size does not divide `out_features`.
@@ -59,7 +59,7 @@ def RowParallelLinear(
     bias: bool = False,
     init: Init = Normal(0.02),
 ) -> nn.Module:
-    """`y = sum_r x_r W_r^T + b` with W [out, in] cut over its columns; x is already cut alike.
+    """`y = sum_r x_r W_r^T + b` with W [out, in] sharded by columns, and x sharded alike.
 
     Input [s, b, in/t], output [s, b, out] (or [s/t, b, out] under sequence parallelism).
     Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an
@@ -75,19 +75,19 @@ def RowParallelLinear(
 
 
 def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tuple[Tensor, ...]:
-    """Apply several column-parallel layers to one input with one collective instead of one each.
+    """Apply several column-parallel layers to one input with a single collective.
 
     Query, key and value (or gate and up) projections share their input: it is gathered once in
-    forward, and the sum of their input gradients is reduced once in backward. With `joined` it is
-    one product with the weights one after another: for many narrow layers that is faster than many
-    products and the sum of as many input gradients. Results are then views of one tensor. Layers
-    that are more than a product with their weight are called one by one.
+    forward, and the sum of their input gradients is reduced once in backward. With `joined` the
+    weights are concatenated into one product, which for many narrow layers is faster than many
+    products and a sum of as many input gradients; the results are then views of one tensor. Layers
+    that do more than multiply with their weight are called one by one.
     """
     contexts = [_context_of(linear) for linear in linears]
     ctx = None if None in contexts else contexts[0]
     if ctx is not None:
-        x = enter_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
-    if joined and all(_is_bare(linear) for linear in linears):
+        x = copy_to_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
+    if joined and all(_is_plain_linear(linear) for linear in linears):
         weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
         y = F.linear(x, torch.cat(weights))
         return y.split([len(weight) for weight in weights], dim=-1)
@@ -96,19 +96,19 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
 
 
 def project_replicated(x: Tensor, *linears: nn.Module, ctx: ParallelContext) -> tuple[Tensor, ...]:
-    """Apply column-parallel layers to an input that every rank holds whole, whatever its length.
+    """Apply column-parallel layers to an input of any length that is replicated on every rank.
 
-    For what has no tokens to share under sequence parallelism: memory slots, encoded images.
-    Forward: no collective. Backward: that of `parallel.regions.enter_tensor_region`.
+    For inputs that are not sharded under sequence parallelism: memory slots, encoded images.
+    Forward: no collective. Backward: that of `parallel.regions.copy_to_tensor_region`.
     """
-    x = enter_tensor_region(x, ctx=ctx)
+    x = copy_to_tensor_region(x, ctx=ctx)
     return tuple(_without_tokens(x, linear) for linear in linears)
 
 
-def project_part(x: Tensor, linear: nn.Module) -> Tensor:
-    """What this rank adds to the product of a row-parallel layer without bias, before the sum.
+def project_partial(x: Tensor, linear: nn.Module) -> Tensor:
+    """This rank's partial product of a row-parallel layer, before the all-reduce and the bias.
 
-    For what has no tokens, as in `project_replicated`: x [m, b, in/t].
+    For inputs that are not sharded by token, as in `project_replicated`: x [m, b, in/t].
     """
     return _without_tokens(x, linear)
 
@@ -123,11 +123,11 @@ def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
     return y
 
 
-def _is_bare(linear: nn.Module) -> bool:
-    """Whether calling a layer means the product with its weight and nothing else.
+def _is_plain_linear(linear: nn.Module) -> bool:
+    """Whether calling a layer is exactly a product with its weight.
 
-    That is: no hook, no other `forward`, no bias, and no weight that multiplies in a way of its
-    own, as quantised ones do.
+    That is: no hook, no overridden `forward`, no bias, and no tensor subclass as weight (quantised
+    weights define their own product).
     """
     if type(linear) not in (nn.Linear, _ColumnParallelLinear) or "forward" in linear.__dict__:
         return False
@@ -139,12 +139,12 @@ def _is_bare(linear: nn.Module) -> bool:
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """The token table cut over its rows: a rank looks up its own ids, and the ranks are summed.
+    """The token table sharded by rows: each rank looks up its own ids, and the results are summed.
 
-    Input int64 [b, s], output [b, s, h] (or [b, s/t, h] under sequence parallelism) as that of
-    `nn.Embedding`, so that adapters and hooks around it work; it is a view of [s, b, h], the layout
-    of the layers. A vocabulary that the tensor size does not divide is padded with zero rows that
-    are never looked up.
+    Input int64 [b, s], output [b, s, h] (or [b, s/t, h] under sequence parallelism) as for
+    `nn.Embedding`, so that adapters and hooks around it work; the output is a view of [s, b, h],
+    the layout of the layers. A vocabulary size that the tensor size does not divide is padded with
+    zero rows that are never looked up.
     Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an all-gather.
     """
 
@@ -162,23 +162,23 @@ class VocabParallelEmbedding(nn.Embedding):
         """Left to parallel.random.initialize, which knows the parameter's name."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.T.contiguous()  # before the look-up: that many fewer numbers to move
+        tokens = tokens.T.contiguous()  # before the look-up: ids are cheaper to move than rows
         if self.ctx.tensor.size == 1:
             return super().forward(tokens).transpose(0, 1)
         local = tokens - self.first_id
         foreign = (local < 0) | (local >= self.num_embeddings)
         rows = super().forward(local.masked_fill(foreign, 0))
         rows = rows.masked_fill(foreign.unsqueeze(-1), 0.0)
-        return leave_tensor_region(rows, ctx=self.ctx).transpose(0, 1)
+        return reduce_from_tensor_region(rows, ctx=self.ctx).transpose(0, 1)
 
 
 def VocabParallelHead(
     vocab_size: int, hidden_size: int, *, ctx: ParallelContext, init: Init = Normal(0.02)
 ) -> nn.Module:
-    """Logits `x W^T` over this rank's part of the vocabulary: [s, b, h] -> [s, b, ceil(V/t)].
+    """Logits `x W^T` over this rank's shard of the vocabulary: [s, b, h] -> [s, b, ceil(V/t)].
 
-    The weight has the shape and sharding of `VocabParallelEmbedding`, so the two can be tied.
-    Columns that only pad the vocabulary are -inf and so never take part in a softmax.
+    The weight has the shape and sharding of `VocabParallelEmbedding`, so that the two can be tied.
+    Padding columns are -inf and so contribute nothing to a softmax.
     """
     if ctx.tensor.size == 1:
         layer: nn.Module = _empty_linear((vocab_size, hidden_size), bias=False, ctx=ctx)
@@ -190,9 +190,9 @@ def VocabParallelHead(
 
 
 def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """The logits of all tensor ranks side by side, on every rank; without gradient.
+    """Concatenate the logits of all tensor ranks, on every rank; without gradient.
 
-    Columns that pad the vocabulary are -inf and come last.
+    Padding columns are -inf and come last.
     """
     if ctx.tensor.size == 1:
         return logits
@@ -204,9 +204,9 @@ def gather_logits(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
 class _ShardedLinear(nn.Linear):
     """An nn.Linear that holds this rank's shard and leaves initialisation to parallel.random.
 
-    A linear layer that has `ctx` is called with more than x. `collectives=False`: for the product
-    alone, of an input that has been gathered already, or before the sum and the bias.
-    `per_token=False`: where x does not hold tokens but, for instance, memory slots.
+    Linear layers with a `ctx` accept more arguments than x. `collectives=False`: the local product
+    alone, for an input already gathered, or before the reduction and the bias. `per_token=False`:
+    x does not hold tokens but, for instance, memory slots.
     """
 
     def __init__(self, shape: tuple[int, int], *, ctx: ParallelContext, bias: bool) -> None:
@@ -237,12 +237,12 @@ class _RowParallelLinear(_ShardedLinear):
         y = F.linear(x, self.weight)
         if not collectives:
             return y
-        y = leave_tensor_region(y, ctx=self.ctx)
+        y = reduce_from_tensor_region(y, ctx=self.ctx)
         return y if self.bias is None else y + self.bias
 
 
 class _VocabParallelHead(nn.Module):
-    """The head of one of several tensor ranks."""
+    """The output head at tensor size > 1."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, ctx: ParallelContext) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def _context_of(linear: nn.Module) -> ParallelContext | None:
 
 
 def _empty_linear(shape: tuple[int, int], *, bias: bool, ctx: ParallelContext) -> nn.Linear:
-    """An nn.Linear that parallel.random.initialize will fill: it knows the parameters' names."""
+    """An uninitialised nn.Linear; parallel.random.initialize, which knows the names, fills it."""
     return nn.utils.skip_init(nn.Linear, shape[1], shape[0], bias=bias, device=ctx.device)
 
 

@@ -1,7 +1,6 @@
-"""The only import of megatron.core: collectives and arithmetic at tensor size > 1.
+"""The only module that imports megatron.core: collectives and products at tensor size > 1.
 
-Importing this module imports Megatron-Core (seconds), so it is imported only where a tensor axis
-larger than 1 is really used.
+Importing it imports Megatron-Core (seconds), so it is imported only at tensor size > 1.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from parallel.cpu.compat import let_megatron_run_on_cpu
 
 with warnings.catch_warnings():
-    # Megatron-Core warns about optional packages (Transformer Engine, Apex) that it does not find.
+    # Megatron-Core warns about missing optional packages (Transformer Engine, Apex).
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import layers as _layers
@@ -57,10 +56,10 @@ def column_linear(
 
 
 def copy_to_tensor_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """The same tensor; in backward the sum of its gradients over tensor ranks.
+    """Identity in forward; in backward an all-reduce of the gradient over tensor ranks.
 
-    Megatron-Core 0.16.1 (mappings.py, `_reduce`) returns a non-contiguous gradient unreduced, and
-    reduces others in place, which autograd may have given to another operation as well.
+    Ours, because Megatron-Core 0.16.1 (mappings.py, `_reduce`) returns a non-contiguous gradient
+    unreduced, and reduces others in place although autograd may share them with another operation.
     """
     return _CopyToTensorRegion.apply(x, group)
 
@@ -92,7 +91,7 @@ def reduce_scatter_to_sequence_region(x: Tensor, *, group: dist.ProcessGroup | N
 
 
 class DeepSpeedTopology:
-    """What DeepSpeed's plain engine asks its `mpu`, answered by Megatron-Core's parallel_state.
+    """The `mpu` of DeepSpeed's plain engine, backed by Megatron-Core's parallel_state.
 
     DeepSpeed calls the tensor axis "model parallel"; parallel_state has no function of that name.
     """

@@ -1,7 +1,7 @@
-"""A feed-forward layer of many experts, of which a router gives each token a few.
+"""Mixture-of-experts feed-forward layer with top-k routing.
 
-`MoELayer` stands where a family's dense feed-forward layer would. Tensor ranks share the columns of
-every expert, expert ranks (a part of the data axis) share the experts.
+`MoELayer` takes the place of a family's dense feed-forward layer. Tensor ranks share the columns of
+every expert; the experts are distributed over expert ranks (a part of the data axis).
 
 Shapes: s sequence, b batch, h hidden, f intermediate, E experts, k experts per token, n = s b
 tokens, C slots per expert and row, m slots in all, t tensor size, p expert size.
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from parallel.context import Axis, ParallelContext
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
-from parallel.recompute import once
+from parallel.recompute import replay_decision
 from parallel.regions import (
-    computed_by_all,
-    enter_tensor_region,
+    copy_to_tensor_region,
     gather_sequence,
-    leave_tensor_region,
+    reduce_from_tensor_region,
+    scale_replicated_grad,
 )
 from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
 
@@ -33,8 +33,8 @@ from parallel.sharding import Init, Normal, Sharding, declare, declare_replicate
 class MoEOutput(NamedTuple):
     """`hidden`: [s, b, h] ([s/t, b, h] under sequence parallelism).
 
-    `load_balancing_loss`, `z_loss`: fp32 [b], of every row, for the caller to average over rows, to
-    weight and to add to the loss.
+    `load_balancing_loss`, `z_loss`: fp32 [b], per row; the caller averages them over rows, weights
+    them and adds them to the loss.
     """
 
     hidden: Tensor
@@ -53,22 +53,22 @@ class Routing(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """`y = sum_j w_j expert_j(x)` over the k experts that the router gives a token.
+    """`y = sum_j w_j expert_j(x)` over the k experts selected by the router for a token.
 
     `expert(x) = W_down (silu(W_gate x) * W_up x)`; see `TopKRouter` for `w`.
 
     Without `capacity_factor` no token is dropped. With it an expert takes at most `C =
-    ceil(capacity_factor s k / E)` tokens of a row, the earliest first, and what it does not take is
-    missing from the sum: shapes are then constant and a step never waits for the device. Dropping
-    belongs to training: in `eval()` mode, and so in generation, every token is computed.
+    ceil(capacity_factor s k / E)` tokens of a row, the earliest first; dropped (token, expert)
+    pairs are missing from the sum. Shapes are then constant and the host never waits for the
+    device. Tokens are dropped in training only: in `eval()` mode, and so in generation, none is.
 
-    What a row drops depends on that row alone, and on none of its later tokens (but on its length,
-    through C); losses are those of each row. So the result is the same at every layout.
+    The drops of a row depend on that row alone, and on none of its later tokens (except through its
+    length, which sets C); losses are per row. So the result is the same at every layout.
 
-    Forward: at expert size > 1 an all-to-all to the experts and one back, without
-    `capacity_factor` another of the counts, for which the host waits; over tensor ranks the
+    Forward: at expert size > 1 one all-to-all to the experts and one back; without
+    `capacity_factor` another one of the counts, for which the host waits. Over tensor ranks the
     collectives of a column- and a row-parallel layer, with k weights per token beside the input.
-    Backward: the same in reverse. Under FP8 the experts multiply in bf16.
+    Backward: the same in reverse. Under FP8 the experts compute in bf16.
 
     Raises:
         ValueError: sizes that do not fit each other or the layout.
@@ -101,17 +101,17 @@ class MoELayer(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> MoEOutput:
-        """`lengths`: int64 [b], tokens of each row, where what follows them is padding."""
+        """`lengths`: int64 [b], number of tokens in each row; the rest of the row is padding."""
         routing = self.router(x, lengths)
-        x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
-        weights = enter_tensor_region(routing.weights, ctx=self.ctx)
+        x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+        weights = copy_to_tensor_region(routing.weights, ctx=self.ctx)
         y = self._experts_of(x.flatten(0, 1), routing.experts, lengths)
         y = (y * weights.to(y.dtype).unsqueeze(-1)).sum(dim=2)
-        hidden = leave_tensor_region(y, ctx=self.ctx)
+        hidden = reduce_from_tensor_region(y, ctx=self.ctx)
         return MoEOutput(hidden, routing.load_balancing_loss, routing.z_loss)
 
     def _experts_of(self, tokens: Tensor, experts: Tensor, lengths: Tensor | None) -> Tensor:
-        """What each of its experts makes of each token: [n, h], [s, b, k] -> [s, b, k, h]."""
+        """The output of every selected expert for each token: [n, h], [s, b, k] -> [s, b, k, h]."""
         num_experts, top_k = self.router.num_experts, experts.shape[-1]
         capacity, limits = None, None
         if self.capacity_factor is not None and self.training:
@@ -120,27 +120,27 @@ class MoELayer(nn.Module):
                 each = [self._capacity(length, top_k) for length in lengths.tolist()]
                 limits = torch.tensor(each, device=lengths.device)
         slots = _assign_slots(experts, num_experts=num_experts, capacity=capacity, limits=limits)
-        sent = _Move.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
+        sent = _GatherRows.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
         if capacity is None:
             computed = _without_capacity(sent, slots.counts, self.experts, self.ctx.expert)
         else:
             computed = _with_capacity(sent, self.experts, self.ctx.expert)
-        returned = _Move.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
+        returned = _GatherRows.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
         return returned.view(*experts.shape, -1)
 
     def _capacity(self, length: int, top_k: int) -> int:
-        """Slots of each expert for a row of so many tokens."""
+        """Slots per expert for a row of `length` tokens."""
         assert self.capacity_factor is not None
         share = self.capacity_factor * length * top_k / self.router.num_experts
         return min(math.ceil(share), length)
 
 
 class TopKRouter(nn.Module):
-    """The k experts of every token: `p = softmax(W x)` over all E, then the k largest.
+    """Top-k router: `p = softmax(W x)` over all E experts, then the k largest.
 
-    Weights are the chosen `p`, with `renormalize` divided by their sum (Mixtral), else as they are
-    (Switch; a single expert needs that, or the router would learn nothing from the loss). Equal
-    probabilities go to the lower expert number. Everything is fp32, whatever the run's precision.
+    Weights are the selected `p`, divided by their sum with `renormalize` (Mixtral), otherwise
+    unchanged (Switch; required for k = 1, where the router would learn nothing from the loss). Ties
+    go to the lower expert index. Everything is fp32, whatever the run's precision.
 
     `load_balancing_loss`: `E sum_e f_e P_e` of every row, with `f_e` the fraction of the row's
     choices that fell on e and `P_e` the mean of `p_e` over the row; 1 when even. `z_loss`: the mean
@@ -149,9 +149,9 @@ class TopKRouter(nn.Module):
     depend on how rows are spread over ranks and micro-batches, nor of the whole step (its
     `global_aux_loss`), which needs sums over ranks before the product.
 
-    Every tensor rank makes the same choice: under sequence parallelism each scores its own tokens
-    and the scores are gathered, otherwise the first rank's choice is sent to the others. A repeated
-    forward pass keeps the choice of the first.
+    All tensor ranks select the same experts: under sequence parallelism each rank scores its own
+    tokens and the scores are gathered, otherwise the first rank's selection is broadcast. A
+    recomputed forward pass reuses the selection of the first.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class TopKRouter(nn.Module):
         logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
         logits = gather_sequence(logits, ctx=self.ctx)
         probabilities = logits.softmax(dim=-1)
-        experts = once(lambda: self._choose(logits.detach()))
+        experts = replay_decision(lambda: self._choose(logits.detach()))
         weights = probabilities.gather(-1, experts)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -189,12 +189,12 @@ class TopKRouter(nn.Module):
         return Routing(
             experts,
             weights,
-            computed_by_all(balance, ctx=self.ctx),
-            computed_by_all(z_loss, ctx=self.ctx),
+            scale_replicated_grad(balance, ctx=self.ctx),
+            scale_replicated_grad(z_loss, ctx=self.ctx),
         )
 
     def _choose(self, logits: Tensor) -> Tensor:
-        # topk leaves open which of equal values it returns
+        # torch.topk does not define which of equal values it returns.
         order = logits.argsort(dim=-1, descending=True, stable=True)
         experts = order[..., : self.top_k].contiguous()
         if self.ctx.tensor.size > 1 and not self.ctx.sequence_parallel:
@@ -203,7 +203,7 @@ class TopKRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """The E/p experts of this expert rank, as stacked matrices: the columns of this tensor rank.
+    """The E/p experts of this expert rank as stacked matrices, sharded over tensor ranks.
 
     `gate`, `up`: [E/p, f/t, h]. `down`: [E/p, h, f/t].
     """
@@ -232,10 +232,10 @@ class Experts(nn.Module):
         self.down = stacked((hidden_size, inner), 2, output_init)
 
     def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
-        """What the experts make of x, to be summed over tensor ranks.
+        """The experts' outputs for x, to be summed over tensor ranks.
 
-        x: [E/p, m, h], as many tokens for each expert; with `counts` [m, h], `counts[e]` tokens for
-        expert e, one expert after another.
+        x: [E/p, m, h], equally many tokens per expert; with `counts` [m, h], sorted by expert, with
+        `counts[e]` tokens for expert e.
         """
         if counts is None:
             inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
@@ -250,10 +250,10 @@ class Experts(nn.Module):
 
 
 class _Slots(NamedTuple):
-    """Where the (token, choice) pairs go: in slots that are sorted by expert.
+    """The assignment of (token, choice) pairs to slots sorted by expert.
 
-    `pairs`: int64 [m], the pair in each slot, n k where there is none. `slots`: int64 [n k], the
-    slot of each pair, m where it is dropped. `counts`: int64 [E], pairs per expert.
+    `pairs`: int64 [m], the pair in each slot, n k in an empty slot. `slots`: int64 [n k], the slot
+    of each pair, m if it is dropped. `counts`: int64 [E], pairs per expert.
     """
 
     pairs: Tensor
@@ -264,8 +264,8 @@ class _Slots(NamedTuple):
 def _assign_slots(
     experts: Tensor, *, num_experts: int, capacity: int | None, limits: Tensor | None = None
 ) -> _Slots:
-    """Slots for the choices [s, b, k]: as many as pairs, or C of each expert for each row, of which
-    `limits` int64 [b] may leave a row fewer."""
+    """Assign the choices [s, b, k] to slots: one per pair, or C per expert and row, which `limits`
+    int64 [b] may lower for a row."""
     num_pairs = experts.numel()
     chosen = _one_hot(experts, num_experts)
     counts = chosen.sum(dim=(0, 1))
@@ -283,10 +283,10 @@ def _assign_slots(
 
 
 def _inverse(index: Tensor, size: int, *, num_slots: int) -> Tensor:
-    """For each of `size` places the element of `index` that names it, `num_slots` where none."""
+    """Invert `index`: for each of `size` positions the element mapped to it, else `num_slots`."""
     places = torch.full((size + 1,), num_slots, dtype=index.dtype, device=index.device)
     elements = torch.arange(len(index), device=index.device)
-    return places.scatter_(0, index, elements)[:size]  # the last place is that of what is dropped
+    return places.scatter_(0, index, elements)[:size]  # the last position collects the drops
 
 
 def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
@@ -296,25 +296,25 @@ def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
-    """Equal parts of the slots [E b C, h] to their experts' ranks, and the results back."""
+    """Dispatch equal parts of the slots [E b C, h] to the experts' ranks, and combine."""
     parts = _all_to_all(x, axis=axis)
     parts = parts.view(axis.size, experts.num_local, -1, x.shape[-1]).transpose(0, 1)
     y = experts(parts.flatten(1, 2))
     return _all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
 
 
-@torch.compiler.disable  # how many tokens an expert gets is another number in every step
+@torch.compiler.disable  # the number of tokens per expert differs in every step
 def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -> Tensor:
-    """The slots [n k, h] to their experts' ranks, and the results back. The host reads counts."""
-    if x.is_meta:  # shapes alone are asked for
+    """Dispatch the slots [n k, h] to the experts' ranks and combine; the host reads the counts."""
+    if x.is_meta:  # only shapes are needed
         return torch.empty_like(x)
-    leaving, arriving = once(lambda: _read_counts(counts, axis))
+    leaving, arriving = replay_decision(lambda: _read_counts(counts, axis))
     if axis.size == 1:
         return experts(x, leaving[0])
     sent, received = ([sum(of_rank) for of_rank in each] for each in (leaving, arriving))
     sizes = [size for of_rank in arriving for size in of_rank]
     parts = _all_to_all(x, axis=axis, sent=sent, received=received).split(sizes)
-    # They arrive by rank and then expert; each expert needs its own together.
+    # Rows arrive sorted by rank and then expert; the experts need them sorted by expert.
     local, ranks = range(experts.num_local), range(axis.size)
     order = [rank * len(local) + expert for expert in local for rank in ranks]
     totals = [sum(of_expert) for of_expert in zip(*arriving, strict=True)]
@@ -325,7 +325,7 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
 
 
 def _read_counts(counts: Tensor, axis: Axis) -> list[list[list[int]]]:
-    """Rows for each rank's experts that leave this rank, and rows for its own from each rank."""
+    """Numbers of rows sent to each rank's experts, and received from each rank for its own."""
     arriving = counts
     if axis.size > 1:
         arriving = torch.empty_like(counts)
@@ -337,7 +337,7 @@ def _read_counts(counts: Tensor, axis: Axis) -> list[list[list[int]]]:
 def _all_to_all(
     x: Tensor, *, axis: Axis, sent: list[int] | None = None, received: list[int] | None = None
 ) -> Tensor:
-    """`sent[r]` rows to each expert rank r, `received[r]` from it; equal parts without them."""
+    """Send `sent[r]` rows to each expert rank r and receive `received[r]`; equal parts if None."""
     return x if axis.size == 1 else _AllToAll.apply(x, axis.group, sent, received)
 
 
@@ -370,11 +370,11 @@ def _exchange(
     return out
 
 
-class _Move(torch.autograd.Function):
-    """Rows `index` of x, zeros for the number past the end.
+class _GatherRows(torch.autograd.Function):
+    """Rows `index` of x; an index past the end gives zeros.
 
-    `inverse` [len(x), r] holds the rows of the result that each row of x went to, so that backward
-    also gathers, in a fixed order, where torch's own would add with atomics.
+    `inverse` [len(x), r] holds the rows of the result that each row of x was copied to, so that
+    backward is a gather, too, in a fixed order, where torch's own would use atomic adds.
     """
 
     @staticmethod

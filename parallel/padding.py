@@ -1,4 +1,4 @@
-"""Rows of a batch that hold fewer tokens than there are places."""
+"""Means over padded rows of a batch."""
 
 from __future__ import annotations
 

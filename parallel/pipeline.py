@@ -1,7 +1,8 @@
-"""Layers cut into DeepSpeed pipeline stages, with the wire between them.
+"""Pipeline stages for DeepSpeed, with the wire between them.
 
-The only import of deepspeed.pipe. PipelineModule supplies the process grid, the checkpoint files
-and the contract with PipelineEngine; how layers are cut, built, named, tied and run is ours:
+The only module that imports deepspeed.pipe. PipelineModule supplies the process grid, the
+checkpoint files and the contract with PipelineEngine; partitioning, building, naming, tying and
+running layers is ours:
 
 * parameters carry the same names as in SequentialModel, at every pipeline size;
 * the carry crosses a stage through the wire, never as a bare tuple;
@@ -30,7 +31,7 @@ Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TiedParameter(NamedTuple):
-    """A parameter that several stages hold: this stage's copy and the ranks that must agree."""
+    """A parameter held by several stages: this stage's copy and the group that keeps it equal."""
 
     parameter: nn.Parameter
     group: dist.ProcessGroup
@@ -38,11 +39,11 @@ class TiedParameter(NamedTuple):
 
 
 class _TiedGradient(NamedTuple):
-    """What PipelineEngine sums over the stages that hold a tied parameter.
+    """The gradient that PipelineEngine all-reduces over the stages that hold a tied parameter.
 
-    It takes `grad`, or BF16_Optimizer's `_hp_grad` (DeepSpeed 0.19.8, pipe/engine.py,
-    `_exec_reduce_tied_grads`). But ZeRO-1 in bf16 with `offload_optimizer` sums micro-batches in
-    `grad_accum` and leaves no `grad`, and every copy would train on its own part of the gradient.
+    The engine reads `grad`, or BF16_Optimizer's `_hp_grad` (DeepSpeed 0.19.8, pipe/engine.py,
+    `_exec_reduce_tied_grads`). But ZeRO-1 in bf16 with `offload_optimizer` accumulates in
+    `grad_accum` and leaves no `grad`: every copy would train on its own part of the gradient.
     """
 
     parameter: Any
@@ -71,9 +72,9 @@ def check_num_stages(num_layers: int, num_stages: int) -> None:
 
 
 def partition(costs: Sequence[int], num_stages: int) -> list[int]:
-    """Cut consecutive layers into stages so that the most expensive stage costs least.
+    """Partition consecutive layers into stages, minimising the cost of the most expensive stage.
 
-    Returns the boundaries: stage i holds layers [b[i], b[i+1]), and never none.
+    Returns the boundaries: stage i holds layers [b[i], b[i+1]), at least one.
 
     Raises:
         ValueError: fewer layers than stages.
@@ -101,8 +102,10 @@ def partition(costs: Sequence[int], num_stages: int) -> list[int]:
 
 
 def layer_costs(specs: Sequence[LayerSpec]) -> list[int]:
-    """Parameters that multiply every token, per layer: lookups in an embedding cost nothing, and
-    what is below a module with a `token_share` that share."""
+    """The number of parameters that multiply a token, per layer.
+
+    Embedding look-ups cost nothing; modules below one with a `token_share` count by that share.
+    """
     ctx = ParallelContext.single(device="meta")
     return [round(_cost(spec.module(ctx=ctx, **spec.kwargs))) for spec in specs]
 
@@ -119,8 +122,8 @@ class PipelineStage(PipelineModule):
     """The layers of this rank's stage, as DeepSpeed's PipelineEngine drives them.
 
     The first stage receives the tuple of input tensors (`inputs_type` rebuilds the NamedTuple), the
-    last returns what the last layer returns, and `objective` turns that and the targets into the
-    loss. `boundaries` overrides where stages are cut.
+    last returns the output of the last layer, and `objective` computes the loss from it and the
+    targets. `boundaries` overrides the partition.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class PipelineStage(PipelineModule):
         after_each: AfterEach | None = None,
         boundaries: Sequence[int] | None = None,
     ) -> None:
-        # Plain attributes that the hooks below read while PipelineModule is being initialised.
+        # Plain attributes, read by the hooks below during PipelineModule.__init__.
         self.specs = tuple(specs)
         self.ctx = ctx
         self.seed = seed
@@ -178,7 +181,7 @@ class PipelineStage(PipelineModule):
         total, self._terms = self.objective(output, targets)
         return total
 
-    # What PipelineModule calls while it is initialised.
+    # Hooks that PipelineModule.__init__ calls.
 
     def _partition_layers(self, method: str = "uniform") -> None:
         self.parts = self.boundaries
@@ -231,7 +234,7 @@ class PipelineStage(PipelineModule):
                     own = (group, ranks)
         return own
 
-    # What PipelineModule and PipelineEngine call for tied parameters.
+    # Hooks that PipelineModule and PipelineEngine call for tied parameters.
 
     def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, dist.ProcessGroup]]:
         return [(_TiedGradient(tied.parameter), tied.group) for tied in self.tied_parameters]

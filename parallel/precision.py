@@ -1,4 +1,4 @@
-"""Precision of a run: fp32, bf16, or FP8 through Transformer Engine. The only import of it."""
+"""Precision of a run: fp32, bf16, or FP8 through Transformer Engine (imported only here)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 @dataclass(frozen=True)
 class Precision:
-    """`name` is fp32, bf16 or fp8; `fp8_recipe` names the scaling of FP8 and is None otherwise.
+    """`name` is fp32, bf16 or fp8; `fp8_recipe` names the FP8 scaling and is None otherwise.
 
     Under fp8 parameters and activations are bf16; the linear layers are Transformer Engine's and
-    multiply in FP8. Without a usable Transformer Engine the setting is refused: it never becomes
-    a bf16 run that says fp8.
+    multiply in FP8. Without a usable Transformer Engine the setting is refused; it never falls back
+    to bf16 silently.
     """
 
     name: str = "fp32"
@@ -54,18 +54,18 @@ class Precision:
         return DTYPES[self.name]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context every forward pass runs in: FP8 scaling under fp8, nothing otherwise."""
+        """The context manager around every forward pass: FP8 autocast under fp8, else a no-op."""
         if not self.is_fp8:
             return contextlib.nullcontext()
         engine = require_transformer_engine()
         return engine.pytorch.fp8_autocast(enabled=True, fp8_recipe=_recipe(self.fp8_recipe))
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run `function` without keeping its activations and again in backward.
+        """Run `function` with activation checkpointing: recompute it in backward.
 
-        Non-reentrant, so integer inputs and inputs without gradient are fine. Random numbers and
-        decisions (parallel.recompute) are replayed. Under FP8 Transformer Engine's own version also
-        replays the scaling state.
+        Non-reentrant, so integer inputs and inputs without gradient are allowed. Random numbers and
+        decisions (parallel.recompute) are replayed; under FP8 Transformer Engine's own checkpoint
+        also replays the scaling state.
         """
         options: dict[str, Any] = {"use_reentrant": False, "context_fn": decision_contexts}
         if self.is_fp8:
@@ -75,10 +75,10 @@ class Precision:
 
 
 def require_transformer_engine() -> Any:
-    """Import Transformer Engine or say what is missing.
+    """Import Transformer Engine.
 
     Raises:
-        ValueError: there is no CUDA device that has FP8, or the package cannot be imported.
+        ValueError: there is no CUDA device with FP8, or the package cannot be imported.
     """
     remedy = (
         "install it with `pip install manyformer[fp8]` on a CUDA machine, or use precision=bf16"
@@ -112,10 +112,10 @@ def fp8_linear(
     sequence_parallel: bool,
     device: torch.device,
 ) -> nn.Module:
-    """Transformer Engine's linear layer holding this tensor rank's shard (sizes are full sizes).
+    """A Transformer Engine linear layer with this tensor rank's shard (arguments are full sizes).
 
     Raises:
-        ValueError: a local size is not a multiple of 16, which FP8 matrix products need.
+        ValueError: a local size is not a multiple of 16, as FP8 matrix products require.
     """
     engine = require_transformer_engine()
     local = {"column": out_features, "row": in_features}[parallel_mode] // tensor.size
@@ -139,7 +139,7 @@ def fp8_linear(
 
 
 def is_fp8_linear(layer: nn.Module) -> bool:
-    """Whether `layer` is one of `fp8_linear`, which does its own collectives and counts rows."""
+    """Whether `layer` comes from `fp8_linear`: own collectives, restricted row counts."""
     return type(layer).__module__.split(".")[0] == "transformer_engine"
 
 
@@ -155,8 +155,8 @@ def _recipe(name: str | None) -> Any:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32 for softmax, norms, gates and losses, or as it is where it is wider: a model in
-    fp64 computes in fp64. No copy when nothing changes."""
+    """Cast x to fp32 for softmax, norms, gates and losses; wider dtypes are kept, so that a model
+    in fp64 computes in fp64. No copy if the dtype does not change."""
     return x.to(fp32_or_wider(x.dtype))
 
 

@@ -1,9 +1,10 @@
-"""Initial weights that do not depend on the layout.
+"""Layout-independent weight initialisation.
 
-The value of a weight is a function of (seed, parameter name, position): the full tensor is cut
-into tiles along the dimension that may be sharded, each tile has its own generator, and a rank
-draws only the tiles that it holds. So a 70B model starts equal at any tensor and pipeline size, no
-rank ever holds a full matrix, and a layer may be built on the CPU or on a device.
+The initial value of a weight is a function of (seed, parameter name, position): the full tensor is
+split into tiles along the dimension that may be sharded, each tile has its own generator, and a
+rank draws only the tiles that it holds. So a 70B model has the same initial weights at any tensor
+and pipeline size, no rank ever holds a full matrix, and a layer may be built on the CPU or on a
+device.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ def initialize(
 ) -> None:
     """Fill every parameter of `module` from its declared initialiser.
 
-    `prefix` is the layer's name in the model; `names` gives the canonical name of a parameter that
-    is tied to another layer's, so that both copies start equal.
+    `prefix` is the layer's name in the model; `names` gives the canonical name of a parameter tied
+    to another layer's, so that both copies have the same initial values.
     """
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             continue
         canonical = (names or {}).get(name, f"{prefix}.{name}")
-        drawn = _Drawn(canonical, init_of(canonical, parameter), sharding_of(canonical, parameter))
+        drawn = _InitSpec(
+            canonical, init_of(canonical, parameter), sharding_of(canonical, parameter)
+        )
         with torch.no_grad():
             _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
 
@@ -58,27 +61,29 @@ class _Rows(NamedTuple):
     stop: int
 
 
-class _Drawn(NamedTuple):
-    """What is drawn for one tensor: the name that seeds it, the distribution, the sharding."""
+class _InitSpec(NamedTuple):
+    """How one tensor is initialised: the name that seeds it, the distribution, the sharding."""
 
     name: str
     init: Init
     sharding: Sharding
 
 
-def _fill(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int, expert_rank: int) -> None:
-    """Fill this rank's part; stacked experts one by one, each under its own number."""
+def _fill(
+    target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int, expert_rank: int
+) -> None:
+    """Fill this rank's shard; stacked experts one by one, each seeded by its own index."""
     name, init, sharding = drawn
     if sharding.experts is None:
         _fill_one(target, drawn, seed=seed, tensor_rank=tensor_rank)
         return
     dim = None if sharding.dim is None else sharding.dim - 1
     for index, matrix in enumerate(target, start=expert_rank * len(target)):
-        one = _Drawn(f"{name}/{index}", init, Sharding(dim, sharding.full_size))
+        one = _InitSpec(f"{name}/{index}", init, Sharding(dim, sharding.full_size))
         _fill_one(matrix, one, seed=seed, tensor_rank=tensor_rank)
 
 
-def _fill_one(target: Tensor, drawn: _Drawn, *, seed: int, tensor_rank: int) -> None:
+def _fill_one(target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int) -> None:
     name, init, sharding = drawn
     if isinstance(init, Constant):
         target.fill_(init.value)

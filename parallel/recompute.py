@@ -1,12 +1,12 @@
-"""Decisions that activation recomputation must not take a second time.
+"""Discrete decisions under activation recomputation.
 
-A layer whose activations are recomputed runs its forward pass twice. Arithmetic may be repeated; a
-discrete decision must not be: on a device whose sums depend on timing a near tie could fall the
-other way, and what is counted would be counted twice. So `once` remembers, from the forward pass to
-its repetition, what was decided, and `add_once` counts in the first of them alone.
+A layer whose activations are recomputed runs its forward pass twice. Arithmetic may be repeated;
+discrete decisions must not be: on a device whose sums depend on timing a near tie could be broken
+the other way, and counters would count twice. So `replay_decision` records a decision in the
+forward pass and replays it in the recomputation, and `count_once` counts in the first pass alone.
 
-In compiled code both are operators that the compiler does not look into: the graph of a layer is
-the same in both passes, decides again, and takes what was decided from the operator.
+In compiled code both are opaque operators: the graph of a layer is the same in both passes; it
+computes the decision again and takes the recorded one from the operator.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 class _Tape(threading.local):
-    """Decisions of the checkpointed call that this thread is in; autograd has threads of its own.
+    """Recorded decisions of this thread's checkpointed call; autograd has threads of its own.
 
-    `values`: None outside of such a call. `position`: the next to repeat; None while recording.
+    `values`: None outside of such a call. `position`: the next one to replay; None while recording.
     """
 
     values: list[Any] | None = None
@@ -40,17 +40,17 @@ _tape = _Tape()
 def decision_contexts() -> tuple[
     contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
 ]:
-    """The `context_fn` of torch.utils.checkpoint: around the forward pass, and around its
-    repetition."""
+    """`context_fn` for torch.utils.checkpoint: contexts of the forward pass and of its
+    recomputation."""
     values: list[Any] = []
     return _on_tape(values, None), _on_tape(values, 0)
 
 
-def once(decide: Callable[[], T]) -> T:
-    """What `decide()` returns; in a repeated forward pass what it returned in the first.
+def replay_decision(decide: Callable[[], T]) -> T:
+    """Return `decide()`; in a recomputed forward pass, its result in the first pass.
 
-    What it returns has no gradient, and is asked for in the same order both times. In compiled code
-    it may hold tensors in tuples, lists and NamedTuples.
+    Results have no gradient, and both passes ask for them in the same order. In compiled code a
+    result may hold tensors in tuples, lists and NamedTuples.
     """
     if torch.compiler.is_compiling():
         leaves, structure = tree_flatten(decide())
@@ -61,8 +61,8 @@ def once(decide: Callable[[], T]) -> T:
     return _on_tape_or_new(decide)
 
 
-def add_once(total: Tensor, part: Tensor) -> None:
-    """`total += part`, and in a repeated forward pass nothing; without gradient."""
+def count_once(total: Tensor, part: Tensor) -> None:
+    """`total += part` without gradient; no effect in a recomputed forward pass."""
     add = _counted if torch.compiler.is_compiling() else _count
     add(total, part)
 
@@ -79,7 +79,7 @@ def _on_tape_or_new(decide: Callable[[], T]) -> T:
 
 
 def _decide(values: Sequence[Tensor]) -> list[Tensor]:
-    # Copies: compiled code may write over what it was given and over what it gives.
+    # Copies: compiled code may overwrite its inputs and its outputs.
     kept = _on_tape_or_new(lambda: _copies(values))
     return _copies(kept)
 
@@ -94,8 +94,8 @@ def _copies(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _operator(run: Any, fake: Any, *, changes: tuple[str, ...] = ()) -> Any:
-    """`run` as an operator, under a name of this copy of the module: an exported model has its own
-    copy and may be loaded beside the project."""
+    """Register `run` as an operator whose name is unique to this copy of the module: an exported
+    model has its own copy and may be loaded beside the project."""
     name = f"manyformer_{zlib.crc32(__name__.encode()):x}::{run.__name__.strip('_')}"
     operator: Any = torch.library.custom_op(name, run, mutates_args=changes)
     operator.register_fake(fake)

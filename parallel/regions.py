@@ -1,13 +1,13 @@
-"""Activations between what one tensor rank computes and what all of them hold.
+"""Transitions between replicated, sequence-sharded and tensor-parallel activations.
 
-Two conventions, which every layer with state of its own has to keep:
+Every layer follows two conventions:
 
-* Without sequence parallelism an activation between layers is whole on every tensor rank, and so is
-  its gradient.
-* With sequence parallelism a rank has its own tokens, [s/t, ...]. A tensor that is whole there all
-  the same ([s, ...], or something without tokens) has a *partial* gradient: the true one is the sum
-  over tensor ranks, which is taken where the tensor came from (the backward of `gather_sequence`,
-  or the hook of a parameter that declares `partial_gradient`).
+* Without sequence parallelism an activation between layers is replicated on every tensor rank, and
+  so is its gradient.
+* With sequence parallelism each rank holds its own tokens, [s/t, ...]. A tensor that is replicated
+  nevertheless ([s, ...], or one without tokens) has a *partial* gradient on each rank: the true
+  gradient is the sum over tensor ranks, taken where the tensor was created (the backward of
+  `gather_sequence`, or the hook of a parameter that declares `partial_gradient`).
 
 Shapes: s sequence, t tensor size. At tensor size 1 every function returns its input.
 """
@@ -23,8 +23,8 @@ from torch import Tensor
 from parallel.context import ParallelContext
 
 
-def own_length(seq_length: int, *, ctx: ParallelContext) -> int:
-    """How many of the tokens of a sequence this rank has between layers.
+def local_seq_len(seq_length: int, *, ctx: ParallelContext) -> int:
+    """The number of tokens of a sequence that this rank holds between layers.
 
     Raises:
         ValueError: sequence parallelism with a length that the tensor size does not divide.
@@ -40,8 +40,11 @@ def own_length(seq_length: int, *, ctx: ParallelContext) -> int:
 
 
 def gather_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """This rank's tokens [s/t, ...] to those of all ranks [s, ...]: all-gather, and in backward a
-    reduce-scatter of the partial gradients. Without sequence parallelism they are there already."""
+    """Gather this rank's tokens [s/t, ...] to those of all ranks [s, ...].
+
+    Forward: an all-gather. Backward: a reduce-scatter of the partial gradients. Identity without
+    sequence parallelism.
+    """
     if not ctx.sequence_parallel:
         return x
     from parallel import megatron
@@ -49,18 +52,18 @@ def gather_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return megatron.gather_from_sequence_region(x.contiguous(), group=ctx.tensor.group)
 
 
-def own_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """The tokens [s/t, ...] of this rank out of [s, ...]; a view, with a partial gradient."""
+def local_sequence(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """This rank's tokens [s/t, ...] of a replicated [s, ...]; a view, with a partial gradient."""
     if not ctx.sequence_parallel:
         return x
     return x.chunk(ctx.tensor.size)[ctx.tensor.rank]
 
 
-def enter_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """A whole tensor on its way into what this rank alone computes (its heads, its columns).
+def copy_to_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Pass a replicated tensor into tensor-parallel computation (this rank's heads or columns).
 
-    Forward: the same tensor. Backward: an all-reduce, since every rank contributes a part; none
-    under sequence parallelism, where the gradient stays partial.
+    Forward: identity. Backward: an all-reduce, since every rank contributes a part; none under
+    sequence parallelism, where the gradient stays partial.
     """
     if ctx.tensor.size == 1 or ctx.sequence_parallel:
         return x
@@ -69,8 +72,8 @@ def enter_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return megatron.copy_to_tensor_region(x, group=ctx.tensor.group)
 
 
-def leave_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """Parts [s, ...] that each rank computed, summed: whole, or [s/t, ...] of own tokens.
+def reduce_from_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Sum the ranks' partial results [s, ...] to a replicated tensor, or to this rank's [s/t, ...].
 
     Forward: an all-reduce, or a reduce-scatter over the sequence. Backward: none, or an all-gather.
     """
@@ -84,7 +87,7 @@ def leave_tensor_region(x: Tensor, *, ctx: ParallelContext) -> Tensor:
 
 
 def sum_over_tensor_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """Parts that each rank computed, summed on every rank. Backward: the same gradient to all."""
+    """Sum the ranks' partial results on every rank. Backward: the same gradient for every part."""
     if ctx.tensor.size == 1:
         return x
     from parallel import megatron
@@ -94,20 +97,20 @@ def sum_over_tensor_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
 
 
 def sum_over_sequence_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """`sum_over_tensor_ranks` of parts that come from own tokens, where ranks have own tokens."""
+    """`sum_over_tensor_ranks` under sequence parallelism, where ranks hold different tokens."""
     return sum_over_tensor_ranks(x, ctx=ctx) if ctx.sequence_parallel else x
 
 
-def computed_by_all(x: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """A value that every tensor rank computes alike from whole tensors, such as a loss term.
+def scale_replicated_grad(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Scale the gradient of a value that every tensor rank computes alike, such as a loss term.
 
-    Under sequence parallelism the gradients of whole tensors are summed over ranks, so each rank
-    sends back 1/t of it.
+    Forward: identity. Backward: under sequence parallelism the gradients of replicated tensors are
+    summed over ranks, so each rank contributes 1/t of the gradient.
     """
-    return _Share.apply(x, ctx.tensor.size) if ctx.sequence_parallel else x
+    return _ScaleGrad.apply(x, ctx.tensor.size) if ctx.sequence_parallel else x
 
 
-class _Share(torch.autograd.Function):
+class _ScaleGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.size = size
@@ -119,7 +122,7 @@ class _Share(torch.autograd.Function):
 
 
 def all_reduced(x: Tensor, op: Any, *, ctx: ParallelContext) -> Tensor:
-    """`x` reduced over tensor ranks with `op`, in place, without gradient."""
+    """Reduce x over tensor ranks with `op`, in place and without gradient."""
     if ctx.tensor.size > 1:
         dist.all_reduce(x, op=op, group=ctx.tensor.group)
     return x

@@ -1,7 +1,7 @@
-"""What every parameter says about itself: how ranks share it and how it starts.
+"""Declarations of every parameter: sharding over ranks, initialiser, optimizer role.
 
-A model is initialised, merged for export, split for import and reduced from these declarations
-alone, so a parameter that declares nothing is an error.
+Initialisation, merging for export, splitting for import and gradient reduction use these
+declarations alone, so a parameter without one is an error.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from parallel.context import Axis, ParallelContext
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the tensor ranks, and the expert ranks, hold one parameter.
+    """How a parameter is sharded over tensor ranks and expert ranks.
 
-    `dim`: the dimension that is cut into equal parts, rank by rank, or None when every rank holds
-    all of it. `full_size`: the extent of the whole tensor along `dim`; when the number of ranks
-    does not divide it, the last ranks hold padding rows that merging drops.
-    `partial_gradient`: the parameter is replicated but each rank sees only a part of the tokens
-    (sequence parallelism), so that its gradient must be summed over tensor ranks.
-    `experts`: the parameter stacks the matrices of so many experts along dimension 0, which expert
-    ranks share in equal parts, rank by rank; None for all others, which every data rank holds.
+    `dim`: the dimension split into equal parts in rank order, or None if the parameter is
+    replicated. `full_size`: the size of the full tensor along `dim`; if the number of ranks does
+    not divide it, the last ranks hold padding rows, which merging drops. `partial_gradient`: the
+    parameter is replicated but each rank sees only a part of the tokens (sequence parallelism), so
+    that its gradient must be summed over tensor ranks. `experts`: the number of experts whose
+    matrices the parameter stacks along dimension 0, split over expert ranks into equal parts in
+    rank order; None for all other parameters, which every data rank holds.
     """
 
     dim: int | None = None
@@ -57,21 +57,21 @@ class Constant:
     value: float
 
 
-# A function of the full shape that returns the full tensor (fp32, CPU), for small parameters.
+# A callable takes the full shape and returns the full tensor (fp32, CPU); for small parameters.
 Init = Normal | Constant | Callable[[torch.Size, torch.Generator], Tensor]
 
 
-# What a parameter is to an optimizer, whatever its number of dimensions:
+# The role of a parameter for the optimizer, independent of its number of dimensions:
 #   matrix: maps features to features, alone or stacked (one per expert);
 #   embedding, head: a row per entry of the vocabulary;
-#   router, gate: narrow weights that decide for each token;
+#   router, gate: narrow weights that make a decision per token;
 #   vector: gains, biases, scalars, one per channel or per head: never decayed;
 #   other: slots, modulations, adapters, filters.
 Role = Literal["matrix", "embedding", "head", "router", "gate", "vector", "other"]
 
 
 class Extent(NamedTuple):
-    """Rows [start, stop) of the full tensor that a rank really holds, and its padded row count."""
+    """Rows [start, stop) of the full tensor on a rank, and its number of rows with padding."""
 
     start: int
     stop: int
@@ -88,9 +88,9 @@ def local_extent(full_size: int, *, size: int, rank: int) -> Extent:
 def declare(
     parameter: nn.Parameter, sharding: Sharding, init: Init, *, role: Role | None = None
 ) -> nn.Parameter:
-    """Attach `sharding`, `init` and `role`, and the attributes that DeepSpeed reads.
+    """Attach `sharding`, `init` and `role` to a parameter, and the attributes that DeepSpeed reads.
 
-    Without a `role`, a parameter of one dimension is a vector and any larger one is "other".
+    Without a `role`, a one-dimensional parameter is a "vector" and any other is "other".
 
     DeepSpeed counts a parameter without `tensor_model_parallel` once per tensor group in the
     gradient norm; a sharded parameter without it makes the norm silently wrong.
@@ -107,15 +107,15 @@ def declare(
 def declare_replicated(
     parameter: nn.Parameter, init: Init, *, ctx: ParallelContext, role: Role | None = None
 ) -> nn.Parameter:
-    """Declare a parameter that every tensor rank holds whole and applies to its own tokens."""
+    """Declare a parameter that is replicated over tensor ranks, each applying it to its tokens."""
     return declare(parameter, Sharding(partial_gradient=ctx.sequence_parallel), init, role=role)
 
 
 def sharding_of(name: str, parameter: nn.Parameter) -> Sharding:
-    """The declaration of a parameter.
+    """The declared sharding of a parameter.
 
     Raises:
-        ValueError: the parameter declares nothing.
+        ValueError: the parameter has no declaration.
     """
     sharding = getattr(parameter, "sharding", None)
     if not isinstance(sharding, Sharding):
@@ -127,36 +127,36 @@ def sharding_of(name: str, parameter: nn.Parameter) -> Sharding:
 
 
 def role_of(name: str, parameter: nn.Parameter) -> Role:
-    """What a parameter is to an optimizer.
+    """The optimizer role of a parameter.
 
     Raises:
-        ValueError: the parameter declares nothing.
+        ValueError: the parameter has no declaration.
     """
     sharding_of(name, parameter)
     return parameter.role  # type: ignore[attr-defined]
 
 
 def init_of(name: str, parameter: nn.Parameter) -> Init:
-    """How a parameter starts.
+    """The initialiser of a parameter.
 
     Raises:
-        ValueError: the parameter declares nothing.
+        ValueError: the parameter has no declaration.
     """
     sharding_of(name, parameter)
     return parameter.init  # type: ignore[attr-defined]
 
 
 def sharding_table(module: nn.Module) -> dict[str, Sharding]:
-    """Parameter name -> declaration, for every parameter of `module`.
+    """The sharding of every parameter of `module`, by name.
 
     Raises:
-        ValueError: a parameter declares nothing.
+        ValueError: a parameter has no declaration.
     """
     return {name: sharding_of(name, p) for name, p in module.named_parameters()}
 
 
 def local_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of this tensor rank's slice, whole over data ranks.
+    """The shape of this tensor rank's shard, before ZeRO partitions it over data ranks.
 
     DeepSpeed's ZeRO-3 leaves an empty tensor and notes the shape in an attribute (0.19.8).
     """
@@ -164,14 +164,14 @@ def local_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def merge(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
-    """The full tensor from the shards of all tensor ranks in rank order, without padding."""
+    """Merge the shards of all tensor ranks, in rank order, into the full tensor without padding."""
     if sharding.dim is None:
         return shards[0]
     return torch.cat(list(shards), dim=sharding.dim).narrow(sharding.dim, 0, sharding.extent)
 
 
 def all_experts(shard: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """A parameter with the experts of all expert ranks, in order (collective over them)."""
+    """Gather a parameter's experts from all expert ranks, in order (collective over them)."""
     sharding: Sharding = getattr(shard, "sharding", Sharding())
     if sharding.experts is None or ctx.expert.size == 1:
         return shard
@@ -183,12 +183,12 @@ def all_experts(shard: Tensor, *, ctx: ParallelContext) -> Tensor:
 def split(
     full: Tensor, sharding: Sharding, *, size: int, rank: int, expert: Axis | None = None
 ) -> Tensor:
-    """The shard of `full` that `rank` of `size` holds, padded with zeros to an equal extent.
+    """The shard of `full` on `rank` of `size`, padded with zeros to equal extents.
 
-    With `expert` that of an expert rank, too, where the parameter stacks experts.
+    With `expert`, a parameter that stacks experts is also split over expert ranks.
 
     Raises:
-        ValueError: the full tensor is not of the declared extent.
+        ValueError: the full tensor does not have the declared size.
     """
     if expert is not None and sharding.experts is not None:
         full = full.chunk(expert.size)[expert.rank]
@@ -209,10 +209,10 @@ def split(
 
 
 def sum_partial_gradients(module: nn.Module, ctx: ParallelContext) -> None:
-    """Sum the gradient of every parameter that declares `partial_gradient` over tensor ranks.
+    """Register hooks that sum the gradients declared `partial_gradient` over tensor ranks.
 
-    Megatron-Core does this at the end of a step in its own training loop and DeepSpeed not at all,
-    so a hook on the parameter does it as soon as the gradient of a micro-batch exists.
+    Megatron-Core does this in its own training loop at the end of a step, DeepSpeed not at all, so
+    a hook on each parameter does it as soon as the gradient of a micro-batch exists.
     """
     if ctx.tensor.size == 1:
         return

@@ -1,11 +1,11 @@
-"""The wire: a carry as the tensors that may cross a pipeline stage.
+"""The wire: the carry packed into the tensors that cross a pipeline stage boundary.
 
-DeepSpeed's pipeline engine runs backward once for every floating tensor that crosses a stage,
-mixes up receive buffers of different dtypes on middle stages, and fails on a float without
-gradient. So the whole carry crosses as exactly one floating tensor holding the bits of every field
-through which a gradient flows, followed by one integer tensor with the bits of the others if there
-are any. Fields arrive with their own dtype and bit for bit; gradients travel back the same way, and
-fields without gradient cost nothing in backward.
+DeepSpeed's pipeline engine runs backward once for every floating-point tensor that crosses a
+boundary, mixes up receive buffers of different dtypes on middle stages, and fails on a float
+without gradient. So the carry crosses as exactly one floating-point tensor with the bits of all
+differentiable fields, followed by one integer tensor with the bits of the others, if any. Fields
+arrive bit for bit in their own dtype; gradients return the same way, and fields without gradient
+cost nothing in backward.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Wire:
             raise ValueError(f"{type(schema).__name__}: no field carries a gradient")
 
     def pack(self, carry: Any, *, layer: str) -> Tensor | tuple[Tensor, Tensor]:
-        """One fp32 tensor of bits, or (that, one int32 tensor of bits). `layer` is for errors.
+        """Pack into one fp32 tensor of bits, or that and one int32 tensor. `layer` is for errors.
 
         Raises:
-            ValueError: the carry is not what the schema says.
+            ValueError: the carry does not match the schema.
         """
         check_carry(layer, carry, self.schema)
         values = [x for x in carry if x is not None]
@@ -56,7 +56,7 @@ class Wire:
         return bits, _to_bytes(others, self.constant).view(torch.int32)
 
     def unpack(self, received: Tensor | tuple[Tensor, ...]) -> Any:
-        """The carry of the previous stage from what arrived."""
+        """Unpack the received tensors into the carry of the previous stage."""
         tensors = (received,) if isinstance(received, Tensor) else received
         floats = iter(_Unpack.apply(self.differentiable, tensors[0]))
         others = iter(_from_bytes(tensors[1], self.constant) if self.constant else ())
@@ -111,7 +111,7 @@ def _size(fields: Sequence[Field]) -> int:
 
 
 def _to_bytes(tensors: Sequence[Tensor], fields: Sequence[Field]) -> Tensor:
-    """The tensors' bytes one after another, each from an aligned offset: one copy of each."""
+    """Concatenate the tensors' bytes at aligned offsets, with one copy of each."""
     out = torch.empty(_size(fields), dtype=torch.uint8, device=tensors[0].device)
     for target, tensor in zip(_from_bytes(out, fields), tensors, strict=True):
         target.copy_(tensor.detach())
@@ -119,7 +119,7 @@ def _to_bytes(tensors: Sequence[Tensor], fields: Sequence[Field]) -> Tensor:
 
 
 def _from_bytes(bits: Tensor, fields: Sequence[Field]) -> list[Tensor]:
-    """The fields as views of the received bytes: no copy."""
+    """The fields as views of the received bytes, without a copy."""
     data = bits.detach().contiguous().view(torch.uint8)
     views, offset = [], 0
     for field in fields:

@@ -13,7 +13,7 @@ import torch
 from data_tools.loading.evaluation import EvalBatches
 from models.registry import get_family
 from parallel.checkpoint.weights import ShardPosition
-from parallel.cpu.waiting import Waiting
+from parallel.cpu.waiting import WaitPolicy
 from pretrain.checkpointing import Checkpoint, CheckpointContents
 from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.rng_state import restore_rng_state, rng_states, seed_rng
@@ -85,9 +85,9 @@ class TrainLoop:
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
         self.num_parameters = self.family.num_parameters(config.model)
-        self.waiting: Waiting | None = None
+        self.waiting: WaitPolicy | None = None
         if self.ctx.device.type == "cpu":
-            self.waiting = Waiting.of_this_process(
+            self.waiting = WaitPolicy.of_this_process(
                 ranks=ranks_on_this_machine(), threads=torch.get_num_threads()
             )
 

@@ -32,8 +32,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=_is_grouped(q, k))
 
 
-def continued_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last s positions over all T: q [b, n, s, d], k and v [b, g, T, d]."""
+def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last s of T positions: q [b, n, s, d], k and v [b, g, T, d]."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries == num_keys:
         return causal_attention(q, k, v)
@@ -61,11 +61,11 @@ def continued_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, num_sinks: int = 0
 ) -> Tensor:
-    """Causal attention that ends at the beginning of the query's document.
+    """Causal attention within each document of a packed row.
 
-    `positions` int32 [b, s] count from 0 in every document. The first `num_sinks` keys are no
-    tokens and are seen by every query: k and v are [b, g, num_sinks + s, d]. Blocks of queries are
-    computed one after another and again in backward, so that memory grows with s, not with s^2.
+    `positions` int32 [b, s] count from 0 in every document. The first `num_sinks` keys are sinks,
+    not tokens, and visible to every query: k and v are [b, g, num_sinks + s, d]. Blocks of queries
+    are computed one after another and recomputed in backward, so that memory grows with s, not s^2.
     """
     index = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
     document_starts = index - positions
@@ -102,22 +102,22 @@ def _packed_block(
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int, positions: Tensor | None = None
 ) -> Tensor:
-    """Attention over the last `window` positions, the query's own among them.
+    """Sliding-window attention over the last `window` positions, the query's own included.
 
     q: the last s of T positions [b, n, s, d]; k and v [b, g, T, d]. With `positions` int32 [b, s]
-    (then T = s) it also ends at the beginning of the query's document. Time and memory grow with
+    (then T = s) attention also stays within the query's document. Time and memory grow with
     s * window.
     """
     num_queries, earlier = q.shape[2], k.shape[2] - q.shape[2]
     if k.shape[2] <= window and positions is None:
-        return continued_attention(q, k, v)
+        return cached_attention(q, k, v)
     if num_queries == 1:
         k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=_is_grouped(q, k))
     block = min(QUERY_BLOCK, max(window, 64), num_queries)
-    reach = -(-(window - 1) // block)  # blocks of keys before the queries' own that they can see
+    reach = -(-(window - 1) // block)  # number of earlier key blocks visible to a query block
     sizes = [earlier] + [min(block, num_queries - i) for i in range(0, num_queries, block)]
-    # Splitting and joining, not slicing: the gradient of a slice is as long as the whole.
+    # split and cat instead of slices: the gradient of a slice has the size of the whole tensor.
     keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
     index = torch.arange(-earlier, num_queries, device=q.device)
     outputs = []
@@ -142,7 +142,7 @@ def windowed_attention(
 
 
 def _window_mask(queries: Tensor, keys: Tensor, window: int) -> Tensor:
-    """Which of the key positions each query position may see."""
+    """Mask of the key positions visible to each query position."""
     distance = queries.unsqueeze(-1) - keys
     return (distance >= 0) & (distance < window)
 
@@ -151,11 +151,11 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
     return q.shape[1] != k.shape[1]
 
 
-class Gathered(NamedTuple):
-    """Where tokens come from that are computed without those between them.
+class GatheredTokens(NamedTuple):
+    """Positions and attention function for tokens gathered out of a sequence.
 
-    `positions`: int32 [b, s], what their queries and keys are turned by. `attend(q, k, v)`: what
-    mixes them, [b, n, s, d] and [b, g, s, d] to [b, n, s, d]; it knows which may see which.
+    `positions`: int32 [b, s], for the rotary embedding of their queries and keys.
+    `attend(q, k, v)`: their attention with its mask, [b, n, s, d] and [b, g, s, d] to [b, n, s, d].
     """
 
     positions: Tensor
@@ -163,7 +163,7 @@ class Gathered(NamedTuple):
 
 
 def check_heads(ctx: ParallelContext, **counts: int) -> None:
-    """Raise ValueError where the tensor size does not divide a number of heads, given by name."""
+    """Raise ValueError if the tensor size does not divide one of the named numbers of heads."""
     for name, count in counts.items():
         if count % ctx.tensor.size:
             raise ValueError(
@@ -223,8 +223,8 @@ class CausalSelfAttention(nn.Module):
         return KVCache(max_length)
 
     def flops_per_token(self, seq_length: int) -> float:
-        """Of scores and mixing, without the projections: `4 n d (s + 1) / 2`, because a causal
-        query meets (s + 1) / 2 keys on average. What a kernel computes beyond is not counted."""
+        """FLOPs of scores and weighted values, without projections: `4 n d (s + 1) / 2`, since a
+        causal query sees (s + 1) / 2 keys on average. Masked work of a kernel is not counted."""
         return 4.0 * self.num_heads * self.head_dim * (seq_length + 1) / 2
 
     def forward(
@@ -233,10 +233,10 @@ class CausalSelfAttention(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        gathered: Gathered | None = None,
+        gathered: GatheredTokens | None = None,
     ) -> Tensor:
-        """`positions` [b, s] where documents are packed; `cache` where x continues a sequence;
-        `gathered`, alone, where x are tokens out of a sequence."""
+        """`positions` [b, s] for packed documents; `cache` if x continues a sequence; `gathered`,
+        alone, if x holds tokens gathered out of a sequence."""
         q, k, v = (
             self._split_heads(projected)
             for projected in project_together(x, self.query, self.key, self.value)
@@ -252,7 +252,7 @@ class CausalSelfAttention(nn.Module):
         if gathered is not None:
             mixed = gathered.attend(q, k, v)
         elif cache is not None:
-            mixed = continued_attention(q, *cache.append(k, v))
+            mixed = cached_attention(q, *cache.append(k, v))
         elif positions is not None:
             mixed = packed_attention(q, k, v, positions)
         else:

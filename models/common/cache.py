@@ -1,4 +1,4 @@
-"""State that an attention layer keeps between the calls of a generation."""
+"""Key-value cache of an attention layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class KeysValues(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of one layer in memory that is allocated once: [b, n_kv, max_length, d].
+    """Preallocated keys and values of one layer: [b, n_kv, max_length, d].
 
-    The first keys decide on dtype and device: weights need not say them, since they may be
-    quantised, offloaded or those of a wrapper.
+    The first keys determine dtype and device. The weights cannot: they may be quantised, offloaded
+    or those of a wrapper.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -32,7 +32,7 @@ class KVCache:
         return 0 if self._stored is None else sum(x.nbytes for x in self._stored)
 
     def append(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """Store [b, n_kv, s, d] after what is there and return everything up to it (views).
+        """Append [b, n_kv, s, d] and return all keys and values so far (views).
 
         Raises:
             ValueError: the cache has no room left.

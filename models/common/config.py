@@ -14,7 +14,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class RopeScaling(BaseModel):
-    """Rotary frequencies stretched for contexts longer than those of the first pretraining.
+    """Scaling of rotary frequencies for contexts longer than in the original pretraining.
 
     `type: llama3` divides the frequencies of wavelengths longer than
     `original_max_position_embeddings / low_freq_factor` by `factor`, keeps those shorter than
@@ -89,10 +89,10 @@ class DecoderConfig(BaseModel):
         return self.head_dim or self.hidden_size // self.num_heads
 
     def function(self) -> dict[str, Any]:
-        """What the model computes outside of training, given its weights, depends on.
+        """The settings that determine what the model computes outside of training from its weights.
 
-        Not in it are the spread of initial weights, and the number of positions, of which each has
-        the same angles in a longer table.
+        Excluded are the standard deviation of initial weights, and the number of positions: a
+        position has the same angles in a longer table.
         """
         settings = self.model_dump(mode="json", exclude={"init_std", "max_position_embeddings"})
         return settings | {"head_dim": self.head_size}

@@ -1,12 +1,12 @@
-"""Random numbers of training as a function of what a token has seen, the layer and the channel.
+"""Counter-based random numbers for training: a function of a token's prefix, layer and channel.
 
-A pseudo-random generator would give other numbers at another layout: other ranks draw, in another
-order. Here the first layer hashes every prefix of a document to an int64 key, the keys ride in the
-carry, and whoever needs noise hashes the key with a stream number; every block hands on the keys of
-the next one, so that no layer computes with its number and all share their compiled code. So a step
-draws the same at any tensor, pipeline and data size, compiled, under recomputation and after a
-resume, and no token's noise depends on a later token. The same text seen again, in a later epoch,
-gets the same noise.
+A stateful generator would give different numbers at another layout, where other ranks draw in
+another order. Here the first layer hashes every prefix of a document to an int64 key, the keys
+travel in the carry, and a layer that needs noise hashes the key with a stream number. Every block
+passes on the keys of the next one, so that no layer depends on its index and all share compiled
+code. So a step draws the same numbers at any tensor, pipeline and data size, compiled, under
+recomputation and after a resume, and no token's noise depends on a later token. The same text gets
+the same noise again in a later epoch.
 
 Shapes: s sequence, b batch, n channels.
 """
@@ -30,7 +30,7 @@ _SECOND = 0x94D049BB133111EB - (1 << 64)
 
 
 def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
-    """A key for every token, from its document up to it: int64 [b, s] and positions -> [b, s]."""
+    """Hash each token's document prefix to a key: int64 [b, s] and positions -> int64 [b, s]."""
     length = tokens.shape[1]
     index = torch.arange(length, device=tokens.device)
     place = index if positions is None else positions.long()
@@ -42,7 +42,7 @@ def prefix_keys(tokens: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def next_layer(keys: Tensor) -> Tensor:
-    """The keys that the next layer draws from: int64 [b, s]."""
+    """The keys of the next layer: int64 [b, s]."""
     return keys + STREAMS * _CHANNELS
 
 
@@ -54,8 +54,8 @@ def uniform(keys: Tensor, size: int, *, stream: int, first: int = 0) -> Tensor:
 def normal(keys: Tensor, size: int, *, stream: int) -> Tensor:
     """`size` numbers of N(0, 1) per key, by Box and Muller: int64 [...] -> fp32 [..., size]."""
     bits = _bits(keys, (size + 1) // 2, stream=stream)
-    # A hash gives two uniform numbers, and they two normal ones. The radius is that of a number of
-    # (0, 1], so that its logarithm is finite.
+    # One hash gives two uniform numbers, and those two normal ones. The radius comes from a number
+    # in (0, 1], so that its logarithm is finite.
     radius = (_shift(bits, 40).float() + 1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = (bits & 0xFFFFFF).float().mul_(2.0**-24 * 2.0 * math.pi)
     return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)[..., :size]
@@ -70,8 +70,8 @@ def dropout(x: Tensor, keys: Tensor, probability: float, *, stream: int, first: 
 def _bits(keys: Tensor, size: int, *, stream: int, first: int = 0) -> Tensor:
     """`size` hashes per key: int64 [...] -> int64 [..., size]."""
     channels = torch.arange(size, device=keys.device) + (stream * _CHANNELS + first)
-    # Not `channels * _GAMMA`: inductor folds what is made of an arange alone into integers without
-    # bounds, where products do not wrap around (torch 2.13).
+    # Not `channels * _GAMMA`: inductor folds expressions of an arange alone into unbounded
+    # integers, where products do not wrap around (torch 2.13).
     return _mix((keys.unsqueeze(-1) + channels) * _GAMMA)
 
 

@@ -1,7 +1,7 @@
-"""The parts of a decoder that follow from a `DecoderConfig`.
+"""The parts of a decoder built from a `DecoderConfig`.
 
-A family composes its block of them and takes embedding, head, carry and their schema as they are,
-or puts its own in their place.
+A family composes its block from them and uses embedding, head, carry and schema as they are, or
+replaces them with its own.
 
 Shapes: s sequence, b batch, h hidden, V vocabulary, t tensor size. Between layers activations are
 [s, b, h], or [s/t, b, h] under sequence parallelism.
@@ -25,7 +25,7 @@ from models.common.rope import RotaryTable, positions_in_segments
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
-from parallel.regions import own_length
+from parallel.regions import local_seq_len
 from parallel.sharding import Normal
 
 
@@ -53,25 +53,25 @@ def decoder_carry_schema(
     Raises:
         ValueError: sequence parallelism with a sequence that the tensor size does not divide.
     """
-    shape = (own_length(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
+    shape = (local_seq_len(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
     positions = Field((micro_batch_size, seq_length), torch.int32) if segmented else None
     return DecoderCarry(Field(shape, ctx.precision.dtype, gradient=True), positions)
 
 
 def embed_tokens(table: nn.Module, inputs: Any, *, segmented: bool) -> DecoderCarry:
-    """Rows of the token table, and the positions of tokens in their documents.
+    """Look up the token embeddings, and the positions of tokens in their documents.
 
     `inputs`: `tokens` int64 [b, s] and `segment_ids` int32 [b, s] or None. `segmented`: whether
     the model was built for rows of several documents.
 
     Raises:
-        ValueError: segment ids are given to a model without them, or missing.
+        ValueError: segment ids are given to a model built without them, or missing.
     """
     if segmented != (inputs.segment_ids is not None):
         raise ValueError(
             f"a model with segmented={segmented} was given segment_ids="
             f"{'None' if inputs.segment_ids is None else 'a tensor'}; "
-            "build the model as the data is"
+            "build the model to match the data"
         )
     hidden = table(inputs.tokens).transpose(0, 1)
     if inputs.segment_ids is None:
@@ -135,7 +135,7 @@ def decoder_rotary(config: DecoderConfig) -> RotaryTable:
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids to the residual stream, and segment ids to positions."""
+    """Map token ids to the residual stream, and segment ids to positions."""
 
     def __init__(self, config: DecoderConfig, *, segmented: bool, ctx: ParallelContext) -> None:
         super().__init__()
@@ -167,10 +167,10 @@ def decoder_specs(
     embedding: type[nn.Module] = TokenEmbedding,
     head: type[nn.Module] = LMHead,
 ) -> list[LayerSpec]:
-    """`embedding`, the blocks, `head`.
+    """The layers `embedding`, the blocks, `head`.
 
-    `tied`: `head.output.weight` is `embedding.tokens.weight`. Activation recomputation covers the
-    blocks alone.
+    `tied`: `head.output.weight` is `embedding.tokens.weight`. Activation recomputation applies to
+    the blocks alone.
     """
     return [
         LayerSpec(

@@ -10,7 +10,7 @@ from models.common.config import DecoderConfig
 
 
 def outer_parameters(config: DecoderConfig) -> int:
-    """Of token table, final norm and head: `V h (1 tied, 2 untied) + h`."""
+    """Parameters of token table, final norm and head: `V h (1 tied, 2 untied) + h`."""
     tables = 1 if config.tie_embeddings else 2
     return tables * config.vocab_size * config.hidden_size + config.hidden_size
 
@@ -27,7 +27,7 @@ def mlp_matrices(config: DecoderConfig) -> int:
 
 
 def block_vectors(config: DecoderConfig) -> int:
-    """Parameters of a block's two norms, `2 h`, and with `qkv_bias` of its biases,
+    """Parameters of a block's two norms, `2 h`, and of its biases with `qkv_bias`,
     `(n + 2 g) d`."""
     biases = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
     return 2 * config.hidden_size + biases * config.qkv_bias
@@ -36,9 +36,9 @@ def block_vectors(config: DecoderConfig) -> int:
 def forward_flops(config: DecoderConfig, *, matrices: float, keys: float) -> float:
     """Forward FLOPs per token, two per multiply-add.
 
-    `matrices`: parameters of the linear layers that a token is multiplied with, without the head,
-    which is added. `keys`: keys that a query meets on average, summed over the layers; each costs
-    `4 n d`. Lookups, norms, rotations, softmax and activations are not counted.
+    `matrices`: parameters of the linear layers applied to a token, without the head, which is
+    added. `keys`: keys visible to a query on average, summed over the layers; each costs `4 n d`.
+    Look-ups, norms, rotations, softmax and activations are not counted.
     """
     linear = matrices + config.vocab_size * config.hidden_size
     return 2.0 * linear + 4.0 * config.num_heads * config.head_size * keys

@@ -1,4 +1,4 @@
-"""The newest entries of a stream, for what layers keep between the calls of a generation."""
+"""Bounded history of a stream, for layer state kept between the calls of a generation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class History:
     """The newest entries of a stream along dimension `dim`, at least `reach` of them.
 
-    `length` counts all entries ever appended. The buffer holds twice what has to be kept, so that
-    an append is one small copy, and once in a while the kept part moves to the front.
+    `length` counts all entries ever appended. The buffer has twice the required size, so that an
+    append is one small copy, and the kept part moves to the front only now and then.
     """
 
     def __init__(self, reach: int, *, dim: int = 0) -> None:
@@ -39,7 +39,7 @@ class History:
         """The newest `count` entries, in their order (a view, valid until the next append).
 
         Raises:
-            ValueError: they are not kept any more.
+            ValueError: they have been dropped.
         """
         if count > self._stop:
             raise ValueError(f"{count} entries asked for, {self._stop} of {self.length} are kept")
@@ -47,7 +47,7 @@ class History:
         return self._buffer.narrow(self.dim, self._stop - count, count)
 
     def extended(self, entries: Tensor, reach: int) -> Tensor:
-        """Append entries and return them after the `reach` (or fewer) entries before them."""
+        """Append entries and return them, preceded by up to `reach` earlier entries."""
         before = min(reach, self._stop)
         if entries.shape[self.dim] + before <= self.reach:
             self.append(entries)
@@ -61,7 +61,7 @@ class History:
         """Forget every entry from number `length` on.
 
         Raises:
-            ValueError: entries before it have already been dropped.
+            ValueError: earlier entries have already been dropped.
         """
         forgotten = self.length - length
         if forgotten < 0 or forgotten > self._stop:

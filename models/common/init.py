@@ -1,4 +1,4 @@
-"""Parameters that say how tensor ranks share them, and initial weights that depend on depth."""
+"""Parameters with declared sharding, and depth-dependent initialisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def residual_output(std: float, *, num_layers: int) -> Normal:
 
 
 def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:
-    """A parameter that every tensor rank holds whole."""
+    """Create a parameter replicated over tensor ranks."""
     return declare_replicated(nn.Parameter(torch.empty(shape, device=ctx.device)), init, ctx=ctx)
 
 
@@ -32,6 +32,6 @@ def row_sharded(
     *,
     role: Role | None = None,
 ) -> nn.Parameter:
-    """A parameter [num_rows, *shape], such as one row per head; a rank holds its share of rows."""
+    """Create a parameter [num_rows, *shape] (one row per head, say) sharded by rows."""
     local = torch.empty((num_rows // ctx.tensor.size, *shape), device=ctx.device)
     return declare(nn.Parameter(local), Sharding(dim=0, full_size=num_rows), init, role=role)

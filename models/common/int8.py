@@ -1,4 +1,4 @@
-"""Linear layers in int8, for inference on a CPU."""
+"""Int8 quantization of linear layers, for inference on a CPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_int8(model: Model, *, keep: Collection[str] = ("head.output",)) -> Model:
-    """A copy whose linear layers hold int8 weights with one scale per tensor.
+    """Copy a model with its linear layers quantized to int8, with one scale per tensor.
 
-    Torch's dynamic quantization: activations are quantized as they come, and products are int8.
-    Layers whose names end with one of `keep`, and everything that is no linear layer, stay as they
-    are. For a CPU, and for inference only.
+    Torch's dynamic quantization: activations are quantized on the fly, and products are int8.
+    Layers whose names end with one of `keep`, and everything other than linear layers, are
+    unchanged. For inference on a CPU only.
 
     Raises:
         ValueError: unmerged adapters, weights that are not fp32, or a torch without int8 kernels.

@@ -1,8 +1,8 @@
-"""Elementwise chains, each as one autograd function.
+"""Fused elementwise chains, each as one autograd function.
 
 They read and write activations far less often than the same operations one by one. Every function
 has its equation, which the tests evaluate in fp64. torch.compile fuses such chains itself: where it
-cannot trace ours (`out=` of another layout) it gets the equation.
+cannot trace ours (`out=` of another layout) it is given the equation.
 
 Shapes: s sequence, b batch, h hidden, n heads, d head dimension.
 """
@@ -29,7 +29,7 @@ def scaled_heads(x: Tensor, gain: Tensor) -> Tensor:
 
 def multiply_add(a: Tensor, b: Tensor, c: Tensor, *, scale: float = 1.0) -> Tensor:
     """`y = a + scale * b * c`, three tensors of one shape."""
-    # torch.addcmul reads as little in forward, and twice as much in backward.
+    # torch.addcmul reads no more in forward, but twice as much in backward.
     y: Tensor = _MultiplyAdd.apply(*_alike(a, b, c), scale)
     return y
 
@@ -41,7 +41,7 @@ def weighted_sum(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the widest of their dtypes; torch.autocast mixes them."""
+    """Cast all to the widest of their dtypes, which torch.autocast may have mixed."""
     widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return tuple(x.to(widest) for x in tensors)
 

@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension; None stands for ones."""
     if weight is not None and x.device.type == "cpu" and x.dtype == torch.float32:
-        # There torch composes it of small operations, which takes twice the time in backward.
+        # There torch decomposes it into small operations, which doubles the time of backward.
         normed: Tensor = _RMSNorm.apply(x, weight, eps)
         return normed
     return F.rms_norm(x, x.shape[-1:], weight, eps)

@@ -1,4 +1,4 @@
-"""Less repetition in generated text: what was said raises the temperature and lowers logits.
+"""Repetition control for generation: repeated text raises the temperature and lowers logits.
 
 Shapes: b batch, t tokens so far, V vocabulary, h hidden.
 """
@@ -16,13 +16,13 @@ _BASE = 0x5851F42D4C957F2D
 
 
 class RepetitionControl(nn.Module):
-    """A logits processor that makes templates less likely; nothing of it is trained.
+    """A logits processor that penalises repetition and templates; it has no trained parameters.
 
         T      = T_base (1 + (rep + sim) / 2)      rep: share of repeated n-grams,
                                                    sim: relu(cos(h_t, h_{t-1})) * weight
         logits = logits + bias - weight * count_v / t
 
-    The counts act on the logits, so greedy decoding changes, too. `bias` is 0 until
+    The counts act on the logits, so that greedy decoding changes, too. `bias` is 0 until
     `fit_anti_template`; it is a buffer, saved with the model.
     """
 
@@ -70,7 +70,7 @@ class RepetitionControl(nn.Module):
         return (base * (1.0 + 0.5 * rise)).unsqueeze(1)
 
     def repetition(self, input_ids: Tensor) -> Tensor:
-        """The share of n-grams of each row that occurred before in it, fp32 [b]."""
+        """The fraction of each row's n-grams that occurred earlier in the row, fp32 [b]."""
         if input_ids.shape[1] < self.ngram + 1:
             return torch.zeros(len(input_ids), device=input_ids.device)
         windows = input_ids.unfold(1, self.ngram, 1)
@@ -84,8 +84,8 @@ class RepetitionControl(nn.Module):
 
 
 class RepetitionScores:
-    """A ScoreProcessor of models.generate: `(logits + penalties) / T`, where the control (if any)
-    sets both; without a base temperature, as in greedy decoding, nothing is divided.
+    """A ScoreProcessor for models.generate: `(logits + penalties) / T`, both set by the control, if
+    any; without a base temperature, as in greedy decoding, there is no division.
 
     The model's output has `hidden` [s, b, h].
     """

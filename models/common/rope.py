@@ -18,7 +18,7 @@ from models.common.config import RopeScaling
 class Rotation(NamedTuple):
     """cos and sin of the angle of every position: fp32, [s, d] or [b, 1, s, d].
 
-    The first half of `sin` is negated, so that `rotate` needs no sign of its own.
+    The first half of `sin` is negated, so that `rotate` needs no sign change.
     """
 
     cos: Tensor
@@ -51,13 +51,13 @@ class RotaryTable:
         table = self._by_device.get(device)
         if table is None:
             table = self._compute(device)
-            # While torch.export traces, tensors are stand-ins, which only its own graph can use.
+            # While torch.export traces, tensors are fake and valid only inside its graph.
             if type(table.cos) is Tensor:
                 self._by_device[device] = table
         return table
 
     def check(self, length: int) -> None:
-        """Whether there are angles for a sequence of `length` tokens.
+        """Check that the table covers a sequence of `length` tokens.
 
         Raises:
             ValueError: the positions do not fit into the table.
@@ -83,13 +83,13 @@ class RotaryTable:
         Raises:
             ValueError: a position is not in the table.
         """
-        # Positions count tokens of a row, so only a longer row than the table can leave it: the
-        # look at the numbers, for which a GPU has to wait, is rare.
+        # Positions count tokens of a row, so only a row longer than the table can exceed it: the
+        # check of the values, which synchronises with the GPU, is rare.
         if positions.shape[1] > self.max_positions and not positions.is_meta:
             self.check(int(positions.max()) + 1)
         return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
 
-    @torch.inference_mode(False)  # a table first asked for by a generation serves training, too
+    @torch.inference_mode(False)  # a table first computed in a generation also serves training
     def _compute(self, device: torch.device) -> Rotation:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
@@ -102,7 +102,7 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn dimensions i and i + d/2 of every head by the angle of its position: [b, n, s, d].
+    """Rotate dimensions i and i + d/2 of every head by the angle of its position: [b, n, s, d].
 
     `y_i = x_i cos - x_(i+d/2) sin`, `y_(i+d/2) = x_(i+d/2) cos + x_i sin`, with the angles rounded
     to the dtype of x. The pairing is Hugging Face's, not the interleaved one of the paper.
@@ -113,7 +113,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient is turned back by the same angle; nothing but the table is kept for it."""
+    """Backward rotates the gradient back by the same angle and saves nothing but the table."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies rescaled for a longer context, as `RopeScaling` describes."""
+    """Rescale frequencies for a longer context, as described in `RopeScaling`."""
     wavelengths = 2 * math.pi / frequencies
     original = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

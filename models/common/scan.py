@@ -1,4 +1,4 @@
-"""A gated linear recurrence over tokens, computed in chunks."""
+"""Gated linear recurrence over tokens, computed in chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def scan(keep: Tensor, write: Tensor) -> Tensor:
     """`e_t = keep_t e_{t-1} + write_t` with e_{-1} = 0, over the first dimension of [s, b, E] fp32.
 
     Work grows with s and the longest chain of dependent steps with sqrt(s). Backward is the same
-    recurrence from the end; only `keep` and the result are kept for it.
+    recurrence from the end; only `keep` and the result are saved for it.
     """
     return _Scan.apply(keep, write)
 
@@ -39,7 +39,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _scanned(keep: Tensor, write: Tensor) -> Tensor:
-    """The recurrence in chunks of sqrt(s): inside all chunks at once, then over their ends."""
+    """The recurrence in chunks of sqrt(s): within all chunks in parallel, then across chunks."""
     length = keep.shape[0]
     if length == 1:
         return write.clone()

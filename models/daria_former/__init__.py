@@ -1,4 +1,4 @@
-"""The Daria-Former family. Names are imported when they are asked for, so that torch is not."""
+"""The Daria-Former family. Names are imported lazily, so that the package does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapters of a block, whose weights may follow the emotion state or the persona.
+"""Adapters of a block, with weights that may be computed from the emotion state or the persona.
 
 Shapes: s sequence, b batch, E emotion, p persona.
 """
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from models.common.lora.layers import Conditions, Follows, LoRALinear, named_targets, wrap
 from models.daria_former.config import LORA_TARGETS
 from parallel.precision import at_least_fp32
-from parallel.regions import enter_tensor_region
+from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal, declare_replicated
 
-# What the weight of an adapter may follow instead of being a number.
+# The computed adapter weights.
 FOLLOWED = {"esv": Follows("esv", per_token=True), "persona": Follows("persona", per_token=False)}
 
 
 class BlockAdapters(nn.Module):
-    """What the adapters of one block share: the weights of those that follow something.
+    """Computed weights of the adapters of one block.
 
         esv:      w_t = clamp(kappa . e_t, 0, 1)    e: the emotion state that enters the block
         persona:  w = sigmoid(kappa . p)            p: the persona given, or the learned one
@@ -77,7 +77,7 @@ class BlockAdapters(nn.Module):
                 assert self.given_persona is not None
                 kappa = at_least_fp32(self.persona[name])
                 weight = (self.given_persona.to(kappa.dtype) @ kappa).sigmoid().view(1, -1, 1)
-            conditions.weights[name] = enter_tensor_region(weight, ctx=self.ctx)
+            conditions.weights[name] = copy_to_tensor_region(weight, ctx=self.ctx)
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
         self.conditions.weights.clear()  # they hold the graph of the pass

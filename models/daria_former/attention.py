@@ -21,7 +21,7 @@ from models.daria_former.config import DariaFormerConfig
 from models.daria_former.manual_backward import mix_paths
 from models.daria_former.paths import (
     PATH_CLASSES,
-    Read,
+    PathReadout,
     Rotaries,
     Sources,
     split_heads,
@@ -29,10 +29,10 @@ from models.daria_former.paths import (
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32
-from parallel.regions import enter_tensor_region
+from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal
 
-# What a path's gate starts from: the paths over tokens lead, the others have to earn their share.
+# Initial gates of the paths: the paths over tokens dominate, the others have to earn their share.
 _INITIAL_GATE = {"local": 1.0, "long": 1.0, "memory": -1.0, "persona": -1.0, "modality": -1.0}
 
 
@@ -48,8 +48,8 @@ class MultiContextAttention(nn.Module):
     """`W_o sum_p gate_p * gain_p * norm(path_p(x))`, a gate per head and token over the paths.
 
     The paths are those of models.daria_former.paths. `gate = softmax_p(W_g x + b_g + prior)`, or a
-    sigmoid of each; gates come from the input, so tensor ranks need no collective for them
-    (arXiv 2505.06708). Normalising what each path reads, per head, before it is mixed keeps a path
+    sigmoid of each; gates are computed from the input, so tensor ranks need no collective for them
+    (arXiv 2505.06708). Each path's readout is normalised per head before mixing, which keeps a path
     of small values from losing its gate (arXiv 2411.13676).
 
     Input [s/t, b, h]. Tensor ranks share the heads; the collectives are those of the first
@@ -112,13 +112,13 @@ class MultiContextAttention(nn.Module):
             linears += path.token_projections()  # type: ignore[operator]
         projected = iter(project_together(x, *linears, joined=True))
         if sources.priors is not None:
-            sources = sources._replace(priors=enter_tensor_region(sources.priors, ctx=self.ctx))
+            sources = sources._replace(priors=copy_to_tensor_region(sources.priors, ctx=self.ctx))
         queries = split_heads(next(projected), self.config)
         if self.config.is_gated:
             gates = self._gates(next(projected), sources)
         else:
             gates = queries.new_ones((*queries.shape[:3], 1), dtype=torch.float32)
-        read: dict[str, Read] = {}
+        read: dict[str, PathReadout] = {}
         for name, path in self.paths.items():
             own = [next(projected) for _ in path.token_projections()]  # type: ignore[operator]
             read[name] = path(queries, own, sources, cache)

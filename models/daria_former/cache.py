@@ -1,9 +1,9 @@
-"""What the layers keep between the calls of a generation.
+"""Generation caches of the layers.
 
-Everything is a stream with one entry per token (or per memory slot) of which the last entries are
-needed, so everything is a `History`: it appends in place, gives views, and can forget its newest
-entries again. So a generation can be rolled back, by up to `segment_len` tokens, to where a
-speculative decoder's draft was refused.
+All state is a stream with one entry per token (or per memory slot) of which the last entries are
+needed, so all of it is kept in a `History`, which appends in place, returns views, and can drop its
+newest entries. So a generation can be rolled back, by up to `segment_len` tokens, to where a
+speculative decoder's draft was rejected.
 
 Shapes: b batch, g key/value heads, d head dimension, m slots, c segments, K slots retrieved.
 """
@@ -39,7 +39,7 @@ class Retrieved(NamedTuple):
 
 
 def cut(x: Tensor, start: int, stop: int) -> Tensor:
-    """x[:, :, start:stop]; all of it as it is, since even then a slice is copied in backward."""
+    """x[:, :, start:stop]; x itself if that is all of it: even a full slice copies in backward."""
     return x if (start, stop) == (0, x.shape[2]) else x[:, :, start:stop]
 
 
@@ -54,7 +54,7 @@ class MemoryCache:
     ) -> None:
         self.segment_len = segment_len
         self.strides = strides
-        # Two segments of tokens: the open one, and one more that a rollback may open again.
+        # Two segments of tokens: the open one, and one that a rollback may reopen.
         self.tokens = tuple(History(2 * segment_len, dim=2) for _ in range(4))
         self.levels = tuple((History(n, dim=2), History(n, dim=2)) for n in reaches)
         self.summaries = History(3, dim=2)  # mean queries of closed segments
@@ -66,7 +66,7 @@ class MemoryCache:
         return self.tokens[0].length
 
     def rollback(self, length: int) -> None:
-        """Forget every token from `length` on, and what was pooled from them."""
+        """Forget every token from `length` on, and the slots pooled from them."""
         num_closed = length // self.segment_len
         for history in self.tokens:
             history.rollback(length)
@@ -85,8 +85,8 @@ class MemoryCache:
 
 
 class _RollbackLimit:
-    """How far back a cache may be taken: `max_rollback` tokens from the most that it has ever held,
-    in however many steps. What has been dropped for those tokens does not come back."""
+    """The rollback limit of a cache: `max_rollback` tokens from its maximum length so far, in any
+    number of steps. Entries dropped for those tokens cannot be restored."""
 
     def __init__(self, max_rollback: int) -> None:
         self.max_rollback = max_rollback
@@ -103,7 +103,7 @@ class _RollbackLimit:
 
 
 class BlockCache:
-    """Everything one block keeps: a member is None where the block has no such path or state."""
+    """The cache of one block; a member is None if the block has no such path or state."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class BlockCache:
         self.length = 0
         self._limit = _RollbackLimit(max_rollback)
         self.long, self.local, self.memory, self.emotion = long, local, memory, emotion
-        # Keys and values of what does not grow, by path; made by the first call.
+        # Keys and values of sources that do not grow, by path; computed in the first call.
         self.static: dict[str, Slots] = {}
         self.num_sinks = num_sinks
 
@@ -150,7 +150,7 @@ class BlockCache:
 
 
 class EmbeddingCache:
-    """What the first layer keeps: emotion state, and bank and modality of the first call."""
+    """The cache of the first layer: emotion state, and bank and modality of the first call."""
 
     def __init__(self, *, max_rollback: int) -> None:
         self.emotion = History(max_rollback + 1)
@@ -160,10 +160,10 @@ class EmbeddingCache:
         self._given: frozenset[str] | None = None  # beside tokens, with the first of them
 
     def check_given(self, names: frozenset[str]) -> None:
-        """Refuse inputs that a generation began without; those of its first call may come again.
+        """Refuse inputs that were absent from the first call; those of the first may be repeated.
 
         Raises:
-            ValueError: `names` has one that was not there in the first call.
+            ValueError: one of `names` was not given in the first call.
         """
         if self._given is None:
             self._given = names

@@ -1,4 +1,4 @@
-"""What the layers of a Daria-Former hand each other.
+"""Inputs, carry and output of a Daria-Former.
 
 Shapes: s sequence, b batch, h hidden, E emotion, P paths, t tensor size.
 """
@@ -13,7 +13,7 @@ from models.daria_former.config import PATHS
 
 
 class DariaInputs(NamedTuple):
-    """What the first layer takes; `models.base.TokenInputs` does, too, where there is only text.
+    """Inputs of the first layer; for text alone `models.base.TokenInputs` is accepted, too.
 
     `tokens` int64 [b, s]; `segment_ids` int32 [b, s] where rows hold several documents; `images`
     [b, c, height, width]; `audio` log-mel [b, n_mels, frames]; `persona` [b, persona_dim] in place
@@ -29,7 +29,7 @@ class DariaInputs(NamedTuple):
 
 
 class DariaCarry(NamedTuple):
-    """One pass through the model.
+    """The carry between the layers.
 
     `hidden` [s/t, b, h] in the precision of the run (s/t under sequence parallelism, else s).
     `emotion` fp32 [s, b, E]: the state after the latest update site, whole on every rank.
@@ -63,8 +63,8 @@ class DariaOutput(NamedTuple):
     emotion: Tensor
 
 
-# Entries of `aux`: losses, unweighted, and measurements, of every row by itself. The gates are
-# means over the layers.
+# Entries of `aux`: unweighted losses, and measurements, per row. The gates are means over the
+# layers.
 AUX = (
     "gate_loss",
     "memory_loss",

@@ -152,11 +152,11 @@ class DariaFormerConfig(BaseModel):
         return self.max_seq_len
 
     def function(self) -> dict[str, Any]:
-        """What the model computes outside of training, given its weights, depends on.
+        """The settings that determine what the model computes outside of training from its weights.
 
-        Not in it are the spread of initial weights, dropout and noise, the losses beside the cross
-        entropy, the number of positions, of which each has the same angles in a longer table, and
-        what only sampling uses.
+        Excluded are the standard deviation of initial weights, dropout and noise, the losses beside
+        the cross entropy, the number of positions (a position has the same angles in a longer
+        table), and settings that only sampling uses.
         """
         settings = self.model_dump(mode="json", exclude=set(_OUTSIDE))
         return settings | {
@@ -263,7 +263,7 @@ class DariaFormerConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DariaFormerConfig:
-        """The reverse of `to_dict`."""
+        """The inverse of `to_dict`."""
         return cls.model_validate(values)
 
 

@@ -19,10 +19,10 @@ def num_parameters(config: DariaFormerConfig) -> int:
 def forward_flops_per_token(config: DariaFormerConfig, seq_length: int) -> float:
     """Forward FLOPs per token of one row of `seq_length` tokens, two per multiply-add of matmuls.
 
-    What a query can really see is counted: (s + 1) / 2 tokens on average in the long path, at most
-    a window in the local one. What happens once per segment (scoring slots) or once per row
-    (projecting the learned slots) is spread over its tokens. Lookups, norms, rotations,
-    recurrences, softmax and training noise are not counted.
+    Attention counts the keys visible to a query: (s + 1) / 2 tokens on average in the long path, at
+    most a window in the local one. Work per segment (scoring slots) or per row (projecting the
+    learned slots) is spread over its tokens. Look-ups, norms, rotations, recurrences, softmax and
+    training noise are not counted.
     """
     per_token = config.num_layers * (_block_matmul(config) + _attention(config, seq_length))
     sites = 1 + sum(config.updates_emotion_after(i) for i in range(config.num_layers))
@@ -55,7 +55,7 @@ def _token_paths(config: DariaFormerConfig) -> int:
     return len(config.paths) - config.has("persona")
 
 
-# Matmul parameters that every token meets.
+# Matmul parameters applied to every token.
 
 
 def _block_matmul(config: DariaFormerConfig) -> int:

@@ -1,4 +1,4 @@
-"""Encoders of images and sound: what the modality path attends to.
+"""Image and audio encoders, the source of the modality path.
 
 Shapes: b batch, h hidden, m tokens of a modality. Encoded tokens are [m, b, h] and whole on every
 tensor rank. They carry their positions, so attention to them has no rotary embedding.

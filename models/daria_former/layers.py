@@ -42,7 +42,7 @@ from models.daria_former.paths import Rotaries, Sources
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.precision import at_least_fp32
-from parallel.regions import gather_sequence, own_sequence
+from parallel.regions import gather_sequence, local_sequence
 from parallel.sharding import Normal
 
 
@@ -62,7 +62,7 @@ def _emotion_site(
 
 class ContextRouter(nn.Module):
     """`W norm(x) + b` per token of the embedding: a prior for every path's gate in every block, and
-    the logit of being worth remembering, which weighs the token when it is pooled into memory.
+    the segment logit, which weighs the token when it is pooled into memory.
 
     [s/t, b, h] -> fp32 [s, b, num_priors], whole on every tensor rank; with the memory path the
     last channel is the segment logit. Causal by construction: no token looks at another. It starts
@@ -83,7 +83,7 @@ class ContextRouter(nn.Module):
 
 
 class DariaEmbedding(nn.Module):
-    """Everything that exists before the first block: the carry of the tokens.
+    """The first layer: builds the carry from the inputs.
 
     The hidden state is the token table's row; from it come the router's priors and the first
     emotion state. The bank holds the learned slots that all blocks project for themselves:
@@ -218,7 +218,7 @@ class DACBlock(nn.Module):
         return self.attention.new_cache(batch_size, max_length, emotion=emotion)
 
     def forward(self, carry: DariaCarry, cache: BlockCache | None = None) -> DariaCarry:
-        x, own = carry.hidden, own_sequence(carry.emotion, ctx=self.ctx)
+        x, own = carry.hidden, local_sequence(carry.emotion, ctx=self.ctx)
         sources = Sources(carry.priors, carry.bank, carry.modality, carry.positions, carry.keys)
         attended = self.attention(self.attention_norm(x, own), sources, cache)
         strength = 1.0 + F.linear(own.to(x.dtype), self.attention_scale).tanh()
@@ -245,7 +245,7 @@ class DACBlock(nn.Module):
     def _dropped(self, x: Tensor, carry: DariaCarry, *, stream: int) -> Tensor:
         if not self.training or self.config.dropout == 0 or carry.keys is None:
             return x
-        keys = own_sequence(carry.keys.T, ctx=self.ctx)
+        keys = local_sequence(carry.keys.T, ctx=self.ctx)
         return dropout(x, keys, self.config.dropout, stream=stream)
 
 
@@ -255,8 +255,8 @@ class DariaHead(nn.Module):
         y = norm(x) + W_s e + C^T softmax(W_c e)         style of the state and of its category
         logits = W rhythm(y) / T,                        T = 1 + tanh(w_T e) / 2
 
-    The temperature belongs to the model, in training as in generation, so that its likelihood is
-    honest; a sampler must not apply it again.
+    The temperature is part of the model, in training as in generation, so that its likelihood is
+    exact; a sampler must not apply it again.
     """
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
@@ -274,7 +274,7 @@ class DariaHead(nn.Module):
 
     def forward(self, carry: DariaCarry) -> DariaOutput:
         x = carry.hidden
-        own = own_sequence(carry.emotion, ctx=self.ctx).to(x.dtype)
+        own = local_sequence(carry.emotion, ctx=self.ctx).to(x.dtype)
         y = self.norm(x) + F.linear(own, self.style)
         mood = F.linear(own, self.category).softmax(dim=-1)
         y = self.rhythm(y + F.linear(mood, self.category_style), self._noise(carry))
@@ -293,7 +293,7 @@ class DariaHead(nn.Module):
     def _noise(self, carry: DariaCarry) -> Tensor | None:
         if not self.training or self.config.rhythm_noise_std == 0 or carry.keys is None:
             return None
-        keys = own_sequence(carry.keys.T, ctx=self.ctx)
+        keys = local_sequence(carry.keys.T, ctx=self.ctx)
         return normal(keys, self.config.hidden_dim, stream=0)
 
 

@@ -1,7 +1,7 @@
-"""The losses beside the cross entropy, as they are computed inside the layers.
+"""Auxiliary losses, computed inside the layers.
 
-Each is a value of every row by itself, [b], and is the same at any layout. The rows are averaged by
-`models.base.scored_mean`, so that a step is the same however it is cut into micro-batches. Shapes:
+Each is a value per row, [b], and is the same at any layout. Rows are averaged by
+`models.base.scored_mean`, so that a step does not depend on its split into micro-batches. Shapes:
 s sequence, b batch, h hidden, n heads, d head dimension, P paths, c segments, t tensor size.
 """
 
@@ -16,19 +16,19 @@ from models.daria_former.attention import Attended, MultiContextAttention
 from models.daria_former.carry import AUX
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
-from parallel.layers import project_part
+from parallel.layers import project_partial
 from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import (
-    computed_by_all,
     gather_sequence,
-    own_sequence,
+    local_sequence,
+    scale_replicated_grad,
     sum_over_sequence_ranks,
     sum_over_tensor_ranks,
 )
 
-# A path whose mean gate falls below this is pulled back.
+# A path whose mean gate falls below this is penalised.
 LEAST_GATE = 0.02
-# Consecutive hidden states may be this similar for free.
+# Cosine similarity of consecutive hidden states up to which there is no penalty.
 FREE_SIMILARITY = 0.9
 
 
@@ -47,8 +47,8 @@ def block_measurements(
     is_last: bool,
     ctx: ParallelContext,
 ) -> Tensor:
-    """What one block adds to `aux`: gate balance and mean gates, and in the last block the memory
-    loss. x [s/t, b, h] is what the block returns."""
+    """One block's contribution to `aux`: gate balance and mean gates, and in the last block the
+    memory loss. x [s/t, b, h] is the block's output."""
     gates = mean_gates(attended.gates, config.num_heads, ctx=ctx)
     shares = (gates.detach() / config.num_layers).unbind(dim=1)
     entries = {f"gate_{path}": share for path, share in zip(config.all_paths, shares, strict=True)}
@@ -81,24 +81,24 @@ def memory_consistency(
 ) -> Tensor:
     """`mean_c (1 - cos(W_o m_c, mean of norm(x) in c))` of every row, the target without gradient.
 
-    What the memory path reads in a segment, as the block would write it, should resemble what the
-    segment is about. `readout` [b, n/t, s, d]; segments are counted along the row.
+    Pulls the memory path's readout of a segment, after the output projection, towards the mean
+    hidden state of the segment. `readout` [b, n/t, s, d]; segments are counted along the row.
     """
     num_segments = readout.shape[2] // segment_len
     if num_segments == 0:
         return at_least_fp32(x.new_zeros(x.shape[1]))
     complete = num_segments * segment_len
     means = readout[:, :, :complete].unflatten(2, (num_segments, segment_len)).mean(dim=3)
-    written = project_part(means.permute(2, 0, 1, 3).flatten(2), output_projection)
+    written = project_partial(means.permute(2, 0, 1, 3).flatten(2), output_projection)
     written = at_least_fp32(sum_over_tensor_ranks(written, ctx=ctx))
     with torch.no_grad():
         target = at_least_fp32(gather_sequence(x, ctx=ctx)[:complete])
         target = F.rms_norm(target, target.shape[-1:]).unflatten(0, (num_segments, segment_len))
         target = target.mean(dim=1)
-    return disagreement(written, target).mean(dim=0)
+    return cosine_distance(written, target).mean(dim=0)
 
 
-def disagreement(written: Tensor, target: Tensor) -> Tensor:
+def cosine_distance(written: Tensor, target: Tensor) -> Tensor:
     """`1 - cos(x, y)` over the last dimension."""
     return 1.0 - F.cosine_similarity(written, target, dim=-1)
 
@@ -116,13 +116,13 @@ def emotion_smoothness(
     else:
         continues = positions.T[1:] > 0
         mean = (steps * continues).sum(dim=0) / continues.sum(dim=0).clamp(min=1)
-    return computed_by_all(mean, ctx=ctx)
+    return scale_replicated_grad(mean, ctx=ctx)
 
 
 @torch.no_grad()
 def emotion_variance(emotion: Tensor) -> Tensor:
-    """Variance over a row's tokens, a mean over channels: [s, b, E] -> [b]. Near 0 the state says
-    nothing."""
+    """Variance over a row's tokens, averaged over channels: [s, b, E] -> [b]. Near 0 the state
+    carries no information."""
     return emotion.var(dim=0, correction=0).mean(dim=-1)
 
 
@@ -144,7 +144,7 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
     counted[-1] = 0.0
     if positions is not None:
         counted[:-1] = (positions.T[1:] > 0).to(counted.dtype)
-    total = (excess * own_sequence(counted, ctx=ctx)).sum(dim=0)
+    total = (excess * local_sequence(counted, ctx=ctx)).sum(dim=0)
     return sum_over_sequence_ranks(total, ctx=ctx) / counted.sum(dim=0).clamp(min=1.0)
 
 

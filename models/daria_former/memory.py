@@ -55,8 +55,8 @@ class MemoryLayout(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the memory path knows of tokens: queries [b, n, s, d], keys and values [b, g, s, d], and
-    anchors, the weights of pooling before their softmax, [b, g, s]."""
+    """Inputs of the memory path per token: queries [b, n, s, d], keys and values [b, g, s, d], and
+    anchors, the pooling logits, [b, g, s]."""
 
     queries: Tensor
     keys: Tensor
@@ -86,9 +86,9 @@ def memory_attention(
     if cache is not None and num_segments == 1 and cache.retrieved_for == first:
         retrieved = cache.retrieved
         if num_closed:
-            _close(closed, layout, initial_query, cache)
+            _close_segments(closed, layout, initial_query, cache)
     else:
-        known = _close(closed, layout, initial_query, cache)
+        known = _close_segments(closed, layout, initial_query, cache)
         queries = known.queries[:, :, :num_segments]
         visible = _visible(known, first, num_segments, first + num_closed, layout)
         slots = concatenated([*known.levels, fixed])
@@ -99,7 +99,7 @@ def memory_attention(
             cache.retrieved, cache.retrieved_for = retrieved.segments(last, last + 1), first + last
     assert retrieved is not None
     parts, done = [], 0
-    for stop in _piece_ends(opened, length, segment):
+    for stop in _segment_boundaries(opened, length, segment):
         begin, end = (opened + done) // segment, -(-(opened + stop) // segment)
         parts.append(read(cut(tokens.queries, done, stop), retrieved.segments(begin, end)))
         done = stop
@@ -126,12 +126,12 @@ def packed_memory_attention(
     in_first = read(tokens.queries, retrieve(opening, fixed, always, top_k=layout.top_k))
     if length <= segment:
         return in_first
-    complete = _Complete.of(positions, segment)
+    complete = _CompleteRuns.of(positions, segment)
     blocks = complete.tokens()
     queries = _mean_query(_take(tokens.queries, blocks), segment, fixed.keys.shape[1])
     levels, visible = [], []
     for stride, capacity in layout.levels():
-        slots = _Complete.of(positions, stride)
+        slots = _CompleteRuns.of(positions, stride)
         taken = Tokens(*(_take(x, slots.tokens()) for x in tokens))
         levels.append(pool(taken, stride))
         visible.append(slots.visible_at(complete.ends, positions, capacity))
@@ -198,17 +198,17 @@ def _joined(tokens: Tokens, cache: MemoryCache, opened: int) -> Tokens:
     return Tokens(*(h.extended(x, opened) for h, x in zip(cache.tokens, tokens, strict=True)))
 
 
-class _Known(NamedTuple):
-    """What the segments of a call can use: the query of each (one more than are complete, the first
-    from before the call), and the slots of each level."""
+class _SegmentState(NamedTuple):
+    """State available to the segments of a call: the query of each (one more than are complete, the
+    first from before the call), and the slots of each level."""
 
     queries: Tensor
     levels: list[Slots]
 
 
-def _close(
+def _close_segments(
     closed: Tokens, layout: MemoryLayout, initial: Tensor, cache: MemoryCache | None
-) -> _Known:
+) -> _SegmentState:
     """Pool the complete segments of a call; a cache then keeps what later segments can see."""
     batch, groups = closed.keys.shape[:2]
     queries = _mean_query(closed.queries, layout.segment_len, groups)
@@ -225,13 +225,13 @@ def _close(
                 cache.levels, levels, layout.levels(), strict=True
             )
         ]
-    return _Known(torch.cat((before, queries), dim=2), levels)
+    return _SegmentState(torch.cat((before, queries), dim=2), levels)
 
 
 def _visible(
-    known: _Known, first: int, num_segments: int, num_closed: int, layout: MemoryLayout
+    known: _SegmentState, first: int, num_segments: int, num_closed: int, layout: MemoryLayout
 ) -> Tensor:
-    """Which slots each segment from `first` on may see, bool [c, m]: the newest of those that were
+    """Mask of the slots visible to each segment from `first` on, bool [c, m]: the newest that were
     complete when it began. `num_closed` segments are complete by now."""
     device = known.queries.device
     index = torch.arange(first, first + num_segments, device=device).unsqueeze(1)
@@ -286,14 +286,14 @@ def _take(x: Tensor, tokens: Tensor) -> Tensor:
     return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
 
 
-def _piece_ends(opened: int, length: int, segment: int) -> list[int]:
-    """Where to cut `length` tokens so that a piece is part of one segment, or whole segments."""
+def _segment_boundaries(opened: int, length: int, segment: int) -> list[int]:
+    """Split points of `length` tokens: each piece is part of one segment, or whole segments."""
     head = min((-opened) % segment, length)
     middle = head + (length - head) // segment * segment
     return sorted({head, middle, length} - {0})
 
 
-class _Complete(NamedTuple):
+class _CompleteRuns(NamedTuple):
     """The complete runs of `size` tokens in packed documents, by where they end.
 
     `ends` int64 [b, s // size]: last tokens, in order; beyond those of a row some valid token.
@@ -305,7 +305,7 @@ class _Complete(NamedTuple):
     counts: Tensor
 
     @classmethod
-    def of(cls, positions: Tensor, size: int) -> _Complete:
+    def of(cls, positions: Tensor, size: int) -> _CompleteRuns:
         batch, length = positions.shape
         is_end = (positions + 1) % size == 0
         counts = is_end.long().cumsum(dim=1)
@@ -325,7 +325,8 @@ class _Complete(NamedTuple):
         return self.counts.gather(1, tokens.clamp(min=0)) - 1
 
     def visible_at(self, tokens: Tensor, positions: Tensor, capacity: int) -> Tensor:
-        """Which runs are slots of the document of each token [b, l], complete there: [b, l, m]."""
+        """Mask of the runs visible as slots to each token [b, l]: complete, and of its document,
+        [b, l, m]."""
         stop = self.counts.gather(1, tokens)
         own = (positions.long().gather(1, tokens) + 1) // self.size
         number = torch.arange(self.ends.shape[1], device=tokens.device)

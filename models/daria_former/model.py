@@ -25,7 +25,7 @@ from models.daria_former.paths import Rotaries
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import cross_entropy_and_entropy
-from parallel.regions import own_length
+from parallel.regions import local_seq_len
 
 
 def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[LayerSpec]:
@@ -78,7 +78,7 @@ def carry_schema(
             "data has neither images nor sound; set both to false, or train with "
             "models.daria_former.standalone.training on batches that have them"
         )
-    local_length = own_length(seq_length, ctx=ctx)
+    local_length = local_seq_len(seq_length, ctx=ctx)
     dtype, tokens = ctx.precision.dtype, (micro_batch_size, seq_length)
 
     def activation(*shape: int, dtype: torch.dtype = torch.float32) -> Field:

@@ -1,4 +1,4 @@
-"""What the emotion state does to a block, and how a block writes to the residual stream.
+"""Modulation of a block by the emotion state, and its fusion into the residual stream.
 
 Shapes: s sequence, b batch, h hidden, E emotion, F feed-forward, R rank, t tensor size. Activations
 are [s, b, .], or [s/t, b, .] under sequence parallelism; "own" is the emotion state of just these
@@ -18,7 +18,7 @@ from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.precision import at_least_fp32, fp32_or_wider
-from parallel.regions import enter_tensor_region
+from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal
 
 ZERO = Constant(0.0)
@@ -69,7 +69,7 @@ class EmotionModulatedFFN(nn.Module):
         self.emotion_bias = row_sharded(size, (), ZERO, ctx)
 
     def forward(self, x: Tensor, emotion: Tensor) -> Tensor:
-        emotion = enter_tensor_region(emotion.to(x.dtype), ctx=self.ctx)
+        emotion = copy_to_tensor_region(emotion.to(x.dtype), ctx=self.ctx)
         emotion = F.pad(emotion, (0, 1), value=1.0)  # the bias as one more column
         weight = torch.cat((self.emotion, self.emotion_bias.unsqueeze(1)), dim=1)
 

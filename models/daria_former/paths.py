@@ -1,4 +1,4 @@
-"""The five attention paths: what each reads, and how.
+"""The five attention paths.
 
 Shapes: s sequence, b batch, h hidden, n query heads, g key/value heads, d head dimension, P paths,
 t tensor size (n and g are this rank's share inside a layer).
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common.attention import (
+    cached_attention,
     causal_attention,
-    continued_attention,
     packed_attention,
     windowed_attention,
 )
@@ -63,7 +63,7 @@ class Rotaries(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What a block's attention reads beside the hidden state; see DariaCarry for shapes."""
+    """Sources of a block's attention beside the hidden state; see DariaCarry for shapes."""
 
     priors: Tensor | None = None
     bank: Tensor | None = None
@@ -72,11 +72,11 @@ class Sources(NamedTuple):
     keys: Tensor | None = None
 
 
-class Read(NamedTuple):
+class PathReadout(NamedTuple):
     """`values` [b, n, s, d] that a path has read, and the `gain` [n, d] by which they are mixed.
 
-    The gain is returned because only inside the call of its module is a parameter certain to be
-    there: offloading takes it away after that.
+    The gain is returned because a parameter is guaranteed to be available only inside the call of
+    its module: offloading releases it afterwards.
     """
 
     values: Tensor
@@ -114,11 +114,11 @@ class ContextPath(nn.Module, ABC):
         projected: Sequence[Tensor],
         sources: Sources,
         cache: BlockCache | None,
-    ) -> Read:
-        """What the path reads: `queries` [s, b, n, d] normalised, `projected` what
-        `token_projections` gave, [s, b, .] each."""
+    ) -> PathReadout:
+        """Read the path's source: `queries` [s, b, n, d] normalised, `projected` the outputs of
+        `token_projections`, [s, b, .] each."""
         q = scaled_heads(queries, self.query_gain)
-        return Read(self.attend(q, projected, sources, cache), self.output_gain)
+        return PathReadout(self.attend(q, projected, sources, cache), self.output_gain)
 
     @abstractmethod
     def attend(
@@ -180,7 +180,7 @@ class LongPath(ContextPath):
             sinks = self.sinks.to(k.dtype).expand(len(k), -1, -1, -1, -1).unbind(2)
             k, v = (torch.cat(pair, dim=2) for pair in zip(sinks, (k, v), strict=True))
         if long is not None:
-            return continued_attention(q, *long.append(k, v))
+            return cached_attention(q, *long.append(k, v))
         if sources.positions is not None:
             return packed_attention(q, k, v, sources.positions, num_sinks=self.num_sinks)
         # As many queries in front as there are sinks make the mask that of causal attention.
@@ -245,7 +245,7 @@ class MemoryPath(ContextPath):
             )
         return memory_attention(
             tokens,
-            fixed=_remembered("memory", self.persistent_slots, sources, cache),
+            fixed=_cached_slots("memory", self.persistent_slots, sources, cache),
             initial_query=initial,
             layout=self.layout,
             cache=None if cache is None else cache.memory,
@@ -271,12 +271,12 @@ class StaticPath(ContextPath):
 
     @abstractmethod
     def source(self, sources: Sources) -> Tensor | None:
-        """What there is to read, [m, b or 1, h]."""
+        """The hidden vectors to read, [m, b or 1, h], or None."""
 
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
-        remembered = _remembered(type(self).__name__, self.slots, sources, cache)
+        remembered = _cached_slots(type(self).__name__, self.slots, sources, cache)
         k, v = (x.expand(len(q), -1, -1, -1) for x in remembered)
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -335,10 +335,10 @@ def _rotation(
     return table.at(q.device, start=0 if cache is None else cache.length, length=q.shape[2])
 
 
-def _remembered(
+def _cached_slots(
     name: str, make: Callable[[Sources], Slots], sources: Sources, cache: BlockCache | None
 ) -> Slots:
-    """Slots that a generation projects once."""
+    """Slots that are projected once per generation."""
     if cache is None:
         return make(sources)
     if name not in cache.static:

@@ -1,6 +1,6 @@
 """Decoders whose layers compute only some tokens: mixture of depths, and surprise-based routing.
 
-Names are imported when they are asked for, so that torch is not.
+Names are imported lazily, so that the package does not import torch.
 """
 
 from __future__ import annotations

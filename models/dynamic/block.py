@@ -1,4 +1,4 @@
-"""The block of both families, and its application to some tokens of a sequence.
+"""The block of both families, and the routed block that applies it to chosen tokens.
 
 Shapes: s sequence, b batch, h hidden, k chosen tokens of a row, t tensor size.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.common.attention import Gathered, causal_attention, packed_attention
+from models.common.attention import GatheredTokens, causal_attention, packed_attention
 from models.common.cache import KVCache
 from models.common.decoder import decoder_attention, decoder_mlp, decoder_norm
 from models.common.init import residual_output
@@ -26,18 +26,18 @@ from parallel.sharding import Normal
 
 
 class BlockOutput(NamedTuple):
-    """`delta`: what a block adds, [s, b, h]. `expert_losses`: fp32 [b, 2], load balancing and
-    z-loss of the block's experts, of every row; None without experts."""
+    """`delta`: the block's residual update, [s, b, h]. `expert_losses`: fp32 [b, 2], load-balancing
+    and z-loss of the block's experts per row; None without experts."""
 
     delta: Tensor
     expert_losses: Tensor | None = None
 
 
 class Block(nn.Module):
-    """What a pre-norm block adds to x: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
+    """Update by a pre-norm block: `a = attention(norm(x))`, `delta = a + mlp(norm(x + a))`.
 
-    The sum itself, not block(x) - x, in which bf16 would cancel. [s, b, h], or [s/t, b, h]. With
-    `num_experts` the mlp is a layer of experts (parallel.moe).
+    Computed as that sum, not as block(x) - x, which would cancel in bf16. [s, b, h], or
+    [s/t, b, h]. With `num_experts` the MLP is a mixture of experts (parallel.moe).
     """
 
     def __init__(self, config: DynamicConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
@@ -67,7 +67,7 @@ class Block(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-        gathered: Gathered | None = None,
+        gathered: GatheredTokens | None = None,
         lengths: Tensor | None = None,
     ) -> BlockOutput:
         a = self.attention(
@@ -81,24 +81,24 @@ class Block(nn.Module):
         return BlockOutput(a + moe.hidden, losses)
 
 
-class Places(NamedTuple):
-    """Where the tokens of a call are. `positions`: int32 [b, s], in their documents. `packed`:
+class TokenPositions(NamedTuple):
+    """Positions of a call's tokens. `positions`: int32 [b, s], within their documents. `packed`:
     whether rows hold several documents."""
 
     positions: Tensor
     packed: bool
 
     @property
-    def firsts(self) -> Tensor:
+    def document_starts(self) -> Tensor:
         """Tokens that begin a document: bool [b, s]."""
         return self.positions == 0
 
 
-class SomeTokens(nn.Module):
-    """A block that computes chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
+class RoutedBlock(nn.Module):
+    """A block applied to chosen tokens only: `y_t = x_t + gate_t delta_t` where t is chosen.
 
-    Attention sees only chosen tokens, at their positions in the sequence, of the same document.
-    Under sequence parallelism tensor ranks bring the chosen tokens together
+    Attention sees only chosen tokens of the same document, at their positions in the sequence.
+    Under sequence parallelism the chosen tokens are gathered on all tensor ranks
     (models.dynamic.token_gather).
     """
 
@@ -113,36 +113,40 @@ class SomeTokens(nn.Module):
         self.block.attention.rotary.check(max_length)
         return RaggedKVCache(batch_size, max_length, share=self.token_share)
 
-    def places(self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None) -> Places:
-        """Where the tokens of x [s/t, b, h] are; `positions` of packed documents.
+    def token_positions(
+        self, x: Tensor, positions: Tensor | None, cache: RaggedKVCache | None
+    ) -> TokenPositions:
+        """The positions of the tokens of x [s/t, b, h]; `positions` are given if rows are packed.
 
         Raises:
             ValueError: there are no rotary angles for that many positions.
         """
         if positions is not None:
-            return Places(positions, packed=True)
+            return TokenPositions(positions, packed=True)
         start = 0 if cache is None else cache.length
         length = x.shape[0] * (self.ctx.tensor.size if self.ctx.sequence_parallel else 1)
         self.block.attention.rotary.check(start + length)
         index = torch.arange(start, start + length, dtype=torch.int32, device=x.device)
-        return Places(index.expand(x.shape[1], -1), packed=False)
+        return TokenPositions(index.expand(x.shape[1], -1), packed=False)
 
     def forward(
-        self, x: Tensor, gate: Tensor, selection: Selection, places: Places
+        self, x: Tensor, gate: Tensor, selection: Selection, token_positions: TokenPositions
     ) -> tuple[Tensor, Tensor | None]:
         """x [s/t, b, h], gate fp32 [s/t, b] -> y [s/t, b, h], and the losses of experts."""
         chosen = gather_tokens(x, selection, ctx=self.ctx)
-        gathered = _gathered(selection, places)
+        gathered = _gathered(selection, token_positions)
         output = self.block(chosen, gathered=gathered, lengths=selection.lengths)
         return add_tokens(x, output.delta, gate, selection, ctx=self.ctx), output.expert_losses
 
-    def continued(self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache) -> Tensor:
-        """The same for tokens that continue a sequence: `chosen` bool [b, s]."""
+    def forward_cached(
+        self, x: Tensor, gate: Tensor, chosen: Tensor, cache: RaggedKVCache
+    ) -> Tensor:
+        """`forward` for tokens that continue a cached sequence: `chosen` bool [b, s]."""
         step = cache.begin(chosen)
         if step is None:
             return x
         tokens = step.selection.indices.T  # [m, r]
-        gathered = Gathered(step.positions, partial(cache.attend, step=step))
+        gathered = GatheredTokens(step.positions, partial(cache.attend, step=step))
         delta = self.block(x[tokens, step.rows], gathered=gathered).delta
         valid = step.selection.valid
         assert valid is not None
@@ -152,12 +156,12 @@ class SomeTokens(nn.Module):
         return y
 
 
-def _gathered(selection: Selection, places: Places) -> Gathered:
-    positions = places.positions.gather(1, selection.indices)
-    if not places.packed:
-        return Gathered(positions, causal_attention)
-    index = torch.arange(places.positions.shape[1], device=positions.device)
-    documents = (index - places.positions).gather(1, selection.indices)
-    # Chosen tokens counted from 0 in every document say where attention ends.
+def _gathered(selection: Selection, token_positions: TokenPositions) -> GatheredTokens:
+    positions = token_positions.positions.gather(1, selection.indices)
+    if not token_positions.packed:
+        return GatheredTokens(positions, causal_attention)
+    index = torch.arange(token_positions.positions.shape[1], device=positions.device)
+    documents = (index - token_positions.positions).gather(1, selection.indices)
+    # Attention stays within a document: number the chosen tokens of each document from 0.
     order = positions_in_segments(documents)
-    return Gathered(positions, partial(packed_attention, positions=order))
+    return GatheredTokens(positions, partial(packed_attention, positions=order))

@@ -1,4 +1,4 @@
-"""What a routed layer keeps between the calls of a generation: only tokens that it computed.
+"""Generation caches of routed layers, which hold computed tokens only.
 
 Shapes: b batch, r rows that take part in a call, m computed tokens of a row, c tokens of a call,
 n query heads, g key and value heads, d head dimension.
@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common.attention import QUERY_BLOCK, continued_attention
+from models.common.attention import QUERY_BLOCK, cached_attention
 from models.common.cache import KeysValues, KVCache
 from models.dynamic.token_gather import Selection, chosen_first
 
-# Room at first, over the share of tokens that is expected; it grows when it is used up.
+# Initial capacity relative to the expected fraction of tokens; it grows when exhausted.
 FIRST_ROOM, LEAST_ROOM = 1.25, 64
 
 
-class Step(NamedTuple):
-    """The computed tokens of one call. `rows`: int64 [r], rows that have any; `selection`: theirs
-    among the c tokens of the call [r, m]; `positions`: int32 [r, m], theirs in the sequence."""
+class CachedStep(NamedTuple):
+    """The computed tokens of one call. `rows`: int64 [r], rows with any; `selection` [r, m]: their
+    tokens among the c of the call; `positions`: int32 [r, m], their positions in the sequence."""
 
     rows: Tensor
     selection: Selection
@@ -31,11 +31,11 @@ class Step(NamedTuple):
 
 
 class RaggedKVCache:
-    """Keys and values of the computed tokens, another number in every row: [b, g, room, d].
+    """Keys and values of the computed tokens, whose number differs per row: [b, g, room, d].
 
     `length` counts the tokens of the sequence, computed or not. Nothing is ever dropped: `room`
-    doubles when a row needs more. The first tokens and keys decide on dtype and device, as in
-    `KVCache`. `share`: of the tokens, how many are expected to be computed.
+    doubles when a row needs more. The first tokens and keys determine dtype and device, as in
+    `KVCache`. `share`: the expected fraction of computed tokens.
     """
 
     def __init__(self, batch_size: int, max_length: int, *, share: float) -> None:
@@ -58,8 +58,8 @@ class RaggedKVCache:
             return torch.zeros(self.batch_size, dtype=torch.int64)
         return self._chosen[:, : self.length].sum(dim=1)
 
-    def begin(self, chosen: Tensor) -> Step | None:
-        """Append c tokens, of which `chosen` bool [b, c] will be computed; None where none is.
+    def begin(self, chosen: Tensor) -> CachedStep | None:
+        """Append c tokens, of which `chosen` bool [b, c] will be computed; None if none is.
 
         Raises:
             ValueError: the cache has no room left.
@@ -74,15 +74,15 @@ class RaggedKVCache:
             self._chosen = chosen.new_zeros(self.batch_size, self.max_length)
         self._chosen[:, start:stop] = chosen
         self.length = stop
-        # .tolist() waits for the device: what is not computed is not even started.
+        # .tolist() synchronises with the device, so that layers without chosen tokens are skipped.
         numbers = chosen.sum(dim=1).tolist()
         if not any(numbers):
             return None
         rows = torch.tensor([i for i, n in enumerate(numbers) if n], device=chosen.device)
         selection = chosen_first(chosen[rows], max(numbers))
-        return Step(rows, selection, (selection.indices + start).int())
+        return CachedStep(rows, selection, (selection.indices + start).int())
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: Step) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: CachedStep) -> Tensor:
         """Store keys and values of a step and attend to those up to each query, its own included.
 
         q [r, n, m, d], k and v [r, g, m, d] -> [r, n, m, d].
@@ -100,8 +100,8 @@ class RaggedKVCache:
             held[owners, :, slots] = new.transpose(1, 2)[valid]
         keys, values = (self._rows(held, step.rows, total) for held in stored)
         if len(step.rows) == 1:
-            return continued_attention(q, keys, values)
-        # The last key of a query; what fills a row up sees those of the row.
+            return cached_attention(q, keys, values)
+        # The last key of a query; filler tokens see all keys of the row.
         last = torch.minimum(before[:, None] + offsets, after[:, None] - 1)
         return _attend_up_to(q, keys, values, last)
 
@@ -147,8 +147,8 @@ def _attend_up_to(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
 
 
 class PairCache:
-    """What a pair keeps: its decision layer's keys and values, those of its dynamic layer, and the
-    surprise of every token, fp32 or wider [b, max_length], of which the moving average is made."""
+    """Cache of a pair: keys and values of its decision layer and of its dynamic layer, and the
+    surprise of every token for the moving average, fp32 or wider [b, max_length]."""
 
     def __init__(self, decision: KVCache, dynamic: RaggedKVCache) -> None:
         self.decision, self.dynamic = decision, dynamic
@@ -165,8 +165,8 @@ class PairCache:
         return self.decision.num_bytes + self.dynamic.num_bytes + surprise
 
     def with_surprise(self, surprise: Tensor) -> Tensor:
-        """Append the newest tokens' surprise [b, c]; all so far [b, length]. The decision layer
-        has counted these tokens already."""
+        """Append the newest tokens' surprise [b, c] and return all so far [b, length]. The decision
+        layer has counted these tokens already."""
         stop = self.decision.length
         if self._surprise is None:
             self._surprise = surprise.new_zeros(len(surprise), self.dynamic.max_length)

@@ -1,4 +1,4 @@
-"""What the layers of both families hand each other.
+"""The carry of both families.
 
 Shapes: s sequence, b batch, h hidden, V vocabulary, t tensor size.
 """
@@ -19,8 +19,8 @@ class DynamicCarry(NamedTuple):
 
     `aux`: fp32 [b, entries], losses and measurements of every row, named by MOD_AUX or DTF_AUX.
     `positions`: int32 [b, s], from 0 in every document; None where a row is one document.
-    `keys`: int64 [b, s], where scores are random: what the next routed layer makes them of; else
-    None. `lengths`: int64 [b], as in TokenInputs.
+    `keys`: int64 [b, s], the keys of the next routed layer's random scores; None if scores are not
+    random. `lengths`: int64 [b], as in TokenInputs.
     """
 
     hidden: Any
@@ -37,11 +37,10 @@ class DynamicOutput(NamedTuple):
     aux: Tensor
 
 
-# Entries of `aux`, of every row by itself, means over the routed layers. Losses, unweighted: of
-# large scores, and of the
-# predictor or of scores as logits. Measurements: the share of tokens that the causal rule chooses,
-# the share of the k best that are among them, the spread of a row's scores, the mean gate. The
-# losses of experts are means over all layers.
+# Entries of `aux`, per row, as means over the routed layers. Unweighted losses: z-loss of the
+# scores, and BCE of the predictor or of the scores as logits. Measurements: the fraction of tokens
+# that the causal rule chooses, the fraction of the top k among them, the standard deviation of a
+# row's scores, the mean gate. The losses of experts are means over all layers.
 EXPERT_AUX = ("expert_balance_loss", "expert_z_loss")
 MOD_AUX = (
     "router_z_loss",
@@ -65,8 +64,7 @@ def with_entries(names: tuple[str, ...], entries: dict[str, Tensor]) -> Tensor:
 def with_expert_losses(
     carry: DynamicCarry, losses: Tensor | None, config: MoDConfig | DTFConfig
 ) -> DynamicCarry:
-    """The carry with what the experts of one layer cost, fp32 [b, 2]; as it is where that is
-    None."""
+    """Add the expert losses of one layer, fp32 [b, 2], to the carry; unchanged if None."""
     if losses is None:
         return carry
     names = MOD_AUX if isinstance(config, MoDConfig) else DTF_AUX

@@ -13,7 +13,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-# How a token is chosen outside of training; topk looks at later tokens and is an oracle.
+# Selection rules outside of training; topk looks at later tokens and is an oracle.
 Rule = Literal["threshold", "predictor", "aux", "topk"]
 
 SURPRISE_SCORES = ("vpr", "ce", "cu", "dst", "dch")
@@ -38,16 +38,16 @@ _TRAINING = frozenset(
 
 
 class DynamicConfig(DecoderConfig):
-    """What both families share: a decoder of Qwen2 shape, and how tokens are chosen.
+    """Settings shared by both families: a decoder of Qwen2 shape, and token selection.
 
-    `capacity_gamma`: the share of a row's tokens that a routed layer computes, rounded up to a
-    multiple of `capacity_multiple`; at 1 nothing is routed and the model is the plain stack.
-    `causal_router`: the rule outside of training; `routing_train`: that of training.
-    `causal_threshold`: as a probability, for the rules predictor and aux.
+    `capacity_gamma`: the fraction of a row's tokens that a routed layer computes, rounded up to a
+    multiple of `capacity_multiple`; at 1 nothing is routed and the model is the dense stack.
+    `causal_router`: the rule outside of training; `routing_train`: the rule in training.
+    `causal_threshold`: a probability, for the rules predictor and aux.
     `force_first`: the first token of every document is always chosen.
-    `num_experts`: every feed-forward layer is so many experts, of which a computed token gets
-    `experts_per_token`; with `expert_capacity_factor` training drops what exceeds a row's share.
-    `aliases`: other names of settings, which run files and command lines may use.
+    `num_experts`: the number of experts of every feed-forward layer, `experts_per_token` of them
+    per computed token; with `expert_capacity_factor` training drops tokens beyond a row's capacity.
+    `aliases`: other names of settings, accepted in run files and on command lines.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"capacity": "capacity_gamma"}
@@ -92,13 +92,13 @@ class DynamicConfig(DecoderConfig):
         return self
 
     def function(self) -> dict[str, Any]:
-        """As in `DecoderConfig`; nor is there what routes, weighs and drops tokens in training."""
+        """As in `DecoderConfig`; settings of routing, losses and drops in training are excluded."""
         settings = super().function()
         return {name: value for name, value in settings.items() if name not in _TRAINING}
 
     @property
     def is_routed(self) -> bool:
-        """False where every token is computed in every layer, so that there is nothing to route."""
+        """False if every token is computed in every layer."""
         return self.capacity_gamma < 1.0
 
     @property
@@ -109,7 +109,7 @@ class DynamicConfig(DecoderConfig):
 class MoDConfig(DynamicConfig):
     """Mixture of depths: layer i is routed where `i % mod_every == mod_offset`.
 
-    `gate_fn`: the factor on what a routed layer adds, from its score r: `sigmoid(r)`, r itself
+    `gate_fn`: the factor on a routed layer's update, from its score r: `sigmoid(r)`, r itself
     (`raw`), or 1 with the gradient of log sigmoid(r) (`st`). `router_score`: `linear`, or `random`
     as a control: a fixed random number for every token and position, with the factor 1.
     Source: arXiv 2404.02258.
@@ -150,8 +150,8 @@ class DTFConfig(DynamicConfig):
     """Pairs of a decision layer for all tokens and a dynamic layer for surprising ones.
 
     `router_score`: `vpr`, both criteria; `ce` or `cu`, one of them; controls: `dst`, `dch`, the
-    surprises themselves; `linear`, the score of `mod`; `random`. `gate_fn`: the factor on what the
-    dynamic layer adds is the gate G (`value`), or 1 with the gradient of log G (`st`).
+    surprises themselves; `linear`, the score of `mod`; `random`. `gate_fn`: the factor on the
+    dynamic layer's update is the gate G (`value`), or 1 with the gradient of log G (`st`).
     `surprise`: `mse`, or `kl` of a prior that also predicts a variance. `surprise_norm`: `ma`
     divides by the moving average over `ma_window` tokens, `none` takes the raw numbers.
     """
@@ -199,7 +199,7 @@ class DTFConfig(DynamicConfig):
         return self
 
     def function(self) -> dict[str, Any]:
-        """As in `DynamicConfig`; a constant that is learnt is in the weights."""
+        """As in `DynamicConfig`, without learnt constants, which are in the weights."""
         learnt = {
             "beta_ce_init": True,
             "beta_cu_init": True,
@@ -220,7 +220,7 @@ class DTFConfig(DynamicConfig):
 
     @property
     def has_prior(self) -> bool:
-        """Whether the score compares what a layer does with what was expected of it."""
+        """Whether the score compares a layer's update with the prior's prediction."""
         return self.is_routed and self.router_score in ("vpr", "ce", "dch")
 
     @property

@@ -32,10 +32,10 @@ def num_parameters(config: MoDConfig | DTFConfig) -> int:
 def forward_flops_per_token(config: MoDConfig | DTFConfig, seq_length: int) -> float:
     """Forward FLOPs per token of a row of `seq_length`, of which routed layers compute k tokens.
 
-    Linear layers: 2 x their parameters, in a routed layer for a share k / s of the tokens.
-    Attention: `4 n d (s + 1) / 2`, in a routed layer `4 n d (k + 1) / 2` for that share. What
-    chooses is computed for every token. Lookups, norms, rotations, softmax, activations, the
-    surprises and sorting are not counted.
+    Linear layers: 2 x their parameters, in a routed layer for a fraction k / s of the tokens.
+    Attention: `4 n d (s + 1) / 2`, in a routed layer `4 n d (k + 1) / 2` for that fraction.
+    Routers, predictors and priors run on every token. Look-ups, norms, rotations, softmax,
+    activations, the surprises and sorting are not counted.
     """
     k = capacity_of(config, seq_length)
     share, routed = k / seq_length, config.num_routed
@@ -53,7 +53,7 @@ def capacity_of(config: DynamicConfig, seq_length: int) -> int:
 
 
 def _block_matmul_parameters(config: DynamicConfig, num_experts: int | None) -> int:
-    """Of a block with `num_experts` of its experts, if any, and what chooses among them."""
+    """Matmul parameters of a block, with `num_experts` of its experts, if any, and their router."""
     feed_forward = mlp_matrices(config)
     if config.num_experts is not None:
         router = config.num_experts * config.hidden_size
@@ -62,7 +62,7 @@ def _block_matmul_parameters(config: DynamicConfig, num_experts: int | None) -> 
 
 
 def _choosing_matmul_parameters(config: MoDConfig | DTFConfig) -> int:
-    """Of the router, the predictor and the prior of one routed layer."""
+    """Matmul parameters of the router, predictor and prior of one routed layer."""
     h = config.hidden_size
     count = h if config.router_score == "linear" else 0
     if config.has_predictor:
@@ -79,7 +79,7 @@ def _prior_matmul_parameters(config: DTFConfig) -> int:
 
 
 def _prior_parameters(config: DTFConfig) -> int:
-    """Matrices, biases and the norm before."""
+    """Matrices, biases and the input norm."""
     if not config.has_prior:
         return 0
     inputs = 2 if config.prior_type == "swiglu" else 1

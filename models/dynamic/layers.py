@@ -1,4 +1,4 @@
-"""Layers that both families have, and those of `mod`.
+"""Layers shared by both families, and those of `mod`.
 
 Shapes: s sequence, b batch, h hidden, V vocabulary, t tensor size. Between layers activations are
 [s, b, h], or [s/t, b, h] under sequence parallelism.
@@ -13,7 +13,7 @@ from models.base import TokenInputs
 from models.common.cache import KVCache
 from models.common.decoder import decoder_norm, decoder_output, decoder_table, embed_tokens
 from models.common.rope import RotaryTable
-from models.dynamic.block import Block, Places, SomeTokens
+from models.dynamic.block import Block, RoutedBlock, TokenPositions
 from models.dynamic.cache import RaggedKVCache
 from models.dynamic.carry import (
     DTF_AUX,
@@ -24,15 +24,21 @@ from models.dynamic.carry import (
     with_expert_losses,
 )
 from models.dynamic.config import DTFConfig, MoDConfig
-from models.dynamic.scores import LinearScore, Scored, next_keys, random_scores, through
-from models.dynamic.token_selection import Choice
+from models.dynamic.scores import (
+    LinearScore,
+    RouterScores,
+    next_keys,
+    random_scores,
+    straight_through,
+)
+from models.dynamic.token_selection import TokenSelector
 from parallel.context import ParallelContext
 from parallel.precision import fp32_or_wider
-from parallel.regions import own_sequence
+from parallel.regions import local_sequence
 
 
 class DynamicEmbedding(nn.Module):
-    """Token ids to the residual stream, and segment ids to positions."""
+    """Map token ids to the residual stream, and segment ids to positions."""
 
     def __init__(
         self, config: MoDConfig | DTFConfig, *, segmented: bool, ctx: ParallelContext
@@ -75,8 +81,8 @@ class DenseLayer(nn.Module):
         return with_expert_losses(carry._replace(hidden=x + output.delta), losses, self.config)
 
 
-class MoDRouter(nn.Module):
-    """Scores, gates and chooses the tokens of a routed layer.
+class DepthRouter(nn.Module):
+    """Router of a `mod` layer: scores, gates and selection of its tokens.
 
     `r = w . x / rms(x)`, `gate = sigmoid(r)`, r or 1; with router_score=random r is a fixed random
     number and the gate 1.
@@ -87,48 +93,54 @@ class MoDRouter(nn.Module):
         self.gate_fn, self.ctx = config.gate_fn, ctx
         is_linear = config.router_score == "linear"
         self.score = LinearScore(config, ctx=ctx) if is_linear else None
-        self.choice = Choice(config, is_linear=is_linear, num_routed=config.num_routed, ctx=ctx)
+        self.choice = TokenSelector(
+            config, is_linear=is_linear, num_routed=config.num_routed, ctx=ctx
+        )
 
-    def scored(self, x: Tensor, keys: Tensor | None, places: Places) -> Scored:
-        """Scores and gates of own tokens x [s/t, b, h]."""
+    def router_scores(
+        self, x: Tensor, keys: Tensor | None, token_positions: TokenPositions
+    ) -> RouterScores:
+        """Scores and gates of this rank's tokens x [s/t, b, h]."""
         if self.score is None:
             assert keys is not None
-            numbers = random_scores(keys, places.positions)
-            own = own_sequence(numbers.T, ctx=self.ctx)
-            return Scored(own, torch.ones_like(own))
+            numbers = random_scores(keys, token_positions.positions)
+            own = local_sequence(numbers.T, ctx=self.ctx)
+            return RouterScores(own, torch.ones_like(own))
         scores = self.score(x)
         if self.gate_fn == "raw":
-            return Scored(scores, scores)
+            return RouterScores(scores, scores)
         gate = scores.sigmoid()
-        return Scored(scores, through(gate) if self.gate_fn == "st" else gate)
+        return RouterScores(scores, straight_through(gate) if self.gate_fn == "st" else gate)
 
 
-class MoDLayer(nn.Module):
+class RoutedLayer(nn.Module):
     """A routed layer: `x_t = x_t + gate_t block(x)_t` for chosen tokens t, x_t for the others."""
 
     def __init__(self, config: MoDConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.config = config
         self.force_first = config.force_first
-        self.router = MoDRouter(config, ctx=ctx)
-        self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
+        self.router = DepthRouter(config, ctx=ctx)
+        self.dynamic = RoutedBlock(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> RaggedKVCache:
-        """Empty state for generation: of computed tokens only."""
+        """Empty cache for generation, for computed tokens only."""
         return self.dynamic.new_cache(batch_size, max_length)
 
     def forward(self, carry: DynamicCarry, cache: RaggedKVCache | None = None) -> DynamicCarry:
         x = carry.hidden
-        places = self.dynamic.places(x, carry.positions, cache)
-        forced = places.firsts if self.force_first else None
-        scored = self.router.scored(x, carry.keys, places)
+        token_positions = self.dynamic.token_positions(x, carry.positions, cache)
+        forced = token_positions.document_starts if self.force_first else None
+        router_scores = self.router.router_scores(x, carry.keys, token_positions)
         if carry.keys is not None:
             carry = carry._replace(keys=next_keys(carry.keys))
         if cache is not None:
-            chosen = self.router.choice.decide(x, scored, forced)
-            return carry._replace(hidden=self.dynamic.continued(x, scored.gate, chosen, cache))
-        selection, aux = self.router.choice(x, scored, forced, carry.lengths)
-        y, losses = self.dynamic(x, scored.gate, selection, places)
+            chosen = self.router.choice.decide(x, router_scores, forced)
+            return carry._replace(
+                hidden=self.dynamic.forward_cached(x, router_scores.gate, chosen, cache)
+            )
+        selection, aux = self.router.choice(x, router_scores, forced, carry.lengths)
+        y, losses = self.dynamic(x, router_scores.gate, selection, token_positions)
         total = carry.aux + with_entries(MOD_AUX, aux) if aux else carry.aux
         losses = losses if self.training else None
         return with_expert_losses(carry._replace(hidden=y, aux=total), losses, self.config)

@@ -20,7 +20,7 @@ from models.dynamic.carry import DTF_AUX, MOD_AUX, DynamicCarry, DynamicOutput
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.counts import forward_flops_per_token, num_parameters
 from models.dynamic.hf.mapping import DTF_HF, MOD_HF
-from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, MoDLayer
+from models.dynamic.layers import DenseLayer, DynamicEmbedding, DynamicHead, RoutedLayer
 from models.dynamic.pair import DTFPair
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
@@ -30,7 +30,7 @@ def mod_layer_specs(config: MoDConfig, *, segmented: bool = False) -> list[Layer
     """`embedding`, `layer_0` ... `layer_{L-1}`, `head`."""
     kwargs = {"config": config, "rotary": decoder_rotary(config)}
     layers = [
-        LayerSpec(f"layer_{i}", MoDLayer if config.is_routed_layer(i) else DenseLayer, kwargs)
+        LayerSpec(f"layer_{i}", RoutedLayer if config.is_routed_layer(i) else DenseLayer, kwargs)
         for i in range(config.num_layers)
     ]
     return _between_embedding_and_head(config, layers, segmented=segmented)

@@ -1,4 +1,4 @@
-"""The pair of layers of `dtf`: a decision layer for every token, a dynamic one for some.
+"""The layer pair of `dtf`: a decision layer for every token, a dynamic layer for chosen ones.
 
 Shapes: s sequence, b batch, h hidden, t tensor size.
 """
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from models.common.decoder import decoder_norm
 from models.common.rope import RotaryTable
-from models.dynamic.block import Block, Places, SomeTokens
+from models.dynamic.block import Block, RoutedBlock, TokenPositions
 from models.dynamic.cache import PairCache
 from models.dynamic.carry import DTF_AUX, DynamicCarry, with_entries, with_expert_losses
 from models.dynamic.config import DTFConfig
 from models.dynamic.scores import next_keys
 from models.dynamic.surprise import (
-    DTFRouter,
-    Expected,
-    PriorFFN,
+    PriorNetwork,
+    PriorPrediction,
     Surprise,
-    averaged,
+    SurpriseRouter,
+    local_moving_average,
     moving_average,
     prior_loss,
     squared_error,
@@ -31,17 +31,17 @@ from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 
 
-class Decided(NamedTuple):
-    """`delta` [s/t, b, h]: what a block adds to every token. `expected`: what its prior expected,
-    None without one. `expert_losses`: of the block."""
+class DecisionBlockOutput(NamedTuple):
+    """`delta` [s/t, b, h]: the block's update of every token. `expected`: the prior's prediction of
+    it, None without a prior. `expert_losses`: of the block."""
 
     delta: Tensor
-    expected: Expected | None
+    expected: PriorPrediction | None
     expert_losses: Tensor | None
 
 
-class DTFDecisionLayer(nn.Module):
-    """What a block adds to every token, and what a small prior expected it to add."""
+class DecisionBlock(nn.Module):
+    """A block for every token, and a small prior that predicts its update."""
 
     def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class DTFDecisionLayer(nn.Module):
         self.prior_norm, self.prior = None, None
         if config.has_prior:
             self.prior_norm = decoder_norm(config, ctx=ctx)
-            self.prior = PriorFFN(config, ctx=ctx)
+            self.prior = PriorNetwork(config, ctx=ctx)
 
     def forward(
         self,
@@ -58,7 +58,7 @@ class DTFDecisionLayer(nn.Module):
         positions: Tensor | None,
         cache: PairCache | None,
         lengths: Tensor | None = None,
-    ) -> Decided:
+    ) -> DecisionBlockOutput:
         """x [s/t, b, h], `lengths` as in TokenInputs."""
         delta, losses = self.block(
             x,
@@ -69,24 +69,24 @@ class DTFDecisionLayer(nn.Module):
         expected = None
         if self.prior is not None and self.prior_norm is not None:
             expected = self.prior(self.prior_norm(x.detach() if self.detaches else x))
-        return Decided(delta, expected, losses)
+        return DecisionBlockOutput(delta, expected, losses)
 
 
 class DTFPair(nn.Module):
-    """Two layers of the plain stack, of which the second computes only surprising tokens.
+    """Two layers of the dense stack, of which the second computes only surprising tokens.
 
         delta = block_0(x),  post = x + delta,  expected = prior(norm(x))
         y_t   = post_t + gate_t block_1(post)_t     for chosen tokens t, else post_t
 
-    One layer of a pipeline, so that what the choice is made of never crosses a stage.
+    One layer of a pipeline, so that the inputs of the decision never cross a stage boundary.
     """
 
     def __init__(self, config: DTFConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.config, self.ctx = config, ctx
-        self.decision = DTFDecisionLayer(config, rotary=rotary, ctx=ctx)
-        self.router = DTFRouter(config, ctx=ctx)
-        self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
+        self.decision = DecisionBlock(config, rotary=rotary, ctx=ctx)
+        self.router = SurpriseRouter(config, ctx=ctx)
+        self.dynamic = RoutedBlock(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> PairCache:
         """Empty state for generation."""
@@ -96,22 +96,26 @@ class DTFPair(nn.Module):
 
     def forward(self, carry: DynamicCarry, cache: PairCache | None = None) -> DynamicCarry:
         x, router = carry.hidden, self.router
-        places = self.dynamic.places(x, carry.positions, None if cache is None else cache.dynamic)
+        token_positions = self.dynamic.token_positions(
+            x, carry.positions, None if cache is None else cache.dynamic
+        )
         delta, expected, losses = self.decision(x, carry.positions, cache, carry.lengths)
         post = x + delta
         numbers = None
         if carry.keys is not None:
-            numbers = router.random_numbers(carry.keys, places)
+            numbers = router.random_numbers(carry.keys, token_positions)
             carry = carry._replace(keys=next_keys(carry.keys))
-        surprise = surprise_of(delta, expected, places, self.config, cache=cache, ctx=self.ctx)
-        scored, aux = router.judged(post, surprise, numbers, carry.lengths)
-        forced = places.firsts if self.config.force_first else None
+        surprise = surprise_of(
+            delta, expected, token_positions, self.config, cache=cache, ctx=self.ctx
+        )
+        router_scores, aux = router.score_tokens(post, surprise, numbers, carry.lengths)
+        forced = token_positions.document_starts if self.config.force_first else None
         if cache is not None:
-            chosen = router.choice.decide(post, scored, forced)
-            y = self.dynamic.continued(post, scored.gate, chosen, cache.dynamic)
+            chosen = router.choice.decide(post, router_scores, forced)
+            y = self.dynamic.forward_cached(post, router_scores.gate, chosen, cache.dynamic)
             return carry._replace(hidden=y)
-        selection, measured = router.choice(post, scored, forced, carry.lengths)
-        y, more_losses = self.dynamic(post, scored.gate, selection, places)
+        selection, measured = router.choice(post, router_scores, forced, carry.lengths)
+        y, more_losses = self.dynamic(post, router_scores.gate, selection, token_positions)
         if not self.training:
             return carry._replace(hidden=y)
         for each in (losses, more_losses):
@@ -127,14 +131,14 @@ class DTFPair(nn.Module):
 
 def surprise_of(
     delta: Tensor,
-    expected: Expected | None,
-    places: Places,
+    expected: PriorPrediction | None,
+    token_positions: TokenPositions,
     config: DTFConfig,
     *,
     cache: PairCache | None = None,
     ctx: ParallelContext,
 ) -> Surprise | None:
-    """Surprise of own tokens [s/t, b]; None where the score needs none."""
+    """Surprise of this rank's tokens [s/t, b]; None if the score does not use it."""
     if config.router_score in ("linear", "random"):
         return None
     if config.router_detach:
@@ -144,16 +148,16 @@ def surprise_of(
     static = at_least_fp32(delta).square().mean(dim=-1)
     change = None if expected is None else squared_error(delta, expected)
     if cache is None:
-        average = averaged(static, places, config, ctx=ctx)
+        average = local_moving_average(static, token_positions, config, ctx=ctx)
     else:
         average = _continued_average(static, cache, config)
     return Surprise(static, change, average)
 
 
 def _continued_average(static: Tensor, cache: PairCache, config: DTFConfig) -> Tensor:
-    """The moving average of the newest tokens [c, b], from all that the cache has kept."""
+    """Moving average for the newest tokens [c, b], from the cached surprises."""
     everything = cache.with_surprise(static.T)
-    # A window that begins with the sequence needs its beginning; a later one W tokens only.
+    # Windows at the start of the sequence need its beginning; later ones only W tokens.
     needed = everything[:, -(static.shape[0] + config.ma_window) :]
     index = torch.arange(needed.shape[1], device=static.device).expand_as(needed)
     average = moving_average(needed, index, config.ma_window, skip_first=config.ma_skip_first)

@@ -1,7 +1,7 @@
-"""How urgently a token asks to be computed, and the factor on what is computed.
+"""Router scores, gates, and the predictor of the routing decision.
 
-Scores and gates are fp32 (wider where x is), [s/t, b] of own tokens. Shapes: s sequence, b batch,
-h hidden, W window, t tensor size.
+Scores and gates are fp32 (wider where x is), [s/t, b] for this rank's tokens. Shapes: s sequence,
+b batch, h hidden, W window, t tensor size.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from parallel.sharding import Normal, declare_replicated
 _MULTIPLIERS = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))
 
 
-class Scored(NamedTuple):
-    """`scores`: what tokens are ranked by. `gate`: the factor on what the block adds."""
+class RouterScores(NamedTuple):
+    """`scores`: the ranking of tokens. `gate`: the factor on the block's output."""
 
     scores: Tensor
     gate: Tensor
 
 
-def through(gate: Tensor) -> Tensor:
-    """The value 1 with the gradient of log gate: "straight through"."""
+def straight_through(gate: Tensor) -> Tensor:
+    """Straight-through estimator: the value 1 with the gradient of log gate."""
     return gate / gate.detach()
 
 
@@ -51,9 +51,9 @@ class LinearScore(nn.Module):
 
 
 class Predictor(nn.Module):
-    """`p_t = W_2 silu(W_1 x_t)` from x without gradient: the logit that a token is chosen.
+    """`p_t = W_2 silu(W_1 x_t)` of a detached x: the logit of token t being chosen.
 
-    Every tensor rank holds both weights.
+    Both weights are replicated over tensor ranks.
     """
 
     def __init__(self, config: DynamicConfig, *, ctx: ParallelContext) -> None:
@@ -71,13 +71,13 @@ class Predictor(nn.Module):
 
 
 def random_scores(keys: Tensor, positions: Tensor) -> Tensor:
-    """A number of [0, 1) for every key and position, as good as random: fp32 [b, s].
+    """Hash every key and position to a pseudo-random number in [0, 1): fp32 [b, s].
 
     Keys are the token ids in the first routed layer and `next_keys` after each, so that no layer
-    computes with its number. The same at any layout, in a prefill and token by token.
+    depends on its index. The same at any layout, in a prefill and token by token.
     """
-    # Not a multiple of the positions: inductor folds what is made of an arange alone into integers
-    # without bounds, where products do not wrap around (torch 2.13).
+    # Not a multiple of the positions: inductor folds expressions of an arange alone into unbounded
+    # integers, where products do not wrap around (torch 2.13).
     hashed = keys * _MULTIPLIERS[0] + positions.long()
     for multiplier in _MULTIPLIERS:
         hashed = (hashed ^ (hashed >> 31)) * multiplier
@@ -85,5 +85,5 @@ def random_scores(keys: Tensor, positions: Tensor) -> Tensor:
 
 
 def next_keys(keys: Tensor) -> Tensor:
-    """What the routed layer after this one makes its random scores of: int64 [b, s]."""
+    """The keys for the random scores of the next routed layer: int64 [b, s]."""
     return keys + _MULTIPLIERS[1]

@@ -1,7 +1,7 @@
-"""The parts of both families as modules of their own, in one process.
+"""Parts of both families as standalone modules, in one process.
 
-Each is a part of a real layer, made by the configuration alone, with hidden states [b, s, h] in and
-out; a row is one document. Put together they compute what the layer computes:
+Each wraps a part of a real layer and is built from the configuration alone, with hidden states
+[b, s, h] in and out; a row is one document. Together they compute the whole layer:
 
     decision = DTFDecisionLayer(config)(hidden)
     hidden = DTFDynamicLayer(config)(decision.posterior, DTFRouter(config)(decision))
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dynamic import layers, pair, surprise
-from models.dynamic.block import Places
+from models.dynamic.block import TokenPositions
 from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.model import dtf_layer_specs, mod_layer_specs
 from models.dynamic.token_gather import Selection
@@ -26,11 +26,11 @@ from parallel.context import ParallelContext
 
 
 class DecisionOutput(NamedTuple):
-    """What a decision layer knows of every token, [b, s, h].
+    """Output of a decision layer for every token, [b, s, h].
 
-    `original`: its input. `posterior`: with what its block adds. `prior`: with what was expected of
-    it, None where the router needs no prior. `prior_loss`: how wrong that was, a mean over rows.
-    `update`, `expected`: the differences themselves, [s, b, h], which sums in bf16 would round.
+    `original`: its input. `posterior`: input plus the block's update. `prior`: input plus the
+    predicted update, None if the router needs no prior. `prior_loss`: the prior's error, a mean
+    over rows. `update`, `expected`: the updates themselves, [s, b, h], which sums in bf16 round.
     """
 
     original: Tensor
@@ -38,7 +38,7 @@ class DecisionOutput(NamedTuple):
     prior: Tensor | None
     prior_loss: Tensor | None
     update: Tensor
-    expected: surprise.Expected | None
+    expected: surprise.PriorPrediction | None
 
 
 class RouterOutput(NamedTuple):
@@ -59,12 +59,12 @@ class RouterOutput(NamedTuple):
 
 
 class DTFDecisionLayer(nn.Module):
-    """A block for every token, and a small prior of what it adds."""
+    """A block for every token, and a small prior that predicts its update."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer: pair.DTFDecisionLayer = _pair(config).decision
+        self.layer: pair.DecisionBlock = _pair(config).decision
 
     def forward(self, hidden_states: Tensor) -> DecisionOutput:
         x = hidden_states.transpose(0, 1)
@@ -73,134 +73,138 @@ class DTFDecisionLayer(nn.Module):
         if expected is None:
             return DecisionOutput(hidden_states, posterior, None, None, update, None)
         loss = surprise.prior_loss(
-            update, expected, normalised=self.config.prior_loss == "nmse", ctx=_alone(x)
+            update, expected, normalised=self.config.prior_loss == "nmse", ctx=_single_process(x)
         )
         prior = hidden_states + expected.mean.transpose(0, 1)
         return DecisionOutput(hidden_states, posterior, prior, loss.mean(), update, expected)
 
 
 class DTFRouter(nn.Module):
-    """Scores tokens by their surprise and chooses among them."""
+    """A router that scores tokens by their surprise and selects among them."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer: surprise.DTFRouter = _pair(config).router
+        self.layer: surprise.SurpriseRouter = _pair(config).router
 
     def forward(self, decision: DecisionOutput, tokens: Tensor | None = None) -> RouterOutput:
         """`tokens` int64 [b, s] with router_score=random."""
-        posterior, ctx = decision.posterior.transpose(0, 1), _alone(decision.posterior)
-        places = _places(decision.posterior)
+        posterior, ctx = decision.posterior.transpose(0, 1), _single_process(decision.posterior)
+        token_positions = _token_positions(decision.posterior)
         numbers = None
         if self.config.router_score == "random":
-            numbers = self.layer.random_numbers(_required(tokens), places)
+            numbers = self.layer.random_numbers(_required(tokens), token_positions)
         surprises = pair.surprise_of(
-            decision.update, decision.expected, places, self.config, ctx=ctx
+            decision.update, decision.expected, token_positions, self.config, ctx=ctx
         )
-        scored, means = self.layer.judged(posterior, surprises, numbers)
-        forced = places.firsts if self.config.force_first else None
-        selection, losses = self.layer.choice(posterior, scored, forced)
-        return RouterOutput(scored.scores.T, scored.gate.T, selection, _means(losses | means))
+        router_scores, means = self.layer.score_tokens(posterior, surprises, numbers)
+        forced = token_positions.document_starts if self.config.force_first else None
+        selection, losses = self.layer.choice(posterior, router_scores, forced)
+        return RouterOutput(
+            router_scores.scores.T, router_scores.gate.T, selection, _means(losses | means)
+        )
 
 
 class DTFDynamicLayer(nn.Module):
-    """A block for the tokens that a router has chosen; the others stay as they are."""
+    """A block applied to the tokens chosen by a router; the others are unchanged."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
-        self.layer: layers.SomeTokens = _pair(config).dynamic
+        self.layer: layers.RoutedBlock = _pair(config).dynamic
 
     def forward(self, posterior: Tensor, routed: RouterOutput) -> Tensor:
-        return _some(self.layer, posterior, routed)
+        return _apply_block(self.layer, posterior, routed)
 
 
 class PriorFFN(nn.Module):
-    """What a decision layer is expected to add to [b, s, h]: 0 at first."""
+    """The prior: predicts a decision layer's update of [b, s, h]; initially 0."""
 
     def __init__(self, config: DTFConfig) -> None:
         super().__init__()
         prior = _pair(config).decision.prior
         if prior is None:
             raise ValueError(f"router_score={config.router_score} has no prior; choose vpr or ce")
-        self.layer: surprise.PriorFFN = prior
+        self.layer: surprise.PriorNetwork = prior
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        expected: surprise.Expected = self.layer(hidden_states)
+        expected: surprise.PriorPrediction = self.layer(hidden_states)
         return expected.mean
 
 
 class MoDRouter(nn.Module):
-    """Scores tokens by a learned direction and chooses among them."""
+    """A router that scores tokens along a learned direction and selects among them."""
 
     def __init__(self, config: MoDConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer: layers.MoDRouter = _routed(config).router
+        self.layer: layers.DepthRouter = _routed(config).router
 
     def forward(self, hidden_states: Tensor, tokens: Tensor | None = None) -> RouterOutput:
         """`tokens` int64 [b, s] with router_score=random."""
-        x, places = hidden_states.transpose(0, 1), _places(hidden_states)
+        x, token_positions = hidden_states.transpose(0, 1), _token_positions(hidden_states)
         if self.config.router_score == "random":
             tokens = _required(tokens)
-        scored = self.layer.scored(x, tokens, places)
-        forced = places.firsts if self.config.force_first else None
-        selection, losses = self.layer.choice(x, scored, forced)
-        return RouterOutput(scored.scores.T, scored.gate.T, selection, _means(losses))
+        router_scores = self.layer.router_scores(x, tokens, token_positions)
+        forced = token_positions.document_starts if self.config.force_first else None
+        selection, losses = self.layer.choice(x, router_scores, forced)
+        return RouterOutput(router_scores.scores.T, router_scores.gate.T, selection, _means(losses))
 
 
 class MoDLayer(nn.Module):
-    """A router and a block for the tokens that it chooses; the others stay as they are."""
+    """A router and a block applied to the tokens that it chooses; the others are unchanged."""
 
     def __init__(self, config: MoDConfig) -> None:
         super().__init__()
         self.router = MoDRouter(config)
-        self.layer: layers.SomeTokens = _routed(config).dynamic
+        self.layer: layers.RoutedBlock = _routed(config).dynamic
 
     def forward(
         self, hidden_states: Tensor, tokens: Tensor | None = None
     ) -> tuple[Tensor, RouterOutput]:
-        """Hidden states [b, s, h], and what the router said."""
+        """Hidden states [b, s, h], and the router's output."""
         routed = self.router(hidden_states, tokens)
-        return _some(self.layer, hidden_states, routed), routed
+        return _apply_block(self.layer, hidden_states, routed), routed
 
 
 def _means(of_rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.mean() for name, values in of_rows.items()}
 
 
-def _some(layer: layers.SomeTokens, x: Tensor, routed: RouterOutput) -> Tensor:
-    y, _ = layer(x.transpose(0, 1), routed.gate.T, routed.selection, _places(x))
+def _apply_block(layer: layers.RoutedBlock, x: Tensor, routed: RouterOutput) -> Tensor:
+    y, _ = layer(x.transpose(0, 1), routed.gate.T, routed.selection, _token_positions(x))
     added: Tensor = y.transpose(0, 1)
     return added
 
 
 def _pair(config: DTFConfig) -> Any:
-    return _built(dtf_layer_specs(config), pair.DTFPair, config)
+    return _build_first(dtf_layer_specs(config), pair.DTFPair, config)
 
 
 def _routed(config: MoDConfig) -> Any:
-    return _built(mod_layer_specs(config), layers.MoDLayer, config)
+    return _build_first(mod_layer_specs(config), layers.RoutedLayer, config)
 
 
-def _built(specs: list[LayerSpec], kind: type[nn.Module], config: DTFConfig | MoDConfig) -> Any:
-    """The first layer of a kind, initialised."""
+def _build_first(
+    specs: list[LayerSpec], kind: type[nn.Module], config: DTFConfig | MoDConfig
+) -> Any:
+    """Build and initialise the first layer of class `kind`."""
     for spec in specs:
         if spec.module is kind:
             ctx = ParallelContext.single(device=torch.get_default_device())
             return build_layers([spec], ctx, seed=torch.initial_seed())[spec.name]
     raise ValueError(
-        f"capacity_gamma={config.capacity_gamma} routes nothing, so there is no {kind.__name__}; "
-        "choose one below 1"
+        f"capacity_gamma={config.capacity_gamma} routes nothing, so the model has no routed layer; "
+        "choose a value below 1"
     )
 
 
-def _alone(x: Tensor) -> ParallelContext:
+def _single_process(x: Tensor) -> ParallelContext:
     return ParallelContext.single(device=x.device)
 
 
-def _places(x: Tensor) -> Places:
+def _token_positions(x: Tensor) -> TokenPositions:
     index = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-    return Places(index.expand(x.shape[0], -1), packed=False)
+    return TokenPositions(index.expand(x.shape[0], -1), packed=False)
 
 
 def _required(tokens: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""How surprising a token is to a pair of layers: criteria of `dtf`, its prior, its router.
+"""Surprise-based routing of `dtf`: prior, surprise, criteria and router.
 
 Shapes: s sequence, b batch, h hidden, m intermediate size of the prior, W window, t tensor size.
-Surprises are fp32, [s/t, b] of own tokens.
+Surprises are fp32, [s/t, b] for this rank's tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dynamic.block import Places
+from models.dynamic.block import TokenPositions
 from models.dynamic.config import DTFConfig
-from models.dynamic.scores import LinearScore, Scored, random_scores, through
-from models.dynamic.token_selection import Choice, row_means
+from models.dynamic.scores import LinearScore, RouterScores, random_scores, straight_through
+from models.dynamic.token_selection import TokenSelector, row_means
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
-from parallel.regions import gather_sequence, own_sequence, sum_over_sequence_ranks
+from parallel.regions import gather_sequence, local_sequence, sum_over_sequence_ranks
 from parallel.sharding import Constant, Normal, declare_replicated
 
 NORM_EPS = 1e-8
@@ -29,23 +29,23 @@ LARGEST_LOGVAR = 10.0
 KL_CONSTANT = 1.0  # added to the squared error, so that a variance never collapses
 
 
-class Expected(NamedTuple):
-    """What the prior expects the decision layer to add: its mean [s/t, b, h], and with
-    surprise=kl the logarithm of its variance."""
+class PriorPrediction(NamedTuple):
+    """The prior's prediction of the decision layer's update: mean [s/t, b, h], and log variance
+    with surprise=kl."""
 
     mean: Tensor
     logvar: Tensor | None = None
 
-    def detached(self) -> Expected:
-        """The same without gradient."""
+    def detached(self) -> PriorPrediction:
+        """Return a copy without gradient."""
         logvar = None if self.logvar is None else self.logvar.detach()
-        return Expected(self.mean.detach(), logvar)
+        return PriorPrediction(self.mean.detach(), logvar)
 
 
-class PriorFFN(nn.Module):
+class PriorNetwork(nn.Module):
     """`W_down silu(W_up x)`, with biases, or `W_down (silu(W_gate x) * W_up x)`: [s/t, b, h].
 
-    W_down starts at 0: at first nothing is expected. Tensor ranks share the m channels.
+    W_down is initialised to 0, so that predictions start at 0. Tensor ranks share the m channels.
     """
 
     def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
@@ -59,19 +59,19 @@ class PriorFFN(nn.Module):
         self.down = RowParallelLinear(size, outputs, ctx=ctx, bias=True, init=Constant(0.0))
         self.hidden_size = hidden
 
-    def forward(self, x: Tensor) -> Expected:
+    def forward(self, x: Tensor) -> PriorPrediction:
         if self.gate is None:
             y = self.down(F.silu(self.up(x)))
         else:
             gate, up = project_together(x, self.gate, self.up)
             y = self.down(F.silu(gate) * up)
         if y.shape[-1] == self.hidden_size:
-            return Expected(y)
+            return PriorPrediction(y)
         mean, logvar = at_least_fp32(y).chunk(2, dim=-1)
-        return Expected(mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR))
+        return PriorPrediction(mean, logvar.clamp(-LARGEST_LOGVAR, LARGEST_LOGVAR))
 
 
-def squared_error(delta: Tensor, expected: Expected) -> Tensor:
+def squared_error(delta: Tensor, expected: PriorPrediction) -> Tensor:
     """`mean_h (delta - mean)^2`, or with a variance
     `mean_h (logvar + ((delta - mean)^2 + c) exp(-logvar)) / 2`: [s/t, b]."""
     square = (at_least_fp32(delta) - expected.mean).square()
@@ -83,16 +83,16 @@ def squared_error(delta: Tensor, expected: Expected) -> Tensor:
 
 def prior_loss(
     delta: Tensor,
-    expected: Expected,
+    expected: PriorPrediction,
     *,
     normalised: bool,
     ctx: ParallelContext,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The mean squared error of what was expected of every row, delta without gradient: [b].
+    """Mean squared error of the prior per row, with a detached delta: [b].
 
-    `normalised`: its sum over the row's sum of delta^2. With a variance it is the likelihood of
-    `squared_error` instead. `lengths` as in TokenInputs.
+    `normalised`: the row's sum of squared errors divided by its sum of delta^2. With a variance the
+    negative log-likelihood of `squared_error` instead. `lengths` as in TokenInputs.
     """
     delta = at_least_fp32(delta.detach())
     errors = squared_error(delta, expected)
@@ -108,12 +108,12 @@ def prior_loss(
 
 
 def moving_average(surprise: Tensor, positions: Tensor, window: int, *, skip_first: bool) -> Tensor:
-    """Mean over the last `window` tokens of a document, its own among them: [b, s] -> [b, s].
+    """Mean over the last `window` tokens of a document, the current one included: [b, s] -> [b, s].
 
         MA_t = (1/W) sum_{j = t-W+1 .. t} D_max(j, start)
 
-    What lies before the document is replaced by its first token; with `skip_first` the first token,
-    whose update is an outlier in trained models, is left out and the second takes its place.
+    Positions before the document are replaced by its first token; with `skip_first` the first
+    token, whose update is an outlier in trained models, is excluded and the second takes its place.
     """
     length = surprise.shape[1]
     index = torch.arange(length, device=surprise.device)
@@ -128,8 +128,8 @@ def moving_average(surprise: Tensor, positions: Tensor, window: int, *, skip_fir
 
 
 class Surprise(NamedTuple):
-    """`static`: what the decision layer adds, `mean_h delta^2`. `change`: how far that is from what
-    was expected, None without a prior. `average`: the moving average of `static`. [s/t, b]."""
+    """`static`: the squared update of the decision layer, `mean_h delta^2`. `change`: its error
+    against the prior, None without one. `average`: the moving average of `static`. [s/t, b]."""
 
     static: Tensor
     change: Tensor | None
@@ -137,14 +137,14 @@ class Surprise(NamedTuple):
 
 
 class Criteria(nn.Module):
-    """The two criteria of surprise and how much each counts.
+    """The expected-change (CE) and unusual-change (CU) criteria and their combination.
 
         CE = (D_st - D_ch) / n + log o_ce,  a = softplus(beta_ce) CE,  S_CE = sigmoid(a)
         CU = (D_st - m_cu MA) / n,          b = softplus(beta_cu) CU,  S_CU = sigmoid(b)
         score = softplus(a) + softplus(b),  G = S_CE + S_CU - S_CE S_CU = 1 - exp(-score)
 
-    n = MA + 1e-8, or 1. Ranks are those of the score, which stays ordered where G rounds to 1.
-    o_ce is kept as its logarithm, so that it never leaves what has one.
+    n = MA + 1e-8, or 1. Tokens are ranked by the score, which stays ordered where G rounds to 1.
+    o_ce is parametrised by its logarithm, so that it stays positive.
     """
 
     def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
@@ -170,7 +170,7 @@ class Criteria(nn.Module):
                 self.m_cu = scalar(config.cu_detection_multiplier_init)
 
     def forward(self, surprise: Surprise) -> dict[str, Tensor]:
-        """The logits `a` and `b` of the criteria there are, by the names of their means."""
+        """The logits `a` and `b` of the configured criteria, keyed by the names of their means."""
         norm = surprise.average + NORM_EPS if self.normalised else 1.0
         logits = {}
         if self.has_ce:
@@ -187,15 +187,15 @@ def _wide(value: Tensor | float) -> Any:
     return at_least_fp32(value) if isinstance(value, Tensor) else value
 
 
-class Judged(NamedTuple):
-    """Scores and gates, and the named measurements behind them."""
+class MeasuredScores(NamedTuple):
+    """Router scores, and named measurements [b] of the criteria."""
 
-    scored: Scored
+    router_scores: RouterScores
     aux: dict[str, Tensor]
 
 
-class DTFRouter(nn.Module):
-    """Scores, gates and chooses the tokens of a dynamic layer."""
+class SurpriseRouter(nn.Module):
+    """Router of a dynamic layer: scores, gates and selection of its tokens."""
 
     def __init__(self, config: DTFConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
@@ -203,51 +203,54 @@ class DTFRouter(nn.Module):
         kind = config.router_score
         self.score = LinearScore(config, ctx=ctx) if kind == "linear" else None
         self.criteria = Criteria(config, ctx=ctx) if kind in ("vpr", "ce", "cu") else None
-        self.choice = Choice(
+        self.choice = TokenSelector(
             config, is_linear=kind == "linear", num_routed=config.num_routed, ctx=ctx
         )
 
-    def judged(
+    def score_tokens(
         self,
         post: Tensor,
         surprise: Surprise | None,
         numbers: Tensor | None,
         lengths: Tensor | None = None,
-    ) -> Judged:
-        """Scores of own tokens: `post` [s/t, b, h] for a linear score, else of their surprise, or
-        the given random numbers [s/t, b]. `lengths` as in TokenInputs."""
+    ) -> MeasuredScores:
+        """Score this rank's tokens: from `post` [s/t, b, h] with a linear score, from the given
+        random `numbers` [s/t, b], otherwise from their surprise. `lengths` as in TokenInputs."""
         if numbers is not None:
-            return Judged(Scored(numbers, torch.ones_like(numbers)), {})
+            return MeasuredScores(RouterScores(numbers, torch.ones_like(numbers)), {})
         if self.score is not None:
             scores = self.score(post)
-            return Judged(Scored(scores, self._gate(scores.sigmoid())), {})
+            return MeasuredScores(RouterScores(scores, self._gate(scores.sigmoid())), {})
         assert surprise is not None
         if self.criteria is None:
             chosen = surprise.static if self.config.router_score == "dst" else surprise.change
             assert chosen is not None
             norm = surprise.average + NORM_EPS if self.config.surprise_norm == "ma" else 1.0
-            return Judged(Scored(chosen / norm, torch.ones_like(chosen)), {})
+            return MeasuredScores(RouterScores(chosen / norm, torch.ones_like(chosen)), {})
         logits = self.criteria(surprise)
         scores = torch.stack([F.softplus(logit) for logit in logits.values()]).sum(dim=0)
         means = {
             name: row_means(logit.detach().sigmoid(), ctx=self.ctx, lengths=lengths)
             for name, logit in logits.items()
         }
-        return Judged(Scored(scores, self._gate(-torch.expm1(-scores))), means)
+        return MeasuredScores(RouterScores(scores, self._gate(-torch.expm1(-scores))), means)
 
-    def random_numbers(self, keys: Tensor, places: Places) -> Tensor:
-        """The scores of router_score=random, of own tokens: [s/t, b]."""
-        numbers = random_scores(keys, places.positions)
-        return own_sequence(numbers.T, ctx=self.ctx)
+    def random_numbers(self, keys: Tensor, token_positions: TokenPositions) -> Tensor:
+        """The scores of this rank's tokens with router_score=random: [s/t, b]."""
+        numbers = random_scores(keys, token_positions.positions)
+        return local_sequence(numbers.T, ctx=self.ctx)
 
     def _gate(self, gate: Tensor) -> Tensor:
-        return through(gate) if self.config.gate_fn == "st" else gate
+        return straight_through(gate) if self.config.gate_fn == "st" else gate
 
 
-def averaged(static: Tensor, places: Places, config: DTFConfig, *, ctx: ParallelContext) -> Tensor:
-    """The moving average of own tokens' surprise [s/t, b], from all tokens; without gradient."""
+def local_moving_average(
+    static: Tensor, token_positions: TokenPositions, config: DTFConfig, *, ctx: ParallelContext
+) -> Tensor:
+    """Moving average of the surprise over all ranks' tokens, for this rank's tokens [s/t, b];
+    without gradient."""
     everything = gather_sequence(static.detach(), ctx=ctx).T
     average = moving_average(
-        everything, places.positions, config.ma_window, skip_first=config.ma_skip_first
+        everything, token_positions.positions, config.ma_window, skip_first=config.ma_skip_first
     )
-    return own_sequence(average.T, ctx=ctx)
+    return local_sequence(average.T, ctx=ctx)

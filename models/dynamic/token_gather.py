@@ -1,10 +1,10 @@
-"""Tokens that are taken out of a sequence, computed, and added back where they came from.
+"""Gather chosen tokens from a sequence and scatter-add their updates back.
 
-A layer that computes only some tokens works on them as on a short sequence [k, b, h] that is whole
-on every tensor rank, under the context of `whole_tokens`. Without sequence parallelism taking and
-adding are local. With it a rank has its own tokens [s/t, b, h]; the chosen ones of all ranks are
-brought together by one all-reduce of [k, b, h] in forward, and the gradient of what they became by
-one in backward, so that communication shrinks with the number of chosen tokens.
+A layer that computes only some tokens treats them as a short sequence [k, b, h] that is replicated
+on every tensor rank, under the context of `whole_tokens`. Without sequence parallelism gathering
+and adding are local. With it each rank holds its own tokens [s/t, b, h]; one all-reduce of
+[k, b, h] gathers the chosen tokens of all ranks in forward, and one the gradient of their updates
+in backward, so that communication shrinks with the number of chosen tokens.
 
 Shapes: s sequence, b batch, h hidden, k chosen tokens of a row, t tensor size.
 """
@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
-from parallel.regions import enter_tensor_region, sum_over_sequence_ranks
+from parallel.regions import copy_to_tensor_region, sum_over_sequence_ranks
 
 
 class Selection(NamedTuple):
-    """Tokens of every row, the same number k of each.
+    """The chosen tokens of every row, k per row.
 
-    `indices`: int64 [b, k], positions in the sequence, none twice; the valid ones come first and
-    ascend, so that a causal mask over them is exact. `valid`: bool [b, k], False for what only
-    fills a row up and is not added back; None where all are valid. `lengths`: int64 [b], the size
-    of each row's own selection when padded rows select different numbers of tokens; else None.
+    `indices`: int64 [b, k], distinct positions in the sequence; the valid ones come first and in
+    ascending order, so that a causal mask over them is exact. `valid`: bool [b, k], False for
+    filler tokens, which are not added back; None if all are valid. `lengths`: int64 [b], the
+    number of tokens selected in each row if padded rows select different numbers; else None.
     """
 
     indices: Tensor
@@ -37,21 +37,21 @@ class Selection(NamedTuple):
 
 
 def chosen_first(chosen: Tensor, k: int) -> Selection:
-    """Rows of equal length from a different number of tokens each: bool [b, s] -> k per row.
+    """Convert a mask bool [b, s] to a selection of k tokens per row, the chosen ones first.
 
-    No row may have more than k chosen tokens; one that has fewer is filled up with others.
+    No row may have more than k chosen tokens; rows with fewer are filled with other tokens.
     """
     order = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     return Selection(order, chosen.gather(1, order))
 
 
 def whole_tokens(ctx: ParallelContext) -> ParallelContext:
-    """The context of layers that work on gathered tokens: every tensor rank holds all of them."""
+    """The context of layers that compute gathered tokens, which are replicated on tensor ranks."""
     return dataclasses.replace(ctx, sequence_parallel=False)
 
 
 def gather_tokens(x: Tensor, selection: Selection, *, ctx: ParallelContext) -> Tensor:
-    """The chosen tokens of x [s/t, b, h], whole on every tensor rank: [k, b, h]."""
+    """Gather the chosen tokens of x [s/t, b, h] on every tensor rank: [k, b, h]."""
     rows = _rows(selection, x, ctx=ctx)
     chosen = x.flatten(0, 1).index_select(0, rows.flat)
     if rows.present is not None:
@@ -66,7 +66,7 @@ def add_tokens(
 ) -> Tensor:
     """`y = x`, and `y_t = x_t + gate_t * delta_j` where t is the j-th chosen token of its row.
 
-    x [s/t, b, h]; delta [k, b, h], whole on every tensor rank; gate fp32 [s/t, b].
+    x [s/t, b, h]; delta [k, b, h], replicated on tensor ranks; gate fp32 [s/t, b].
     """
     rows = _rows(selection, x, ctx=ctx)
     weights = gate.flatten().index_select(0, rows.flat)
@@ -74,14 +74,14 @@ def add_tokens(
         if counted is not None:
             weights = weights * counted
     if ctx.sequence_parallel:
-        delta = enter_tensor_region(delta, ctx=whole_tokens(ctx))
+        delta = copy_to_tensor_region(delta, ctx=whole_tokens(ctx))
     added: Tensor = _AddRows.apply(x, delta, weights, rows.flat)
     return added
 
 
 class _RowsOfSequence(NamedTuple):
-    """Chosen tokens as rows of `x.flatten(0, 1)`: int64 [k * b], and bool [k * b] each which of
-    them are this rank's and which are valid; None for all."""
+    """Chosen tokens as rows of `x.flatten(0, 1)`: int64 [k * b], with two masks bool [k * b]: those
+    on this rank, and valid ones; None for all."""
 
     flat: Tensor
     present: Tensor | None
@@ -108,7 +108,7 @@ class _AddRows(torch.autograd.Function):
         flat = delta.flatten(0, 1)
         ctx.save_for_backward(flat, weights, rows)
         y = x.clone(memory_format=torch.contiguous_format)
-        # In place on a view: a row occurs twice only with weight 0, so that order does not matter.
+        # In place on a view: rows repeat only with weight 0, so that order does not matter.
         y.view(-1, x.shape[-1]).index_add_(0, rows, (flat * weights.unsqueeze(-1)).to(x.dtype))
         return y
 

@@ -1,8 +1,8 @@
-"""Which tokens of every row a layer computes, decided from one score per token.
+"""Token router: selects the tokens of every row that a layer computes, from one score per token.
 
-Training takes the k best tokens of a row, which needs the whole row; what decides in evaluation and
-generation looks at one token alone. Decisions are the same on every tensor rank and in a repeated
-forward pass; they have no gradient, which reaches the scores through the gate of the caller.
+Training selects the top k tokens of a row, which needs the whole row; the causal rules of
+evaluation and generation look at one token alone. Decisions are the same on every tensor rank and
+in a recomputed forward pass. They have no gradient; scores learn through the caller's gate.
 
 Shapes: s sequence, b batch, k chosen tokens of a row, t tensor size.
 """
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from models.dynamic.token_gather import Selection, chosen_first
 from parallel.context import ParallelContext
 from parallel.layer_state import kept_in_dtype
-from parallel.recompute import add_once, once
+from parallel.recompute import count_once, replay_decision
 
-# How a token is chosen without looking at later ones, and the oracle that does look.
+# The causal rules, and the oracle that looks at later tokens.
 Rule = Literal["threshold", "predictor", "aux", "topk"]
-# Room in training by threshold, over the capacity: what exceeds it loses the lowest scores.
+# Maximum number of tokens in threshold training, relative to the capacity; the lowest are dropped.
 THRESHOLD_ROOM = 1.25
 
 
 def capacity(gamma: float, length: int, *, multiple: int = 1) -> int:
-    """`min(s, ceil(gamma s / m) m)`: tokens of a row of s that are computed.
+    """`min(s, ceil(gamma s / m) m)`: the number of tokens computed in a row of s tokens.
 
     Raises:
         ValueError: gamma outside (0, 1], or a multiple below 1.
@@ -46,18 +46,18 @@ def capacity(gamma: float, length: int, *, multiple: int = 1) -> int:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Positions of the k largest scores of every row, ascending: [b, s] -> int64 [b, k].
 
-    Always exactly k; of equal scores the earlier position wins, on every device, which
-    torch.topk does not promise.
+    Always exactly k; ties go to the earlier position on every device, which torch.topk does not
+    guarantee.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     return order[:, :k].sort(dim=1).values
 
 
-def agreed(values: Tensor, *, ctx: ParallelContext) -> Tensor:
-    """Values of own tokens [s/t, b] as every tensor rank sees them, bit for bit: [b, s].
+def gather_or_broadcast(values: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Values [s/t, b] of each rank's tokens, bit for bit equal on all tensor ranks: [b, s].
 
-    Without gradient. Under sequence parallelism an all-gather; else a broadcast from the first
-    rank, because equal activations of two ranks may differ in the last bit.
+    Without gradient. Under sequence parallelism an all-gather; otherwise a broadcast from the first
+    rank, because replicated activations may differ in the last bit between ranks.
     """
     values = values.detach()
     if ctx.sequence_parallel:
@@ -71,17 +71,17 @@ def agreed(values: Tensor, *, ctx: ParallelContext) -> Tensor:
 
 
 class ScoreThreshold(nn.Module):
-    """`tau`, above which a share gamma of all scores lies; an average over the steps of training.
+    """The threshold `tau` that a fraction gamma of all scores exceeds, averaged over steps.
 
         a   <- m a + (1 - m) mean over rows of (r_(k) + r_(k+1)) / 2
         o   <- o + (1 - m) (f - k / s) / d
         tau  = a + o
 
-    with r_(k) the k-th largest score of a row, f the share of the step's tokens above tau, and d
-    how much that share shrinks when tau grows by one, from the scores below r_(k). The offset o
-    makes up for rows that differ: their mean quantile is not the quantile of all tokens. The first
-    step sets a; before that tau is -inf, so that every token is chosen. fp32 at any precision,
-    equal on all ranks, saved with the weights. Source of a: arXiv 2603.11535.
+    with r_(k) the k-th largest score of a row, f the fraction of the step's tokens above tau, and d
+    the decrease of that fraction per unit of tau, estimated from the scores below r_(k). The offset
+    o corrects for differences between rows: their mean quantile is not the quantile of all tokens.
+    The first step sets a; before that tau is -inf, so that every token is chosen. fp32 at any
+    precision, equal on all ranks, saved with the weights. Source of a: arXiv 2603.11535.
     """
 
     tau: Tensor
@@ -92,12 +92,12 @@ class ScoreThreshold(nn.Module):
         self.momentum = momentum
         self.register_buffer("tau", torch.full((1,), -math.inf, device=device))
         self.register_buffer("offset", torch.zeros(1, device=device))
-        # Over rows: their number, middles, shares above tau less k / s, and 1 / d: fp64 [4].
+        # Sums over rows of 1, midpoint, fraction above tau minus k / s, and 1 / d: fp64 [4].
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def observe(self, scores: Tensor, k: int) -> None:
-        """Add the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score say nothing,
-        nor do those in which scores that were set to infinity leave none to choose."""
+        """Accumulate the rows of a micro-batch, fp32 [b, s]. Rows without a (k+1)-th score are
+        ignored, as are rows whose k-th or (k+1)-th score was forced to infinity."""
         length = scores.shape[1]
         if k >= length:
             return
@@ -110,7 +110,7 @@ class ScoreThreshold(nn.Module):
         sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
         if self._sums.device != sums.device:  # the module has been moved
             self._sums = torch.zeros_like(sums)
-        add_once(self._sums, sums)
+        count_once(self._sums, sums)
 
     def take_sums(self) -> Tensor:
         sums = self._sums.to(self.tau.device)
@@ -132,12 +132,12 @@ class ScoreThreshold(nn.Module):
         return self
 
 
-class Routed(NamedTuple):
-    """`selection`: what is computed. `chosen`: the same as a mask, bool [b, s].
+class RoutingDecision(NamedTuple):
+    """`selection`: the tokens to compute. `chosen`: the same as a mask, bool [b, s].
 
-    `fraction`: the share of tokens that the causal rule chooses; `recall`: the share of the k best
-    that are among them. Only both together say how far the rule is from the k best. `spread`: the
-    standard deviation of a row's scores. Each of every row, fp32 [b].
+    `fraction`: the fraction of tokens that the causal rule chooses; `recall`: the fraction of the
+    top k among them. Only both together measure how far the rule is from top-k. `spread`: the
+    standard deviation of a row's scores. All per row, fp32 [b].
     """
 
     selection: Selection
@@ -148,15 +148,15 @@ class Routed(NamedTuple):
 
 
 class TokenRouter(nn.Module):
-    """Chooses tokens: the k best of a row while it trains, by a causal rule when it does not.
+    """Selects tokens: the top k of a row in training, by a causal rule otherwise.
 
-    * `rule`: "threshold" `score > tau`; "aux" `score > least_logit`, where an auxiliary loss has
-      made a logit of the score; "predictor" `logit > least_logit`, where logits are given; "topk":
-      the k best of the row, which looks at later tokens: an oracle, no model that can generate.
-    * `train_rule`: "topk", or "threshold" with room for 1.25 k tokens, of which those with the
-      highest scores stay.
+    * `rule`: "threshold" `score > tau`; "aux" `score > least_logit`, for scores that an auxiliary
+      loss trains to be logits; "predictor" `logit > least_logit`, for given logits; "topk": the
+      top k of the row, which looks at later tokens: an oracle that cannot generate.
+    * `train_rule`: "topk", or "threshold" with at most 1.25 k tokens, those with the highest
+      scores.
 
-    The training flag of the module decides which is used.
+    The module's training flag selects between the two.
     """
 
     def __init__(
@@ -182,20 +182,20 @@ class TokenRouter(nn.Module):
         logits: Tensor | None = None,
         forced: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> Routed:
-        """Choose from scores [s/t, b] of own tokens; `logits` alike, for the predictor.
+    ) -> RoutingDecision:
+        """Select from scores [s/t, b] of this rank's tokens; `logits` alike, for the predictor.
 
-        `forced`: bool [b, s], tokens that are chosen whatever their score. `lengths`: int64 [b],
-        tokens of each row, where what follows them is padding; without sequence parallelism.
+        `forced`: bool [b, s], tokens chosen regardless of their score. `lengths`: int64 [b], number
+        of tokens in each row, followed by padding; without sequence parallelism.
         """
         choose = self._choose if lengths is None else partial(self._choose_of_rows, lengths)
-        routed: Routed = once(lambda: choose(scores, logits, forced))
+        routed: RoutingDecision = replay_decision(lambda: choose(scores, logits, forced))
         return routed
 
     def decide(
         self, scores: Tensor, *, logits: Tensor | None = None, forced: Tensor | None = None
     ) -> Tensor:
-        """What the causal rule chooses of tokens that continue a sequence: bool [b, s].
+        """Apply the causal rule to tokens that continue a sequence: bool [b, s].
 
         Raises:
             ValueError: the rule is topk.
@@ -205,11 +205,13 @@ class TokenRouter(nn.Module):
                 "causal_router=topk compares a token with later ones, which a generation does not "
                 "have; use threshold, predictor or aux"
             )
-        return _with(self._causal(scores, logits), forced)
+        return _with_forced(self._causal(scores, logits), forced)
 
     @torch.no_grad()
-    def _choose(self, scores: Tensor, logits: Tensor | None, forced: Tensor | None) -> Routed:
-        ranked = agreed(scores, ctx=self.ctx)
+    def _choose(
+        self, scores: Tensor, logits: Tensor | None, forced: Tensor | None
+    ) -> RoutingDecision:
+        ranked = gather_or_broadcast(scores, ctx=self.ctx)
         spread = ranked.std(dim=1, correction=0)
         if forced is not None:
             ranked = ranked.masked_fill(forced, math.inf)
@@ -221,23 +223,25 @@ class TokenRouter(nn.Module):
         among_best = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True)
         causal = among_best
         if self.rule != "topk":
-            causal = _with(self._causal(scores, logits, ranked), forced)
+            causal = _with_forced(self._causal(scores, logits, ranked), forced)
         rule = self.train_rule if self.training else self.rule
         if rule == "topk":
             selection, chosen = Selection(best), among_best
         else:
-            # All tokens outside of training: the number of chosen ones depends on later tokens,
-            # and with it would the shapes of what is computed, and the last bits of the results.
+            # All tokens outside of training: the number of chosen ones depends on later tokens, and
+            # so would the shapes of the computation, and the last bits of its results.
             room = min(length, math.ceil(THRESHOLD_ROOM * k)) if self.training else length
-            chosen = self._within(causal if rule == self.rule else ranked > self._tau, ranked, room)
+            chosen = self._limit_to_capacity(
+                causal if rule == self.rule else ranked > self._tau, ranked, room
+            )
             selection = chosen_first(chosen, room)
         recall = (causal & among_best).sum(dim=1) / k
-        return Routed(selection, chosen, causal.float().mean(dim=1), recall, spread)
+        return RoutingDecision(selection, chosen, causal.float().mean(dim=1), recall, spread)
 
     def _choose_of_rows(
         self, lengths: Tensor, scores: Tensor, logits: Tensor | None, forced: Tensor | None
-    ) -> Routed:
-        """`_choose` for every row by itself: padding neither competes nor counts."""
+    ) -> RoutingDecision:
+        """`_choose` for each row separately: padding neither competes nor counts."""
         rows = [
             self._choose(
                 scores[:length, row : row + 1],
@@ -250,7 +254,7 @@ class TokenRouter(nn.Module):
         chosen = torch.cat([F.pad(r.chosen, (0, length - r.chosen.shape[1])) for r in rows])
         sizes = [r.selection.indices.shape[1] for r in rows]
         selection = chosen_first(chosen, max(sizes))
-        return Routed(
+        return RoutingDecision(
             selection._replace(lengths=torch.tensor(sizes, device=lengths.device)),
             chosen,
             *(torch.cat(values) for values in zip(*(r[2:] for r in rows), strict=True)),
@@ -260,8 +264,8 @@ class TokenRouter(nn.Module):
     def _tau(self) -> Tensor:
         return self.threshold.tau
 
-    def _within(self, chosen: Tensor, ranked: Tensor, room: int) -> Tensor:
-        """`chosen`, or of each row the `room` best of them."""
+    def _limit_to_capacity(self, chosen: Tensor, ranked: Tensor, room: int) -> Tensor:
+        """Limit `chosen` to the `room` highest-ranked tokens of each row."""
         if room == chosen.shape[1]:
             return chosen
         best = top_k(ranked.masked_fill(~chosen, -math.inf), room)
@@ -271,14 +275,14 @@ class TokenRouter(nn.Module):
     def _causal(
         self, scores: Tensor, logits: Tensor | None, ranked: Tensor | None = None
     ) -> Tensor:
-        """The causal rule: bool [b, s]. `ranked`: agreed scores, where they are known."""
+        """The causal rule: bool [b, s]. `ranked`: scores made equal on all ranks, if known."""
         if self.rule == "predictor":
             assert logits is not None
-            return agreed(logits, ctx=self.ctx) > self.least_logit
+            return gather_or_broadcast(logits, ctx=self.ctx) > self.least_logit
         if ranked is None:
-            ranked = agreed(scores, ctx=self.ctx)
+            ranked = gather_or_broadcast(scores, ctx=self.ctx)
         return ranked > (self.least_logit if self.rule == "aux" else self._tau)
 
 
-def _with(chosen: Tensor, forced: Tensor | None) -> Tensor:
+def _with_forced(chosen: Tensor, forced: Tensor | None) -> Tensor:
     return chosen if forced is None else chosen | forced

@@ -1,4 +1,4 @@
-"""Which tokens a routed layer computes, and what the choice costs and tells in training.
+"""Selection of the tokens of a routed layer, with its losses and measurements.
 
 Shapes: s sequence, b batch, t tensor size.
 """
@@ -13,30 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dynamic.config import DynamicConfig
-from models.dynamic.scores import Predictor, Scored
+from models.dynamic.scores import Predictor, RouterScores
 from models.dynamic.token_gather import Selection
-from models.dynamic.token_router import Routed, TokenRouter
+from models.dynamic.token_router import RoutingDecision, TokenRouter
 from parallel.context import ParallelContext
 from parallel.padding import mean_of_tokens
-from parallel.regions import own_sequence, sum_over_sequence_ranks
+from parallel.regions import local_sequence, sum_over_sequence_ranks
 
 
-class Chosen(NamedTuple):
+class SelectionOutput(NamedTuple):
     """`selection`: the tokens to compute. `aux`: named entries [b], empty outside of training."""
 
     selection: Selection
     aux: dict[str, Tensor]
 
 
-class Choice(nn.Module):
-    """Chooses tokens by score with `token_router.TokenRouter`, and trains what will choose outside
-    of training.
+class TokenSelector(nn.Module):
+    """Selects tokens by score with `token_router.TokenRouter`, and trains the causal rule that
+    selects them outside of training.
 
         z     = mean(r^2)                       of a linear score
         loss  = mean BCE(p, chosen)             of the predictor's logit p, or of p = r (aux)
 
-    Means are over the tokens of every row by itself.
-    Only the loss of the rule `aux` reaches the model; the predictor sees x without gradient.
+    Means are over the tokens of each row.
+    Only the loss of the rule `aux` reaches the model; the predictor sees a detached x.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Choice(nn.Module):
     ) -> None:
         super().__init__()
         self.rule, self.is_linear, self.ctx = config.causal_router, is_linear, ctx
-        self.num_routed = num_routed  # layers that the entries of aux are means over
+        self.num_routed = num_routed  # the entries of aux are means over these layers
         least = config.causal_threshold
         self.tokens = TokenRouter(
             config.capacity_gamma,
@@ -58,44 +58,52 @@ class Choice(nn.Module):
         self.predictor = Predictor(config, ctx=ctx) if config.has_predictor else None
 
     def forward(
-        self, x: Tensor, scored: Scored, forced: Tensor | None, lengths: Tensor | None = None
-    ) -> Chosen:
+        self,
+        x: Tensor,
+        router_scores: RouterScores,
+        forced: Tensor | None,
+        lengths: Tensor | None = None,
+    ) -> SelectionOutput:
         """x [s/t, b, h], scores and gate [s/t, b], `forced` bool [b, s], `lengths` as in
         TokenInputs."""
         logits = None if self.predictor is None else self.predictor(x)
-        routed = self.tokens(scored.scores, logits=logits, forced=forced, lengths=lengths)
-        aux = self._aux(scored, logits, routed, lengths) if self.training else {}
-        return Chosen(routed.selection, aux)
+        routed = self.tokens(router_scores.scores, logits=logits, forced=forced, lengths=lengths)
+        aux = self._aux(router_scores, logits, routed, lengths) if self.training else {}
+        return SelectionOutput(routed.selection, aux)
 
-    def decide(self, x: Tensor, scored: Scored, forced: Tensor | None) -> Tensor:
-        """The choice among tokens that continue a sequence: bool [b, s]."""
+    def decide(self, x: Tensor, router_scores: RouterScores, forced: Tensor | None) -> Tensor:
+        """Select among tokens that continue a sequence: bool [b, s]."""
         logits = None if self.predictor is None else self.predictor(x)
-        return self.tokens.decide(scored.scores, logits=logits, forced=forced)
+        return self.tokens.decide(router_scores.scores, logits=logits, forced=forced)
 
     def _aux(
-        self, scored: Scored, logits: Tensor | None, routed: Routed, lengths: Tensor | None
+        self,
+        router_scores: RouterScores,
+        logits: Tensor | None,
+        routed: RoutingDecision,
+        lengths: Tensor | None,
     ) -> dict[str, Tensor]:
         means = partial(row_means, lengths=lengths, ctx=self.ctx)
         entries = {
             "causal_fraction": routed.fraction,
             "causal_recall": routed.recall,
             "score_std": routed.spread,
-            "gate_mean": means(scored.gate.detach()),
+            "gate_mean": means(router_scores.gate.detach()),
         }
         if self.is_linear:
-            entries["router_z_loss"] = means(scored.scores.square())
+            entries["router_z_loss"] = means(router_scores.scores.square())
         if self.rule == "aux":
-            logits = scored.scores
+            logits = router_scores.scores
         if logits is not None:
-            targets = own_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
+            targets = local_sequence(routed.chosen.T, ctx=self.ctx).to(logits.dtype)
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             entries["router_loss"] = means(losses)
         return {name: entry / self.num_routed for name, entry in entries.items()}
 
 
 def row_means(x: Tensor, *, ctx: ParallelContext, lengths: Tensor | None = None) -> Tensor:
-    """The mean over a row's tokens of what each rank has of its own, [s/t, b] -> [b] on every
-    rank. `lengths` as in TokenInputs, without sequence parallelism."""
+    """Mean over the tokens of each row, from every rank's tokens [s/t, b] -> [b] on every rank.
+    `lengths` as in TokenInputs, without sequence parallelism."""
     if lengths is not None:
         return mean_of_tokens(x, lengths)
     ranks = ctx.tensor.size if ctx.sequence_parallel else 1

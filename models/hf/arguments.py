@@ -1,7 +1,7 @@
 """Arguments and settings that transformers documents for every causal model.
 
-What a family's model names in its `forward` is its own. Everything else comes here: it is honoured,
-it asks for nothing, or it is refused; nothing is taken and forgotten.
+Arguments that a family's `forward` does not name are checked here: each is honoured, is without
+effect, or is refused; none is silently ignored.
 
 Shapes: b batch, s tokens of a call, h hidden.
 """
@@ -38,12 +38,12 @@ class StateReader(NamedTuple):
 def check_arguments(
     others: Mapping[str, Any], config: Any, *, first: int, tokens: Any, mask: Tensor | None
 ) -> None:
-    """Look at the arguments of a call that a model's `forward` does not name.
+    """Check the arguments of a call that a model's `forward` does not name.
 
-    `first`: how many columns precede those of `tokens` [b, s] in a cache.
+    `first`: the number of columns before those of `tokens` [b, s] in a cache.
 
     Raises:
-        ValueError: one of them asks for what the model does not do, or there are no tokens.
+        ValueError: an argument asks for something unsupported, or there are no tokens.
     """
     asked = {"output_attentions": getattr(config, "output_attentions", None)} | dict(others)
     for name, value in asked.items():
@@ -72,8 +72,8 @@ def _as_counted(name: str, value: Tensor, first: int, tokens: Tensor, mask: Tens
 
 
 def wanted_states(others: Mapping[str, Any], config: Any, count: int) -> frozenset[int]:
-    """Which of `count` hidden states `output_hidden_states` asks for, here or in the configuration:
-    all, those of a number or of several (negative ones count from the end), or none."""
+    """The indices of the `count` hidden states requested by `output_hidden_states`, as an argument
+    or in the configuration: all, one or several (negative ones count from the end), or none."""
     wanted = others.get("output_hidden_states")
     if wanted is None:
         wanted = getattr(config, "output_hidden_states", None)
@@ -85,7 +85,7 @@ def wanted_states(others: Mapping[str, Any], config: Any, count: int) -> frozens
 
 @contextmanager
 def recording(readers: Sequence[StateReader]) -> Iterator[list[Tensor]]:
-    """Within it, a call of the modules appends the states that `readers` find: [b, s, h] each."""
+    """Record the hidden states of calls inside the block, as read by `readers`: [b, s, h] each."""
     states: list[Tensor] = []
 
     def hook(read: Callable[[tuple[Any, ...], Any], Tensor]) -> Callable[..., None]:
@@ -103,9 +103,9 @@ def recording(readers: Sequence[StateReader]) -> Iterator[list[Tensor]]:
 
 
 class FixedEmbeddings:
-    """Token table and output projection of a model whose vocabulary is a setting of its layers.
+    """transformers' embedding interface for a model whose vocabulary size is fixed by its layers.
 
-    They are the layers' `embedding.tokens` and `head.output`.
+    The embeddings are the layers' `embedding.tokens` and `head.output`.
     """
 
     model: SequentialModel

@@ -1,4 +1,4 @@
-"""Models of families that transformers does not have, known to its Auto classes."""
+"""Registration of our model classes with transformers' Auto classes."""
 
 from __future__ import annotations
 

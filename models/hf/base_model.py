@@ -1,6 +1,6 @@
-"""A family that grows out of a model of transformers: its configuration and weights from theirs.
+"""Families initialised from pretrained transformers models: configuration and weights.
 
-What the family adds (routers, priors) begins as in a new model.
+Parameters that the family adds (routers, priors) are initialised as in a new model.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from parallel.random import initialize
 
 
 def require_base(family: ModelFamily) -> BaseModelMapping:
-    """How the family grows out of a model of transformers.
+    """The family's mapping from a transformers base model.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it has none.
     """
     base = family.require_hf().base
     if base is None:
@@ -52,13 +52,13 @@ def require_base(family: ModelFamily) -> BaseModelMapping:
 def read_base_config(
     directory: Path, family_name: str, changes: Mapping[str, Any], *, from_scratch: bool = False
 ) -> ForeignModel:
-    """The configuration of a family for the model in `directory`, with other settings.
+    """Read the configuration of a family for the model in `directory`, with changed settings.
 
-    `from_scratch`: none of its weights will be taken, so that sizes may differ.
+    `from_scratch`: no weights will be taken, so that sizes may differ.
 
     Raises:
-        ValueError: the family cannot grow out of that model, a setting is wrong, or the sizes
-            differ although weights are taken.
+        ValueError: the family cannot be initialised from that model, a setting is invalid, or the
+            sizes differ although weights are taken.
     """
     family = get_family(family_name)
     base, path = require_base(family), directory / "config.json"
@@ -77,10 +77,10 @@ def read_base_config(
 
 
 def plain_model(family: ModelFamily, config: Any) -> HFMapping:
-    """How to write a model as the one that its family grows out of.
+    """The mapping that exports a model as its base model.
 
     Raises:
-        ValueError: it does not grow out of any, or is another function with every token computed.
+        ValueError: its family has none, or the two differ even with every token computed.
     """
     base = require_base(family)
     base.to_config(config)
@@ -95,8 +95,8 @@ def plain_model(family: ModelFamily, config: Any) -> HFMapping:
 
 
 class BaseWeights(NamedTuple):
-    """`names`: our name -> theirs of every tensor that is taken. `load(our name, dtype)`: it, on
-    the CPU; dtype None keeps theirs. `dtype`: that of their first tensor."""
+    """`names`: our name -> theirs, of every tensor that is taken. `load(our name, dtype)`: loads it
+    on the CPU; dtype None keeps theirs. `dtype`: the dtype of their first tensor."""
 
     names: dict[str, str]
     load: Callable[[str, torch.dtype | None], Tensor]
@@ -105,7 +105,7 @@ class BaseWeights(NamedTuple):
 
 @contextlib.contextmanager
 def base_weights(model: ForeignModel) -> Iterator[BaseWeights]:
-    """The weights that `model` takes over; of a model with more layers the first ones.
+    """Open the weights that `model` takes from its base; of a deeper base the first layers.
 
     Raises:
         ValueError: the directory lacks a tensor, has one more, or one of another shape.
@@ -160,7 +160,7 @@ def _nothing(name: str, dtype: torch.dtype | None) -> Tensor:
 
 
 def _initial(spec: LayerSpec, path: str, dtype: torch.dtype) -> Tensor:
-    """What one parameter or buffer of a new layer starts as."""
+    """The initial value of one parameter or buffer of a new layer."""
     layer = spec.module(ctx=ParallelContext.single(), **spec.kwargs)
     buffers = persistent_buffers(layer)
     if path in buffers:

@@ -1,4 +1,4 @@
-"""The caches of a model's layers in the form that transformers' `generate` hands around.
+"""The layers' caches behind transformers' `Cache` interface.
 
 Shapes: b batch, s columns of a call.
 """
@@ -25,11 +25,11 @@ class RowGroup(NamedTuple):
 
 
 class FamilyCache(Cache):
-    """What every layer keeps between the calls of one generation of at most `max_length` columns.
+    """The caches of all layers for one generation of at most `max_length` columns.
 
-    A layer's cache has one length for all of its rows. Rows that begin with padding are therefore
-    kept in groups that begin at the same column: padding enters no state, and a batch of rows of g
-    different lengths takes g calls per step. The caches begin with the first call.
+    A layer's cache has one length for all of its rows. Left-padded rows are therefore grouped by
+    their first column: padding enters no state, and a batch with g different starts takes g calls
+    per step. The caches are created in the first call.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -107,7 +107,7 @@ class FamilyCache(Cache):
         return self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Columns that there is room for."""
+        """Maximum number of columns."""
         return self.max_length
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -33,7 +33,7 @@ Modules = dict[str, Module]
 
 
 class CodeFile(NamedTuple):
-    """What a file is generated from: a module of the project, or a `text` that stands for one."""
+    """The source of a generated file: a module of the project, or a `text` in place of one."""
 
     module: str
     text: str | None = None
@@ -50,9 +50,9 @@ def code_of(model_type: str, config_module: str) -> dict[str, CodeFile]:
 
 
 def bundle(files: Mapping[str, CodeFile], *, root: Path = _ROOT) -> dict[str, str]:
-    """The text of each file, by its name.
+    """Generate the text of each file, by its name.
 
-    A file gets all definitions of its module. What a file has, those after it import from there.
+    A file gets all definitions of its module; later files import from it what it contains.
     Definitions that no file needs are left out.
 
     Raises:
@@ -79,7 +79,7 @@ def _collect(name: str, modules: Modules, root: Path, texts: Mapping[str, str]) 
     modules[name] = module
 
 
-# What is needed.
+# Reachability.
 
 
 def _reachable(entries: Iterable[str], modules: Modules) -> set[Origin]:
@@ -101,9 +101,9 @@ def _reachable(entries: Iterable[str], modules: Modules) -> set[Origin]:
 
 
 def _references(statement: Statement, module: Module, modules: Modules) -> dict[str, Origin]:
-    """Global names in a statement, and what they stand for.
+    """Global names in a statement, and their origins.
 
-    A local name that is also a global one counts as that: more may be kept than is needed.
+    A local name that is also a global one counts as global: more may be kept than is needed.
     """
     names = {node.id for node in ast.walk(statement.node) if isinstance(node, ast.Name)}
     return {n: _resolved(module.scope[n], modules) for n in sorted(names & set(module.scope))}
@@ -172,10 +172,10 @@ def _render(
 
 
 def _bind(used: dict[str, Origin], names: Mapping[str, Origin], file: str) -> None:
-    """Note what global names of a file stand for.
+    """Bind the global names of a file to their origins.
 
     Raises:
-        ValueError: a name stands for two things, hides a builtin, or is of another package.
+        ValueError: a name has two origins, hides a builtin, or is of another package.
     """
     for name, origin in names.items():
         if used.setdefault(name, origin) != origin:

@@ -1,9 +1,8 @@
-"""The source of the project's modules in a form that can be moved: statements, and what each global
-name stands for.
+"""Parsed source of the project's modules: relocatable statements, and the origin of global names.
 
-An import inside a function is of something that one process alone does not need (collectives of
-tensor ranks, FP8). It becomes an ImportError, since transformers refuses a file that imports, even
-there, a package that is not installed.
+Imports inside functions are for features that a single process does not need (collectives of tensor
+ranks, FP8). They are replaced by an ImportError, since transformers refuses a file that imports,
+even inside a function, a package that is not installed.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import NamedTuple
 
 PROJECT = "manyformer"
 PACKAGES = ("models", "parallel")
-# What a generated file may import beside the standard library.
+# Packages that a generated file may import beside the standard library.
 REQUIREMENTS = ("pydantic", "torch", "transformers")
 LINE_LENGTH = 100
 
 
 class Origin(NamedTuple):
-    """What a global name stands for: `name` of `module`, or the module where `name` is empty."""
+    """The origin of a global name: `name` of `module`, or the module itself if `name` is empty."""
 
     module: str
     name: str = ""
@@ -34,8 +33,8 @@ class Origin(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """A statement at the top of a module: what it defines, its syntax, its lines with the comments
-    above, and whether a blank line precedes them."""
+    """A top-level statement of a module: the names it defines, its syntax tree, its lines with the
+    comments above, and whether a blank line precedes them."""
 
     names: tuple[str, ...]
     node: ast.stmt
@@ -45,7 +44,7 @@ class Statement(NamedTuple):
 
 @dataclass
 class Module:
-    """A module of the project; `scope` says what its global names stand for."""
+    """A parsed module of the project; `scope` maps its global names to their origins."""
 
     name: str
     docstring: str
@@ -112,7 +111,7 @@ def _is_idle(node: ast.stmt) -> bool:
 
 
 def _names(node: ast.stmt) -> tuple[str, ...]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return (node.name,)
     if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -190,7 +189,7 @@ def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def _absent(statement: ast.stmt) -> str | None:
-    """What an import needs that a generated file cannot have."""
+    """The import that is not available in a generated file, or None."""
     if isinstance(statement, ast.Import):
         modules = [alias.name for alias in statement.names]
     elif isinstance(statement, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""Families that transformers has no equal of: an exported directory brings their code along.
+"""Families without a class in transformers: exported directories include their code.
 
 A family whose layers take tokens alone declares its form in one line, `hf=custom_code(FooConfig,
 layer_specs)`: `FooHFConfig` and `FooForCausalLM` are derived from its settings and layers, in this

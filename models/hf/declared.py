@@ -1,8 +1,8 @@
-"""What a Hugging Face directory declares about generation, kept beside the weights of an import.
+"""Generation settings declared by a Hugging Face directory, kept beside the imported weights.
 
-Which tokens begin and end a text and how text is sampled change no weight, so a configuration of a
-family has no place for them; they go with the weights from from-hf to to-hf, over runs that begin
-from an import, too.
+The tokens that begin and end a text and the sampling settings are no part of a family's
+configuration; they travel with the weights from from-hf to to-hf, also through runs initialised
+from an import.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ NOTHING = Declared({}, None)
 
 
 class OwnTokens(NamedTuple):
-    """The tokens that end, begin and fill up texts as a tokenizer and the data of training have
-    them; None where there is none."""
+    """The end, begin and padding tokens of a tokenizer and the training data; None if missing."""
 
     end: int | None = None
     begin: int | None = None
@@ -44,7 +43,7 @@ class OwnTokens(NamedTuple):
 
 
 def read_declared(directory: Path, contents: Mapping[str, Any]) -> Declared:
-    """What a Hugging Face directory declares; `contents`: of its config.json.
+    """Read the declarations of a Hugging Face directory; `contents`: of its config.json.
 
     Raises:
         ValueError: an id that is none, or a damaged generation_config.json.
@@ -68,9 +67,10 @@ def write_declared(checkpoint: Path, declared: Declared) -> None:
 
 
 def declared_of(stored: StoredModel) -> tuple[Declared, list[str]]:
-    """What was declared where the weights of a checkpoint come from, and remarks for the user.
+    """The declarations at the source of a checkpoint's weights, and remarks for the user.
 
-    A checkpoint of a run leads to the one that it began from (`training.init_from`).
+    A run's checkpoint is traced back to the one that it was initialised from
+    (`training.init_from`).
 
     Raises:
         ValueError: a file with it is damaged.
@@ -102,10 +102,10 @@ class Contents(NamedTuple):
 
 
 def generation_contents(declared: Declared, own: OwnTokens) -> Contents:
-    """What is exported for `declared` and the tokens of the exported tokenizer.
+    """The exported generation settings, from `declared` and the tokens of the exported tokenizer.
 
-    What was declared stays, and the end token of training is always among those that end a text.
-    An id that nothing names is None: transformers would put a number of its own there.
+    Declared settings are kept, and the end token of training is always among the end tokens. An id
+    that neither names is None, since transformers would insert a default otherwise.
     """
     # A pad_token_id of config.json is more: transformers does not train that row.
     named: dict[str, Ids] = dict(zip(TOKEN_IDS, (own.begin, own.end, None), strict=True))

@@ -78,7 +78,7 @@ def tied_names(config: DecoderConfig) -> dict[str, str]:
 def decoder_contents(
     config: DecoderConfig, *, model_type: str, architecture: str
 ) -> dict[str, Any]:
-    """What the config.json of transformers' Llama or Qwen2 says about this decoder."""
+    """The contents of config.json for this decoder as a transformers Llama or Qwen2 model."""
     contents: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
     contents |= {theirs: getattr(config, ours) for ours, theirs in SETTING_NAMES.items()}
     contents |= {"head_dim": config.head_size, "hidden_act": "silu", "attention_dropout": 0.0}
@@ -94,7 +94,7 @@ def decoder_contents(
 
 
 def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """What only one model type asks; said although it is their default, which may change."""
+    """Settings of one model type only; written although they are defaults, which may change."""
     if model_type == "llama":
         return {"attention_bias": False, "mlp_bias": False}
     layers = config.num_layers
@@ -163,7 +163,7 @@ def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
 
 
 def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
-    """The reverse of `rope_parameters`, but for `rope_theta`.
+    """The inverse of `rope_parameters`, but for `rope_theta`.
 
     Raises:
         ValueError: a type that our decoders do not have.
@@ -182,7 +182,7 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
 
 
 def check_sizes(ours: DecoderConfig, theirs: DecoderConfig, source: str) -> None:
-    """Whether weights of `theirs` fit `ours`; of more layers the first ones are taken.
+    """Check that weights of `theirs` fit `ours`; of more layers the first ones are taken.
 
     Raises:
         ValueError: they do not.

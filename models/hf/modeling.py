@@ -34,8 +34,7 @@ PREFILL_CHUNK = 512
 
 
 class Computed(NamedTuple):
-    """Logits [b, kept, V] of a call, and its hidden states, [b, s, h] each: as many as were asked
-    for."""
+    """Logits [b, kept, V] of a call, and the requested hidden states, [b, s, h] each."""
 
     logits: Tensor
     states: tuple[Tensor, ...] = ()
@@ -44,9 +43,9 @@ class Computed(NamedTuple):
 class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
     """The layers of a family, `model`, behind the interface of transformers.
 
-    A subclass says its `config_class` and `layer_specs`; `of` derives one. A family whose first
-    layer takes more than tokens also defines `inputs` and, by means of `run`, a `forward` of its
-    own, whose signature transformers reads.
+    A subclass defines `config_class` and `layer_specs`; `of` derives one. A family whose first
+    layer takes more than tokens also defines `inputs` and its own `forward`, built on `run`, whose
+    signature transformers inspects.
     """
 
     config: FamilyPreTrainedConfig
@@ -86,14 +85,14 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         """The family's layers."""
 
     def settings(self) -> Any:
-        """The configuration as the class that the layers know: transformers imports the files of a
-        directory once for its configuration and again for its model."""
+        """The configuration as the settings class of the layers: transformers imports the files of
+        a directory once for its configuration and again for its model."""
         return self.config_class.settings_class(**self.config.settings().model_dump())
 
     def inputs(
         self, tokens: Tensor, given: Mapping[str, Tensor], lengths: Tensor | None = None
     ) -> Any:
-        """What the first layer takes: `tokens` int64 [b, s], and other inputs of the same rows.
+        """Build the first layer's inputs: `tokens` int64 [b, s], and other inputs of the same rows.
 
         `lengths`: int64 [b], tokens of each row, in training where rows end in padding; for layers
         that look at a row as a whole.
@@ -101,8 +100,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         return TokenInputs(tokens, lengths=lengths)
 
     def auxiliary_loss(self, output: Any) -> Tensor | None:
-        """What training minimises beside the cross entropy, of every row by itself, [b], in what
-        the last layer returns."""
+        """The training losses beside the cross entropy, per row [b], from the layers' output."""
         return None
 
     def new_cache(self, max_length: int) -> FamilyCache:
@@ -192,15 +190,15 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         )
 
     def state_readers(self) -> list[StateReader]:
-        """Where the hidden states are: before the first block and after every block, the last of
-        them as the head multiplies it, after the final norm."""
+        """Readers of the hidden states: before the first block and after every block; the last one
+        after the final norm, as the input of the head's projection."""
         layers = self.model.layers[:-1]
         after = [reader for layer in layers for reader in self.readers_of(layer)]
         head = StateReader(self.get_output_embeddings(), lambda arguments, output: arguments[0])
         return [*after[:-1], head]
 
     def readers_of(self, layer: nn.Module) -> list[StateReader]:
-        """The hidden states that one layer makes, in their order."""
+        """Readers of the hidden states that one layer produces, in order."""
         return [StateReader(layer, lambda arguments, output: output.hidden)]
 
     def _whole(
@@ -210,11 +208,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         attention_mask: Tensor | None,
         readers: list[StateReader],
     ) -> tuple[Computed, Any]:
-        """What is computed without a cache, and what the last layer returned.
+        """Compute without a cache; also returns the last layer's output.
 
-        Rows are turned until they begin at column 0, and the results are turned back: the layers
-        are causal, so that padding after a row's tokens does not reach them. Layers that are not
-        causal in training get the lengths of the rows.
+        Left-padded rows are rolled to begin at column 0, and the results are rolled back: the
+        layers are causal, so that padding after a row's tokens does not affect them. Layers that
+        are not causal in training are given the lengths of the rows.
         """
         back, lengths = None, None
         if attention_mask is not None:
@@ -250,7 +248,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         logits_to_keep: int | Tensor,
         readers: list[StateReader],
     ) -> Computed:
-        """What tokens after those in the cache give; 0 where a row has padding."""
+        """Compute tokens that continue a cache; results are 0 where a row has padding."""
         if not isinstance(cache, FamilyCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}; this model needs the cache that its "
@@ -320,7 +318,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         loss = losses.sum() / count
         return loss if auxiliary is None else loss + scored_mean(auxiliary, following, count)
 
-    # What transformers asks of a model.
+    # Hooks of transformers.
 
     def _prepare_cache_for_generation(
         self,

@@ -13,7 +13,7 @@ _SPACE = "\u2581"
 
 
 class _Source(NamedTuple):
-    """What a tokenizer is made of. `symbols`: the user-defined pieces, which are never merged."""
+    """Parts of a tokenizer. `symbols`: the user-defined pieces, which are never merged."""
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]

@@ -1,4 +1,4 @@
-"""Tokenizer files of a Hugging Face directory, written from those of training."""
+"""Export of the training tokenizer as tokenizer files of a Hugging Face directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a directory's tokenizer, as people will load it, is the tokenizer of training."""
+"""Check that a directory's tokenizer, as transformers loads it, equals the training tokenizer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Training(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What a process with transformers alone has loaded, and what it gives for `texts`."""
+    """A tokenizer loaded by transformers in a separate process, and its results for `texts`."""
 
     name: str
     ids: list[list[int]]
@@ -98,7 +98,7 @@ def sample_of(tokenizer: Any, marked: Iterable[str] = ()) -> Sample:
 
 
 def _spelt(tokenizer: Any) -> list[str]:
-    """What single tokens spell, of a part of the vocabulary; not the halves of characters."""
+    """Texts of single tokens, for a part of the vocabulary; without partial characters."""
     number = tokenizer.get_vocab_size()
     chosen = random.Random(1).sample(range(number), min(number, _WORDS))
     texts = (tokenizer.decode([i], skip_special_tokens=False) for i in chosen)
@@ -146,7 +146,7 @@ def load_alone(directory: Path, sample: Sample) -> Loaded:
 
 
 def difference(loaded: Loaded, sample: Sample, training: Training) -> str | None:
-    """The first thing that the loaded tokenizer does otherwise than that of training, or None."""
+    """Describe the first difference between the loaded and the training tokenizer, or None."""
     for text, ids, back in zip(sample.texts, loaded.ids, loaded.texts, strict=True):
         expected = training.encode(text)
         if ids != expected:

@@ -1,4 +1,4 @@
-"""An endless stream of a loader's batches with a position that can be saved and restored."""
+"""Endless, resumable iteration over a loader's batches."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ _MODEL, _STATE_KEY, _TENSOR_KEY = "model", "state", "$tensor"
 
 
 class TrainingState(NamedTuple):
-    """What training continues from: `shared` of all processes (step, optimizer, schedule) and `own`
-    of this one (data position, random numbers). Nested dicts and lists of tensors and JSON types.
+    """The resumable training state: `shared` by all processes (step, optimizer, schedule) and `own`
+    to this one (data position, random state). Nested dicts and lists of tensors and JSON types.
     """
 
     shared: dict[str, Any]
@@ -89,10 +89,10 @@ def write_model(folder: Path, stored: StoredModel, weights: list[Weight], *, ste
 
 
 def open_training(folder: Path) -> StoredModel:
-    """What a checkpoint of `save_training` says about its model, after checking every file.
+    """Open a checkpoint of `save_training` after verifying every file.
 
     Raises:
-        ValueError: it is none, or damaged.
+        ValueError: it is not such a checkpoint, or is damaged.
     """
     if not (folder / MANIFEST_NAME).is_file() or not has_training_state(folder):
         raise ValueError(f"{folder} is no checkpoint of a Trainer; give a folder checkpoint-N")

@@ -1,4 +1,4 @@
-"""What published command lines share: one-line errors, options of training. No torch."""
+"""Shared parts of published command lines: one-line errors, training options. No torch."""
 
 from __future__ import annotations
 

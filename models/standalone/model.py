@@ -35,7 +35,7 @@ class StandaloneModel(nn.Module):
         self.body = SequentialModel(family.layer_specs(self.config), ctx, seed=seed)
 
     def make_inputs(self, input_ids: Tensor, **optional: Any) -> Any:
-        """What the first layer takes, from `input_ids` int64 [b, s] and `optional_inputs`.
+        """Build the first layer's inputs from `input_ids` int64 [b, s] and `optional_inputs`.
 
         Raises:
             ValueError: tokens that the model does not have.

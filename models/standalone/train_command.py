@@ -24,7 +24,7 @@ from data_tools.text_corpus import corpus_files, corpus_prefix, tokenize_text
 from data_tools.tokenization.tokenizers import load_tokenizer
 from parallel.checkpoint.weights_reader import find_weights
 
-# What a tokenizer on the hub consists of, and the other files that may say which token ends a text.
+# The files of a tokenizer on the hub, and the other files that may name the end token.
 _TOKENIZER_PATTERNS = [
     "tokenizer*",
     "special_tokens_map.json",
@@ -103,7 +103,7 @@ def run_values(
 
 
 def checkpoint_path(given: str) -> Path:
-    """What the published name `RUN/checkpoint-N` means: a Trainer's checkpoint, or a run's."""
+    """Resolve the published name `RUN/checkpoint-N` to a Trainer's checkpoint, or a run's."""
     path = Path(given)
     step = re.fullmatch(r"checkpoint-([0-9]+)", path.name)
     if path.exists() or step is None:

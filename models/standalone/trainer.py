@@ -220,7 +220,7 @@ class Trainer:
         return sums
 
     def _update_layer_states(self) -> None:
-        """Update what layers learn beside their parameters, from the sums of all processes."""
+        """Update the layer state (parallel.layer_state) from the sums of all processes."""
         ctx = self.model.body.ctx
         if num_ranks() > 1:
             ctx = replace(ctx, data=Axis(num_ranks(), rank(), dist.group.WORLD))

@@ -1,7 +1,7 @@
-"""The checkpoint format: one reader and one writer for all packages that meet it on a disk.
+"""The checkpoint format on disk: one reader and one writer, shared by all packages.
 
 step_N/
     manifest.json   written last: size and sha256 of every file, layout, configuration
     weights/        pp_00_tp_00.safetensors ...: the model, readable at any layout
-    ...             what else a run keeps (pretrain/checkpointing)
+    ...             the rest of a run's state (pretrain/checkpointing)
 """

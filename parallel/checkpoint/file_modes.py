@@ -1,4 +1,4 @@
-"""Who may read and write what a run leaves on a disk."""
+"""Permissions of the files and directories that a run writes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 
 from parallel.checkpoint.errors import CheckpointError
 
-# Weights, text of the corpus in samples and stacks, and host names are not for everybody on a
-# cluster; colleagues of the group may look.
+# Weights, corpus text (in samples and stack traces) and host names must not be world-readable on a
+# cluster; they are readable by the group.
 _NOT_FOR_OTHERS = stat.S_IWGRP | stat.S_IRWXO
 
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Directories made in the block get 0750 at most and files 0640, whatever the user's umask is.
+    """Create directories in the block with mode 0750 and files with 0640 at most.
 
-    The umask is the one place that reaches every writer: ours, DeepSpeed's, those of TensorBoard
-    and W&B, and every process and thread that they start. A stricter one stays as it is.
+    Implemented through the umask, the only setting that reaches every writer: ours, DeepSpeed's,
+    TensorBoard's and W&B's, and every process and thread that they start. A stricter umask of the
+    user is kept.
     """
     before = os.umask(_NOT_FOR_OTHERS)
     os.umask(before | _NOT_FOR_OTHERS)
@@ -31,10 +32,10 @@ def private_files() -> Iterator[None]:
 
 
 def refuse_if_others_can_write(path: Path) -> None:
-    """Whoever can write into a run directory decides what the run continues from.
+    """Refuse a world-writable run directory: any user could plant a checkpoint in it.
 
     Raises:
-        CheckpointError: the mode of `path` lets everybody write; symbolic links are followed.
+        CheckpointError: `path` is world-writable; symbolic links are followed.
     """
     mode = path.stat().st_mode
     if mode & stat.S_IWOTH:

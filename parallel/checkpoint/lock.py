@@ -1,4 +1,4 @@
-"""One job per run directory."""
+"""The lock that allows one job per run directory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LOCK_NAME = "run.lock"
 
 
 class RunLock:
-    """Holds a run directory for this process until `release` or the end of the process.
+    """An exclusive lock on a run directory, held until `release` or the end of the process.
 
-    A POSIX record lock: the kernel (over NFS: the server) drops it when the owner dies, so a stale
-    one cannot exist, and forked data workers do not inherit it.
+    A POSIX record lock: the kernel (over NFS: the server) drops it when the owner dies, so stale
+    locks cannot exist, and forked data workers do not inherit it.
 
     Raises:
-        CheckpointError: another process holds it (the message says which and since when), the
-            directory cannot be made or written, or everybody can write it.
+        CheckpointError: another process holds it (the message says which and since when), or the
+            directory cannot be created or written, or is world-writable.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -54,8 +54,8 @@ class RunLock:
             raise _unusable(run_dir, error) from error
 
     def is_held(self) -> bool:
-        """False once somebody has removed or replaced the lock file: then publish nothing."""
-        # The path is never opened again: closing any descriptor of the file would drop the lock.
+        """False once the lock file has been removed or replaced: nothing may be published then."""
+        # Never reopen the path: closing any descriptor of the file would drop the lock.
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
         except OSError:

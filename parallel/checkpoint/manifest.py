@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what is in it, under which layout and configuration it was made.
+"""The manifest of a checkpoint: its files, and the layout and configuration that wrote it.
 
-`manifest.json` is written last. A directory `step_N` that holds one is complete; whether it is
-undamaged is what `verify_listing` and `verify_content` find out.
+`manifest.json` is written last, so a directory `step_N` that holds one is complete.
+`verify_listing` and `verify_content` check that it is undamaged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Record(BaseModel):
 
 
 class Layout(_Record):
-    """How the run was spread over ranks when a checkpoint was written."""
+    """The parallel layout of the run that wrote a checkpoint."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -44,7 +44,7 @@ class Layout(_Record):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Sizes of the axes: at the same ones each rank has the same place."""
+        """Sizes of the axes; with equal sizes every rank has the same coordinates."""
         return self.tensor, self.pipeline, self.data
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Layout(_Record):
 
 
 class TextRecord(_Record):
-    """How the text that a model was trained on became tokens; None where that is not known.
+    """How the training text was tokenized; None where that is not known.
 
     `eod_id` ends a document, `bos_ids` begin it (perhaps none). `special_tokens`: whether text that
     spells a special token became it (parse) or ordinary tokens (plain).
@@ -71,7 +71,7 @@ UNKNOWN_TEXT = TextRecord()
 
 
 class FileEntry(_Record):
-    """A file of the checkpoint and the rank that wrote it, which is the rank that verifies it."""
+    """A file of the checkpoint, and the rank that wrote it and verifies it."""
 
     size: int
     sha256: str
@@ -84,7 +84,7 @@ class FileEntry(_Record):
 
 
 class Manifest(_Record):
-    """What a directory `step_N` holds; `config` is that of the run, whose `model` is the model."""
+    """The contents of `manifest.json`; `config` is the run's, and `config["model"]` the model's."""
 
     format_version: int
     step: int
@@ -109,7 +109,7 @@ class Manifest(_Record):
 
 
 def encode_manifest(content: Mapping[str, Any]) -> bytes:
-    """Canonical JSON, closed by a checksum over everything before it."""
+    """Encode as canonical JSON that ends with a checksum of everything before it."""
     return _dump({**content, "checksum": _checksum(content)})
 
 
@@ -128,7 +128,7 @@ def step_of_name(name: str) -> int | None:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The complete `step_N` of the highest step of a run; None if there is none."""
+    """The complete checkpoint `step_N` with the highest step of a run; None if there is none."""
     folder = run_dir / "checkpoints"
     steps = [
         (step, entry)
@@ -139,7 +139,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def find_manifest(path: Path) -> Path:
-    """The manifest of a checkpoint (`step_N`), of its weights, or of a run's newest checkpoint.
+    """Find the manifest of a checkpoint (`step_N`), its weights directory, or a run's newest one.
 
     Raises:
         CheckpointError: there is none.
@@ -153,11 +153,11 @@ def find_manifest(path: Path) -> Path:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """The manifest in a file, exactly as it was written.
+    """Read a manifest file and verify its checksum.
 
     Raises:
-        CheckpointError: it is absent, not exactly what was written, of another format version, or
-            names a file outside its directory.
+        CheckpointError: it is missing, damaged, of another format version, or names a file outside
+            its directory.
     """
     try:
         with path.open("rb") as file:
@@ -172,11 +172,11 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint directory `step_N`.
+    """Read the manifest of a checkpoint directory `step_N`.
 
     Raises:
-        CheckpointError: as `load_manifest`; or it is of another step than the directory's name
-            says, or behind a symbolic link.
+        CheckpointError: as for `load_manifest`; or its step is not that of the directory's name, or
+            it is reached through a symbolic link.
     """
     path = directory / MANIFEST_NAME
     if directory.is_symlink() or path.is_symlink():
@@ -215,7 +215,10 @@ def _parse(raw: bytes, path: Path) -> Manifest:
 
 
 def verify_listing(directory: Path, manifest: Manifest) -> str | None:
-    """The first file that is missing, surplus, a link or of another size; None when all is well."""
+    """Describe the first file that is missing, surplus, a symbolic link or of another size.
+
+    Returns None when there is none.
+    """
     present: dict[str, os.stat_result] = {}
     for folder, folder_names, file_names in os.walk(directory):
         for name in (*folder_names, *file_names):
@@ -239,7 +242,7 @@ def verify_listing(directory: Path, manifest: Manifest) -> str | None:
 
 
 def verify_content(directory: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """The first of `names` whose sha256 differs from the manifest's; None when all is well."""
+    """Describe the first of `names` whose sha256 differs from the manifest's; None if none does."""
     for name in names:
         path, expected = directory / name, manifest.files[name].sha256
         try:

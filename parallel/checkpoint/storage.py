@@ -1,4 +1,4 @@
-"""File operations of a checkpoint save, each a named point at which a crash can be tested."""
+"""File operations of a checkpoint save, each of them a named fault-injection point."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FileRecord(NamedTuple):
 
 
 class Storage:
-    """The only way in which a save touches the disk.
+    """File operations of a save; a save touches the disk through this class alone.
 
     Args:
         hook: called as `hook(operation, path)` right before every operation; for fault tests.
@@ -45,7 +45,7 @@ class Storage:
 
     @contextmanager
     def create(self, path: Path) -> Iterator[BinaryIO]:
-        """A new file, on disk (fsync) when the block ends."""
+        """Open a new file, which is synced to disk (fsync) when the block ends."""
         self.point("open", path)
         try:
             with path.open("xb") as file:
@@ -63,7 +63,7 @@ class Storage:
             file.write(data[half:])
 
     def replace_file(self, path: Path, data: bytes) -> None:
-        """Write `path` so that a reader sees either the old or the new content."""
+        """Replace `path` atomically: a reader sees either the old or the new content."""
         temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
         self.write(temporary, data)
         self.rename(temporary, path)
@@ -99,7 +99,7 @@ class Storage:
         path.rmdir()
 
     def record(self, path: Path) -> FileRecord:
-        """Read a file back: its size and checksum."""
+        """Read a file back and return its size and checksum."""
         self.point("hash", path)
         return file_record(path)
 
@@ -122,14 +122,14 @@ class _HookedFile:
 
 
 def fault_hook(environment: Mapping[str, str], rank: int) -> Hook | None:
-    """A hook that fails at one point, described as `rename#2@rank1:kill`; None unless asked for.
+    """A hook that injects one fault, described as `rename#2@rank1:kill`; None without one.
 
-    `MANYFORMER_FAULT` is the description: operation (or `any`), how many of it come first, rank,
-    and what happens: `kill` (SIGKILL), `eio` or `enospc` (OSError). It is without effect unless
+    `MANYFORMER_FAULT` holds the description: operation (or `any`), how many of them to let pass,
+    rank, and the fault: `kill` (SIGKILL), `eio` or `enospc` (OSError). It has no effect unless
     `MANYFORMER_FAULT_TESTS=1`.
 
     Raises:
-        ValueError: a description that cannot be read.
+        ValueError: the description cannot be parsed.
     """
     text = environment.get(FAULT_VARIABLE)
     if text is None or environment.get(FAULT_SWITCH) != "1":

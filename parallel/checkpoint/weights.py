@@ -1,8 +1,8 @@
 """Model weights on disk: one safetensors file per (pipeline, tensor) rank.
 
-A directory holds `pp_00_tp_00.safetensors`, ... Every file states its place in the grid and how
-each of its tensors is sharded, so the directory needs nothing else to be read at any other layout
-(`weights_reader`). No pickle is involved, and no more than one tensor is held beyond the model.
+A directory holds `pp_00_tp_00.safetensors`, ... Every file states its position in the grid and how
+each of its tensors is sharded, so that the directory alone can be read at any other layout
+(`weights_reader`). Nothing is pickled, and at most one tensor is held in memory beyond the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WeightsError(ValueError):
 
 
 class ShardPosition(NamedTuple):
-    """The place of one file in the (pipeline, tensor) grid."""
+    """The position of one file in the (pipeline, tensor) grid."""
 
     pipeline_rank: int = 0
     pipeline_size: int = 1
@@ -58,7 +58,7 @@ class ShardPosition(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """One tensor to be written: what is known without touching the data, and how to get the data.
+    """One tensor to be written: its metadata, and a function that loads its data.
 
     `load` returns this tensor rank's slice, of `shape` and `dtype`. It may be a collective call
     (ZeRO-3 gathers a parameter), so every rank calls it for every weight, in the same order.
@@ -77,15 +77,15 @@ def module_weights(
     read: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     skip: Container[str] = (),
 ) -> list[Weight]:
-    """Parameters and persistent buffers of `module`, a shared one once under its first name.
+    """Parameters and persistent buffers of `module`; a shared one once, under its first name.
 
     Args:
         read: maps a parameter to its full local tensor; needed where ZeRO-3 has partitioned it, or
-            expert ranks share it: a file holds the experts of all of them.
+            where expert ranks share it, since a file holds the experts of all of them.
         skip: names that another pipeline stage writes (the copy of a tied parameter).
 
     Raises:
-        ValueError: a parameter that does not declare its sharding.
+        ValueError: a parameter does not declare its sharding.
     """
     weights: list[Weight] = []
     seen: set[int] = set()
@@ -97,7 +97,7 @@ def module_weights(
             continue
         seen.add(id(tensor))
         shape = local_shape(tensor)
-        # Buffers are the same on every tensor rank; parameters have to say so.
+        # Buffers are equal on every tensor rank; parameters have to declare it.
         sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
         if sharding.experts is not None:
             shape = (sharding.experts, *shape[1:])
@@ -114,12 +114,12 @@ def write_shard(
 ) -> None:
     """Stream `weights` to `file` in safetensors format, holding one of them on the CPU at a time.
 
-    With `file=None` the rank only takes part in the collectives of `Weight.load`. A write that
-    fails (disk full) raises after the remaining loads: the other ranks are not left waiting.
+    With `file=None` the rank only takes part in the collectives of `Weight.load`. A failed write
+    (disk full) is raised after the remaining loads, so that the other ranks do not hang.
 
     Raises:
         OSError: from the file, after all loads.
-        WeightsError: a tensor that differs from its declared shape or dtype.
+        WeightsError: a tensor differs from its declared shape or dtype.
     """
     # Widest dtype first, as safetensors does: every tensor then starts aligned to its dtype.
     ordered = sorted(weights, key=lambda weight: -weight.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint at any layout: merged over tensor ranks, one tensor at a time."""
+"""Reader of the weights of a checkpoint written at any layout, one full tensor at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Shard(NamedTuple):
 
 
 class ShardedWeightsReader:
-    """Full tensors of a weights directory, merged over tensor ranks one at a time.
+    """Reader of a weights directory that merges the slices of tensor ranks, one tensor at a time.
 
     Args:
         path: a weights directory, a `step_N` directory or a run directory (its newest checkpoint).
@@ -130,10 +130,10 @@ class ShardedWeightsReader:
 
 
 def find_weights(path: Path) -> Path:
-    """The weights directory meant by `path`: itself, a checkpoint's, or that of a run's newest.
+    """Find the weights directory for `path`: itself, a checkpoint's, or a run's newest one.
 
     Raises:
-        WeightsError: nothing of the kind there.
+        WeightsError: there is none.
     """
     newest = newest_checkpoint(path)
     for candidate in [path, path / "weights", *([newest / "weights"] if newest else [])]:
@@ -146,11 +146,11 @@ def find_weights(path: Path) -> Path:
 
 
 def verify_weights(directory: Path) -> None:
-    """Compare the files with the checkpoint's manifest, where the directory belongs to one.
+    """Verify the files against the checkpoint's manifest, if the directory belongs to one.
 
     Raises:
-        CheckpointError: a damaged manifest.
-        WeightsError: a file whose sha256 differs; the message has both values.
+        CheckpointError: the manifest is damaged.
+        WeightsError: the sha256 of a file differs; the message has both values.
     """
     path = directory.parent / MANIFEST_NAME
     if not path.is_file():
@@ -165,7 +165,7 @@ def verify_weights(directory: Path) -> None:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} counts nothing")
+        raise TypeError(f"{value!r} is not a count")
     return value
 
 

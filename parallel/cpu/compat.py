@@ -1,4 +1,4 @@
-"""Everything that differs on a machine without CUDA, in one place."""
+"""Adjustments for machines without CUDA, all in one place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def distributed_backend() -> str:
 
 
 def prepare_environment() -> None:
-    """What a process that trains sets first; call before importing DeepSpeed."""
+    """Set up a training process; call before importing DeepSpeed."""
     if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
@@ -31,8 +31,8 @@ def prepare_environment() -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep what torch frees, for the next step to use again.
 
-    By default it hands large blocks back to the kernel, and a training step begins with hundreds of
-    thousands of page faults: half a second of a step of two. Without glibc nothing happens.
+    By default it returns large blocks to the kernel, and every training step begins with hundreds
+    of thousands of page faults: half a second of a two-second step. No effect without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

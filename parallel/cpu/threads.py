@@ -1,12 +1,12 @@
-"""How many threads a process computes with.
+"""The number of compute threads of a process.
 
-torch starts a thread for every core, whatever a container or the other ranks of a run leave of
-them. The number follows only from what a run and its continuation have in common (cores, quota,
-ranks), and never from other work, because sums are taken in another order with another number. How
-threads wait for each other follows from other work: parallel/cpu/waiting.py.
+torch starts one thread per core, regardless of container limits and of the other ranks of a run.
+The number chosen here depends only on what a run and its continuation share (cores, quota, ranks)
+and never on the load of the machine, because another number of threads sums in another order. How
+threads wait for each other does depend on the load: see parallel/cpu/waiting.py.
 
-libgomp reads its variables when it is loaded: call `prepare_threads` before torch is imported. This
-module does not import it.
+libgomp reads its environment variables when it is loaded, so call `prepare_threads` before torch is
+imported. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 
 
-class Facts(NamedTuple):
-    """What a process may compute with.
+class CpuResources(NamedTuple):
+    """The CPU resources available to a process.
 
-    `cores`: physical ones among the CPUs that it may run on. `quota`: CPU seconds a second that its
-    control groups grant; None without a limit. `ranks`: processes of this run that share both.
+    `cores`: physical cores among the CPUs of its affinity mask. `quota`: CPU seconds per second
+    granted by its control groups; None without a limit. `ranks`: processes of this run that share
+    both.
     """
 
     cores: int
@@ -39,22 +40,22 @@ class Facts(NamedTuple):
         return self.cores if self.quota is None else max(1, min(self.cores, int(self.quota)))
 
 
-class Choice(NamedTuple):
-    """Variables that are set before libgomp is loaded, and one line for the user, or None."""
+class ThreadSettings(NamedTuple):
+    """Environment variables to set before libgomp is loaded, and a one-line remark, or None."""
 
     variables: dict[str, str]
     remark: str | None
 
 
-def choose(facts: Facts, given: Mapping[str, str]) -> Choice:
-    """Threads of a process of which `facts` hold. A number that is `given` is not changed."""
+def choose(facts: CpuResources, given: Mapping[str, str]) -> ThreadSettings:
+    """Choose the number of threads of a process with these resources; keep a `given` number."""
     threads = max(1, facts.usable // facts.ranks)
     if THREADS not in given:
-        return Choice({THREADS: str(threads)} if threads < facts.cores else {}, None)
+        return ThreadSettings({THREADS: str(threads)} if threads < facts.cores else {}, None)
     wanted = given[THREADS]
     if not wanted.isdecimal() or int(wanted) <= threads:
-        return Choice({}, None)
-    return Choice(
+        return ThreadSettings({}, None)
+    return ThreadSettings(
         {},
         f"{THREADS}={wanted} in each of {facts.ranks} ranks here makes more threads than the "
         f"{facts.usable} cores that they may use; set it to {threads}",
@@ -62,24 +63,24 @@ def choose(facts: Facts, given: Mapping[str, str]) -> Choice:
 
 
 def usable_cpus() -> set[int]:
-    """The logical CPUs that this process may run on."""
+    """The logical CPUs of this process's affinity mask."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def count_cores(cpus: set[int], *, folder: Path = _CPUS) -> int:
-    """Physical cores behind logical CPUs; a CPU of which nothing is known counts as one."""
+    """Count the physical cores behind logical CPUs; a CPU of unknown topology counts as one."""
     siblings = (_read(folder / f"cpu{cpu}/topology/thread_siblings_list") for cpu in sorted(cpus))
     return len({text.strip() or cpu for text, cpu in zip(siblings, sorted(cpus), strict=True)})
 
 
 def cpu_quota(*, cgroups: Path = _CGROUPS, proc: Path = _PROC) -> float | None:
-    """CPU seconds a second that the control groups of this process grant, the least of all levels.
+    """CPU seconds per second granted by this process's control groups: the minimum of all levels.
 
-    Version 2 writes `QUOTA PERIOD` or `max PERIOD` to cpu.max, version 1 two files, with -1 for no
-    limit. In a container the path of /proc/self/cgroup may be that of the host: what is not there
-    is passed over, and the root that the container sees is always looked at.
+    cgroup v2 has `QUOTA PERIOD` or `max PERIOD` in cpu.max, v1 two files, with -1 for no limit. In
+    a container the path in /proc/self/cgroup may be the host's: paths that do not exist are
+    skipped, and the root visible in the container is always read.
     """
     limits = [
         limit
@@ -91,7 +92,7 @@ def cpu_quota(*, cgroups: Path = _CGROUPS, proc: Path = _PROC) -> float | None:
 
 
 def _cpu_groups(memberships: str, cgroups: Path) -> Iterator[Path]:
-    """The folders of the groups that limit this process, innermost first."""
+    """The directories of the control groups that limit this process, innermost first."""
     for line in memberships.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -127,22 +128,22 @@ def prepare_threads(
     ranks: int = 1,
     environment: MutableMapping[str, str] = os.environ,
 ) -> str | None:
-    """Set what `choose` chooses for this process; returns its remark.
+    """Set the environment variables of `choose` for this process; returns its remark.
 
-    `ranks`: processes of this run on this machine.
-    Nothing happens once torch is imported, or on a system other than Linux.
+    `ranks`: processes of this run on this machine. No effect once torch is imported, or on systems
+    other than Linux.
     """
     if "torch" in sys.modules or not sys.platform.startswith("linux"):
         return None
-    facts = Facts(cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=sharing(ranks))
+    facts = CpuResources(cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=sharing(ranks))
     choice = choose(facts, environment)
     environment.update(choice.variables)
     return choice.remark
 
 
 def sharing(ranks: int) -> int:
-    """Of the `ranks` on this machine those that share the CPUs of this process: all, or one if its
-    launcher has bound it to some of them, as mpirun does."""
+    """The number of ranks on this machine that share the CPUs of this process: all of `ranks`, or 1
+    if the launcher has bound the process to some CPUs, as mpirun does."""
     try:
         return ranks if os.sched_getaffinity(os.getppid()) <= os.sched_getaffinity(0) else 1
     except OSError:

@@ -1,15 +1,15 @@
-"""Whether the threads of libgomp spin or sleep while they wait, decided anew as a run goes on.
+"""Spin or sleep: how the threads of libgomp wait, adapted to the load while a run goes on.
 
-libgomp, the OpenMP library of torch's wheels, lets its threads meet at the end of every operation.
-One that waits there spins for milliseconds before it sleeps. With a core for each thread that is
-the fastest way: to sleep and be woken at every operation halves the speed of a small model. Once
-other work shares the cores, a spinning thread uses up the time slice that the thread it waits for
-needs, and a step takes several times its share.
+libgomp, the OpenMP library of torch's wheels, has a barrier at the end of every operation. A thread
+that waits there spins for milliseconds before it sleeps. With one core per thread spinning is
+fastest: sleeping and waking at every operation halves the speed of a small model. But when other
+work shares the cores, a spinning thread uses up the time slice needed by the thread that it waits
+for, and a step takes several times its share.
 
-`OMP_WAIT_POLICY` is read once, before anybody knows who comes later. But libgomp also stops
-spinning whenever it has more threads than there are CPUs (its manual, GOMP_SPINCOUNT). `Waiting`
-therefore keeps a second pool of threads, all asleep, as long as other processes are busy. The
-number of threads that compute stays, and with it the order of every sum.
+`OMP_WAIT_POLICY` is read once, before later load is known. But libgomp also stops spinning whenever
+it has more threads than there are CPUs (its manual, GOMP_SPINCOUNT). `WaitPolicy` therefore keeps a
+second pool of sleeping threads as long as other processes are busy. The number of compute threads
+does not change, and with it neither does the order of any sum.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import NamedTuple
 from parallel.cpu.threads import POLICY, SPIN, sharing, usable_cpus
 
 _PROC = Path("/proc")
-_CONTENDED, _FREE = 0.5, 0.25  # CPUs that are lacking: to begin to sleep, and to go on
+_CONTENDED, _FREE = 0.5, 0.25  # missing CPUs: threshold to start sleeping, and to keep sleeping
 _WINDOW = 0.5  # seconds; /proc/stat counts hundredths
 
 
 class CpuTimes(NamedTuple):
-    """Seconds since the start of the machine: of the clock, of work on the CPUs that this process
-    may use, and of work of this process."""
+    """Seconds since boot: wall clock, busy time of the CPUs that this process may use, and CPU time
+    of this process."""
 
     clock: float
     work: float
@@ -38,7 +38,7 @@ class CpuTimes(NamedTuple):
 
 
 def cpu_times(*, proc: Path = _PROC) -> CpuTimes | None:
-    """A moment from which to measure how busy the machine is; None without /proc."""
+    """Read the CPU times now, to measure the load between two readings; None without /proc."""
     try:
         stat = (proc / "stat").read_text(encoding="ascii")
     except OSError:
@@ -49,7 +49,7 @@ def cpu_times(*, proc: Path = _PROC) -> CpuTimes | None:
 
 
 def _work(stat: str, cpus: set[int]) -> float | None:
-    """Seconds that some CPUs have worked, by /proc/stat."""
+    """Busy seconds of the given CPUs, from the text of /proc/stat."""
     total, found = 0, False
     for line in stat.splitlines():
         name, *ticks = line.split()
@@ -60,16 +60,17 @@ def _work(stat: str, cpus: set[int]) -> float | None:
 
 
 def busy_cores(since: CpuTimes, until: CpuTimes, *, ranks: int) -> float:
-    """Cores that others have kept busy between two moments.
+    """Number of cores kept busy by other processes between two readings.
 
-    The ranks of a run do the same at the same time, so each of them counts as this one.
+    The ranks of a run do the same work at the same time, so each is taken to be as busy as this
+    one.
     """
     own = (until.own - since.own) * ranks
     return max(0.0, (until.work - since.work - own) / (until.clock - since.clock))
 
 
-class Waiting:
-    """The threads of this process: they spin while the CPUs are theirs, otherwise they sleep.
+class WaitPolicy:
+    """The wait policy of this process's threads: spin while the CPUs are free, otherwise sleep.
 
     `ranks`: processes of the run on these CPUs, with as many `threads` each.
     """
@@ -82,9 +83,9 @@ class Waiting:
         self._said = False
 
     @classmethod
-    def of_this_process(cls, *, ranks: int, threads: int) -> Waiting | None:
-        """None where a single thread has nobody to wait for, where the user has chosen a policy,
-        and where threads are not libgomp's or nothing is known of other work."""
+    def of_this_process(cls, *, ranks: int, threads: int) -> WaitPolicy | None:
+        """The policy of this process; None with a single thread, if the user has set a policy, if
+        the threads are not libgomp's, or if the load cannot be measured."""
         if threads == 1 or SPIN in os.environ or POLICY in os.environ:
             return None
         path = _loaded_libgomp()
@@ -97,9 +98,9 @@ class Waiting:
         return self._pool is not None
 
     def adapt(self) -> str | None:
-        """Look at the neighbours, between two steps; the first time that there are any, a remark.
+        """Measure the load, between two steps, and adapt; returns a remark when first contended.
 
-        Does nothing within half a second of the last look.
+        Does nothing within half a second of the last measurement.
         """
         if self._since is None or time.monotonic() - self._since.clock < _WINDOW:
             return None
@@ -110,7 +111,7 @@ class Waiting:
         self._since = now
         lacking = self._ranks * self._threads + busy - self._cpus
         if self._pool is None and lacking > _CONTENDED:
-            # With those that compute, more threads than CPUs; fewer than two are no pool.
+            # Together with the compute threads more than CPUs; a pool needs at least two threads.
             self._pool = _SleepingPool(self._library, max(2, self._cpus - self._threads + 2))
             if not self._said:
                 self._said = True
@@ -134,7 +135,7 @@ class Waiting:
 
 
 class _SleepingPool:
-    """Threads of libgomp that have nothing to do, and that it counts until `close`."""
+    """Idle threads that libgomp counts among its own until `close`."""
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._parallel, self._num_threads = library.GOMP_parallel, num_threads
@@ -146,7 +147,7 @@ class _SleepingPool:
         self._began.wait()
 
     def _hold(self) -> None:
-        # A pool belongs to the thread that makes it: any function that does nothing will do.
+        # A pool belongs to the thread that creates it; any function without effect will do.
         nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
         self._parallel(nothing, None, self._num_threads, 0)
         self._began.set()
@@ -158,7 +159,7 @@ class _SleepingPool:
 
 
 def _loaded_libgomp(*, proc: Path = _PROC) -> str | None:
-    """The one that torch computes with, of those that are loaded."""
+    """The path of the libgomp that torch computes with, among those loaded."""
     try:
         maps = (proc / "self/maps").read_text(errors="replace")
     except OSError:

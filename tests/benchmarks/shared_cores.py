@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parallel.cpu.threads import POLICY, SPIN, THREADS
-from parallel.cpu.waiting import CpuTimes, Waiting, cpu_times
+from parallel.cpu.waiting import CpuTimes, WaitPolicy, cpu_times
 from tests.benchmarks.timing import Table
 
 FAMILIES = ("llama", "daria_former")
@@ -170,7 +170,7 @@ def _train(family: str, policy: str) -> None:
 
     waiting = None
     if policy == OURS:
-        waiting = Waiting.of_this_process(ranks=1, threads=torch.get_num_threads())
+        waiting = WaitPolicy.of_this_process(ranks=1, threads=torch.get_num_threads())
 
     def step() -> None:
         if waiting is not None:

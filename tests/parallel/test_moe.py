@@ -13,11 +13,11 @@ from torch import Tensor
 
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from models.dynamic.token_gather import Selection, add_tokens, gather_tokens, whole_tokens
-from models.dynamic.token_router import agreed, top_k
+from models.dynamic.token_router import gather_or_broadcast, top_k
 from parallel.context import ParallelContext
 from parallel.moe import MoELayer, MoEOutput
 from parallel.random import initialize
-from parallel.regions import own_sequence
+from parallel.regions import local_sequence
 from parallel.sharding import Normal, merge, sharding_of, sum_partial_gradients
 from tests.distributed import run_ranks
 from tests.tolerance import FP64
@@ -126,7 +126,7 @@ def _gathered(x: Tensor, group: dist.ProcessGroup | None, size: int) -> list[Ten
 def _of_chosen_tokens(layer: MoELayer, x: Tensor, ctx: ParallelContext) -> MoEOutput:
     """The layer for the half of each row's tokens that score best, added to x."""
     scores = x[..., 1:].sum(-1)
-    selection = Selection(top_k(agreed(scores, ctx=ctx), SEQ // 2))
+    selection = Selection(top_k(gather_or_broadcast(scores, ctx=ctx), SEQ // 2))
     output = layer(gather_tokens(x, selection, ctx=ctx))
     hidden = add_tokens(x, output.hidden, scores.sigmoid(), selection, ctx=ctx)
     return output._replace(hidden=hidden)
@@ -138,9 +138,9 @@ def _measure(settings: dict, *, chosen: bool = False, **layout) -> Measured:
     layer = _layer(whole_tokens(ctx) if chosen else ctx, **settings)
     sum_partial_gradients(layer, ctx)
     x, targets = (each.chunk(ctx.data.size, dim=1)[ctx.data.rank] for each in _data())
-    x = own_sequence(x, ctx=ctx).clone().requires_grad_()
+    x = local_sequence(x, ctx=ctx).clone().requires_grad_()
     output = _of_chosen_tokens(layer, x, ctx) if chosen else layer(x)
-    of_tokens, of_router = _objective(output, own_sequence(targets, ctx=ctx))
+    of_tokens, of_router = _objective(output, local_sequence(targets, ctx=ctx))
     (of_tokens + of_router).backward()
     total = of_tokens.detach()
     if ctx.sequence_parallel:

@@ -12,10 +12,10 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from parallel.context import ParallelContext
 from parallel.regions import (
     all_reduced,
-    computed_by_all,
-    enter_tensor_region,
+    copy_to_tensor_region,
     gather_sequence,
-    own_sequence,
+    local_sequence,
+    scale_replicated_grad,
     sum_over_sequence_ranks,
     sum_over_tensor_ranks,
 )
@@ -24,8 +24,8 @@ from tests.distributed import run_ranks
 FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     f.__name__: f
     for f in (
-        gather_sequence, own_sequence, enter_tensor_region, sum_over_tensor_ranks,
-        sum_over_sequence_ranks, computed_by_all,
+        gather_sequence, local_sequence, copy_to_tensor_region, sum_over_tensor_ranks,
+        sum_over_sequence_ranks, scale_replicated_grad,
     )
 }  # fmt: skip
 WHOLE = torch.arange(24.0).view(4, 2, 3)
@@ -66,13 +66,13 @@ def _expected(name: str, sequence_parallel: bool, upstream: list[torch.Tensor]) 
         return total, upstream
     if name == "sum_over_sequence_ranks":
         return (total, upstream) if sequence_parallel else same
-    if name == "enter_tensor_region":
+    if name == "copy_to_tensor_region":
         return (inputs, [upstream[0] + upstream[1]] * 2) if not sequence_parallel else same
     if not sequence_parallel:
         return same
     if name == "gather_sequence":
         return [WHOLE, WHOLE], list((upstream[0] + upstream[1]).chunk(2))
-    if name == "own_sequence":
+    if name == "local_sequence":
         zero = torch.zeros_like(upstream[0])
         return list(WHOLE.chunk(2)), [
             torch.cat((upstream[0], zero)),
@@ -108,7 +108,7 @@ def _strided() -> list[torch.Tensor]:
     for y in (gather_sequence(x, ctx=ctx), sum_over_tensor_ranks(x, ctx=ctx)):
         results += [y.detach(), torch.autograd.grad(y.square().sum(), x)[0].contiguous()]
     whole = ParallelContext.from_world(tensor=2)
-    (expanded,) = torch.autograd.grad(enter_tensor_region(x, ctx=whole).sum(), x)
+    (expanded,) = torch.autograd.grad(copy_to_tensor_region(x, ctx=whole).sum(), x)
     return [*results, expanded]
 
 
@@ -125,7 +125,7 @@ def test_tensors_that_are_not_contiguous_are_exchanged_as_they_are():
 def _shared_gradient() -> torch.Tensor:
     ctx = ParallelContext.from_world(tensor=2)
     x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    total = enter_tensor_region(x, ctx=ctx) + other * 1.0  # both get the same gradient tensor
+    total = copy_to_tensor_region(x, ctx=ctx) + other * 1.0  # both get the same gradient tensor
     return torch.autograd.grad(total, other, torch.full((3,), ctx.tensor.rank + 1.0))[0]
 
 

@@ -1,8 +1,8 @@
-"""Low-rank adapters of a linear layer (arXiv 2106.09685): several on one, each with a weight.
+"""Low-rank adapters of linear layers (arXiv 2106.09685): several per layer, each with a weight.
 
-A weight is a number, or follows something that the family computes for every row or token. The
-linear layer's own parameters keep their names, so that a model with adapters is a plain model and
-`*.lora.*`.
+The weight of an adapter is a number, or a value that the family computes for every row or token.
+The linear layer's own parameters keep their names, so that a model with adapters has the parameters
+of the plain model and `*.lora.*`.
 
 Shapes: s sequence, b batch, r rank.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.common.counter_rng import dropout
 from parallel.context import ParallelContext
-from parallel.regions import enter_tensor_region, gather_sequence, leave_tensor_region
+from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Sharding, declare
 
 PRIMARY = "primary"
@@ -30,8 +30,8 @@ _DROPOUT_CHANNELS = 1 << 24
 
 
 class Follows(NamedTuple):
-    """In place of a number: the weight that the family puts into `Conditions`, either one for every
-    row or (`per_token`) one for every token."""
+    """A computed adapter weight, which the family puts into `Conditions`: one per row, or one per
+    token (`per_token`)."""
 
     kind: str
     per_token: bool
@@ -40,10 +40,10 @@ class Follows(NamedTuple):
 class LowRank(nn.Module):
     """`w (alpha / r) B A x` with A [r, in] Kaiming-uniform and B [out, r] zero, for one layer.
 
-    With a column-parallel layer A is whole on every tensor rank and B is cut like W; with a
-    row-parallel one A is cut like W and B is whole, and the result is this rank's part of a sum.
-    Either way a rank sees only a part of the gradient of the whole matrix, also without sequence
-    parallelism.
+    For a column-parallel layer A is replicated over tensor ranks and B is sharded like W; for a
+    row-parallel one A is sharded like W and B is replicated, and the result is this rank's partial
+    sum. Either way a rank has only a partial gradient of the replicated matrix, also without
+    sequence parallelism.
     """
 
     def __init__(self, weight: Tensor, *, rank: int, alpha: float) -> None:
@@ -75,10 +75,10 @@ class LowRank(nn.Module):
 
 
 class Conditions:
-    """What the adapters of a block need to know about the current call.
+    """Inputs of a block's adapters for the current call.
 
-    `weights`: of the adapters that follow something, fp32 [s or 1, b or 1, 1], ready for what a
-    tensor rank computes alone. `keys` int64 [s, b]: what dropout is drawn from.
+    `weights`: the computed adapter weights, fp32 [s or 1, b or 1, 1], already passed into the
+    tensor-parallel region. `keys` int64 [s, b]: the random keys for dropout.
     """
 
     def __init__(self) -> None:
@@ -94,8 +94,8 @@ class LoRALinear(nn.Module):
     others (n) are those of `active`. An adapter whose weight is one for every token acts on tokens
     only, not on inputs that all tokens share (`per_token=False`); the same holds for dropout.
 
-    Stands in for a column- or row-parallel layer of parallel.layers, with the same collectives:
-    the input is gathered for all products at once, and a row-parallel sum is taken once.
+    A drop-in for a column- or row-parallel layer of parallel.layers, with the same collectives: the
+    input is gathered once for all products, and a row-parallel sum is reduced once.
 
     Raises:
         ValueError: the layer is no nn.Linear, such as those of Transformer Engine under FP8.
@@ -133,13 +133,13 @@ class LoRALinear(nn.Module):
         if not collectives:
             return self._product(x, per_token=per_token)
         if not self.is_row:
-            x = enter_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+            x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
             return self._product(x, per_token=per_token)
-        y = leave_tensor_region(self._product(x, per_token=per_token), ctx=self.ctx)
+        y = reduce_from_tensor_region(self._product(x, per_token=per_token), ctx=self.ctx)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor, *, per_token: bool) -> Tensor:
-        """Without collectives, and of a row-parallel layer without its bias."""
+        """The local product without collectives, and without the bias of a row-parallel layer."""
         y = F.linear(x, self.weight, None if self.is_row else self.bias)
         if self.is_merged:
             return y
@@ -179,10 +179,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The reverse of `merge`, bit for bit.
+        """Undo `merge`, bit for bit.
 
         Raises:
-            ValueError: the weight was trained or loaded in between, which would be lost.
+            ValueError: the weight was trained or loaded since, and unmerging would lose that.
         """
         assert self._original is not None
         original, version = self._original
@@ -195,7 +195,7 @@ class LoRALinear(nn.Module):
         self._original = None
 
     def unwrapped(self) -> nn.Linear:
-        """The linear layer that was wrapped, with the present weight and without adapters."""
+        """The wrapped linear layer with its current weight, without adapters."""
         base = self._base[0]
         base.register_parameter("weight", self.get_parameter("weight"))
         base.register_parameter("bias", self._parameters["bias"])
@@ -203,7 +203,7 @@ class LoRALinear(nn.Module):
 
 
 class Target(NamedTuple):
-    """A linear layer that adapters may be put around, or are: its name, and the layer."""
+    """A linear layer that can have adapters or has them: its name, and the layer."""
 
     name: str
     layer: Any

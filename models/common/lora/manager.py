@@ -1,4 +1,4 @@
-"""The adapters of a model: added, stacked, switched, trained alone, merged.
+"""LoRA manager: add, stack, switch, train and merge the adapters of a model.
 
     manager = LoRAManager(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])
     manager.inject()
@@ -6,8 +6,8 @@
     manager.add_adapter("style", rank=8)
     manager.activate_adapter("style", weight=0.5)
 
-The weights of a model with adapters are those of the model and `*.lora.*`; `merged_state_dict`
-makes one of the other.
+A model with adapters has the parameters of the plain model and `*.lora.*`; `merged_state_dict`
+converts its state dict to that of the plain model.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from parallel.random import initialize
 class LoRAManager:
     """The adapters of `model`: the primary one, which is always on, and named ones.
 
-    `rank`, `alpha` and `dropout` are those of the primary adapter; `targets` are last names of
-    linear layers. A model built with adapters has its primary one already and is given the same
-    settings. `seed`: of the A matrices, which also depend on the layer's name. A family whose
-    adapters may follow something overrides `bind`, `unbind` and `follow`.
+    `rank`, `alpha` and `dropout` belong to the primary adapter; `targets` are last names of linear
+    layers. A model built with adapters already has its primary one and must be given the same
+    settings. `seed`: seed of the A matrices, which also depend on the layer's name. A family with
+    computed adapter weights overrides `bind`, `unbind` and `follow`.
 
     Raises:
         ValueError: an unknown target, with the nearest known ones.
@@ -70,7 +70,7 @@ class LoRAManager:
     # Building.
 
     def inject(self) -> None:
-        """Put the primary adapter around every target; the model computes what it did.
+        """Add the primary adapter to every target; the model's function does not change.
 
         Raises:
             ValueError: a target is in no layer, or the model was built with other adapters.
@@ -249,7 +249,7 @@ class LoRAManager:
     # State.
 
     def settings(self) -> dict[str, Any]:
-        """What `from_state_dict` needs beside the tensors; JSON types."""
+        """The settings that `from_state_dict` needs beside the tensors; JSON types."""
         self._switchable()
         return {
             "rank": self.rank,
@@ -280,20 +280,20 @@ class LoRAManager:
 
     @property
     def followed(self) -> Mapping[str, Follows]:
-        """What the weight of an adapter may follow, by its name."""
+        """The computed adapter weights of the family, by name."""
         return {}
 
     def bind(self) -> None:
-        """Connect what follows something with the adapters, which are all built."""
+        """Connect computed weights to the adapters, once all are built."""
 
     def unbind(self) -> None:
         """Remove whatever `bind` added."""
 
     def check_followed(self, weight: float | str) -> None:
-        """Raise ValueError where the model lacks what a weight would follow."""
+        """Raise ValueError if the model cannot compute the given weight."""
 
     def follow(self, name: str, kind: str) -> None:
-        """Build what the weight of an adapter learns in order to follow; may be called again."""
+        """Create the learned parameters of a computed adapter weight; may be called again."""
         if kind not in self._adapters[name]["follows"]:
             self._adapters[name]["follows"].append(kind)
 

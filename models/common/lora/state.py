@@ -1,4 +1,4 @@
-"""The state dict of a model with adapters as that of a plain one; messages about names."""
+"""State dicts of models with adapters: merging, stored settings; name suggestions for errors."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def written_settings(settings: Mapping[str, Any]) -> Tensor:
 
 
 def read_settings(written: Tensor) -> dict[str, Any]:
-    """The reverse of `written_settings`."""
+    """The inverse of `written_settings`."""
     return json.loads(bytes(written.to(torch.uint8).tolist()))
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """An end of a message: the names that look like `name`, or all."""
+    """The end of an error message: the known names nearest to `name`, or all."""
     close = difflib.get_close_matches(name, known, n=3) or list(known)
     return f"nearest: {', '.join(close)}" if close else "there are none"

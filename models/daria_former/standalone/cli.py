@@ -21,7 +21,7 @@ PROJECT = "daria-former"
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """`daria-train`: does not return when everything is right, but becomes the training run."""
+    """`daria-train`: replaces this process with the training run; returns only after an error."""
     return run_command(lambda: _train(train_parser().parse_args(argv)))
 
 

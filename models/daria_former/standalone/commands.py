@@ -1,4 +1,4 @@
-"""What `daria-generate` and `daria-export` do."""
+"""Implementation of `daria-generate` and `daria-export`."""
 
 from __future__ import annotations
 

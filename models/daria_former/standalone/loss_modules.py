@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.daria_former.config import DariaFormerConfig
-from models.daria_former.losses import disagreement, emotion_smoothness, repetition
+from models.daria_former.losses import cosine_distance, emotion_smoothness, repetition
 from models.daria_former.model import rhythm_regularizer
 from parallel.context import ParallelContext
 from parallel.cross_entropy import (
@@ -81,7 +81,7 @@ class MemoryConsistencyLoss(nn.Module):
     [b, c, h] each; the target gets no gradient."""
 
     def forward(self, memory_readout: Tensor, memory_target: Tensor) -> Tensor:
-        return disagreement(memory_readout, memory_target.detach()).mean()
+        return cosine_distance(memory_readout, memory_target.detach()).mean()
 
 
 class DariaFormerLoss(nn.Module):

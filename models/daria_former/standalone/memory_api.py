@@ -1,4 +1,4 @@
-"""The four levels of memory as what they are: the slots that attention reads, to look at and write.
+"""Read and write access to the slots of the four memory levels.
 
 Working and episodic memory are state of a generation, one set of slots per block, in its cache.
 Persistent memory and the persona are learned rows of the first layer that every block projects
@@ -26,8 +26,8 @@ from parallel.layers import project_replicated
 _WORKING, _EPISODIC = 0, 1
 
 
-class RemembersText(Protocol):
-    """What the banks need of a model: its configuration, its first layer, its blocks."""
+class ModelWithMemory(Protocol):
+    """The model interface that the banks use: configuration, first layer, blocks."""
 
     config: DariaFormerConfig
     training: bool
@@ -45,15 +45,15 @@ class RemembersText(Protocol):
 
 
 class PersistentRows(NamedTuple):
-    """What keys and what values are projected from, [m, h] each."""
+    """The rows that keys and values are projected from, [m, h] each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Fit(NamedTuple):
-    """How well consolidated slots say, over all blocks, what the episode said: mean cosine of the
-    keys, and relative error of the values (0: exactly)."""
+    """Quality of consolidated slots over all blocks: mean cosine similarity of the keys, and
+    relative error of the values (0: exact)."""
 
     key_cosine: float
     value_error: float
@@ -62,14 +62,14 @@ class Fit(NamedTuple):
 class SlotMemory:
     """Working or episodic memory: the slots that blocks have pooled from a text, in its cache."""
 
-    def __init__(self, model: RemembersText, level: int) -> None:
+    def __init__(self, model: ModelWithMemory, level: int) -> None:
         self.model, self.level = model, level
         config = model.config
         self.capacity = (config.working_memory_slots, config.episodic_memory_slots)[level]
         self.stride = (config.working_stride, config.episodic_stride)[level]
 
     def num_slots(self, kv_cache: Cache) -> int:
-        """How many slots the segment to come can choose from."""
+        """The number of slots available to the next segment."""
         return min(self.capacity, self._histories(0, kv_cache)[0].length)
 
     def read_kv(self, layer: int, kv_cache: Cache) -> Slots:
@@ -119,7 +119,7 @@ class SlotMemory:
 class PersistentMemory:
     """Learned slots that every segment can choose: two rows of the bank each, one for the key."""
 
-    def __init__(self, model: RemembersText) -> None:
+    def __init__(self, model: ModelWithMemory) -> None:
         self.model = model
 
     def __len__(self) -> int:
@@ -232,7 +232,7 @@ class PersistentMemory:
 class PersonaMemory:
     """The slots of the persona path: learned rows, moved by the persona that is given."""
 
-    def __init__(self, model: RemembersText) -> None:
+    def __init__(self, model: ModelWithMemory) -> None:
         self.model = model
 
     def __len__(self) -> int:
@@ -260,7 +260,7 @@ class MemoryIntegrationSystem:
         ValueError: on use, of what the model does not have or a text that has not begun.
     """
 
-    def __init__(self, model: RemembersText) -> None:
+    def __init__(self, model: ModelWithMemory) -> None:
         self.model, config = model, model.config
         self.working, self.episodic = SlotMemory(model, _WORKING), SlotMemory(model, _EPISODIC)
         has_rows = config.has("memory") and config.persistent_memory_slots > 0
@@ -275,7 +275,7 @@ class MemoryIntegrationSystem:
         return concatenated(parts)
 
     def get_persona_kv(self, layer: int, persona: Tensor | None = None) -> Slots:
-        """What the persona path of a block reads."""
+        """The slots that the persona path of a block reads."""
         if self.persona is None:
             raise ValueError("the model has no persona path; add persona to paths before building")
         return self.persona.read_kv(layer, persona)
@@ -308,7 +308,7 @@ class MemoryIntegrationSystem:
         return _memory_cache(0, kv_cache).levels[_EPISODIC][0].length
 
 
-def _memory_path(model: RemembersText, layer: int) -> MemoryPath:
+def _memory_path(model: ModelWithMemory, layer: int) -> MemoryPath:
     _check_index("layer", layer, model.config.num_layers)
     paths: Any = model.layers[layer].attention.paths
     if "memory" not in paths:

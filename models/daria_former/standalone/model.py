@@ -18,7 +18,7 @@ from models.standalone.model import Cache, StandaloneModel, check_tokens
 
 
 class Outputs(TypedDict, total=False):
-    """What a call returns, batch first: `logits` [b, s, V], `hidden_states` [b, s, h], `kv_cache`
+    """Outputs of a call, batch first: `logits` [b, s, V], `hidden_states` [b, s, h], `kv_cache`
     as it was given; on demand `emotion_state` [b, E] and `emotion_logits` [b, categories] after
     the last token."""
 
@@ -75,7 +75,7 @@ class DariaFormerModel(StandaloneModel):
     def make_inputs(
         self, input_ids: Tensor, kv_cache: Cache | None = None, **optional: Any
     ) -> DariaInputs:
-        """What the first layer takes; layers check the other inputs.
+        """Build the first layer's inputs; layers check the optional ones.
 
         Raises:
             ValueError: tokens outside the vocabulary or beyond `max_seq_len`.

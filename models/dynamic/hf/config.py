@@ -1,4 +1,4 @@
-"""What the configurations of both families have in common in transformers."""
+"""Base class of both families' configurations in transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DynamicHFConfig(DecoderPreTrainedConfig):
         return config
 
     def check_base(self, contents: Mapping[str, Any]) -> None:
-        """Whether the weights of the Qwen2 model with this config.json fit.
+        """Check that the weights of the Qwen2 model with this config.json fit.
 
         Raises:
             ValueError: they do not.

@@ -1,4 +1,4 @@
-"""What the models of both families have in common in transformers.
+"""Base class of both families' models in transformers.
 
 Shapes: b batch, s tokens of a call, V vocabulary.
 """
@@ -48,7 +48,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
     config: DynamicHFConfig
     # What the entries of `aux` are that the head returns beside logits; empty where it has none.
     aux_names: ClassVar[tuple[str, ...]] = ()
-    # A threshold is an average over many steps, which stands still in bf16.
+    # A threshold is an average over many steps, which would not change in bf16.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["tau", "offset"]
 
     def __init__(self, config: DynamicHFConfig) -> None:
@@ -66,7 +66,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         return self.setup_dynamic_layers(settings)
 
     def readers_of(self, layer: nn.Module) -> list[StateReader]:
-        """A pair is two layers; what is between them is no one's output."""
+        """Readers for a layer; a pair has two, since the state between its layers is no output."""
         after = super().readers_of(layer)
         if not isinstance(layer, DTFPair):
             return after
@@ -155,7 +155,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         return taken
 
     def _has(self, name: str) -> bool:
-        """Whether a tensor of a Qwen2 model is in none of the layers that are left out."""
+        """Whether a tensor of a Qwen2 model belongs to a layer that is used."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         return layer is None or int(layer[1]) < self.config.num_hidden_layers
 

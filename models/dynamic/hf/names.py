@@ -1,5 +1,4 @@
-"""What Qwen2 is in a model of these families. Its tensors have its names in files, so that a loader
-of Qwen2 reads them.
+"""Tensor names in files: Qwen2's for the dense part, so that a Qwen2 loader reads it.
 
 Both layers of a pair keep their index in the plain stack. Beside the plain part a layer may have
 `router.*`, `prior.*` and `tau`.
@@ -66,5 +65,5 @@ def is_plain(name: str) -> bool:
 
 
 def is_added(name: str) -> bool:
-    """Whether a name in files is of what a layer has beside the plain part."""
+    """Whether a name in files belongs to a router, prior or threshold."""
     return re.fullmatch(r"model\.layers\.\d+\.(tau|router\..+|prior\..+)", name) is not None

@@ -8,8 +8,8 @@ import torch
 from models.common import attention
 from models.common.attention import (
     CausalSelfAttention,
+    cached_attention,
     causal_attention,
-    continued_attention,
     packed_attention,
     windowed_attention,
 )
@@ -92,7 +92,7 @@ def test_continued_attention_equals_the_last_rows_of_the_equation(queries, block
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     q, k, v = _qkv(4, 2, queries, keys=33)
     allowed = torch.ones(33, 33, dtype=torch.bool).tril()[33 - queries :]
-    actual = continued_attention(q, k, v)
+    actual = cached_attention(q, k, v)
     torch.testing.assert_close(actual.double(), _eager(q, k, v, allowed), rtol=1e-5, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from models.daria_former.losses import (
 )
 from models.daria_former.model import FAMILY, rhythm_regularizer
 from parallel.context import ParallelContext
-from parallel.regions import own_sequence
+from parallel.regions import local_sequence
 from tests.distributed import run_ranks
 from tests.models.daria_former.cases import config_of, model_of, tokens_of
 
@@ -91,7 +91,7 @@ def _local(tensors: dict[str, Tensor], ctx: ParallelContext) -> dict[str, Tensor
         if name in SHARED:
             value = value.chunk(size, dim=SHARED[name])[rank]
         elif name in TOKENS:
-            value = own_sequence(value, ctx=ctx)
+            value = local_sequence(value, ctx=ctx)
         local[name] = value.clone().requires_grad_()
     return local
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from models.base import TokenInputs
-from models.dynamic.block import Places
+from models.dynamic.block import TokenPositions
 from models.dynamic.carry import MOD_AUX
-from models.dynamic.surprise import Criteria, DTFRouter, Surprise, moving_average
+from models.dynamic.surprise import Criteria, Surprise, SurpriseRouter, moving_average
 from models.dynamic.token_router import TokenRouter, top_k
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
@@ -116,11 +116,11 @@ def test_scores_stay_ordered_where_the_gate_is_one():
         torch.nn.init.constant_(parameter, parameter.init.value)
     static = torch.linspace(60.0, 200.0, 16).unsqueeze(1)
     surprise = Surprise(static, torch.zeros_like(static), torch.ones_like(static))
-    router = DTFRouter(config_of("dtf"), ctx=CTX)
+    router = SurpriseRouter(config_of("dtf"), ctx=CTX)
     router.criteria = criteria
-    scored = router.judged(static, surprise, None).scored
-    assert (scored.gate == 1.0).all()
-    assert top_k(scored.scores.T.detach(), 4).tolist() == [[12, 13, 14, 15]]
+    router_scores = router.score_tokens(static, surprise, None).router_scores
+    assert (router_scores.gate == 1.0).all()
+    assert top_k(router_scores.scores.T.detach(), 4).tolist() == [[12, 13, 14, 15]]
 
 
 @torch.no_grad()
@@ -134,13 +134,13 @@ def test_an_outlier_at_the_first_token_does_not_starve_those_after_it():
     assert average[0, 1:].max() < 2.0
     poisoned = moving_average(static, positions, window, skip_first=False)
     assert poisoned[0, 1:window].min() > 50.0
-    router = DTFRouter(config_of("dtf"), ctx=CTX)
+    router = SurpriseRouter(config_of("dtf"), ctx=CTX)
     assert router.criteria is not None
     for parameter in router.criteria.parameters():
         torch.nn.init.constant_(parameter, parameter.init.value)
     surprise = Surprise(static.T, static.T, average.T)
-    scored = router.judged(static.T, surprise, None).scored
-    chosen = router.choice.tokens(scored.scores, forced=positions == 0).chosen[0]
+    router_scores = router.score_tokens(static.T, surprise, None).router_scores
+    chosen = router.choice.tokens(router_scores.scores, forced=positions == 0).chosen[0]
     assert chosen[0]
     assert 0.25 < chosen[1:window].float().mean() < 1.0
 
@@ -308,6 +308,6 @@ def test_what_a_run_reports_tells_a_rule_that_never_chooses_from_one_that_is_rig
 
 def test_places_say_where_documents_begin():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0]], dtype=torch.int32)
-    assert Places(positions, packed=True).firsts.tolist() == [
+    assert TokenPositions(positions, packed=True).document_starts.tolist() == [
         [True, False, False, True, False, True]
     ]

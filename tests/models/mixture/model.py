@@ -24,7 +24,7 @@ from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.moe import MoELayer
-from parallel.regions import own_length
+from parallel.regions import local_seq_len
 from parallel.sharding import Normal
 from tests.models.mixture.config import MixtureConfig
 
@@ -113,7 +113,7 @@ def carry_schema(
     seq_length: int,
     segmented: bool = False,
 ) -> MixtureCarry:
-    shape = (own_length(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
+    shape = (local_seq_len(seq_length, ctx=ctx), micro_batch_size, config.hidden_size)
     return MixtureCarry(
         Field(shape, ctx.precision.dtype, gradient=True),
         Field((micro_batch_size, 2), torch.float32, gradient=True),

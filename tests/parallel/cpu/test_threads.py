@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from parallel.cpu.threads import THREADS, Facts, choose, count_cores, cpu_quota, prepare_threads
+from parallel.cpu.threads import (
+    THREADS,
+    CpuResources,
+    choose,
+    count_cores,
+    cpu_quota,
+    prepare_threads,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,16 +30,16 @@ def _write(folder: Path, **files: str) -> None:
 @pytest.mark.parametrize(
     ("facts", "threads"),
     [
-        (Facts(cores=2), None),  # torch's own choice
-        (Facts(cores=64, quota=64.0), None),
-        (Facts(cores=64, quota=2.0), "2"),
-        (Facts(cores=64, quota=2.9), "2"),
-        (Facts(cores=64, quota=0.5), "1"),
-        (Facts(cores=2, ranks=2), "1"),
-        (Facts(cores=2, ranks=4), "1"),
-        (Facts(cores=64, ranks=8), "8"),
-        (Facts(cores=64, quota=16.0, ranks=4), "4"),
-        (Facts(cores=1, ranks=1), None),
+        (CpuResources(cores=2), None),  # torch's own choice
+        (CpuResources(cores=64, quota=64.0), None),
+        (CpuResources(cores=64, quota=2.0), "2"),
+        (CpuResources(cores=64, quota=2.9), "2"),
+        (CpuResources(cores=64, quota=0.5), "1"),
+        (CpuResources(cores=2, ranks=2), "1"),
+        (CpuResources(cores=2, ranks=4), "1"),
+        (CpuResources(cores=64, ranks=8), "8"),
+        (CpuResources(cores=64, quota=16.0, ranks=4), "4"),
+        (CpuResources(cores=1, ranks=1), None),
     ],
 )
 def test_threads_are_the_cores_that_the_quota_and_other_ranks_leave(facts, threads):
@@ -42,15 +49,15 @@ def test_threads_are_the_cores_that_the_quota_and_other_ranks_leave(facts, threa
 
 
 def test_a_number_of_threads_that_is_given_stays():
-    assert choose(Facts(cores=4, ranks=2), {THREADS: "3"}).variables == {}
+    assert choose(CpuResources(cores=4, ranks=2), {THREADS: "3"}).variables == {}
 
 
 @pytest.mark.parametrize(
     ("facts", "threads", "parts"),
     [
-        (Facts(2), "3", ["OMP_NUM_THREADS=3", "set it to 2"]),
-        (Facts(2, ranks=2), "2", ["OMP_NUM_THREADS=2", "2 ranks", "set it to 1"]),
-        (Facts(64, quota=4.0), "64", ["4 cores that they may use", "set it to 4"]),
+        (CpuResources(2), "3", ["OMP_NUM_THREADS=3", "set it to 2"]),
+        (CpuResources(2, ranks=2), "2", ["OMP_NUM_THREADS=2", "2 ranks", "set it to 1"]),
+        (CpuResources(64, quota=4.0), "64", ["4 cores that they may use", "set it to 4"]),
     ],
 )
 def test_a_remark_has_the_cause_and_the_remedy_in_one_line(facts, threads, parts):
@@ -63,7 +70,7 @@ def test_a_remark_has_the_cause_and_the_remedy_in_one_line(facts, threads, parts
 
 @pytest.mark.parametrize("threads", ["1", "5", "2,1"])  # the last one is for libgomp to judge
 def test_nothing_is_remarked_where_the_threads_have_cores(threads):
-    assert choose(Facts(8), {THREADS: threads}).remark is None
+    assert choose(CpuResources(8), {THREADS: threads}).remark is None
 
 
 def test_a_quota_of_version_2_is_the_least_on_the_way_to_the_root(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from parallel.cpu import waiting
 from parallel.cpu.threads import POLICY, SPIN, THREADS
-from parallel.cpu.waiting import CpuTimes, Waiting, busy_cores, cpu_times
+from parallel.cpu.waiting import CpuTimes, WaitPolicy, busy_cores, cpu_times
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -70,7 +70,7 @@ def _has_more_threads(before: int, number: int) -> bool:
 
 def test_threads_sleep_as_long_as_others_are_busy_and_one_line_says_so(monkeypatch):
     machine = _Neighbours(monkeypatch, cpus=4, threads=3)
-    own = Waiting.of_this_process(ranks=1, threads=3)
+    own = WaitPolicy.of_this_process(ranks=1, threads=3)
     assert own is not None
     before = len(list(Path("/proc/self/task").iterdir()))
     remarks = []
@@ -91,7 +91,7 @@ def test_ranks_that_fill_the_cpus_are_no_neighbours(monkeypatch):
     machine = _Neighbours(monkeypatch, cpus=4, threads=2)
     machine.busy = 2.0  # the other rank, which does as this one does
     monkeypatch.setattr(waiting, "sharing", lambda ranks: ranks)
-    own = Waiting.of_this_process(ranks=2, threads=2)
+    own = WaitPolicy.of_this_process(ranks=2, threads=2)
     assert own is not None
     own.adapt()
     assert not own.sleeps
@@ -105,7 +105,7 @@ def test_ranks_that_fill_the_cpus_are_no_neighbours(monkeypatch):
 def test_nothing_is_changed_within_half_a_second(monkeypatch):
     machine = _Neighbours(monkeypatch, cpus=2, threads=2)
     machine.busy = 2.0
-    own = Waiting.of_this_process(ranks=1, threads=2)
+    own = WaitPolicy.of_this_process(ranks=1, threads=2)
     assert own is not None
     clock = own._since.clock
     monkeypatch.setattr(waiting.time, "monotonic", lambda: clock + 0.4)
@@ -122,12 +122,12 @@ def test_a_policy_that_is_given_stays(given, monkeypatch):
     _Neighbours(monkeypatch, cpus=2, threads=2)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert Waiting.of_this_process(ranks=1, threads=2) is None
+    assert WaitPolicy.of_this_process(ranks=1, threads=2) is None
 
 
 def test_one_thread_has_nobody_to_wait_for(monkeypatch):
     _Neighbours(monkeypatch, cpus=2, threads=1)
-    assert Waiting.of_this_process(ranks=1, threads=1) is None
+    assert WaitPolicy.of_this_process(ranks=1, threads=1) is None
 
 
 def test_sums_are_the_same_whether_threads_sleep_or_spin():
@@ -137,7 +137,7 @@ def test_sums_are_the_same_whether_threads_sleep_or_spin():
         "x = torch.randn(300, 700, generator=torch.Generator().manual_seed(0))\n"
         "def sums(): return torch.cat([(x @ x.T).flatten(), x.sum(0), x.exp().sum(1)])\n"
         "first = sums()\n"
-        "own = waiting.Waiting.of_this_process(ranks=1, threads=torch.get_num_threads())\n"
+        "own = waiting.WaitPolicy.of_this_process(ranks=1, threads=torch.get_num_threads())\n"
         "own._cpus, own._since = 1, own._since._replace(clock=0.0)\n"
         "own.adapt(); assert own.sleeps\n"
         "assert torch.equal(first, sums())\n"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from models.common.rope import RotaryTable
 from models.dynamic import BaseDynamicCausalLM, MoDForCausalLM, model_classes, register
-from models.dynamic.block import SomeTokens
+from models.dynamic.block import RoutedBlock
 from models.dynamic.carry import DynamicCarry
 from models.dynamic.config import DynamicConfig, MoDConfig
 from models.dynamic.hf.config import DynamicHFConfig
@@ -59,19 +59,19 @@ class StrideLayer(nn.Module):
     def __init__(self, config: StrideConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
         super().__init__()
         self.router = StrideRouter(config, ctx=ctx)
-        self.dynamic = SomeTokens(config, rotary=rotary, ctx=ctx)
+        self.dynamic = RoutedBlock(config, rotary=rotary, ctx=ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> Any:
         return self.dynamic.new_cache(batch_size, max_length)
 
     def forward(self, carry: DynamicCarry, cache: Any = None) -> DynamicCarry:
         x = carry.hidden
-        places = self.dynamic.places(x, carry.positions, cache)
+        token_positions = self.dynamic.token_positions(x, carry.positions, cache)
         gate, selection = self.router(x)
         if cache is not None:
-            chosen = places.positions % self.router.stride == 0
-            return carry._replace(hidden=self.dynamic.continued(x, gate, chosen, cache))
-        y, _ = self.dynamic(x, gate, selection, places)
+            chosen = token_positions.positions % self.router.stride == 0
+            return carry._replace(hidden=self.dynamic.forward_cached(x, gate, chosen, cache))
+        y, _ = self.dynamic(x, gate, selection, token_positions)
         return carry._replace(hidden=y)
 
 

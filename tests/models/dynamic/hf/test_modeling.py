@@ -101,8 +101,8 @@ def test_every_feature_is_exported(case, tmp_path):
     assert not any(loaded.values())
     logits = exported.double(TokenInputs(TOKENS)).logits.transpose(0, 1)
     torch.testing.assert_close(model(TOKENS).logits, logits, **FP64)
-    continued = model.generate(TOKENS, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
-    assert torch.equal(continued, generate(exported.double, TOKENS, max_new_tokens=NEW))
+    forward_cached = model.generate(TOKENS, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(forward_cached, generate(exported.double, TOKENS, max_new_tokens=NEW))
 
 
 def test_an_export_comes_back_bit_for_bit(exported, tmp_path):

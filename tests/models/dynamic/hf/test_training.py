@@ -47,10 +47,10 @@ def _stepped(case: str, folder: Path, batch_size: int) -> tuple[float, dict[str,
     batch no more than its longest row needs.
     """
     tokens = torch.randint(0, 61, (4, 21), generator=torch.Generator().manual_seed(3))
-    scored = torch.arange(21) >= torch.tensor([[20], [15], [10], [0]])
+    router_scores = torch.arange(21) >= torch.tensor([[20], [15], [10], [0]])
     mask = torch.ones_like(tokens)
     mask[1, :4], mask[3, 17:] = 0, 0
-    labels = tokens.masked_fill(~scored | (mask == 0), -100)
+    labels = tokens.masked_fill(~router_scores | (mask == 0), -100)
     columns = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
     rows = [{name: column[i] for name, column in columns.items()} for i in range(4)]
     kind, config_kind = CLASSES[case.removesuffix("_experts")]
@@ -122,8 +122,8 @@ def test_rows_train_as_alone_however_much_padding_they_have(case, recomputed):
         own = copy.deepcopy(model)
         if recomputed:
             own.gradient_checkpointing_enable()
-        scored = sum(len(row) - 1 for row in rows)
-        losses = [own(**batch, num_items_in_batch=scored).loss for batch in batches]
+        router_scores = sum(len(row) - 1 for row in rows)
+        losses = [own(**batch, num_items_in_batch=router_scores).loss for batch in batches]
         loss = torch.stack(losses).sum()
         loss.backward()
         own.update_thresholds()
@@ -159,10 +159,12 @@ def test_the_trainer_of_transformers_trains_saves_and_goes_on(exported, tmp_path
         return model.state_dict()
 
     whole = train("whole", 4)
-    continued = train("part", 4, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    forward_cached = train(
+        "part", 4, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
+    )
     before = exported.loaded(dtype=torch.float32).state_dict()
     for name, tensor in whole.items():
-        assert torch.equal(continued[name], tensor), name
+        assert torch.equal(forward_cached[name], tensor), name
         if name.endswith("tau"):
             assert not torch.equal(before[name], tensor), name
 
