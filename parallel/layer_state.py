@@ -8,7 +8,8 @@ recomputation would then change what a step computes. So a module only sums what
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ def update_layer_states(module: nn.Module, *, ctx: ParallelContext) -> None:
     Collective over the data and tensor ranks of a stage: one all-reduce and, at tensor size > 1,
     one broadcast, so that tensor ranks cannot differ by a rounding of their all-reduces.
     """
-    owners = [m for m in module.modules() if isinstance(m, UpdatedAfterStep)]
+    owners = _owners(module)
     if not owners:
         return
     parts = [owner.take_sums() for owner in owners]
@@ -52,9 +53,17 @@ def update_layer_states(module: nn.Module, *, ctx: ParallelContext) -> None:
 
 def discard_layer_sums(module: nn.Module) -> None:
     """Forget what every layer below `module` has summed in a step that changes nothing."""
-    for owner in module.modules():
-        if isinstance(owner, UpdatedAfterStep):
-            owner.take_sums()
+    for owner in _owners(module):
+        owner.take_sums()
+
+
+def _owners(module: nn.Module) -> list[UpdatedAfterStep]:
+    return [cast(UpdatedAfterStep, m) for m in module.modules() if _is_updated(type(m))]
+
+
+@cache  # a look at a protocol takes microseconds, and a model has thousands of modules
+def _is_updated(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, UpdatedAfterStep)
 
 
 def kept_in_dtype(
