@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What a run imports late, most of it DeepSpeed while it builds an engine: a third of the CPU time of
-# a tiny run, if each rank did it.
+# What a run imports late, most of it DeepSpeed while it builds an engine. If each rank did it, that
+# would be a third of the CPU time of a tiny run.
 _IMPORTED_BY_RUNS = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
