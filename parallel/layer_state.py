@@ -8,8 +8,7 @@ recomputation would then change what a step computes. So a module only sums what
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -58,12 +57,10 @@ def discard_layer_sums(module: nn.Module) -> None:
 
 
 def _owners(module: nn.Module) -> list[UpdatedAfterStep]:
-    return [cast(UpdatedAfterStep, m) for m in module.modules() if _is_updated(type(m))]
-
-
-@cache  # a look at a protocol takes microseconds, and a model has thousands of modules
-def _is_updated(kind: type[nn.Module]) -> bool:
-    return issubclass(kind, UpdatedAfterStep)
+    # A look at a protocol takes microseconds: once for each class, not for each of its modules.
+    kinds = {type(m) for m in module.modules()}
+    updated = tuple(kind for kind in kinds if issubclass(kind, UpdatedAfterStep))
+    return [m for m in module.modules() if isinstance(m, updated)]
 
 
 def kept_in_dtype(
