@@ -25,12 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What DeepSpeed imports while it builds an engine: half of the CPU time of a tiny run, if each rank
-# did it.
-_IMPORTED_BY_ENGINES = (
+# What a run imports late, most of it DeepSpeed while it builds an engine. If each rank did it, that
+# would be a third of the CPU time of a tiny run.
+_IMPORTED_BY_RUNS = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "numpy.ma",
 )
 
 
@@ -69,7 +70,7 @@ def run_ranks(
     # Forking while other threads hold locks can deadlock the child.
     torch.set_num_threads(1)
     if "pretrain.engine.engine" in sys.modules:
-        for name in _IMPORTED_BY_ENGINES:
+        for name in _IMPORTED_BY_RUNS:
             importlib.import_module(name)
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -330,6 +330,7 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
         raise CheckpointError(f"the trainer state is not JSON: {error}") from error
 
 
+@cache  # each look parses a file of metadata
 def _package_versions() -> dict[str, str]:
     versions = {"python": sys.version.split()[0]}
     for name in _PACKAGES:

@@ -267,7 +267,7 @@ def main(names: Sequence[str]) -> int:
         shutil.copy(ROOT / "pyproject.toml", tree)
         log = Path(folder, "log")
         every = sorted({test for mutant in chosen.values() for test in mutant.tests})
-        if _outcome(tree, every, log) != SURVIVED:
+        if _outcome(tree, every, log, limit=len(chosen) * LIMIT) != SURVIVED:
             print(f"without a mutant the tests fail:\n{log.read_text()[-3000:]}")
             return 1
         survivors = [
@@ -317,19 +317,19 @@ def _import_what_is_slow() -> None:
             del sys.modules[name]
 
 
-def _outcome(tree: Path, tests: Sequence[str], log: Path) -> int:
+def _outcome(tree: Path, tests: Sequence[str], log: Path, *, limit: float = LIMIT) -> int:
     """What pytest returns for these tests of this tree; minus the signal that ended it."""
     pid = os.fork()
     if pid == 0:
-        _run_pytest(tree, tests, log)
+        _run_pytest(tree, tests, log, limit=limit)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _run_pytest(tree: Path, tests: Sequence[str], log: Path) -> NoReturn:
+def _run_pytest(tree: Path, tests: Sequence[str], log: Path, *, limit: float) -> NoReturn:
     status = 2
     try:
         os.setsid()
-        signal.setitimer(signal.ITIMER_REAL, LIMIT)  # SIGALRM ends a process that does not see it
+        signal.setitimer(signal.ITIMER_REAL, limit)  # SIGALRM ends a process that does not see it
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         for stream in (1, 2):
             os.dup2(descriptor, stream)

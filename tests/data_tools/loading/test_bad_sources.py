@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from data_tools.loading.loader import TrainLoader
 from data_tools.sampling.token_dataset import TokenDataset
 from data_tools.verify import verify
 from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 def _loader(path: Path, **changes: Any) -> TrainLoader:
@@ -39,7 +44,8 @@ def test_index_of_another_corpus_is_refused(tmp_path: Path) -> None:
     a = write_counting_corpus(tmp_path / "a", 500)
     b = write_counting_corpus(tmp_path / "b", 600)
     shutil.copy(b.with_suffix(".idx"), a.with_suffix(".idx"))
-    with pytest.raises(DataError, match=r"a.bin: 2000 bytes found, 2400 expected by a.idx; it is"):
+    constraint = ("2400", "a.idx")
+    with _refused("a.bin", value=2000, constraint=constraint, remedy="preprocess"):
         _loader(a)
 
 
@@ -47,7 +53,8 @@ def test_index_of_another_corpus_of_the_same_size_is_found_by_verify(tmp_path: P
     write_corpus(tmp_path / "a", counting_documents([100, 200]))
     write_corpus(tmp_path / "b", counting_documents([150, 150]))
     shutil.copy(tmp_path / "b.idx", tmp_path / "a.idx")
-    with pytest.raises(DataError, match=r"a.idx: SHA-256 .*"):
+    found = sha256((tmp_path / "b.idx").read_bytes()).hexdigest()
+    with _refused("a.idx", value=found, constraint="SHA-256", remedy="preprocess"):
         verify(str(tmp_path / "a"))
 
 
@@ -56,7 +63,8 @@ def test_truncated_tokens_are_refused(tmp_path: Path, size: int) -> None:
     prefix = write_counting_corpus(tmp_path / "c", 500)
     with open(prefix.with_suffix(".bin"), "r+b") as file:
         file.truncate(size)
-    with pytest.raises(DataError, match=r"c.bin: .*(bytes found, 2000 expected|is empty)"):
+    value, constraint = (size, "2000") if size else ("empty", ())
+    with _refused("c.bin", value=value, constraint=constraint, remedy="preprocess"):
         _loader(prefix)
 
 
@@ -66,7 +74,8 @@ def test_source_that_is_gone_at_a_resume_is_refused(tmp_path: Path) -> None:
         next(loader)
         state = loader.state_dict()
     prefix.with_suffix(".bin").unlink()
-    with pytest.raises(DataError, match=r"c.bin: no such file; check the path"):
+    path = prefix.with_suffix(".bin")
+    with _refused("data.train", value=path, constraint="no such file", remedy="path"):
         _loader(prefix, state=state)
 
 
@@ -76,7 +85,7 @@ def test_contents_that_changed_before_a_resume_are_refused(tmp_path: Path) -> No
         next(loader)
         state = loader.state_dict()
     np.memmap(prefix.with_suffix(".bin"), dtype=np.int32, mode="r+")[300] = 7
-    with pytest.raises(DataError, match="data source c is not the corpus that the checkpoint"):
+    with _refused("source", value="c", constraint="checkpoint", remedy=("restore", "name")):
         _loader(prefix, state=state)
 
 

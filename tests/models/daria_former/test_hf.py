@@ -1,8 +1,7 @@
-"""The exported model: in a process with transformers alone, and in this one."""
+"""What is special to an exported Daria-Former; tests/models/hf/test_contract.py has the rest."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -23,10 +22,8 @@ from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from models.daria_former import DariaFormerConfig, DariaFormerForCausalLM, DariaFormerHFConfig
 from models.daria_former.model import FAMILY
-from models.generate import generate
 from tests.models.checkpoints import write_checkpoint
 from tests.models.families import CASES
-from tests.models.hf.alone import computed_alone
 from tests.tolerance import FP64, assert_close, rounding
 
 CONFIG = CASES["daria_former"].config.model_copy(update={"vocab_size": 301})
@@ -54,49 +51,6 @@ def theirs(exported) -> DariaFormerForCausalLM:
 
 def _ours(folder: Path, **options):
     return load_model(open_checkpoint(folder / "step_1"), device="cpu", **options)
-
-
-@torch.no_grad()
-def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path):
-    result = computed_alone(exported / "hf", TOKENS, new_tokens=NEW, folder=tmp_path)
-    model = _ours(exported).double()
-    output = model(TokenInputs(TOKENS))
-    torch.testing.assert_close(result["logits"], output.logits.transpose(0, 1), **FP64)
-    torch.testing.assert_close(result["again"], result["logits"], **FP64)
-    assert torch.equal(result["greedy"], generate(model, TOKENS, max_new_tokens=NEW))
-    following = torch.nn.functional.pad(TOKENS[:, 1:], (0, 1), value=-100)
-    terms = FAMILY.loss(output, following, config=CONFIG, ctx=model.ctx).terms
-    torch.testing.assert_close(result["loss"], terms["lm_loss"], **FP64)
-    names = {path.name for path in (tmp_path / "out.saved").iterdir()}
-    assert {"modeling_daria_former.py", "configuration_daria_former.py"} <= names
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", ["daria_former_variant", "daria_former_lora"])
-def test_every_feature_is_exported(case, tmp_path):
-    of = CASES[case].config
-    whole = write_checkpoint(tmp_path / "step_1", of, family=FAMILY, tensor=2, tokenizer=None)
-    convert.to_hf(tmp_path / "step_1", tmp_path / "hf", max_shard_size="40KB")
-    model, loaded = DariaFormerForCausalLM.from_pretrained(
-        tmp_path / "hf", output_loading_info=True, dtype=torch.float64
-    )
-    assert not any(loaded.values())
-    tokens, whole = TOKENS % of.vocab_size, whole.double()
-    expected = whole(TokenInputs(tokens)).logits.transpose(0, 1)
-    torch.testing.assert_close(model(tokens).logits, expected, **FP64)
-    continued = model.generate(tokens, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
-    assert torch.equal(continued, generate(whole, tokens, max_new_tokens=NEW))
-
-
-def test_an_export_comes_back_bit_for_bit(exported, theirs, tmp_path):
-    copy.deepcopy(theirs).float().save_pretrained(tmp_path / "saved")
-    for name, directory in (("from_export", exported / "hf"), ("from_saved", tmp_path / "saved")):
-        convert.from_hf(directory, tmp_path / name)
-        stored = open_checkpoint(tmp_path / name)
-        assert stored.config == CONFIG
-        back = load_model(stored, device="cpu").state_dict()
-        for key, tensor in _ours(exported).state_dict().items():
-            assert torch.equal(back[key], tensor), key
 
 
 @torch.no_grad()
@@ -160,23 +114,18 @@ def test_padding_on_either_side_changes_nothing(theirs):
 
 
 @torch.no_grad()
-def test_rows_of_different_lengths_are_generated_as_if_alone(theirs):
+def test_padded_rows_may_be_read_in_chunks(theirs):
     tokens, mask = _padded(torch.tensor([[26], [26]]))
-    options = {"max_new_tokens": NEW, **GREEDY}
-    together = theirs.generate(tokens, attention_mask=mask, **options)
-    in_chunks = theirs.generate(tokens, attention_mask=mask, prefill_chunk_size=8, **options)
-    assert torch.equal(together, in_chunks)
-    for row, start in enumerate((5, 2)):
-        own = tokens[row : row + 1, start:]
-        alone = theirs.generate(own, attention_mask=torch.ones_like(own), **options)
-        assert torch.equal(together[row, start:], alone[0])
+    options = {"attention_mask": mask, "max_new_tokens": NEW, **GREEDY}
+    in_chunks = theirs.generate(tokens, prefill_chunk_size=8, **options)
+    assert torch.equal(in_chunks, theirs.generate(tokens, **options))
 
 
 # Generation.
 
 
 @torch.no_grad()
-def test_generation_with_the_cache_equals_generation_without(theirs):
+def test_the_cache_keeps_the_persona_and_the_emotion_that_are_given(theirs):
     options = {"attention_mask": MASK, "max_new_tokens": 15, **GREEDY}
     given = {"emotion_state": torch.full((2, 8), 0.5), "persona": torch.ones(2, 8)}
     cached = theirs.generate(TOKENS, **options, **given)
@@ -185,11 +134,9 @@ def test_generation_with_the_cache_equals_generation_without(theirs):
 
 
 @torch.no_grad()
-def test_drafts_that_are_refused_leave_no_trace(theirs):
+def test_drafts_of_an_assistant_that_are_refused_leave_no_trace(theirs):
     options = {"max_new_tokens": NEW, "attention_mask": MASK[:1], "do_sample": False}
     expected = theirs.generate(TOKENS[:1], **options)
-    drafts = theirs.generate(TOKENS[:1], prompt_lookup_num_tokens=3, **options)
-    assert torch.equal(drafts, expected)
     torch.manual_seed(1)
     assistant = DariaFormerForCausalLM(theirs.config).eval().double()
     assistant.generation_config.num_assistant_tokens = 3

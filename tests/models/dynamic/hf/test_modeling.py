@@ -1,4 +1,4 @@
-"""The exported models: in a process with transformers alone, and in this one."""
+"""What is special to exports of `mod` and `dtf`; tests/models/hf/test_contract.py has the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     Qwen2Config,
@@ -19,31 +18,13 @@ from transformers import (
 from models import convert
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
-from models.generate import generate
 from parallel.carry import SequentialModel
-from tests.models.dynamic.hf.exports import CLASSES, TOKENS, Exported, export
-from tests.models.hf.alone import computed_alone
+from tests.models.dynamic.hf.exports import CLASSES, TOKENS, Exported
 from tests.tolerance import FP64, assert_close, rounding
 
 MASK = torch.ones_like(TOKENS)
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 NEW = 30
-
-
-@torch.no_grad()
-def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path):
-    result = computed_alone(exported.hf, TOKENS, new_tokens=NEW, folder=tmp_path)
-    model = exported.double
-    output = model(TokenInputs(TOKENS))
-    torch.testing.assert_close(result["logits"], output.logits.transpose(0, 1), **FP64)
-    torch.testing.assert_close(result["again"], result["logits"], **FP64)
-    assert torch.equal(result["greedy"], generate(model, TOKENS, max_new_tokens=NEW))
-    following = F.pad(TOKENS[:, 1:], (0, 1), value=-100)
-    total = exported.family.loss(output, following, config=exported.config, ctx=model.ctx).total
-    torch.testing.assert_close(result["loss"], total, **FP64)
-    name = exported.family.name
-    names = {path.name for path in (tmp_path / "out.saved").iterdir()}
-    assert {f"modeling_{name}.py", f"configuration_{name}.py"} <= names
 
 
 @torch.no_grad()
@@ -94,30 +75,6 @@ def _routed_name(name: str, exported: Exported) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["mod_variant", "dtf_variant"])
-def test_every_feature_is_exported(case, tmp_path):
-    exported = export(tmp_path, case)
-    model, loaded = exported.loaded(output_loading_info=True)
-    assert not any(loaded.values())
-    logits = exported.double(TokenInputs(TOKENS)).logits.transpose(0, 1)
-    torch.testing.assert_close(model(TOKENS).logits, logits, **FP64)
-    forward_cached = model.generate(TOKENS, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
-    assert torch.equal(forward_cached, generate(exported.double, TOKENS, max_new_tokens=NEW))
-
-
-def test_an_export_comes_back_bit_for_bit(exported, tmp_path):
-    exported.loaded(dtype=torch.float32).save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "model.safetensors").is_file()
-    for name, directory in (("from_export", exported.hf), ("from_saved", tmp_path / "saved")):
-        convert.from_hf(directory, tmp_path / name)
-        stored = open_checkpoint(tmp_path / name)
-        assert stored.config == exported.config
-        back = load_model(stored, device="cpu").state_dict()
-        for key, tensor in exported.whole.state_dict().items():
-            assert torch.equal(back[key], tensor), key
-
-
-@torch.no_grad()
 def test_a_model_of_this_process_is_saved_with_its_code_and_thresholds_that_saw_nothing(
     exported, tmp_path
 ):
@@ -155,39 +112,6 @@ def test_in_bf16_the_thresholds_stay_in_fp32(exported, tmp_path):
     state = {n: t for n, t in tensors.items() if n.endswith(("tau", "tau_offset"))}
     assert {t.dtype for t in state.values()} == {torch.float32}
     assert {t.dtype for n, t in tensors.items() if n not in state} == {torch.bfloat16}
-
-
-# Generation.
-
-
-@torch.no_grad()
-def test_rows_of_different_lengths_are_generated_as_if_alone(exported):
-    model = exported.loaded()
-    columns, starts = torch.arange(21).expand(2, -1), torch.tensor([[5], [2]])
-    mask = (columns >= starts).long()
-    options = {"max_new_tokens": NEW, **GREEDY}
-    together = model.generate(TOKENS * mask, attention_mask=mask, **options)
-    for row, start in enumerate((5, 2)):
-        own = TOKENS[row : row + 1, start:]
-        alone = model.generate(own, attention_mask=torch.ones_like(own), **options)
-        assert torch.equal(together[row, start:], alone[0])
-
-
-@torch.no_grad()
-def test_generation_with_the_cache_equals_generation_without(exported):
-    model = exported.loaded()
-    options = {"attention_mask": MASK, "max_new_tokens": 15, **GREEDY}
-    cached = model.generate(TOKENS, **options)
-    assert torch.equal(cached, model.generate(TOKENS, use_cache=False, **options))
-
-
-@torch.no_grad()
-def test_drafts_that_are_refused_leave_no_trace(exported):
-    model = exported.loaded()
-    options = {"max_new_tokens": NEW, "attention_mask": MASK[:1], "do_sample": False}
-    expected = model.generate(TOKENS[:1], **options)
-    drafts = model.generate(TOKENS[:1], prompt_lookup_num_tokens=3, **options)
-    assert torch.equal(drafts, expected)
 
 
 # What cannot be done.
