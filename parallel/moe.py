@@ -10,7 +10,7 @@ tokens, C slots per expert and row, m slots in all, t tensor size, p expert size
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from parallel.regions import (
     scale_replicated_grad,
 )
 from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
+from parallel.token_dispatch import GatherRows, all_to_all, read_counts
 
 
 class MoEOutput(NamedTuple):
@@ -120,12 +121,12 @@ class MoELayer(nn.Module):
                 each = [self._capacity(length, top_k) for length in lengths.tolist()]
                 limits = torch.tensor(each, device=lengths.device)
         slots = _assign_slots(experts, num_experts=num_experts, capacity=capacity, limits=limits)
-        sent = _GatherRows.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
+        sent = GatherRows.apply(tokens, slots.pairs // top_k, slots.slots.view(-1, top_k))
         if capacity is None:
             computed = _without_capacity(sent, slots.counts, self.experts, self.ctx.expert)
         else:
             computed = _with_capacity(sent, self.experts, self.ctx.expert)
-        returned = _GatherRows.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
+        returned = GatherRows.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
         return returned.view(*experts.shape, -1)
 
     def _capacity(self, length: int, top_k: int) -> int:
@@ -297,10 +298,10 @@ def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
 
 def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
     """Dispatch equal parts of the slots [E b C, h] to the experts' ranks, and combine."""
-    parts = _all_to_all(x, axis=axis)
+    parts = all_to_all(x, axis=axis)
     parts = parts.view(axis.size, experts.num_local, -1, x.shape[-1]).transpose(0, 1)
     y = experts(parts.flatten(1, 2))
-    return _all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
+    return all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
 
 
 @torch.compiler.disable  # the number of tokens per expert differs in every step
@@ -308,12 +309,12 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
     """Dispatch the slots [n k, h] to the experts' ranks and combine; the host reads the counts."""
     if x.is_meta:  # only shapes are needed
         return torch.empty_like(x)
-    leaving, arriving = replay_decision(lambda: _read_counts(counts, axis))
+    leaving, arriving = replay_decision(lambda: read_counts(counts, axis))
     if axis.size == 1:
         return experts(x, leaving[0])
     sent, received = ([sum(of_rank) for of_rank in each] for each in (leaving, arriving))
     sizes = [size for of_rank in arriving for size in of_rank]
-    parts = _all_to_all(x, axis=axis, sent=sent, received=received).split(sizes)
+    parts = all_to_all(x, axis=axis, sent=sent, received=received).split(sizes)
     # Rows arrive sorted by rank and then expert; the experts need them sorted by expert.
     local, ranks = range(experts.num_local), range(axis.size)
     order = [rank * len(local) + expert for expert in local for rank in ranks]
@@ -321,75 +322,7 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
     y = experts(torch.cat([parts[i] for i in order]), totals)
     results = dict(zip(order, y.split([sizes[i] for i in order]), strict=True))
     y = torch.cat([results[i] for i in range(len(order))])
-    return _all_to_all(y, axis=axis, sent=received, received=sent)
-
-
-def _read_counts(counts: Tensor, axis: Axis) -> list[list[list[int]]]:
-    """Numbers of rows sent to each rank's experts, and received from each rank for its own."""
-    arriving = counts
-    if axis.size > 1:
-        arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts, group=axis.group)
-    both: list[list[list[int]]] = torch.stack([counts, arriving]).view(2, axis.size, -1).tolist()
-    return both
-
-
-def _all_to_all(
-    x: Tensor, *, axis: Axis, sent: list[int] | None = None, received: list[int] | None = None
-) -> Tensor:
-    """Send `sent[r]` rows to each expert rank r and receive `received[r]`; equal parts if None."""
-    return x if axis.size == 1 else _AllToAll.apply(x, axis.group, sent, received)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        group: dist.ProcessGroup | None,
-        sent: list[int] | None,
-        received: list[int] | None,
-    ) -> Tensor:
-        ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _exchange(x, group, sent, received)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradient, ctx.group, ctx.received, ctx.sent), None, None, None
-
-
-def _exchange(
-    x: Tensor,
-    group: dist.ProcessGroup | None,
-    sent: list[int] | None,
-    received: list[int] | None,
-) -> Tensor:
-    num_rows = len(x) if received is None else sum(received)
-    out = x.new_empty(num_rows, *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
-    return out
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows `index` of x; an index past the end gives zeros.
-
-    `inverse` [len(x), r] holds the rows of the result that each row of x was copied to, so that
-    backward is a gather, too, in a fixed order, where torch's own would use atomic adds.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return _rows_of(x, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return _rows_of(gradient, inverse).sum(dim=1), None, None
-
-
-def _rows_of(x: Tensor, index: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[index]
+    return all_to_all(y, axis=axis, sent=received, received=sent)
 
 
 def _check_sizes(
