@@ -8,7 +8,7 @@ process is the crash of a machine.
 from __future__ import annotations
 
 import os
-import random
+import secrets
 import shutil
 import socket
 import subprocess
@@ -39,7 +39,8 @@ class Cluster:
         self.nodes = [f"node{i}" for i in range(1, num_nodes + 1)]
         self.config = directory / "slurm.conf"
         self.takes_containers = False
-        self.bridge = f"mf{random.randrange(16**8):08x}"
+        # Not from `random`, which tests seed: two clusters at a time must differ.
+        self.bridge = f"mf{secrets.token_hex(4)}"
         self._network = ""
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -281,7 +282,7 @@ def _ip(*arguments: str, check: bool = True) -> str:
 def _free_network() -> str:
     used = _ip("-4", "address") + _ip("-4", "route")
     networks = [f"10.231.{third}" for third in range(1, 251)]
-    return random.choice([network for network in networks if f"{network}." not in used])
+    return secrets.choice([network for network in networks if f"{network}." not in used])
 
 
 def _free_ports(number: int) -> list[int]:
