@@ -139,7 +139,7 @@ def test_a_tokenizer_that_was_moved_with_its_weights_is_found(data, tmp_path, ca
     folder = _with_tokenizer(tmp_path / "import", None, str(tmp_path / "before" / "tokenizer"))
     with caplog.at_level(logging.WARNING):
         _take(data, folder, model=_model())
-    assert "is not there any more, so that it cannot be compared" in caplog.text
+    assert "no longer exists, so it cannot be compared" in caplog.text
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(
