@@ -1,65 +1,29 @@
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 
 from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert, generate
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from tests.models.checkpoints import config, edit_json, write_checkpoint
+from tests.models.hf.tokenizer_files import TEXT, hugging_face_file, sentencepiece_file
 
 TOKENS = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
-TEXT = "Some words to learn from,\n\tand some more: 1234 \u00e9\n"
 SHAPES = {
     "llama": {},
     "tied": {"tie_embeddings": True},
     "qwen2": {"qkv_bias": True, "tie_embeddings": True, "rope_theta": 1e6},
     "head_dim": {"head_dim": 12},
 }
-
-
-def _sentencepiece(path: Path, **changes: object) -> Path:
-    model = io.BytesIO()
-    settings = {
-        "model_type": "bpe",
-        "vocab_size": 290,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_writer=model, **(settings | changes)
-    )
-    path.write_bytes(model.getvalue())
-    return path
-
-
-def _hugging_face(path: Path) -> Path:
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 20, trainer)
-    tokenizer.save(str(path))
-    return path
 
 
 def _their_logits(directory: Path) -> torch.Tensor:
@@ -145,7 +109,7 @@ def test_the_precision_can_be_chosen(tmp_path):
     ],
 )
 def test_a_sentencepiece_tokenizer_is_exported_as_the_same_fast_tokenizer(settings, tmp_path):
-    source = _sentencepiece(tmp_path / "t.model", **settings)
+    source = sentencepiece_file(tmp_path / "t.model", **settings)
     write_checkpoint(tmp_path / "step_5", config(), tokenizer=str(source))
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
@@ -160,7 +124,7 @@ def test_a_sentencepiece_tokenizer_is_exported_as_the_same_fast_tokenizer(settin
 
 
 def test_a_hugging_face_tokenizer_is_exported_as_it_is(tmp_path):
-    source = _hugging_face(tmp_path / "tokenizer.json")
+    source = hugging_face_file(tmp_path / "tokenizer.json")
     write_checkpoint(tmp_path / "step_5", config(), tokenizer=str(source))
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
@@ -173,7 +137,7 @@ def test_a_hugging_face_tokenizer_is_exported_as_it_is(tmp_path):
 
 
 def test_a_tokenizer_that_would_change_is_refused(tmp_path, capsys):
-    source = _sentencepiece(tmp_path / "t.model", normalization_rule_name="nmt_nfkc")
+    source = sentencepiece_file(tmp_path / "t.model", normalization_rule_name="nmt_nfkc")
     write_checkpoint(tmp_path / "step_5", config(), tokenizer=str(source))
     common = ["to-hf", "--checkpoint", str(tmp_path / "step_5"), "--output", str(tmp_path / "hf")]
     assert convert.main(common) == 2
@@ -411,7 +375,7 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys):
 
 
 def test_the_command_lines_work_one_after_the_other(tmp_path):
-    source = _sentencepiece(tmp_path / "t.model")
+    source = sentencepiece_file(tmp_path / "t.model")
     write_checkpoint(tmp_path / "run" / "checkpoints" / "step_7", config(), tokenizer=str(source))
     lines = [
         ["models.convert", "to-hf", "--checkpoint", "run", "--output", "hf", "--dtype", "bf16"],

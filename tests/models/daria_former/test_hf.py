@@ -13,8 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
-    Trainer,
-    TrainingArguments,
 )
 
 from models import convert
@@ -24,6 +22,7 @@ from models.daria_former import DariaFormerConfig, DariaFormerForCausalLM, Daria
 from models.daria_former.model import FAMILY
 from tests.models.checkpoints import write_checkpoint
 from tests.models.families import CASES
+from tests.models.hf.trainer_runs import trained_and_resumed
 from tests.tolerance import FP64, assert_close, rounding
 
 CONFIG = CASES["daria_former"].config.model_copy(update={"vocab_size": 301})
@@ -207,26 +206,11 @@ def test_a_loss_is_divided_by_the_number_that_the_trainer_counts(theirs):
 
 
 def test_the_trainer_of_transformers_trains_saves_and_goes_on(theirs, tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_steps": 2,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": [],
-    }
-
-    def train(name: str, steps: int, **resume: str) -> dict[str, torch.Tensor]:
-        model = DariaFormerForCausalLM.from_pretrained(theirs.config.name_or_path)
-        arguments = TrainingArguments(str(tmp_path / name), max_steps=steps, **options)
-        Trainer(model, arguments, train_dataset=rows).train(**resume)
-        return model.state_dict()
-
-    whole = train("whole", 4)
-    continued = train("part", 4, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert all(torch.equal(continued[name], tensor) for name, tensor in whole.items())
+    path = theirs.config.name_or_path
+    whole, resumed = trained_and_resumed(
+        lambda: DariaFormerForCausalLM.from_pretrained(path), TOKENS, tmp_path
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     assert any(not torch.equal(whole[n], tensor) for n, tensor in theirs.state_dict().items())
 
 

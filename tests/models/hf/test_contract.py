@@ -3,30 +3,23 @@ with the family."""
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from models import convert
-from models.base import ModelFamily, TokenInputs, logits_of
+from models.base import TokenInputs, logits_of
 from models.checkpoint import load_model, open_checkpoint
 from models.generate import generate
-from parallel.carry import SequentialModel
 from tests.models import checkpoints
-from tests.models.checkpoints import write_checkpoint
 from tests.models.families import CASES, evaluated
 from tests.models.hf.alone import computed_alone
+from tests.models.hf.export_folder import TOKENS, VOCAB_SIZE, Exported, export
 from tests.models.hf.exports import FAMILIES as OWN_CODE
 from tests.tolerance import FP64, assert_close, rounding
 
-VOCAB_SIZE = 301
-TOKENS = torch.randint(0, VOCAB_SIZE, (2, 21), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(TOKENS)
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 NEW = 30  # 51 tokens: over the windows, segments and capacities of all families
@@ -42,39 +35,12 @@ VARIANTS = (
 )
 
 
-class Exported(NamedTuple):
-    """A checkpoint of 2 x 2 ranks, the model in it, and what it was exported to."""
-
-    folder: Path
-    family: ModelFamily
-    config: Any
-    whole: SequentialModel
-
-    @property
-    def hf(self) -> Path:
-        return self.folder / "hf"
-
-    @property
-    def code(self) -> set[str]:
-        """The files of code that config.json names; none where transformers knows the type."""
-        named = json.loads((self.hf / "config.json").read_text()).get("auto_map", {})
-        return {f"{reference.partition('.')[0]}.py" for reference in named.values()}
-
-    def loaded(self, **options: Any) -> Any:
-        """In fp64, so that what differs from ours differs by more than the order of a sum."""
-        return AutoModelForCausalLM.from_pretrained(self.hf, **{"dtype": torch.float64, **options})
-
-    @property
-    def within(self) -> float:
-        """How far logits may be apart, as a part of the largest. Classes of transformers compute
-        norms and rotations in fp32, two and one in each of 4 layers, and one norm after them."""
-        if self.code:
-            return FP64["rtol"]
-        return rounding(torch.float32, depth=13, length=self.config.hidden_size)
-
-    @property
-    def double(self) -> SequentialModel:
-        return copy.deepcopy(self.whole).double()
+def _within(exported: Exported) -> float:
+    """How far logits may be apart, as a part of the largest. Classes of transformers compute norms
+    and rotations in fp32, two and one in each of 4 layers, and one norm after them."""
+    if exported.code:
+        return FP64["rtol"]
+    return rounding(torch.float32, depth=13, length=exported.config.hidden_size)
 
 
 def _export(folder: Path, case: str) -> Exported:
@@ -82,11 +48,7 @@ def _export(folder: Path, case: str) -> Exported:
     config = config.model_copy(update={"vocab_size": VOCAB_SIZE})
     tokens = torch.randint(0, VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(5))
     whole = evaluated(checkpoints.model(config, family).train(), tokens)
-    write_checkpoint(
-        folder / "step_1", config, family=family, pipeline=2, tensor=2, tokenizer=None, whole=whole
-    )
-    convert.to_hf(folder / "step_1", folder / "hf", max_shard_size="60KB")
-    return Exported(folder, family, config, whole)
+    return export(folder, family, config, whole)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -99,12 +61,12 @@ def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path)
     result = computed_alone(exported.hf, TOKENS, new_tokens=NEW, folder=tmp_path)
     model = exported.double
     output = model(TokenInputs(TOKENS))
-    assert_close(result["logits"], logits_of(output).transpose(0, 1), exported.within, "logits")
+    assert_close(result["logits"], logits_of(output).transpose(0, 1), _within(exported), "logits")
     torch.testing.assert_close(result["again"], result["logits"], **FP64)
     assert torch.equal(result["greedy"], generate(model, TOKENS, max_new_tokens=NEW))
     following = F.pad(TOKENS[:, 1:], (0, 1), value=-100)
     terms = exported.family.loss(output, following, config=exported.config, ctx=model.ctx).terms
-    assert_close(result["loss"], terms["lm_loss"], exported.within, "loss")
+    assert_close(result["loss"], terms["lm_loss"], _within(exported), "loss")
     assert exported.code <= {path.name for path in (tmp_path / "out.saved").iterdir()}
     assert bool(exported.code) == (exported.family.name in OWN_CODE)
 
@@ -116,7 +78,7 @@ def test_every_feature_is_exported(case, tmp_path):
     model, loaded = exported.loaded(output_loading_info=True)
     assert not any(loaded.values())
     logits = logits_of(exported.double(TokenInputs(TOKENS))).transpose(0, 1)
-    assert_close(model(TOKENS).logits, logits, exported.within, "logits")
+    assert_close(model(TOKENS).logits, logits, _within(exported), "logits")
     continued = model.generate(TOKENS, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
     assert torch.equal(continued, generate(exported.double, TOKENS, max_new_tokens=NEW))
 

@@ -19,7 +19,8 @@ from models import convert
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from parallel.carry import SequentialModel
-from tests.models.dynamic.hf.exports import CLASSES, TOKENS, Exported
+from tests.models.dynamic.hf.exports import CLASSES, Exported
+from tests.models.hf.export_folder import TOKENS
 from tests.tolerance import FP64, assert_close, rounding
 
 MASK = torch.ones_like(TOKENS)

@@ -14,8 +14,10 @@ from transformers import Trainer, TrainingArguments
 from models.base import TokenInputs
 from models.dynamic import ThresholdUpdates
 from tests.distributed import run_ranks
-from tests.models.dynamic.hf.exports import CLASSES, TOKENS, VOCAB_SIZE
+from tests.models.dynamic.hf.exports import CLASSES
 from tests.models.families import CASES
+from tests.models.hf.export_folder import TOKENS, VOCAB_SIZE
+from tests.models.hf.trainer_runs import trained_and_resumed
 from tests.tolerance import FP64
 
 
@@ -140,31 +142,15 @@ def test_rows_train_as_alone_however_much_padding_they_have(case, recomputed):
 
 
 def test_the_trainer_of_transformers_trains_saves_and_goes_on(exported, tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_steps": 2,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": [],
-    }
-
-    def train(name: str, steps: int, **resume: str) -> dict[str, torch.Tensor]:
-        model = exported.loaded(dtype=torch.float32)
-        arguments = TrainingArguments(str(tmp_path / name), max_steps=steps, **options)
-        callbacks = [ThresholdUpdates()]
-        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train(**resume)
-        return model.state_dict()
-
-    whole = train("whole", 4)
-    forward_cached = train(
-        "part", 4, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
+    whole, resumed = trained_and_resumed(
+        lambda: exported.loaded(dtype=torch.float32),
+        TOKENS,
+        tmp_path,
+        callbacks=[ThresholdUpdates()],
     )
     before = exported.loaded(dtype=torch.float32).state_dict()
     for name, tensor in whole.items():
-        assert torch.equal(forward_cached[name], tensor), name
+        assert torch.equal(resumed[name], tensor), name
         if name.endswith("tau"):
             assert not torch.equal(before[name], tensor), name
 
