@@ -30,9 +30,10 @@ from pretrain.engine.train_spec import TrainSpec, build_context, build_precision
 from pretrain.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.layout import SEQUENCES, Layout
 from tests.pretrain.tiny_run import SEQ, VOCAB, tiny_run
 
-STEPS, SEQUENCES = 2, 4
+STEPS = 2
 _SMALL = 1000  # elements; every matrix of the model has more, and a bucket then holds one
 
 # Key -> the settings that try it, each a file of its own.
@@ -121,44 +122,6 @@ def leaves(schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from leaves(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
-
-
-class Layout(NamedTuple):
-    """Sizes of the axes, ZeRO stage and what is offloaded. The global batch is the same at each."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    expert: int = 1
-    stage: int = 1
-    offload: tuple[str, ...] = ()
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        return {
-            "parallel__tensor": self.tensor,
-            "parallel__pipeline": self.pipeline,
-            "parallel__expert": self.expert,
-            "training__batch_size": SEQUENCES // self.data,
-        }
-
-    def file(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON of this layout with `settings`, dotted key -> value."""
-        offload = {f"zero_optimization.{name}": {"device": "cpu"} for name in self.offload}
-        values: dict[str, Any] = {}
-        for key, value in {
-            "zero_optimization.stage": self.stage, **offload, **settings
-        }.items():  # fmt: skip
-            *parents, name = key.split(".")
-            section = values
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[name] = value
-        return values
 
 
 OPTIMIZER, BOTH = ("offload_optimizer",), ("offload_optimizer", "offload_param")

@@ -24,13 +24,13 @@ from tests.pretrain.engine.ds_options import (
     NOT_TRIED,
     REPORTS,
     TRIED,
-    Layout,
     Trained,
     config_of,
     dtypes_of_sums,
     leaves,
     train,
 )
+from tests.pretrain.layout import Layout
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import write_data
 

@@ -26,49 +26,27 @@ from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
 from tests.distributed import run_ranks
 from tests.models.families import CASES
+from tests.pretrain.layout import Layout
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
 
 SAVED, STEPS = 4, 7
 
 
-class Place(NamedTuple):
-    """A layout: sizes of the axes and the ZeRO stage. The global batch is 8 everywhere."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    stage: int = 1
-    sequence_parallel: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        return {
-            "parallel__tensor": self.tensor,
-            "parallel__pipeline": self.pipeline,
-            "parallel__sequence_parallel": self.sequence_parallel,
-            "training__batch_size": 4 // self.data,
-        }
-
-
-PLACES = {
-    "ZeRO-0": Place(stage=0),
-    "ZeRO-1": Place(),
-    "ZeRO-1 DP2": Place(data=2),
-    "ZeRO-2 DP2": Place(data=2, stage=2),
-    "ZeRO-3 DP2": Place(data=2, stage=3),
-    "TP2": Place(tensor=2),
-    "TP2 SP": Place(tensor=2, sequence_parallel=True),
-    "TP4": Place(tensor=4),
-    "TP2 DP2 ZeRO-3": Place(tensor=2, data=2, stage=3),
-    "PP2": Place(pipeline=2),
-    "PP4": Place(pipeline=4),
-    "PP2 TP2": Place(pipeline=2, tensor=2),
-    "PP2 DP2": Place(pipeline=2, data=2),
+LAYOUTS = {
+    "ZeRO-0": Layout(stage=0),
+    "ZeRO-1": Layout(),
+    "ZeRO-1 DP2": Layout(data=2),
+    "ZeRO-2 DP2": Layout(data=2, stage=2),
+    "ZeRO-3 DP2": Layout(data=2, stage=3),
+    "TP2": Layout(tensor=2),
+    "TP2 SP": Layout(tensor=2, sequence_parallel=True),
+    "TP4": Layout(tensor=4),
+    "TP2 DP2 ZeRO-3": Layout(tensor=2, data=2, stage=3),
+    "PP2": Layout(pipeline=2),
+    "PP4": Layout(pipeline=4),
+    "PP2 TP2": Layout(pipeline=2, tensor=2),
+    "PP2 DP2": Layout(pipeline=2, data=2),
 }
 # Tied embeddings; a vocabulary of 61 leaves padding rows at 2 and at 4 tensor ranks.
 LLAMA = CASES["llama_qwen2_shape"].config.model_copy(update={"num_kv_heads": 4, "init_std": 0.1})
@@ -103,7 +81,7 @@ class Runs:
             training__max_steps=STEPS,
             checkpoint__interval=SAVED,
             evaluation__interval=STEPS,
-            **{"training__precision": precision, **PLACES[place].changes, **changes},
+            **{"training__precision": precision, **LAYOUTS[place].changes, **changes},
         )
 
     def origin(self, family: str, precision: str, place: str) -> Origin:
@@ -111,12 +89,12 @@ class Runs:
         if key not in self._origins:
             run_dir = self.directory / f"origin_{len(self._origins)}"
             config = self.config(*key, run_dir)
-            train(config, PLACES[place])
+            train(config, LAYOUTS[place])
             self._origins[key] = Origin(run_dir, *tail(config))
         return self._origins[key]
 
 
-def train(config, place: Place, entry=run_training, *, ds_config_path: str | None = None) -> None:
+def train(config, place: Layout, entry=run_training, *, ds_config_path: str | None = None) -> None:
     json_file = ds_config_path or f"configs/ds/zero{place.stage}.json"
     codes = run_ranks(entry, place.world_size, config, json_file, init=False)
     assert codes == [EXIT_COMPLETED] * place.world_size

@@ -14,7 +14,7 @@ import torch
 import pretrain.engine.build
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
 from tests.pretrain.layouts.layout_runs import (
-    PLACES,
+    LAYOUTS,
     SAVED,
     Origin,
     Runs,
@@ -37,7 +37,7 @@ def assert_continues(runs: Runs, run_dir: Path, pair: Pair) -> None:
     origin = runs.origin(pair.family, pair.precision, pair.old)
     begin_at_checkpoint(origin, run_dir)
     config = runs.config(pair.family, pair.precision, pair.new, run_dir)
-    train(config, PLACES[pair.new], saved_again)
+    train(config, LAYOUTS[pair.new], saved_again)
 
     assert_same_state(run_dir / "copy", run_dir / "checkpoints" / f"step_{SAVED}")
     curve, evaluation = tail(config)
@@ -103,8 +103,8 @@ def test_a_run_goes_on_at_another_layout(pair, runs, tmp_path):
 def all_pairs() -> Iterator[Pair]:
     kinds = (("llama", "fp32"), ("llama", "bf16"), ("daria_former", "fp32"), ("mod", "bf16"))
     for family, precision in kinds:
-        for old, new in itertools.permutations(PLACES, 2):
-            places = (PLACES[old], PLACES[new])
+        for old, new in itertools.permutations(LAYOUTS, 2):
+            places = (LAYOUTS[old], LAYOUTS[new])
             bf16_without_master = precision == "bf16" and any(p.stage == 0 for p in places)
             too_few_heads = family != "llama" and any(p.tensor == 4 for p in places)
             pair = Pair(family, precision, old, new)
@@ -144,9 +144,9 @@ def frozen(factor: float):
 @pytest.mark.parametrize("new", ["PP2 TP2", "ZeRO-3 DP2"])
 def test_frozen_parameters_come_from_the_weights(new, runs, tmp_path):
     old = runs.config("llama", "bf16", "ZeRO-1", tmp_path / "old")
-    train(old, PLACES["ZeRO-1"], frozen(2.0))
+    train(old, LAYOUTS["ZeRO-1"], frozen(2.0))
     begin_at_checkpoint(Origin(tmp_path / "old", [], 0.0), tmp_path / "new")
-    train(runs.config("llama", "bf16", new, tmp_path / "new"), PLACES[new], frozen(1.0))
+    train(runs.config("llama", "bf16", new, tmp_path / "new"), LAYOUTS[new], frozen(1.0))
     saved = tmp_path / "old" / "checkpoints" / "step_4"
     assert_same_state(tmp_path / "new" / "copy", saved)
     trained = StoredOptimizer(saved / "optimizer").names()
@@ -161,7 +161,7 @@ def test_an_optimizer_moves_into_host_memory(stage, runs, tmp_path):
     origin = runs.origin("llama", "bf16", "ZeRO-1")
     begin_at_checkpoint(origin, tmp_path / "offloaded")
     offloaded = runs.config("llama", "bf16", "ZeRO-1 DP2", tmp_path / "offloaded")
-    train(offloaded, PLACES["ZeRO-1 DP2"], saved_again, ds_config_path=str(json_file))
+    train(offloaded, LAYOUTS["ZeRO-1 DP2"], saved_again, ds_config_path=str(json_file))
     assert_same_state(tmp_path / "offloaded" / "copy", origin.run_dir / "checkpoints" / "step_4")
     losses = [record["loss"] for record in tail(offloaded)[0]]
     assert losses == pytest.approx([record["loss"] for record in origin.curve], rel=BF16_LOSS)

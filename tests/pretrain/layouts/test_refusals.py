@@ -14,12 +14,12 @@ from pretrain.checkpointing import optimizer_shards
 from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
 from tests.distributed import run_ranks
+from tests.pretrain.layout import Layout
 from tests.pretrain.layouts.layout_runs import (
-    PLACES,
+    LAYOUTS,
     SAVED,
     STEPS,
     Origin,
-    Place,
     Runs,
     begin_at_checkpoint,
     tail,
@@ -35,7 +35,7 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("origins"))
 
 
-def refusal(config, place: Place) -> str:
+def refusal(config, place: Layout) -> str:
     """The line with which a run at `place` ends, the same on all ranks."""
     arguments = (config, f"configs/ds/zero{place.stage}.json")
     lines = set(run_ranks(_refused, place.world_size, *arguments, init=False))
@@ -74,9 +74,9 @@ def test_a_kill_while_restoring_changes_nothing_in_the_checkpoint(runs, tmp_path
     config = runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path)
     before = files(tmp_path / "checkpoints")
     with pytest.raises(AssertionError, match="exit -9"):
-        train(config, PLACES["ZeRO-1 DP2"], killed_while_restoring)
+        train(config, LAYOUTS["ZeRO-1 DP2"], killed_while_restoring)
     assert files(tmp_path / "checkpoints") == before
-    train(config, PLACES["ZeRO-1 DP2"])
+    train(config, LAYOUTS["ZeRO-1 DP2"])
     assert [r["loss"] for r in tail(config)[0]] == pytest.approx(
         [r["loss"] for r in origin.curve], rel=FP32_LOSS
     )
@@ -127,7 +127,7 @@ def test_step_counts_that_one_zero_stage_cannot_keep_apart_are_refused(runs, tmp
 def test_a_batch_that_more_ranks_make_is_refused_with_remedies_that_work(runs, tmp_path):
     origin = runs.origin("llama", "fp32", "PP2 TP2")
     begin_at_checkpoint(origin, tmp_path)
-    place = PLACES["ZeRO-1 DP2"]
+    place = LAYOUTS["ZeRO-1 DP2"]
     twice = {"training__batch_size": 4}
     message = refusal(runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path, **twice), place)
     assert "was trained on 8 samples a step by 1 data ranks, and 2 would take 16: " in message
@@ -158,13 +158,13 @@ def test_a_batch_that_more_ranks_make_is_refused_with_remedies_that_work(runs, t
 def test_another_precision_optimizer_or_seed_is_refused(key, value, place, runs, tmp_path):
     begin_at_checkpoint(runs.origin("llama", "fp32", "PP2 TP2"), tmp_path)
     config = runs.config("llama", "fp32", place, tmp_path, **{key: value})
-    message = refusal(config, PLACES[place])
+    message = refusal(config, LAYOUTS[place])
     assert f"is of another run ({key.replace('__', '.')}: " in message
     assert repr(value) in message
 
 
 def test_what_only_deepspeed_can_restore_goes_on_at_its_layout_alone(runs, tmp_path):
-    place = PLACES["ZeRO-1 DP2"]
+    place = LAYOUTS["ZeRO-1 DP2"]
     json_file = tmp_path / "round_robin.json"
     json_file.write_text('{"zero_optimization": {"stage": 1, "round_robin_gradients": true}}')
     whole = runs.config("llama", "fp32", "ZeRO-1 DP2", tmp_path / "whole")
@@ -177,7 +177,7 @@ def test_what_only_deepspeed_can_restore_goes_on_at_its_layout_alone(runs, tmp_p
     assert [r["loss"] for r in found[0]] == [r["loss"] for r in expected[0]]
     assert found[1] == expected[1]
     other = runs.config("llama", "fp32", "ZeRO-1", tmp_path / "other")
-    message = refusal(other, PLACES["ZeRO-1"])
+    message = refusal(other, LAYOUTS["ZeRO-1"])
     assert "is in DeepSpeed's own files, which fit only the layout that wrote them" in message
     assert "resume at the layout of the checkpoint" in message
 
