@@ -7,6 +7,7 @@ that the tests are sound, not that CUDA is right.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,13 @@ def context(device: torch.device, precision: str = "fp32") -> ParallelContext:
     return ParallelContext.single(device=device, precision=Precision(precision))
 
 
-def model_of(name: str, ctx: ParallelContext, *, segmented: bool = False) -> SequentialModel:
-    """A family's tiny model; its weights depend on the seed alone, not on the device."""
+def model_of(
+    name: str, ctx: ParallelContext, *, segmented: bool = False, **changes: Any
+) -> SequentialModel:
+    """A family's tiny model; its weights depend on the seed alone, not on the device. `changes`: of
+    its configuration."""
     family, config = CASES[name]
-    specs = family.layer_specs(config, segmented=segmented)
+    specs = family.layer_specs(config.model_copy(update=changes), segmented=segmented)
     return SequentialModel(specs, ctx, seed=SEED).to(ctx.precision.dtype)
 
 
