@@ -7,7 +7,7 @@ recomputation would change what the step computes. So a module only accumulates 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -30,14 +30,18 @@ class UpdatedAfterStep(Protocol):
         ...
 
 
+def layer_state_owners(module: nn.Module) -> list[UpdatedAfterStep]:
+    """The modules below `module` whose state is updated after every step."""
+    return [m for m in module.modules() if isinstance(m, UpdatedAfterStep)]
+
+
 @torch.no_grad()
-def update_layer_states(module: nn.Module, *, ctx: ParallelContext) -> None:
-    """Update the state of every layer below `module`, once per optimizer step.
+def update_layer_states(owners: Sequence[UpdatedAfterStep], *, ctx: ParallelContext) -> None:
+    """Update the state of every owner (`layer_state_owners`), once per optimizer step.
 
     Collective over the data and tensor ranks of a stage: one all-reduce and, at tensor size > 1,
     one broadcast, so that tensor ranks cannot differ by a rounding of their all-reduces.
     """
-    owners = _owners(module)
     if not owners:
         return
     parts = [owner.take_sums() for owner in owners]
@@ -50,17 +54,10 @@ def update_layer_states(module: nn.Module, *, ctx: ParallelContext) -> None:
         owner.after_step(own)
 
 
-def discard_layer_sums(module: nn.Module) -> None:
-    """Discard the sums of every layer below `module`, after a step that was skipped."""
-    for owner in _owners(module):
+def discard_layer_sums(owners: Sequence[UpdatedAfterStep]) -> None:
+    """Discard the sums of every owner, after a step that was skipped."""
+    for owner in owners:
         owner.take_sums()
-
-
-def _owners(module: nn.Module) -> list[UpdatedAfterStep]:
-    # A look at a protocol takes microseconds: once for each class, not for each of its modules.
-    kinds = {type(m) for m in module.modules()}
-    updated = tuple(kind for kind in kinds if issubclass(kind, UpdatedAfterStep))
-    return [m for m in module.modules() if isinstance(m, updated)]
 
 
 def kept_in_dtype(

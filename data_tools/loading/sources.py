@@ -11,8 +11,7 @@ import numpy as np
 from data_tools.config import DataConfig, SourceConfig
 from data_tools.corpus.byte_dataset import ByteStream, MappedFiles
 from data_tools.corpus.corpus_info import TextRules, read_info
-from data_tools.corpus.indexed import IndexedDataset
-from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.corpus.indexed import IndexedDataset, IndexedStream
 from data_tools.corpus.jsonl_cache import open_jsonl
 from data_tools.corpus.remote import local_prefix
 from data_tools.corpus.token_stream import NamedStream, TokenStream

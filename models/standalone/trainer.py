@@ -32,7 +32,7 @@ from models.standalone.model import StandaloneModel
 from models.standalone.optimizer import build_scheduler
 from parallel.context import Axis
 from parallel.cross_entropy import IGNORED_LABEL
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ class Trainer:
         ctx = self.model.body.ctx
         if num_ranks() > 1:
             ctx = replace(ctx, data=Axis(num_ranks(), rank(), dist.group.WORLD))
-        update_layer_states(self.model, ctx=ctx)
+        update_layer_states(layer_state_owners(self.model), ctx=ctx)
 
     @property
     def _device(self) -> torch.device:

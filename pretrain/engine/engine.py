@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data_tools.loading.batch import Batch
 from models.base import TokenInputs
 from parallel.checkpoint.weights import Weight, module_weights
-from parallel.layer_state import discard_layer_sums, update_layer_states
+from parallel.layer_state import discard_layer_sums, layer_state_owners, update_layer_states
 from parallel.sharding import all_experts
 from parallel.wire import Wire
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
@@ -30,7 +30,6 @@ from pretrain.checkpointing.selection import Checkpoint
 from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.deepspeed_files import load_engine_state, save_engine_state
 from pretrain.engine.deepspeed_optimizer import publish_weights
-from pretrain.engine.loss_targets import Targets, count_scored
 from pretrain.engine.optimizer_state import optimizer_shard, restore_optimizer_state
 from pretrain.engine.optimizers import (
     clip_gradients,
@@ -38,7 +37,7 @@ from pretrain.engine.optimizers import (
     set_learning_rate,
     without_update,
 )
-from pretrain.engine.train_spec import TrainSpec
+from pretrain.engine.train_spec import Targets, TrainSpec, count_scored
 
 
 class StepResult(NamedTuple):
@@ -60,6 +59,7 @@ class Engine(ABC):
     def __init__(self, deepspeed_engine: Any, spec: TrainSpec) -> None:
         self._deepspeed = deepspeed_engine
         self.module: nn.Module = deepspeed_engine.module
+        self._layer_states = layer_state_owners(self.module)
         self.spec = spec
         self.ctx = spec.ctx
 
@@ -121,9 +121,9 @@ class Engine(ABC):
     def _finish_step(self, *, applied: bool) -> None:
         """Update layer states after a step; a skipped step must leave no trace."""
         if applied:
-            update_layer_states(self.module, ctx=self.ctx)
+            update_layer_states(self._layer_states, ctx=self.ctx)
         else:
-            discard_layer_sums(self.module)
+            discard_layer_sums(self._layer_states)
             drop_averaged_gradients(self._deepspeed.optimizer)
 
 

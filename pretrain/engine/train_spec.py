@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from data_tools.loading.batch import IGNORED_LABEL
+from data_tools.loading.batch import IGNORED_LABEL, Batch
 from models.base import ModelFamily, TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, SequentialModel, check_layers
@@ -16,12 +19,21 @@ from parallel.cross_entropy import vocab_parallel_z_losses
 from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import DeepSpeedSettings
-from pretrain.engine.loss_targets import Targets
 from pretrain.engine.optimizers import propagate_nonfinite
 from pretrain.engine.parameter_groups import check_multipliers
 from pretrain.errors import ConfigError
 
 Z_LOSS = "z_loss"
+
+
+class Targets(NamedTuple):
+    """Targets of the loss.
+
+    `labels`: int64 [b, s], -100 = not scored. `num_scored`: scalar, see `ModelFamily.loss`.
+    """
+
+    labels: Tensor
+    num_scored: Tensor | None = None
 
 
 class TrainSpec(NamedTuple):
@@ -153,3 +165,19 @@ def _check_z_loss(spec: TrainSpec, output: Any) -> None:
         f"training.z_loss={spec.config.training.z_loss} has no effect: the head of the "
         f"{spec.family.name} family gives no logits over the vocabulary; set training.z_loss=0"
     )
+
+
+def count_scored(
+    batches: Iterator[Batch], num_batches: int, ctx: ParallelContext
+) -> tuple[Iterator[Batch], Tensor]:
+    """The next `num_batches` batches, and their mean number of scored tokens over all data ranks.
+
+    Counted on the host before the transfer and summed over data ranks on the device, without a
+    synchronisation. Collective over data ranks.
+    """
+    step = list(itertools.islice(batches, num_batches))
+    own = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in step)
+    total = torch.full((), float(own), device=ctx.device)
+    if ctx.data.size > 1:
+        dist.all_reduce(total, group=ctx.data.group)
+    return iter(step), total.clamp(min=1) / (num_batches * ctx.data.size)

@@ -16,7 +16,7 @@ from models.base import ModelFamily, TokenInputs
 from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 from tests.benchmarks.timing import Table, interleaved
 
 SEQ_LENGTH, VOCAB, NUM_LAYERS = 1024, 512, 4
@@ -130,7 +130,7 @@ def _calibrate(model: Model) -> None:
     """Thresholds of random text, which is what is decoded here."""
     tokens = torch.randint(VOCAB, (4, PROMPT + NEW_TOKENS), generator=torch.manual_seed(9))
     model.layers(TokenInputs(tokens))
-    update_layer_states(model.layers, ctx=model.layers.ctx)
+    update_layer_states(layer_state_owners(model.layers), ctx=model.layers.ctx)
     model.layers.eval()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.base import ModelFamily, TokenInputs
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 
 IGNORED = -100
 # Settings of a Daria-Former that is trained on cross entropy alone.
@@ -104,7 +104,7 @@ def train_step(
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    update_layer_states(model, ctx=model.ctx)
+    update_layer_states(layer_state_owners(model), ctx=model.ctx)
     return result.terms
 
 

@@ -10,7 +10,7 @@ from models.base import ModelFamily, TokenInputs
 from models.daria_former.config import LORA_TARGETS
 from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 from tests.models import awkward
 from tests.models.mixture.config import MixtureConfig
 from tests.models.mixture.model import FAMILY as MIXTURE
@@ -135,5 +135,5 @@ def evaluated(model: SequentialModel, tokens: torch.Tensor) -> SequentialModel:
     """The model as it is evaluated after one step on these tokens, from which layers have taken
     what they learn beside their parameters."""
     model(TokenInputs(tokens))
-    update_layer_states(model, ctx=model.ctx)
+    update_layer_states(layer_state_owners(model), ctx=model.ctx)
     return model.eval()

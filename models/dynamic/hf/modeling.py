@@ -27,7 +27,7 @@ from models.hf.arguments import StateReader
 from models.hf.modeling import FamilyForCausalLM
 from parallel.carry import LayerSpec
 from parallel.context import Axis
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 
 # What says where a directory is, among the options of from_pretrained.
 _HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download", "subfolder")
@@ -184,7 +184,7 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         ctx = self.model.ctx
         if dist.is_available() and dist.is_initialized():
             ctx = replace(ctx, data=Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD))
-        update_layer_states(self.model, ctx=ctx)
+        update_layer_states(layer_state_owners(self.model), ctx=ctx)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load tensors under our names or those of files."""

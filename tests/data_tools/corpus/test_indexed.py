@@ -191,7 +191,7 @@ def test_two_billion_tokens_open_in_little_memory(tmp_path: Path) -> None:
 import re
 import numpy as np
 from data_tools.corpus.indexed import IndexedDataset
-from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.corpus.indexed import IndexedStream
 from data_tools.sampling.token_dataset import TokenDataset
 stream = IndexedStream(IndexedDataset({str(tmp_path / "c")!r}))
 dataset = TokenDataset(

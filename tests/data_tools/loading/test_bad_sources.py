@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from data_tools.config import DataConfig
-from data_tools.corpus.indexed import HEADER, MAGIC, IndexedDataset
-from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.corpus.indexed import HEADER, MAGIC, IndexedDataset, IndexedStream
 from data_tools.errors import DataError
 from data_tools.loading.builders import build_eval_batches, build_train_loader
 from data_tools.loading.loader import TrainLoader

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from data_tools.config import DataConfig
 from data_tools.corpus.corpus_info import CorpusInfo
-from data_tools.corpus.indexed import IndexedDataset
-from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.corpus.indexed import IndexedDataset, IndexedStream
 from data_tools.errors import DataError
 from data_tools.loading.builders import build_train_loader
 from data_tools.loading.loader import TrainLoader

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.corpus.indexed import IndexedDataset
-from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.corpus.indexed import IndexedDataset, IndexedStream
 from data_tools.errors import DataError
 from data_tools.sampling.token_dataset import TokenDataset, read_windows
 from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus

@@ -11,7 +11,7 @@ from models.dynamic.config import DTFConfig, MoDConfig
 from models.dynamic.model import DTF, MOD
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 from tests.equivalence import build
 
 CTX = ParallelContext.single()
@@ -69,7 +69,7 @@ def evaluated(config: MoDConfig | DTFConfig, tokens: torch.Tensor) -> Sequential
     """In evaluation mode, with the thresholds of these tokens."""
     model = model_of(config)
     model(TokenInputs(tokens))
-    update_layer_states(model, ctx=CTX)
+    update_layer_states(layer_state_owners(model), ctx=CTX)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import torch
 
 from models.base import ModelFamily, TokenInputs
 from parallel.carry import SequentialModel
-from parallel.layer_state import persistent_buffers, update_layer_states
+from parallel.layer_state import layer_state_owners, persistent_buffers, update_layer_states
 from tests.models import checkpoints
 
 
@@ -19,7 +19,7 @@ def settled(of: Any, family: ModelFamily, *, length: int = 64) -> SequentialMode
     tokens = torch.randint(0, of.vocab_size, (4, length), generator=generator)
     with torch.no_grad():
         whole(TokenInputs(tokens))
-    update_layer_states(whole, ctx=whole.ctx)
+    update_layer_states(layer_state_owners(whole), ctx=whole.ctx)
     thresholds = [tau for n, tau in persistent_buffers(whole).items() if n.endswith("tau")]
     assert len(thresholds) == of.num_routed
     assert all(bool(tau.isfinite().all()) for tau in thresholds)

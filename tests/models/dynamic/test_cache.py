@@ -9,7 +9,7 @@ from models.dynamic.cache import LEAST_ROOM, RaggedKVCache
 from models.generate import generate
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 from tests.distributed import run_ranks
 from tests.equivalence import build
 from tests.models.dynamic.cases import (
@@ -145,7 +145,7 @@ def _generated() -> torch.Tensor:
     model = build(family_of(config).layer_specs(config), ctx, seed=11, noise=0.2)
     with torch.no_grad():
         model(TokenInputs(tokens))
-    update_layer_states(model, ctx=ctx)
+    update_layer_states(layer_state_owners(model), ctx=ctx)
     return generate(model.eval(), tokens, max_new_tokens=12)
 
 

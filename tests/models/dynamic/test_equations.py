@@ -8,7 +8,7 @@ import torch
 from models.base import TokenInputs
 from models.dynamic.model import loss_weights
 from models.dynamic.token_router import capacity
-from parallel.layer_state import persistent_buffers, update_layer_states
+from parallel.layer_state import layer_state_owners, persistent_buffers, update_layer_states
 from tests.models.dynamic import oracle
 from tests.models.dynamic.cases import CTX, VARIANTS, config_of, family_of, model_of, tokens_of
 
@@ -71,7 +71,7 @@ def test_the_evaluated_model_is_that_of_the_equations(variant):
     config = config_of(family, **changes)
     model, tokens = model_of(config).double(), tokens_of(SEQ, batch=BATCH)
     model(TokenInputs(tokens))
-    update_layer_states(model, ctx=CTX)
+    update_layer_states(layer_state_owners(model), ctx=CTX)
     taus = {name: tau.item() for name, tau in persistent_buffers(model).items()}
     found = model.eval()(TokenInputs(tokens)).logits
     parameters, rule = dict(model.named_parameters()), oracle.above(config, taus)

@@ -15,7 +15,7 @@ from models.dynamic.token_router import TokenRouter, top_k
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 from tests.equivalence import build
 from tests.models.dynamic.cases import (
     CTX,
@@ -278,7 +278,7 @@ def test_the_share_of_unseen_tokens_that_is_computed_is_gamma(variant):
     model = model_of(config_of(family, **changes))
     for seed in range(80):
         model(TokenInputs(tokens_of(64, batch=16, seed=seed)))
-        update_layer_states(model, ctx=CTX)
+        update_layer_states(layer_state_owners(model), ctx=CTX)
     shares: dict[str, list[float]] = {}
     for name, module in model.eval().named_modules():
         if isinstance(module, TokenRouter):

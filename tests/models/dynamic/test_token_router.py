@@ -10,7 +10,7 @@ import parallel.megatron  # noqa: F401  imported once here, not in every forked 
 from models.dynamic.token_gather import Selection, chosen_first
 from models.dynamic.token_router import ScoreThreshold, TokenRouter, capacity, top_k
 from parallel.context import ParallelContext
-from parallel.layer_state import update_layer_states
+from parallel.layer_state import layer_state_owners, update_layer_states
 from parallel.precision import Precision
 from tests.distributed import run_ranks
 
@@ -98,7 +98,7 @@ def test_the_threshold_is_an_average_over_steps_and_what_it_is_wrong_by():
         average = middle if step == 0 else 0.9 * average + 0.1 * middle
         offset = 0.0 if step == 0 else offset + 0.1 * excess * slope
         tau = average + offset
-        update_layer_states(router, ctx=ParallelContext.single())
+        update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
         assert router.threshold.tau.item() == pytest.approx(tau, rel=1e-5)
         assert router.threshold.offset.item() == pytest.approx(offset, rel=1e-5)
 
@@ -106,10 +106,10 @@ def test_the_threshold_is_an_average_over_steps_and_what_it_is_wrong_by():
 def test_without_a_step_or_outside_of_training_the_threshold_stays():
     router = _router()
     assert router.eval()(_scores()).chosen.all()
-    update_layer_states(router, ctx=ParallelContext.single())
+    update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     assert router.threshold.tau.item() == -math.inf
     router.train()(_scores(seq=1))  # every token is taken: there is nothing between
-    update_layer_states(router, ctx=ParallelContext.single())
+    update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     assert router.threshold.tau.item() == -math.inf
 
 
@@ -121,7 +121,7 @@ def test_a_batch_in_parts_moves_the_threshold_as_the_whole_does(num_parts):
         for part in _scores(step).chunk(num_parts, dim=1):
             parts(part)
         for router in (whole, parts):
-            update_layer_states(router, ctx=ParallelContext.single())
+            update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     torch.testing.assert_close(whole.state_dict(), parts.state_dict(), rtol=1e-6, atol=0.0)
 
 
@@ -129,7 +129,7 @@ def _on_data_ranks() -> float:
     ctx = ParallelContext.from_world()
     router = _router(ctx)
     router(_scores().chunk(2, dim=1)[ctx.data.rank])
-    update_layer_states(router, ctx=ctx)
+    update_layer_states(layer_state_owners(router), ctx=ctx)
     return router.threshold.tau.item()
 
 
@@ -162,7 +162,7 @@ def test_a_calibrated_threshold_takes_its_share_of_unseen_tokens(spread):
     router = _router()
     for step in range(150):
         router(scores(step, 32))
-        update_layer_states(router, ctx=ParallelContext.single())
+        update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     held_out = router.eval()(scores(1000, 2048))
     assert held_out.fraction.mean().item() == pytest.approx(GAMMA, rel=0.1)
     assert held_out.recall.mean().item() > (0.4 if spread else 0.9)
@@ -174,7 +174,7 @@ def test_a_causal_rule_looks_at_one_token_alone_and_decides_the_same_token_by_to
     router = _router(rule=rule)
     scores, logits = _scores(), _scores(7)
     router(scores, logits=logits)
-    update_layer_states(router, ctx=ParallelContext.single())
+    update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     whole = router.eval()(scores, logits=logits).chosen
     assert 0 < whole.sum() < whole.numel()
     steps = [router.decide(s[None], logits=p[None]) for s, p in zip(scores, logits, strict=True)]
@@ -197,14 +197,14 @@ def test_forced_tokens_are_taken_whatever_their_score():
     trained = router(_scores() - 10 * forced.T, forced=forced)
     assert trained.chosen[forced].all()
     assert (trained.chosen.sum(dim=1) == 4).all()
-    update_layer_states(router, ctx=ParallelContext.single())
+    update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     assert math.isfinite(router.threshold.tau.item())
     assert router.eval()(_scores() - 10 * forced.T, forced=forced).chosen[forced].all()
     # As many forced tokens as there is room for leave nothing to learn a threshold from.
     forced[:, :4] = True
     before = router.threshold.tau.clone()
     router.train()(_scores(), forced=forced)
-    update_layer_states(router, ctx=ParallelContext.single())
+    update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     assert torch.equal(router.threshold.tau, before)
 
 
@@ -213,7 +213,7 @@ def test_training_by_threshold_has_constant_room_and_keeps_the_best():
     first = router(_scores())  # everything is above -inf
     assert first.selection.indices.shape == (BATCH, 5)
     assert torch.equal(first.selection.indices, top_k(_scores().T, 5))
-    update_layer_states(router, ctx=ParallelContext.single())
+    update_layer_states(layer_state_owners(router), ctx=ParallelContext.single())
     then = router(_scores())
     above = (_scores() > router.threshold.tau).T
     assert above.sum(dim=1).tolist() == [3, 6, 5, 3]  # one row has more than there is room for
@@ -231,7 +231,7 @@ def _with_rounding(sequence_parallel: bool) -> tuple[Selection, float]:
     router = _router(ctx)
     own = scores.chunk(2)[ctx.tensor.rank] if sequence_parallel else scores
     selection = router(own).selection
-    update_layer_states(router, ctx=ctx)
+    update_layer_states(layer_state_owners(router), ctx=ctx)
     assert torch.equal(router.eval()(own).chosen, router.decide(own))
     return selection, router.threshold.tau.item()
 
