@@ -21,6 +21,7 @@ class _Entry(NamedTuple):
 
 
 _FAMILIES = {
+    "agiformer": _Entry("models.agiformer", "AgiformerConfig"),
     "daria_former": _Entry("models.daria_former", "DariaFormerConfig"),
     "dtf": _Entry("models.dynamic", "DTFConfig", "DTF"),
     "llama": _Entry("models.llama", "LlamaConfig"),

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from parallel.context import ParallelContext
-from parallel.sharding import Init, Normal, Role, Sharding, declare, declare_replicated
+from parallel.sharding import (
+    Constant,
+    Init,
+    Normal,
+    Role,
+    Sharding,
+    declare,
+    declare_replicated,
+)
+
+_ZERO = Constant(0.0)
 
 
 def residual_output(std: float, *, num_layers: int) -> Normal:
@@ -19,9 +29,31 @@ def residual_output(std: float, *, num_layers: int) -> Normal:
     return Normal(std / math.sqrt(2 * num_layers))
 
 
-def replicated(shape: tuple[int, ...], init: Init, ctx: ParallelContext) -> nn.Parameter:
+def replicated(
+    shape: tuple[int, ...], init: Init, ctx: ParallelContext, *, role: Role | None = None
+) -> nn.Parameter:
     """Create a parameter replicated over tensor ranks."""
-    return declare_replicated(nn.Parameter(torch.empty(shape, device=ctx.device)), init, ctx=ctx)
+    empty = nn.Parameter(torch.empty(shape, device=ctx.device))
+    return declare_replicated(empty, init, ctx=ctx, role=role)
+
+
+def replicated_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    ctx: ParallelContext,
+    bias: bool = False,
+    init: Init,
+    bias_init: Init = _ZERO,
+    role: Role = "matrix",
+) -> nn.Linear:
+    """Create a linear layer whose weights every tensor rank holds whole and applies to its tokens:
+    [s/t, b, in] -> [s/t, b, out]. No collective."""
+    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=ctx.device)
+    declare_replicated(linear.weight, init, ctx=ctx, role=role)
+    if bias:
+        declare_replicated(linear.bias, bias_init, ctx=ctx)
+    return linear
 
 
 def row_sharded(

@@ -65,9 +65,37 @@ _DARIA_FORMER = {
     "dropout": 0.1,
 }
 
+# Every boundary (patch, window, chunk) falls inside the 8 patches of a test. Two thinking steps:
+# the second is always taken, so that generation costs what the formula says.
+_AGIFORMER = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "byte_dim": 16,
+    "window_size": 3,
+    "memory_chunk_size": 3,
+    "plasticity": 0.9,
+    "thinking_steps": 2,
+    "head_hidden": 24,
+    "dropout": 0.1,
+    "init_std": 0.3,
+}
+
 _DYNAMIC = _LLAMA | {"capacity_gamma": 0.5, "router_init_std": 0.3}
 
 CASES = {
+    "agiformer": case("agiformer", **_AGIFORMER),
+    "agiformer_variant": case(
+        "agiformer",
+        **_AGIFORMER | {"num_heads": 2, "memory_chunk_size": 64},
+        fusion="triple",
+        decay_floor=0.9,
+        halting="soft",
+        patch_size=2,
+        patch_kernel=5,
+    ),
     "daria_former": case("daria_former", **_DARIA_FORMER),
     "daria_former_variant": case(
         "daria_former",

@@ -26,9 +26,7 @@ def test_every_name_leads_to_a_family_and_its_configuration_class(name):
 def test_an_unknown_family_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"model\.family='lama' is not .*; did you mean 'llama'"):
         get_family("lama")
-    with pytest.raises(
-        ValueError, match=r"model\.family='gpt' is not .*; choose one of daria_former"
-    ):
+    with pytest.raises(ValueError, match=r"model\.family='gpt' is not .*; choose one of agiformer"):
         get_config_class("gpt")
 
 
