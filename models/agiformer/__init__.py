@@ -1,4 +1,30 @@
 """AGIFORMER: bytes in patches, Hebbian memory, adaptive computation.
 
-Importing this package imports no torch.
+Names are imported lazily, so that the package does not import torch.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "AgiformerConfig": "config",
+    "FAMILY": "model",
+    "ByteLatentEncoder": "encoder",
+    "HebbianMemory": "block",
+    "HybridBlock": "block",
+    "LocalAutoregressiveHead": "head",
+    "RecurrentReasoningBlock": "reasoning",
+    "SlidingWindowAttention": "block",
+    "AgiformerForCausalLM": "hf.auto",
+    "AgiformerHFConfig": "hf.auto",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -53,7 +53,7 @@ class AgiformerConfig(BaseModel):
     halting: Literal["act", "soft", "none"] = "act"
     act_epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.01
     ponder_loss_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
-    decoder: Literal["causal", "independent"] = "causal"
+    byte_head: Literal["causal", "independent"] = "causal"
     head_hidden: PositiveInt = 512
     documents_per_row: PositiveInt = 16
     max_position_embeddings: PositiveInt = 1 << 24

@@ -17,7 +17,7 @@ def num_parameters(config: AgiformerConfig) -> int:
     encoder = v * config.byte_size + config.patch_kernel * config.byte_size * h + 2 * h
     reasoning = 9 * h * h + 8 * h + (0 if config.halting == "none" else h + 1)
     head = size * h * m + m * m + v * m
-    if config.decoder == "causal":
+    if config.byte_head == "causal":
         head += pairs * v * m
     return encoder + config.num_layers * _block(config) + reasoning + head
 

@@ -26,7 +26,7 @@ class LocalAutoregressiveHead(nn.Module):
         c_{i,k} = W_k z_i + sum_{j<k} T_{k,j}[y_{i,j}],     logits = W_3 gelu(W_2 gelu(c_{i,k}))
 
     y_{i,j} is byte j of the patch that latent i predicts. All bytes of a patch are computed at once
-    in training; in generation one after the other. With decoder="independent" T is left out: the
+    in training; in generation one after the other. With byte_head="independent" T is left out: the
     published head, whose bytes of a patch do not know of each other. Tensor ranks share m and V.
     """
 
@@ -40,7 +40,7 @@ class LocalAutoregressiveHead(nn.Module):
         )
         self.table = None
         pairs = config.patch_size * (config.patch_size - 1) // 2
-        if config.decoder == "causal" and pairs:
+        if config.byte_head == "causal" and pairs:
             rows = torch.empty(
                 pairs * config.vocab_size, size // ctx.tensor.size, device=ctx.device
             )

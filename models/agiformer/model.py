@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.agiformer.block import HybridBlock
+from models.agiformer.block import HebbianMemory, HybridBlock
 from models.agiformer.carry import AUX, AgiformerCarry, AgiformerOutput
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.counts import forward_flops_per_token, num_parameters
 from models.agiformer.encoder import ByteLatentEncoder
 from models.agiformer.head import LocalAutoregressiveHead
+from models.agiformer.hf.mapping import HF
 from models.agiformer.patches import num_packed_patches
 from models.agiformer.reasoning import RecurrentReasoningBlock
 from models.base import (
@@ -21,7 +22,6 @@ from models.base import (
     scored_mean,
     token_losses,
 )
-from models.hf.custom_code import custom_code
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.regions import local_seq_len
@@ -103,6 +103,17 @@ def loss(
     return LossOutput(total, {name: term.detach() for name, term in terms.items()})
 
 
+def set_plasticity(model: nn.Module, alpha: float) -> None:
+    """Set the plasticity of every memory below `model`.
+
+    Raises:
+        ValueError: alpha is not in (0, 1].
+    """
+    for module in model.modules():
+        if isinstance(module, HebbianMemory):
+            module.set_plasticity(alpha)
+
+
 def _check_length(config: AgiformerConfig, seq_length: int, ranks: int) -> None:
     unit = config.patch_size * ranks
     if seq_length % unit:
@@ -123,5 +134,5 @@ FAMILY = ModelFamily(
     loss=loss,
     loss_names=("lm_loss", "ponder_loss", "ponder_steps", "first_byte_loss", "last_byte_loss"),
     counts=Counts(num_parameters, forward_flops_per_token),
-    hf=custom_code(AgiformerConfig, layer_specs),
+    hf=HF,
 )

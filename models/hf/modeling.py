@@ -53,6 +53,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the Trainer then gives `num_items_in_batch`
     gradient_checkpointing = False
+    has_token_states = True  # False where layers hand on states of something else than tokens
     _supports_sdpa = True
 
     def __init__(self, config: FamilyPreTrainedConfig) -> None:
@@ -171,6 +172,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
         readers = self.state_readers()
         wanted = wanted_states(others, self.config, len(readers))
+        if wanted and not self.has_token_states:
+            raise ValueError(
+                f"output_hidden_states: the layers of a {self.config.model_type} model have no "
+                "state for every token; leave it out"
+            )
         readers = readers if wanted else []
         present = {name: value for name, value in given.items() if value is not None}
         auxiliary = None

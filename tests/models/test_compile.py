@@ -18,6 +18,7 @@ from tests.tolerance import FP64
 SEQ, DEPTH = 16, 10
 # Of the families with their defaults, dropout and adapters; experts with constant shapes.
 COMPILED: dict[str, dict[str, str | float]] = {
+    "agiformer": {},
     "llama": {},
     "daria_former": {},
     "daria_former_lora": {},

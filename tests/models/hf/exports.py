@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from models.agiformer import AgiformerForCausalLM, AgiformerHFConfig
 from models.daria_former import DariaFormerForCausalLM, DariaFormerHFConfig
 from models.dynamic import DTFForCausalLM, DTFHFConfig, MoDForCausalLM, MoDHFConfig
 from models.hf.modeling import FamilyForCausalLM
@@ -13,6 +14,7 @@ from tests.models.checkpoints import model
 from tests.models.families import CASES, evaluated
 
 _CLASSES = {
+    "agiformer": (AgiformerForCausalLM, AgiformerHFConfig),
     "daria_former": (DariaFormerForCausalLM, DariaFormerHFConfig),
     "mod": (MoDForCausalLM, MoDHFConfig),
     "dtf": (DTFForCausalLM, DTFHFConfig),
@@ -20,6 +22,9 @@ _CLASSES = {
 EXPORTED = tuple(name for name, case in CASES.items() if case.family.name in _CLASSES)
 # One of each family, where variants would say the same.
 FAMILIES = tuple(_CLASSES)
+# Those with a hidden state for every token.
+TOKEN_STATES = tuple(name for name in FAMILIES if _CLASSES[name][0].has_token_states)
+EXPORTED_TOKEN_STATES = tuple(k for k in EXPORTED if CASES[k].family.name in TOKEN_STATES)
 TOKENS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(5))
 
 

@@ -8,7 +8,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.hf.exports import EXPORTED, FAMILIES, TOKENS, exported
+from tests.models.hf.exports import (
+    EXPORTED_TOKEN_STATES,
+    FAMILIES,
+    TOKEN_STATES,
+    TOKENS,
+    exported,
+)
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 # In fp64, but for the emotion state, which is fp32.
@@ -16,7 +22,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("kind", EXPORTED_TOKEN_STATES)
 def test_hidden_states_are_those_that_the_layers_hand_on(kind):
     theirs = exported(kind)
     output = theirs(TOKENS, output_hidden_states=True)
@@ -35,7 +41,7 @@ def test_hidden_states_are_those_that_the_layers_hand_on(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", TOKEN_STATES)
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_hidden_states_of_padded_rows_are_those_of_the_rows_alone(kind, use_cache, monkeypatch):
     monkeypatch.setattr("models.hf.modeling.PREFILL_CHUNK", 7)
@@ -52,7 +58,7 @@ def test_hidden_states_of_padded_rows_are_those_of_the_rows_alone(kind, use_cach
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", TOKEN_STATES)
 def test_settings_ask_for_the_same_as_arguments(kind):
     theirs = exported(kind)
     last = theirs(TOKENS, output_hidden_states=True).hidden_states[-1]
@@ -70,7 +76,7 @@ def test_settings_ask_for_the_same_as_arguments(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", TOKEN_STATES)
 def test_generation_returns_hidden_states_of_every_step(kind):
     theirs = exported(kind)
     options = {"output_hidden_states": True, "return_dict_in_generate": True, **GREEDY}

@@ -26,6 +26,7 @@ NEW = 30  # 51 tokens: over the windows, segments and capacities of all families
 # One of each family, and those that show the rest of its settings.
 FAMILIES = ("llama", *OWN_CODE)
 VARIANTS = (
+    "agiformer_variant",
     "llama_qwen2_shape",
     "daria_former_variant",
     "daria_former_lora",

@@ -11,6 +11,7 @@ from tests.models.hf.exports import FAMILIES, TOKENS, exported
 
 # As few layers as have everything: tracing takes long.
 SMALL = {
+    "agiformer": {"num_layers": 1},
     "daria_former": {"num_layers": 1, "esv_sites": 1},
     "mod": {"num_layers": 2},
     "dtf": {"num_layers": 2},
