@@ -12,8 +12,8 @@ from parallel.carry import LayerSpec
 class AgiformerForCausalLM(FamilyForCausalLM):
     """The layers of an AGIFORMER with `generate`, `from_pretrained` and `save_pretrained`.
 
-    The layers' names are those of the project, under `model.`. The cache does not grow with the text.
-    The loss is the cross entropy, without the ponder cost.
+    The layers' names are those of the project, under `model.`. The cache does not grow with the
+    text. The loss is the cross entropy, without the ponder cost.
     """
 
     config: AgiformerHFConfig
