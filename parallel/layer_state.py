@@ -7,8 +7,8 @@ recomputation would change what the step computes. So a module only accumulates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,22 @@ class UpdatedAfterStep(Protocol):
 def layer_state_owners(module: nn.Module) -> list[UpdatedAfterStep]:
     """The modules below `module` whose state is updated after every step."""
     return [m for m in module.modules() if isinstance(m, UpdatedAfterStep)]
+
+
+@runtime_checkable
+class ChangedByStages(Protocol):
+    """A module with settings that a stage of a curriculum may change."""
+
+    def change_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take new values of those of the `settings` that are the module's."""
+        ...
+
+
+def change_settings(module: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Give every layer below `module` new values of settings; no collective."""
+    for each in module.modules():
+        if isinstance(each, ChangedByStages):
+            each.change_settings(settings)
 
 
 @torch.no_grad()

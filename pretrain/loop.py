@@ -6,11 +6,12 @@ import gc
 import logging
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from data_tools.loading.evaluation import EvalBatches
+from data_tools.sampling.curriculum import Stage
 from models.registry import get_family
 from parallel.checkpoint.weights import ShardPosition
 from parallel.cpu.waiting import WaitPolicy
@@ -43,6 +44,12 @@ class Values(NamedTuple):
     loss: float
     terms: dict[str, float]
     grad_norm: float
+
+
+def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Values of the model settings that stages change: the stage's, or those of the model."""
+    names = {name for each in config.data.stages for name in each.model}
+    return {name: stage.model.get(name, getattr(config.model, name)) for name in names}
 
 
 class TrainLoop:
@@ -184,6 +191,7 @@ class TrainLoop:
         self.engine.set_sequence_length(stage.sequence_length)
         self.engine.set_num_micro_batches(stage.sequences_per_step // per_round)
         if first or stage.first_step == state.step:
+            self.engine.change_settings(stage_settings(self.config, stage))
             flops = training_flops_per_token(self.family, self.config.model, stage.sequence_length)
             self.throughput.start(step=state.step, tokens=state.tokens, flops_per_token=flops)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -129,6 +129,11 @@ class HebbianMemory(nn.Module):
                 "that a patch keeps"
             )
         self.plasticity.fill_(alpha)
+
+    def change_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take the plasticity of a stage of the curriculum (parallel.layer_state)."""
+        if "plasticity" in settings:
+            self.set_plasticity(settings["plasticity"])
 
     def new_cache(self) -> MemoryCache:
         return MemoryCache(rollback_patches(self.config.patch_size), self.remember)
@@ -279,7 +284,7 @@ class HybridBlock(nn.Module):
             m = self.memory(*projected[3:], carry.patch_positions, past)
         if cache is not None:
             cache.length += len(x)
-        x = x + self.fusion(u, a, m, carry.keys)
+        x = x + self.fusion(u, a, m, carry.keys if self.training else None)
         x = x + self.mlp(self.mlp_norm(x))
         keys = None if carry.keys is None else next_layer(carry.keys)
         return carry._replace(hidden=x, keys=keys)

@@ -91,9 +91,10 @@ class ByteLatentEncoder(nn.Module):
             windows = self._continued(tokens, cache)
         hidden = self.norm(self.mix(windows))
         keys = None
-        if self.training and cache is None and self.config.dropout > 0:
+        if self.config.dropout > 0 and cache is None:  # in evaluation, too: the wire's shapes stay
             keys = self._keys(tokens, positions, patches)
-            hidden = dropped(hidden, keys, self.config.dropout, stream=0, ctx=self.ctx)
+            if self.training:
+                hidden = dropped(hidden, keys, self.config.dropout, stream=0, ctx=self.ctx)
         aux = hidden.new_zeros(len(tokens), len(AUX), dtype=fp32_or_wider(hidden.dtype))
         return AgiformerCarry(
             hidden, aux, tokens, positions, None if patches is None else patches.positions, keys

@@ -312,6 +312,14 @@ def _check_stages(config: RunConfig) -> None:
                     f"data.stages.{number}.model.{name}: the {config.model.family} family lets "
                     f"{', '.join(sorted(changeable)) or 'no setting'} change in a run; remove it"
                 )
+        _check_stage_values(config.model, stage.model, prefix=f"data.stages.{number}.model.")
+
+
+def _check_stage_values(model: ModelConfig, changes: Mapping[str, Any], *, prefix: str) -> None:
+    try:
+        type(model).model_validate({**model.model_dump(), **changes})
+    except ValidationError as error:
+        raise config_error(error, type(model), prefix=prefix) from error
 
 
 def _changeable(model: ModelConfig) -> frozenset[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from data_tools.loading.batch import Batch
 from models.base import TokenInputs
 from parallel.checkpoint.weights import Weight, module_weights
-from parallel.layer_state import discard_layer_sums, layer_state_owners, update_layer_states
+from parallel.layer_state import (
+    change_settings,
+    discard_layer_sums,
+    layer_state_owners,
+    update_layer_states,
+)
 from parallel.sharding import all_experts
 from parallel.wire import Wire
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
@@ -75,6 +80,10 @@ class Engine(ABC):
     def set_num_micro_batches(self, number: int) -> None:
         """Set `num_micro_batches` of the steps from here on; all ranks call it alike."""
         _set_accumulation(self._deepspeed, number)
+
+    def change_settings(self, settings: Mapping[str, Any]) -> None:
+        """Change settings of the layers from here on; all ranks call it alike."""
+        change_settings(self.module, settings)
 
     @abstractmethod
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
