@@ -12,6 +12,8 @@ COMPILED := $(VENV)/.compiled
 RUN    := runs/demo_$(FAMILY)
 # A step of llama takes half the time of one of the others.
 STEPS  := $(if $(filter llama,$(FAMILY)),400,300)
+# This one reads the bytes of the corpus, four to a patch, and no tokens.
+DATA   := $(if $(filter agiformer,$(FAMILY)),data=bytes data.sequence_length=512)
 SAMPLING := --max-new-tokens 120 --temperature 0.7 --top-p 0.8
 export PROMPT := def read(self
 
@@ -64,12 +66,12 @@ demo: $(STAMP)
 	@$(BIN)/python -m data_tools.demo_corpus --output data/demo
 	@echo "demo 2/4: training; the deepspeed launcher starts and imports torch"
 	@PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet pretrain/train.py --config-name demo_muon \
-		model=$(FAMILY)/demo_wide training.max_steps=$(STEPS) run_dir=$(RUN)
+		model=$(FAMILY)/demo_wide $(DATA) training.max_steps=$(STEPS) run_dir=$(RUN)
 	@echo "demo 3/4: the loss curve, in $(RUN)/loss.png"
 	@$(BIN)/python -m pretrain.plot $(RUN) --output $(RUN)/loss.png
 	@echo "demo 4/4: a sample"
 	@$(BIN)/python -m models.generate --checkpoint $(RUN) --prompt "$$PROMPT" $(SAMPLING)
-	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo parallel.tensor=2 run_dir=$(RUN)_tp2"
+	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo $(DATA) parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(COMPILED)
 	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"

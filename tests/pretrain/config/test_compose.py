@@ -25,7 +25,11 @@ LAYOUTS = sorted(path.stem for path in (CONFIGS / "parallel").glob("*.yaml"))
 
 # Processes that each run file is meant for, as its first line says.
 _SIZES = {"125m": 8, "350m": 8, "1b3": 8, "7b": 64, "13b": 128, "70b": 512}
-_WORLD = {f"{name}_{size}": world for name in ("llama", "daria") for size, world in _SIZES.items()}
+_WORLD = {
+    f"{name}_{size}": world
+    for name in ("agiformer", "llama", "daria")
+    for size, world in _SIZES.items()
+}
 
 
 @pytest.fixture
@@ -76,6 +80,17 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
             "7b": 2**22,
             "13b": 2**22,
             "70b": 2**22,
+        }.items()
+    ]
+    + [
+        (f"agiformer_{size}", bytes_)
+        for size, bytes_ in {
+            "125m": 2**21,
+            "350m": 2**21,
+            "1b3": 2**22,
+            "7b": 2**24,
+            "13b": 2**24,
+            "70b": 2**24,
         }.items()
     ],
 )
