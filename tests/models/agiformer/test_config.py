@@ -49,7 +49,7 @@ def test_rows_that_are_no_whole_patches_are_refused_before_a_run():
 def test_channels_that_tensor_ranks_cannot_share_are_refused():
     ctx = ParallelContext(tensor=Axis(3, 0), device=torch.device("meta"))
     spec = FAMILY.layer_specs(config_of())[0]
-    with pytest.raises(ValueError, match="byte_dim=16 is not divisible by parallel.tensor=3"):
+    with pytest.raises(ValueError, match=r"byte_dim=16 is not divisible by parallel\.tensor=3"):
         spec.module(ctx=ctx, **spec.kwargs)
     assert config_of(byte_dim=None).tensor_divisible()["byte_dim"] == 32
 
