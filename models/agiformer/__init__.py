@@ -17,6 +17,8 @@ _MODULES = {
     "LocalAutoregressiveHead": "head",
     "RecurrentReasoningBlock": "reasoning",
     "SlidingWindowAttention": "block",
+    "AGIFORMER": "standalone.model",
+    "CurriculumDataLoader": "standalone.data",
     "AgiformerForCausalLM": "hf.auto",
     "AgiformerHFConfig": "hf.auto",
 }

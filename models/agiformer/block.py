@@ -228,7 +228,8 @@ class GatedFusion(nn.Module):
         gate = F.linear(at_least_fp32(u), at_least_fp32(self.gate), at_least_fp32(self.gate_bias))
         gate = gate.sigmoid().to(a.dtype)
         if self.is_triple:
-            a, m = self.attention(a), self.memory_norm(self.memory(m.flatten(2)))
+            a, m = self.attention(a), self.memory(m.flatten(2)).to(u.dtype)
+            m = self.memory_norm(m)
             if keys is not None:
                 m = dropped(m, keys, self.config.dropout, stream=0, ctx=self.ctx)
             return self.output(m + gate * (a - m))

@@ -89,7 +89,9 @@ class ByteLatentEncoder(nn.Module):
             windows = self.windows(self._embedded(tokens))
         else:
             windows = self._continued(tokens, cache)
-        hidden = self.norm(self.mix(windows))
+        # Under torch.autocast a linear layer returns half precision; the residual stream keeps its
+        # own.
+        hidden = self.norm(self.mix(windows).to(self.table.dtype))
         keys = None
         if self.config.dropout > 0 and cache is None:  # in evaluation, too: the wire's shapes stay
             keys = self._keys(tokens, positions, patches)

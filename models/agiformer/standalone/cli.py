@@ -1,0 +1,105 @@
+"""Options of the published commands. Functions import what needs torch, so that `--help` does
+not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from models.standalone.command_line import CommandParser, run_command
+
+
+def train_scaled(argv: Sequence[str] | None = None) -> int:
+    """`train_scaled`: 50,000 steps of the 129M class."""
+    parser = CommandParser("train_scaled", "Train on train.txt and val.txt of a folder.")
+    sizes = {"d_model": 768, "n_layers": 12, "num_heads": 12, "window_size": 256}
+    times = {"max_steps": 50_000, "batch_size": 2, "accumulation": 4, "warmup": 500}
+    _add(parser, **sizes, **times, eval_every=2000, lr=2e-4)
+    return run_command(lambda: _commands().train_scaled(parser.parse_args(argv)))
+
+
+def train_curriculum(argv: Sequence[str] | None = None) -> int:
+    """`train_curriculum`: 20,000 steps in three stages."""
+    parser = CommandParser(
+        "train_curriculum", "Train on dictionary.txt, stories.txt, wiki.txt; val.txt is held out."
+    )
+    sizes = {"d_model": 512, "n_layers": 6, "num_heads": 8, "window_size": 128}
+    times = {"max_steps": 20_000, "batch_size": 4, "accumulation": 1, "warmup": 100}
+    _add(parser, **sizes, **times, eval_every=200, lr=3e-4)
+    return run_command(lambda: _commands().train_curriculum(parser.parse_args(argv)))
+
+
+def generate(argv: Sequence[str] | None = None) -> int:
+    """`generate CHECKPOINT`."""
+    parser = _reader("generate", "Continue a text.")
+    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--length", type=int, default=200, help="bytes to add")
+    parser.add_argument("--temp", type=float, default=0.7, help="0: most probable bytes")
+    parser.add_argument("--seed", type=int, default=0)
+    return run_command(lambda: _commands().generate_text(_with_model(parser, argv)))
+
+
+def overfit_test(argv: Sequence[str] | None = None) -> int:
+    """`overfit_test`: exit status 1 where the pattern is not learned."""
+    parser = CommandParser("overfit_test", "Learn a repeated pattern by heart.")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--device", default="cpu")
+    succeeded: list[bool] = []
+    status = run_command(lambda: succeeded.append(_commands().overfit(parser.parse_args(argv))))
+    return status or (0 if succeeded[0] else 1)
+
+
+def recall_test(argv: Sequence[str] | None = None) -> int:
+    """`test_recall_fixed CHECKPOINT`: needle in a haystack."""
+    parser = _reader("test_recall_fixed", "Ask for a needle, with the memory and without.")
+    parser.add_argument("--distances", type=int, nargs="+", help="bytes between telling and asking")
+    return run_command(lambda: _commands().recall(_with_model(parser, argv)))
+
+
+def inspect_reasoning(argv: Sequence[str] | None = None) -> int:
+    """`inspect_reasoning CHECKPOINT`: thinking steps of a text."""
+    parser = _reader("inspect_reasoning", "Count the thinking steps of a text.")
+    parser.add_argument(
+        "--prompt", default="The quick brown fox jumps over the lazy dog. 12 + 30 = 42"
+    )
+    return run_command(lambda: _commands().inspect_reasoning(_with_model(parser, argv)))
+
+
+def _add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    add = parser.add_argument
+    add("--data_dir", default="data")
+    add("--output", default=".", help="folder of the models and metrics")
+    for name, value in defaults.items():
+        add(f"--{name}", type=type(value), default=value)
+    add("--seq_len", type=int, default=1024, help="bytes of a sample")
+    add("--thinking_steps", type=int, default=3)
+    add("--dropout", type=float, default=0.1)
+    add("--log_every", type=int, default=10)
+    add("--use_amp", action="store_true", help="bf16")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+
+
+def _reader(name: str, description: str) -> argparse.ArgumentParser:
+    parser = CommandParser(name, description)
+    parser.add_argument("checkpoint", nargs="?", help="a .pth file of a training command")
+    parser.add_argument("--model", help="the same, as an option")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def _with_model(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser.parse_args(argv)
+    if (options.checkpoint is None) == (options.model is None):
+        raise ValueError(
+            f"checkpoint={options.checkpoint!r} and --model={options.model!r}: give the file once"
+        )
+    options.model = options.model or options.checkpoint
+    return options
+
+
+def _commands() -> Any:
+    from models.agiformer.standalone import commands
+
+    return commands

@@ -1,0 +1,120 @@
+"""Bytes of text files as training batches, and the published curriculum over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from parallel.cross_entropy import IGNORED_LABEL
+
+
+class CurriculumStage(NamedTuple):
+    """`source`: the file is `source.txt`. `until`: the share of the steps at which it ends."""
+
+    source: str
+    until: float
+    plasticity: float
+
+
+CURRICULUM = (
+    CurriculumStage("dictionary", 0.15, 0.10),
+    CurriculumStage("stories", 0.40, 0.50),
+    CurriculumStage("wiki", 1.0, 0.99),
+)
+
+
+class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of a file, one after the other: inputs and labels int64 [seq_len].
+
+    Every byte but the first of the file is the label of one position. The last window is filled up
+    with positions that are not scored.
+
+    Raises:
+        ValueError: there is no such file, or it has fewer than two bytes.
+    """
+
+    def __init__(self, path: Path, seq_len: int) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; put the text there, nothing takes its place")
+        if path.stat().st_size < 2:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; it needs 2 or more")
+        self.bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return -(-(len(self.bytes) - 1) // self.seq_len)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        first = number * self.seq_len
+        window = torch.from_numpy(self.bytes[first : first + self.seq_len + 1].astype(np.int64))
+        inputs, labels = (
+            torch.zeros(self.seq_len).long(),
+            torch.full((self.seq_len,), IGNORED_LABEL),
+        )
+        inputs[: len(window) - 1], labels[: len(window) - 1] = window[:-1], window[1:]
+        return inputs, labels
+
+
+def byte_loader(
+    path: Path, batch_size: int, seq_len: int, *, shuffle: bool, seed: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of the windows of a file, in its order or in one that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = ByteWindows(path, seq_len)
+    return DataLoader(windows, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+class CurriculumDataLoader:
+    """The three stages of a run of `max_steps` batches: iterate over it for all of them, in order.
+
+    Raises:
+        ValueError: a file of a stage, or `val.txt`, is missing.
+    """
+
+    def __init__(self, data_dir: str | Path, batch_size: int, seq_len: int, max_steps: int) -> None:
+        self.data_dir, self.max_steps = Path(data_dir), max_steps
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self.stage = CURRICULUM[0]
+        for source in (*(stage.source for stage in CURRICULUM), "val"):
+            ByteWindows(self.data_dir / f"{source}.txt", seq_len)
+
+    def stage_of(self, step: int) -> CurriculumStage:
+        """The stage of the step after the first `step`."""
+        return next(
+            (s for s in CURRICULUM if step < round(s.until * self.max_steps)), CURRICULUM[-1]
+        )
+
+    def check_stage_change(self, step: int) -> bool:
+        """Go to the stage of a step; whether it is another one."""
+        before, self.stage = self.stage, self.stage_of(step)
+        return self.stage != before
+
+    def get_plasticity_alpha(self) -> float:
+        """The plasticity of the stage."""
+        return self.stage.plasticity
+
+    def get_loader(self, split: str = "train") -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches of the stage's text, shuffled, or with split="val" of the held-out file, in
+        order."""
+        source = self.stage.source if split == "train" else split
+        path = self.data_dir / f"{source}.txt"
+        is_train = split == "train"
+        return byte_loader(path, self.batch_size, self.seq_len, shuffle=is_train)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        batches = None
+        for step in range(self.max_steps):
+            if self.check_stage_change(step) or batches is None:
+                loader = self.get_loader()
+                batches = iter(loader)
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(loader)
+                batch = next(batches)
+            yield batch

@@ -1,0 +1,142 @@
+"""The published class: its arguments, its shape, and the same numbers as the family's layers."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from models.agiformer import AGIFORMER, CurriculumDataLoader
+from models.agiformer.standalone.model import load_model, save_model
+from models.base import TokenInputs
+from tests.equivalence import perturb
+from tests.models.agiformer.oracle import block as oracle_block
+from tests.models.agiformer.oracle import rms, said, thought
+from tests.tolerance import FP64
+
+SIZES = {"d_model": 32, "n_layers": 2, "num_heads": 2, "window_size": 3}
+
+
+def _model(**changes) -> AGIFORMER:
+    torch.manual_seed(0)
+    model = AGIFORMER(**{**SIZES, **changes})
+    for name, layer in model.body.named_children():
+        perturb(layer, seed=1, prefix=name, tensor_rank=0, std=0.3)
+    return model.double().eval()
+
+
+def _bytes(count: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, count), generator=torch.Generator().manual_seed(count))
+
+
+def test_positional_arguments_are_the_published_ones_with_their_values():
+    parameters = inspect.signature(AGIFORMER).parameters.values()
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional.items()) == [
+        ("d_model", 512), ("n_layers", 6), ("num_heads", 8), ("patch_size", 4),
+        ("window_size", 128), ("vocab_size", 256), ("dropout", 0.1), ("thinking_steps", 3),
+    ]  # fmt: skip
+    forward = inspect.signature(AGIFORMER.forward).parameters
+    assert list(forward)[1:] == ["x", "target_bytes", "temperature"]
+
+
+def test_logits_of_the_next_patch_are_those_of_the_equations():
+    """Latents end with the patches of x here, and one byte into them in the family's own form."""
+    model, text = _model(), _bytes(28)
+    x, target = text[:, :-4], text[:, 4:]
+    logits = model(x, target_bytes=target)
+    assert logits.shape == (2, 6, 4, 256)
+    weights, config = dict(model.body.state_dict()), model.config
+    for row in range(2):
+        found = [_latent(weights, config, x[row, : 4 * (i + 1)].tolist()) for i in range(6)]
+        for n in range(2):
+            prefix = f"block_{n}."
+            own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+            found = oracle_block(own, config, found)
+        own = {k.removeprefix("reasoning."): w for k, w in weights.items() if "reasoning." in k}
+        for i, latent in enumerate(found):
+            z = thought(own, config, latent)[0]
+            for k in range(4):
+                # A text in which the target patch follows the one byte that begins a patch.
+                told = [0, *target[row, 4 * i : 4 * i + k].tolist()]
+                torch.testing.assert_close(
+                    logits[row, i, k], said(weights, config, z, told, k), **FP64
+                )
+
+
+def _latent(w, config, seen: list[int]) -> torch.Tensor:
+    kernel = [torch.zeros(config.byte_size).double()] * 6 + [w["encoder.table"][b] for b in seen]
+    mixed = w["encoder.mix.weight"] @ torch.stack(kernel[-6:], dim=1).flatten()
+    return rms(mixed + w["encoder.mix.bias"], config) * w["encoder.norm.weight"]
+
+
+@torch.no_grad()
+def test_without_targets_every_patch_is_drawn_byte_by_byte():
+    model, x = _model(), _bytes(16)
+    logits = model(x)
+    drawn = logits.argmax(dim=-1).flatten(1)
+    torch.testing.assert_close(model(x, target_bytes=drawn), logits, **FP64)
+    assert model(x, temperature=1.0).shape == (2, 4, 4, 256)
+
+
+def test_bytes_that_are_no_whole_patches_or_none_at_all_are_refused():
+    model = _model()
+    with pytest.raises(ValueError, match="x has 10 bytes, which are no whole patches of 4; cut it"):
+        model(_bytes(10))
+    with pytest.raises(ValueError, match=r"hold .* 300, and the model has vocab_size=256"):
+        model(torch.full((1, 4), 300))
+    with pytest.raises(ValueError, match=r"target_bytes of shape \[2, 4\] must be \[2, 8\]"):
+        model(_bytes(8), target_bytes=_bytes(4))
+
+
+@torch.no_grad()
+def test_a_file_holds_the_model_with_its_plasticity(tmp_path):
+    model = _model(vocab_size=256).float()
+    model.set_plasticity(0.25)
+    save_model(model, tmp_path / "a.pth")
+    other = load_model(tmp_path / "a.pth")
+    x = TokenInputs(_bytes(13))
+    assert torch.equal(other.body(x).logits, model.body(x).logits)
+    assert other.body.block_1.memory.plasticity.tolist() == [0.25]
+    (tmp_path / "b.pth").write_bytes(b"no")
+    with pytest.raises(ValueError, match="is no model of this family"):
+        load_model(tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="is no file; give one that"):
+        load_model(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_model_trains_under_autocast(dtype):
+    model, text = AGIFORMER(**SIZES), _bytes(33)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model.loss(text[:, :-1], text[:, 1:]).total
+    loss.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+def _write(folder, **sizes: int):
+    for name, size in {"dictionary": 70, "stories": 90, "wiki": 200, "val": 43, **sizes}.items():
+        (folder / f"{name}.txt").write_bytes(bytes([ord(name[0])]) * size)
+
+
+def test_the_curriculum_goes_through_its_texts_at_the_published_shares(tmp_path):
+    _write(tmp_path)
+    loader = CurriculumDataLoader(tmp_path, 2, 8, 20)
+    firsts = [chr(int(inputs[0, 0])) for inputs, _ in loader]
+    assert "".join(firsts) == "d" * 3 + "s" * 5 + "w" * 12
+    changes = [step for step in range(20) if loader.check_stage_change(step)]
+    assert changes == [0, 3, 8]  # back from the last stage first
+    assert [loader.stage_of(s).plasticity for s in (2, 3, 7, 8)] == [0.1, 0.5, 0.5, 0.99]
+    assert loader.get_plasticity_alpha() == 0.99
+    scored = sum(int((labels != -100).sum()) for _, labels in loader.get_loader("val"))
+    assert scored == 42  # every byte of the held-out file but the first, once
+
+
+def test_a_missing_text_is_an_error_and_no_other_takes_its_place(tmp_path):
+    _write(tmp_path)
+    (tmp_path / "stories.txt").unlink()
+    with pytest.raises(ValueError, match=r"stories\.txt is missing; put the text there"):
+        CurriculumDataLoader(tmp_path, 2, 8, 20)
