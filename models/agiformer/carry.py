@@ -37,5 +37,6 @@ class AgiformerOutput(NamedTuple):
     places: Tensor
 
 
-# Entries of `aux`: the ponder cost N + R and the number of steps N, as means over a row's patches.
-AUX = ("ponder_loss", "ponder_steps")
+# Entries of `aux`, per row: the ponder cost N + R and the number of steps N, as means over its
+# patches; the documents beyond `documents_per_row`, which continue the last one before them.
+AUX = ("ponder_loss", "ponder_steps", "merged_documents")

@@ -19,6 +19,7 @@ from models.agiformer.dropout import dropped
 from models.agiformer.patches import (
     Patches,
     find_patches,
+    merged_documents,
     num_packed_patches,
     packed_positions,
 )
@@ -98,6 +99,9 @@ class ByteLatentEncoder(nn.Module):
             if self.training:
                 hidden = dropped(hidden, keys, self.config.dropout, stream=0, ctx=self.ctx)
         aux = hidden.new_zeros(len(tokens), len(AUX), dtype=fp32_or_wider(hidden.dtype))
+        if inputs.segment_ids is not None:
+            most = self.config.documents_per_row
+            aux[:, -1] = merged_documents(inputs.segment_ids, documents=most)
         return AgiformerCarry(
             hidden, aux, tokens, positions, None if patches is None else patches.positions, keys
         )

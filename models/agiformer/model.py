@@ -87,7 +87,7 @@ def loss(
         num_scored = num_scored_in(labels)
     losses = token_losses(output, labels, ctx)
     lm_loss = losses.sum() / num_scored
-    ponder, steps = scored_mean(output.aux, labels, num_scored).unbind()
+    ponder, steps, merged = scored_mean(output.aux, labels, num_scored).unbind()
     total = lm_loss
     if config.halting == "act":
         total = total + config.ponder_loss_weight * ponder
@@ -97,6 +97,7 @@ def loss(
         "lm_loss": lm_loss,
         "ponder_loss": ponder,
         "ponder_steps": steps,
+        "merged_documents": merged,
         "first_byte_loss": size * first.sum() / num_scored,
         "last_byte_loss": size * last.sum() / num_scored,
     }
@@ -132,7 +133,7 @@ FAMILY = ModelFamily(
     layer_specs=layer_specs,
     carry_schema=carry_schema,
     loss=loss,
-    loss_names=("lm_loss", "ponder_loss", "ponder_steps", "first_byte_loss", "last_byte_loss"),
+    loss_names=("lm_loss", *AUX, "first_byte_loss", "last_byte_loss"),
     counts=Counts(num_parameters, forward_flops_per_token),
     hf=HF,
 )

@@ -7,7 +7,7 @@ its last latent and the bytes after it are all that the next byte depends on.
 
 In a packed row every document begins a patch of its own. A document ends a patch early, by up to P
 - 1 bytes, so a row has room for `documents_per_row` of them; shapes stay constant. Documents beyond
-that continue the last one that fits, as in training without boundaries.
+that continue the last one that fits, as in training without boundaries, and are counted.
 
 Shapes: s bytes, p patches, b batch, P patch size, K patch kernel.
 """
@@ -47,6 +47,11 @@ def packed_positions(segment_ids: Tensor, *, documents: int) -> Tensor:
     kept = begins & (begins.cumsum(dim=1) <= documents)
     index = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
     return index - torch.where(kept, index, 0).cummax(dim=1).values
+
+
+def merged_documents(segment_ids: Tensor, *, documents: int) -> Tensor:
+    """Documents of every row beyond the number that is kept apart: int64 [b]."""
+    return ((positions_in_segments(segment_ids) == 0).sum(dim=1) - documents).clamp(min=0)
 
 
 def find_patches(positions: Tensor, *, count: int, patch_size: int) -> Patches:

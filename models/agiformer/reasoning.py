@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.agiformer.cache import ReasoningCache
-from models.agiformer.carry import AgiformerCarry
+from models.agiformer.carry import AUX, AgiformerCarry
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.patches import used_patches
 from models.common.init import replicated_linear
@@ -166,7 +166,7 @@ class RecurrentReasoningBlock(nn.Module):
         return y
 
     def _measured(self, halting: Halting, carry: AgiformerCarry) -> Tensor:
-        """Ponder cost and steps of every row, fp32 [b, 2]: means over its patches."""
+        """Ponder cost and steps of every row, means over its patches, as `aux`."""
         ponder = halting.steps + halting.remainder
         entries = torch.stack((ponder, halting.steps), dim=-1)  # [p/t, b, 2]
         ranks = self.ctx.tensor.size if self.ctx.sequence_parallel else 1
@@ -177,4 +177,5 @@ class RecurrentReasoningBlock(nn.Module):
             )
             count = used.sum(dim=1, keepdim=True)
             entries = entries * local_sequence(used.T, ctx=self.ctx).unsqueeze(-1)
-        return sum_over_sequence_ranks(entries.sum(dim=0), ctx=self.ctx) / count
+        means = sum_over_sequence_ranks(entries.sum(dim=0), ctx=self.ctx) / count
+        return F.pad(means, (0, len(AUX) - 2))

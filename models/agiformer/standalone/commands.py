@@ -165,7 +165,7 @@ def inspect_reasoning(options: argparse.Namespace) -> None:
     model = load_model(Path(options.model), device=options.device)
     tokens = torch.tensor([list(options.prompt.encode())], device=options.device)
     output = model.body(TokenInputs(tokens))
-    ponder, steps = output.aux[0].tolist()
+    ponder, steps, _ = output.aux[0].tolist()
     most = model.config.thinking_steps
     print(json.dumps({"mean_steps": steps, "ponder_cost": ponder, "most_steps": most}))
     if not 1.05 < steps < most - 0.05:
