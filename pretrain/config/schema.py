@@ -316,10 +316,11 @@ def _check_stages(config: RunConfig) -> None:
 
 
 def _check_stage_values(model: ModelConfig, changes: Mapping[str, Any], *, prefix: str) -> None:
+    settings = cast(BaseModel, model)
     try:
-        type(model).model_validate({**model.model_dump(), **changes})
+        type(settings).model_validate({**settings.model_dump(), **changes})
     except ValidationError as error:
-        raise config_error(error, type(model), prefix=prefix) from error
+        raise config_error(error, type(settings), prefix=prefix) from error
 
 
 def _changeable(model: ModelConfig) -> frozenset[str]:

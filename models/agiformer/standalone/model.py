@@ -82,15 +82,20 @@ class AGIFORMER(StandaloneModel):
                 f"target_bytes of shape {list(target.shape)} must be {list(x.shape)}, as x: the "
                 "patch after each of its patches"
             )
-        size, head = self.config.patch_size, self.body.head
+        size, head = self.config.patch_size, self._head
         before = F.pad(target[:, :-1], (size - 1, 0))
         places = torch.arange(size, device=x.device).repeat(x.shape[1] // size)
         logits = head.decode(projected.flatten(0, 1), before, places.expand(len(x), -1))
         return logits.transpose(0, 1).unflatten(1, (-1, size))
 
+    @property
+    def _head(self) -> Any:
+        return self.body.layers[-1]
+
     def _projected(self, x: Tensor) -> Tensor:
         """The head's projections of patches of x, the last byte of each being the last it sees."""
-        encoder, *blocks, head = self.body.layers
+        layers: list[Any] = self.body.layers
+        encoder, *blocks, head = layers
         windows = encoder.windows(F.embedding(x.T, encoder.table), first=self.config.patch_size - 1)
         aux = windows.new_zeros(len(x), len(AUX))
         carry = AgiformerCarry(encoder.norm(encoder.mix(windows)), aux, x)
@@ -101,7 +106,7 @@ class AGIFORMER(StandaloneModel):
 
     def _drawn(self, projected: Tensor, temperature: float) -> Tensor:
         """Draw every patch byte by byte; the logits that its bytes were drawn from."""
-        size, head = self.config.patch_size, self.body.head
+        size, head = self.config.patch_size, self._head
         count, _, batch, _ = projected.shape
         drawn = torch.zeros(count * batch, 0, dtype=torch.int64, device=projected.device)
         logits = []
