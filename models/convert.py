@@ -295,11 +295,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--eod", metavar="TOKEN", help="end token; default: what ended the documents of training"
     )
     export.add_argument(
-        "--plain", action="store_true", help="as the model that the family grows out of"
+        "--plain", action="store_true", help="as the base model that the family extends"
     )
     load = commands.add_parser("from-hf", help="write a checkpoint from a Hugging Face directory")
     load.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
-    load.add_argument("--family", help="one that grows out of the model in the directory")
+    load.add_argument("--family", help="a family that extends the model in the directory")
     load.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     load.add_argument("--from-scratch", action="store_true", help="take no weights")
     for command in (export, load):

@@ -14,7 +14,7 @@ from data_tools.loading.evaluation import EvalBatches
 from data_tools.sampling.curriculum import Stage
 from models.registry import get_family
 from parallel.checkpoint.weights import ShardPosition
-from parallel.cpu.waiting import WaitPolicy
+from parallel.cpu.wait_policy import WaitPolicy
 from pretrain.checkpointing import Checkpoint, CheckpointContents
 from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.rng_state import restore_rng_state, rng_states, seed_rng
@@ -92,9 +92,9 @@ class TrainLoop:
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
         self.num_parameters = self.family.num_parameters(config.model)
-        self.waiting: WaitPolicy | None = None
+        self.wait_policy: WaitPolicy | None = None
         if self.ctx.device.type == "cpu":
-            self.waiting = WaitPolicy.of_this_process(
+            self.wait_policy = WaitPolicy.of_this_process(
                 ranks=ranks_on_this_machine(), threads=torch.get_num_threads()
             )
 
@@ -162,7 +162,7 @@ class TrainLoop:
                     if last or stopping:
                         self.checkpointer.wait()
             if stopping and not last:
-                self._print(f"stopped at step {step} as asked; start again to continue")
+                self._print(f"stopped at step {step} as requested; start again to continue")
                 return EXIT_STOPPED
         return EXIT_COMPLETED
 
@@ -183,7 +183,7 @@ class TrainLoop:
 
     def _prepare(self, *, first: bool) -> None:
         """Set the engine up for the next step; restart the throughput window at a new stage."""
-        if self.waiting is not None and (remark := self.waiting.adapt()) is not None:
+        if self.wait_policy is not None and (remark := self.wait_policy.adapt()) is not None:
             self._warn(remark)
         state = self.state
         stage = state.curriculum.stage_after(state.step)

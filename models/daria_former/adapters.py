@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.common.lora.layers import Conditions, Follows, LoRALinear, named_targets, wrap
+from models.common.lora.layers import ComputedWeight, Conditions, LoRALinear, named_targets, wrap
 from models.daria_former.config import LORA_TARGETS
 from parallel.precision import at_least_fp32
 from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal, declare_replicated
 
 # The computed adapter weights.
-FOLLOWED = {"esv": Follows("esv", per_token=True), "persona": Follows("persona", per_token=False)}
+COMPUTED_WEIGHTS = {
+    "esv": ComputedWeight("esv", per_token=True),
+    "persona": ComputedWeight("persona", per_token=False),
+}
 
 
 class BlockAdapters(nn.Module):
@@ -38,19 +41,19 @@ class BlockAdapters(nn.Module):
         self.esv, self.persona = nn.ParameterDict(), nn.ParameterDict()
         self.conditions = Conditions()
         self.given_persona: Tensor | None = None  # [b or 1, p], set by the manager
-        self.following: dict[str, str] = {}  # active adapter -> what its weight follows
+        self.computed: dict[str, str] = {}  # active adapter -> the kind of its computed weight
         self._hooks = (
             block.register_forward_pre_hook(self._enter),
             block.register_forward_hook(self._leave, always_call=True),
         )
 
-    def bind(self, block: nn.Module) -> None:
+    def share_conditions(self, block: nn.Module) -> None:
         """Make the block's adapted layers read `conditions`."""
         for number, (_, layer) in enumerate(named_targets(block, LORA_TARGETS)):
             if isinstance(layer, LoRALinear):
                 layer.number, layer.conditions = number, self.conditions
 
-    def learn_to_follow(self, name: str, kind: str, *, like: Tensor) -> nn.Parameter | None:
+    def add_kappa(self, name: str, kind: str, *, like: Tensor) -> nn.Parameter | None:
         """Add the kappa of an adapter; None where there is one already."""
         kappas = getattr(self, kind)
         if name in kappas:
@@ -60,7 +63,7 @@ class BlockAdapters(nn.Module):
         kappas[name] = declare_replicated(kappa, init, ctx=self.ctx)
         return kappas[name]
 
-    def detach(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove the hooks from the block."""
         for hook in self._hooks:
             hook.remove()
@@ -69,7 +72,7 @@ class BlockAdapters(nn.Module):
         carry, conditions = args[0], self.conditions
         conditions.keys = None if carry.keys is None else carry.keys.T
         conditions.is_noisy = len(args) < 2 or args[1] is None
-        for name, kind in self.following.items():
+        for name, kind in self.computed.items():
             if kind == "esv":
                 kappa = at_least_fp32(self.esv[name])
                 weight = (carry.emotion @ kappa).clamp(0.0, 1.0).unsqueeze(-1)
@@ -95,5 +98,5 @@ def adapted_block(block: nn.Module) -> BlockAdapters:
         dropout=config.lora_dropout,
     )
     adapters = BlockAdapters(block)
-    adapters.bind(block)
+    adapters.share_conditions(block)
     return adapters

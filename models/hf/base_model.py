@@ -43,8 +43,7 @@ def require_base(family: ModelFamily) -> BaseModelMapping:
     base = family.require_hf().base
     if base is None:
         raise ValueError(
-            f"the {family.name} family does not grow out of another model; leave out what asks for "
-            "a base model"
+            f"the {family.name} family extends no base model; leave out --family or --plain"
         )
     return base
 
@@ -65,8 +64,8 @@ def read_base_config(
     contents = read_contents(path)
     if contents["model_type"] not in base.model_types:
         raise ValueError(
-            f"{path}: model_type={contents['model_type']!r} is no model that the {family_name} "
-            f"family grows out of; those are {', '.join(base.model_types)}"
+            f"{path}: model_type={contents['model_type']!r} is no base model of the {family_name} "
+            f"family; choose a model of type {' or '.join(base.model_types)}"
         )
     defaults = {} if from_scratch else base.defaults
     config = converted(base.from_config, contents, {**defaults, **changes}, path=path)

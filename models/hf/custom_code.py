@@ -100,8 +100,8 @@ def own_code(
     """The form of a family with `config_class` in `config_module` (`models.<package>.hf.config...`)
     and its model beside it.
 
-    `models.<package>.hf.auto` registers both. `name`: of a parameter or buffer in files. `base`:
-    the model that the family grows out of.
+    `models.<package>.hf.auto` registers both. `name`: our name of a parameter or buffer -> its name
+    in files. `base`: the mapping from the base model that the family extends.
     """
 
     def theirs() -> Any:

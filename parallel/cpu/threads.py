@@ -3,7 +3,7 @@
 torch starts one thread per core, regardless of container limits and of the other ranks of a run.
 The number chosen here depends only on what a run and its continuation share (cores, quota, ranks)
 and never on the load of the machine, because another number of threads sums in another order. How
-threads wait for each other does depend on the load: see parallel/cpu/waiting.py.
+threads wait for each other does depend on the load: see parallel/cpu/wait_policy.py.
 
 libgomp reads its environment variables when it is loaded, so call `prepare_threads` before torch is
 imported. This module does not import torch.
@@ -135,15 +135,17 @@ def prepare_threads(
     """
     if "torch" in sys.modules or not sys.platform.startswith("linux"):
         return None
-    facts = CpuResources(cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=sharing(ranks))
+    facts = CpuResources(
+        cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=ranks_sharing_cpus(ranks)
+    )
     choice = choose(facts, environment)
     environment.update(choice.variables)
     return choice.remark
 
 
-def sharing(ranks: int) -> int:
-    """The number of ranks on this machine that share the CPUs of this process: all of `ranks`, or 1
-    if the launcher has bound the process to some CPUs, as mpirun does."""
+def ranks_sharing_cpus(ranks: int) -> int:
+    """The number of ranks that share the CPUs of this process: all `ranks` of this machine, or 1 if
+    the launcher has bound the process to CPUs of its own, as mpirun does."""
     try:
         return ranks if os.sched_getaffinity(os.getppid()) <= os.sched_getaffinity(0) else 1
     except OSError:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parallel.cpu.threads import POLICY, SPIN, THREADS
-from parallel.cpu.waiting import CpuTimes, WaitPolicy, cpu_times
+from parallel.cpu.wait_policy import CpuTimes, WaitPolicy, cpu_times
 from tests.benchmarks.timing import Table
 
 FAMILIES = ("llama", "daria_former")
@@ -122,7 +122,7 @@ def _interval(workers: Sequence[Worker]) -> float | None:
 def _others(since: CpuTimes | None, until: CpuTimes | None, ours: float) -> float:
     if since is None or until is None:
         return 0.0
-    return (until.work - since.work - ours) / (until.clock - since.clock)
+    return (until.busy - since.busy - ours) / (until.clock - since.clock)
 
 
 def _table(family: str, speeds: Mapping[tuple[str, str], list[float]], disturbed: int) -> Table:
@@ -168,13 +168,13 @@ def _train(family: str, policy: str) -> None:
     stream = torch.randint(config.vocab_size, (BATCH_SIZE, SEQ_LENGTH + 1))
     tokens, labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
-    waiting = None
+    wait_policy = None
     if policy == OURS:
-        waiting = WaitPolicy.of_this_process(ranks=1, threads=torch.get_num_threads())
+        wait_policy = WaitPolicy.of_this_process(ranks=1, threads=torch.get_num_threads())
 
     def step() -> None:
-        if waiting is not None:
-            waiting.adapt()
+        if wait_policy is not None:
+            wait_policy.adapt()
         output = model(TokenInputs(tokens))
         own.loss(output, labels, config=config, ctx=model.ctx).total.backward()
         optimizer.step()

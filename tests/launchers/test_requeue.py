@@ -141,6 +141,6 @@ def test_a_job_that_is_preempted_saves_in_its_grace_time_and_loses_nothing(
     fields = cluster.wait(job, timeout=240)
     output = cluster.output(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
-    [saved] = re.findall(r"stopped at step (\d+) as asked", output)
+    [saved] = re.findall(r"stopped at step (\d+) as requested", output)
     assert f"continuing after step {saved}" in output
     assert losses(run_dir) == undisturbed()

@@ -29,9 +29,9 @@ _DROPOUT_STREAM = 3
 _DROPOUT_CHANNELS = 1 << 24
 
 
-class Follows(NamedTuple):
-    """A computed adapter weight, which the family puts into `Conditions`: one per row, or one per
-    token (`per_token`)."""
+class ComputedWeight(NamedTuple):
+    """An adapter weight that the family computes in every call and puts into `Conditions`: one per
+    row, or one per token (`per_token`)."""
 
     kind: str
     per_token: bool
@@ -119,7 +119,7 @@ class LoRALinear(nn.Module):
         self.register_parameter("weight", base.get_parameter("weight"))
         self.register_parameter("bias", getattr(base, "bias", None))
         self.lora = nn.ModuleDict({PRIMARY: LowRank(base.weight, rank=rank, alpha=alpha)})
-        self.active: dict[str, float | Follows] = {PRIMARY: 1.0}
+        self.active: dict[str, float | ComputedWeight] = {PRIMARY: 1.0}
         self.conditions = Conditions()
         self.number = 0  # among the layers of its block that may be adapted
         self._original: tuple[Tensor, int] | None = None  # W before merging, version of W after
@@ -144,9 +144,9 @@ class LoRALinear(nn.Module):
         if self.is_merged:
             return y
         for name, weight in self.active.items():
-            if isinstance(weight, Follows) and weight.per_token and not per_token:
+            if isinstance(weight, ComputedWeight) and weight.per_token and not per_token:
                 continue
-            known = self.conditions.weights[name] if isinstance(weight, Follows) else weight
+            known = self.conditions.weights[name] if isinstance(weight, ComputedWeight) else weight
             given = self._dropped(x, per_token) if name == PRIMARY else x
             y = self.lora[name](given, known, y)
         return y
@@ -167,10 +167,10 @@ class LoRALinear(nn.Module):
         """Add every active adapter to W, of which a copy is kept until `unmerge`."""
         total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         for name, weight in self.active.items():
-            if isinstance(weight, Follows):
+            if isinstance(weight, ComputedWeight):
                 raise ValueError(
-                    f"adapter {name!r} follows {weight.kind!r} instead of one number and cannot be "
-                    "merged; deactivate it, or activate it with a number"
+                    f"adapter {name!r} has weight={weight.kind!r}, computed in every call, and only"
+                    " a number can be merged; deactivate it, or activate it with a number"
                 )
             total = total + weight * self.lora[name].product()  # type: ignore[operator]
         original = self.weight.detach().clone()

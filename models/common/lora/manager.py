@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from models.common.lora.layers import PRIMARY, Follows, LoRALinear, LowRank, wrap
+from models.common.lora.layers import PRIMARY, ComputedWeight, LoRALinear, LowRank, wrap
 from models.common.lora.state import (
     SETTINGS,
     SETTINGS_KEY,
@@ -37,7 +37,7 @@ class LoRAManager:
     `rank`, `alpha` and `dropout` belong to the primary adapter; `targets` are last names of linear
     layers. A model built with adapters already has its primary one and must be given the same
     settings. `seed`: seed of the A matrices, which also depend on the layer's name. A family with
-    computed adapter weights overrides `bind`, `unbind` and `follow`.
+    computed adapter weights overrides `attach`, `detach` and `add_computed_weight`.
 
     Raises:
         ValueError: an unknown target, with the nearest known ones.
@@ -87,7 +87,7 @@ class LoRAManager:
         new = wrap(self.model, self.targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         for name, layer in new:
             self.initialize(f"{name}.lora.{PRIMARY}", layer.lora[PRIMARY])
-        self.bind()
+        self.attach()
         self.model.add_module(SETTINGS, _Settings(self))
 
     @classmethod
@@ -108,7 +108,7 @@ class LoRAManager:
         for name, adapter in values["adapters"].items():
             manager.add_adapter(name, adapter["rank"], adapter["alpha"])
             for kind in adapter["follows"]:
-                manager.follow(name, kind)
+                manager.add_computed_weight(name, kind)
         model.load_state_dict(state)
         return manager
 
@@ -118,7 +118,7 @@ class LoRAManager:
         for name, layer in self.named_layers():
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, layer.unwrapped())
-        self.unbind()
+        self.detach()
         delattr(self.model, SETTINGS)
         return self.model
 
@@ -148,19 +148,19 @@ class LoRAManager:
     def activate_adapter(self, name: str, weight: float | str = 1.0) -> None:
         """Switch an adapter on, in addition to the active ones.
 
-        `weight`: a number, or the name of what it follows, one of `followed`. An unknown adapter is
-        added, with a warning.
+        `weight`: a number, or the name of a computed weight, one of `computed_weights`. An unknown
+        adapter is added, with a warning.
 
         Raises:
             ValueError: a weight that is none of these.
         """
         self._switchable()
-        if isinstance(weight, str) and weight not in self.followed:
-            known = nearest(weight, self.followed)
+        if isinstance(weight, str) and weight not in self.computed_weights:
+            known = nearest(weight, self.computed_weights)
             raise ValueError(f"adapter weight={weight!r} is unknown; {known}")
         if not isinstance(weight, str) and not math.isfinite(weight):
             raise ValueError(f"adapter weight={weight} is not finite; choose a number")
-        self.check_followed(weight)
+        self.check_computable(weight)
         if name not in self._adapters:
             self.add_adapter(name)
             others = nearest(name, [other for other in self._adapters if other != name])
@@ -170,7 +170,7 @@ class LoRAManager:
                 stacklevel=2,
             )
         if isinstance(weight, str):
-            self.follow(name, weight)
+            self.add_computed_weight(name, weight)
         self.switch(name, weight)
 
     def deactivate_adapter(self, name: str) -> None:
@@ -228,7 +228,7 @@ class LoRAManager:
         A copy of the weights is kept for `unmerge_all`; `strip()` lets go of it.
 
         Raises:
-            ValueError: they are merged already, or an active one follows a state.
+            ValueError: they are merged already, or the weight of an active one is computed.
         """
         self._switchable()
         for _, layer in self.named_layers():
@@ -276,23 +276,23 @@ class LoRAManager:
                 )
             self.switch(name, theirs["weight"])
 
-    # For families whose adapters may follow something.
+    # For families with computed weights. In stored settings their kinds are called "follows".
 
     @property
-    def followed(self) -> Mapping[str, Follows]:
+    def computed_weights(self) -> Mapping[str, ComputedWeight]:
         """The computed adapter weights of the family, by name."""
         return {}
 
-    def bind(self) -> None:
+    def attach(self) -> None:
         """Connect computed weights to the adapters, once all are built."""
 
-    def unbind(self) -> None:
-        """Remove whatever `bind` added."""
+    def detach(self) -> None:
+        """Remove whatever `attach` added."""
 
-    def check_followed(self, weight: float | str) -> None:
+    def check_computable(self, weight: float | str) -> None:
         """Raise ValueError if the model cannot compute the given weight."""
 
-    def follow(self, name: str, kind: str) -> None:
+    def add_computed_weight(self, name: str, kind: str) -> None:
         """Create the learned parameters of a computed adapter weight; may be called again."""
         if kind not in self._adapters[name]["follows"]:
             self._adapters[name]["follows"].append(kind)
@@ -303,7 +303,9 @@ class LoRAManager:
         for _, layer in self.named_layers():
             layer.active.pop(name, None)
             if weight is not None:
-                layer.active[name] = self.followed[weight] if isinstance(weight, str) else weight
+                layer.active[name] = (
+                    self.computed_weights[weight] if isinstance(weight, str) else weight
+                )
 
     def named_layers(self) -> Iterator[tuple[str, LoRALinear]]:
         """The adapted layers and their names."""

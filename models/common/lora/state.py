@@ -27,7 +27,7 @@ def merged_state_dict(state: Mapping[str, Any], *, alpha: float | None = None) -
     fits the configuration with `lora_rank=0` and `lora_dropout=0.0`. `state` is not changed.
 
     Raises:
-        ValueError: an active adapter follows a state; or nothing says what an alpha is.
+        ValueError: the weight of an active adapter is computed, or an alpha is unknown.
     """
     settings: dict[str, Any] = {"alpha": alpha, "adapters": {}}
     if SETTINGS_KEY in state:
@@ -41,8 +41,9 @@ def merged_state_dict(state: Mapping[str, Any], *, alpha: float | None = None) -
         alphas[name], weights[name] = adapter["alpha"], adapter["weight"]
         if isinstance(adapter["weight"], str):
             raise ValueError(
-                f"adapter {name!r} follows {adapter['weight']!r} and cannot be merged; save the "
-                "model with it deactivated, or activated with a number"
+                f"adapter {name!r} has weight={adapter['weight']!r}, computed in every call, and "
+                "only a number can be merged; save the model with it deactivated, or activated with"
+                " a number"
             )
     merged = {k: v for k, v in state.items() if ".lora." not in k and k != SETTINGS_KEY}
     for key, A in state.items():
@@ -51,7 +52,7 @@ def merged_state_dict(state: Mapping[str, Any], *, alpha: float | None = None) -
             continue
         target, name = f"{found[1]}.weight", found[2]
         if name not in weights:
-            raise ValueError(f"{key}: nothing says the alpha of {name!r}; save it with its manager")
+            raise ValueError(f"{key}: the alpha of {name!r} is unknown; save it with its manager")
         if weights[name] is not None:
             wide = torch.promote_types(A.dtype, torch.float32)
             scale = weights[name] * alphas[name] / len(A)

@@ -1,4 +1,4 @@
-"""`LoRAManager` of a Daria-Former: weights may follow the emotion state or the persona."""
+"""`LoRAManager` of a Daria-Former, with weights computed from the emotion state or the persona."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.common.lora import manager
-from models.common.lora.layers import Follows, LoRALinear
+from models.common.lora.layers import ComputedWeight, LoRALinear
 from models.common.lora.state import merged_state_dict
-from models.daria_former.adapters import FOLLOWED, BlockAdapters
+from models.daria_former.adapters import COMPUTED_WEIGHTS, BlockAdapters
 from models.daria_former.config import LORA_TARGETS
 from models.daria_former.layers import DACBlock, DariaEmbedding
 
@@ -30,46 +30,46 @@ class LoRAManager(manager.LoRAManager):
     known_targets = LORA_TARGETS
 
     @property
-    def followed(self) -> Mapping[str, Follows]:
-        return FOLLOWED
+    def computed_weights(self) -> Mapping[str, ComputedWeight]:
+        return COMPUTED_WEIGHTS
 
-    def bind(self) -> None:
+    def attach(self) -> None:
         self._hooks: list[Any] = []
         self._personas: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         for _, block in self._blocks():
             if block.lora is None:
                 block.lora = BlockAdapters(block)
-            block.lora.bind(block)
+            block.lora.share_conditions(block)
         for module in list(self.model.modules()):
             if isinstance(module, DariaEmbedding) and hasattr(module, "persona"):
                 self._hooks.append(module.register_forward_pre_hook(self._pass_persona))
 
-    def unbind(self) -> None:
+    def detach(self) -> None:
         for _, block in self._blocks():
-            block.lora.detach()
+            block.lora.remove_hooks()
             block.lora = None
         for hook in self._hooks:
             hook.remove()
 
-    def check_followed(self, weight: float | str) -> None:
+    def check_computable(self, weight: float | str) -> None:
         if isinstance(weight, str) and not any(True for _ in self._blocks()):
             raise ValueError(f"adapter weight={weight!r} needs the blocks of a Daria-Former")
         if weight == "persona" and not self._hooks:
             raise ValueError("adapter weight='persona' needs a model with the persona path")
 
-    def follow(self, name: str, kind: str) -> None:
+    def add_computed_weight(self, name: str, kind: str) -> None:
         for path, block in self._blocks():
-            kappa = block.lora.learn_to_follow(name, kind, like=block.attention.q_proj.weight)
+            kappa = block.lora.add_kappa(name, kind, like=block.attention.q_proj.weight)
             if kappa is not None:
                 self.initialize(f"{path}.lora.{kind}", nn.ParameterDict({name: kappa}))
-        super().follow(name, kind)
+        super().add_computed_weight(name, kind)
 
     def switch(self, name: str, weight: float | str | None) -> None:
         super().switch(name, weight)
         for _, block in self._blocks():
-            block.lora.following.pop(name, None)
+            block.lora.computed.pop(name, None)
             if isinstance(weight, str):
-                block.lora.following[name] = weight
+                block.lora.computed[name] = weight
 
     def _blocks(self) -> Iterator[tuple[str, Any]]:
         for name, module in list(self.model.named_modules()):

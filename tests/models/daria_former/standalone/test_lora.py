@@ -308,7 +308,7 @@ def test_a_state_dict_becomes_the_same_model_and_the_same_merged_model():
     restored = LoRAManager.from_state_dict(again, state)
     assert torch.equal(_logits(again), expected)
     assert restored.settings() == manager.settings()
-    with pytest.raises(ValueError, match="'second' follows 'persona'"):
+    with pytest.raises(ValueError, match="'second' has weight='persona'"):
         merged_state_dict(state)
     restored.deactivate_adapter("second")
     expected = _logits(again)
@@ -344,7 +344,7 @@ def test_a_model_built_with_adapters_is_merged_for_export():
     with pytest.raises(ValueError, match="alpha=None"):
         merged_state_dict(plain.state_dict())
     alone = {k: v for k, v in model.state_dict().items() if not k.startswith("lora_settings")}
-    with pytest.raises(ValueError, match="nothing says the alpha of 'extra'"):
+    with pytest.raises(ValueError, match="the alpha of 'extra' is unknown"):
         merged_state_dict(alone, alpha=1.0)
 
 

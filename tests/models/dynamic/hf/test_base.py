@@ -171,7 +171,7 @@ def test_other_sizes_begin_from_scratch_when_that_is_asked_for(qwen, tmp_path, c
     [
         (["--set", "capacity_gamma=0.5"], "no effect without --family"),
         (["--family", "mod", "--set", "capacity_gamma"], "as KEY=VALUE"),
-        (["--family", "llama"], "llama family does not grow out of another model"),
+        (["--family", "llama"], "llama family extends no base model"),
         (["--family", "mud"], "did you mean 'mod'"),
     ],
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel.cpu import waiting
+from parallel.cpu import wait_policy
 from parallel.cpu.threads import POLICY, SPIN, THREADS
-from parallel.cpu.waiting import CpuTimes, WaitPolicy, busy_cores, cpu_times
+from parallel.cpu.wait_policy import CpuTimes, WaitPolicy, busy_cores, cpu_times
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -24,16 +24,17 @@ def _stat(*cpus: tuple[int, int]) -> str:
 
 
 def test_work_is_that_of_the_cpus_this_process_may_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(waiting, "usable_cpus", lambda: {0, 2})
+    monkeypatch.setattr(wait_policy, "usable_cpus", lambda: {0, 2})
     (tmp_path / "stat").write_text(_stat((100, 900), (5000, 10), (300, 700)))
     times = cpu_times(proc=tmp_path)
     assert times is not None
-    assert times.work == pytest.approx(400 / os.sysconf("SC_CLK_TCK"))
+    assert times.busy == pytest.approx(400 / os.sysconf("SC_CLK_TCK"))
     assert cpu_times(proc=tmp_path / "nothing") is None
 
 
 def test_busy_cores_are_those_of_others_and_not_of_the_ranks_of_the_run():
-    since, until = CpuTimes(10.0, work=100.0, own=1.0), CpuTimes(12.0, work=104.0, own=2.0)
+    since = CpuTimes(10.0, busy=100.0, process=1.0)
+    until = CpuTimes(12.0, busy=104.0, process=2.0)
     assert busy_cores(since, until, ranks=1) == pytest.approx(1.5)
     assert busy_cores(since, until, ranks=2) == pytest.approx(1.0)
     assert busy_cores(since, until, ranks=8) == 0.0
@@ -45,16 +46,16 @@ class _Neighbours:
     def __init__(self, monkeypatch, cpus: int, threads: int) -> None:
         self.busy, self._threads = 0.0, threads
         self._times = CpuTimes(0.0, 0.0, 0.0)
-        monkeypatch.setattr(waiting, "usable_cpus", lambda: set(range(cpus)))
-        monkeypatch.setattr(waiting, "cpu_times", self._look)
-        monkeypatch.setattr(waiting.time, "monotonic", lambda: self._times.clock + 1)
+        monkeypatch.setattr(wait_policy, "usable_cpus", lambda: set(range(cpus)))
+        monkeypatch.setattr(wait_policy, "cpu_times", self._look)
+        monkeypatch.setattr(wait_policy.time, "monotonic", lambda: self._times.clock + 1)
         for name in (SPIN, POLICY):
             monkeypatch.delenv(name, raising=False)
 
     def _look(self) -> CpuTimes:
-        clock, work, own = self._times
+        clock, busy, process = self._times
         self._times = CpuTimes(
-            clock + 1, work + self._threads + self.busy, own + float(self._threads)
+            clock + 1, busy + self._threads + self.busy, process + float(self._threads)
         )
         return self._times
 
@@ -77,9 +78,9 @@ def test_threads_sleep_as_long_as_others_are_busy_and_one_line_says_so(monkeypat
     course = {0.0: "spin", 1.4: "spin", 2.0: "sleep", 1.3: "sleep", 0.9: "spin", 3.0: "sleep"}
     for machine.busy, does in course.items():
         remarks.append(own.adapt())
-        assert own.sleeps == (does == "sleep"), machine.busy
+        assert own.is_passive == (does == "sleep"), machine.busy
         # 3 threads of 3 make one more than 4 CPUs with those that compute, one of them Python's.
-        assert _has_more_threads(before, 3 if own.sleeps else 0)
+        assert _has_more_threads(before, 3 if own.is_passive else 0)
     own.close()
     assert _has_more_threads(before, 0)
     [remark] = [remark for remark in remarks if remark is not None]
@@ -90,16 +91,16 @@ def test_threads_sleep_as_long_as_others_are_busy_and_one_line_says_so(monkeypat
 def test_ranks_that_fill_the_cpus_are_no_neighbours(monkeypatch):
     machine = _Neighbours(monkeypatch, cpus=4, threads=2)
     machine.busy = 2.0  # the other rank, which does as this one does
-    monkeypatch.setattr(waiting, "sharing", lambda ranks: ranks)
+    monkeypatch.setattr(wait_policy, "ranks_sharing_cpus", lambda ranks: ranks)
     own = WaitPolicy.of_this_process(ranks=2, threads=2)
     assert own is not None
     own.adapt()
-    assert not own.sleeps
+    assert not own.is_passive
     machine.busy = 3.0
     own.adapt()
-    assert own.sleeps
+    assert own.is_passive
     own.close()
-    assert not own.sleeps
+    assert not own.is_passive
 
 
 def test_nothing_is_changed_within_half_a_second(monkeypatch):
@@ -108,12 +109,12 @@ def test_nothing_is_changed_within_half_a_second(monkeypatch):
     own = WaitPolicy.of_this_process(ranks=1, threads=2)
     assert own is not None
     clock = own._since.clock
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock + 0.4)
+    monkeypatch.setattr(wait_policy.time, "monotonic", lambda: clock + 0.4)
     assert own.adapt() is None
-    assert not own.sleeps
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock + 0.6)
+    assert not own.is_passive
+    monkeypatch.setattr(wait_policy.time, "monotonic", lambda: clock + 0.6)
     assert own.adapt() is not None
-    assert own.sleeps
+    assert own.is_passive
     own.close()
 
 
@@ -133,13 +134,13 @@ def test_one_thread_has_nobody_to_wait_for(monkeypatch):
 def test_sums_are_the_same_whether_threads_sleep_or_spin():
     code = (
         "import torch\n"
-        "from parallel.cpu import waiting\n"
+        "from parallel.cpu import wait_policy\n"
         "x = torch.randn(300, 700, generator=torch.Generator().manual_seed(0))\n"
         "def sums(): return torch.cat([(x @ x.T).flatten(), x.sum(0), x.exp().sum(1)])\n"
         "first = sums()\n"
-        "own = waiting.WaitPolicy.of_this_process(ranks=1, threads=torch.get_num_threads())\n"
+        "own = wait_policy.WaitPolicy.of_this_process(ranks=1, threads=torch.get_num_threads())\n"
         "own._cpus, own._since = 1, own._since._replace(clock=0.0)\n"
-        "own.adapt(); assert own.sleeps\n"
+        "own.adapt(); assert own.is_passive\n"
         "assert torch.equal(first, sums())\n"
         "own.close(); assert torch.equal(first, sums())\n"
     )

@@ -1,15 +1,15 @@
-"""Spin or sleep: how the threads of libgomp wait, adapted to the load while a run goes on.
+"""OpenMP wait policy, active (spin) or passive (sleep), adapted to the load during a run.
 
 libgomp, the OpenMP library of torch's wheels, has a barrier at the end of every operation. A thread
 that waits there spins for milliseconds before it sleeps. With one core per thread spinning is
 fastest: sleeping and waking at every operation halves the speed of a small model. But when other
-work shares the cores, a spinning thread uses up the time slice needed by the thread that it waits
-for, and a step takes several times its share.
+work shares the cores, a spinning thread uses up the time slice of the thread that it waits for, and
+a step takes several times as long as its share of the cores explains.
 
-`OMP_WAIT_POLICY` is read once, before later load is known. But libgomp also stops spinning whenever
-it has more threads than there are CPUs (its manual, GOMP_SPINCOUNT). `WaitPolicy` therefore keeps a
-second pool of sleeping threads as long as other processes are busy. The number of compute threads
-does not change, and with it neither does the order of any sum.
+`OMP_WAIT_POLICY` is read only once, when libgomp is loaded. But libgomp also stops spinning when it
+has more threads than there are CPUs (its manual, GOMP_SPINCOUNT). `WaitPolicy` therefore keeps a
+second pool of idle threads while other processes are busy. The number of compute threads, and so
+the order of every sum, does not change.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from parallel.cpu.threads import POLICY, SPIN, sharing, usable_cpus
+from parallel.cpu.threads import POLICY, SPIN, ranks_sharing_cpus, usable_cpus
 
 _PROC = Path("/proc")
-_CONTENDED, _FREE = 0.5, 0.25  # missing CPUs: threshold to start sleeping, and to keep sleeping
-_WINDOW = 0.5  # seconds; /proc/stat counts hundredths
+_CONTENDED, _FREE = 0.5, 0.25  # missing CPUs above which threads sleep, and below which they spin
+_MIN_INTERVAL = 0.5  # seconds between measurements; /proc/stat counts hundredths
 
 
 class CpuTimes(NamedTuple):
-    """Seconds since boot: wall clock, busy time of the CPUs that this process may use, and CPU time
-    of this process."""
+    """Seconds: monotonic clock, busy time of the CPUs that this process may use, and CPU time of
+    this process."""
 
     clock: float
-    work: float
-    own: float
+    busy: float
+    process: float
 
 
 def cpu_times(*, proc: Path = _PROC) -> CpuTimes | None:
@@ -43,12 +43,12 @@ def cpu_times(*, proc: Path = _PROC) -> CpuTimes | None:
         stat = (proc / "stat").read_text(encoding="ascii")
     except OSError:
         return None
-    work = _work(stat, usable_cpus())
+    busy = _busy_seconds(stat, usable_cpus())
     own = os.times()
-    return None if work is None else CpuTimes(time.monotonic(), work, own.user + own.system)
+    return None if busy is None else CpuTimes(time.monotonic(), busy, own.user + own.system)
 
 
-def _work(stat: str, cpus: set[int]) -> float | None:
+def _busy_seconds(stat: str, cpus: set[int]) -> float | None:
     """Busy seconds of the given CPUs, from the text of /proc/stat."""
     total, found = 0, False
     for line in stat.splitlines():
@@ -62,15 +62,15 @@ def _work(stat: str, cpus: set[int]) -> float | None:
 def busy_cores(since: CpuTimes, until: CpuTimes, *, ranks: int) -> float:
     """Number of cores kept busy by other processes between two readings.
 
-    The ranks of a run do the same work at the same time, so each is taken to be as busy as this
+    The ranks of a run do the same work at the same time, so each is assumed to be as busy as this
     one.
     """
-    own = (until.own - since.own) * ranks
-    return max(0.0, (until.work - since.work - own) / (until.clock - since.clock))
+    run = (until.process - since.process) * ranks
+    return max(0.0, (until.busy - since.busy - run) / (until.clock - since.clock))
 
 
 class WaitPolicy:
-    """The wait policy of this process's threads: spin while the CPUs are free, otherwise sleep.
+    """The wait policy of this process's threads: active while CPUs are free, otherwise passive.
 
     `ranks`: processes of the run on these CPUs, with as many `threads` each.
     """
@@ -79,8 +79,8 @@ class WaitPolicy:
         self._library, self._ranks, self._threads = library, ranks, threads
         self._cpus = len(usable_cpus())
         self._since = cpu_times()
-        self._pool: _SleepingPool | None = None
-        self._said = False
+        self._pool: _IdlePool | None = None
+        self._has_warned = False
 
     @classmethod
     def of_this_process(cls, *, ranks: int, threads: int) -> WaitPolicy | None:
@@ -91,36 +91,37 @@ class WaitPolicy:
         path = _loaded_libgomp()
         if path is None or cpu_times() is None:
             return None
-        return cls(ctypes.CDLL(path), ranks=sharing(ranks), threads=threads)
+        return cls(ctypes.CDLL(path), ranks=ranks_sharing_cpus(ranks), threads=threads)
 
     @property
-    def sleeps(self) -> bool:
+    def is_passive(self) -> bool:
         return self._pool is not None
 
     def adapt(self) -> str | None:
-        """Measure the load, between two steps, and adapt; returns a remark when first contended.
+        """Measure the load, between two steps, and adapt; returns a warning the first time that
+        threads become passive.
 
         Does nothing within half a second of the last measurement.
         """
-        if self._since is None or time.monotonic() - self._since.clock < _WINDOW:
+        if self._since is None or time.monotonic() - self._since.clock < _MIN_INTERVAL:
             return None
         now = cpu_times()
         if now is None:
             return None
         busy = busy_cores(self._since, now, ranks=self._ranks)
         self._since = now
-        lacking = self._ranks * self._threads + busy - self._cpus
-        if self._pool is None and lacking > _CONTENDED:
-            # Together with the compute threads more than CPUs; a pool needs at least two threads.
-            self._pool = _SleepingPool(self._library, max(2, self._cpus - self._threads + 2))
-            if not self._said:
-                self._said = True
-                return self._remark(busy)
-        elif self._pool is not None and lacking < _FREE:
+        missing = self._ranks * self._threads + busy - self._cpus
+        if self._pool is None and missing > _CONTENDED:
+            # With the compute threads more than there are CPUs; a pool needs at least two threads.
+            self._pool = _IdlePool(self._library, max(2, self._cpus - self._threads + 2))
+            if not self._has_warned:
+                self._has_warned = True
+                return self._warning(busy)
+        elif self._pool is not None and missing < _FREE:
             self.close()
         return None
 
-    def _remark(self, busy: float) -> str:
+    def _warning(self, busy: float) -> str:
         return (
             f"other processes keep {busy:.1f} of {self._cpus} CPUs busy: while they do, "
             f"the {self._threads} threads of a rank sleep instead of spin where they wait for each "
@@ -134,28 +135,28 @@ class WaitPolicy:
             self._pool = None
 
 
-class _SleepingPool:
+class _IdlePool:
     """Idle threads that libgomp counts among its own until `close`."""
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._parallel, self._num_threads = library.GOMP_parallel, num_threads
         self._parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._parallel.restype = None
-        self._began, self._end = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._hold, name="sleeping-pool", daemon=True)
-        self._thread.start()
-        self._began.wait()
+        self._started, self._stop = threading.Event(), threading.Event()
+        self._owner = threading.Thread(target=self._own_pool, name="idle-pool", daemon=True)
+        self._owner.start()
+        self._started.wait()
 
-    def _hold(self) -> None:
+    def _own_pool(self) -> None:
         # A pool belongs to the thread that creates it; any function without effect will do.
-        nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
-        self._parallel(nothing, None, self._num_threads, 0)
-        self._began.set()
-        self._end.wait()
+        no_op = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
+        self._parallel(no_op, None, self._num_threads, 0)
+        self._started.set()
+        self._stop.wait()
 
     def close(self) -> None:
-        self._end.set()
-        self._thread.join()
+        self._stop.set()
+        self._owner.join()
 
 
 def _loaded_libgomp(*, proc: Path = _PROC) -> str | None:
