@@ -17,6 +17,7 @@ from models.base import ModelFamily
 from models.layer_counts import layers_without_memory
 from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
+from parallel.checkpoint.errors import RESTORE
 from parallel.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -62,7 +63,7 @@ def open_checkpoint(path: Path | str) -> StoredModel:
         if not isinstance(tokenizer, str | None):
             raise TypeError(f"data.tokenizer={tokenizer!r}")
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: no model configuration in it") from error
+        raise ValueError(f"{path} is damaged: it has no model configuration; {RESTORE}") from error
     verify_weights(weights)
     return StoredModel(weights, family, parse_config(model, source=path), tokenizer, manifest.text)
 
@@ -151,7 +152,10 @@ def check_names(found: Collection[str], expected: Collection[str], *, source: Pa
         if names
     ]
     if parts:
-        raise ValueError(f"{source} {'; it '.join(parts)}: it is not of this model configuration")
+        raise ValueError(
+            f"{source} {' and '.join(parts)}, so it is not of this model configuration; use "
+            "weights and configuration of one model"
+        )
 
 
 def check_shape(name: str, found: torch.Size, expected: torch.Size, *, source: Path) -> None:
@@ -163,7 +167,7 @@ def check_shape(name: str, found: torch.Size, expected: torch.Size, *, source: P
     if found != expected:
         raise ValueError(
             f"{source}: {name} has shape {list(found)}, the model configuration says "
-            f"{list(expected)}"
+            f"{list(expected)}; use weights and configuration of one model"
         )
 
 

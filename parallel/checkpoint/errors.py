@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _OURS = ("data_tools", "models", "parallel", "pretrain")
+# The remedy of every message about a damaged file.
+RESTORE = "restore it from a copy, or use another checkpoint"
 
 
 class AgreedError(ValueError):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.errors import RESTORE, CheckpointError
 from parallel.checkpoint.storage import file_record
 
 MANIFEST_NAME = "manifest.json"
@@ -164,10 +164,12 @@ def load_manifest(path: Path) -> Manifest:
             raw = file.read(_MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{str(path.parent)!r} has no {path.name}: it is incomplete"
+            f"{str(path.parent)!r} has no {path.name}, so it is incomplete; {RESTORE}"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({error.strerror}); {RESTORE}"
+        ) from error
     return _parse(raw, path)
 
 
@@ -181,11 +183,15 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if directory.is_symlink() or path.is_symlink():
         raise CheckpointError(
-            f"{str(path)!r} is behind a symbolic link, which checkpoints never use"
+            f"{str(path)!r} is behind a symbolic link, which checkpoints never use; replace the "
+            "link with the directory it points to"
         )
     manifest = load_manifest(path)
     if manifest.step != step_of_name(directory.name):
-        raise CheckpointError(f"{str(path)!r} is of step {manifest.step}, not of {directory.name}")
+        raise CheckpointError(
+            f"{str(path)!r} is of step {manifest.step}, not of {directory.name}; rename the "
+            f"directory to step_{manifest.step}, or use another checkpoint"
+        )
     return manifest
 
 
@@ -196,9 +202,11 @@ def _parse(raw: bytes, path: Path) -> Manifest:
         checksum = content.pop("checksum", None)
         expected = _checksum(content)  # ValueError: a number that JSON does not have
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: not a JSON object") from error
+        raise CheckpointError(f"{str(path)!r} is damaged: not a JSON object; {RESTORE}") from error
     if checksum != expected or raw != _dump({**content, "checksum": checksum}):
-        raise CheckpointError(f"{str(path)!r} is damaged: its checksum does not match its content")
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: its checksum does not match its content; {RESTORE}"
+        )
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{str(path)!r} has format version {version}, this program reads {FORMAT_VERSION}: "
@@ -210,7 +218,7 @@ def _parse(raw: bytes, path: Path) -> Manifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{str(path)!r} is not a manifest: {place}: {first['msg']}"
+            f"{str(path)!r} is not a manifest: {place}: {first['msg']}; {RESTORE}"
         ) from error
 
 

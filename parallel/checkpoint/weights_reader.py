@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from parallel.checkpoint.errors import RESTORE
 from parallel.checkpoint.manifest import (
     MANIFEST_NAME,
     load_manifest,
@@ -116,15 +117,16 @@ class ShardedWeightsReader:
             }
         except (SafetensorError, OSError) as error:
             raise WeightsError(
-                f"{str(path)!r} is not a readable safetensors file: {error}"
+                f"{str(path)!r} is not a readable safetensors file ({error}); {RESTORE}"
             ) from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise WeightsError(
-                f"{str(path)!r} was not written by manyformer: no valid layout"
+                f"{str(path)!r} was not written by manyformer: it records no valid layout; import "
+                "a Hugging Face directory with python -m models.convert from-hf"
             ) from error
         if path.name != position.file_name or set(file.keys()) != set(shardings):
             raise WeightsError(
-                f"{str(path)!r} does not hold what its header says: expected {position}"
+                f"{str(path)!r} does not hold what its header says, {position}; {RESTORE}"
             )
         return _Shard(path, file, position, shardings, metadata)
 
@@ -158,9 +160,11 @@ def verify_weights(directory: Path) -> None:
     manifest = load_manifest(path)
     names = [f"{directory.name}/{shard.name}" for shard in _shard_files(directory)]
     if surplus := [name for name in names if name not in manifest.files]:
-        raise WeightsError(f"{str(path)!r} is not of this checkpoint: it lacks {surplus[0]}")
+        raise WeightsError(
+            f"{str(path)!r} is not of this checkpoint, which lacks {surplus[0]}; {RESTORE}"
+        )
     if damage := verify_content(directory.parent, manifest, names):
-        raise WeightsError(damage)
+        raise WeightsError(f"{damage}; {RESTORE}")
 
 
 def _count(value: Any) -> int:
@@ -195,19 +199,22 @@ def _complete_grid(shards: Sequence[_Shard], directory: Path) -> list[list[_Shar
     )
     if named := list(islice(missing, 5)):
         raise WeightsError(
-            f"{str(directory)!r} lacks {', '.join(named)} ({num_wanted - len(shards)} files)"
+            f"{str(directory)!r} lacks {', '.join(named)} ({num_wanted - len(shards)} files); "
+            "copy the missing files from the original checkpoint, or use another one"
         )
     for shard in shards:
         if shard.position[1::2] != first[1::2] or len(shards) != num_wanted:
             raise WeightsError(
-                f"{str(shard.path)!r} is not part of the grid of {str(shards[0].path)!r}"
+                f"{str(shard.path)!r} is of another layout than {str(shards[0].path)!r}; keep the "
+                "files of one checkpoint only"
             )
     grid = [[by_place[p, t] for t in range(first.tensor_size)] for p in range(first.pipeline_size)]
     for stage in grid:
         for shard in stage:
             if shard.shardings != stage[0].shardings:
                 raise WeightsError(
-                    f"{str(shard.path)!r} and {str(stage[0].path)!r} hold different weights"
+                    f"{str(shard.path)!r} and {str(stage[0].path)!r} hold different weights; keep "
+                    "the files of one checkpoint only"
                 )
     return grid
 
@@ -218,7 +225,8 @@ def _stage_of_names(grid: Sequence[Sequence[_Shard]]) -> dict[str, int]:
         for name in shards[0].shardings:
             if name in stage_of:
                 raise WeightsError(
-                    f"weight {name!r} is in pipeline stages {stage_of[name]} and {stage}"
+                    f"weight {name!r} is in pipeline stages {stage_of[name]} and {stage}; keep the "
+                    "files of one checkpoint only"
                 )
             stage_of[name] = stage
     return stage_of
@@ -231,15 +239,16 @@ def _check_slices(
         if tensor.shape != slices[0].shape or tensor.dtype != slices[0].dtype:
             raise WeightsError(
                 f"weight {name!r} is {tensor.dtype} {tuple(tensor.shape)} in {str(shard.path)!r}, "
-                f"{slices[0].dtype} {tuple(slices[0].shape)} in {str(shards[0].path)!r}"
+                f"{slices[0].dtype} {tuple(slices[0].shape)} in {str(shards[0].path)!r}; keep the "
+                "files of one checkpoint only"
             )
     dim, full_size = sharding.dim, sharding.full_size
     if dim is None or full_size is None or slices[0].dim() <= dim:
         raise WeightsError(
-            f"weight {name!r} of shape {tuple(slices[0].shape)} cannot be {sharding}"
+            f"weight {name!r} of shape {tuple(slices[0].shape)} cannot be {sharding}; {RESTORE}"
         )
     if slices[0].shape[dim] * len(slices) < full_size:
         raise WeightsError(
             f"weight {name!r} has {slices[0].shape[dim]} x {len(slices)} tensor ranks along "
-            f"dimension {dim}, expected {full_size} or more"
+            f"dimension {dim}, expected {full_size} or more; {RESTORE}"
         )

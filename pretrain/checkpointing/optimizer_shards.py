@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.errors import RESTORE, CheckpointError
 from parallel.checkpoint.weights import Weight
 from parallel.context import Axis
 from parallel.sharding import Sharding, merge, split
@@ -222,10 +222,12 @@ def _read_piece(piece: _Piece, tensor: str, low: int, high: int) -> Tensor:
             if view.get_shape() == [piece.span.length] and view.get_dtype() == "F32":
                 return view[low:high]
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(piece.path)!r}, {tensor}: cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{str(piece.path)!r}, {tensor}: cannot be read ({error}); {RESTORE}"
+        ) from error
     raise CheckpointError(
         f"{str(piece.path)!r}, {tensor}: {view.get_dtype()} {view.get_shape()}, expected "
-        f"F32 [{piece.span.length}]: the file was not written by manyformer"
+        f"F32 [{piece.span.length}], so the file was not written by manyformer; {RESTORE}"
     )
 
 
@@ -242,10 +244,11 @@ def _read_ranges(path: Path) -> dict[str, FlatRange]:
             name: FlatRange.model_validate_json(json.dumps(span)) for name, span in table.items()
         }
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
     except (KeyError, ValueError, AttributeError, ValidationError) as error:
         raise CheckpointError(
-            f"{str(path)!r} has no valid header {HEADER!r}: it was not written by manyformer"
+            f"{str(path)!r} has no valid header {HEADER!r}, so it was not written by manyformer; "
+            f"{RESTORE}"
         ) from error
 
 
@@ -264,7 +267,7 @@ def _assemble(name: str, pieces: Iterable[_Piece]) -> StoredParameter:
         if piece.span.layout != first.layout or piece.span.shard >= num_shards:
             raise CheckpointError(
                 f"{str(piece.path)!r}: parameter {name!r} is {piece.span.layout}, "
-                f"{first.layout} in {str(pieces[0].path)!r}: they are not of one checkpoint"
+                f"{first.layout} in {str(pieces[0].path)!r}; keep the files of one checkpoint only"
             )
         shards[piece.span.shard].append(piece)
     for number, shard in enumerate(shards):
@@ -282,6 +285,7 @@ def _check_tiling(name: str, number: int, shard: list[_Piece], numel: int) -> No
             where = f" before {path!r}" if path else ""
             raise CheckpointError(
                 f"parameter {name!r}, slice {number}: optimizer state of elements {position} to "
-                f"{start} is missing or duplicate{where}, expected 0 to {numel} once each"
+                f"{start} is missing or duplicate{where}, expected 0 to {numel} once each; "
+                f"{RESTORE}"
             )
         position = stop

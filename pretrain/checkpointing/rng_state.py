@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.errors import RESTORE, CheckpointError
 
 
 def rng_states() -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def restore_rng_state(path: Path) -> None:
     try:
         states = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
     if set(states) != expected:
         difference = ", ".join(sorted(set(states) ^ expected))
         raise CheckpointError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from models.checkpoint import load_model, open_checkpoint
 from models.llama.model import FAMILY
 from parallel.checkpoint.manifest import read_manifest, verify_content, verify_listing
 from tests.models.checkpoints import config, edit_json, write_checkpoint
+from tests.refusals import assert_refused
 
 TOKENS = TokenInputs(torch.arange(40).view(2, 20))
 
@@ -55,7 +57,8 @@ def test_damage_is_found(tmp_path):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"pp_00_tp_00\.safetensors.* sha256"):
+    digest = hashlib.sha256(content).hexdigest()
+    with assert_refused(file.name, value=digest, constraint="sha256", remedy="copy"):
         open_checkpoint(tmp_path)
 
 
@@ -64,34 +67,46 @@ def _model_section(tmp_path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "setting", "value", "constraint", "remedy"),
     [
-        ({"num_layers": 4}, "lacks block_3.attention.key.weight, .*not of this model config"),
-        ({"num_layers": 2}, "has unexpected block_2.attention.key.weight, "),
-        ({"intermediate_size": 64}, r"mlp.gate.weight has shape \[48, 32\], .* says \[64, 32\]"),
-        ({"num_heads": 5}, "manifest.json: model.*num_heads=5 is not a multiple"),
-        ({"family": "lama"}, "did you mean 'llama'"),
+        ({"num_layers": 4}, "weights", "block_3.attention.key.weight", "lacks", "one model"),
+        ({"num_layers": 2}, "weights", "block_2.attention.key.weight", "unexpected", "one model"),
+        ({"intermediate_size": 64}, "mlp.gate.weight", "[48, 32]", "[64, 32]", "one model"),
+        ({"family": "lama"}, "model.family", "'lama'", "known", "did you mean 'llama'"),
     ],
 )
-def test_weights_of_another_configuration_are_refused(change, message, tmp_path):
+def test_weights_of_another_configuration_are_refused(
+    change, setting, value, constraint, remedy, tmp_path
+):
     write_checkpoint(tmp_path, config())
     model = _model_section(tmp_path) | change
     edit_json(tmp_path / "manifest.json", config={"model": model, "data": {}})
-    with pytest.raises(ValueError, match=message) as caught:
+    with assert_refused(setting, value=value, constraint=constraint, remedy=remedy):
         load_model(open_checkpoint(tmp_path), device="cpu")
+
+
+def test_a_configuration_that_is_none_of_its_family_is_refused(tmp_path):
+    write_checkpoint(tmp_path, config())
+    model = _model_section(tmp_path) | {"num_heads": 5}
+    edit_json(tmp_path / "manifest.json", config={"model": model, "data": {}})
+    with pytest.raises(ValueError, match="num_heads=5") as caught:
+        open_checkpoint(tmp_path)
+    assert "manifest.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_manifest_without_a_model_is_refused(tmp_path):
     write_checkpoint(tmp_path, config())
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"manifest\.json' is damaged: not a JSON object"):
+    damaged = {"value": "damaged", "constraint": "JSON object", "remedy": "copy"}
+    with assert_refused("manifest.json", **damaged):
         open_checkpoint(tmp_path)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"has no manifest\.json: it is incomplete"):
+    absent = {"value": "manifest.json", "constraint": "incomplete", "remedy": "copy"}
+    with assert_refused(str(tmp_path), **absent):
         open_checkpoint(tmp_path)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no weights in"):
+    with assert_refused("weights", value=tmp_path, constraint="no weights", remedy="run directory"):
         open_checkpoint(tmp_path)

@@ -22,6 +22,7 @@ from tests.pretrain.checkpointing.fixtures import (
     identity,
     open_store,
 )
+from tests.refusals import assert_refused
 
 
 @pytest.fixture
@@ -229,7 +230,13 @@ def test_a_checkpoint_directory_without_manifest_is_an_error_and_no_fresh_start(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "checkpoints" / "step_5").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"has no manifest.json: it is incomplete"):
+    with assert_refused(
+        "step_5",
+        value="manifest.json",
+        constraint="incomplete",
+        remedy="run_dir",
+        error=CheckpointError,
+    ):
         open_store(tmp_path).find("auto")
 
 
