@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from data_tools.demo_corpus import build_demo_corpus, standard_library_modules
 from data_tools.errors import DataError
 from data_tools.tokenization.tokenizers import load_tokenizer
 from data_tools.verify import verify
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_complete_corpus_is_kept_and_a_damaged_one_is_rebuilt(tmp_path: Path) ->
 def test_folder_with_other_files_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mine.txt").write_text("precious")
-    with pytest.raises(DataError, match="holds other files; choose a new folder"):
+    with _refused("--output", value=tmp_path, constraint="other files", remedy="new folder"):
         build_demo_corpus(tmp_path)
     assert (tmp_path / "text" / "mine.txt").read_text() == "precious"
 

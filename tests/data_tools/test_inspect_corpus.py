@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from data_tools.errors import DataError
 from data_tools.inspect_corpus import document_lengths, duplicate_share, main
 from data_tools.preprocess import main as preprocess
 from tests.data_tools.corpora import counting_documents, write_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 @pytest.fixture
@@ -58,12 +62,14 @@ def test_corpus_without_a_sidecar_is_shown_as_ids(
 
 def test_another_tokenizer_than_the_corpus_was_made_with_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([3]), tokenizer_fingerprint="f" * 64)
-    with pytest.raises(DataError, match=r"--tokenizer bytes .* is not the tokenizer of .*; pass"):
+    with _refused(
+        "--tokenizer", value="bytes", constraint="not the tokenizer", remedy="tokenizer.model"
+    ):
         main([str(tmp_path / "c"), "--tokenizer", "bytes"])
 
 
 def test_histogram_is_a_png(corpus: Path, tmp_path: Path) -> None:
     main([str(corpus), "--histogram", str(tmp_path / "lengths.png")])
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(DataError, match=r"--histogram lengths.jpg must end in .png"):
+    with _refused("--histogram", value="lengths.jpg", constraint=".png", remedy="rename"):
         main([str(corpus), "--histogram", "lengths.jpg"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from data_tools.merge import main, merge
 from data_tools.preprocess import main as preprocess
 from data_tools.verify import verify
 from tests.data_tools.corpora import counting_documents, write_corpus, write_megatron_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 def _preprocess(folder: Path, name: str, text: str, license: str) -> str:
@@ -58,11 +62,11 @@ def test_corpora_of_two_tokenizers_are_not_merged(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b: tokenizer_fingerprint u+ found, t+ expected as in"):
         merge(prefixes, str(tmp_path / "out"))
     (tmp_path / "b.json").unlink()
-    with pytest.raises(DataError, match=r"b: no b.json beside it"):
+    with _refused("b", value="b.json", constraint="tokenizer", remedy="--tokenizer"):
         merge(prefixes, str(tmp_path / "out"))
     with pytest.raises(DataError, match="1 corpus given; pass two or more"):
         merge(prefixes[:1], str(tmp_path / "out"))
-    with pytest.raises(DataError, match="is one of the corpora to merge"):
+    with _refused("--output", value=prefixes[0], constraint="corpora to merge", remedy="another"):
         merge([prefixes[0], prefixes[0]], prefixes[0], overwrite=True)
 
 
@@ -91,9 +95,7 @@ def test_megatron_corpora_get_a_sidecar_with_their_tokenizer(
     theirs = [np.array([*b"river", 256]), np.array([*"\u00e9".encode(), 256])]
     write_megatron_corpus(tmp_path / "theirs", theirs, dtype="uint16")
     prefixes = [ours, str(tmp_path / "theirs")]
-    with pytest.raises(
-        DataError, match=r"theirs: no theirs.json beside it, so its tokenizer cannot"
-    ):
+    with _refused("theirs", value="theirs.json", constraint="tokenizer", remedy="--tokenizer"):
         merge(prefixes, str(tmp_path / "out"))
     info = merge(prefixes, str(tmp_path / "out"), tokenizer="bytes")
     assert info is not None
@@ -101,9 +103,9 @@ def test_megatron_corpora_get_a_sidecar_with_their_tokenizer(
     assert verify(str(tmp_path / "out"))
     # Not all documents of this one end alike, so that it is another kind of corpus.
     write_megatron_corpus(tmp_path / "theirs", [*theirs, np.array([*b"x"])], dtype="uint16")
-    with pytest.raises(DataError, match=r"theirs: eod_id None found, 256 expected as in .*ours"):
+    with _refused("theirs", value="eod_id None", constraint=("256", "ours"), remedy="again"):
         merge(prefixes, str(tmp_path / "out"), tokenizer="bytes", overwrite=True)
-    with pytest.raises(DataError, match=r"--eod x has no effect: every corpus has a .json; remove"):
+    with _refused("--eod", value="x", constraint=".json", remedy="remove"):
         merge([ours, ours], str(tmp_path / "out"), eod="x", overwrite=True)
 
 

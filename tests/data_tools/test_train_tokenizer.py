@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from data_tools.preprocessing.documents import DocumentReader
 from data_tools.preprocessing.inputs import cut_pieces, find_inputs
 from data_tools.tokenization.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import _lines, main, train_tokenizer
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _SOURCE = Path(os.__file__).read_text()
 _AWKWARD = [
@@ -58,7 +62,7 @@ def test_training_twice_gives_the_same_file(text_file: Path, model: Path, tmp_pa
 
 
 def test_existing_model_is_kept_unless_overwritten(text_file: Path, model: Path) -> None:
-    with pytest.raises(DataError, match="exists; choose another output or pass --overwrite"):
+    with _refused("tokenizer.model", value="exists", constraint="exists", remedy="--overwrite"):
         train_tokenizer([str(text_file)], str(model), vocab_size=500)
     assert load_tokenizer(str(model)).vocab_size == 600
 
@@ -67,13 +71,13 @@ def test_existing_model_is_kept_unless_overwritten(text_file: Path, model: Path)
 def test_impossible_vocabulary_is_refused_and_leaves_nothing(
     text_file: Path, tmp_path: Path, vocab_size: int
 ) -> None:
-    with pytest.raises(DataError, match=f"--vocab-size {vocab_size} cannot be trained on this"):
+    with _refused("--vocab-size", value=vocab_size, constraint="text", remedy=("text", "300")):
         train_tokenizer([str(text_file)], str(tmp_path / "t.model"), vocab_size=vocab_size)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_output_of_another_suffix_is_refused(text_file: Path) -> None:
-    with pytest.raises(DataError, match=r"--output out.json must end in .model"):
+    with _refused("--output", value="out.json", constraint=".model", remedy="add"):
         train_tokenizer([str(text_file)], "out.json", vocab_size=600)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from data_tools.preprocess import main as preprocess
 from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import main, verify
 from tests.data_tools.corpora import counting_documents, write_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -46,7 +50,7 @@ def test_corpus_without_a_sidecar_says_what_was_not_checked(
     assert "not compared with a vocabulary: pass --vocab-size N" in shown
     assert "no .json beside it: no checksums to compare with" in shown
     np.memmap(tmp_path / "c.bin", dtype="<i4", mode="r+")[1] = -7
-    with pytest.raises(DataError, match="id -7 at token 1 of document 0 is outside"):
+    with _refused("c.bin", value=-7, constraint=("token 1", "document 0"), remedy="again"):
         main([str(tmp_path / "c")])
 
 
@@ -54,7 +58,7 @@ def test_sidecar_that_lies_about_the_largest_id_is_found(tmp_path: Path) -> None
     info = write_corpus(tmp_path / "c", counting_documents([3]))
     sidecar = tmp_path / "c.json"
     sidecar.write_bytes(info.model_copy(update={"max_token_id": 1}).to_bytes())
-    with pytest.raises(DataError, match=r"c.json: largest id 1 found, 2 expected"):
+    with _refused("c.json", value=1, constraint=("largest id", "2"), remedy="again"):
         verify(str(tmp_path / "c"))
 
 
@@ -72,7 +76,7 @@ def test_edited_sidecar_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([3]))
     sidecar = tmp_path / "c.json"
     sidecar.write_text(sidecar.read_text().replace('"a test"', '"a text"'))
-    with pytest.raises(DataError, match=r"c.json: its checksum does not match its content"):
+    with _refused("c.json", value="checksum", constraint="content", remedy=("again", "delete")):
         IndexedDataset(tmp_path / "c")
 
 
