@@ -1,0 +1,54 @@
+"""How far a parallel run may be from the run in one process, and why.
+
+fp32: the two differ by the order of sums alone. A gradient may be off by `FP32` of its largest
+entry; one that is smaller than `FLOOR` of the norm of all gradients is measured against that, since
+what cancels leaves the rounding of its terms.
+
+bf16: every activation is rounded to 8 bits, one process in fp64 rounds none. Roundings are
+independent, of either sign and at most u = 2^-8 of their value (Higham, Accuracy and Stability of
+Numerical Algorithms, 2nd ed., sections 2.8 and 3.1), so that n of them in a row leave sqrt(n) u.
+Four standard deviations are allowed. Errors are relative to the norm of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+FP32 = 1e-5
+FLOOR = 1e-3
+_U_BF16 = 2.0**-8
+_ROUNDINGS_PER_LAYER = 36  # 12 results of a block in forward, twice as many in backward
+
+
+class Bound(NamedTuple):
+    """A bound on a relative error and where it comes from."""
+
+    value: float
+    reason: str
+
+
+EXACT = Bound(0.0, "equal bits: the same draws by name")
+SAME_FILES = Bound(0.0, "equal bits: the same operations on the same ranks")
+COUNTED = Bound(0.0, "counted")
+
+
+class Bounds(NamedTuple):
+    """The bounds of a run in one precision."""
+
+    loss: Bound
+    gradient: Bound
+    rate: Bound
+
+    @classmethod
+    def of(cls, precision: str, *, num_layers: int) -> Bounds:
+        rate = Bound(1e-12, "the same formula in double precision")
+        if precision == "fp32":
+            order = Bound(FP32, f"order of fp32 sums; |g| above {FLOOR:g} of the norm")
+            return cls(Bound(FP32, "order of fp32 sums"), order, rate)
+        number = _ROUNDINGS_PER_LAYER * (num_layers + 2)
+        gradient = Bound(
+            4 * math.sqrt(number) * _U_BF16, f"4 sqrt({number} roundings) 2^-8, of a norm"
+        )
+        loss = Bound(4 * _U_BF16, "4 roundings to 2^-8, averaged over tokens")
+        return cls(loss, gradient, rate)

@@ -1,0 +1,180 @@
+"""Comparison of what a run has written with the truth: one row for each check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.config import TrainingConfig
+from pretrain.prove.bounds import COUNTED, EXACT, FLOOR, Bound, Bounds
+from pretrain.prove.oracle import State, Tensors, TrueStep
+from pretrain.prove.outputs import Saved
+
+
+class Row(NamedTuple):
+    """One check: its largest relative error and where it is."""
+
+    check: str
+    error: float
+    where: str
+    rank: str
+    bound: Bound
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound.value  # NaN has not passed
+
+
+class Error(NamedTuple):
+    """A relative error, the parameter or step where it is, and the rank that updates it."""
+
+    value: float
+    where: str
+    rank: str = ""
+
+
+Measure = Callable[[str, Tensor, Tensor], Tensor]
+
+
+def row(check: str, errors: Iterable[Error], bound: Bound) -> Row:
+    """The worst of several errors."""
+    worst = max(errors, key=lambda e: math.inf if math.isnan(e.value) else e.value)
+    return Row(check, worst.value, worst.where, worst.rank, bound)
+
+
+def number_rows(
+    step: int, metrics: Mapping[int, Mapping[str, float]], truth: TrueStep, bounds: Bounds
+) -> list[Row]:
+    """Loss, gradient norm, learning rate and held-out loss of a step, from metrics.jsonl."""
+    record = metrics.get(step, {})
+
+    def number_row(check: str, key: str, true: float, bound: Bound) -> Row:
+        found = record.get(key, math.nan)
+        return row(check, [Error(abs(found - true) / max(abs(true), 1e-300), "")], bound)
+
+    rows = [
+        number_row("loss", "loss", truth.loss, bounds.loss),
+        number_row("gradient norm", "grad_norm", truth.norm, bounds.gradient),
+        number_row("learning rate", "lr", truth.rate, bounds.rate),
+    ]
+    if truth.held_out is not None:
+        rows.append(number_row("held-out loss", "eval_loss", truth.held_out, bounds.loss))
+    return rows
+
+
+def initial_row(saved: Saved, initial: State) -> Row:
+    """The weights that a run starts from."""
+    errors = _tensor_errors(saved, saved.masters or saved.weights, initial.weights, _absolute)
+    return row("initial weights", errors, EXACT)
+
+
+def gradient_row(
+    saved: Saved, truth: TrueStep, before: State, training: TrainingConfig, bounds: Bounds
+) -> Row:
+    """Every gradient after clipping, from Adam's first moment: `(m - b m_before) / (1 - b)`."""
+    beta = training.betas[0]
+    found = {n: (m - beta * before.exp_avg[n]) / (1 - beta) for n, m in saved.exp_avg.items()}
+    true = {name: gradient * truth.scale for name, gradient in truth.gradients.items()}
+    measure = _measure(training, truth.norm * truth.scale)
+    return row("gradients", _tensor_errors(saved, found, true, measure), bounds.gradient)
+
+
+def state_rows(
+    saved: Saved, truth: TrueStep, training: TrainingConfig, bounds: Bounds
+) -> list[Row]:
+    """Weights, optimizer states, step counts and layer states of a checkpoint."""
+    state, norm = truth.state, truth.norm * truth.scale
+    first, second = _measure(training, norm), _measure(training, norm**2, floor=FLOOR**2)
+    doubled = Bound(2 * bounds.gradient.value, "twice that of gradients: squares")
+    through_adam = Bound(bounds.gradient.value, "that of gradients, through Adam's update")
+    counts = [Error(abs(number - state.step), f"{number} steps") for number in saved.steps]
+    rows = [
+        row("exp_avg", _tensor_errors(saved, saved.exp_avg, state.exp_avg, first), bounds.gradient),
+        row("exp_avg_sq", _tensor_errors(saved, saved.exp_avg_sq, state.exp_avg_sq, second), doubled),
+        row("step counts", counts, COUNTED),
+        row("weights", _tensor_errors(saved, saved.masters, state.weights,
+            _weight_measure(truth, training, through_adam.value)), through_adam),
+    ]  # fmt: skip
+    if state.buffers:
+        errors = _tensor_errors(saved, saved.buffers, state.buffers, _of_largest(1e-12))
+        rows.append(row("layer states", errors, bounds.gradient))
+    return rows
+
+
+def _absolute(name: str, found: Tensor, true: Tensor) -> Tensor:
+    return (found - true).abs()
+
+
+def _measure(training: TrainingConfig, norm: float, floor: float = FLOOR) -> Measure:
+    if training.precision == "fp32":
+        return _of_largest(floor * norm)
+    return _of_norm(floor * norm)
+
+
+def _of_largest(floor: float) -> Measure:
+    """Every element relative to the largest of its tensor, or to `floor`."""
+
+    def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
+        scale = max(float(true.abs().max()), floor)
+        difference = (found - true).abs()
+        return difference / scale if scale else difference
+
+    return measure
+
+
+def _of_norm(floor: float) -> Measure:
+    """The norm of the difference relative to that of the tensor, or to `floor`; at the element that
+    is furthest off."""
+
+    def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
+        difference = (found - true).abs()
+        error = float(difference.norm()) / max(float(true.norm()), floor)
+        largest = float(difference.max())
+        return difference * (error / largest) if largest else difference
+
+    return measure
+
+
+def _weight_measure(truth: TrueStep, training: TrainingConfig, bound: float) -> Measure:
+    """Every element relative to the largest weight and to how far its update may be off.
+
+    With `u = m / (sqrt(v) + eps)`, both moments unbiased, a gradient that is off by d moves m by
+    c1 d and sqrt(v), which is a norm, by at most c2 d, so u by `(c1 + c2 |u|) d / (sqrt(v) + eps)`,
+    and never by more than 2: where a gradient is near zero its rounding decides the sign of u.
+    """
+    state, norm = truth.state, truth.norm * truth.scale
+    (beta1, beta2), step = training.betas, state.step
+    c1 = (1 - beta1) / (1 - beta1**step)
+    c2 = math.sqrt((1 - beta2) / (1 - beta2**step))
+
+    def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
+        gradient = truth.gradients[name] * truth.scale
+        size = gradient.abs().max() if training.precision == "fp32" else gradient.norm()
+        root = (state.exp_avg_sq[name] / (1 - beta2**step)).sqrt() + training.eps
+        update = state.exp_avg[name] / (1 - beta1**step) / root
+        moved = (c1 + c2 * update.abs()) * size.clamp(min=FLOOR * norm) / root
+        scale = true.abs().max() + truth.rates[name] * moved.clamp(max=2 / bound)
+        return (found - true).abs() / scale
+
+    return measure
+
+
+def _tensor_errors(saved: Saved, found: Tensors, true: Tensors, measure: Measure) -> list[Error]:
+    """The largest error of each tensor; a missing one is infinitely wrong."""
+    errors = [Error(math.inf, f"{name} is missing") for name in true.keys() - found.keys()]
+    for name, expected in true.items():
+        if name not in found:
+            continue
+        if found[name].shape != expected.shape:
+            errors.append(Error(math.inf, f"{name} has shape {list(found[name].shape)}"))
+            continue
+        each = measure(name, found[name], expected).flatten().nan_to_num(nan=math.inf)
+        index = int(each.argmax())
+        errors.append(
+            Error(float(each[index]), name, saved.owners.rank_of(name, index, expected.shape))
+        )
+    return errors

@@ -1,0 +1,228 @@
+"""The run in one process, written as plainly as it can be: the truth of every comparison.
+
+A loop over the whole model and torch's optimizer, in fp64, with all samples of a step in one batch.
+It shares the family's layers and loss with the program, and nothing of its engine, loader, gradient
+hooks, accumulation, clipping, schedule or parameter groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.base import TokenInputs, logits_of
+from models.registry import get_family
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from pretrain.config import RunConfig, TrainingConfig
+from pretrain.prove.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
+
+Tensors = dict[str, Tensor]
+
+
+class State(NamedTuple):
+    """What a checkpoint holds, in fp64, by parameter name. `buffers`: learnt layer states; `step`:
+    optimizer steps taken."""
+
+    weights: Tensors
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+    buffers: Tensors
+    step: int
+
+
+class TrueStep(NamedTuple):
+    """One step: `norm` and `gradients` are those of the loss, before clipping by `scale`; `rates`
+    are learning rates by parameter; `held_out`: the loss on held-out text after the step."""
+
+    loss: float
+    norm: float
+    scale: float
+    rate: float
+    rates: dict[str, float]
+    gradients: Tensors
+    state: State
+    held_out: float | None
+
+
+class OneProcess:
+    """The whole model of a run, and the steps that it would take from any state."""
+
+    def __init__(self, config: RunConfig, *, data_size: int) -> None:
+        training, reset = config.training, config.data.reset_at_documents
+        self.config = config
+        self.family = get_family(config.model.family)
+        torch.manual_seed(training.seed)
+        specs = self.family.layer_specs(config.model, segmented=reset)
+        self.model = SequentialModel(specs, ParallelContext.single(), seed=training.seed).double()
+        plan = planned_steps(config, data_size=data_size)
+        rows = samples_of_steps(config.data, plan, seed=training.seed)
+        self.batches = [_batch(each, reset) for each in rows]
+        held_out = held_out_rows(config.data, max_windows=config.evaluation.max_windows)
+        self.held_out = _batch(held_out, reset) if held_out else None
+
+    def initial(self) -> State:
+        """The state before the first step. In bf16 master weights begin as rounded weights."""
+        weights = {name: p.detach().clone() for name, p in trained(self.model)}
+        if self.config.training.precision == "bf16":
+            weights = {name: p.bfloat16().double() for name, p in weights.items()}
+        zeros = {name: torch.zeros_like(p) for name, p in weights.items()}
+        return State(weights, zeros, zeros, _buffers(self.model), 0)
+
+    def step(self, number: int, before: State) -> TrueStep:
+        """Step `number` of the run, from the state before it."""
+        training = self.config.training
+        self._load(before)
+        loss = self._loss(*self.batches[number - 1])
+        gradients = _gradients(self.model, loss)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        too_long = training.grad_clip > 0 and norm > training.grad_clip
+        scale = training.grad_clip / norm if too_long else 1.0
+        rate = learning_rate(number, training)
+        rates = {name: rate * _multiplier(name, training) for name in gradients}
+        optimizer, weights = self._optimizer(before, rates)
+        for name, gradient in gradients.items():
+            weights[name].grad = gradient * scale
+        optimizer.step()
+        _update_layer_states(self.model)
+        state = _state(optimizer, weights, _buffers(self.model), before.step + 1)
+        self._load(state)
+        held_out = self._held_out_loss(*self.held_out) if self.held_out else None
+        return TrueStep(float(loss), norm, scale, rate, rates, gradients, state, held_out)
+
+    @torch.no_grad()
+    def _load(self, state: State) -> None:
+        """Give the model its weights: the master weights, rounded in bf16."""
+        is_rounded = self.config.training.precision == "bf16"
+        for name, parameter in trained(self.model):
+            weight = state.weights[name]
+            parameter.copy_(weight.bfloat16() if is_rounded else weight)
+        for name, buffer in state.buffers.items():
+            self.model.get_buffer(name).copy_(buffer)
+
+    def _loss(self, inputs: TokenInputs, labels: Tensor) -> Tensor:
+        """The mean over all scored tokens of the step, and the other losses of the family."""
+        output = self.model(inputs)
+        single = ParallelContext.single()
+        loss, _ = self.family.loss(output, labels, config=self.config.model, ctx=single)
+        if self.config.training.z_loss:
+            log_z = logits_of(output).logsumexp(dim=-1).T  # [b, s]
+            squares = log_z[labels != IGNORED].square()
+            loss = loss + self.config.training.z_loss * squares.mean()
+        return loss
+
+    @torch.no_grad()
+    def _held_out_loss(self, inputs: TokenInputs, labels: Tensor) -> float:
+        self.model.eval()
+        losses = self.family.token_losses(self.model(inputs), labels, ctx=ParallelContext.single())
+        self.model.train()
+        return float(losses.sum() / (labels != IGNORED).sum())
+
+    def _optimizer(
+        self, before: State, rates: dict[str, float]
+    ) -> tuple[torch.optim.Optimizer, Tensors]:
+        """AdamW in the state `before`, and the weights that it trains. Vectors do not decay."""
+        training = self.config.training
+        weights = {name: weight.clone() for name, weight in before.weights.items()}
+        groups = [
+            {
+                "params": [weights[name]],
+                "lr": rates[name],
+                "weight_decay": 0.0 if p.role == "vector" else training.weight_decay,  # type: ignore[attr-defined]
+            }
+            for name, p in trained(self.model)
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=training.betas, eps=training.eps)
+        for name, weight in weights.items():
+            optimizer.state[weight] = {
+                "step": torch.tensor(float(before.step)),
+                "exp_avg": before.exp_avg[name].clone(),
+                "exp_avg_sq": before.exp_avg_sq[name].clone(),
+            }
+        return optimizer, weights
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that an optimizer updates, by the name in the first layer that holds them."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def planned_steps(config: RunConfig, *, data_size: int) -> list[Step]:
+    """Batch, length and mix of every step: the stage it lies in, and the level of the ramp whose
+    tokens have not all been seen."""
+    training, data = config.training, config.data
+    full = training.batch_size * training.gradient_accumulation_steps * data_size
+    default = {source.name: source.weight for source in data.train}
+    plan: list[Step] = []
+    tokens = 0
+    for number in range(1, (training.max_steps or 0) + 1):
+        ends = [stage.until_step or math.inf for stage in data.stages]
+        stage = next((s for s, end in zip(data.stages, ends, strict=True) if number <= end), None)
+        length = (stage and stage.sequence_length) or data.sequence_length
+        levels = [r.sequences_per_step for r in training.batch_ramp if tokens < r.until_tokens]
+        plan.append(Step((levels or [full])[0], length, (stage and stage.weights) or default))
+        tokens += plan[-1].sequences * length
+    return plan
+
+
+def learning_rate(step: int, training: TrainingConfig) -> float:
+    """Linear warmup to `lr`; then a cosine, or (wsd) a line over the last `decay_steps`, down to
+    `min_lr_ratio`, reached at the last step."""
+    last, low = training.max_steps or 0, training.min_lr_ratio
+    if step < training.warmup_steps:
+        return training.lr * step / training.warmup_steps
+    if training.schedule == "cosine":
+        share = (step - training.warmup_steps) / (last - training.warmup_steps)
+        return training.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
+    if training.schedule == "wsd":
+        return training.lr * (low + (1 - low) * min(1.0, (last - step) / training.decay_steps))
+    return training.lr
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> Tensors:
+    names, parameters = zip(*trained(model), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for name, p, g in zip(names, parameters, found, strict=True)
+    }
+
+
+def _multiplier(name: str, training: TrainingConfig) -> float:
+    """The factor of the longest key that is a part of the name."""
+    keys = sorted((key for key in training.lr_multipliers if key in name), key=len)
+    return training.lr_multipliers[keys[-1]] if keys else 1.0
+
+
+def _update_layer_states(model: nn.Module) -> None:
+    """Let layers learn what they learn beside their parameters (parallel/layer_state.py)."""
+    for module in model.modules():
+        if hasattr(module, "after_step"):
+            module.after_step(module.take_sums())
+
+
+def _batch(rows: Sequence[Sample], reset: bool) -> tuple[TokenInputs, Tensor]:
+    tokens, labels, segments = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
+    return TokenInputs(tokens, segments.int() if reset else None), labels
+
+
+def _buffers(model: nn.Module) -> Tensors:
+    saved = model.state_dict()
+    return {name: b.detach().clone() for name, b in model.named_buffers() if name in saved}
+
+
+def _state(
+    optimizer: torch.optim.Optimizer, weights: Tensors, buffers: Tensors, step: int
+) -> State:
+    first, second = (
+        {name: optimizer.state[weight][key] for name, weight in weights.items()}
+        for key in ("exp_avg", "exp_avg_sq")
+    )
+    return State(
+        {name: weight.detach() for name, weight in weights.items()}, first, second, buffers, step
+    )

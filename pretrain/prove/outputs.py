@@ -1,0 +1,118 @@
+"""What a run has written: checkpoints and metrics.jsonl, by parameter name, whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
+from parallel.context import Axis
+from parallel.sharding import Sharding
+from pretrain.checkpointing.optimizer_shards import FOLDER, MASTER, StoredOptimizer
+from pretrain.prove.oracle import State
+
+
+class Saved(NamedTuple):
+    """A checkpoint of any layout. Optimizer tensors of stacked experts are stacked again.
+
+    `masters` is empty where only DeepSpeed can save the optimizer.
+    """
+
+    weights: dict[str, Tensor]
+    masters: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    steps: set[int]
+    owners: Owners
+
+    def state(self) -> State:
+        """What the next step begins with."""
+        return State(
+            self.masters, self.exp_avg, self.exp_avg_sq, self.buffers, max(self.steps, default=0)
+        )
+
+
+class Owners(NamedTuple):
+    """Which rank updates an element of a parameter."""
+
+    optimizer: StoredOptimizer | None
+
+    def rank_of(self, name: str, index: int, shape: torch.Size) -> str:
+        """The rank (and its tensor rank) that updates element `index` of the flattened parameter."""
+        if self.optimizer is None:
+            return ""
+        place = list(torch.unravel_index(torch.tensor(index), shape))
+        if name not in self.optimizer.names():  # stacked experts are saved one by one
+            name, place, shape = f"{name}.{int(place[0])}", place[1:], shape[1:]
+        stored = self.optimizer.parameter(name)
+        shard, at = _in_shard([int(x) for x in place], stored.sharding, stored.shard_shape)
+        for piece in stored.shards[shard]:
+            if piece.span.start <= at < piece.stop:
+                return f"rank {int(piece.path.stem.removeprefix('rank_'))}" + (
+                    f" (tensor {shard})" * (stored.sharding.dim is not None)
+                )
+        return ""
+
+
+def _in_shard(place: list[int], sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Number of the slice that holds an element, and its index there."""
+    shard = 0
+    if sharding.dim is not None:
+        shard, place[sharding.dim] = divmod(place[sharding.dim], shape[sharding.dim])
+    index = 0
+    for position, size in zip(place, shape, strict=True):
+        index = index * size + position
+    return shard, index
+
+
+def read_checkpoint(run_dir: Path, step: int) -> Saved:
+    """Read checkpoint `step` of a run."""
+    path = run_dir / "checkpoints" / f"step_{step}"
+    with ShardedWeightsReader(path / "weights") as reader:
+        weights = {name: tensor.double() for name, tensor in reader.items()}
+    if not (path / FOLDER).is_dir():
+        return Saved(weights, {}, {}, {}, {}, set(), Owners(None))
+    stored = StoredOptimizer(path / FOLDER)
+    names = sorted(stored.names(), key=_numbered)
+    steps = {step for name in names for step in stored.steps(name)}
+    whole = [_stacked({n: _whole(stored, n, key) for n in names}, weights) for key in
+             (MASTER, "exp_avg", "exp_avg_sq")]  # fmt: skip
+    buffers = {name: tensor for name, tensor in weights.items() if name not in whole[0]}
+    return Saved(weights, *whole, buffers, steps, Owners(stored))
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    head, _, tail = name.rpartition(".")
+    return (head, int(tail)) if tail.isdecimal() else (name, -1)
+
+
+def _whole(stored: StoredOptimizer, name: str, key: str) -> Tensor:
+    shape = stored.parameter(name).shape
+    numel = torch.Size(shape).numel()
+    return stored.read(name, key, start=0, length=numel, tensor=Axis()).view(shape).double()
+
+
+def _stacked(parts: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the experts `NAME.0`, `NAME.1`, ... of a parameter NAME."""
+    whole: dict[str, Tensor] = {}
+    experts: dict[str, list[Tensor]] = {}
+    for name, tensor in parts.items():
+        if name in weights:
+            whole[name] = tensor
+        else:
+            experts.setdefault(name.rpartition(".")[0], []).append(tensor)
+    return whole | {name: torch.stack(each) for name, each in experts.items()}
+
+
+def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Step -> everything that metrics.jsonl says about it, training and evaluation together."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record["step"], {}).update(record)
+    return found

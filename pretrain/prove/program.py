@@ -1,0 +1,69 @@
+"""The parallel side: the real program, started as a launcher starts it and read from its outputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain import train
+from pretrain.config import RunConfig, to_yaml
+from pretrain.prove.ranks import Forks, run_ranks
+
+RUN_FILE = "prove"
+
+
+class Leg(NamedTuple):
+    """One start of the program: its settings, DeepSpeed file and number of ranks."""
+
+    name: str
+    config: RunConfig
+    ds_values: dict[str, Any]
+    ranks: int
+
+    @property
+    def layout(self) -> str:
+        """Such as `tensor 2 x data 2, ZeRO-1`."""
+        parallel = self.config.parallel
+        sizes = {
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "data": self.ranks // (parallel.tensor * parallel.pipeline),
+            "expert": parallel.expert,
+        }
+        axes = [f"{name} {size}" for name, size in sizes.items() if size > 1] or ["one rank"]
+        zero = self.ds_values.get("zero_optimization", {})
+        offload = [k for k in zero if k.startswith("offload")]
+        return ", ".join([
+            " x ".join(axes) + " (sequence parallel)" * parallel.sequence_parallel,
+            f"ZeRO-{zero.get('stage', 0)}", *offload,
+        ])  # fmt: skip
+
+
+def train_leg(
+    leg: Leg, folder: Path, forks: Forks, *, timeout: float, resume_from: Path | None = None
+) -> Path:
+    """Train `leg` below `folder` to its end, from a copy of the checkpoint `resume_from` if given.
+
+    Returns its run directory.
+
+    Raises:
+        RunFailedError: a rank failed; one line names it.
+    """
+    place = folder / leg.name
+    run_dir = place / "run"
+    run_dir.mkdir(parents=True)
+    config = leg.config.model_copy(
+        update={"run_dir": str(run_dir), "resume": "must" if resume_from else "never"}
+    )
+    (place / f"{RUN_FILE}.yaml").write_text(to_yaml(config))
+    (place / "ds.json").write_text(json.dumps(leg.ds_values))
+    if resume_from is not None:
+        shutil.copytree(resume_from, run_dir / "checkpoints" / resume_from.name)
+    command = ["--config-dir", str(place), "--config-name", RUN_FILE]
+    command += ["--ds_config", str(place / "ds.json")]
+    main = partial(train.main, command)
+    run_ranks(forks, main, size=leg.ranks, logs=place / "logs", timeout=timeout)
+    return run_dir

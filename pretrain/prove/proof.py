@@ -1,0 +1,207 @@
+"""The proof of one run: its legs through the program, the truth, and the rows of the table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.config import DataConfig
+from pretrain.config import RunConfig, parse_config, resolved
+from pretrain.config.resolve import resolve_run
+from pretrain.errors import ConfigError
+from pretrain.prove.bounds import Bounds
+from pretrain.prove.comparison import Row, gradient_row, initial_row, number_rows, state_rows
+from pretrain.prove.corpus import make_corpus
+from pretrain.prove.oracle import OneProcess
+from pretrain.prove.outputs import read_checkpoint, read_metrics
+from pretrain.prove.program import Leg, train_leg
+from pretrain.prove.ranks import Forks
+from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun
+
+SAVED = 3  # the step after which the run goes on elsewhere
+_TIMEOUT = 300.0
+
+
+class Case(NamedTuple):
+    """One precision of the proof: the run as it is laid out, and elsewhere."""
+
+    here: Leg
+    there: Leg
+
+    @property
+    def bounds(self) -> Bounds:
+        config = self.here.config
+        return Bounds.of(config.training.precision, num_layers=config.model.num_layers)
+
+
+class Section(NamedTuple):
+    """Rows of one leg, under a title."""
+
+    title: str
+    rows: list[Row]
+
+
+def prove(small: SmallRun, folder: Path, *, quick: bool) -> list[Section]:
+    """Prove a run below `folder`.
+
+    Raises:
+        RunFailedError: a rank of the program, or the truth, failed.
+    """
+    config = small.config
+    tokens = _tokens_of(config, small.data_size)
+    data = make_corpus(
+        config.data, folder / "data", vocab_size=config.model.vocab_size, num_tokens=tokens
+    )
+    sections: list[Section] = []
+    with Forks() as forks:
+        for precision in _precisions(config, quick=quick):
+            case = _case(small, data, precision)
+            place = folder / precision
+            place.mkdir()
+            sections += _prove_case(case, place, forks, quick=quick)
+    return sections
+
+
+def _precisions(config: RunConfig, *, quick: bool) -> list[str]:
+    own = config.training.precision
+    return ["fp32"] if quick or own == "fp32" else ["fp32", own]
+
+
+def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[Section]:
+    """Here from the beginning, there from a checkpoint, and (unless `quick`) here again."""
+    here, there = case.here, case.there
+    run_here = train_leg(here, place, forks, timeout=_TIMEOUT)
+    run_there = train_leg(
+        there, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_here, SAVED)
+    )
+    precision = here.config.training.precision
+    first = SKIPPED + 1
+    legs = [
+        _Checked(f"{precision}, {here.layout}", run_here, range(first, first + 1 + (not quick))),
+        _Checked(
+            f"{precision}, resumed after step {SAVED} at {there.layout}",
+            run_there,
+            range(SAVED + 1, SAVED + 2),
+        ),
+    ]
+    if not quick:
+        last = SAVED + 1
+        back = train_leg(
+            here._replace(name="back"), place, forks, timeout=_TIMEOUT,
+            resume_from=_checkpoint(run_there, last),
+        )  # fmt: skip
+        legs.append(
+            _Checked(
+                f"{precision}, resumed after step {last} at {here.layout}",
+                back,
+                range(last + 1, last + 2),
+            )
+        )
+    return forks.call(partial(_check, case, legs), place / "oracle", timeout=_TIMEOUT)
+
+
+class _Checked(NamedTuple):
+    """The steps of a leg that are compared, each with the truth from the checkpoint before it."""
+
+    title: str
+    run_dir: Path
+    steps: range
+
+
+def _check(case: Case, legs: list[_Checked]) -> list[Section]:
+    """Compare every leg with the run in one process, by induction over its steps."""
+    config = case.here.config
+    oracle = OneProcess(config, data_size=_data_size(case.here))
+    sections = []
+    for leg in legs:
+        rows = []
+        if leg.steps.start == SKIPPED + 1:
+            rows.append(initial_row(read_checkpoint(leg.run_dir, SKIPPED), oracle.initial()))
+        metrics = read_metrics(leg.run_dir)
+        for step in leg.steps:
+            before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
+            truth = oracle.step(step, before.state())
+            found = number_rows(step, metrics, truth, case.bounds)
+            found.append(gradient_row(after, truth, before.state(), config.training, case.bounds))
+            found += state_rows(after, truth, config.training, case.bounds)
+            rows += [each._replace(check=f"step {step}: {each.check}") for each in found]
+        sections.append(Section(leg.title, rows))
+    return sections
+
+
+def _checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
+def _data_size(leg: Leg) -> int:
+    return leg.ranks // (leg.config.parallel.tensor * leg.config.parallel.pipeline)
+
+
+def _tokens_of(config: RunConfig, data_size: int) -> int:
+    """Fewer than the run reads, so that it goes into a second epoch."""
+    training = config.training
+    sequences = training.batch_size * training.gradient_accumulation_steps * data_size
+    return max(2, sequences * (STEPS - 1)) * config.data.sequence_length
+
+
+def _case(small: SmallRun, data: DataConfig, precision: str) -> Case:
+    values = resolved(small.config.model_copy(update={"data": data}))
+    values["training"]["precision"] = precision
+    here = Leg("here", parse_config(values), ds_for(small.ds_values, precision), small.ranks)
+    return Case(here, elsewhere(here))
+
+
+def ds_for(ds_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """The DeepSpeed file of a run in another precision."""
+    values = {k: v for k, v in ds_values.items() if k != "bf16"}
+    if precision == "fp32" and values.get("communication_data_type") == "bf16":
+        del values["communication_data_type"]
+    return values
+
+
+def elsewhere(here: Leg) -> Leg:
+    """Another layout of the same batch: without cuts if there are some, else with one."""
+    values = resolved(here.config)
+    parallel, training = values["parallel"], values["training"]
+    samples = training["batch_size"] * training["gradient_accumulation_steps"] * _data_size(here)
+    stage = here.ds_values.get("zero_optimization", {}).get("stage", 0)
+    plain = {"tensor": 1, "pipeline": 1, "sequence_parallel": False}
+    candidates: list[dict[str, Any]] = [plain, {**plain, "tensor": 2}, {**plain, "pipeline": 2}]
+    if parallel["tensor"] * parallel["pipeline"] == 1:
+        candidates = candidates[1:]
+    for cut in candidates:
+        for data_size in (2, 1):
+            if samples % data_size or parallel["expert"] not in (1, data_size):
+                continue
+            own = samples // data_size
+            batch_size = min(training["batch_size"], own)
+            if own % batch_size:
+                continue
+            values["parallel"] = {**parallel, **cut}
+            batch = {"batch_size": batch_size, "gradient_accumulation_steps": own // batch_size}
+            values["training"] = {**training, **batch}
+            ranks = data_size * cut["tensor"] * cut["pipeline"]
+            ds_values = here.ds_values
+            if cut["pipeline"] > 1 and stage != 1:
+                ds_values = {"zero_optimization": {"stage": 1}}
+            leg = Leg("there", parse_config(values), dict(ds_values), ranks)
+            if leg.layout != here.layout and _resolves(leg):
+                return leg
+    return here._replace(name="there")
+
+
+def _resolves(leg: Leg) -> bool:
+    import json
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(leg.ds_values, file)
+        file.flush()
+        try:
+            resolve_run(leg.config, file.name, world_size=leg.ranks)
+        except ConfigError:
+            return False
+    return True
