@@ -16,7 +16,7 @@ import math
 from typing import NamedTuple
 
 FP32 = 1e-5
-FLOOR = 1e-3
+FLOOR = 1e-2
 _U_BF16 = 2.0**-8
 _ROUNDINGS_PER_LAYER = 36  # 12 results of a block in forward, twice as many in backward
 

@@ -63,10 +63,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config-dir", metavar="DIR", help="folder of your own run files")
     parser.add_argument("--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON")
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="fp32 only, one step in detail and one resume: seconds instead of a minute",
+        "--depth",
+        choices=("quick", "own", "full"),
+        default="full",
+        help="quick: in fp32, the first step and one resume; own: the same in the precision of the "
+        "run; full (default): two steps and two resumes, in fp32 and in the precision of the run",
     )
+    parser.add_argument(
+        "--quick", action="store_const", dest="depth", const="quick", help="--depth quick"
+    )
+    parser.add_argument(
+        "--random", type=int, metavar="N", help="prove N runs drawn at random instead"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="end the draws after M minutes")
+    parser.add_argument("--family", metavar="NAME", help="draw runs of one family")
     parser.add_argument(
         "--ranks", type=int, default=4, metavar="N", help="most ranks to start here (default: 4)"
     )
@@ -76,20 +87,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    if arguments.random is not None:
+        return _search(arguments)
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
     )
     small = shrink(config, arguments.ds_config, max_ranks=arguments.ranks)
     if not arguments.json:
         print(_preface(small), flush=True)
-    from pretrain.prove.proof import prove  # torch and DeepSpeed take seconds
+    from pretrain.prove.proof import Depth, prove  # torch and DeepSpeed take seconds
     from pretrain.prove.ranks import RunFailedError
     from pretrain.prove.report import as_json, is_proven, table
 
-    signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="prove-") as folder:
         try:
-            sections = prove(small, Path(folder), quick=arguments.quick)
+            sections = prove(small, Path(folder), depth=Depth(arguments.depth))
         except RunFailedError as error:
             print(f"not proven: {error}", file=sys.stderr)
             return EXIT_DIFFERENT
@@ -98,6 +111,20 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print("\nproven: the parallel run is the run in one process" if proven else "\nNOT PROVEN")
     return EXIT_PROVEN if proven else EXIT_DIFFERENT
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from pretrain.prove.search import search
+
+    found = search(
+        arguments.random,
+        seed=arguments.seed,
+        minutes=arguments.minutes,
+        family=arguments.family,
+        log=lambda line: print(line, flush=True),
+    )
+    print(found.text)
+    return EXIT_DIFFERENT if found.failures else EXIT_PROVEN
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

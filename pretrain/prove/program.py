@@ -1,4 +1,4 @@
-"""The parallel side: the real program, started as a launcher starts it and read from its outputs."""
+"""The parallel side: the real program, started as a launcher starts it."""
 
 from __future__ import annotations
 

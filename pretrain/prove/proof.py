@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.config import DataConfig
 from pretrain.config import RunConfig, parse_config, resolved
-from pretrain.config.resolve import resolve_run
 from pretrain.errors import ConfigError
 from pretrain.prove.bounds import Bounds
 from pretrain.prove.comparison import Row, gradient_row, initial_row, number_rows, state_rows
@@ -19,10 +18,19 @@ from pretrain.prove.oracle import OneProcess
 from pretrain.prove.outputs import read_checkpoint, read_metrics
 from pretrain.prove.program import Leg, train_leg
 from pretrain.prove.ranks import Forks
-from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun
+from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun, resolve_text
 
 SAVED = 3  # the step after which the run goes on elsewhere
 _TIMEOUT = 300.0
+
+
+class Depth(Enum):
+    """How much is proven: in fp32 the first step and one resume; the same in the run's own
+    precision; or everything, in fp32 and in its own precision."""
+
+    QUICK = "quick"
+    OWN = "own"
+    FULL = "full"
 
 
 class Case(NamedTuple):
@@ -44,7 +52,7 @@ class Section(NamedTuple):
     rows: list[Row]
 
 
-def prove(small: SmallRun, folder: Path, *, quick: bool) -> list[Section]:
+def prove(small: SmallRun, folder: Path, *, depth: Depth) -> list[Section]:
     """Prove a run below `folder`.
 
     Raises:
@@ -57,17 +65,19 @@ def prove(small: SmallRun, folder: Path, *, quick: bool) -> list[Section]:
     )
     sections: list[Section] = []
     with Forks() as forks:
-        for precision in _precisions(config, quick=quick):
+        for precision in _precisions(config, depth):
             case = _case(small, data, precision)
             place = folder / precision
             place.mkdir()
-            sections += _prove_case(case, place, forks, quick=quick)
+            sections += _prove_case(case, place, forks, quick=depth is not Depth.FULL)
     return sections
 
 
-def _precisions(config: RunConfig, *, quick: bool) -> list[str]:
+def _precisions(config: RunConfig, depth: Depth) -> list[str]:
     own = config.training.precision
-    return ["fp32"] if quick or own == "fp32" else ["fp32", own]
+    if depth is Depth.OWN:
+        return [own]
+    return ["fp32"] if depth is Depth.QUICK or own == "fp32" else ["fp32", own]
 
 
 def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[Section]:
@@ -194,14 +204,8 @@ def elsewhere(here: Leg) -> Leg:
 
 
 def _resolves(leg: Leg) -> bool:
-    import json
-    import tempfile
-
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(leg.ds_values, file)
-        file.flush()
-        try:
-            resolve_run(leg.config, file.name, world_size=leg.ranks)
-        except ConfigError:
-            return False
+    try:
+        resolve_text(leg.config, leg.ds_values, leg.ranks)
+    except ConfigError:
+        return False
     return True

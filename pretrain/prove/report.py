@@ -14,6 +14,19 @@ def is_proven(sections: Sequence[Section]) -> bool:
     return all(row.passed for section in sections for row in section.rows)
 
 
+def first_failure(sections: Sequence[Section]) -> str | None:
+    """The first check that failed, in words; None if all hold."""
+    for section in sections:
+        for row in section.rows:
+            if not row.passed:
+                where = ", ".join(part for part in (row.where, row.rank) if part)
+                return (
+                    f"{row.check} ({section.title}): off by {row.error:.2e}, "
+                    f"bound {row.bound.value:.1e}" + f", at {where}" * bool(where)
+                )
+    return None
+
+
 def table(sections: Sequence[Section]) -> str:
     """One table per leg: the check, its largest relative error, where it is, and the bound."""
     lines = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +24,22 @@ _CLIPPING = 0.1
 _WINDOWS = 5  # of held-out text: not a multiple of any batch here
 
 # What is not proven on a CPU, and what the proof does instead.
-_NOT_HERE: dict[str, Any] = {
-    "fused_adam": "adamw",
-    "cpu_adam": "adamw",
-    "te_adam": "adamw",
-    "apex_adam": "adamw",
+_NOT_HERE = {
+    "fused_adam": "the kernel of DeepSpeed's fused Adam",
+    "cpu_adam": "the kernel of DeepSpeed's Adam on the host",
+    "te_adam": "the kernel of Transformer Engine's Adam",
+    "apex_adam": "the kernel of apex's Adam",
+    "muon": "Muon's update, whose state is in files that only DeepSpeed reads",
 }
+# Sections of the JSON that repeat the run file, which has changed; agreement was checked before.
+_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "data_types",
+)
 
 
 class SmallRun(NamedTuple):
@@ -62,23 +74,50 @@ def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> 
     _shrink_layout(values, max_ranks)
     ranks = _num_ranks(values["parallel"], max_ranks)
     values = _shrink_sizes(values, ranks)
-    _shrink_training(values)
+    _shrink_training(
+        values, ranks // (values["parallel"]["tensor"] * values["parallel"]["pipeline"])
+    )
     _shrink_data(values)
     small = parse_config(values)
-    ds_values = _shrink_ds(ds_values_of(config, ds_config_path), config, small)
+    ds_values = _shrink_ds(ds_values_of(config, ds_config_path))
     changes = differences(before, resolved(small))
+    resolve_text(small, ds_values, ranks)
     return SmallRun(small, ds_values, ranks, changes, unproven)
 
 
-def ds_values_of(config: RunConfig, path: str | None) -> dict[str, Any]:
-    """The content of the DeepSpeed file of a run, or of the one it takes by default."""
+def resolve_text(config: RunConfig, ds_values: Mapping[str, Any], ranks: int) -> None:
+    """Check a run with a DeepSpeed JSON of these values.
+
+    Raises:
+        ConfigError: the config layer refuses it.
+    """
+    with _ds_file(json.dumps(ds_values)) as path:
+        resolve_run(config, path, world_size=ranks)
+
+
+def ds_values_of(config: RunConfig, given: str | None) -> dict[str, Any]:
+    """DeepSpeed's JSON of a run, from a file or from its text, or that which the run takes by
+    default."""
     data_size = _smallest_world(config) // (config.parallel.tensor * config.parallel.pipeline)
-    ds_config = resolve_ds_config(path, config, data_size=data_size)
-    if path is None:
-        return {"zero_optimization": {"stage": ds_config.zero_stage}}
-    file = Path(path) if Path(path).exists() else FILES / Path(path).name
-    values: dict[str, Any] = json.loads(file.read_text())
-    return values
+    with _ds_file(given) as path:
+        ds_config = resolve_ds_config(path, config, data_size=data_size)
+        if path is None:
+            return {"zero_optimization": {"stage": ds_config.zero_stage}}
+        file = Path(path) if Path(path).exists() else FILES / Path(path).name
+        values: dict[str, Any] = json.loads(file.read_text())
+        return values
+
+
+@contextmanager
+def _ds_file(given: str | None) -> Iterator[str | None]:
+    """The path of DeepSpeed's JSON, which may be given as its text."""
+    if given is None or not given.lstrip().startswith("{"):
+        yield given
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(given)
+        file.flush()
+        yield file.name
 
 
 def _smallest_world(config: RunConfig) -> int:
@@ -88,7 +127,8 @@ def _smallest_world(config: RunConfig) -> int:
 
 
 def _check_as_given(config: RunConfig, ds_config_path: str | None) -> None:
-    resolve_run(config, ds_config_path, world_size=_smallest_world(config))
+    with _ds_file(ds_config_path) as path:
+        resolve_run(config, path, world_size=_smallest_world(config))
 
 
 def _leave_out(values: dict[str, Any]) -> list[str]:
@@ -98,8 +138,8 @@ def _leave_out(values: dict[str, Any]) -> list[str]:
         training |= {"precision": "bf16", "fp8_recipe": None}
         unproven.append("FP8 kernels: the linear layers run in bf16")
     if training["optimizer"] in _NOT_HERE:
-        unproven.append(f"the {training['optimizer']} kernel: torch's AdamW takes its place")
-        training["optimizer"] = _NOT_HERE[training["optimizer"]]
+        unproven.append(f"{_NOT_HERE[training['optimizer']]}: torch's AdamW takes its place")
+        training["optimizer"] = "adamw"
     if training["compile"]:
         training["compile"] = False
         unproven.append("torch.compile: layers run as written")
@@ -155,7 +195,7 @@ def _with_length(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "training": training}
 
 
-def _shrink_training(values: dict[str, Any]) -> None:
+def _shrink_training(values: dict[str, Any], data_size: int) -> None:
     training = values["training"]
     levels = min(len(training["batch_ramp"]), 2)
     training["batch_size"] = min(training["batch_size"], 2)
@@ -169,13 +209,24 @@ def _shrink_training(values: dict[str, Any]) -> None:
     training["lr"] = max(training["lr"], _VISIBLE_LR)
     if training["grad_clip"] > 0:
         training["grad_clip"] = min(training["grad_clip"], _CLIPPING)
-    training["batch_ramp"] = []
+    training["batch_ramp"] = _ramp(levels, values, data_size)
     values["checkpoint"] |= {"interval": 1, "keep": STEPS, "keep_every": None}
     if values["data"]["validation"]:
         values["evaluation"] = {"interval": 1, "max_windows": _WINDOWS}
     values["stability"]["skip_steps"] = [[SKIPPED, SKIPPED]]
     if values["watchdog"]["replica_interval"] is not None:
         values["watchdog"]["replica_interval"] = 1
+
+
+def _ramp(levels: int, values: Mapping[str, Any], data_size: int) -> list[dict[str, int]]:
+    """Smaller batches at the beginning: the first for two steps, then one step each."""
+    per_round = values["training"]["batch_size"] * data_size
+    ramp, tokens = [], 0
+    for level in range(1, levels + 1):
+        steps = 2 if level == 1 else 1
+        tokens += steps * level * per_round * values["data"]["sequence_length"]
+        ramp.append({"until_tokens": tokens, "sequences_per_step": level * per_round})
+    return ramp
 
 
 def _shrink_data(values: dict[str, Any]) -> None:
@@ -189,12 +240,13 @@ def _shrink_data(values: dict[str, Any]) -> None:
         stage |= {"until_step": end, "until_fraction": None}
 
 
-def _shrink_ds(ds_values: dict[str, Any], config: RunConfig, small: RunConfig) -> dict[str, Any]:
+def _shrink_ds(ds_values: Mapping[str, Any]) -> dict[str, Any]:
     """Buckets and thresholds, which count elements, so that there are several of each."""
-    zero = dict(ds_values.get("zero_optimization", {}))
+    values = {name: value for name, value in ds_values.items() if name not in _OWNED}
+    zero = dict(values.get("zero_optimization", {}))
     for name, value in zero.items():
         if name.endswith(("bucket_size", "_threshold", "max_live_parameters")) and (
             isinstance(value, int | float) and value > 2000
         ):
             zero[name] = 2000
-    return {**ds_values, "zero_optimization": zero}
+    return {**values, "zero_optimization": zero}
