@@ -22,8 +22,8 @@ MAX_DEPTH = 50
 MAX_VALUES = 10_000  # with every YAML reference written out
 _LARGEST = 2**63 - 1
 
-# Not `tokens` and `tokenizer`.
-_KEY = re.compile(r"(?i)api_?key|access_?key|token(?!s|iz)|secret|passw|credential")
+# Not `tokens`, `tokenizer` and `experts_per_token`.
+_KEY = re.compile(r"(?i)api_?key|access_?key|(?<!per_)token(?!s|iz)|secret|passw|credential")
 _IN_URL = re.compile(
     r"(?i)://[^/\s@]*:[^/\s@]+@|[?&](sig|signature|token|x-amz-\w+|access_?key|password)="
 )

@@ -4,10 +4,10 @@ fp32: the two differ by the order of sums alone. A gradient may be off by `FP32`
 entry; one that is smaller than `FLOOR` of the norm of all gradients is measured against that, since
 what cancels leaves the rounding of its terms.
 
-bf16: every activation is rounded to 8 bits, one process in fp64 rounds none. Roundings are
-independent, of either sign and at most u = 2^-8 of their value (Higham, Accuracy and Stability of
-Numerical Algorithms, 2nd ed., sections 2.8 and 3.1), so that n of them in a row leave sqrt(n) u.
-Four standard deviations are allowed. Errors are relative to the norm of a tensor.
+bf16: every activation is rounded to 8 bits, one process in fp64 rounds none. A rounding is off by at
+most u = 2^-8 of the value, by u / sqrt(3) in the mean square, and n of them in a row, which have
+either sign, by sqrt(n / 3) u (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.,
+sections 2.8 and 3.1). Four times that is allowed. Errors are relative to the norm of a tensor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Bounds(NamedTuple):
             return cls(Bound(FP32, "order of fp32 sums"), order, rate)
         number = _ROUNDINGS_PER_LAYER * (num_layers + 2)
         gradient = Bound(
-            4 * math.sqrt(number) * _U_BF16, f"4 sqrt({number} roundings) 2^-8, of a norm"
+            4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
         )
         loss = Bound(4 * _U_BF16, "4 roundings to 2^-8, averaged over tokens")
         return cls(loss, gradient, rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from models.registry import family_names, get_config_class
@@ -31,7 +31,6 @@ _FEATURES: dict[str, Sequence[Any]] = {
     "training.grad_clip": (0.0,),
     "training.betas": ([0.0, 0.99], [0.9, 0.999]),
     "training.schedule": ("constant", "wsd"),
-    "training.decay_steps": (1,),
     "training.lr_multipliers": ({"block": 0.5}, {"layer": 3.0}, {"embedding": 0.1, "norm": 10.0}),
     "training.batch_ramp": ([{"until_tokens": 9000, "sequences_per_step": 2}],),
     "data.reset_at_documents": (True,),
@@ -122,12 +121,7 @@ def draws(seed: int, *, family: str | None = None) -> Iterator[Draw]:
             if dice.random() < on
             and (not key.startswith("model.") or key.removeprefix("model.") in fields)
         }
-        if overrides.get("training.schedule") != "wsd":
-            overrides.pop("training.decay_steps", None)
-        else:
-            overrides["training.decay_steps"] = 1
-        if overrides.get("data.kind") == "bytes":
-            overrides |= {"data.tokenizer": None}
+        overrides |= _required(overrides, fields)
         zero = {"stage": dice.choice(_ZERO["stage"])}
         zero |= {
             key: dice.choice(values)
@@ -137,6 +131,20 @@ def draws(seed: int, *, family: str | None = None) -> Iterator[Draw]:
         yield Draw(
             _size(name), tuple(overrides.items()), tuple(zero.items()), dice.choice((1, 2, 4, 4))
         )
+
+
+def _required(settings: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
+    """What a drawn setting cannot be without."""
+    needed: dict[str, Any] = {}
+    if settings.get("training.schedule") == "wsd":
+        needed["training.decay_steps"] = 1
+    if settings.get("training.schedule") == "constant":
+        needed["training.min_lr_ratio"] = 0.1
+    if settings.get("data.kind") == "bytes":
+        needed["data.tokenizer"] = None
+    if settings["parallel.expert"] > 1 and "num_experts" in fields:
+        needed["model.num_experts"] = 4
+    return needed
 
 
 def _switches(family: str) -> dict[str, list[Any]]:

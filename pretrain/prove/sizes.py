@@ -78,7 +78,7 @@ def _halved(values: Mapping[str, Any], limits: Mapping[str, int]) -> list[dict[P
     """The halves of all sizes above their limits, grouped by what keeps its ratio."""
     groups: dict[str, dict[Path, int | None]] = {}
     for path, value in _sizes(values):
-        name, half = ".".join(map(str, path)), math.ceil(value / 2)
+        name, half = ".".join(map(str, path)), _half(path, value)
         ratio = next((each for each in _RATIOS if each in str(path[-1])), None)
         limit = limits.get(name, _limit(path))
         is_large = half >= limit and value > (1 if ratio else _KEPT)
@@ -88,6 +88,12 @@ def _halved(values: Mapping[str, Any], limits: Mapping[str, int]) -> list[dict[P
         for group in groups.values()
         if None not in group.values()
     ]
+
+
+def _half(path: Path, value: int) -> int:
+    """Rounded up; a depth stays even, since layers may come in pairs."""
+    half = math.ceil(value / 2)
+    return half + half % 2 if "layers" in str(path[-1]) and value % 2 == 0 else half
 
 
 def _sizes(values: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:

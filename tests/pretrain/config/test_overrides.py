@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
+from models.registry import family_names, get_config_class
+from pretrain.config import RunConfig
+from pretrain.config.input_checks import check_override
 from pretrain.config.overrides import Override, parse_override
 from pretrain.errors import ConfigError
 
@@ -78,3 +83,21 @@ def test_an_argument_that_is_no_override_is_refused(argument: str, parts: list[s
         parse_override(argument)
     for part in parts:
         assert part in str(raised.value)
+
+
+def settings_of(schema: type[BaseModel]) -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield name
+        kinds = (field.annotation, *get_args(field.annotation))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from (f"{name}.{inner}" for inner in settings_of(kind))
+
+
+@pytest.mark.parametrize("family", ["", *family_names()])
+def test_no_setting_of_ours_has_a_name_of_credentials(family):
+    schema = get_config_class(family) if family else RunConfig
+    names = [f"model.{name}" if family else name for name in settings_of(schema)]
+    assert len(names) > 10
+    for name in names:
+        check_override(f"{name}=1")
