@@ -4,8 +4,8 @@ fp32: the two differ by the order of sums alone. A gradient may be off by `FP32`
 entry; one that is smaller than `FLOOR` of the norm of all gradients is measured against that, since
 what cancels leaves the rounding of its terms.
 
-bf16: every activation is rounded to 8 bits, one process in fp64 rounds none. A rounding is off by at
-most u = 2^-8 of the value, by u / sqrt(3) in the mean square, and n of them in a row, which have
+bf16: every activation is rounded to 8 bits, one process in fp64 rounds none. A rounding is off by
+at most u = 2^-8 of the value, by u / sqrt(3) in the mean square, and n of them in a row, which have
 either sign, by sqrt(n / 3) u (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.,
 sections 2.8 and 3.1). Four times that is allowed. Errors are relative to the norm of a tensor.
 """
@@ -30,6 +30,7 @@ class Bound(NamedTuple):
 
 EXACT = Bound(0.0, "equal bits: the same draws by name")
 SAME_FILES = Bound(0.0, "equal bits: the same operations on the same ranks")
+ROUNDED = Bound(0.0, "equal bits: the master weights, rounded")
 COUNTED = Bound(0.0, "counted")
 
 

@@ -20,7 +20,7 @@ _DESCRIPTION = """\
 Show that the parallel run of a run file is the run in one process.
 
 The run file is made small in ratio, with all its features on, and trained for a few steps by the
-program itself on several ranks of this machine. A plain loop in one process and in fp64 computes the
+program itself on several ranks of this machine. A plain loop in one process, in fp64, computes the
 same steps. Compared are, by name: initial weights, losses, every gradient, the gradient norm,
 weights and optimizer states, the held-out loss, and all of these after a resume at another layout.
 """

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pretrain.config import TrainingConfig
-from pretrain.prove.bounds import COUNTED, EXACT, FLOOR, Bound, Bounds
+from pretrain.prove.bounds import COUNTED, EXACT, FLOOR, ROUNDED, Bound, Bounds
 from pretrain.prove.oracle import State, Tensors, TrueStep
 from pretrain.prove.outputs import Saved
 
@@ -42,6 +42,8 @@ Measure = Callable[[str, Tensor, Tensor], Tensor]
 def row(check: str, errors: Iterable[Error], bound: Bound) -> Row:
     """The worst of several errors."""
     worst = max(errors, key=lambda e: math.inf if math.isnan(e.value) else e.value)
+    if worst.value == 0:
+        worst = Error(0.0, "")
     return Row(check, worst.value, worst.where, worst.rank, bound)
 
 
@@ -91,16 +93,24 @@ def state_rows(
     doubled = Bound(2 * bounds.gradient.value, "twice that of gradients: squares")
     through_adam = Bound(bounds.gradient.value, "that of gradients, through Adam's update")
     counts = [Error(abs(number - state.step), f"{number} steps") for number in saved.steps]
+    measure = _weight_measure(truth, training, through_adam.value)
+
+    def compared(check: str, found: Tensors, true: Tensors, by: Measure, bound: Bound) -> Row:
+        return row(check, _tensor_errors(saved, found, true, by), bound)
+
     rows = [
-        row("exp_avg", _tensor_errors(saved, saved.exp_avg, state.exp_avg, first), bounds.gradient),
-        row("exp_avg_sq", _tensor_errors(saved, saved.exp_avg_sq, state.exp_avg_sq, second), doubled),
+        compared("exp_avg", saved.exp_avg, state.exp_avg, first, bounds.gradient),
+        compared("exp_avg_sq", saved.exp_avg_sq, state.exp_avg_sq, second, doubled),
         row("step counts", counts, COUNTED),
-        row("weights", _tensor_errors(saved, saved.masters, state.weights,
-            _weight_measure(truth, training, through_adam.value)), through_adam),
-    ]  # fmt: skip
+        compared("weights", saved.masters, state.weights, measure, through_adam),
+    ]
+    rounded = {name: m.to(saved.dtype).double() for name, m in saved.masters.items()}
+    rows.append(compared("weights of the forward pass", saved.weights, rounded, _absolute, ROUNDED))
     if state.buffers:
-        errors = _tensor_errors(saved, saved.buffers, state.buffers, _of_largest(1e-12))
-        rows.append(row("layer states", errors, bounds.gradient))
+        relative = _of_largest(FLOOR * max(float(b.abs().max()) for b in state.buffers.values()))
+        rows.append(
+            compared("layer states", saved.buffers, state.buffers, relative, bounds.gradient)
+        )
     return rows
 
 

@@ -96,6 +96,14 @@ class OneProcess:
         return TrueStep(float(loss), norm, scale, rate, rates, gradients, state, held_out)
 
     @torch.no_grad()
+    def logits(self, tokens: Tensor, state: State) -> Tensor:
+        """Logits [b, s, V] of the model in evaluation, each row one document."""
+        self._load(state)
+        self.model.eval()
+        segments = torch.zeros_like(tokens).int() if self.config.data.reset_at_documents else None
+        return logits_of(self.model(TokenInputs(tokens, segments))).transpose(0, 1)
+
+    @torch.no_grad()
     def _load(self, state: State) -> None:
         """Give the model its weights: the master weights, rounded in bf16."""
         is_rounded = self.config.training.precision == "bf16"

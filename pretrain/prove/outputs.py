@@ -17,11 +17,13 @@ from pretrain.prove.oracle import State
 
 
 class Saved(NamedTuple):
-    """A checkpoint of any layout. Optimizer tensors of stacked experts are stacked again.
+    """A checkpoint of any layout, in fp64. Optimizer tensors of stacked experts are stacked again.
 
-    `masters` is empty where only DeepSpeed can save the optimizer.
+    `dtype`: of the weights that the forward pass reads. `masters` is empty where only DeepSpeed can
+    save the optimizer.
     """
 
+    dtype: torch.dtype
     weights: dict[str, Tensor]
     masters: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
@@ -43,12 +45,14 @@ class Owners(NamedTuple):
     optimizer: StoredOptimizer | None
 
     def rank_of(self, name: str, index: int, shape: torch.Size) -> str:
-        """The rank (and its tensor rank) that updates element `index` of the flattened parameter."""
+        """The rank (and its tensor rank) that updates an element of the flattened parameter."""
         if self.optimizer is None:
             return ""
-        place = list(torch.unravel_index(torch.tensor(index), shape))
-        if name not in self.optimizer.names():  # stacked experts are saved one by one
-            name, place, shape = f"{name}.{int(place[0])}", place[1:], shape[1:]
+        place = list(torch.unravel_index(torch.tensor(index), shape)) if shape else []
+        if name not in self.optimizer.names() and place:  # stacked experts are saved one by one
+            name, place = f"{name}.{int(place[0])}", place[1:]
+        if name not in self.optimizer.names():
+            return ""  # a layer state, which every rank holds
         stored = self.optimizer.parameter(name)
         shard, at = _in_shard([int(x) for x in place], stored.sharding, stored.shard_shape)
         for piece in stored.shards[shard]:
@@ -74,16 +78,18 @@ def read_checkpoint(run_dir: Path, step: int) -> Saved:
     """Read checkpoint `step` of a run."""
     path = run_dir / "checkpoints" / f"step_{step}"
     with ShardedWeightsReader(path / "weights") as reader:
-        weights = {name: tensor.double() for name, tensor in reader.items()}
+        stored_weights = dict(reader.items())
+    dtype = next(iter(stored_weights.values())).dtype
+    weights = {name: tensor.double() for name, tensor in stored_weights.items()}
     if not (path / FOLDER).is_dir():
-        return Saved(weights, {}, {}, {}, {}, set(), Owners(None))
+        return Saved(dtype, weights, {}, {}, {}, {}, set(), Owners(None))
     stored = StoredOptimizer(path / FOLDER)
     names = sorted(stored.names(), key=_numbered)
     steps = {step for name in names for step in stored.steps(name)}
     whole = [_stacked({n: _whole(stored, n, key) for n in names}, weights) for key in
              (MASTER, "exp_avg", "exp_avg_sq")]  # fmt: skip
     buffers = {name: tensor for name, tensor in weights.items() if name not in whole[0]}
-    return Saved(weights, *whole, buffers, steps, Owners(stored))
+    return Saved(dtype, weights, *whole, buffers, steps, Owners(stored))
 
 
 def _numbered(name: str) -> tuple[str, int]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.config import DataConfig
+from models.registry import get_family
 from pretrain.config import RunConfig, parse_config, resolved
 from pretrain.errors import ConfigError
 from pretrain.prove.bounds import Bounds
 from pretrain.prove.comparison import Row, gradient_row, initial_row, number_rows, state_rows
+from pretrain.prove.complete import exported_row, without_trace
 from pretrain.prove.corpus import make_corpus
 from pretrain.prove.oracle import OneProcess
 from pretrain.prove.outputs import read_checkpoint, read_metrics
@@ -99,18 +101,35 @@ def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[S
     ]
     if not quick:
         last = SAVED + 1
+        again = here._replace(name="back")
         back = train_leg(
-            here._replace(name="back"), place, forks, timeout=_TIMEOUT,
-            resume_from=_checkpoint(run_there, last),
-        )  # fmt: skip
-        legs.append(
-            _Checked(
-                f"{precision}, resumed after step {last} at {here.layout}",
-                back,
-                range(last + 1, last + 2),
-            )
+            again, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_there, last)
         )
-    return forks.call(partial(_check, case, legs), place / "oracle", timeout=_TIMEOUT)
+        title = f"{precision}, resumed after step {last} at {here.layout}"
+        legs.append(_Checked(title, back, range(last + 1, last + 2)))
+    sections = forks.call(partial(_check, case, legs), place / "oracle", timeout=_TIMEOUT)
+    return sections if quick else [*sections, _complete(case, run_here, place, forks)]
+
+
+def _complete(case: Case, run_dir: Path, place: Path, forks: Forks) -> Section:
+    """The checks of a complete proof that need no truth: traces of evaluations, and the export."""
+    config, last, rows = case.here.config, _checkpoint(run_dir, STEPS), []
+    if config.data.validation:
+        silent = train_leg(_unevaluated(case.here), place, forks, timeout=_TIMEOUT)
+        rows.append(without_trace(last, _checkpoint(silent, STEPS)))
+    if get_family(config.model.family).hf is not None and config.training.precision == "fp32":
+        sizes = {"data_size": _data_size(case.here)}
+        export = partial(exported_row, last, config, place, **sizes)
+        rows.append(forks.call(export, place / "export", timeout=_TIMEOUT))
+    return Section(f"{config.training.precision}, {case.here.layout}, after step {STEPS}", rows)
+
+
+def _unevaluated(leg: Leg) -> Leg:
+    """The same run without held-out text."""
+    values = resolved(leg.config)
+    values["data"]["validation"] = []
+    del values["evaluation"]
+    return leg._replace(name="unevaluated", config=parse_config(values))
 
 
 class _Checked(NamedTuple):

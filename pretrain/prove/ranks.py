@@ -12,6 +12,7 @@ import importlib
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import sys
@@ -55,7 +56,7 @@ class Ended(NamedTuple):
     @property
     def last_line(self) -> str:
         lines = [x.strip() for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
-        errors = [line for line in lines if line.startswith("error")]
+        errors = [line for line in lines if re.match("error( on rank|:)", line)]
         return (errors or lines or ["it wrote nothing"])[-1]
 
 

@@ -38,7 +38,12 @@ DATA = {
     },
     "bytes": {"kind": "bytes", "reset_at_documents": True},
     "blank lines": {"kind": "bytes", "documents": "blank_line", "reset_at_documents": True},
-    "jsonl": {"kind": "bytes", "documents": "jsonl", "json_key": "body", "reset_at_documents": True},
+    "jsonl": {
+        "kind": "bytes",
+        "documents": "jsonl",
+        "json_key": "body",
+        "reset_at_documents": True,
+    },
 }
 RAMP = [
     {"until_tokens": 100, "sequences_per_step": 2},

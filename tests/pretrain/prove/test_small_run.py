@@ -16,9 +16,7 @@ from pretrain.prove.sizes import halve
 from pretrain.prove.small_run import STEPS, SmallRun, shrink
 from tests.pretrain.run_values import run_values
 
-MODELS = sorted(
-    f"{path.parent.name}/{path.stem}" for path in (CONFIGS / "model").glob("*/*.yaml")
-)
+MODELS = sorted(f"{path.parent.name}/{path.stem}" for path in (CONFIGS / "model").glob("*/*.yaml"))
 
 
 def shrunk(*overrides: str, name: str = "demo", ds: str | None = None, ranks: int = 4) -> SmallRun:

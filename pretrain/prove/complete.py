@@ -1,0 +1,58 @@
+"""What only a complete proof checks: evaluation leaves no trace, an export computes the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from models.convert import to_hf
+from pretrain.config import RunConfig
+from pretrain.prove.bounds import SAME_FILES, Bound
+from pretrain.prove.comparison import Error, Row, row
+from pretrain.prove.oracle import OneProcess
+from pretrain.prove.outputs import read_checkpoint
+
+_EXPORT = Bound(1e-10, "the same weights, both in fp64")
+_LIMIT = 200.0  # seconds, of a process that imports transformers
+
+
+def without_trace(evaluated: Path, unevaluated: Path) -> Row:
+    """Every tensor of two checkpoints: weights, optimizer states, random generators."""
+    names = sorted(p.relative_to(evaluated) for p in evaluated.rglob("*.safetensors"))
+    errors = [Error(0.0, f"{len(names)} files")]
+    for name in names:
+        ours, theirs = load_file(evaluated / name), load_file(unevaluated / name)
+        changed = [key for key in ours if not _same(ours[key], theirs.get(key))]
+        errors += [Error(1.0, f"{key} in {name}") for key in changed]
+    return row("evaluation changes nothing", errors, SAME_FILES)
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
+    if theirs is None or ours.shape != theirs.shape:
+        return False
+    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+
+
+def exported_row(checkpoint: Path, config: RunConfig, place: Path, *, data_size: int) -> Row:
+    """Logits of the exported model in transformers, against those of the whole model here."""
+    directory, tokens_file, logits_file = (place / n for n in ("hf", "tokens.pt", "logits.pt"))
+    to_hf(checkpoint, directory, dtype=torch.float32, with_tokenizer=False)
+    oracle = OneProcess(config, data_size=data_size)
+    tokens = oracle.batches[-1][0].tokens
+    torch.save(tokens, tokens_file)
+    subprocess.run(
+        [sys.executable, "-m", "pretrain.prove.exported", directory, tokens_file, logits_file],
+        env={**os.environ, "HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"},
+        check=True,
+        timeout=_LIMIT,
+    )
+    state = read_checkpoint(checkpoint.parents[1], int(checkpoint.name.removeprefix("step_")))
+    expected = oracle.logits(tokens, state.state())
+    found = torch.load(logits_file, weights_only=True)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    return row("logits of the export", [Error(error, "")], _EXPORT)
