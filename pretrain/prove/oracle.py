@@ -93,7 +93,7 @@ class OneProcess:
         state = _state(optimizer, weights, _buffers(self.model), before.step + 1)
         self._load(state)
         held_out = self._held_out_loss(*self.held_out) if self.held_out else None
-        return TrueStep(float(loss), norm, scale, rate, rates, gradients, state, held_out)
+        return TrueStep(loss.item(), norm, scale, rate, rates, gradients, state, held_out)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, state: State) -> Tensor:

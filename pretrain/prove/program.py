@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from pretrain import train
 from pretrain.config import RunConfig, to_yaml
-from pretrain.prove.ranks import Forks, run_ranks
+from pretrain.errors import EXIT_USER_ERROR
+from pretrain.prove.ranks import Forks, RunFailedError, run_ranks
 
 RUN_FILE = "prove"
 
@@ -50,6 +51,7 @@ def train_leg(
     Returns its run directory.
 
     Raises:
+        ValueError: the program refuses a setting when it starts, which the config layer cannot see.
         RunFailedError: a rank failed; one line names it.
     """
     place = folder / leg.name
@@ -65,5 +67,10 @@ def train_leg(
     command = ["--config-dir", str(place), "--config-name", RUN_FILE]
     command += ["--ds_config", str(place / "ds.json")]
     main = partial(train.main, command)
-    run_ranks(forks, main, size=leg.ranks, logs=place / "logs", timeout=timeout)
+    try:
+        run_ranks(forks, main, size=leg.ranks, logs=place / "logs", timeout=timeout)
+    except RunFailedError as error:
+        if resume_from is None and error.code == EXIT_USER_ERROR:
+            raise ValueError(str(error)) from error
+        raise
     return run_dir

@@ -44,7 +44,12 @@ _IMPORTED_BY_RUNS = (
 
 
 class RunFailedError(Exception):
-    """A run that did not end well; one line that names the rank and what it said."""
+    """A run that did not end well; one line that names the rank and what it said. `code`: its exit
+    code, see `Ended`."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Ended(NamedTuple):
@@ -175,10 +180,10 @@ def run_ranks(
     ]
     ends = forks.wait(pids, timeout=timeout)
     if any(end.code != EXIT_COMPLETED for end in ends):
-        raise RunFailedError(describe_failure(ends, timeout=timeout))
+        raise _failure(ends, timeout=timeout)
 
 
-def describe_failure(ends: Sequence[Ended], *, timeout: float) -> str:
+def _failure(ends: Sequence[Ended], *, timeout: float) -> RunFailedError:
     """One line about the rank whose failure the others follow from."""
 
     def blame(item: tuple[int, Ended]) -> int:
@@ -189,13 +194,12 @@ def describe_failure(ends: Sequence[Ended], *, timeout: float) -> str:
 
     rank, end = min(enumerate(ends), key=blame)
     if end.code is None:
-        return f"rank {rank} did not end within {timeout:.0f} s: {end.last_line}"
-    how = f"was killed by {signal.Signals(-end.code).name}" if end.code < 0 else "failed"
-    return (
-        f"rank {rank} {how}"
-        + (f" (exit code {end.code})" * (end.code > 0))
-        + (f": {end.last_line}")
-    )
+        how = f"did not end within {timeout:.0f} s"
+    elif end.code < 0:
+        how = f"was killed by {signal.Signals(-end.code).name}"
+    else:
+        how = f"failed (exit code {end.code})"
+    return RunFailedError(f"rank {rank} {how}: {end.last_line}", end.code)
 
 
 def _run_child(

@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,11 +60,10 @@ def search(
         if tried >= number or (end is not None and time.monotonic() > end):
             return found
         try:
-            small = accepted(draw)
+            reason = failure_of(accepted(draw))
         except ValueError as error:
             found.refusals[kind_of(str(error))] += 1
             continue
-        reason = failure_of(small)
         log(f"{tried + 1:4d} {'ok  ' if reason is None else 'FAIL'} {draw.line}")
         if reason is None:
             found = found._replace(proven=found.proven + 1)
@@ -86,7 +85,11 @@ def accepted(draw: Draw) -> SmallRun:
 
 
 def failure_of(small: SmallRun) -> str | None:
-    """The first check that fails, or None."""
+    """The first check that fails, or None.
+
+    Raises:
+        ValueError: the program refuses the run when it starts.
+    """
     with tempfile.TemporaryDirectory(prefix="prove-") as folder:
         try:
             return first_failure(prove(small, Path(folder), depth=Depth.OWN))
@@ -97,20 +100,14 @@ def failure_of(small: SmallRun) -> str | None:
 def reduce(draw: Draw, reason: str) -> Failure:
     """The simplest run found that fails in the same way: fewest ranks, fewest settings."""
     kind = kind_of(reason)
-    for simpler in _accepted_only(draw):
-        found = failure_of(accepted(simpler))
+    for simpler in draw.simpler():
+        try:
+            found = failure_of(accepted(simpler))
+        except ValueError:
+            continue
         if found is not None and kind_of(found) == kind:
             return reduce(simpler, found)
     return Failure(draw, reason)
-
-
-def _accepted_only(draw: Draw) -> Iterator[Draw]:
-    for simpler in draw.simpler():
-        try:
-            accepted(simpler)
-        except ValueError:
-            continue
-        yield simpler
 
 
 def kind_of(message: str) -> str:

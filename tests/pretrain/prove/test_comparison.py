@@ -1,0 +1,133 @@
+"""A difference is found, located, and measured against the right bound."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.config import parse_config
+from pretrain.prove.bounds import FLOOR, FP32, Bounds
+from pretrain.prove.comparison import Row, gradient_row, number_rows, state_rows
+from pretrain.prove.oracle import State, TrueStep, learning_rate
+from pretrain.prove.outputs import Owners, Saved
+from tests.pretrain.run_values import run_values
+
+TRAINING = parse_config(run_values(training__grad_clip=0.0)).training
+BETA1, BETA2 = TRAINING.betas
+
+
+@pytest.fixture
+def truth() -> TrueStep:
+    """The first step of two parameters, one of which has a gradient far below the norm."""
+    draw = torch.Generator().manual_seed(0)
+    gradients = {name: torch.randn(3, 4, generator=draw).double() for name in ("a", "b")}
+    gradients["b"] *= 1e-6
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+    first = {name: (1 - BETA1) * g for name, g in gradients.items()}
+    second = {name: (1 - BETA2) * g.square() for name, g in gradients.items()}
+    weights = {name: torch.ones(3, 4).double() for name in gradients}
+    state = State(weights, first, second, {}, 1)
+    rates = dict.fromkeys(gradients, 1e-3)
+    return TrueStep(2.0, norm, 1.0, 1e-3, rates, gradients, state, 3.0)
+
+
+def saved(truth: TrueStep, **changes) -> Saved:
+    state = truth.state
+    same = Saved(torch.float32, state.weights, state.weights, state.exp_avg, state.exp_avg_sq, {},
+                 {1}, Owners(None))  # fmt: skip
+    return same._replace(**changes)
+
+
+def rows(found: Saved, truth: TrueStep) -> dict[str, Row]:
+    before = State({}, {n: torch.zeros(3, 4) for n in "ab"}, {}, {}, 0)
+    bounds = Bounds.of("fp32", num_layers=2)
+    all_rows = state_rows(found, truth, TRAINING, bounds)
+    all_rows.append(gradient_row(found, truth, before, TRAINING, bounds))
+    return {each.check: each for each in all_rows}
+
+
+def test_the_truth_itself_passes(truth):
+    assert all(row.passed for row in rows(saved(truth), truth).values())
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1 + 3 * FP32, float("nan")])
+def test_a_gradient_that_is_off_fails_by_name(factor, truth):
+    wrong = {**truth.state.exp_avg, "a": truth.state.exp_avg["a"] * factor}
+    row = rows(saved(truth, exp_avg=wrong), truth)["gradients"]
+    assert not row.passed
+    assert row.where == "a"
+
+
+def test_a_gradient_below_the_floor_is_measured_against_the_norm(truth):
+    noise = {**truth.state.exp_avg, "b": truth.state.exp_avg["b"] * 1.01}
+    assert rows(saved(truth, exp_avg=noise), truth)["gradients"].passed
+    allowed = FP32 * FLOOR * truth.norm * (1 - BETA1)
+    large = {**truth.state.exp_avg, "b": truth.state.exp_avg["b"] + 2 * allowed}
+    row = rows(saved(truth, exp_avg=large), truth)["gradients"]
+    assert (row.passed, row.where) == (False, "b")
+
+
+def test_a_parameter_that_is_missing_is_infinitely_wrong(truth):
+    found = {"a": truth.state.exp_avg["a"]}
+    row = rows(saved(truth, exp_avg=found), truth)["exp_avg"]
+    assert (row.error, row.where) == (math.inf, "b is missing")
+
+
+def test_a_weight_may_move_where_its_gradient_is_rounding(truth):
+    quiet = truth.state.exp_avg_sq | {"b": torch.zeros(3, 4).double()}
+    silent = truth.state.exp_avg | {"b": torch.zeros(3, 4).double()}
+    state = truth.state._replace(exp_avg=silent, exp_avg_sq=quiet)
+    moved = state.weights | {"b": state.weights["b"] + 1.5e-3}
+    found = saved(truth._replace(state=state), weights=moved, masters=moved)
+    assert rows(found, truth._replace(state=state))["weights"].passed
+    moved = state.weights | {"a": state.weights["a"] + 1.5e-3}
+    found = saved(truth._replace(state=state), weights=moved, masters=moved)
+    row = rows(found, truth._replace(state=state))["weights"]
+    assert (row.passed, row.where) == (False, "a")
+
+
+def test_step_counts_and_forward_weights_are_exact(truth):
+    assert not rows(saved(truth, steps={0}), truth)["step counts"].passed
+    stale = {name: weight + 1e-6 for name, weight in truth.state.weights.items()}
+    assert not rows(saved(truth, weights=stale), truth)["weights of the forward pass"].passed
+
+
+def test_numbers_of_a_step_are_compared_and_missing_ones_fail(truth):
+    record = {"loss": 2.0, "grad_norm": truth.norm, "lr": 1e-3, "eval_loss": 3.0}
+    bounds = Bounds.of("fp32", num_layers=2)
+    found = number_rows(1, {1: record}, truth, bounds)
+    assert [row.check for row in found] == [
+        "loss", "gradient norm", "learning rate", "held-out loss"
+    ]  # fmt: skip
+    assert all(row.passed for row in found)
+    for key in record:
+        for wrong in (
+            {**record, key: record[key] * 1.001},
+            {k: v for k, v in record.items() if k != key},
+        ):
+            failed = [r for r in number_rows(1, {1: wrong}, truth, bounds) if not r.passed]
+            assert len(failed) == 1
+
+
+def test_bounds_of_bf16_grow_with_the_root_of_the_depth():
+    shallow, deep = (Bounds.of("bf16", num_layers=n).gradient.value for n in (2, 14))
+    assert deep == pytest.approx(2 * shallow)
+    assert shallow < 0.2
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "share"),
+    [
+        (1, {"warmup_steps": 2}, 0.5),
+        (10, {"schedule": "cosine", "min_lr_ratio": 0.25}, 0.25),
+        (5, {"schedule": "cosine", "min_lr_ratio": 0.0}, 0.5),
+        (9, {"schedule": "wsd", "decay_steps": 2, "min_lr_ratio": 0.0}, 0.5),
+        (9, {"schedule": "constant"}, 1.0),
+    ],
+)
+def test_the_learning_rate_follows_the_documented_schedule(step, settings, share):
+    changes = {f"training__{name}": value for name, value in settings.items()}
+    training = parse_config(run_values(**changes)).training
+    assert learning_rate(step, training) == pytest.approx(share * training.lr)
