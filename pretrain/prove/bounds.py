@@ -39,6 +39,7 @@ class Bounds(NamedTuple):
 
     loss: Bound
     gradient: Bound
+    layer_state: Bound
     rate: Bound
 
     @classmethod
@@ -46,10 +47,11 @@ class Bounds(NamedTuple):
         rate = Bound(1e-12, "the same formula in double precision")
         if precision == "fp32":
             order = Bound(FP32, f"order of fp32 sums; |g| above {FLOOR:g} of the norm")
-            return cls(Bound(FP32, "order of fp32 sums"), order, rate)
+            averages = Bound(FP32 / FLOOR, f"averages that cancel to {FLOOR:g} of their terms")
+            return cls(Bound(FP32, "order of fp32 sums"), order, averages, rate)
         number = _ROUNDINGS_PER_LAYER * (num_layers + 2)
         gradient = Bound(
             4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
         )
         loss = Bound(4 * _U_BF16, "4 roundings to 2^-8, averaged over tokens")
-        return cls(loss, gradient, rate)
+        return cls(loss, gradient, gradient, rate)

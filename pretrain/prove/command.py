@@ -27,7 +27,7 @@ weights and optimizer states, the held-out loss, and all of these after a resume
 
 _EPILOG = """\
 examples:
-  python -m pretrain.prove --config-name llama_70b
+  python -m pretrain.prove --config-name my_run
   python -m pretrain.prove --config-name demo parallel.tensor=2 --ds_config zero3.json --quick
 exit codes: 0 the run is proven, 1 a check failed, 2 the settings cannot be used
 """
@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from pretrain.prove.search import search
+    from pretrain.prove.drawn.search import search
 
     found = search(
         arguments.random,

@@ -109,7 +109,7 @@ def state_rows(
     if state.buffers:
         relative = _of_largest(FLOOR * max(float(b.abs().max()) for b in state.buffers.values()))
         rows.append(
-            compared("layer states", saved.buffers, state.buffers, relative, bounds.gradient)
+            compared("layer states", saved.buffers, state.buffers, relative, bounds.layer_state)
         )
     return rows
 

@@ -19,6 +19,7 @@ from models.base import TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.layer_state import UpdatedAfterStep
 from pretrain.config import RunConfig, TrainingConfig
 from pretrain.prove.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
 
@@ -210,7 +211,7 @@ def _multiplier(name: str, training: TrainingConfig) -> float:
 def _update_layer_states(model: nn.Module) -> None:
     """Let layers learn what they learn beside their parameters (parallel/layer_state.py)."""
     for module in model.modules():
-        if hasattr(module, "after_step"):
+        if isinstance(module, UpdatedAfterStep):
             module.after_step(module.take_sums())
 
 

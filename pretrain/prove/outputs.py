@@ -12,7 +12,7 @@ from torch import Tensor
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import Axis
 from parallel.sharding import Sharding
-from pretrain.checkpointing.optimizer_shards import FOLDER, MASTER, StoredOptimizer
+from pretrain.checkpointing.optimizer_shards import FOLDER, MASTER, MOMENTS, StoredOptimizer
 from pretrain.prove.oracle import State
 
 
@@ -86,10 +86,12 @@ def read_checkpoint(run_dir: Path, step: int) -> Saved:
     stored = StoredOptimizer(path / FOLDER)
     names = sorted(stored.names(), key=_numbered)
     steps = {step for name in names for step in stored.steps(name)}
-    whole = [_stacked({n: _whole(stored, n, key) for n in names}, weights) for key in
-             (MASTER, "exp_avg", "exp_avg_sq")]  # fmt: skip
-    buffers = {name: tensor for name, tensor in weights.items() if name not in whole[0]}
-    return Saved(dtype, weights, *whole, buffers, steps, Owners(stored))
+    masters, first, second = (
+        _stacked({name: _whole(stored, name, key) for name in names}, weights)
+        for key in (MASTER, *MOMENTS)
+    )
+    buffers = {name: tensor for name, tensor in weights.items() if name not in masters}
+    return Saved(dtype, weights, masters, first, second, buffers, steps, Owners(stored))
 
 
 def _numbered(name: str) -> tuple[str, int]:

@@ -32,7 +32,9 @@ def table(sections: Sequence[Section]) -> str:
     lines = []
     for section in sections:
         lines += ["", section.title]
-        cells = [("", "check", "largest error", "bound", "where", "bound from")]
+        cells: list[tuple[str, ...]] = [
+            ("", "check", "largest error", "bound", "where", "bound from")
+        ]
         cells += [_cells(row) for row in section.rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         for line in cells:

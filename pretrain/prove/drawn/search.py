@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.config.compose import compose_config
-from pretrain.prove.draw import Draw, draws
+from pretrain.prove.drawn.draw import Draw, draws
 from pretrain.prove.proof import Depth, prove
 from pretrain.prove.ranks import RunFailedError
 from pretrain.prove.report import first_failure
