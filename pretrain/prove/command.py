@@ -135,3 +135,7 @@ def _preface(small: SmallRun) -> str:
     lines = ["shrunk:", *(f"  {change}" for change in small.changes)]
     lines += ["not shown on this machine:", *(f"  {text}" for text in small.unproven)]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

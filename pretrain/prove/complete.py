@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 
 from models.convert import to_hf
 from pretrain.config import RunConfig
-from pretrain.prove.bounds import SAME_FILES, Bound
+from pretrain.prove.bounds import FP32, SAME_FILES, Bound
 from pretrain.prove.comparison import Error, Row, row
 from pretrain.prove.oracle import OneProcess
 from pretrain.prove.outputs import read_checkpoint
 
-_EXPORT = Bound(1e-10, "the same weights, both in fp64")
+_EXPORT = Bound(FP32, "the same weights; norms and angles of transformers are in fp32")
+_WRITE_LOGITS = (
+    "import sys; from pretrain.prove.exported import write_logits; write_logits(*sys.argv[1:])"
+)
 _LIMIT = 200.0  # seconds, of a process that imports transformers
 
 
@@ -46,7 +49,7 @@ def exported_row(checkpoint: Path, config: RunConfig, place: Path, *, data_size:
     tokens = oracle.batches[-1][0].tokens
     torch.save(tokens, tokens_file)
     subprocess.run(
-        [sys.executable, "-m", "pretrain.prove.exported", directory, tokens_file, logits_file],
+        [sys.executable, "-c", _WRITE_LOGITS, directory, tokens_file, logits_file],
         env={**os.environ, "HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"},
         check=True,
         timeout=_LIMIT,

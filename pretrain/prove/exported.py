@@ -1,24 +1,16 @@
-"""`python -m pretrain.prove.exported MODEL TOKENS LOGITS`: transformers alone, in a fresh process.
-
-Loads an exported directory in fp64 with the code in it, and writes its logits for saved tokens.
-"""
+"""What a fresh process does with an exported model: transformers alone, with the code beside it."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from transformers import AutoModelForCausalLM
 
 
 @torch.no_grad()
-def main(directory: str, tokens: str, logits: str) -> None:
+def write_logits(directory: str, tokens: str, logits: str) -> None:
+    """Load an exported directory in fp64, and write its logits for saved tokens."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, dtype=torch.float64
     )
     output = model.eval()(torch.load(tokens, weights_only=True), use_cache=False)
     torch.save(output.logits, logits)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
