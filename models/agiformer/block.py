@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.agiformer.cache import BlockCache, MemoryCache, rollback_patches
-from models.agiformer.carry import AgiformerCarry
+from models.agiformer.carry import AgiformerCarry, dropped
 from models.agiformer.config import AgiformerConfig
-from models.agiformer.dropout import dropped
 from models.agiformer.memory import (
     MIN_LOG_DECAY,
     MemoryInputs,

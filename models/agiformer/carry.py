@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from models.common.counter_rng import dropout
+from parallel.context import ParallelContext
+from parallel.regions import local_sequence
+
 
 class AgiformerCarry(NamedTuple):
     """The carry between the layers.
@@ -40,3 +44,10 @@ class AgiformerOutput(NamedTuple):
 # Entries of `aux`, per row: the ponder cost N + R and the number of steps N, as means over its
 # patches; the documents beyond `documents_per_row`, which continue the last one before them.
 AUX = ("ponder_loss", "ponder_steps", "merged_documents")
+
+
+def dropped(
+    x: Tensor, keys: Tensor, probability: float, *, stream: int, ctx: ParallelContext
+) -> Tensor:
+    """Dropout of x [p/t, b, channels] for keys int64 [b, p], the carry's."""
+    return dropout(x, local_sequence(keys.T, ctx=ctx), probability, stream=stream)

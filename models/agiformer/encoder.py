@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.agiformer.cache import EncoderCache
-from models.agiformer.carry import AUX, AgiformerCarry
+from models.agiformer.carry import AUX, AgiformerCarry, dropped
 from models.agiformer.config import AgiformerConfig
-from models.agiformer.dropout import dropped
 from models.agiformer.patches import (
     Patches,
     find_patches,
