@@ -1,34 +1,27 @@
 """Removes one defence at a time and runs the tests that are there for it: they have to fail.
 
-`python -m tests.faults.mutants [NAME ...]` copies the tree, and for every mutant replaces a piece
-of one function of the copy (mutation.py). A process with what is slow to import is forked for each,
-so that a mutant costs what its tests cost.
+`python -m tests.faults.mutants [NAME ...]` tries mutants in a copy of the tree (mutated_copy.py),
+in which a piece of one function is replaced (mutation.py).
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Sequence
 
-import pytest
-
-from tests.faults.mutation import Mutant, mutated
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("configs", "data_tools", "launchers", "models", "parallel", "pretrain", "tests")
-LIMIT = 90.0  # seconds; a defence without which everything stands still is one, too
-SURVIVED, KILLED = 0, 1  # what pytest returns
-
+from tests.faults.mutated_copy import (
+    KILLED,
+    LIMIT,
+    SURVIVED,
+    Copy,
+    applied,
+    mutated_copy,
+    run_tests,
+)
+from tests.faults.mutation import Mutant
 
 STORE, STORAGE = "pretrain.checkpointing.store", "parallel.checkpoint.storage"
 SELECTION, MANIFEST = "pretrain.checkpointing.selection", "parallel.checkpoint.manifest"
@@ -256,90 +249,29 @@ MUTANTS = {
 
 def main(names: Sequence[str]) -> int:
     """Try the mutants of these names, or all; 0 when the tests pass without and fail with each."""
-    _import_what_is_slow()
     chosen = {name: MUTANTS[name] for name in names or MUTANTS}
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "tree")
-        for package in PACKAGES:
-            shutil.copytree(
-                ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        shutil.copy(ROOT / "pyproject.toml", tree)
-        log = Path(folder, "log")
-        every = sorted({test for mutant in chosen.values() for test in mutant.tests})
-        if _outcome(tree, every, log, limit=len(chosen) * LIMIT) != SURVIVED:
-            print(f"without a mutant the tests fail:\n{log.read_text()[-3000:]}")
+    every = sorted({test for mutant in chosen.values() for test in mutant.tests})
+    with mutated_copy() as copy:
+        if run_tests(copy, every, limit=len(chosen) * LIMIT) != SURVIVED:
+            print(f"without a mutant the tests fail:\n{copy.log.read_text()[-3000:]}")
             return 1
-        survivors = [
-            name for name, mutant in chosen.items() if not _is_killed(name, mutant, tree, log)
-        ]
+        survivors = [name for name, mutant in chosen.items() if not _is_killed(name, mutant, copy)]
     print(f"mutants: {len(chosen) - len(survivors)} of {len(chosen)} killed")
     return min(len(survivors), 1)
 
 
-def _is_killed(name: str, mutant: Mutant, tree: Path, log: Path) -> bool:
+def _is_killed(name: str, mutant: Mutant, copy: Copy) -> bool:
     begin = time.monotonic()
-    with _applied(mutant, tree):
-        outcome = _outcome(tree, mutant.tests, log)
+    with applied(mutant, copy):
+        outcome = run_tests(copy, mutant.tests)
+    log = copy.log.read_text()
     if outcome not in (SURVIVED, KILLED, -signal.SIGALRM):
-        raise RuntimeError(f"{name}: pytest ended with {outcome}\n{log.read_text()[-3000:]}")
-    failed = re.findall(r"^FAILED (\S+)", log.read_text(), re.MULTILINE)
+        raise RuntimeError(f"{name}: pytest ended with {outcome}\n{log[-3000:]}")
+    failed = re.findall(r"^FAILED (\S+)", log, re.MULTILINE)
     verdict = "survived" if outcome == SURVIVED else "killed"
     by = f" by {failed[0].rpartition('::')[2]}" if failed else ""
     print(f"{verdict}: {name}{by} ({time.monotonic() - begin:.1f} s)", flush=True)
     return outcome != SURVIVED
-
-
-@contextmanager
-def _applied(mutant: Mutant, tree: Path) -> Iterator[None]:
-    path = mutant.path(tree)
-    source = path.read_text()
-    path.write_text(mutated(mutant, tree))
-    try:
-        yield
-    finally:
-        path.write_text(source)
-
-
-def _import_what_is_slow() -> None:
-    """Everything but our own packages, which a forked process imports from its own tree."""
-    from parallel.cpu.compat import prepare_environment
-
-    prepare_environment()
-    warnings.simplefilter("ignore")
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-
-    import parallel.megatron
-    import parallel.pipeline  # noqa: F401
-
-    for name in list(sys.modules):
-        if name.partition(".")[0] in PACKAGES:
-            del sys.modules[name]
-
-
-def _outcome(tree: Path, tests: Sequence[str], log: Path, *, limit: float = LIMIT) -> int:
-    """What pytest returns for these tests of this tree; minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        _run_pytest(tree, tests, log, limit=limit)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _run_pytest(tree: Path, tests: Sequence[str], log: Path, *, limit: float) -> NoReturn:
-    status = 2
-    try:
-        os.setsid()
-        signal.setitimer(signal.ITIMER_REAL, limit)  # SIGALRM ends a process that does not see it
-        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
-        os.chdir(tree)
-        sys.path[:] = [str(tree), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
-        sys.dont_write_bytecode = True
-        options = ["-q", "-x", "-rf", "--tb=short", f"--basetemp={log.parent / 'tmp'}"]
-        status = int(pytest.main([*options, *tests]))
-    finally:
-        os._exit(status)
 
 
 if __name__ == "__main__":

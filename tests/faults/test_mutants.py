@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from tests.faults.mutants import MUTANTS, ROOT
+from tests.faults.mutants import MUTANTS
+from tests.faults.mutated_copy import ROOT
 from tests.faults.mutation import Mutant, mutated
 
 
