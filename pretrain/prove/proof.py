@@ -12,11 +12,11 @@ from data_tools.config import DataConfig
 from models.registry import get_family
 from pretrain.config import RunConfig, parse_config, resolved
 from pretrain.errors import ConfigError
-from pretrain.prove.bounds import Bounds
+from pretrain.prove.bounds import Bound, Bounds
 from pretrain.prove.comparison import Row, gradient_row, initial_row, number_rows, state_rows
 from pretrain.prove.complete import exported_row, without_trace
 from pretrain.prove.corpus import make_corpus
-from pretrain.prove.oracle import OneProcess
+from pretrain.prove.oracle import OneProcess, State
 from pretrain.prove.outputs import read_checkpoint, read_metrics
 from pretrain.prove.program import Leg, train_leg
 from pretrain.prove.ranks import Forks
@@ -24,6 +24,7 @@ from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun, resolve_text
 
 SAVED = 3  # the step after which the run goes on elsewhere
 _TIMEOUT = 300.0
+_TAKEN = Bound(0.0, "equal bits: weights that were saved")
 
 
 class Depth(Enum):
@@ -107,6 +108,7 @@ def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[S
         )
         title = f"{precision}, resumed after step {last} at {here.layout}"
         legs.append(_Checked(title, back, range(last + 1, last + 2)))
+        legs.append(_begun(here, run_here, place, forks))
     sections = forks.call(partial(_check, case, legs), place / "oracle", timeout=_TIMEOUT)
     return sections if quick else [*sections, _complete(case, run_here, place, forks)]
 
@@ -133,11 +135,33 @@ def _unevaluated(leg: Leg) -> Leg:
 
 
 class _Checked(NamedTuple):
-    """The steps of a leg that are compared, each with the truth from the checkpoint before it."""
+    """The steps of a leg that are compared, each with the truth from the checkpoint before it.
+
+    `weights`: the checkpoint that it takes its initial weights from; None: they are drawn.
+    """
 
     title: str
     run_dir: Path
     steps: range
+    weights: Path | None = None
+
+
+def _begun(here: Leg, run_here: Path, place: Path, forks: Forks) -> _Checked:
+    """Train a run from its beginning, with the weights of a checkpoint of another."""
+    weights = _checkpoint(run_here, SAVED)
+    values = resolved(here.config)
+    values["training"]["init_from"] = str(weights)
+    leg = here._replace(name="begun", config=parse_config(values))
+    run_dir = train_leg(leg, place, forks, timeout=_TIMEOUT)
+    title = f"{here.config.training.precision}, begun with the weights of step {SAVED}"
+    return _Checked(title, run_dir, range(SKIPPED + 1, SKIPPED + 2), weights)
+
+
+def _taken_over(checkpoint: Path) -> State:
+    """The initial state of a run that begins with the weights of a checkpoint."""
+    run_dir, step = checkpoint.parents[1], int(checkpoint.name.removeprefix("step_"))
+    saved = read_checkpoint(run_dir, step)
+    return State({name: saved.weights[name] for name in saved.masters}, {}, {}, {}, 0)
 
 
 def _check(case: Case, legs: list[_Checked]) -> list[Section]:
@@ -148,7 +172,11 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     for leg in legs:
         rows = []
         if leg.steps.start == SKIPPED + 1:
-            rows.append(initial_row(read_checkpoint(leg.run_dir, SKIPPED), oracle.initial()))
+            saved = read_checkpoint(leg.run_dir, SKIPPED)
+            if leg.weights is None:
+                rows.append(initial_row(saved, oracle.initial()))
+            else:
+                rows.append(initial_row(saved, _taken_over(leg.weights))._replace(bound=_TAKEN))
         metrics = read_metrics(leg.run_dir)
         for step in leg.steps:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
