@@ -56,7 +56,9 @@ def table(results: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _row(name: str, found: Mapping[str, str]) -> str:
-    source = EXHIBITS[name].source
-    trials = (found.get(key) for key in (*Verdict._fields, "tried"))
-    cells = (name, f"{source.what} ({source.link})", *trials)
-    return "| " + " | ".join((cell or "-").replace("|", "\\|") for cell in cells) + " |\n"
+    exhibit = EXHIBITS[name]
+    trials = [found.get(key, "not tried") or "-" for key in (*Verdict._fields, "tried")]
+    if not exhibit.mutant.tests:
+        trials[Verdict._fields.index("test")] = "none"
+    cells = (name, f"{exhibit.source.what} ({exhibit.source.link})", *trials)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"

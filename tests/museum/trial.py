@@ -165,10 +165,10 @@ def _first_failures(result: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _part(title: str, num_resumes: int) -> str:
-    """`after a resume`, or the title without the precision and layout that begin and end it."""
+    """Such as `after a resume`: the title without precision and layout."""
     if "resumed" in title:
         return "after a resume" if num_resumes == 1 else "after the second resume"
-    return re.sub(r"^(fp32|bf16), ", "", title)
+    return "at the end" if "after step" in title else re.sub(r"^(fp32|bf16), ", "", title)
 
 
 def _check(name: str) -> str:
