@@ -1,9 +1,11 @@
-"""Statistics and samples of a .bin/.idx corpus: `python -m data_tools.inspect_corpus --help`."""
+"""Statistics and samples of a .bin/.idx corpus, or the samples of the steps of a run:
+`python -m data_tools.inspect_corpus --help`."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,12 +17,15 @@ from data_tools.arrays import IntArray
 from data_tools.cli import run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.token_stream import DocumentOrigin
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
+from data_tools.step_samples import Sample, StepSamples
 from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
 
 _EXAMPLE = """example:
   python -m data_tools.inspect_corpus data/demo/train --samples 3 --histogram lengths.png
+  python -m data_tools.inspect_corpus --run runs/demo --steps 120:124     # what a loss spike saw
 """
 _SHOWN_CHARACTERS = 200
 
@@ -123,6 +128,20 @@ def sample_texts(
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     options = _parser().parse_args(arguments)
+    _check_options(options)
+    if options.run is not None:
+        show_steps(
+            StepSamples(
+                Path(options.run),
+                moved=dict(_source(each) for each in options.source),
+                tokenizer=options.tokenizer,
+            ),
+            options.steps,
+            planned=options.planned,
+            as_json=options.json,
+            whole=options.whole_text,
+        )
+        return
     dataset = IndexedDataset(options.prefix)
     print("\n".join(describe(dataset, max_documents=options.max_documents)))
     if options.samples:
@@ -134,6 +153,91 @@ def main(arguments: Sequence[str]) -> None:
     if options.histogram:
         draw_histogram(document_lengths(dataset), Path(options.histogram), title=options.prefix)
         print(f"histogram     {options.histogram}")
+
+
+def show_steps(
+    samples: StepSamples, steps: str, *, planned: bool, as_json: bool, whole: bool
+) -> None:
+    """Print the samples of the steps FIRST:LAST, as text or as one JSON object per line.
+
+    Raises:
+        DataError: the steps have not been taken, or a source has changed.
+    """
+    first, last = _step_range(steps)
+    samples.check_steps(first, last, planned=planned)
+    for sample in samples.read(first, last):
+        print(step_json(sample) if as_json else "\n".join(step_lines(sample, whole=whole)))
+
+
+def step_json(sample: Sample) -> str:
+    """Return a sample as one line of JSON, with all of its ids and text."""
+    pieces = []
+    for piece in sample.pieces:
+        fields = piece._asdict()
+        pieces.append({**fields.pop("origin")._asdict(), **fields})
+    return json.dumps({**sample._asdict(), "pieces": pieces})
+
+
+def step_lines(sample: Sample, *, whole: bool) -> list[str]:
+    """Return one line about a sample and one about each of its documents; without `whole` only
+    the beginning of their text."""
+    skipped = ", skipped" if sample.is_skipped else ""
+    lines = [
+        f"step {sample.step}  sample {sample.number}  source {sample.source}  "
+        f"epoch {sample.epoch}  tokens {sample.token}:{sample.token + len(sample.ids)}{skipped}"
+    ]
+    for piece in sample.pieces:
+        text = f"ids {piece.ids}" if piece.text is None else repr(piece.text)
+        if not whole and len(text) > _SHOWN_CHARACTERS:
+            text = text[:_SHOWN_CHARACTERS] + " ..."
+        lines.append(f"  {_describe_origin(piece.origin)}tokens {piece.begin}:{piece.end}: {text}")
+    return lines
+
+
+def _describe_origin(origin: DocumentOrigin) -> str:
+    parts = [] if origin.index is None else [f"document {origin.index}"]
+    if origin.input is not None:
+        number = origin.line if origin.line is not None else origin.input_index
+        what = "line" if origin.line is not None else "document"
+        parts.append(f"{origin.input}, {what} {number}")
+    return f"{' of '.join(parts)}, " if parts else ""
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse options that have no effect on what is asked for."""
+    if (options.run is None) == (options.prefix is None):
+        raise DataError("give the PREFIX of a corpus, or --run RUN with --steps FIRST:LAST")
+    if (options.run is None) != (options.steps is None):
+        raise DataError("--run RUN and --steps FIRST:LAST belong together; give both")
+    of_run = {
+        "--source": options.source,
+        "--planned": options.planned,
+        "--json": options.json,
+        "--whole-text": options.whole_text,
+    }
+    given = [name for name, value in of_run.items() if value]
+    if options.run is None and given:
+        raise DataError(f"{given[0]} has no effect on a corpus; give --run RUN or remove it")
+    if options.run is not None and options.histogram:
+        raise DataError("--histogram has no effect with --run; remove it")
+
+
+def _step_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise DataError(
+            f"--steps {text} must be FIRST:LAST with 1 <= FIRST <= LAST, such as 120:124; both "
+            "are included"
+        )
+    return int(first), int(last)
+
+
+def _source(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise DataError(f"--source {text} must be NAME=PATH, the name and place of a source")
+    return name, path
 
 
 def find_tokenizer(
@@ -165,11 +269,12 @@ def find_tokenizer(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.inspect_corpus",
-        description="Print counts, lengths, duplicates and samples of a .bin/.idx corpus.",
+        description="Print counts, lengths, duplicates and samples of a .bin/.idx corpus; or, with "
+        "--run and --steps, source, documents and text of every sample of some steps of a run.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefix", help="PREFIX of PREFIX.bin and PREFIX.idx")
+    parser.add_argument("prefix", nargs="?", help="PREFIX of PREFIX.bin and PREFIX.idx")
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="decodes the samples; default: the one in its .json"
     )
@@ -179,6 +284,21 @@ def _parser() -> argparse.ArgumentParser:
         "--max-documents", type=int, default=1_000_000, help="documents compared for duplicates"
     )
     parser.add_argument("--histogram", metavar="FILE.png", help="plot document lengths")
+    run = parser.add_argument_group("steps of a run")
+    run.add_argument("--run", metavar="RUN", help="run directory")
+    run.add_argument("--steps", metavar="FIRST:LAST", help="steps to show, both included")
+    run.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="where a source is now, if it has moved; repeatable",
+    )
+    run.add_argument(
+        "--planned", action="store_true", help="also steps that the run has not logged or saved"
+    )
+    run.add_argument("--whole-text", action="store_true", help="do not shorten the text")
+    run.add_argument("--json", action="store_true", help="one JSON object per sample, with ids")
     return parser
 
 

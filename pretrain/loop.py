@@ -12,6 +12,7 @@ import torch
 
 from data_tools.loading.evaluation import EvalBatches
 from data_tools.sampling.curriculum import Stage
+from data_tools.sampling.order_record import add_record
 from models.registry import get_family
 from parallel.checkpoint.weights import ShardPosition
 from parallel.cpu.wait_policy import WaitPolicy
@@ -118,8 +119,10 @@ class TrainLoop:
 
     def run(self, stop: GracefulStop) -> int:
         """Train to the end or until a stop signal, saving a checkpoint in both cases."""
+        seen = self.state.step
         while True:
             writers = self._writers()
+            self._record_order(seen)
             self._announce()
             try:
                 end = self._steps(writers, stop)
@@ -127,6 +130,7 @@ class TrainLoop:
                 writers.close()
             if not isinstance(end, Spike):
                 return end
+            seen = self.state.step
             self._warn(
                 self.rollback.roll_back(end, self.checkpointer, self.restore, step=self.state.step)
             )
@@ -255,6 +259,19 @@ class TrainLoop:
             resumed_step=self.state.step,
             total_steps=self.state.total_steps,
         )
+
+    def _record_order(self, seen: int) -> None:
+        """Record the samples of the steps from here on; `seen`: steps taken before a rollback."""
+
+        def record() -> None:
+            order = self.state.loader.order_record(
+                self.config.data,
+                seen_step=seen,
+                skipped_steps=[*self.config.stability.skip_steps, *self.rollback.skipped],
+            )
+            add_record(Path(self.config.run_dir), order)
+
+        self.ranks.run_on_rank0(record)
 
     def _announce(self) -> None:
         layout, training = self.layout, self.config.training

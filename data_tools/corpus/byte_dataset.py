@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.arrays import IntArray, TokenArray, bisect_right
-from data_tools.corpus.token_stream import Span, TokenStream
+from data_tools.corpus.token_stream import DocumentOrigin, Span, TokenStream
 from data_tools.errors import DataError
 from data_tools.files import map_file
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD
@@ -57,6 +57,10 @@ class MappedFiles:
             begin = int(start - ends[file] + self.sizes[file])
             digest.update(self.map(int(file))[begin : begin + _FINGERPRINT_BLOCK_SIZE].tobytes())
         return digest.hexdigest()
+
+    def line_at(self, index: int, offset: int) -> int:
+        """Return the number of the line, from 1, at a byte of a file."""
+        return 1 + int(np.count_nonzero(self.map(index)[:offset] == _NEWLINE))
 
     def _map_checked(self, index: int) -> npt.NDArray[np.uint8]:
         data = np.frombuffer(map_file(self.paths[index]), dtype=np.uint8)
@@ -122,6 +126,15 @@ class ByteStream:
     def document_at(self, position: int) -> Span:
         file = find_span(self._ends, position)
         return _find_document(self, position, file) if self._blank_lines else file
+
+    def origin_at(self, position: int) -> DocumentOrigin:
+        file = int(np.searchsorted(self._ends, position, side="right"))
+        offset = self.document_at(position).begin - int(self._begins[file])
+        return DocumentOrigin(
+            None if self._blank_lines else file,
+            str(self._files.paths[file]),
+            self._files.line_at(file, offset),
+        )
 
     def _read(self, starts: IntArray, length: int) -> tuple[npt.NDArray[np.uint8], IntArray]:
         """Read the bytes of spans that may extend beyond the stream, and find the end tokens.

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from data_tools.arrays import IntArray, TokenArray, bisect_right
 from data_tools.corpus.corpus_info import read_info
-from data_tools.corpus.token_stream import Span
+from data_tools.corpus.token_stream import DocumentOrigin, Span
 from data_tools.errors import DataError
 from data_tools.files import map_file
 
@@ -139,8 +139,12 @@ class IndexedDataset:
 
     def document_at(self, position: int) -> tuple[int, int]:
         """Return begin and end of the document around a token."""
+        return self._document_span(self.document_index(position))
+
+    def document_index(self, position: int) -> int:
+        """Return the number of the document around a token."""
         sequence = bisect_right(self.offsets, np.array([position * self.dtype.itemsize])) - 1
-        return self._document_span(int(bisect_right(self.document_bounds, sequence)[0]) - 1)
+        return int(bisect_right(self.document_bounds, sequence)[0]) - 1
 
     def document_ends(self, begin: int, end: int) -> IntArray:
         """Return the ends in `tokens` of documents [begin, end)."""
@@ -294,3 +298,16 @@ class IndexedStream:
 
     def document_at(self, position: int) -> Span:
         return Span(*self.dataset.document_at(position))
+
+    def origin_at(self, position: int) -> DocumentOrigin:
+        index = self.dataset.document_index(position)
+        info = self.dataset.info
+        sources = () if info is None else info.sources
+        # Documents keep the order of the inputs; in a corpus made otherwise the counts differ.
+        if sum(source.num_documents for source in sources) == self.dataset.num_documents:
+            first = 0
+            for source in sources:
+                if index < first + source.num_documents:
+                    return DocumentOrigin(index, source.name, input_index=index - first)
+                first += source.num_documents
+        return DocumentOrigin(index)

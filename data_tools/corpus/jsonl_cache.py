@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +27,7 @@ from data_tools.arrays import IntArray, TokenArray, bisect_right
 from data_tools.corpus.byte_dataset import MappedFiles, starts_between
 from data_tools.corpus.jsonl_stream import JsonlStream, lines_of, no_text_error
 from data_tools.corpus.remote import default_cache_dir
-from data_tools.corpus.token_stream import Span, TokenStream
+from data_tools.corpus.token_stream import DocumentOrigin, Span, TokenStream
 from data_tools.errors import DataError
 from data_tools.files import flush_to_disk, lock_folder, map_file
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD
@@ -48,7 +49,7 @@ class JsonlCache:
     document_end = eod_id = BYTE_EOD
     bos_ids = ()
 
-    def __init__(self, path: Path, *, fingerprint: str) -> None:
+    def __init__(self, path: Path, *, files: MappedFiles, json_key: str) -> None:
         data = np.frombuffer(map_file(path), dtype=np.uint8)[:-_DIGEST]
         words = data[len(data) % _WORD :].view("<i8")
         num_documents = int(words[-1]) if len(words) > 1 else 0
@@ -59,7 +60,8 @@ class JsonlCache:
         if num_bytes + -num_bytes % _WORD + _WORD * (num_documents + 1) != len(data):
             raise _damaged(path)
         self._bytes = data[:num_bytes]
-        self.fingerprint = fingerprint
+        self.fingerprint = f"{files.fingerprint}-jsonl-{json_key}"
+        self._files, self._json_key = files, json_key
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +83,21 @@ class JsonlCache:
     def document_at(self, position: int) -> Span:
         index = int(bisect_right(self._ends, np.array([position]))[0])
         return Span(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+
+    def origin_at(self, position: int) -> DocumentOrigin:
+        index = int(bisect_right(self._ends, np.array([position]))[0])
+        file, line = self._lines[index].tolist()
+        return DocumentOrigin(index, str(self._files.paths[file]), line)
+
+    @cached_property
+    def _lines(self) -> IntArray:
+        """File and line of every document, [documents, 2]: parses the files once more."""
+        found = [
+            (number, line.number)
+            for number, path in enumerate(self._files.paths)
+            for line in lines_of(path, self._json_key)
+        ]
+        return np.array(found, dtype=np.int64)
 
 
 def verify_caches(cache_dir: str | None) -> Iterator[Path]:
@@ -123,7 +140,7 @@ def open_jsonl(files: MappedFiles, *, json_key: str, cache_dir: str | None) -> T
             error.strerror or error,
         )
         return JsonlStream(files, json_key=json_key)
-    return JsonlCache(path, fingerprint=f"{files.fingerprint}-jsonl-{json_key}")
+    return JsonlCache(path, files=files, json_key=json_key)
 
 
 def _find_or_build(files: MappedFiles, json_key: str, folder: Path) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_tools.arrays import IntArray, TokenArray
 from data_tools.corpus.byte_dataset import MappedFiles, find_span, starts_between
-from data_tools.corpus.token_stream import Span
+from data_tools.corpus.token_stream import DocumentOrigin, Span
 from data_tools.errors import DataError
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD
 
@@ -65,6 +65,12 @@ class JsonlStream:
     def document_at(self, position: int) -> Span:
         return find_span(self._ends, position)
 
+    def origin_at(self, position: int) -> DocumentOrigin:
+        document = int(np.searchsorted(self._ends, position, side="right"))
+        file = int(self._files_of[document])
+        line = self._files.line_at(file, int(self._begins[document]))
+        return DocumentOrigin(document, str(self._files.paths[file]), line)
+
     def _read_span(self, out: TokenArray, start: int, document: int) -> None:
         filled = 0
         while filled < len(out):
@@ -92,8 +98,9 @@ class JsonlStream:
 
 
 class Line(NamedTuple):
-    """Byte offset, byte size and text of a line that has text."""
+    """Number (from 1), byte offset, byte size and text of a line that has text."""
 
+    number: int
     begin: int
     size: int
     text: bytes
@@ -111,7 +118,7 @@ def lines_of(path: Path, json_key: str) -> Iterator[Line]:
             if line.strip():
                 text = _text_of(line, json_key, f"{path}:{number}")
                 if text:
-                    yield Line(begin, len(line), text)
+                    yield Line(number, begin, len(line), text)
             begin += len(line)
 
 

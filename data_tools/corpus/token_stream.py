@@ -14,6 +14,21 @@ class Span(NamedTuple):
     end: int
 
 
+class DocumentOrigin(NamedTuple):
+    """Where a document lies in its corpus and in the input, as far as the corpus knows.
+
+    `index`: number of the document in the corpus, from 0; None if documents are found by scanning.
+    `input`: the file, or the `--input` argument of `preprocess`; None if not recorded.
+    `line`: line of that file in which the document begins, from 1; None if not recorded.
+    `input_index`: number of the document among those of `input`, from 0; None if not recorded.
+    """
+
+    index: int | None = None
+    input: str | None = None
+    line: int | None = None
+    input_index: int | None = None
+
+
 class TokenStream(Protocol):
     """Flat sequence of token ids with document boundaries."""
 
@@ -51,6 +66,9 @@ class TokenStream(Protocol):
 
     def document_at(self, position: int) -> Span:
         """Return the span of the document around a token, including its end-of-document id."""
+
+    def origin_at(self, position: int) -> DocumentOrigin:
+        """Return where the document around a token comes from."""
 
 
 class NamedStream(NamedTuple):

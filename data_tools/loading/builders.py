@@ -13,10 +13,7 @@ from data_tools.loading.evaluation import EvalBatches
 from data_tools.loading.loader import TrainLoader
 from data_tools.loading.sources import open_sources
 from data_tools.sampling.curriculum import Curriculum, Stage
-from data_tools.sampling.fim import FillInTheMiddle
-from data_tools.sampling.fim_tokens import find_fim_tokens
-from data_tools.sampling.token_dataset import TokenDataset
-from data_tools.tokenization.byte_vocabulary import BYTE_VOCAB_SIZE
+from data_tools.sampling.datasets import build_datasets
 
 
 def build_train_loader(
@@ -53,7 +50,7 @@ def build_train_loader(
     """
     sequences_per_step = micro_batch_size * micro_batches_per_step * data_size
     loader = TrainLoader(
-        _datasets(
+        build_datasets(
             config,
             open_training_sources(config, vocab_size=vocab_size) if sources is None else sources,
             sequence_length=sequence_length,
@@ -89,45 +86,6 @@ def _open(
         return open_sources(config, getattr(config, split), vocab_size=vocab_size)
     except NoSuchFileError as error:
         raise DataError(f"data.{split}: {error}") from error
-
-
-def _datasets(
-    config: DataConfig,
-    sources: Sequence[NamedStream],
-    *,
-    sequence_length: int,
-    seed: int,
-    vocab_size: int,
-) -> list[TokenDataset]:
-    return [
-        TokenDataset(
-            stream,
-            name=name,
-            sequence_length=sequence_length,
-            seed=seed,
-            reset_at_documents=config.reset_at_documents,
-            fim=_fim(config, vocab_size=vocab_size, key=f"{seed} {name}"),
-        )
-        for name, stream in sources
-    ]
-
-
-def _fim(config: DataConfig, *, vocab_size: int, key: str) -> FillInTheMiddle | None:
-    if config.fim is None:
-        return None
-    tokens = find_fim_tokens(
-        config.fim,
-        tokenizer=config.tokenizer,
-        first_id=BYTE_VOCAB_SIZE if config.kind == "bytes" else 0,
-        vocab_size=vocab_size,
-    )
-    return FillInTheMiddle(
-        tokens,
-        rate=config.fim.rate,
-        spm_rate=config.fim.spm_rate,
-        level=config.fim.level,
-        key=key,
-    )
 
 
 def _one_stage_curriculum(

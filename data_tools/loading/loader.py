@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from data_tools.arrays import IntArray
+from data_tools.config import DataConfig
 from data_tools.corpus.token_stream import NamedStream
 from data_tools.errors import DataError
 from data_tools.loading.batch import Batch, check_ids, has_pinned_memory, to_batch
 from data_tools.loading.loader_state import LoaderState, MixState, SourceProgressState, SourceState
 from data_tools.sampling.curriculum import Curriculum
 from data_tools.sampling.mix import Mix, MixSegment, plan_mix
+from data_tools.sampling.order_record import OrderRecord, order_record
 from data_tools.sampling.token_dataset import SampleLocations, TokenDataset, Windows
 
 _BLOCK_SIZE = 64  # micro-batches whose samples are located at once
@@ -135,6 +137,29 @@ class TrainLoader:
             start, epoch = locations.starts[0], locations.epochs[0]
             texts.append(f"{segment.blend.names[source]} token {start} epoch {epoch}")
         return texts
+
+    def order_record(
+        self,
+        config: DataConfig,
+        *,
+        seen_step: int,
+        skipped_steps: Sequence[tuple[int, int]] = (),
+    ) -> OrderRecord:
+        """Record which samples the steps take from the start of the curriculum on.
+
+        `config`: the settings that the loader was built from; `seen_step`, `skipped_steps`: see
+        `OrderRecord`.
+        """
+        return order_record(
+            config,
+            self._curriculum,
+            self._mix,
+            fingerprints=self.fingerprints,
+            seed=self._seed,
+            vocab_size=self._vocab_size,
+            seen_step=seen_step,
+            skipped_steps=skipped_steps,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return position and ledger at the last whole step as plain JSON, equal on all ranks.
