@@ -64,7 +64,7 @@ class CommandError(ValueError):
     """An invalid command line or launcher environment."""
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Argument parser that reports errors in one line instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -118,13 +118,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="pretrain/train.py",
         description="Pretrain the model that a configuration describes.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    # For job scripts: check the settings for WORLD_SIZE processes, print the run directory, exit.
+    parser.add_argument("--print-run-dir", action="store_true", help=argparse.SUPPRESS)
+    # Added by the deepspeed launcher; LOCAL_RANK is used instead.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a run: its run file, DeepSpeed's file, and the overrides."""
     parser.add_argument(
         "--config-name",
         default="base",
@@ -142,19 +155,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "enough)",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and exit"
-    )
-    # For job scripts: check the settings for WORLD_SIZE processes, print the run directory, exit.
-    parser.add_argument("--print-run-dir", action="store_true", help=argparse.SUPPRESS)
-    # Added by the deepspeed launcher; LOCAL_RANK is used instead.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
         help="any setting, such as training.lr=1e-3, or a file of a group, such as data=bytes",
     )
-    return parser.parse_intermixed_args(argv)
 
 
 def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:

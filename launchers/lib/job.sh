@@ -37,6 +37,7 @@ run_job() {
   refuse_finished_run
   refuse_stalled_run
   choose_nodes
+  examine --config-name "$config" "$@"
   train --config-name "$config" "$@"
   decide_what_follows
 }
@@ -81,12 +82,26 @@ prepare_run() {
   cat "$LOG_DIR/start.txt"
 }
 
-# Start one launcher per node, which starts the ranks of that node.
-train() {
-  local tick
+# Examine what the settings alone do not tell, on every node that trains: data, disk, packages,
+# network, clocks, and that all nodes see the run directory.
+examine() {
+  local code
   export MASTER_ADDR=${NODES[0]}
   # Below the kernel's ephemeral ports; different for every job and launch.
   export MASTER_PORT=$((10000 + (SLURM_JOB_ID + LAUNCH) % 20000))
+  timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$TRAIN_NODES" --ntasks="$TRAIN_NODES" \
+    --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${NODES[*]}")" --kill-on-bad-exit=0 \
+    --export="$(visible)" ${CONTAINER[@]+"${CONTAINER[@]}"} bash "$LIB/doctor.sh" "$@" \
+    > "$LOG_DIR/doctor.txt" 2>&1
+  code=$?
+  cat "$LOG_DIR/doctor.txt"
+  (( code != 2 )) || give_up 2 "nothing was started: see the errors above, also in $LOG_DIR/doctor.txt"
+  (( code == 0 )) || say "the examination ended with code $(explain "$code"); training anyway"
+}
+
+# Start one launcher per node, which starts the ranks of that node.
+train() {
+  local tick
   say "training on ${NODES[*]}, rendezvous $MASTER_ADDR:$MASTER_PORT"
   rm -f "$RUN_DIR/REQUEUE"
   srun --nodes="$TRAIN_NODES" --ntasks="$TRAIN_NODES" --ntasks-per-node=1 \

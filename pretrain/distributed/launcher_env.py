@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 from pretrain.errors import ConfigError
@@ -61,12 +61,8 @@ def adopt_launcher(environment: Environment = os.environ) -> None:
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return
-    for launcher in _LAUNCHERS:
-        if all(name in environment for name in launcher[1:]):
-            break
-    else:
-        return
-    if environment[launcher.size] == "1":
+    launcher = _find_launcher(environment)
+    if launcher is None or environment[launcher.size] == "1":
         return
     if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         find = _rendezvous_of_mpi if launcher.is_mpi else _rendezvous_of_slurm
@@ -75,6 +71,21 @@ def adopt_launcher(environment: Environment = os.environ) -> None:
     environment["RANK"] = environment[launcher.rank]
     environment["LOCAL_RANK"] = environment[launcher.local_rank]
     environment["WORLD_SIZE"] = environment[launcher.size]
+
+
+def launcher_name(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Name of the launcher that passes ranks through `environment`; None: a single process."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return "RANK and WORLD_SIZE (torchrun, deepspeed or accelerate)"
+    launcher = _find_launcher(environment)
+    return None if launcher is None else launcher.name
+
+
+def _find_launcher(environment: Mapping[str, str]) -> _Launcher | None:
+    for launcher in _LAUNCHERS:
+        if all(name in environment for name in launcher[1:]):
+            return launcher
+    return None
 
 
 def ranks_on_this_machine(environment: Environment = os.environ) -> int:

@@ -1,0 +1,1 @@
+"""`python -m pretrain.doctor`: what would stop a job, found before it is queued."""

@@ -1,0 +1,140 @@
+"""The corpora of a run: complete, of its vocabulary and tokenizer, and long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.config import DataConfig
+from data_tools.loading.builders import (
+    build_eval_batches,
+    build_train_loader,
+    data_warnings,
+    epochs_per_source,
+    open_training_sources,
+)
+from data_tools.loading.evaluation import EvalBatches
+from data_tools.sampling.curriculum import Curriculum
+from pretrain.config import RunConfig
+from pretrain.config.layout import RunLayout
+from pretrain.config.run_length import plan_run
+from pretrain.doctor.findings import Finding, of_message
+
+SECTION = "data"
+
+
+def check_data(config: RunConfig, layout: RunLayout) -> Iterator[Finding]:
+    """Open the data as a run does, and plan its steps; yields one finding for each problem.
+
+    Raises:
+        ConfigError, DataError: the steps cannot be planned.
+    """
+    missing = list(_missing_files(config.data))
+    if missing:  # everything else would fail for the same reason
+        yield from missing
+        return
+    data, vocab_size = config.data, config.model.vocab_size
+    sources = open_training_sources(data, vocab_size=vocab_size)
+    curriculum = plan_run(
+        config,
+        data_size=layout.data,
+        num_tokens=sum(stream.num_tokens for _, stream in sources),
+    )
+    with build_train_loader(
+        data,
+        sources=sources,
+        curriculum=curriculum,
+        sequence_length=data.sequence_length,
+        micro_batch_size=config.training.batch_size,
+        data_rank=0,
+        data_size=layout.data,
+        seed=config.training.seed,
+        vocab_size=vocab_size,
+    ) as loader:
+        epochs = epochs_per_source(curriculum, loader)
+        held_out = _held_out(config, layout)
+        for line in data_warnings(data, curriculum, loader, held_out):
+            yield of_message(SECTION, "warning", line)
+    for name, stream in sources:
+        yield Finding(
+            SECTION,
+            "ok",
+            f"data.train source {name}: {stream.num_tokens:,} tokens, read "
+            f"{epochs.get(name, 0.0):.3g} times by the end of the run",
+        )
+    yield _length(curriculum)
+    if held_out is None:
+        yield Finding(
+            SECTION,
+            "warning",
+            "data.validation is empty: the run reports no held-out loss",
+            "set data.validation, for example to a part made by python -m data_tools.split",
+        )
+    else:
+        yield Finding(
+            SECTION, "ok", f"data.validation: {held_out.num_tokens:,} tokens are scored each time"
+        )
+
+
+def _held_out(config: RunConfig, layout: RunLayout) -> EvalBatches | None:
+    if not config.data.validation:
+        return None
+    return build_eval_batches(
+        config.data,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.training.batch_size,
+        data_rank=0,
+        data_size=layout.data,
+        vocab_size=config.model.vocab_size,
+        max_windows=config.evaluation.max_windows,
+    )
+
+
+def _length(curriculum: Curriculum) -> Finding:
+    tokens = curriculum.tokens_after(curriculum.total_steps)
+    return Finding(
+        SECTION, "ok", f"the run takes {curriculum.total_steps:,} steps, {tokens:,} tokens"
+    )
+
+
+def _missing_files(data: DataConfig) -> Iterator[Finding]:
+    """Every local corpus of tokens, and the tokenizer, that is not there."""
+    if data.kind != "tokens":
+        return  # patterns, which are expanded when they are opened
+    for split in ("train", "validation"):
+        for source in getattr(data, split):
+            prefix = Path(source.path)
+            if "://" in source.path:
+                continue
+            files = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
+            absent = [str(file) for file in files if not file.is_file()]
+            if absent:
+                yield Finding(
+                    SECTION,
+                    "error",
+                    f"data.{split} source {source.name}: no {' and no '.join(absent)} in "
+                    f"{Path.cwd()}",
+                    _remedy(prefix),
+                )
+    if data.tokenizer not in (None, "bytes"):
+        yield from _missing_tokenizer(str(data.tokenizer))
+
+
+def _remedy(prefix: Path) -> str:
+    if prefix.with_name(prefix.name + ".work").is_dir():
+        return "preprocessing was interrupted: run the same command again, and it continues"
+    return (
+        f"make it with python -m data_tools.preprocess --output {prefix}, or set the path of "
+        "another corpus"
+    )
+
+
+def _missing_tokenizer(tokenizer: str) -> Iterator[Finding]:
+    if Path(tokenizer).exists() or Path(tokenizer.rpartition(":")[0]).is_file():
+        return
+    yield Finding(
+        SECTION,
+        "error",
+        f"data.tokenizer={tokenizer}: no such file in {Path.cwd()}",
+        "set data.tokenizer to the tokenizer that the corpora were made with",
+    )
