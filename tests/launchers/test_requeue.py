@@ -99,6 +99,9 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_
     assert f"saved step {stopped} and stopped as requested; requeueing" in output
     assert f"continuing after step {stopped}" in output
     assert losses(run_dir) == undisturbed()
+    for launch in (0, 1):
+        examined = run_dir / "logs" / f"job_{job}" / f"launch_{launch}" / "doctor.txt"
+        assert "all 2 tasks see each other's files" in examined.read_text()
     assert (run_dir / "DONE").exists()
     assert not (run_dir / "REQUEUE").exists()
 

@@ -13,6 +13,7 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from data_tools.sampling.order_record import read_records
 from pretrain.config.sections import SpikeConfig
 from pretrain.errors import EXIT_COMPLETED, TrainingError
 from pretrain.stability.loss_spikes import SpikeDetector
@@ -130,6 +131,8 @@ def test_the_run_goes_on_as_one_that_never_saw_the_data_around_the_spike(
     spiking = _config(data, tmp_path / "b", **changes)
     assert _run(spiking, (SPIKE,), world_size, stage) == [EXIT_COMPLETED] * world_size
     assert _curve(spiking)[-1] == _curve(expected)[-1]
+    *_, order = read_records(Path(spiking.run_dir))
+    assert (order.seen_step, order.skipped_steps) == (seen_at, ((6, seen_at),))
     # The way back is a start: its first step is logged, whatever the interval.
     assert set(_curve(expected)) <= set(_curve(spiking))
     weights = final_weights(expected)
