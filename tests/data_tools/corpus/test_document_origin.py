@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.corpus.byte_dataset import ByteStream, MappedFiles
-from data_tools.corpus.indexed import IndexedDataset
-from data_tools.corpus.indexed_stream import IndexedStream
+from data_tools.corpus.indexed import IndexedDataset, IndexedStream
 from data_tools.corpus.jsonl_cache import open_jsonl
 from data_tools.corpus.jsonl_stream import JsonlStream
 from data_tools.corpus.token_stream import DocumentOrigin
