@@ -195,7 +195,7 @@ def step_lines(sample: Sample, *, whole: bool) -> list[str]:
 
 
 def _describe_origin(origin: DocumentOrigin) -> str:
-    parts = [] if origin.index is None else [f"document {origin.index}"]
+    parts = [] if origin.document is None else [f"document {origin.document}"]
     if origin.input is not None:
         number = origin.line if origin.line is not None else origin.input_index
         what = "line" if origin.line is not None else "document"

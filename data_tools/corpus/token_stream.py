@@ -17,13 +17,13 @@ class Span(NamedTuple):
 class DocumentOrigin(NamedTuple):
     """Where a document lies in its corpus and in the input, as far as the corpus knows.
 
-    `index`: number of the document in the corpus, from 0; None if documents are found by scanning.
+    `document`: number of the document in the corpus, from 0; None if documents are found by scanning.
     `input`: the file, or the `--input` argument of `preprocess`; None if not recorded.
     `line`: line of that file in which the document begins, from 1; None if not recorded.
     `input_index`: number of the document among those of `input`, from 0; None if not recorded.
     """
 
-    index: int | None = None
+    document: int | None = None
     input: str | None = None
     line: int | None = None
     input_index: int | None = None

@@ -118,7 +118,7 @@ def _assert_named(samples: list[dict[str, Any]], rows: dict[int, list[Row]], dat
         assert ids[:-1] == tokens
         assert all(b in (a, IGNORED_LABEL) for a, b in zip(ids[1:], labels, strict=True))
         for piece in sample["pieces"]:
-            document = corpora[sample["source"]].document(piece["index"]).tolist()
+            document = corpora[sample["source"]].document(piece["document"]).tolist()
             text = document[piece["begin"] : piece["end"]]
             if SENTINELS & set(piece["ids"]):
                 rearranged += 1
