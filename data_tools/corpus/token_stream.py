@@ -17,7 +17,7 @@ class Span(NamedTuple):
 class DocumentOrigin(NamedTuple):
     """Where a document lies in its corpus and in the input, as far as the corpus knows.
 
-    `document`: number of the document in the corpus, from 0; None if documents are found by scanning.
+    `document`: its number in the corpus, from 0; None if documents are found by scanning.
     `input`: the file, or the `--input` argument of `preprocess`; None if not recorded.
     `line`: line of that file in which the document begins, from 1; None if not recorded.
     `input_index`: number of the document among those of `input`, from 0; None if not recorded.

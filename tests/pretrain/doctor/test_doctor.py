@@ -125,6 +125,29 @@ def test_settings_layout_and_packages(options, section, texts, examine, monkeypa
     _only(examine(*options), "error", section, *texts)
 
 
+@pytest.mark.parametrize(
+    ("package", "changes", "reason"),
+    [
+        (
+            "wandb",
+            {"logging__wandb": {"mode": "offline", "project": "p"}},
+            "logging.wandb.mode=offline needs wandb",
+        ),
+        ("tensorboard", {"logging__tensorboard": True}, "logging.tensorboard=true needs"),
+        ("mpi4py", {}, "Open MPI without MASTER_ADDR needs mpi4py"),
+    ],
+)
+def test_packages_that_settings_or_the_launcher_need(
+    package, changes, reason, examine, monkeypatch
+):
+    for name in ("RANK", "LOCAL_RANK", "SIZE"):
+        if package == "mpi4py":
+            monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "0")
+    assert examine(**changes).code == 0
+    monkeypatch.setitem(sys.modules, package, None)  # as Python marks what cannot be imported
+    _only(examine(**changes), "error", "environment", reason, "pip install")
+
+
 def test_ranks_that_are_not_whole_nodes_are_found(examine):
     outcome = examine("--ranks", "6", "--ranks-per-node", "4")
     (finding,) = [each for each in outcome.of("error") if each.section == "launcher and layout"]
