@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.config import StageConfig
 from models.base import TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import SequentialModel
@@ -79,6 +80,7 @@ class OneProcess:
         """Step `number` of the run, from the state before it."""
         training = self.config.training
         self._load(before)
+        self._change_settings(number)
         loss = self._loss(*self.batches[number - 1])
         gradients = _gradients(self.model, loss)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
@@ -113,6 +115,17 @@ class OneProcess:
             parameter.copy_(weight.bfloat16() if is_rounded else weight)
         for name, buffer in state.buffers.items():
             self.model.get_buffer(name).copy_(buffer)
+
+    def _change_settings(self, number: int) -> None:
+        """Give the layers the settings of the step's stage of the curriculum."""
+        stage, model = _stage_of(number, self.config), self.config.model
+        if stage is None:
+            return
+        names = {name for each in self.config.data.stages for name in each.model}
+        settings = {name: stage.model.get(name, getattr(model, name)) for name in names}
+        for module in self.model.modules():
+            if hasattr(module, "change_settings"):
+                module.change_settings(settings)
 
     def _loss(self, inputs: TokenInputs, labels: Tensor) -> Tensor:
         """The mean over all scored tokens of the step, and the other losses of the family."""
@@ -170,13 +183,18 @@ def planned_steps(config: RunConfig, *, data_size: int) -> list[Step]:
     plan: list[Step] = []
     tokens = 0
     for number in range(1, (training.max_steps or 0) + 1):
-        ends = [stage.until_step or math.inf for stage in data.stages]
-        stage = next((s for s, end in zip(data.stages, ends, strict=True) if number <= end), None)
+        stage = _stage_of(number, config)
         length = (stage and stage.sequence_length) or data.sequence_length
         levels = [r.sequences_per_step for r in training.batch_ramp if tokens < r.until_tokens]
         plan.append(Step((levels or [full])[0], length, (stage and stage.weights) or default))
         tokens += plan[-1].sequences * length
     return plan
+
+
+def _stage_of(step: int, config: RunConfig) -> StageConfig | None:
+    """The stage of the curriculum that a step lies in; None without stages."""
+    stages = config.data.stages
+    return next((s for s in stages if s.until_step is None or step <= s.until_step), None)
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:

@@ -146,6 +146,9 @@ def _leave_out(values: dict[str, Any]) -> list[str]:
     if training["init_from"] is not None:
         training |= {"init_from": None, "init_from_changes": []}
         unproven.append("training.init_from: a smaller model starts from its seed")
+    if values["data"]["fim"] is not None:
+        values["data"]["fim"] = None
+        unproven.append("data.fim: documents are read as they are")
     values["logging"] = {"tensorboard": False}
     return unproven
 
