@@ -112,8 +112,8 @@ def test_scaled_is_exported_for_transformers_alone(trained, tmp_path):
     assert export[export.index("--checkpoint") + 1] == trained.run_dir
     assert convert.main(export) == 0
     tokens = torch.randint(0, 2048, (2, 21), generator=torch.Generator().manual_seed(0))
-    result = computed_alone(
-        Path("exported").absolute(), tokens, new_tokens=NEW_TOKENS, folder=tmp_path
+    [result] = computed_alone(
+        [Path("exported").absolute()], tokens, new_tokens=NEW_TOKENS, folder=tmp_path
     )
     model = load_model(open_checkpoint("runs/demo"), device="cpu").double()
     with torch.no_grad():

@@ -1,10 +1,11 @@
-"""An exported directory in a process that has transformers and not this project."""
+"""Exported directories in a process that has transformers and not this project."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -18,39 +19,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-directory, inputs, outputs, new = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(
-    directory, trust_remote_code=True, dtype=torch.float64
-)
+inputs, new, *places = sys.argv[1:]
 tokens = load_file(inputs)["tokens"]
 options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
-with torch.no_grad():
-    result = {"logits": model(tokens).logits.contiguous()}
-    result["loss"] = model(tokens, labels=tokens).loss
-    result["greedy"] = model.generate(tokens, max_new_tokens=int(new), **options)
-model.save_pretrained(outputs + ".saved")
-again = AutoModelForCausalLM.from_pretrained(
-    outputs + ".saved", trust_remote_code=True, dtype=torch.float64
-)
-with torch.no_grad():
-    result["again"] = again(tokens).logits.contiguous()
-try:
-    __import__("models")
-except ImportError:
-    save_file(result, outputs)
+loading = {"trust_remote_code": True, "dtype": torch.float64}
+for directory, outputs in zip(places[::2], places[1::2], strict=True):
+    model = AutoModelForCausalLM.from_pretrained(directory, **loading)
+    with torch.no_grad():
+        result = {"logits": model(tokens).logits.contiguous()}
+        result["loss"] = model(tokens, labels=tokens).loss
+        result["greedy"] = model.generate(tokens, max_new_tokens=int(new), **options)
+    model.save_pretrained(outputs + ".saved")
+    again = AutoModelForCausalLM.from_pretrained(outputs + ".saved", **loading)
+    with torch.no_grad():
+        result["again"] = again(tokens).logits.contiguous()
+    try:
+        __import__("models")
+    except ImportError:
+        save_file(result, outputs)
 """
 
 
 def computed_alone(
-    directory: Path, tokens: Tensor, *, new_tokens: int, folder: Path
-) -> dict[str, Tensor]:
-    """What the model in `directory` makes of tokens [b, s], in fp64.
+    directories: Sequence[Path], tokens: Tensor, *, new_tokens: int, folder: Path
+) -> list[dict[str, Tensor]]:
+    """What the model in each directory makes of tokens [b, s], in fp64.
 
     `logits` [b, s, V], `loss`, `greedy` [b, s + new_tokens], and `again`, the logits after the
-    model was saved and loaded once more. The saved directory is `folder`/out.saved.
+    model was saved and loaded once more. The n-th saved directory is `folder`/n.saved.
     """
     save_file({"tokens": tokens}, folder / "tokens")
-    arguments = [directory, folder / "tokens", folder / "out", new_tokens]
+    outputs = [folder / str(number) for number in range(len(directories))]
+    places = [path for pair in zip(directories, outputs, strict=True) for path in pair]
+    arguments = [folder / "tokens", new_tokens, *places]
     run = subprocess.run(
         [sys.executable, "-I", "-c", _SCRIPT, *map(str, arguments)],
         cwd=folder,
@@ -60,4 +61,4 @@ def computed_alone(
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    return load_file(folder / "out")
+    return [load_file(output) for output in outputs]

@@ -4,6 +4,7 @@ with the family."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,6 +37,13 @@ VARIANTS = (
 )
 
 
+class Alone(NamedTuple):
+    """What transformers alone computed, and where it saved the model."""
+
+    result: dict[str, torch.Tensor]
+    saved: Path
+
+
 def _within(exported: Exported) -> float:
     """How far logits may be apart, as a part of the largest. Classes of transformers compute norms
     and rotations in fp32, two and one in each of 4 layers, and one norm after them."""
@@ -52,14 +60,32 @@ def _export(folder: Path, case: str) -> Exported:
     return export(folder, family, config, whole)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def exported(request, tmp_path_factory) -> Exported:
-    return _export(tmp_path_factory.mktemp("export"), request.param)
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Exported]:
+    return {case: _export(tmp_path_factory.mktemp("export"), case) for case in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def exported(request, exports) -> Exported:
+    return exports[request.param]
+
+
+@pytest.fixture(scope="module")
+def alone(exports, tmp_path_factory) -> dict[str, Alone]:
+    """One process for all: most of its time it imports torch and transformers."""
+    folder = tmp_path_factory.mktemp("alone")
+    directories = [each.hf for each in exports.values()]
+    results = computed_alone(directories, TOKENS, new_tokens=NEW, folder=folder)
+    return {
+        case: Alone(result, folder / f"{number}.saved")
+        for number, (case, result) in enumerate(zip(exports, results, strict=True))
+    }
 
 
 @torch.no_grad()
-def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path):
-    result = computed_alone(exported.hf, TOKENS, new_tokens=NEW, folder=tmp_path)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_process_with_transformers_alone_computes_the_same(case, exports, alone):
+    exported, (result, saved) = exports[case], alone[case]
     model = exported.double
     output = model(TokenInputs(TOKENS))
     assert_close(result["logits"], logits_of(output).transpose(0, 1), _within(exported), "logits")
@@ -68,7 +94,7 @@ def test_a_process_with_transformers_alone_computes_the_same(exported, tmp_path)
     following = F.pad(TOKENS[:, 1:], (0, 1), value=-100)
     terms = exported.family.loss(output, following, config=exported.config, ctx=model.ctx).terms
     assert_close(result["loss"], terms["lm_loss"], _within(exported), "loss")
-    assert exported.code <= {path.name for path in (tmp_path / "out.saved").iterdir()}
+    assert exported.code <= {path.name for path in saved.iterdir()}
     assert bool(exported.code) == (exported.family.name in OWN_CODE)
 
 
