@@ -14,6 +14,7 @@ from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert, generate
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
+from tests.forked_command import run_forked
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.hf.tokenizer_files import TEXT, hugging_face_file, sentencepiece_file
 
@@ -377,20 +378,29 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys):
 def test_the_command_lines_work_one_after_the_other(tmp_path):
     source = sentencepiece_file(tmp_path / "t.model")
     write_checkpoint(tmp_path / "run" / "checkpoints" / "step_7", config(), tokenizer=str(source))
+    begun = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "models.convert",
+            "to-hf",
+            "--checkpoint=run",
+            "--output=hf",
+            "--dtype=bf16",
+        ],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (begun.returncode, begun.stderr) == (0, "")
     lines = [
-        ["models.convert", "to-hf", "--checkpoint", "run", "--output", "hf", "--dtype", "bf16"],
         ["models.convert", "from-hf", "--model", "hf", "--output", "back"],
         ["models.generate", "--checkpoint", "back", "--prompt", "Some", "--max-new-tokens", "5"],
     ]
     for line in lines:
-        result = subprocess.run(
-            [sys.executable, "-m", *line],
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = run_forked(*line, cwd=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Some")
 
