@@ -92,7 +92,7 @@ def test_the_family_of_the_guide_trains_at_a_layout_and_is_exported(followed):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", contract, "tests/models/contributed.py", *selection],
         cwd=followed,
-        env={**os.environ, "PYTHONPATH": str(followed)},
+        env={**os.environ, "PYTHONPATH": str(followed), "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,
