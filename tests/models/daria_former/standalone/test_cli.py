@@ -21,19 +21,18 @@ from models.daria_former.standalone.cli import export, generate, train
 from models.daria_former.standalone.training import Trainer
 from models.standalone import train_command
 from tests.distributed import free_port
+from tests.forked_command import run_forked
 from tests.models.daria_former.shrunk import shrunk
 
 ROOT = Path(__file__).parents[4]
 
 
-def _call(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "models.daria_former.standalone.cli",
-        *map(str, arguments),
-    ]
+MODULE = "models.daria_former.standalone.cli"
+
+
+def _train(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """In a new process: the command becomes the trainer's."""
+    command = [sys.executable, *launcher, "-m", MODULE, "train", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -52,9 +51,9 @@ def trained(folder) -> Path:
     options += ["--config", folder / "model.yaml", "--save_dir", folder / "run", "--seq_len", 64]
     options += ["--batch_size", 2, "--warmup_steps", 1, "--save_every", 2, "--eval_every", 2]
     options += ["--lr", 1e-3, "--log_every", 1, "--no_amp"]
-    done = _call("train", *options, "--max_steps", 2)
+    done = _train(*options, "--max_steps", 2)
     assert done.returncode == 0, done.stderr
-    more = _call("train", *options, "--max_steps", 3, "--resume", folder / "run")
+    more = _train(*options, "--max_steps", 3, "--resume", folder / "run")
     assert more.returncode == 0, more.stderr
     return folder / "run"
 
@@ -93,13 +92,15 @@ def test_training_goes_on_where_it_was(trained):
 
 def test_text_is_generated_from_a_checkpoint_by_its_published_name(trained):
     options = ["--prompt", "One word", "--max_new_tokens", 9]
-    done = _call("generate", "--checkpoint", trained / "checkpoint-3", *options)
+    done = run_forked(MODULE, "generate", "--checkpoint", trained / "checkpoint-3", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("One word")
 
 
 def test_an_export_with_merged_adapters_has_none(trained, folder):
-    done = _call("export", "--checkpoint", trained, "--output", folder / "hf", "--merge_lora")
+    done = run_forked(
+        MODULE, "export", "--checkpoint", trained, "--output", folder / "hf", "--merge_lora"
+    )
     assert done.returncode == 0, done.stderr
     config = json.loads((folder / "hf" / "config.json").read_text())
     assert config["lora_rank"] == 0
@@ -142,7 +143,7 @@ def test_two_ranks_train_on_text_that_the_first_one_tokenizes(folder):
     options += ["--config", folder / "model.yaml", "--seq_len", 32, "--batch_size", 1]
     options += ["--warmup_steps", 0, "--max_steps", 2, "--log_every", 1, "--use_amp"]
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    done = _call("train", *options, launcher=(*launcher, "--master_port", str(free_port())))
+    done = _train(*options, launcher=(*launcher, "--master_port", str(free_port())))
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
