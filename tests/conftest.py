@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,22 @@ prepare_environment()
 # A shell starts what runs in its background with SIGINT ignored, and every process that a test
 # starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files that mostly wait (for Slurm, launchers, kills) or take minutes: begun first, they leave no
+# worker alone at the end.
+_FIRST = (
+    "launchers",
+    "faults",
+    "hostile",
+    "pretrain/test_launch.py",
+    "pretrain/prove",
+    "pretrain/supervision",
+    "pretrain/layouts",
+    "pretrain/stability",
+    "models/hf",
+    "models/test_contract.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,3 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.summation import reorder_sums
 
         reorder_sums()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files as `_FIRST` says; a file's tests stay together, in their order."""
+    folder = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.relative_to(folder).as_posix() if item.path.is_relative_to(folder) else ""
+        places = [number for number, first in enumerate(_FIRST) if name.startswith(first)]
+        return places[0] if places else len(_FIRST)
+
+    items.sort(key=rank)
