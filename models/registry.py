@@ -23,6 +23,7 @@ class _Entry(NamedTuple):
 _FAMILIES = {
     "agiformer": _Entry("models.agiformer", "AgiformerConfig"),
     "daria_former": _Entry("models.daria_former", "DariaFormerConfig"),
+    "dart": _Entry("models.dart", "DARTConfig"),
     "dtf": _Entry("models.dynamic", "DTFConfig", "DTF"),
     "llama": _Entry("models.llama", "LlamaConfig"),
     "mod": _Entry("models.dynamic", "MoDConfig", "MOD"),

@@ -52,6 +52,16 @@ class KVCache:
         self.length = stop
         return KeysValues(*(stored[:, :, :stop] for stored in self._stored))
 
+    def stored(self) -> KeysValues:
+        """All keys and values so far (views).
+
+        Raises:
+            ValueError: nothing has been appended.
+        """
+        if self._stored is None:
+            raise ValueError("the cache is empty; append keys and values before reading them")
+        return KeysValues(*(stored[:, :, : self.length] for stored in self._stored))
+
     def rollback(self, length: int) -> None:
         """Forget every position from `length` on.
 

@@ -85,6 +85,15 @@ _AGIFORMER = {
 
 _DYNAMIC = _LLAMA | {"capacity_gamma": 0.5, "router_init_std": 0.3}
 
+# Blocks end inside the 32 tokens of a test and beyond them; rows have every kind of block.
+_DART = _LLAMA | {
+    "intermediate_size": 32,
+    "block_size": 5,
+    "diffusion_steps": 8,
+    "diffusion_schedule": "linear",
+    "p_uncond": 0.1,
+}
+
 CASES = {
     "agiformer": case("agiformer", **_AGIFORMER),
     "agiformer_variant": case(
@@ -138,6 +147,17 @@ CASES = {
     ),
     "mod_experts": case(
         "mod", **_DYNAMIC | {"intermediate_size": 32}, num_experts=4, experts_per_token=2
+    ),
+    "dart": case("dart", **_DART),
+    "dart_variant": case(
+        "dart",
+        **_DART | {"num_layers": 3, "block_size": 4, "p_uncond": 0.0},
+        trunk="shared",
+        diffusion_type="gaussian",
+        recursions=2,
+        exchange_rank=3,
+        tie_embeddings=True,
+        qkv_bias=True,
     ),
     "dtf": case("dtf", **_DYNAMIC),
     "dtf_variant": case(

@@ -1,0 +1,121 @@
+"""Attention of the diffusion stream: its own block, and the causal stream before it.
+
+Place i of a block that begins at place a sees
+
+* the causal stream at places d ... a of its document, which begins at d: clean tokens up to a,
+* the diffusion stream in its own block: in both directions where some tokens are shown, and up to
+  place i where none is.
+
+A block without tokens holds nothing but positions, so the second direction would add nothing; and
+a plan does not depend on how much of its block exists, which makes prefixes, packed documents and
+generation exact.
+
+Shapes: s places of a call, b batch, n query heads, g key/value heads, d head dimension, c and o
+keys of the context and of the own stream.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from models.common.attention import QUERY_BLOCK
+from models.common.cache import KeysValues
+
+
+class Blocks(NamedTuple):
+    """Where the places of a call lie, counted in the row.
+
+    `first`: the first place. `own_first`: that of the first own key. `starts`: int [1 or b, o],
+    first place of every own key's block. `documents`: int [1 or b, o], the first visible place.
+    `both_ways`: bool [b, o], whether a place sees later ones of its block. `size`: of a block.
+    `is_aligned`: blocks begin at multiples of their size.
+    """
+
+    first: int
+    own_first: int
+    starts: Tensor
+    documents: Tensor
+    both_ways: Tensor
+    size: int
+    is_aligned: bool
+
+
+def find_blocks(
+    both_ways: Tensor, positions: Tensor | None, *, size: int, first: int = 0, earlier: int = 0
+) -> Blocks:
+    """Blocks of places first ... first + s - 1, of which `both_ways` bool [b, s] says the direction.
+
+    `positions`: int32 [b, s] of packed rows. `earlier`: places of the same stream before the first
+    one whose keys are given, too.
+    """
+    begin = first - earlier
+    index = torch.arange(begin, first + both_ways.shape[1], device=both_ways.device).unsqueeze(0)
+    places = index if positions is None else positions
+    both_ways = F.pad(both_ways, (earlier, 0))
+    starts = index - places % size
+    return Blocks(first, begin, starts, index - places, both_ways, size, positions is None)
+
+
+def block_attention(q: Tensor, context: KeysValues, own: KeysValues, blocks: Blocks) -> Tensor:
+    """Mix the values that every place sees: q [b, n, s, d] -> [b, n, s, d].
+
+    `context`: the causal stream from place 0 on, [b, g, c, d]. `own`: the diffusion stream from
+    place `blocks.own_first` on, [b, g, o, d]. One softmax over both. Chunks of queries with the
+    keys that they can see are computed one after another and again in backward, so that memory
+    grows with s, not s^2.
+    """
+    length, earlier = q.shape[2], own.keys.shape[2] - q.shape[2]
+    chunks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        mask, seen, near = _visible(blocks, start + earlier, stop + earlier)
+        keys = torch.cat((context.keys[:, :, seen], own.keys[:, :, near]), dim=2)
+        values = torch.cat((context.values[:, :, seen], own.values[:, :, near]), dim=2)
+        chunks.append(
+            checkpoint(
+                _attend,
+                q[:, :, start:stop],
+                keys,
+                values,
+                mask,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
+    return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def _visible(blocks: Blocks, start: int, stop: int) -> tuple[Tensor, slice, slice]:
+    """For own keys start ... stop - 1 as queries: the mask [b, 1, queries, keys], and which keys of
+    the context and of the own stream it is for."""
+    begin, size = blocks.own_first, blocks.size
+    num_own = blocks.starts.shape[1]
+    if blocks.is_aligned:
+        lowest = (begin + start) // size * size
+        highest = (begin + stop - 1) // size * size
+        seen = slice(0, highest + 1)
+        near = slice(max(0, lowest - begin), min(num_own, highest + size - begin))
+    else:
+        seen = slice(0, begin + stop)
+        near = slice(max(0, start - size + 1), min(num_own, stop + size - 1))
+    device = blocks.starts.device
+    queries = torch.arange(begin + start, begin + stop, device=device).unsqueeze(-1)
+    starts = blocks.starts[:, start:stop].unsqueeze(-1)
+    index = torch.arange(seen.stop, device=device)
+    clean = (index <= starts) & (index >= blocks.documents[:, start:stop].unsqueeze(-1))
+    index = torch.arange(begin + near.start, begin + near.stop, device=device)
+    inside = blocks.starts[:, near].unsqueeze(1) == starts
+    inside = inside & (blocks.both_ways[:, start:stop].unsqueeze(-1) | (index <= queries))
+    rows = max(len(clean), len(inside))
+    mask = torch.cat((clean.expand(rows, -1, -1), inside.expand(rows, -1, -1)), dim=-1)
+    return mask.unsqueeze(1), seen, near
