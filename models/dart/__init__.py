@@ -11,6 +11,10 @@ from typing import Any
 _MODULES = {
     "DARTConfig": "config",
     "FAMILY": "model",
+    "DART": "standalone",
+    "DARTGenerateOutput": "standalone",
+    "DARTForCausalLM": "hf.auto",
+    "DARTHFConfig": "hf.auto",
 }
 
 __all__ = list(_MODULES)

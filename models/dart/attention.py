@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 def find_blocks(
     both_ways: Tensor, positions: Tensor | None, *, size: int, first: int = 0, earlier: int = 0
 ) -> Blocks:
-    """Blocks of places first ... first + s - 1, of which `both_ways` bool [b, s] says the direction.
+    """Blocks of places first ... first + s - 1; `both_ways` bool [b, s] says which way they see.
 
     `positions`: int32 [b, s] of packed rows. `earlier`: places of the same stream before the first
     one whose keys are given, too.

@@ -13,10 +13,10 @@ from torch import Tensor
 class DARTCarry(NamedTuple):
     """Both streams, [s, b, h] each, or [s/t, b, h] under sequence parallelism.
 
-    `hidden`: the causal stream; None where a block alone is denoised. `noised`: the diffusion
-    stream. `modulation`: [T + 1, 6 h], by noise level, or [1, 6 h] where a call has one level.
-    `levels` int32 [b, s] and `targets` int32 [b, s] as in `models.dart.noise.Noise`. `positions`:
-    int32 [b, s], from 0 where the visible context begins; None where that is the row.
+    `hidden`: the causal stream. `noised`: the diffusion stream. `modulation`: [T + 1, 6 h], by
+    noise level, or [1, 6 h] where a call has one level. `levels` int32 [b, s] and `targets` int32
+    [b, s] as in `models.dart.noise.Noise`. `positions`: int32 [b, s], from 0 where the visible
+    context begins; None where that is the row.
     """
 
     hidden: Any
@@ -31,7 +31,7 @@ class DARTOutput(NamedTuple):
     """`logits` of the causal stream and `draft_logits` of the diffusion stream, [s, b, V/t] each:
     of token i + 1 at place i. `levels`, `targets`: as in the carry."""
 
-    logits: Any
+    logits: Tensor
     draft_logits: Tensor
     levels: Tensor
     targets: Tensor

@@ -6,7 +6,7 @@ Shapes: s sequence, b batch, h hidden, T noise levels, V vocabulary, t tensor si
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +43,14 @@ TIME_CHANNELS = 256
 
 
 class BlockInputs(NamedTuple):
-    """A block alone, denoised behind the cached causal stream.
+    """A block to denoise behind a cached causal stream.
 
-    Place j of the block predicts the token after it and shows `tokens` int64 [b, B] at the same j
-    except where `hidden` bool [b, B]. `level`: 1 ... T. The block is the one that the causal
-    stream is in.
+    `before` int64 [b, 1]: the token at the block's first place. Place j of the block predicts the
+    token after it and shows `tokens` int64 [b, B] at the same j except where `hidden` bool [b, B].
+    `level`: 1 ... T.
     """
 
+    before: Tensor
     tokens: Tensor
     hidden: Tensor
     level: int
@@ -64,6 +65,9 @@ class EmbeddingCache:
 
     def rollback(self, length: int) -> None:
         self.length = length
+
+    def prefix(self, length: int) -> EmbeddingCache:
+        return EmbeddingCache()
 
 
 class TimeEmbedding(nn.Module):
@@ -115,6 +119,8 @@ class DARTEmbedding(nn.Module):
     ) -> DARTCarry:
         if isinstance(inputs, BlockInputs):
             return self._block(inputs)
+        if inputs.segment_ids is None:  # else the table of rotary angles says it
+            check_length(self.config, inputs.tokens.shape[1])
         hidden, positions = embed_tokens(self.tokens, inputs, segmented=self.segmented)
         if self.training and cache is None:
             noise = draw_noise(inputs.tokens, positions, config=self.config, salt=self.salt)
@@ -144,7 +150,8 @@ class DARTEmbedding(nn.Module):
         levels = torch.full_like(inputs.tokens, inputs.level, dtype=torch.int32)
         noise = Noise(levels, inputs.hidden, levels, None, inputs.tokens)
         modulation = self.time(levels[:1, :1].flatten())
-        return DARTCarry(None, self._noised(inputs.tokens, noise), modulation, levels, levels)
+        hidden = self.tokens(inputs.before).transpose(0, 1)
+        return DARTCarry(hidden, self._noised(inputs.tokens, noise), modulation, levels, levels)
 
     def _noised(self, tokens: Tensor, noise: Noise) -> Tensor:
         """The diffusion stream of int64 [b, s]: [s/t, b, h]."""
@@ -191,11 +198,30 @@ class Exchange(nn.Module):
         return self.up(self.down(rms_norm(z, None, eps=self.eps)))
 
 
+class Prefix:
+    """The first `length` entries of a cache, continued without a change to it."""
+
+    def __init__(self, cache: KVCache, length: int) -> None:
+        self.cache, self.length = cache, length
+
+    def append(self, keys: Tensor, values: Tensor) -> KeysValues:
+        """Those entries and the new ones."""
+        if self.length == 0:
+            return KeysValues(keys, values)
+        stored = (x[:, :, : self.length] for x in self.cache.stored())
+        pairs = zip(stored, (keys, values), strict=True)
+        return KeysValues(*(torch.cat(pair, dim=2) for pair in pairs))
+
+
 class PairCache:
     """Keys and values of each repeat: causal stream, its clean context for blocks, plans."""
 
-    def __init__(self, num_repeats: int, max_length: int) -> None:
-        self.repeats = [[KVCache(max_length) for _ in range(3)] for _ in range(num_repeats)]
+    def __init__(self, repeats: list[list[Any]]) -> None:
+        self.repeats = repeats
+
+    def prefix(self, length: int) -> PairCache:
+        """The first `length` tokens, behind which a block can be denoised."""
+        return PairCache([[Prefix(cache, length) for cache in caches] for caches in self.repeats])
 
     @property
     def length(self) -> int:
@@ -239,10 +265,11 @@ class DARTPair(nn.Module):
         """Empty state for generation.
 
         Raises:
-            ValueError: there are no rotary angles for that many positions.
+            ValueError: the model has fewer positions.
         """
-        self.causal.attention.rotary.check(max_length + 1)
-        return PairCache(self.config.recursions, max_length)
+        check_length(self.config, max_length)
+        repeats = range(self.config.recursions)
+        return PairCache([[KVCache(max_length) for _ in range(3)] for _ in repeats])
 
     def forward(self, carry: DARTCarry, cache: PairCache | None = None) -> DARTCarry:
         positions = carry.positions
@@ -253,19 +280,19 @@ class DARTPair(nn.Module):
             carry = self._once(carry, self.table[repeat], caches)
         return carry._replace(positions=positions)
 
-    def _once(self, carry: DARTCarry, table: Tensor, caches: list[KVCache] | None) -> DARTCarry:
+    def _once(self, carry: DARTCarry, table: Tensor, caches: list[Any] | None) -> DARTCarry:
         y, z, block = carry.hidden, carry.noised, self.diffusion or self.causal
         g1, b1, a1, g2, b2, a2 = self._modulation(carry, table)
         attended = self._attend(block, block.attention_norm(z) * (1 + g1) + b1, carry, caches)
         z = z + (1 + a1) * attended
         z = z + (1 + a2) * block.mlp(block.mlp_norm(z) * (1 + g2) + b2)
-        if y is None:
-            return carry._replace(noised=z)
         causal, own = self.causal, None if caches is None else caches[0]
         y = y + causal.attention(causal.attention_norm(y), positions=carry.positions, cache=own)
         y = y + causal.mlp(causal.mlp_norm(y))
-        is_plan = local_sequence(carry.levels.T, ctx=self.ctx) == self.config.diffusion_steps
-        y = y + is_plan.to(y.dtype).unsqueeze(-1) * self.exchange(z)
+        # Of a block alone only the first place has a causal stream.
+        levels = local_sequence(carry.levels.T, ctx=self.ctx)[: len(y)]
+        is_plan = (levels == self.config.diffusion_steps).to(y.dtype).unsqueeze(-1)
+        y = y + is_plan * self.exchange(z[: len(y)])
         return carry._replace(hidden=y, noised=z)
 
     def _modulation(self, carry: DARTCarry, table: Tensor) -> tuple[Tensor, ...]:
@@ -277,31 +304,21 @@ class DARTPair(nn.Module):
         return F.embedding(levels, rows).chunk(6, dim=-1)
 
     def _attend(
-        self, block: TrunkBlock, x: Tensor, carry: DARTCarry, caches: list[KVCache] | None
+        self, block: TrunkBlock, x: Tensor, carry: DARTCarry, caches: list[Any] | None
     ) -> Tensor:
-        attention, context, first = block.attention, None, 0
+        attention = block.attention
         assert isinstance(attention, CausalSelfAttention)
         q, k, v = project_together(x, attention.query, attention.key, attention.value)
-        if carry.hidden is not None:
-            clean = block.attention_norm(carry.hidden)
-            context = project_together(clean, attention.key, attention.value)
+        clean = block.attention_norm(carry.hidden)
+        context = project_together(clean, attention.key, attention.value)
+        first = 0 if caches is None else caches[1].length
+        size, rotary, positions = attention.head_dim, attention.rotary, carry.positions
+        q, k, v, keys, values = (_split_heads(each, size) for each in (q, k, v, *context))
+        q, k = (_rotated(heads, rotary, positions, first + 1) for heads in (q, k))
+        seen, own = KeysValues(_rotated(keys, rotary, positions, first), values), KeysValues(k, v)
+        earlier = 0
         if caches is not None:
-            first = caches[1].length
-            if context is None:
-                first = (first - 1) // self.config.block_size * self.config.block_size
-        size, rotary = attention.head_dim, attention.rotary
-        q, k, v = (_split_heads(projected, size) for projected in (q, k, v))
-        q, k = (_rotated(x, rotary, carry.positions, first + 1) for x in (q, k))
-        own, earlier = KeysValues(k, v), 0
-        if context is None:
-            assert caches is not None
-            seen = caches[1].stored()
-        else:
-            keys, values = (_split_heads(projected, size) for projected in context)
-            seen = KeysValues(_rotated(keys, rotary, carry.positions, first), values)
-            if caches is not None:
-                seen = caches[1].append(*seen)
-                own, earlier = caches[2].append(*own), first
+            seen, own, earlier = caches[1].append(*seen), caches[2].append(*own), first
         mixed = block_attention(q, seen, own, self._blocks(carry, first, earlier))
         return attention.output(mixed.permute(2, 0, 1, 3).flatten(2))
 
@@ -326,8 +343,22 @@ class DARTHead(nn.Module):
 
     def forward(self, carry: DARTCarry) -> DARTOutput:
         drafts = self.output(self.noised_norm(carry.noised))
-        logits = None if carry.hidden is None else self.output(self.norm(carry.hidden))
+        logits = self.output(self.norm(carry.hidden))
         return DARTOutput(logits, drafts, carry.levels, carry.targets)
+
+
+def check_length(config: DARTConfig, length: int) -> None:
+    """Check that the model has `length` positions.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"position {length - 1} is beyond max_position_embeddings="
+            f"{config.max_position_embeddings}; shorten the sequence or raise "
+            "max_position_embeddings"
+        )
 
 
 def _split_heads(x: Tensor, head_dim: int) -> Tensor:

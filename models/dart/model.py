@@ -11,10 +11,10 @@ from models.common.rope import RotaryTable
 from models.dart.carry import DARTCarry, DARTOutput
 from models.dart.config import DARTConfig
 from models.dart.counts import forward_flops_per_token, num_parameters
+from models.dart.hf.mapping import HF
 from models.dart.layers import DARTEmbedding, DARTHead, DARTPair
 from models.dart.noise import DIFFUSION, DRAFT
 from models.dart.schedule import level_weights
-from models.hf.custom_code import custom_code
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
@@ -22,10 +22,10 @@ from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 
 def layer_specs(config: DARTConfig, *, segmented: bool = False) -> list[LayerSpec]:
     """`embedding`, `pair_0` ..., `head`."""
-    # The last place of a row predicts one position more than the row has.
+    # The last block of a row may be denoised beyond its end.
     rotary = RotaryTable(
         config.head_size,
-        config.max_position_embeddings + 1,
+        config.max_position_embeddings + config.block_size,
         theta=config.rope_theta,
         scaling=config.rope_scaling,
     )
@@ -113,7 +113,7 @@ FAMILY = ModelFamily(
     loss=loss,
     loss_names=("lm_loss", "diffusion_loss", "draft_loss"),
     counts=Counts(num_parameters, forward_flops_per_token),
-    hf=custom_code(DARTConfig, layer_specs),
+    hf=HF,
     # No layer looks ahead, but noise is drawn from the whole row before a block, other documents
     # included, so that in training a packed document has other noise than alone.
     causal_in_training=False,

@@ -1,0 +1,83 @@
+"""DART in Hugging Face's form: its own names and code; Llama and Qwen2 as a beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from models.base import BaseModelMapping
+from models.dart.config import DARTConfig
+from models.hf.custom_code import own_code
+from models.hf.llama_names import (
+    BLOCK_BIAS_NAMES,
+    BLOCK_NAMES,
+    EMBEDDING_NAME,
+    FINAL_NORM_NAME,
+    HEAD_NAME,
+    check_sizes,
+    decoder_settings,
+)
+
+
+def from_base_config(contents: Mapping[str, Any], changes: Mapping[str, Any]) -> DARTConfig:
+    """A DART of the sizes of a Llama or Qwen2 model, whose layers both streams share."""
+    settings = decoder_settings(contents, family="dart")
+    return DARTConfig(**{**settings, "trunk": "shared", **changes})
+
+
+def base_names(config: DARTConfig) -> dict[str, str]:
+    """Our parameter name -> theirs, of the causal stream.
+
+    Raises:
+        ValueError: the streams have layers of their own, which another model does not have.
+    """
+    _check_shared(config)
+    block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
+    names = dict([EMBEDDING_NAME])
+    for i in range(config.num_layers):
+        names |= {
+            f"pair_{i}.causal.{ours}": f"model.layers.{i}.{theirs}"
+            for ours, theirs in block.items()
+        }
+    last = [FINAL_NORM_NAME] if config.tie_embeddings else [FINAL_NORM_NAME, HEAD_NAME]
+    return names | dict(last)
+
+
+def plain_config(config: DARTConfig) -> NoReturn:
+    """Refused: the causal stream reads plans, so that it is no Llama or Qwen2 model.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"a dart model of trunk={config.trunk} reads plans of its blocks, which Llama and Qwen2 do "
+        "not have; export it in its own form, without --plain"
+    )
+
+
+def _check_shared(config: DARTConfig) -> None:
+    if config.trunk != "shared":
+        raise ValueError(
+            f"trunk={config.trunk}: half of the layers see noise, so they are no layers of a "
+            "Llama or Qwen2 model; set trunk=shared"
+        )
+    if config.recursions > 1:
+        raise ValueError(
+            f"recursions={config.recursions}: a Llama or Qwen2 model applies every layer once; "
+            "set recursions=1"
+        )
+
+
+HF = own_code(
+    "dart",
+    "models.dart.hf.config",
+    "DARTHFConfig",
+    base=BaseModelMapping(
+        model_types=("llama", "qwen2"),
+        from_config=from_base_config,
+        defaults={"trunk": "shared"},
+        check_sizes=check_sizes,
+        names=base_names,
+        to_config=plain_config,
+    ),
+)

@@ -1,0 +1,310 @@
+"""DART in one process, under the published names: `compute_loss`, `forward`, `generate`."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import TokenInputs
+from models.dart.carry import DARTOutput
+from models.dart.config import DARTConfig
+from models.dart.generation import Generated, causal, fill_in, speculative
+from models.dart.model import layer_specs, loss
+from models.dart.sampling import Sampling
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from parallel.cross_entropy import IGNORED_LABEL
+
+Mode = Literal["ar", "diffusion", "speculative"]
+
+
+class DARTGenerateOutput(NamedTuple):
+    """`sequences` int64 [b, s]; `sequence_lengths` int64 [b], up to and including the first
+    `eos_token_id` after the prompt; `num_passes`: sequential forward passes."""
+
+    sequences: Tensor
+    sequence_lengths: Tensor
+    num_passes: int
+
+
+class DART(nn.Module):
+    """A DART with the published interface; `body` holds the layers."""
+
+    def __init__(
+        self, config: DARTConfig, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.body = SequentialModel(
+            layer_specs(config), ParallelContext.single(device=device), seed=seed
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Both streams for tokens [b, s]: `ar_logits` and `diffusion_output` [b, s, V], of the
+        token after each, and `timesteps` [b, s], the noise level at which the second was made.
+
+        In training mode blocks have noise; in evaluation all are hidden, and `ar_logits` are those
+        of an autoregressive model. `attention_mask` [b, s]: zeros after a row's tokens.
+
+        Raises:
+            ValueError: padding before or between tokens, or more of them than the model has
+                positions.
+        """
+        _check_mask(input_ids, attention_mask)
+        output: DARTOutput = self.body(TokenInputs(input_ids))
+        return {
+            "ar_logits": output.logits.transpose(0, 1),
+            "diffusion_output": output.draft_logits.transpose(0, 1),
+            "timesteps": output.levels,
+        }
+
+    def compute_loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """The losses of tokens [b, s + 1], each from those before it, in nats per token.
+
+        `loss` is what to minimise; with `label_smoothing` it contains the smoothed causal loss.
+        `ar_loss`, `ar_perplexity` (its exponential), `diffusion_loss` and `draft_loss` are not
+        smoothed. `ar_perplexity` is exact in evaluation mode alone, where the other two are 0 and
+        that of completely hidden blocks.
+
+        Raises:
+            ValueError: see `forward`; fewer than 2 tokens; a smoothing outside of [0, 1).
+        """
+        if input_ids.shape[1] < 2:
+            raise ValueError(
+                f"input_ids of shape {list(input_ids.shape)} have no token to predict; give rows "
+                "of 2 or more"
+            )
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+        _check_mask(input_ids, attention_mask)
+        labels = input_ids[:, 1:]
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask[:, 1:] == 0, IGNORED_LABEL)
+        output: DARTOutput = self.body(TokenInputs(input_ids[:, :-1].contiguous()))
+        total, terms = loss(output, labels, config=self.config, ctx=self.body.ctx)
+        if label_smoothing:
+            scored = (labels != IGNORED_LABEL).T
+            uniform = -output.logits.log_softmax(dim=-1).mean(dim=-1)[scored].mean()
+            plain = -output.logits.log_softmax(dim=-1)
+            at = labels.T.clamp(min=0).unsqueeze(-1)
+            plain = plain.gather(-1, at).squeeze(-1)[scored].mean()
+            total = total + self.config.ar_weight * label_smoothing * (uniform - plain)
+        return {
+            "loss": total,
+            "ar_loss": terms["lm_loss"],
+            "ar_perplexity": terms["lm_loss"].exp(),
+            "diffusion_loss": terms["diffusion_loss"],
+            "draft_loss": terms["draft_loss"],
+        }
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        max_length: int | None = None,
+        mode: Mode = "ar",
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = 0.9,
+        repetition_penalty: float = 1.0,
+        do_sample: bool = True,
+        num_diffusion_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        return_dict: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | DARTGenerateOutput:
+        """Continue rows `input_ids` int64 [b, s] to `max_length` tokens, the prompt included; None
+        begins with `bos_token_id`. Returns int64 [b, max_length], shorter where all rows have
+        ended; a row that has produced `eos_token_id`, after the prompt, is filled with it.
+
+        ar: one token per pass. diffusion: blocks of `config.block_size` tokens in
+        `num_diffusion_steps` passes each, by default one per token. speculative: the law of ar,
+        from drafts of the diffusion stream, row by row. `guidance_scale`: 1 is none; for text 1.2
+        to 2 are common, and far larger ones, made for images, leave little but the most guided
+        token. `return_dict`: returns a `DARTGenerateOutput`.
+
+        Raises:
+            ValueError: a setting out of its range or without effect.
+        """
+        if input_ids is None:
+            if bos_token_id is None:
+                raise ValueError("input_ids=None begins with bos_token_id; give one of the two")
+            input_ids = torch.tensor([[bos_token_id]], device=self.body.ctx.device)
+        length = self.config.max_position_embeddings if max_length is None else max_length
+        self._check_request(input_ids, length, mode, guidance_scale, num_diffusion_steps)
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(
+                f"temperature={temperature} must be above 0; for the most probable token use "
+                "do_sample=False"
+            )
+        sampling = Sampling(
+            temperature if do_sample else 0.0, top_k, top_p, repetition_penalty, generator
+        )
+        was_training = self.body.training
+        self.body.eval()
+        try:
+            generated = self._generated(
+                input_ids,
+                length,
+                mode,
+                sampling,
+                guidance_scale=guidance_scale,
+                eos_id=eos_token_id,
+                num_steps=num_diffusion_steps or self.config.block_size,
+            )
+        finally:
+            self.body.train(was_training)
+        if not return_dict:
+            return generated.tokens
+        lengths = _lengths(generated.tokens, input_ids.shape[1], eos_token_id)
+        return DARTGenerateOutput(generated.tokens, lengths, generated.num_passes)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        input_ids: Tensor,
+        known: Tensor,
+        *,
+        num_diffusion_steps: int | None = None,
+        sampling: Sampling | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """Fill in the tokens of rows int64 [b, s] where `known` bool [b, s] is False.
+
+        A block sees what comes before it and the known tokens in it; nothing sees later blocks.
+
+        Raises:
+            ValueError: the first token is not known, or a setting is out of its range.
+        """
+        self._check_request(
+            input_ids, 1 + input_ids.shape[1], "diffusion", guidance_scale, num_diffusion_steps
+        )
+        if not bool(known[:, 0].all()):
+            raise ValueError(
+                "known[:, 0] is False: nothing predicts the first token; put a token that begins "
+                "texts before it"
+            )
+        was_training = self.body.training
+        self.body.eval()
+        try:
+            return fill_in(
+                self.body,
+                self.config,
+                input_ids,
+                known,
+                num_steps=num_diffusion_steps or self.config.block_size,
+                sampling=sampling or Sampling(),
+                guidance_scale=guidance_scale,
+            ).tokens
+        finally:
+            self.body.train(was_training)
+
+    def _generated(
+        self,
+        tokens: Tensor,
+        length: int,
+        mode: Mode,
+        sampling: Sampling,
+        *,
+        guidance_scale: float,
+        eos_id: int | None,
+        num_steps: int,
+    ) -> Generated:
+        body, config = self.body, self.config
+        if mode == "ar":
+            return causal(
+                body,
+                config,
+                tokens,
+                length=length,
+                sampling=sampling,
+                guidance_scale=guidance_scale,
+                eos_id=eos_id,
+            )
+        if mode == "diffusion":
+            prompt = tokens.shape[1]
+            known = torch.ones_like(tokens, dtype=torch.bool)
+            room = (0, length - prompt)
+            filled = fill_in(
+                body,
+                config,
+                F.pad(tokens, room),
+                F.pad(known, room, value=False),
+                num_steps=num_steps,
+                sampling=sampling,
+                guidance_scale=guidance_scale,
+            )
+            return filled._replace(tokens=_ended(filled.tokens, prompt, eos_id))
+        rows = [
+            speculative(body, config, row, length=length, sampling=sampling, eos_id=eos_id)
+            for row in tokens.split(1)
+        ]
+        longest = max(row.tokens.shape[1] for row in rows)
+        padded = [F.pad(r.tokens, (0, longest - r.tokens.shape[1]), value=eos_id) for r in rows]
+        return Generated(torch.cat(padded), sum(row.num_passes for row in rows))
+
+    def _check_request(
+        self, tokens: Tensor, length: int, mode: str, scale: float, num_steps: int | None
+    ) -> None:
+        longest = self.config.max_position_embeddings
+        if mode not in ("ar", "diffusion", "speculative"):
+            raise ValueError(f"mode={mode!r} is not one of ar, diffusion, speculative")
+        if tokens.numel() == 0 or tokens.dim() != 2:
+            raise ValueError(f"input_ids of shape {list(tokens.shape)} must be [batch, 1 or more]")
+        if tokens.shape[1] >= length or length > longest + (mode == "diffusion"):
+            raise ValueError(
+                f"a prompt of {tokens.shape[1]} tokens with max_length={length}: it must be longer "
+                f"than the prompt and at most max_position_embeddings={longest}"
+            )
+        if not 1.0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale={scale} must be 1 (none) or more")
+        if scale != 1.0 and mode == "speculative":
+            raise ValueError(
+                f"guidance_scale={scale} with mode=speculative, which has the law of the model "
+                "without guidance; use mode=ar or guidance_scale=1"
+            )
+        if num_steps is not None and (mode != "diffusion" or num_steps < 1):
+            raise ValueError(
+                f"num_diffusion_steps={num_steps} with mode={mode}: it is 1 or more and belongs to "
+                "mode=diffusion"
+            )
+
+
+def _check_mask(tokens: Tensor, mask: Tensor | None) -> None:
+    if mask is not None and (
+        mask.shape != tokens.shape or bool((mask[:, 1:] > mask[:, :-1]).any())
+    ):
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} must be {list(tokens.shape)} with ones "
+            "and then zeros in every row: put padding after the tokens"
+        )
+
+
+def _ended(tokens: Tensor, prompt: int, eos_id: int | None) -> Tensor:
+    """Rows filled with `eos_id` from its first place after the prompt on, cut where all are."""
+    if eos_id is None:
+        return tokens
+    after = (tokens[:, prompt:] == eos_id).cumsum(dim=1) > 0
+    tokens = torch.cat((tokens[:, :prompt], tokens[:, prompt:].masked_fill(after, eos_id)), dim=1)
+    return tokens[:, : int(_lengths(tokens, prompt, eos_id).max())]
+
+
+def _lengths(tokens: Tensor, prompt: int, eos_id: int | None) -> Tensor:
+    """Tokens of every row, up to and including the first `eos_id` after the prompt."""
+    num_new = torch.full((len(tokens),), tokens.shape[1] - prompt, device=tokens.device)
+    if eos_id is not None and tokens.shape[1] > prompt:
+        is_end = tokens[:, prompt:] == eos_id
+        first = is_end.int().argmax(dim=1) + 1
+        num_new = torch.where(is_end.any(dim=1), first, num_new)
+    return prompt + num_new
