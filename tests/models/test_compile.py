@@ -20,6 +20,7 @@ SEQ, DEPTH = 16, 10
 COMPILED: dict[str, dict[str, str | float]] = {
     "agiformer": {},
     "llama": {},
+    "dart": {},
     "daria_former": {},
     "daria_former_lora": {},
     "mod": {},

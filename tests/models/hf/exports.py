@@ -8,6 +8,7 @@ import torch
 
 from models.agiformer import AgiformerForCausalLM, AgiformerHFConfig
 from models.daria_former import DariaFormerForCausalLM, DariaFormerHFConfig
+from models.dart import DARTForCausalLM, DARTHFConfig
 from models.dynamic import DTFForCausalLM, DTFHFConfig, MoDForCausalLM, MoDHFConfig
 from models.hf.modeling import FamilyForCausalLM
 from tests.models.checkpoints import model
@@ -16,6 +17,7 @@ from tests.models.families import CASES, evaluated
 _CLASSES = {
     "agiformer": (AgiformerForCausalLM, AgiformerHFConfig),
     "daria_former": (DariaFormerForCausalLM, DariaFormerHFConfig),
+    "dart": (DARTForCausalLM, DARTHFConfig),
     "mod": (MoDForCausalLM, MoDHFConfig),
     "dtf": (DTFForCausalLM, DTFHFConfig),
 }

@@ -31,6 +31,7 @@ VARIANTS = (
     "llama_qwen2_shape",
     "daria_former_variant",
     "daria_former_lora",
+    "dart_variant",
     "mod_variant",
     "mod_experts",
     "dtf_variant",

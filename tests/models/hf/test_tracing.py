@@ -13,6 +13,7 @@ from tests.models.hf.exports import FAMILIES, TOKENS, exported
 SMALL = {
     "agiformer": {"num_layers": 1},
     "daria_former": {"num_layers": 1, "esv_sites": 1},
+    "dart": {"num_layers": 2},
     "mod": {"num_layers": 2},
     "dtf": {"num_layers": 2},
 }
