@@ -40,7 +40,7 @@ def forward_flops_per_token(config: DARTConfig, seq_length: int) -> float:
     matrices = attention_matrices(config) + mlp_matrices(config)
     context = 2 * config.hidden_size * config.num_kv_heads * config.head_size
     pairs = config.num_pairs * config.recursions
-    linear = pairs * (2 * matrices + context + _exchange(config))
+    linear: float = pairs * (2 * matrices + context + _exchange(config))
     linear += config.vocab_size * config.hidden_size + _time_matrices(config) / seq_length
     keys = pairs * ((seq_length + 1) / 2 + (seq_length + 3) / 2)
     return forward_flops(config, matrices=linear, keys=keys)

@@ -57,9 +57,9 @@ class Sampling(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """`count` int64 [b]: drafts that are kept. `token` int64 [b]: the one after them."""
+    """`num_kept` int64 [b]: drafts that are kept. `token` int64 [b]: the one after them."""
 
-    count: Tensor
+    num_kept: Tensor
     token: Tensor
 
 

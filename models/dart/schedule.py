@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def alphas(config: DARTConfig) -> Tensor:
     return _alphas(config.diffusion_type, config.diffusion_schedule, config.diffusion_steps)
 
 
-@cache
+@functools.cache
 def _alphas(kind: str, schedule: str, steps: int) -> Tensor:
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     if schedule == "cosine":
