@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +13,17 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Settings that only training reads.
 _TRAINING = frozenset({"ar_weight", "draft_weight", "p_plan", "p_uncond"})
+
+# Published names -> ours.
+PUBLISHED_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_seq_length": "max_position_embeddings",
+    "layer_norm_eps": "rms_norm_eps",
+    "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings",
+}
 
 
 class DARTConfig(DecoderConfig):
@@ -27,19 +37,8 @@ class DARTConfig(DecoderConfig):
     read its plan. `p_uncond`: the probability, at every block but the first, that both streams see
     nothing before it. `recursions`: how often a layer is applied. `exchange_rank`: rank of the
     projection from the plan to the causal stream; 0 is a full matrix, None is 0 up to a hidden
-    size of 2048 and hidden_size / 8 above.
-    `aliases`: the published names of settings.
+    size of 2048 and hidden_size / 8 above. Settings may be given under their published names.
     """
-
-    aliases: ClassVar[Mapping[str, str]] = {
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "num_key_value_heads": "num_kv_heads",
-        "max_seq_length": "max_position_embeddings",
-        "layer_norm_eps": "rms_norm_eps",
-        "initializer_range": "init_std",
-        "tie_word_embeddings": "tie_embeddings",
-    }
 
     family: Literal["dart"] = "dart"
     vocab_size: PositiveInt = 50257
@@ -72,7 +71,7 @@ class DARTConfig(DecoderConfig):
             return values
         named: dict[str, Any] = {}
         for name, value in values.items():
-            own = cls.aliases.get(name, name)
+            own = PUBLISHED_NAMES.get(name, name)
             if own in named:
                 raise ValueError(f"{own} is given twice, once under another name; keep one")
             named[own] = value

@@ -160,7 +160,7 @@ class DARTEmbedding(nn.Module):
             local_sequence(x.T, ctx=self.ctx) for x in (noise.levels, noise.hidden, noise.keys)
         )
         if self.config.diffusion_type == "gaussian":
-            signal = alphas(self.config).to(own.device)[levels].unsqueeze(-1)
+            signal = alphas(self.config, own.device)[levels].unsqueeze(-1)
             epsilon = normal(keys, own.shape[-1], stream=NORMAL)
             clean = rms_norm(at_least_fp32(own), None, eps=self.config.rms_norm_eps)
             own = (signal.sqrt() * clean + (1.0 - signal).sqrt() * epsilon).to(own.dtype)

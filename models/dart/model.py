@@ -100,7 +100,7 @@ def loss(
 
 def _diffusion_weights(output: DARTOutput, config: DARTConfig) -> Tensor:
     """[s, b]: weight of every place in the diffusion loss."""
-    weights = level_weights(config).to(output.levels.device)[output.levels.T.long()]
+    weights = level_weights(config, output.levels.device)[output.levels.T.long()]
     weights = weights * (output.targets.T == DIFFUSION) / (1.0 - config.p_plan)
     return weights.to(torch.promote_types(output.draft_logits.dtype, torch.float32))
 

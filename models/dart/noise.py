@@ -69,7 +69,7 @@ def draw_noise(
     is_draft = plan < config.p_plan
     levels = (1 + (level * steps).int()).masked_fill(is_draft, steps)
     keys = keys + (1 + offsets.long()) * _TOKEN
-    shown = alphas(config).to(tokens.device)[levels]
+    shown = alphas(config, tokens.device)[levels]
     hidden = levels == steps
     targets = (hidden | follows).int() * DIFFUSION
     if config.diffusion_type == "masked":
