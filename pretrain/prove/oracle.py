@@ -84,8 +84,7 @@ class OneProcess:
         loss = self._loss(*self.batches[number - 1])
         gradients = _gradients(self.model, loss)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-        too_long = training.grad_clip > 0 and norm > training.grad_clip
-        scale = training.grad_clip / norm if too_long else 1.0
+        scale = clipping(norm, training.grad_clip)
         rate = learning_rate(number, training)
         rates = {name: rate * _multiplier(name, training) for name in gradients}
         optimizer, weights = self._optimizer(before, rates)
@@ -209,6 +208,12 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
     if training.schedule == "wsd":
         return training.lr * (low + (1 - low) * min(1.0, (last - step) / training.decay_steps))
     return training.lr
+
+
+def clipping(norm: float, limit: float) -> float:
+    """The factor of gradients of this norm, as torch's `clip_grad_norm_` has it: with norms of 0.1
+    its 1e-6 is as large as the bound of gradients."""
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> Tensors:

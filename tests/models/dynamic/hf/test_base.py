@@ -24,6 +24,7 @@ from parallel.context import ParallelContext
 from tests.models.checkpoints import write_checkpoint
 from tests.models.dynamic.settled import settled
 from tests.models.families import CASES
+from tests.refusals import assert_refused
 
 CLASSES = {"mod": MoDForCausalLM, "dtf": DTFForCausalLM}
 FAMILIES = sorted(CLASSES)
@@ -247,7 +248,9 @@ def test_another_model_is_no_base(qwen, tmp_path):
     directory = shutil.copytree(qwen, tmp_path / "gpt2")
     contents = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(contents | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type='llama' is no model that the mod family"):
+    with assert_refused(
+        "model_type", value="llama", constraint="no base model of the mod", remedy="qwen2"
+    ):
         convert.from_hf(directory, tmp_path / "out", family="mod")
 
 
