@@ -71,7 +71,7 @@ class DARTConfig(DecoderConfig):
             return values
         named: dict[str, Any] = {}
         for name, value in values.items():
-            own = PUBLISHED_NAMES.get(name, name)
+            own: str = PUBLISHED_NAMES.get(name) or name
             if own in named:
                 raise ValueError(f"{own} is given twice, once under another name; keep one")
             named[own] = value

@@ -20,7 +20,7 @@ from models.base import TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import UpdatedAfterStep
+from parallel.layer_state import ChangedByStages, UpdatedAfterStep
 from pretrain.config import RunConfig, TrainingConfig
 from pretrain.prove.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
 
@@ -123,7 +123,7 @@ class OneProcess:
         names = {name for each in self.config.data.stages for name in each.model}
         settings = {name: stage.model.get(name, getattr(model, name)) for name in names}
         for module in self.model.modules():
-            if hasattr(module, "change_settings"):
+            if isinstance(module, ChangedByStages):
                 module.change_settings(settings)
 
     def _loss(self, inputs: TokenInputs, labels: Tensor) -> Tensor:
