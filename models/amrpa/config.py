@@ -1,0 +1,90 @@
+"""Settings of AMRPA. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError
+
+from models.common.config import STRICT, PositiveFloat, PositiveInt
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class AMRPAConfig(BaseModel):
+    """Settings of the cross-layer memory; names and defaults are those of the published package.
+
+    * `memory_decay` (gamma), `memory_noise` (epsilon): fading ink.
+    * `adaptive_window`, `max_window_size`: how many earlier layers a layer reads.
+    * `gate_sensitivity` (gamma_g), `gate_bias` (b_g): initial values of two learned scalars per
+      layer; `gate_activation`.
+    * `alpha_temperature` (T), `alpha_mlp_hidden`, `alpha_mlp_layers`: the selection MLP.
+    * `target_layers`: see `models.amrpa.targets`.
+    * `freeze_base_model`, `freeze_embeddings`: what injection freezes.
+    * `dropout`: inside the selection MLP. `diversity_weight`, `gate_reg_weight`: the two losses.
+    * `track_metrics`, `metric_device`: whether measurements are kept, and where they are read.
+
+    Beyond the published package:
+
+    * `history_kind`: what a layer leaves behind. `qk`: queries and keys; `pattern`: the S x S
+      matrix itself, for reference; `context`: the attention output, an approximation.
+    * `history_scope`: which layers are remembered, `all` or the `targets` alone.
+    * `detach_history`: whether gradients stop at the history.
+    * `granularity`: one selection per `head`, or one per `token` over all heads.
+
+    Raises:
+        ValueError: a setting is unknown or outside of its range.
+    """
+
+    model_config = STRICT
+
+    memory_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    memory_noise: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    adaptive_window: bool = True
+    max_window_size: PositiveInt = 4
+    gate_sensitivity: Finite = 2.0
+    gate_bias: Finite = -0.25
+    gate_activation: Literal["sigmoid", "tanh", "relu"] = "sigmoid"
+    alpha_temperature: PositiveFloat = 0.25
+    alpha_mlp_hidden: PositiveInt = 384
+    alpha_mlp_layers: PositiveInt = 2
+    target_layers: str | list[int] = "last_4"
+    freeze_base_model: bool = True
+    freeze_embeddings: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    diversity_weight: Weight = 0.005
+    gate_reg_weight: Weight = 0.05
+    track_metrics: bool = True
+    metric_device: str = "cpu"
+    history_kind: Literal["qk", "pattern", "context"] = "qk"
+    history_scope: Literal["all", "targets"] = "all"
+    detach_history: bool = True
+    granularity: Literal["head", "token"] = "head"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The settings of `to_dict`.
+
+        Raises:
+            ValueError: a setting is unknown or outside of its range.
+        """
+        for name in values:
+            if name not in cls.model_fields:
+                nearest = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else "remove it"
+                raise ValueError(f"{name!r} is no setting of AMRPAConfig; {hint}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = first["loc"][0]
+            raise ValueError(
+                f"{name}={values.get(name)!r} of AMRPAConfig is invalid: {first['msg']}"
+            ) from None

@@ -1,0 +1,267 @@
+"""AMRPA in a transformers model: injection, losses, measurements, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.amrpa.config import AMRPAConfig
+from models.amrpa.injection.architectures import (
+    Architecture,
+    Stack,
+    architecture_of,
+    attentions,
+    check_routable,
+    find,
+)
+from models.amrpa.injection.attention import IMPLEMENTATION, register
+from models.amrpa.injection.freezing import freeze
+from models.amrpa.injection.model import AMRPAState, injected_class
+from models.amrpa.injection.state import Site, StackState, wrap_checkpointing
+from models.amrpa.memory import QueryMemory
+from models.amrpa.targets import MemoryPlan, plan_memory, targets_by_stack
+
+Mode = Literal["auto", "encoder", "decoder"]
+
+# Measurements that `get_amrpa_metrics` returns.
+METRICS = (
+    "gate_impact",
+    "gate_variance",
+    "alpha_diversity",
+    "memory_contribution",
+    "using_memory",
+)
+
+
+def inject_amrpa(
+    model: Any,
+    config: AMRPAConfig | None = None,
+    mode: Mode = "auto",
+    target_layers: str | Sequence[int] | None = None,
+    adapter: Architecture | None = None,
+) -> Any:
+    """Inject AMRPA into the self-attention of a transformers model, in place, and return it.
+
+    The model computes the same logits, bit for bit, until it is trained. New parameters exist at
+    once, in the dtype and on the device of the attention that they serve, under the name
+    `...amrpa.<layer>`. In training, `outputs.loss` includes the two losses of AMRPA.
+
+    `mode`: `encoder` or `decoder` restricts injection to one stack, `auto` takes all.
+    `target_layers` replaces that of `config`. `adapter`: where a model that is not in
+    `models.amrpa.injection.architectures` keeps its attention.
+
+    Raises:
+        ValueError: the model is injected already, its attention cannot be routed, or the targets
+            name no layer with an earlier one.
+    """
+    config = config or AMRPAConfig()
+    if target_layers is not None:
+        chosen = target_layers if isinstance(target_layers, str) else list(target_layers)
+        config = AMRPAConfig.from_dict(config.to_dict() | {"target_layers": chosen})
+    if isinstance(getattr(model, "amrpa_state", None), AMRPAState):
+        raise ValueError(
+            f"{type(model).__name__} has AMRPA already; inject into a model loaded anew"
+        )
+    architecture = adapter or architecture_of(model.config)
+    check_routable(model.config, architecture)
+    stacks = _present_stacks(model, architecture, mode)
+    found = {each.name: attentions(model.config, layers, each) for each, layers in stacks}
+    targets = targets_by_stack(
+        config.target_layers, {name: len(modules) for name, modules in found.items()}
+    )
+    plans = {
+        name: plan_memory(targets[name], config, _layer_types(model.config, len(modules)))
+        for name, modules in found.items()
+        if name in targets
+    }
+    states = []
+    for stack, layers in stacks:
+        if stack.name in plans:
+            state = StackState(stack.name, config, plans[stack.name])
+            _attach(model, stack, layers, found[stack.name], state)
+            states.append(state)
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    model.amrpa_state = AMRPAState(config, states)
+    model.__class__ = injected_class(type(model))
+    model.config.amrpa_config = config.to_dict()
+    freeze(model, config, [(find(_base(model), s.layers), found[s.name], plans.get(s.name))
+                           for s, _ in stacks])  # fmt: skip
+    return model
+
+
+def get_amrpa_loss(model: Any) -> Tensor:
+    """The weighted losses of the last forward pass, averaged over rows: a scalar with gradient.
+
+    Raises:
+        ValueError: the model has no AMRPA, or there was no forward pass.
+    """
+    loss: Tensor = _state(model).loss()
+    return loss
+
+
+def get_amrpa_metrics(model: Any) -> dict[str, Tensor]:
+    """Measurements of the last forward pass on `metric_device`: name -> fp32 [b], means over
+    layers, heads and tokens.
+
+    `gate_impact`: mean G. `gate_variance`: variance of G over tokens. `alpha_diversity`: entropy of
+    alpha. `memory_contribution`: norm of G W_m m. `using_memory`: the share of layers with memory
+    that read a history.
+
+    Raises:
+        ValueError: the model has no AMRPA, track_metrics is False, or there was no forward pass.
+    """
+    state = _state(model)
+    if not state.config.track_metrics:
+        raise ValueError(
+            "track_metrics=False keeps no measurements; inject with track_metrics=True"
+        )
+    return {name: state.metric(name).to(state.config.metric_device) for name in METRICS}
+
+
+def reset_amrpa_history(model: Any) -> None:
+    """Forget losses and measurements; history never outlives a forward pass.
+
+    Raises:
+        ValueError: the model has no AMRPA.
+    """
+    _state(model).measured = []
+
+
+def from_pretrained(path: str | Path, **options: Any) -> Any:
+    """Load a model with AMRPA from a directory that its `save_pretrained` wrote.
+
+    The class is that of the saved model; `options` are those of its `from_pretrained`.
+
+    Raises:
+        ValueError: the directory holds no AMRPA, or weights are missing, left over, or of another
+            shape.
+    """
+    config = transformers.AutoConfig.from_pretrained(path)
+    settings = getattr(config, "amrpa_config", None)
+    if settings is None:
+        raise ValueError(f"{path} has no amrpa_config in its config.json; load it as any model")
+    model_class = getattr(transformers, config.architectures[0])
+    model, info = _quiet(model_class.from_pretrained, path, output_loading_info=True, **options)
+    wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if ".amrpa." not in k)]
+    if wrong:
+        raise ValueError(f"{path}: the weights of {wrong[0]} are missing or left over")
+    frozen = AMRPAConfig.from_dict(settings)
+    model = inject_amrpa(model, config=frozen)
+    _load_memories(model, Path(path))
+    return model.eval()
+
+
+def _load_memories(model: Any, path: Path) -> None:
+    expected = {k: v for k, v in model.state_dict().items() if ".amrpa." in k}
+    stored = {}
+    for file in sorted(path.glob("*.safetensors")):
+        stored |= {_local(k, expected): v for k, v in load_file(file).items() if ".amrpa." in k}
+    if stored.keys() != expected.keys():
+        wrong = sorted(stored.keys() ^ expected.keys())[0]
+        raise ValueError(f"{path}: the weights of {wrong} are missing or left over")
+    for name, weight in expected.items():
+        if stored[name].shape != weight.shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(stored[name].shape)}, the model needs "
+                f"{tuple(weight.shape)}; load it with the configuration that it was saved with"
+            )
+    model.load_state_dict(stored, strict=False)
+
+
+def _local(name: str, expected: dict[str, Tensor]) -> str:
+    """A stored name as the model spells it: a bare base model has no prefix."""
+    shorter = name.partition(".")[2]
+    return shorter if name not in expected and shorter in expected else name
+
+
+def _quiet(load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load without the warning of left-over weights, which are AMRPA's and loaded afterwards."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return load(*args, **kwargs)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _state(model: Any) -> AMRPAState:
+    state = getattr(model, "amrpa_state", None)
+    if not isinstance(state, AMRPAState):
+        raise ValueError(f"{type(model).__name__} has no AMRPA; call inject_amrpa on it first")
+    return state
+
+
+def _base(model: Any) -> nn.Module:
+    base: nn.Module = model.base_model
+    return base
+
+
+def _present_stacks(
+    model: Any, architecture: Architecture, mode: Mode
+) -> list[tuple[Stack, nn.Module]]:
+    """The stacks of `mode` that the model has, with their layers."""
+    if mode not in ("auto", "encoder", "decoder"):
+        raise ValueError(f"mode={mode!r} is none of 'auto', 'encoder', 'decoder'; choose one")
+    found = [(stack, find(_base(model), stack.layers)) for stack in architecture.stacks]
+    present = [
+        (stack, layers)
+        for stack, layers in found
+        if layers is not None and mode in ("auto", stack.name)
+    ]
+    if not present:
+        raise ValueError(
+            f"mode={mode!r}: {type(model).__name__} has none of the stacks "
+            f"{', '.join(stack.name for stack in architecture.stacks)}; choose another mode"
+        )
+    return present
+
+
+def _layer_types(config: Any, num_layers: int) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    return list(types) if types and len(types) == num_layers else ["full"] * num_layers
+
+
+def _attach(
+    model: Any, stack: Stack, layers: nn.Module, modules: list[nn.Module], state: StackState
+) -> None:
+    """Give every attention of a stack its site, and those of target layers their memory."""
+    config = model.config
+    num_heads = getattr(config, stack.num_heads)
+    head_dim = getattr(config, stack.head_dim, None) or config.hidden_size // num_heads
+    for module in dict.fromkeys(modules):
+        depths = [depth for depth, each in enumerate(modules) if each is module]
+        site = Site(state, depths)
+        module.amrpa_site = site  # type: ignore[assignment]
+        module.register_forward_pre_hook(site.take_rotation, with_kwargs=True)
+        _add_memories(module, state.plan, depths, num_heads, head_dim, state.config)
+    parent, _, _ = stack.layers.rpartition(".")
+    _base(model).get_submodule(parent).register_forward_pre_hook(state.begin)
+    state.layers = [layers]
+    wrap_checkpointing(layers, state)
+
+
+def _add_memories(
+    module: nn.Module,
+    plan: MemoryPlan,
+    depths: list[int],
+    num_heads: int,
+    head_dim: int,
+    config: AMRPAConfig,
+) -> None:
+    like = next(p for p in module.parameters() if p.is_floating_point())
+    memories = {
+        str(depth): QueryMemory(num_heads, head_dim, len(plan.reads[depth]), config).to(
+            like.device, like.dtype
+        )
+        for depth in depths
+        if depth in plan.reads
+    }
+    if memories:
+        module.amrpa = nn.ModuleDict(memories)
+        module.amrpa.train(module.training)

@@ -1,0 +1,207 @@
+"""Generation with caches, beams and padding; training with the Trainer; saving and loading."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
+
+import models.amrpa as amrpa
+from models.amrpa import AMRPAConfig, inject_amrpa
+from tests.models.amrpa.tiny import ALL, DECODERS, PAIRS, VOCAB, injected, inputs, plain
+from tests.tolerance import assert_close, rounding
+
+BOUND = rounding(torch.float32, depth=32, length=64)
+
+
+def _cache(kind: str, model, length: int):
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    return DynamicCache(config=model.config)  # keeps a window where a layer has one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("history", ["qk", "context"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoding_with_a_cache_equals_the_full_forward_pass(name, kind, history):
+    """In chunks, beyond the windows of mistral and gemma3."""
+    model = injected(name, history_kind=history).double()
+    tokens = inputs(name, padded=False)["input_ids"]
+    whole = model(tokens).logits
+    cache = _cache(kind, model, tokens.shape[1])
+    parts = []
+    for part in tokens.split([5, 1, 1, 3, 1, 1], dim=1):
+        parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+    assert_close(torch.cat(parts, dim=1), whole, BOUND)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_decoder_with_an_encoder_decodes_with_a_cache(name):
+    model = injected(name).double()
+    given = inputs(name)
+    whole = model(**given).logits
+    cache = EncoderDecoderCache(
+        DynamicCache(config=model.config), DynamicCache(config=model.config)
+    )
+    tokens = given.pop("decoder_input_ids")
+    parts = [
+        model(**given, decoder_input_ids=part, past_key_values=cache, use_cache=True).logits
+        for part in tokens.split([4, 1, 1, 4], dim=1)
+    ]
+    assert_close(torch.cat(parts, dim=1), whole, BOUND)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("name", [*DECODERS, *PAIRS])
+def test_generation_is_the_same_with_and_without_a_cache(name, options):
+    model = injected(name).double()
+    given = inputs(name)
+    given.pop("decoder_input_ids", None)
+    settings = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "disable_compile": True,
+    }
+    plainly = {k: v for k, v in options.items() if k != "cache_implementation"}
+    without = model.generate(**given, **settings, **plainly, use_cache=False)
+    assert torch.equal(model.generate(**given, **settings, **options), without)
+    if name in PAIRS or options:
+        return
+    alone = model.generate(given["input_ids"][:1, 3:], **settings)
+    assert torch.equal(alone[0, -6:], without[0, -6:])  # left padding changes nothing
+
+
+class _Rows(Dataset):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(3, VOCAB, (10,), generator=generator)
+        labels = tokens.clone()
+        labels[: index % 4 + 1] = -100
+        return {"input_ids": tokens, "labels": labels}
+
+
+def _train(name: str, folder, **options):
+    model = injected(name, diversity_weight=0.5, gate_reg_weight=0.5)
+    model = model.double()
+    arguments = TrainingArguments(
+        folder, max_steps=2, report_to=[], use_cpu=True, learning_rate=0.01, lr_scheduler_type=
+        "constant", save_strategy="no", disable_tqdm=True, logging_steps=1, optim="sgd",
+        max_grad_norm=0.0, **options,
+    )  # fmt: skip
+
+    class Ordered(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = Ordered(model=model, args=arguments, train_dataset=_Rows(name))
+    # Noise is drawn per micro-batch.
+    for module in model.modules():
+        if isinstance(module, amrpa.QueryMemory):
+            module.eval()
+            module.train = lambda mode=True, m=module: m
+    trainer.train()
+    return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _assert_trained(model, name: str) -> None:
+    start = dict(injected(name).double().named_parameters())
+    for parameter, value in model.named_parameters():
+        if ".amrpa." in parameter:
+            assert not torch.equal(value, start[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_trainer_trains_both_losses_alike_in_any_micro_batches(name, tmp_path):
+    whole, losses = _train(name, tmp_path, per_device_train_batch_size=4)
+    parts, again = _train(
+        name, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    assert losses == pytest.approx(again, rel=1e-5)
+    _assert_trained(whole, name)
+    for (parameter, value), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert_close(other.detach(), value.detach(), 1e-5, parameter, floor=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_the_trainer_trains_encoders_and_pairs(name, tmp_path):
+    # Not in micro-batches: transformers 5.23 then adds the losses of these models up, with or
+    # without AMRPA, where it should average.
+    model, losses = _train(name, tmp_path, per_device_train_batch_size=4)
+    _assert_trained(model, name)
+    assert losses[1] < losses[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_a_saved_model_loads_with_identical_logits(name, tmp_path):
+    model = injected(name)
+    model.save_pretrained(tmp_path)
+    loaded = amrpa.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == type(model).__name__
+    assert torch.equal(loaded(**inputs(name)).logits, model(**inputs(name)).logits)
+    assert loaded.amrpa_state.config == model.amrpa_state.config
+
+
+def test_a_bare_model_and_another_dtype_load(tmp_path):
+    model = inject_amrpa(plain("llama").model, target_layers="last_2")
+    model.save_pretrained(tmp_path)
+    loaded = amrpa.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def _edit(folder, **changes):
+    file = folder / "config.json"
+    contents = json.loads(file.read_text())
+    contents["amrpa_config"] |= changes
+    file.write_text(json.dumps(contents))
+
+
+def test_directories_that_do_not_fit_are_refused_in_one_line(tmp_path):
+    plain("llama").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no amrpa_config in its config"):
+        amrpa.from_pretrained(tmp_path / "plain")
+    for name, change, message in (
+        ("unknown", {"memory_dcay": 1}, "'memory_dcay' is no setting of AMRPAConfig; did you mean"),
+        ("shape", {"alpha_mlp_hidden": 20}, r"mlp_weights.0 has shape \(12, 16\), the model needs"),
+        ("targets", {"target_layers": [1]}, "the weights of .* are missing or left over"),
+    ):
+        injected("llama").save_pretrained(tmp_path / name)
+        _edit(tmp_path / name, **change)
+        with pytest.raises(ValueError, match=message) as error:
+            amrpa.from_pretrained(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_the_quick_starts_of_the_published_package(tmp_path):
+    config = AMRPAConfig(
+        memory_decay=0.95, memory_noise=0.001, target_layers="last_6", gate_sensitivity=2.5,
+        alpha_temperature=0.3,
+    )  # fmt: skip
+    model = inject_amrpa(plain("roberta"), config=config)
+    for targets in ([1, 2, 3], "last_4", "first_3", "middle_6", "1:3"):
+        inject_amrpa(plain("roberta"), target_layers=targets)
+    amrpa.reset_amrpa_history(model)
+    model(**inputs("roberta"))
+    metrics = amrpa.get_amrpa_metrics(model)
+    assert 0 < metrics["gate_impact"].mean() < 1
+    assert metrics["alpha_diversity"].mean() > 0
+    assert {value.shape for value in metrics.values()} == {(2,)}
