@@ -90,6 +90,7 @@ def inject_amrpa(
     model.amrpa_state = AMRPAState(config, states)
     model.__class__ = injected_class(type(model))
     model.config.amrpa_config = config.to_dict()
+    model.config.amrpa_mode = mode
     freeze(model, config, [(find(_base(model), s.layers), found[s.name], plans.get(s.name))
                            for s, _ in stacks])  # fmt: skip
     return model
@@ -133,10 +134,11 @@ def reset_amrpa_history(model: Any) -> None:
     _state(model).measured = []
 
 
-def from_pretrained(path: str | Path, **options: Any) -> Any:
+def from_pretrained(path: str | Path, adapter: Architecture | None = None, **options: Any) -> Any:
     """Load a model with AMRPA from a directory that its `save_pretrained` wrote.
 
-    The class is that of the saved model; `options` are those of its `from_pretrained`.
+    The class is that of the saved model. `adapter`: as for `inject_amrpa`. `options`: those of the
+    model's `from_pretrained`.
 
     Raises:
         ValueError: the directory holds no AMRPA, or weights are missing, left over, or of another
@@ -151,8 +153,8 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
     wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if ".amrpa." not in k)]
     if wrong:
         raise ValueError(f"{path}: the weights of {wrong[0]} are missing or left over")
-    frozen = AMRPAConfig.from_dict(settings)
-    model = inject_amrpa(model, config=frozen)
+    mode = getattr(config, "amrpa_mode", "auto")
+    inject_amrpa(model, AMRPAConfig.from_dict(settings), mode=mode, adapter=adapter)
     _load_memories(model, Path(path))
     return model.eval()
 

@@ -161,6 +161,13 @@ def test_a_saved_model_loads_with_identical_logits(name, tmp_path):
     assert loaded.amrpa_state.config == model.amrpa_state.config
 
 
+def test_a_model_with_memory_in_one_stack_loads(tmp_path):
+    inject_amrpa(plain("bart"), target_layers=[1, 2], mode="decoder").save_pretrained(tmp_path)
+    names = [n for n, _ in amrpa.from_pretrained(tmp_path).named_parameters() if ".amrpa." in n]
+    assert names
+    assert all("decoder" in n for n in names)
+
+
 def test_a_bare_model_and_another_dtype_load(tmp_path):
     model = inject_amrpa(plain("llama").model, target_layers="last_2")
     model.save_pretrained(tmp_path)
