@@ -84,7 +84,7 @@ class AMRPAConfig(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name = first["loc"][0]
+            name = str(first["loc"][0])
             raise ValueError(
                 f"{name}={values.get(name)!r} of AMRPAConfig is invalid: {first['msg']}"
             ) from None

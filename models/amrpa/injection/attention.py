@@ -49,7 +49,8 @@ def amrpa_attention(
     options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
     reads = [now.history[i] for i in stack.plan.reads.get(depth, ()) if i in now.history]
     if reads:  # none where a layer was dropped (LayerDrop)
-        memory: QueryMemory = module.amrpa[str(depth)]  # type: ignore[index]
+        memories: Any = module.amrpa
+        memory: QueryMemory = memories[str(depth)]
         query = query + _correct(
             memory, module, site, depth, reads, query, key, value, attention_mask, options
         )

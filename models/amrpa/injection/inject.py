@@ -71,14 +71,7 @@ def inject_amrpa(
     check_routable(model.config, architecture)
     stacks = _present_stacks(model, architecture, mode)
     found = {each.name: attentions(model.config, layers, each) for each, layers in stacks}
-    targets = targets_by_stack(
-        config.target_layers, {name: len(modules) for name, modules in found.items()}
-    )
-    plans = {
-        name: plan_memory(targets[name], config, _layer_types(model.config, len(modules)))
-        for name, modules in found.items()
-        if name in targets
-    }
+    plans = _plan(model.config, config, {name: len(each) for name, each in found.items()})
     states = []
     for stack, layers in stacks:
         if stack.name in plans:
@@ -88,11 +81,11 @@ def inject_amrpa(
     register()
     model.set_attn_implementation(IMPLEMENTATION)
     model.amrpa_state = AMRPAState(config, states)
-    model.__class__ = injected_class(type(model))
+    model_class: Any = type(model)
+    model.__class__ = injected_class(model_class)
     model.config.amrpa_config = config.to_dict()
     model.config.amrpa_mode = mode
-    freeze(model, config, [(find(_base(model), s.layers), found[s.name], plans.get(s.name))
-                           for s, _ in stacks])  # fmt: skip
+    freeze(model, config, [(layers, found[s.name], plans.get(s.name)) for s, layers in stacks])
     return model
 
 
@@ -153,7 +146,7 @@ def from_pretrained(path: str | Path, adapter: Architecture | None = None, **opt
     wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if ".amrpa." not in k)]
     if wrong:
         raise ValueError(f"{path}: the weights of {wrong[0]} are missing or left over")
-    mode = getattr(config, "amrpa_mode", "auto")
+    mode: Any = getattr(config, "amrpa_mode", "auto")
     inject_amrpa(model, AMRPAConfig.from_dict(settings), mode=mode, adapter=adapter)
     _load_memories(model, Path(path))
     return model.eval()
@@ -161,7 +154,7 @@ def from_pretrained(path: str | Path, adapter: Architecture | None = None, **opt
 
 def _load_memories(model: Any, path: Path) -> None:
     expected = {k: v for k, v in model.state_dict().items() if ".amrpa." in k}
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         stored |= {_local(k, expected): v for k, v in load_file(file).items() if ".amrpa." in k}
     if stored.keys() != expected.keys():
@@ -222,6 +215,15 @@ def _present_stacks(
             f"{', '.join(stack.name for stack in architecture.stacks)}; choose another mode"
         )
     return present
+
+
+def _plan(config: Any, settings: AMRPAConfig, sizes: dict[str, int]) -> dict[str, MemoryPlan]:
+    """The plan of every stack that has targets; `sizes`: name -> number of layers."""
+    targets = targets_by_stack(settings.target_layers, sizes)
+    return {
+        name: plan_memory(layers, settings, _layer_types(config, sizes[name]))
+        for name, layers in targets.items()
+    }
 
 
 def _layer_types(config: Any, num_layers: int) -> list[str]:

@@ -81,7 +81,8 @@ def injected_class(model_class: type) -> type:
     A subclass and no replaced method: copies of the model work, and callers that call `forward`
     itself (PEFT) get the losses.
     """
-    original: Any = model_class.forward  # type: ignore[attr-defined]
+    parent: Any = model_class
+    original = parent.forward
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -100,7 +101,7 @@ def injected_class(model_class: type) -> type:
         return _with_losses(self, output, arguments)
 
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
-        super(subclass, self)._set_gradient_checkpointing(*args, **kwargs)
+        parent._set_gradient_checkpointing(self, *args, **kwargs)
         for stack in self.amrpa_state.stacks:
             for layers in stack.layers:
                 wrap_checkpointing(layers, stack)
@@ -112,8 +113,8 @@ def injected_class(model_class: type) -> type:
         "__qualname__": model_class.__qualname__,
         "__doc__": model_class.__doc__,
     }
-    subclass: Any = type(model_class.__name__, (model_class,), names)
-    return subclass  # type: ignore[no-any-return]
+    subclass: type = type(model_class.__name__, (model_class,), names)
+    return subclass
 
 
 def _refuse_attentions(config: Any, arguments: dict[str, Any]) -> None:

@@ -111,7 +111,12 @@ class StackState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model starts without a pass."""
-        fresh = {"current": Pass(), "attention_mask": None, "began": False, "_calls": Counter()}
+        fresh: dict[str, Any] = {
+            "current": Pass(),
+            "attention_mask": None,
+            "began": False,
+            "_calls": Counter(),
+        }
         return self.__dict__ | fresh
 
 
