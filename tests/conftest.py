@@ -19,11 +19,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # worker alone at the end.
 _FIRST = (
     "launchers",
+    "pretrain/supervision",
     "faults",
     "hostile",
     "pretrain/test_launch.py",
     "pretrain/prove",
-    "pretrain/supervision",
     "pretrain/layouts",
     "pretrain/stability",
     "models/hf",
