@@ -17,7 +17,7 @@ from models.agiformer.cache import ReasoningCache
 from models.agiformer.carry import AUX, AgiformerCarry
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.patches import used_patches
-from models.common.init import replicated_linear
+from models.common.init import replicated, replicated_linear
 from models.common.norms import RMSNorm
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -67,9 +67,8 @@ class RecurrentReasoningBlock(nn.Module):
         self.gate = replicated_linear(hidden, hidden, bias=True, init=init, ctx=ctx)
         self.halt = None
         if config.halting != "none":
-            self.halt = replicated_linear(
-                hidden, 1, bias=True, init=zero, bias_init=Constant(-1.0), role="gate", ctx=ctx
-            )
+            self.halt = replicated((1, hidden), zero, ctx, role="gate")
+            self.halt_bias = replicated((1,), Constant(-1.0), ctx)
 
     def new_cache(self, batch_size: int, max_length: int) -> ReasoningCache:
         """No state; in generation the block stops early."""
@@ -93,7 +92,7 @@ class RecurrentReasoningBlock(nn.Module):
         update = self.gate(c).sigmoid() * self.down(F.gelu(self.up(c)))
         if self.halt is None:
             return update, None
-        weight, bias = at_least_fp32(self.halt.weight), at_least_fp32(self.halt.bias)
+        weight, bias = at_least_fp32(self.halt), at_least_fp32(self.halt_bias)
         return update, F.linear(at_least_fp32(c), weight, bias).sigmoid().squeeze(-1)
 
     def begin(self, s: Tensor) -> Halting:

@@ -134,7 +134,7 @@ def thought(w: Weights, config: AgiformerConfig, x: Tensor) -> tuple[Tensor, int
         hidden = F.gelu(w["up.weight"] @ c + w["up.bias"])
         gate = (w["gate.weight"] @ c + w["gate.bias"]).sigmoid()
         update = gate * (w["down.weight"] @ hidden + w["down.bias"])
-        p = (w["halt.weight"].squeeze(0) @ c + w["halt.bias"].squeeze()).sigmoid()
+        p = (w["halt"].squeeze(0) @ c + w["halt_bias"].squeeze()).sigmoid()
         s = s + ((1 - p) * update if config.halting == "soft" else update)
         if config.halting == "soft":
             continue
