@@ -64,7 +64,7 @@ class RecurrentReasoningBlock(nn.Module):
         self.step_norm = RMSNorm(hidden, eps=config.rms_norm_eps, ctx=ctx)
         self.up = ColumnParallelLinear(hidden, 4 * hidden, ctx=ctx, bias=True, init=init)
         self.down = RowParallelLinear(4 * hidden, hidden, ctx=ctx, bias=True, init=zero)
-        self.gate = replicated_linear(hidden, hidden, bias=True, init=init, ctx=ctx)
+        self.gate = replicated_linear(hidden, hidden, bias=True, init=init, role="gate", ctx=ctx)
         self.halt = None
         if config.halting != "none":
             self.halt = replicated((1, hidden), zero, ctx, role="gate")

@@ -6,6 +6,7 @@ Shapes: s sequence, b batch, h hidden, T noise levels, V vocabulary, t tensor si
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,16 +82,18 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.steps = config.diffusion_steps
         h, init = config.hidden_size, Normal(config.init_std)
-        self.inner = replicated_linear(TIME_CHANNELS, h, bias=True, init=init, ctx=ctx)
-        self.outer = replicated_linear(h, h, bias=True, init=init, ctx=ctx)
-        self.modulation = replicated_linear(h, 6 * h, bias=True, init=Constant(0.0), ctx=ctx)
+        linear = partial(replicated_linear, bias=True, role="gate", ctx=ctx)
+        self.inner = linear(TIME_CHANNELS, h, init=init)
+        self.outer = linear(h, h, init=init)
+        self.modulation = linear(h, 6 * h, init=Constant(0.0))
 
-    def forward(self, levels: Tensor) -> Tensor:
+    def forward(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        """`dtype`: of the weights, which quantised layers do not tell."""
         half = TIME_CHANNELS // 2
         # Angles up to 1000 are too coarse in fp32.
         exponents = torch.arange(half, dtype=torch.float64, device=levels.device) / half
         angles = (1000.0 / self.steps * levels).unsqueeze(-1) * 10_000.0**-exponents
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.inner.weight.dtype)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
         c = F.silu(self.outer(F.silu(self.inner(waves))))
         return self.modulation(c)
 
@@ -129,12 +132,12 @@ class DARTEmbedding(nn.Module):
         following = F.pad(inputs.tokens[:, 1:], (0, 1))
         if cache is None:
             levels = torch.arange(self.config.diffusion_steps + 1, device=hidden.device)
-            modulation = self.time(levels)
+            modulation = self.time(levels, self.mask.dtype)
             noise = self._with_positions(noise)
         else:
             cache.length += inputs.tokens.shape[1]
             if cache.modulation is None:
-                cache.modulation = self.time(noise.levels[:1, :1].flatten())
+                cache.modulation = self.time(noise.levels[:1, :1].flatten(), self.mask.dtype)
             modulation = cache.modulation
         noised = self._noised(following, noise)
         return DARTCarry(hidden, noised, modulation, noise.levels, noise.targets, noise.positions)
@@ -149,7 +152,7 @@ class DARTEmbedding(nn.Module):
     def _block(self, inputs: BlockInputs) -> DARTCarry:
         levels = torch.full_like(inputs.tokens, inputs.level, dtype=torch.int32)
         noise = Noise(levels, inputs.hidden, levels, None, inputs.tokens)
-        modulation = self.time(levels[:1, :1].flatten())
+        modulation = self.time(levels[:1, :1].flatten(), self.mask.dtype)
         hidden = self.tokens(inputs.before).transpose(0, 1)
         return DARTCarry(hidden, self._noised(inputs.tokens, noise), modulation, levels, levels)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.config import DataConfig
+from data_tools.config import DataConfig, SourceConfig
+from data_tools.errors import NoSuchFileError
+from data_tools.files import expand_paths
 from data_tools.loading.builders import (
     build_eval_batches,
     build_train_loader,
@@ -98,14 +100,15 @@ def _length(curriculum: Curriculum) -> Finding:
 
 
 def _missing_files(data: DataConfig) -> Iterator[Finding]:
-    """Every local corpus of tokens, and the tokenizer, that is not there."""
-    if data.kind != "tokens":
-        return  # patterns, which are expanded when they are opened
+    """Every local corpus, and the tokenizer, that is not there."""
     for split in ("train", "validation"):
         for source in getattr(data, split):
-            prefix = Path(source.path)
             if "://" in source.path:
                 continue
+            if data.kind == "bytes":
+                yield from _missing_texts(split, source)
+                continue
+            prefix = Path(source.path)
             files = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
             absent = [str(file) for file in files if not file.is_file()]
             if absent:
@@ -118,6 +121,19 @@ def _missing_files(data: DataConfig) -> Iterator[Finding]:
                 )
     if data.tokenizer not in (None, "bytes"):
         yield from _missing_tokenizer(str(data.tokenizer))
+
+
+def _missing_texts(split: str, source: SourceConfig) -> Iterator[Finding]:
+    """A source of files as they are, if no file matches its pattern."""
+    try:
+        expand_paths(source.path)
+    except NoSuchFileError:
+        yield Finding(
+            SECTION,
+            "error",
+            f"data.{split} source {source.name}: no file matches {source.path} in {Path.cwd()}",
+            "set the path of text files, a folder of them or a pattern",
+        )
 
 
 def _remedy(prefix: Path) -> str:

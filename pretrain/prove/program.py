@@ -21,7 +21,7 @@ class Leg(NamedTuple):
 
     name: str
     config: RunConfig
-    ds_values: dict[str, Any]
+    ds_config_values: dict[str, Any]
     ranks: int
 
     @property
@@ -35,7 +35,7 @@ class Leg(NamedTuple):
             "expert": parallel.expert,
         }
         axes = [f"{name} {size}" for name, size in sizes.items() if size > 1] or ["one rank"]
-        zero = self.ds_values.get("zero_optimization", {})
+        zero = self.ds_config_values.get("zero_optimization", {})
         offload = [k for k in zero if k.startswith("offload")]
         return ", ".join([
             " x ".join(axes) + " (sequence parallel)" * parallel.sequence_parallel,
@@ -61,7 +61,7 @@ def train_leg(
         update={"run_dir": str(run_dir), "resume": "must" if resume_from else "never"}
     )
     (place / f"{RUN_FILE}.yaml").write_text(to_yaml(config))
-    (place / "ds.json").write_text(json.dumps(leg.ds_values))
+    (place / "ds.json").write_text(json.dumps(leg.ds_config_values))
     if resume_from is not None:
         shutil.copytree(resume_from, run_dir / "checkpoints" / resume_from.name)
     command = ["--config-dir", str(place), "--config-name", RUN_FILE]

@@ -207,13 +207,13 @@ def _tokens_of(config: RunConfig, data_size: int) -> int:
 def _case(small: SmallRun, data: DataConfig, precision: str) -> Case:
     values = resolved(small.config.model_copy(update={"data": data}))
     values["training"]["precision"] = precision
-    here = Leg("here", parse_config(values), ds_for(small.ds_values, precision), small.ranks)
+    here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
     return Case(here, elsewhere(here))
 
 
-def ds_for(ds_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """The DeepSpeed file of a run in another precision."""
-    values = {k: v for k, v in ds_values.items() if k != "bf16"}
+    values = {k: v for k, v in ds_config_values.items() if k != "bf16"}
     if precision == "fp32" and values.get("communication_data_type") == "bf16":
         del values["communication_data_type"]
     return values
@@ -224,7 +224,7 @@ def elsewhere(here: Leg) -> Leg:
     values = resolved(here.config)
     parallel, training = values["parallel"], values["training"]
     samples = training["batch_size"] * training["gradient_accumulation_steps"] * _data_size(here)
-    stage = here.ds_values.get("zero_optimization", {}).get("stage", 0)
+    stage = here.ds_config_values.get("zero_optimization", {}).get("stage", 0)
     plain = {"tensor": 1, "pipeline": 1, "sequence_parallel": False}
     candidates: list[dict[str, Any]] = [plain, {**plain, "tensor": 2}, {**plain, "pipeline": 2}]
     if parallel["tensor"] * parallel["pipeline"] == 1:
@@ -241,10 +241,10 @@ def elsewhere(here: Leg) -> Leg:
             batch = {"batch_size": batch_size, "gradient_accumulation_steps": own // batch_size}
             values["training"] = {**training, **batch}
             ranks = data_size * cut["tensor"] * cut["pipeline"]
-            ds_values = here.ds_values
+            ds_config_values = here.ds_config_values
             if cut["pipeline"] > 1 and stage != 1:
-                ds_values = {"zero_optimization": {"stage": 1}}
-            leg = Leg("there", parse_config(values), dict(ds_values), ranks)
+                ds_config_values = {"zero_optimization": {"stage": 1}}
+            leg = Leg("there", parse_config(values), dict(ds_config_values), ranks)
             if leg.layout != here.layout and _resolves(leg):
                 return leg
     return here._replace(name="there")
@@ -252,7 +252,7 @@ def elsewhere(here: Leg) -> Leg:
 
 def _resolves(leg: Leg) -> bool:
     try:
-        resolve_text(leg.config, leg.ds_values, leg.ranks)
+        resolve_text(leg.config, leg.ds_config_values, leg.ranks)
     except ConfigError:
         return False
     return True

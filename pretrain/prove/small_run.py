@@ -50,7 +50,7 @@ class SmallRun(NamedTuple):
     """
 
     config: RunConfig
-    ds_values: dict[str, Any]
+    ds_config_values: dict[str, Any]
     ranks: int
     changes: list[Change]
     unproven: list[str]
@@ -79,23 +79,23 @@ def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> 
     )
     _shrink_data(values)
     small = parse_config(values)
-    ds_values = _shrink_ds(ds_values_of(config, ds_config_path))
+    ds_config_values = _shrink_ds(ds_config_values_of(config, ds_config_path))
     changes = differences(before, resolved(small))
-    resolve_text(small, ds_values, ranks)
-    return SmallRun(small, ds_values, ranks, changes, unproven)
+    resolve_text(small, ds_config_values, ranks)
+    return SmallRun(small, ds_config_values, ranks, changes, unproven)
 
 
-def resolve_text(config: RunConfig, ds_values: Mapping[str, Any], ranks: int) -> None:
+def resolve_text(config: RunConfig, ds_config_values: Mapping[str, Any], ranks: int) -> None:
     """Check a run with a DeepSpeed JSON of these values.
 
     Raises:
         ConfigError: the config layer refuses it.
     """
-    with _ds_file(json.dumps(ds_values)) as path:
+    with _ds_file(json.dumps(ds_config_values)) as path:
         resolve_run(config, path, world_size=ranks)
 
 
-def ds_values_of(config: RunConfig, given: str | None) -> dict[str, Any]:
+def ds_config_values_of(config: RunConfig, given: str | None) -> dict[str, Any]:
     """DeepSpeed's JSON of a run, from a file or from its text, or that which the run takes by
     default."""
     data_size = _smallest_world(config) // (config.parallel.tensor * config.parallel.pipeline)
@@ -243,9 +243,9 @@ def _shrink_data(values: dict[str, Any]) -> None:
         stage |= {"until_step": end, "until_fraction": None}
 
 
-def _shrink_ds(ds_values: Mapping[str, Any]) -> dict[str, Any]:
+def _shrink_ds(ds_config_values: Mapping[str, Any]) -> dict[str, Any]:
     """Buckets and thresholds, which count elements, so that there are several of each."""
-    values = {name: value for name, value in ds_values.items() if name not in _OWNED}
+    values = {name: value for name, value in ds_config_values.items() if name not in _OWNED}
     zero = dict(values.get("zero_optimization", {}))
     for name, value in zero.items():
         if name.endswith(("bucket_size", "_threshold", "max_live_parameters")) and (

@@ -103,7 +103,7 @@ def test_deepspeed_settings_of_the_file_stay_and_its_sizes_shrink():
     text = """{"train_micro_batch_size_per_gpu": 16, "zero_optimization": {"stage": 3,
         "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}}"""
     small = shrunk(ds=text)
-    zero = small.ds_values["zero_optimization"]
+    zero = small.ds_config_values["zero_optimization"]
     assert zero["stage"] == 3
     assert zero["offload_optimizer"] == {"device": "cpu"}
     assert zero["reduce_bucket_size"] < 10_000
