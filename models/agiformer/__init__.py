@@ -1,12 +1,8 @@
-"""AGIFORMER: bytes in patches, Hebbian memory, adaptive computation.
-
-Names are imported lazily, so that the package does not import torch.
-"""
+"""AGIFORMER: bytes in patches, Hebbian memory, adaptive computation."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from models.lazy_names import lazy_names
 
 _MODULES = {
     "AgiformerConfig": "config",
@@ -24,9 +20,4 @@ _MODULES = {
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -30,6 +30,28 @@ from parallel.precision import fp32_or_wider
 from parallel.sharding import Normal, Sharding, declare
 
 
+class ByteTable(nn.Embedding):
+    """The byte table [V, D/t]; tensor ranks share its channels, so that a look-up needs no
+    collective: int64 [b, s] -> [b, s, D/t], a view of [s, b, D/t]."""
+
+    def __init__(self, config: AgiformerConfig, *, ctx: ParallelContext) -> None:
+        size = config.byte_size
+        if size % ctx.tensor.size:
+            raise ValueError(
+                f"byte_dim={size} is not divisible by parallel.tensor={ctx.tensor.size}; choose a "
+                "tensor size that divides it"
+            )
+        super().__init__(config.vocab_size, size // ctx.tensor.size, device=ctx.device)
+        channels, init = Sharding(dim=1, full_size=size), Normal(config.init_std)
+        declare(self.get_parameter("weight"), channels, init, role="embedding")
+
+    def reset_parameters(self) -> None:
+        """Left to parallel.random.initialize, which knows the parameter's name."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.T).transpose(0, 1)
+
+
 class ByteLatentEncoder(nn.Module):
     """Overlapping patches of bytes: a convolution of kernel K and stride P that sees no later byte.
 
@@ -45,15 +67,7 @@ class ByteLatentEncoder(nn.Module):
         super().__init__()
         self.config, self.segmented, self.ctx = config, segmented, ctx
         init, size = Normal(config.init_std), config.byte_size
-        if size % ctx.tensor.size:
-            raise ValueError(
-                f"byte_dim={size} is not divisible by parallel.tensor={ctx.tensor.size}; choose a "
-                "tensor size that divides it"
-            )
-        self.table = nn.Parameter(
-            torch.empty(config.vocab_size, size // ctx.tensor.size, device=ctx.device)
-        )
-        declare(self.table, Sharding(dim=1, full_size=size), init, role="embedding")
+        self.tokens = ByteTable(config, ctx=ctx)
         self.mix = RowParallelLinear(
             size * config.patch_kernel, config.hidden_size, ctx=ctx, bias=True, init=init
         )
@@ -91,7 +105,7 @@ class ByteLatentEncoder(nn.Module):
             windows = self._continued(tokens, cache)
         # Under torch.autocast a linear layer returns half precision; the residual stream keeps its
         # own.
-        hidden = self.norm(self.mix(windows).to(self.table.dtype))
+        hidden = self.norm(self.mix(windows).to(windows.dtype))
         keys = None
         if self.config.dropout > 0 and cache is None:  # in evaluation, too: the wire's shapes stay
             keys = self._keys(tokens, positions, patches)
@@ -119,7 +133,8 @@ class ByteLatentEncoder(nn.Module):
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """[b, s] -> [s, b, D/t]."""
-        return F.embedding(tokens.T, self.table)
+        rows: Tensor = self.tokens(tokens)
+        return rows.transpose(0, 1)
 
     def _continued(self, tokens: Tensor, cache: EncoderCache) -> Tensor:
         """The kernels of the patches that end in `tokens`, which follow those in the cache."""

@@ -1,12 +1,8 @@
-"""AMRPA: attention that reads the attention of earlier layers.
-
-Names are imported lazily, so that the package does not import torch.
-"""
+"""AMRPA: attention that reads the attention of earlier layers."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from models.lazy_names import lazy_names
 
 _MODULES = {
     "AMRPAConfig": "config",
@@ -22,9 +18,4 @@ _MODULES = {
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

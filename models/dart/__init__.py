@@ -1,12 +1,8 @@
-"""DART: a block diffusion stream and a causal stream in one model.
-
-Names are imported lazily, so that the package does not import torch.
-"""
+"""DART: a block diffusion stream and a causal stream in one model."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from models.lazy_names import lazy_names
 
 _MODULES = {
     "DARTConfig": "config",
@@ -18,9 +14,4 @@ _MODULES = {
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -1,12 +1,8 @@
-"""Decoders whose layers compute only some tokens: mixture of depths, and surprise-based routing.
-
-Names are imported lazily, so that the package does not import torch.
-"""
+"""Decoders whose layers compute only some tokens: mixture of depths, and surprise-based routing."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from models.lazy_names import lazy_names
 
 _MODULES = {
     "DTFConfig": "config",
@@ -30,9 +26,4 @@ _MODULES = {
 }
 
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -16,7 +16,7 @@ from models.base import TokenInputs, logits_of
 from parallel.carry import SequentialModel
 from tests.models.checkpoints import model
 from tests.models.families import CASES, evaluated
-from tests.models.hf.exports import EXPORTED, EXPORTED_TOKEN_STATES, FAMILIES, TOKENS, exported
+from tests.models.hf.exports import EXPORTED, FAMILIES, TOKENS, exported
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 8}
@@ -115,7 +115,7 @@ def test_every_adapter_gets_a_gradient_and_every_hook_is_called(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", EXPORTED_TOKEN_STATES)
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_what_is_put_around_the_token_table_gets_the_rows_of_its_ids(kind):
     """In the order of torch's own, as noise (NEFTune) and adapters of the table expect them."""
     theirs = exported(kind).double()

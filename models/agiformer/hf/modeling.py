@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from torch import nn
 
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.hf.config import AgiformerHFConfig
@@ -25,15 +25,8 @@ class AgiformerForCausalLM(FamilyForCausalLM):
     def layer_specs(self, settings: AgiformerConfig) -> list[LayerSpec]:
         return layer_specs(settings)
 
-    def get_input_embeddings(self) -> NoReturn:
-        """Refused: the encoder looks bytes up in windows, and no module maps an id to a vector.
-
-        Raises:
-            NotImplementedError: always; transformers takes it for "none".
-        """
-        raise NotImplementedError(
-            "a byte of an AGIFORMER has no embedding of its own; adapt linear layers instead"
-        )
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_submodule("encoder.tokens")
 
     def set_plasticity(self, alpha: float) -> None:
         """Set the plasticity of every memory, in (0, 1]; it is saved with the weights."""

@@ -95,7 +95,9 @@ class AGIFORMER(StandaloneModel):
         """The head's projections of patches of x, the last byte of each being the last it sees."""
         layers: list[Any] = self.body.layers
         encoder, *blocks, head = layers
-        windows = encoder.windows(F.embedding(x.T, encoder.table), first=self.config.patch_size - 1)
+        windows = encoder.windows(
+            encoder.tokens(x).transpose(0, 1), first=self.config.patch_size - 1
+        )
         aux = windows.new_zeros(len(x), len(AUX))
         carry = AgiformerCarry(encoder.norm(encoder.mix(windows)), aux, x)
         for layer in blocks:

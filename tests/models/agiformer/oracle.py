@@ -49,8 +49,8 @@ def told(weights: Weights, config: AgiformerConfig, text: list[int]) -> Told:
 
 
 def latent(w: Weights, config: AgiformerConfig, seen: list[int]) -> Tensor:
-    nothing = w["encoder.table"].new_zeros(config.byte_size)
-    kernel = [nothing] * config.patch_kernel + [w["encoder.table"][byte] for byte in seen]
+    nothing = w["encoder.tokens.weight"].new_zeros(config.byte_size)
+    kernel = [nothing] * config.patch_kernel + [w["encoder.tokens.weight"][byte] for byte in seen]
     stacked = torch.stack(kernel[-config.patch_kernel :], dim=1).flatten()
     mixed = w["encoder.mix.weight"] @ stacked + w["encoder.mix.bias"]
     return rms(mixed, config) * w["encoder.norm.weight"]

@@ -10,7 +10,6 @@ from models.agiformer.model import FAMILY, set_plasticity
 from models.base import TokenInputs
 from parallel.context import Axis, ParallelContext
 from tests.models.agiformer.cases import config_of, model_of, text_of
-from tests.models.hf.exports import exported
 
 WRONG = [
     ({"num_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5; change one of them"),
@@ -73,8 +72,3 @@ def test_the_memory_can_be_left_out():
     assert not any("memory" in name for name, _ in model.named_parameters())
     assert sum(p.numel() for p in model.parameters()) == FAMILY.num_parameters(config)
     assert model(TokenInputs(text_of(9))).logits.shape == (9, 1, 61)
-
-
-def test_a_table_of_embeddings_is_refused_as_transformers_expects_it():
-    with pytest.raises(NotImplementedError, match="no embedding of its own"):
-        exported("agiformer").get_input_embeddings()

@@ -5,36 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.checkpoint import parameter_table
 from models.llama.config import LlamaConfig
 from models.llama.counts import forward_flops_per_token, num_parameters
-from models.llama.model import FAMILY
 
 FOLDER = Path(__file__).parents[3] / "configs" / "model" / "llama"
-# What the names of the files promise, in parameters.
-SIZES = {
-    "demo": 2_410_176,
-    "demo_wide": 3_015_936,
-    "125m": 134_105_856,
-    "350m": 373_867_520,
-    "1b3": 1_345_423_360,
-    "7b": 6_738_415_616,
-    "13b": 13_015_864_320,
-    "70b": 68_976_648_192,
-    "qwen2_0b5": 494_032_768,
-    "qwen2_7b": 7_615_616_512,
-}
 
 
 def _config(path: Path) -> LlamaConfig:
     return LlamaConfig.model_validate(yaml.safe_load(path.read_text()))
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_formula_counts_the_parameters_of_every_configured_size(path):
-    config = _config(path)
-    counted = sum(info.shape.numel() for info in parameter_table(FAMILY, config).values())
-    assert num_parameters(config) == counted == SIZES[path.stem]
 
 
 def test_flops_of_long_sequences_approach_the_quadratic_term():

@@ -66,7 +66,9 @@ def test_logits_of_the_next_patch_are_those_of_the_equations():
 
 
 def _latent(w, config, seen: list[int]) -> torch.Tensor:
-    kernel = [torch.zeros(config.byte_size).double()] * 6 + [w["encoder.table"][b] for b in seen]
+    kernel = [torch.zeros(config.byte_size).double()] * 6 + [
+        w["encoder.tokens.weight"][b] for b in seen
+    ]
     mixed = w["encoder.mix.weight"] @ torch.stack(kernel[-6:], dim=1).flatten()
     return rms(mixed + w["encoder.mix.bias"], config) * w["encoder.norm.weight"]
 
