@@ -13,10 +13,7 @@ from torch import nn
 
 from data_tools.corpus.corpus_info import TextRules
 from data_tools.loading.builders import (
-    build_eval_batches,
-    build_train_loader,
     data_warnings,
-    open_training_sources,
 )
 from data_tools.loading.evaluation import EvalBatches
 from data_tools.loading.loader import TrainLoader
@@ -35,7 +32,6 @@ from pretrain.config import RunConfig, resolved, to_yaml
 from pretrain.config.deepspeed import DeepSpeedSettings, layout_bound_by
 from pretrain.config.layout import RunLayout
 from pretrain.config.resolve import ResolvedRun
-from pretrain.config.run_length import plan_run
 from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.process_groups import (
     group_timeout,
@@ -51,6 +47,7 @@ from pretrain.engine.parameter_groups import describe_groups
 from pretrain.engine.train_spec import TrainSpec, build_context, build_precision, check_model
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
+from pretrain.run_data import open_held_out_data, open_training_data
 from pretrain.run_status import clear_markers, write_marker
 from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
@@ -90,7 +87,7 @@ def run(settings: ResolvedRun) -> int:
         spec = TrainSpec.of(config, ds_config, ctx)
         whole = ranks.run_on_all_ranks(lambda: check_model(spec))
         watchdog.progress("opening the data")
-        data = _open_data(config, layout, ctx, ranks, stack)
+        data = _open_data(config, ctx, ranks, stack)
         state = TrainState(config, data.loader, data_size=layout.data)
         watchdog.progress("searching for a checkpoint")
         store = _open_store(config, _identity(config, layout, ds_config, data), ranks, stack)
@@ -162,11 +159,11 @@ def _build_rank_group(timeout: float | None) -> RankGroup:
 
 
 def _open_data(
-    config: RunConfig, layout: RunLayout, ctx: ParallelContext, ranks: RankGroup, stack: ExitStack
+    config: RunConfig, ctx: ParallelContext, ranks: RankGroup, stack: ExitStack
 ) -> _Data:
-    loader = ranks.run_on_all_ranks(lambda: open_training_data(config, layout, ctx))
+    loader = ranks.run_on_all_ranks(lambda: open_training_data(config, ctx.data))
     stack.enter_context(loader)
-    evaluation = ranks.run_on_all_ranks(lambda: _eval_batches(config, ctx))
+    evaluation = ranks.run_on_all_ranks(lambda: open_held_out_data(config, ctx.data))
     return _Data(loader, evaluation, ranks.run_on_all_ranks(lambda: read_text_rules(config.data)))
 
 
@@ -242,42 +239,6 @@ def _write_config(config: RunConfig, model: nn.Module) -> None:
     path = Path(config.run_dir, "config.yaml")
     Storage().replace_file(path, to_yaml(config).encode("ascii"))
     _print_lines([describe_groups(model, config.training)])
-
-
-def open_training_data(config: RunConfig, layout: RunLayout, ctx: ParallelContext) -> TrainLoader:
-    """Open this rank's loader at the start of the run; its `curriculum` plans the steps.
-
-    Raises:
-        ConfigError, DataError: the data cannot be used, or the steps cannot be planned.
-    """
-    vocab_size = config.model.vocab_size
-    sources = open_training_sources(config.data, vocab_size=vocab_size)
-    num_tokens = sum(stream.num_tokens for _, stream in sources)
-    return build_train_loader(
-        config.data,
-        sources=sources,
-        curriculum=plan_run(config, data_size=layout.data, num_tokens=num_tokens),
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        seed=config.training.seed,
-        vocab_size=vocab_size,
-    )
-
-
-def _eval_batches(config: RunConfig, ctx: ParallelContext) -> EvalBatches | None:
-    if not config.data.validation:
-        return None
-    return build_eval_batches(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=ctx.data.rank,
-        data_size=ctx.data.size,
-        vocab_size=config.model.vocab_size,
-        max_windows=config.evaluation.max_windows,
-    )
 
 
 def _identity(

@@ -83,8 +83,9 @@ class RecurrentReasoningBlock(nn.Module):
         if cache is None:
             y, halting = self._weighted_steps(s)
             return carry._replace(hidden=y, aux=carry.aux + self._measured(halting, carry))
-        stop = self._until_none_runs if self.ctx.tensor.size > 1 else self._while_running
-        return carry._replace(hidden=stop(s))
+        if self.ctx.tensor.size > 1:  # ranks have other patches, and collectives in common
+            return carry._replace(hidden=self._weighted_steps(s, may_stop=True)[0])
+        return carry._replace(hidden=self._while_running(s))
 
     def step(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
         """The update of s [p/t, b, h], and the halting probability [p/t, b]."""
@@ -121,7 +122,8 @@ class RecurrentReasoningBlock(nn.Module):
             s = s + (update if p is None else (1.0 - p).to(s.dtype).unsqueeze(-1) * update)
         return s
 
-    def _weighted_steps(self, s: Tensor) -> tuple[Tensor, Halting]:
+    def _weighted_steps(self, s: Tensor, *, may_stop: bool = False) -> tuple[Tensor, Halting]:
+        """All steps of all patches; with `may_stop` until none runs on any tensor rank."""
         halting, y = self.begin(s), torch.zeros_like(s)
         for n in range(1, self.config.thinking_steps + 1):
             update, p = self.step(s)
@@ -129,10 +131,16 @@ class RecurrentReasoningBlock(nn.Module):
             s = s + update
             halting, weight = self.halted(halting, p, n)
             y = y + weight.to(s.dtype).unsqueeze(-1) * s
+            if may_stop and not self._any_runs(halting):
+                break
         return y, halting
 
+    def _any_runs(self, halting: Halting) -> bool:
+        running = halting.runs.any().int()
+        return bool(all_reduced(running, dist.ReduceOp.MAX, ctx=self.ctx))
+
     def _while_running(self, s: Tensor) -> Tensor:
-        """The same with patches that have halted left out, as rows of a smaller batch."""
+        """`_weighted_steps` of the patches that still run, as rows of a smaller batch."""
         y = torch.zeros_like(s)
         rows, flat = s.flatten(0, 1).unsqueeze(1), y.view(-1, s.shape[-1])
         index = torch.arange(len(rows), device=s.device)
@@ -148,20 +156,6 @@ class RecurrentReasoningBlock(nn.Module):
                 break
             index, rows = index[running], rows[running]
             halting = Halting(*(x[running] for x in halting))
-        return y
-
-    def _until_none_runs(self, s: Tensor) -> Tensor:
-        """The same with all patches in every step, until none runs on any tensor rank."""
-        halting, y = self.begin(s), torch.zeros_like(s)
-        for n in range(1, self.config.thinking_steps + 1):
-            update, p = self.step(s)
-            assert p is not None
-            s = s + update
-            halting, weight = self.halted(halting, p, n)
-            y = y + weight.to(s.dtype).unsqueeze(-1) * s
-            some = halting.runs.any().int()
-            if not all_reduced(some, dist.ReduceOp.MAX, ctx=self.ctx):
-                break
         return y
 
     def _measured(self, halting: Halting, carry: AgiformerCarry) -> Tensor:

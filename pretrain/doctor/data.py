@@ -8,19 +8,13 @@ from pathlib import Path
 from data_tools.config import DataConfig, SourceConfig
 from data_tools.errors import NoSuchFileError
 from data_tools.files import expand_paths
-from data_tools.loading.builders import (
-    build_eval_batches,
-    build_train_loader,
-    data_warnings,
-    epochs_per_source,
-    open_training_sources,
-)
-from data_tools.loading.evaluation import EvalBatches
+from data_tools.loading.builders import data_warnings, epochs_per_source
 from data_tools.sampling.curriculum import Curriculum
+from parallel.context import Axis
 from pretrain.config import RunConfig
 from pretrain.config.layout import RunLayout
-from pretrain.config.run_length import plan_run
 from pretrain.doctor.findings import Finding, of_message
+from pretrain.run_data import open_held_out_data, open_training_data
 
 SECTION = "data"
 
@@ -35,27 +29,12 @@ def check_data(config: RunConfig, layout: RunLayout) -> Iterator[Finding]:
     if missing:  # everything else would fail for the same reason
         yield from missing
         return
-    data, vocab_size = config.data, config.model.vocab_size
-    sources = open_training_sources(data, vocab_size=vocab_size)
-    curriculum = plan_run(
-        config,
-        data_size=layout.data,
-        num_tokens=sum(stream.num_tokens for _, stream in sources),
-    )
-    with build_train_loader(
-        data,
-        sources=sources,
-        curriculum=curriculum,
-        sequence_length=data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=0,
-        data_size=layout.data,
-        seed=config.training.seed,
-        vocab_size=vocab_size,
-    ) as loader:
+    axis = Axis(layout.data)
+    with open_training_data(config, axis) as loader:
+        curriculum, sources = loader.curriculum, loader.sources
         epochs = epochs_per_source(curriculum, loader)
-        held_out = _held_out(config, layout)
-        for line in data_warnings(data, curriculum, loader, held_out):
+        held_out = open_held_out_data(config, axis)
+        for line in data_warnings(config.data, curriculum, loader, held_out):
             yield of_message(SECTION, "warning", line)
     for name, stream in sources:
         yield Finding(
@@ -76,20 +55,6 @@ def check_data(config: RunConfig, layout: RunLayout) -> Iterator[Finding]:
         yield Finding(
             SECTION, "ok", f"data.validation: {held_out.num_tokens:,} tokens are scored each time"
         )
-
-
-def _held_out(config: RunConfig, layout: RunLayout) -> EvalBatches | None:
-    if not config.data.validation:
-        return None
-    return build_eval_batches(
-        config.data,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.training.batch_size,
-        data_rank=0,
-        data_size=layout.data,
-        vocab_size=config.model.vocab_size,
-        max_windows=config.evaluation.max_windows,
-    )
 
 
 def _length(curriculum: Curriculum) -> Finding:

@@ -16,7 +16,7 @@ from pretrain.distributed.process_groups import process_group
 from pretrain.distributed.rendezvous import World
 from pretrain.engine.build import build_engine
 from pretrain.engine.train_spec import TrainSpec, build_context, build_precision
-from pretrain.run import open_training_data
+from pretrain.run_data import open_training_data
 
 
 class FirstStep(NamedTuple):
@@ -48,7 +48,7 @@ def first_step(config: RunConfig, stage: int) -> FirstStep:
             return take_step(*args, **kwargs)
 
         engine._deepspeed._take_model_step = capture
-        with open_training_data(config, layout, ctx) as loader:
+        with open_training_data(config, ctx.data) as loader:
             result = engine.train_step(loader, learning_rate=1e-3)
         terms = {name: float(term) for name, term in result.terms.items()}
         return FirstStep(float(result.loss), float(result.grad_norm), terms, gradients)

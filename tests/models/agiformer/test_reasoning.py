@@ -38,7 +38,7 @@ def test_stopping_early_gives_the_same_output_at_the_cost_of_the_steps_taken():
     assert len(set(halting.steps.flatten().tolist())) >= 3
     assert rows[0] == s[..., 0].numel()
     assert sum(rows) == int(halting.steps.sum()) < CONFIG.thinking_steps * rows[0]
-    torch.testing.assert_close(block._until_none_runs(s), expected, **FP64)
+    torch.testing.assert_close(block._weighted_steps(s, may_stop=True)[0], expected, **FP64)
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def _measured(ctx: ParallelContext) -> Measured:
 def _stopped(ctx: ParallelContext) -> torch.Tensor:
     if ctx.sequence_parallel:
         return torch.empty(0)
-    return _block(ctx)._until_none_runs(_states())
+    return _block(ctx)._weighted_steps(_states(), may_stop=True)[0]
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -14,7 +14,7 @@ import torch
 
 from data_tools.loading.loader import TrainLoader
 from parallel.checkpoint.errors import CheckpointError
-from parallel.context import ParallelContext
+from parallel.context import Axis
 from pretrain.checkpointing.train_state import (
     Owner,
     TrainState,
@@ -22,9 +22,8 @@ from pretrain.checkpointing.train_state import (
     save_states,
 )
 from pretrain.config import RunConfig, parse_config
-from pretrain.config.layout import RunLayout
 from pretrain.distributed.consensus import RankGroup
-from pretrain.run import open_training_data
+from pretrain.run_data import open_training_data
 from pretrain.stability.nonfinite_steps import SkipNonFinite
 from pretrain.stability.rollback import Rollback
 from tests.data_tools.corpora import write_corpus
@@ -72,8 +71,7 @@ class _Run:
     """The owners of trainer.json in a run without a model."""
 
     def __init__(self, config: RunConfig) -> None:
-        layout, ctx = RunLayout(tensor=1, pipeline=1, data=1, expert=1), ParallelContext.single()
-        self.loader: TrainLoader = open_training_data(config, layout, ctx)
+        self.loader: TrainLoader = open_training_data(config, Axis())
         self.state = TrainState(config, self.loader, data_size=1)
         self.steps = SkipNonFinite(None, self.loader, RankGroup(), max_skipped=3)  # type: ignore[arg-type]
         self.rollback = Rollback(config.stability, RankGroup())

@@ -17,7 +17,7 @@ from pretrain.config import RunConfig, parse_config
 from pretrain.config.layout import check_layout
 from pretrain.config.run_length import plan_run
 from pretrain.errors import ConfigError
-from pretrain.run import open_training_data
+from pretrain.run_data import open_training_data
 from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_values import run_values
 
@@ -90,7 +90,7 @@ def test_training_ends_after_epochs_of_all_sources_together(
     ]
     changes = {"training__max_steps": None, "training__max_tokens": max_tokens}
     run = _run(data__train=sources, training__max_epochs=epochs, **changes)
-    with open_training_data(run, check_layout(run, 1), ParallelContext.single()) as loader:
+    with open_training_data(run, ParallelContext.single().data) as loader:
         assert loader.curriculum.total_steps == steps  # of 2 x 128 tokens
 
 

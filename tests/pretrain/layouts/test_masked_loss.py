@@ -10,8 +10,7 @@ import torch
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from data_tools.loading.batch import IGNORED_LABEL
-from pretrain.config.layout import check_layout
-from pretrain.run import open_training_data
+from pretrain.run_data import open_training_data
 from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.first_step import first_step
@@ -100,6 +99,6 @@ def test_the_cuts_hold_different_numbers_of_scored_tokens(data):
     from parallel.context import ParallelContext
 
     config = _config(data, 1, 4)
-    with open_training_data(config, check_layout(config, 1), ParallelContext.single()) as loader:
+    with open_training_data(config, ParallelContext.single().data) as loader:
         counts = [int((next(loader).labels != IGNORED_LABEL).sum()) for _ in range(4)]
     assert len(set(counts)) > 1

@@ -16,10 +16,9 @@ from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.config import ConfigError
 from pretrain.config.deepspeed import resolve_ds_config
-from pretrain.config.layout import check_layout
 from pretrain.engine import train_spec as spec_module
 from pretrain.engine.train_spec import TrainSpec, check_model
-from pretrain.run import open_training_data
+from pretrain.run_data import open_training_data
 from tests.distributed import run_ranks
 from tests.pretrain.first_step import first_step
 from tests.pretrain.run_training import run_training
@@ -56,7 +55,7 @@ def expected(data) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     config, ctx = _config(data, 1, 1), ParallelContext.single()
     specs = get_family("llama").layer_specs(config.model, segmented=True)
     model = SequentialModel(specs, ctx, seed=config.training.seed)
-    with open_training_data(config, check_layout(config, 1), ctx) as loader:
+    with open_training_data(config, ctx.data) as loader:
         batch = next(loader)
     logits = model(TokenInputs(batch.tokens, batch.segment_ids)).transpose(0, 1).double()
     log_z = logits.exp().sum(dim=-1).log()

@@ -10,11 +10,10 @@ import pytest
 from data_tools.config import DataConfig
 from parallel.context import ParallelContext
 from pretrain.config import RunConfig, parse_config
-from pretrain.config.layout import check_layout
 from pretrain.prove.corpus import make_corpus
 from pretrain.prove.oracle import planned_steps
 from pretrain.prove.reader import held_out_rows, interleaved, permuted, samples_of_steps
-from pretrain.run import _eval_batches, open_training_data
+from pretrain.run_data import open_held_out_data, open_training_data
 from tests.pretrain.run_values import run_values
 
 DATA = {
@@ -70,7 +69,7 @@ def test_the_reader_returns_the_samples_of_the_loader(data, training, tmp_path):
     config = made_run(tmp_path, DATA[data], **training)
     plan = planned_steps(config, data_size=1)
     rows = samples_of_steps(config.data, plan, seed=config.training.seed)
-    with open_training_data(config, check_layout(config, 1), ParallelContext.single()) as loader:
+    with open_training_data(config, ParallelContext.single().data) as loader:
         for step, expected in zip(plan, rows, strict=True):
             batches = [next(loader) for _ in range(step.sequences // config.training.batch_size)]
             for name, found in (("tokens", "tokens"), ("labels", "labels")):
@@ -94,7 +93,7 @@ def test_the_reader_crosses_the_end_of_an_epoch(tmp_path):
 def test_held_out_rows_are_the_batches_of_the_evaluation(data, tmp_path):
     config = made_run(tmp_path, DATA[data])
     rows = held_out_rows(config.data, max_windows=config.evaluation.max_windows)
-    batches = list(_eval_batches(config, ParallelContext.single()))
+    batches = list(open_held_out_data(config, ParallelContext.single().data))
     for name in ("tokens", "labels"):
         ours = np.stack([getattr(row, name) for row in rows])
         theirs = np.concatenate([getattr(batch, name).numpy() for batch in batches])
