@@ -83,8 +83,7 @@ class ParallelContext:
     ) -> ParallelContext:
         """Arrange the ranks of the default process group as pipeline x data x tensor.
 
-        The expert axis subdivides data. Collective: every rank calls it with the same sizes. At
-        tensor size > 1 Megatron-Core's parallel_state is initialised with the same ranks.
+        The expert axis subdivides data. Collective: every rank calls it with the same sizes.
 
         Raises:
             ValueError: the sizes do not divide the world, or the expert size the data size.
@@ -101,9 +100,9 @@ class ParallelContext:
         else:
             axes["expert_data"] = axes["data"]
         if tensor > 1:
-            from parallel.megatron import initialize_model_parallel
+            from parallel.megatron import prepare_megatron
 
-            initialize_model_parallel(tensor=tensor, pipeline=pipeline)
+            prepare_megatron()
         return cls(
             **axes,
             sequence_parallel=sequence_parallel,

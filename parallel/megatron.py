@@ -24,15 +24,17 @@ with warnings.catch_warnings():
 gather_from_sequence_region = _mappings.gather_from_sequence_parallel_region
 
 
-def initialize_model_parallel(*, tensor: int, pipeline: int) -> None:
-    """Initialise Megatron-Core's parallel_state with the layout of the run (collective)."""
+def prepare_megatron() -> None:
+    """Set up what Megatron-Core's tensor-parallel functions need of its global state.
+
+    That is one buffer. All of them are called with a group, so that `parallel_state`, which would
+    create some 25 groups per rank, is not initialised.
+    """
     let_megatron_run_on_cpu()
     # The warning about CUDA_DEVICE_MAX_CONNECTIONS concerns speed on CUDA only, where we set it.
     _layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
-        )
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
 
 
 def column_linear(
@@ -88,16 +90,3 @@ def reduce_from_tensor_region(x: Tensor, *, group: dist.ProcessGroup | None) -> 
 def reduce_scatter_to_sequence_region(x: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum partial results and keep this rank's part of dim 0; all-gather in backward."""
     return _mappings.reduce_scatter_to_sequence_parallel_region(x.contiguous(), group=group)
-
-
-class DeepSpeedTopology:
-    """The `mpu` of DeepSpeed's plain engine, backed by Megatron-Core's parallel_state.
-
-    DeepSpeed calls the tensor axis "model parallel"; parallel_state has no function of that name.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(
-            parallel_state,
-            name.replace("get_model_parallel_", "get_tensor_model_parallel_"),
-        )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch import nn
 
 from data_tools.corpus.corpus_info import TextRules
 from data_tools.loading.builders import (
@@ -85,7 +84,7 @@ def run(settings: ResolvedRun) -> int:
     with ExitStack() as stack:
         stop, watchdog, ctx, ranks = init_run(config, layout, precision, stack)
         spec = TrainSpec.of(config, ds_config, ctx)
-        whole = ranks.run_on_all_ranks(lambda: check_model(spec))
+        groups = ranks.check_on_rank0(lambda: _check_model(spec))
         watchdog.progress("opening the data")
         data = _open_data(config, ctx, ranks, stack)
         state = TrainState(config, data.loader, data_size=layout.data)
@@ -110,7 +109,7 @@ def run(settings: ResolvedRun) -> int:
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
         # Only now: a failed start must not leave its settings behind.
-        ranks.run_on_rank0(lambda: _write_config(config, whole))
+        ranks.run_on_rank0(lambda: _write_config(config, groups or ""))
         stop.started()
         code = loop.run(stop)
         # Every rank has saved: a launcher that sees the marker may end them.
@@ -234,11 +233,16 @@ def _warn_about_data(config: RunConfig, data: _Data) -> None:
         logger.warning("%s", line)
 
 
-def _write_config(config: RunConfig, model: nn.Module) -> None:
-    """Write config.yaml, and print how each group of parameters is trained."""
+def _check_model(spec: TrainSpec) -> str:
+    """Check the model on the meta device; describes how each group of parameters is trained."""
+    return describe_groups(check_model(spec), spec.config.training)
+
+
+def _write_config(config: RunConfig, groups: str) -> None:
+    """Write config.yaml, and print `groups`."""
     path = Path(config.run_dir, "config.yaml")
     Storage().replace_file(path, to_yaml(config).encode("ascii"))
-    _print_lines([describe_groups(model, config.training)])
+    _print_lines([groups])
 
 
 def _identity(

@@ -71,6 +71,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise CommandError(f"{message}; --help lists the arguments")
 
 
+def positive_int(text: str) -> int:
+    """An argument that counts something."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run training from the command line; returns the exit code (see `pretrain.errors`)."""
     try:

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.cpu.compat import prepare_deepspeed
+
 # What a run imports late, most of it DeepSpeed while it builds an engine. If each rank did it, that
 # would be a third of the CPU time of a tiny run.
 _IMPORTED_BY_RUNS = (
@@ -72,6 +74,7 @@ def run_ranks(
     if "pretrain.engine.engine" in sys.modules:
         for name in _IMPORTED_BY_RUNS:
             importlib.import_module(name)
+        prepare_deepspeed()  # it runs compilers
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +28,7 @@ FOLDER = "optimizer"
 HEADER = "manyformer_optimizer"
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_FILES_KEPT_OPEN = 16
 
 
 def shard_name(rank: int) -> str:
@@ -86,6 +88,9 @@ def check_masters(shard: OptimizerShard) -> None:
             )
 
 
+_OpenFile = Callable[[Path], Any]  # -> safetensors' handle
+
+
 class _Piece(NamedTuple):
     path: Path
     span: FlatRange
@@ -102,6 +107,7 @@ class StoredParameter(NamedTuple):
     sharding: Sharding
     shard_shape: tuple[int, ...]
     shards: list[list[_Piece]]
+    open_file: _OpenFile
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,11 +128,13 @@ class StoredOptimizer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        # To open a file is to parse its header, which names every tensor: not once per tensor.
+        open_file = lru_cache(_FILES_KEPT_OPEN)(partial(safe_open, framework="pt"))
         pieces: dict[str, list[_Piece]] = {}
         for path in sorted(directory.iterdir()):
             for name, span in _read_ranges(path).items():
                 pieces.setdefault(name, []).append(_Piece(path, span))
-        self._parameters = {name: _assemble(name, each) for name, each in pieces.items()}
+        self._parameters = {name: _assemble(name, each, open_file) for name, each in pieces.items()}
 
     def names(self) -> set[str]:
         return set(self._parameters)
@@ -209,18 +217,17 @@ def _elements(stored: StoredParameter, key: str, shard: int, start: int, stop: i
         low, high = max(start, piece.span.start), min(stop, piece.stop)
         if low < high:
             tensor = f"{stored.name}/{key}"
-            parts.append(
-                _read_piece(piece, tensor, low - piece.span.start, high - piece.span.start)
-            )
+            low, high = low - piece.span.start, high - piece.span.start
+            parts.append(_read_piece(stored.open_file, piece, tensor, low, high))
     return torch.cat(parts)
 
 
-def _read_piece(piece: _Piece, tensor: str, low: int, high: int) -> Tensor:
+def _read_piece(open_file: _OpenFile, piece: _Piece, tensor: str, low: int, high: int) -> Tensor:
     try:
-        with safe_open(piece.path, framework="pt") as file:
-            view = file.get_slice(tensor)
-            if view.get_shape() == [piece.span.length] and view.get_dtype() == "F32":
-                return view[low:high]
+        view = open_file(piece.path).get_slice(tensor)
+        if view.get_shape() == [piece.span.length] and view.get_dtype() == "F32":
+            elements: Tensor = view[low:high]
+            return elements
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{str(piece.path)!r}, {tensor}: cannot be read ({error}); {RESTORE}"
@@ -252,7 +259,7 @@ def _read_ranges(path: Path) -> dict[str, FlatRange]:
         ) from error
 
 
-def _assemble(name: str, pieces: Iterable[_Piece]) -> StoredParameter:
+def _assemble(name: str, pieces: Iterable[_Piece], open_file: _OpenFile) -> StoredParameter:
     """Order the pieces of a parameter and check that every element exists exactly once.
 
     Raises:
@@ -272,7 +279,7 @@ def _assemble(name: str, pieces: Iterable[_Piece]) -> StoredParameter:
         shards[piece.span.shard].append(piece)
     for number, shard in enumerate(shards):
         _check_tiling(name, number, shard, math.prod(first.shape))
-    return StoredParameter(name, sharding, first.shape, shards)
+    return StoredParameter(name, sharding, first.shape, shards, open_file)
 
 
 def _check_tiling(name: str, number: int, shard: list[_Piece], numel: int) -> None:

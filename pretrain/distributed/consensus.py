@@ -86,6 +86,24 @@ class RankGroup(NamedTuple):
             raise CheckpointError(failure)
         return value  # type: ignore[return-value]
 
+    def check_on_rank0(self, check: Callable[[], T]) -> T | None:
+        """Run on rank 0 a check that has one outcome on all ranks; returns its result there.
+
+        Raises:
+            AgreedError: on every rank, the user's error that rank 0 raised.
+        """
+        value: T | None = None
+        failure: str | None = None
+        if self.is_rank0:
+            try:
+                value = check()
+            except (OSError, ValueError) as error:
+                failure = one_line(error)
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise AgreedError(failure)
+        return value
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
         if self.size == 1:

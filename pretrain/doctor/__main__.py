@@ -22,7 +22,7 @@ from pretrain.doctor.network import check_network
 from pretrain.doctor.shared_folder import Task, check_shared_folder
 from pretrain.errors import EXIT_USER_ERROR
 from pretrain.files import ROOT
-from pretrain.train import CommandError, OneLineParser, add_run_arguments
+from pretrain.train import CommandError, OneLineParser, add_run_arguments, positive_int
 
 _SECTIONS = (
     "settings",
@@ -166,9 +166,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_run_arguments(parser)
     parser.add_argument(
-        "--ranks", type=_count, metavar="N", help="ranks of the job (default: the launcher's)"
+        "--ranks", type=positive_int, metavar="N", help="ranks of the job (default: the launcher's)"
     )
-    parser.add_argument("--ranks-per-node", type=_count, metavar="M", help="GPUs of a node")
+    parser.add_argument("--ranks-per-node", type=positive_int, metavar="M", help="GPUs of a node")
     parser.add_argument(
         "--patience",
         type=float,
@@ -178,12 +178,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser.parse_intermixed_args(argv)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

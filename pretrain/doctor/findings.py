@@ -12,7 +12,7 @@ from parallel.checkpoint.errors import CheckpointError
 
 Severity = Literal["ok", "warning", "error"]
 
-EXIT_FIT = 0  # warnings included: they need a reader, not a job script
+EXIT_OK = 0  # warnings included: a reader weighs them, not a job script
 EXIT_ERRORS = 2
 
 
@@ -48,7 +48,7 @@ def attempt(section: str, check: Callable[[], Sequence[Finding]]) -> list[Findin
 
 def exit_code(findings: Sequence[Finding]) -> int:
     """2 if a finding is an error, else 0."""
-    return EXIT_ERRORS if any(each.severity == "error" for each in findings) else EXIT_FIT
+    return EXIT_ERRORS if any(each.severity == "error" for each in findings) else EXIT_OK
 
 
 def as_json(findings: Sequence[Finding]) -> str:

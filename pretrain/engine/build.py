@@ -17,6 +17,7 @@ from pretrain.engine.deepspeed_moe import patched_moe_detection, register_expert
 from pretrain.engine.engine import Engine, PlainEngine, StageEngine
 from pretrain.engine.optimizers import build_optimizer, fuse_group_norms, patched_muon_check
 from pretrain.engine.partitions import clear_padding
+from pretrain.engine.topology import DeepSpeedTopology
 from pretrain.engine.train_spec import TrainSpec
 
 
@@ -122,10 +123,6 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
     return engine
 
 
-def _mpu(ctx: ParallelContext) -> Any:
+def _mpu(ctx: ParallelContext) -> DeepSpeedTopology | None:
     """The `mpu` object that describes the tensor axis; PipelineModule brings its own."""
-    if ctx.tensor.size == 1:
-        return None
-    from parallel.megatron import DeepSpeedTopology
-
-    return DeepSpeedTopology()
+    return None if ctx.tensor.size == 1 else DeepSpeedTopology(ctx)

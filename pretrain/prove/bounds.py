@@ -1,4 +1,4 @@
-"""How far a parallel run may be from the run in one process, and why.
+"""Error bounds of a parallel run against the run in one process.
 
 fp32: the two differ by the order of sums alone. A gradient may be off by `FP32` of its largest
 entry; one that is smaller than `FLOOR` of the norm of all gradients is measured against that, since
@@ -30,6 +30,8 @@ class Bound(NamedTuple):
 
 EXACT = Bound(0.0, "equal bits: the same draws by name")
 SAME_FILES = Bound(0.0, "equal bits: the same operations on the same ranks")
+UPDATE = Bound(FP32, "fp32 rounding of the update and of 1e-2 of the weights")
+UNTRAINED = Bound(0.0, "equal bits: no step changes them")
 ROUNDED = Bound(0.0, "equal bits: the master weights, rounded")
 COUNTED = Bound(0.0, "counted")
 

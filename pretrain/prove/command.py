@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from pretrain.config.compose import compose_config
 from pretrain.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from pretrain.prove.errors import RunFailedError
 from pretrain.prove.small_run import SmallRun, shrink
+from pretrain.train import CommandError, OneLineParser, add_run_arguments, positive_int
 
 EXIT_PROVEN, EXIT_DIFFERENT = 0, 1
+_RANKS = 4
+# Options that a search does not read, and those that it alone reads.
+_OF_A_RUN = ("config_name", "config_dir", "ds_config", "depth", "ranks", "json", "overrides")
+_OF_A_SEARCH = ("seed", "minutes", "family")
 
 _DESCRIPTION = """\
 Show that the parallel run of a run file is the run in one process.
 
-The run file is made small in ratio, with all its features on, and trained for a few steps by the
-program itself on several ranks of this machine. A plain loop in one process, in fp64, computes the
-same steps. Compared are, by name: initial weights, losses, every gradient, the gradient norm,
-weights and optimizer states, the held-out loss, and all of these after a resume at another layout.
+The run file is made small, with all its features on and at most two ranks on an axis, and trained
+for a few steps by the program itself on several ranks of this machine. A plain loop in one
+process, in fp64, computes the same steps. Compared are, by name: initial weights, losses, every
+gradient, the gradient norm, weights and optimizer states, the held-out loss, and all of these after
+a resume at another layout.
 """
 
 _EPILOG = """\
 examples:
   python -m pretrain.prove --config-name my_run
   python -m pretrain.prove --config-name demo parallel.tensor=2 --ds_config zero3.json --quick
-exit codes: 0 the run is proven, 1 a check failed, 2 the settings cannot be used
+exit codes: 0 the run is proven, 1 a check failed or a rank did, 2 the settings cannot be used,
+75 stopped by a signal
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists the arguments")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,26 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        sys.stderr.write("stopped: nothing is left behind\n")
         return EXIT_STOPPED
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m pretrain.prove",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config-name", default="base", metavar="NAME", help="run file, as in training"
-    )
-    parser.add_argument("--config-dir", metavar="DIR", help="folder of your own run files")
-    parser.add_argument("--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON")
+    add_run_arguments(parser)
     parser.add_argument(
         "--depth",
         choices=("quick", "own", "full"),
-        default="full",
         help="quick: in fp32, the first step and one resume; own: the same in the precision of the "
         "run; full (default): two steps and two resumes, in fp32 and in the precision of the run",
     )
@@ -73,39 +75,53 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--quick", action="store_const", dest="depth", const="quick", help="--depth quick"
     )
     parser.add_argument(
-        "--random", type=int, metavar="N", help="prove N runs drawn at random instead"
+        "--random", type=positive_int, metavar="N", help="prove N runs drawn at random instead"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=int, help="of the draws (default: 0)")
     parser.add_argument("--minutes", type=float, metavar="M", help="end the draws after M minutes")
     parser.add_argument("--family", metavar="NAME", help="draw runs of one family")
     parser.add_argument(
-        "--ranks", type=int, default=4, metavar="N", help="most ranks to start here (default: 4)"
+        "--ranks", type=positive_int, metavar="N", help="most ranks to start here (default: 4)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of the run")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    _refuse_without_effect(arguments, parser)
+    return arguments
+
+
+def _refuse_without_effect(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse options of a search beside a run file, and the other way round."""
+    is_search = arguments.random is not None
+    others = _OF_A_RUN if is_search else _OF_A_SEARCH
+    for name in others:
+        if (getattr(arguments, name) or None) != (parser.get_default(name) or None):
+            option = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
+            reason = "with --random" if is_search else "without --random"
+            raise CommandError(f"{option} has no effect {reason}; leave it out")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     if arguments.random is not None:
         return _search(arguments)
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
     )
-    small = shrink(config, arguments.ds_config, max_ranks=arguments.ranks)
+    small = shrink(config, arguments.ds_config, max_ranks=arguments.ranks or _RANKS)
     if not arguments.json:
         print(_preface(small), flush=True)
-    from pretrain.prove.proof import Depth, prove  # torch and DeepSpeed take seconds
-    from pretrain.prove.ranks import RunFailedError
-    from pretrain.prove.report import as_json, is_proven, table
+    try:
+        with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prove-") as folder:
+            from pretrain.prove.proof import Depth, prove  # torch and DeepSpeed take seconds
+            from pretrain.prove.report import as_json, is_proven, table
 
-    with tempfile.TemporaryDirectory(prefix="prove-") as folder:
-        try:
-            sections = prove(small, Path(folder), depth=Depth(arguments.depth))
-        except RunFailedError as error:
-            print(f"not proven: {error}", file=sys.stderr)
-            return EXIT_DIFFERENT
+            sections = prove(small, Path(folder), depth=Depth(arguments.depth or "full"))
+    except RunFailedError as error:
+        if arguments.json:
+            print(json.dumps({"proven": False, "error": str(error)}, indent=2))
+        sys.stderr.write(f"not proven: {error}\n")
+        return EXIT_DIFFERENT
     print(as_json(small, sections) if arguments.json else table(sections))
     proven = is_proven(sections)
     if not arguments.json:
@@ -113,18 +129,32 @@ def _run(arguments: argparse.Namespace) -> int:
     return EXIT_PROVEN if proven else EXIT_DIFFERENT
 
 
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries print to stderr, in this process and in those it forks."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _search(arguments: argparse.Namespace) -> int:
     from pretrain.prove.drawn.search import search
 
     found = search(
         arguments.random,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         minutes=arguments.minutes,
         family=arguments.family,
         log=lambda line: print(line, flush=True),
     )
     print(found.text)
-    return EXIT_DIFFERENT if found.failures else EXIT_PROVEN
+    return EXIT_DIFFERENT if found.failures or not found.proven else EXIT_PROVEN
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -6,10 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pretrain.config import TrainingConfig
-from pretrain.prove.bounds import COUNTED, EXACT, FLOOR, ROUNDED, Bound, Bounds
+from pretrain.prove.bounds import (
+    COUNTED,
+    EXACT,
+    FLOOR,
+    ROUNDED,
+    UNTRAINED,
+    UPDATE,
+    Bound,
+    Bounds,
+)
 from pretrain.prove.oracle import State, Tensors, TrueStep
 from pretrain.prove.outputs import Saved
 
@@ -78,10 +88,44 @@ def gradient_row(
 ) -> Row:
     """Every gradient after clipping, from Adam's first moment: `(m - b m_before) / (1 - b)`."""
     beta = training.betas[0]
-    found = {n: (m - beta * before.exp_avg[n]) / (1 - beta) for n, m in saved.exp_avg.items()}
+    found = {
+        n: (m - beta * before.exp_avg.get(n, torch.zeros_like(m))) / (1 - beta)
+        for n, m in saved.exp_avg.items()
+    }
     true = {name: gradient * truth.scale for name, gradient in truth.gradients.items()}
     measure = _measure(training, truth.norm * truth.scale)
     return row("gradients", _tensor_errors(saved, found, true, measure), bounds.gradient)
+
+
+def update_row(saved: Saved, truth: TrueStep, before: State, training: TrainingConfig) -> Row:
+    """The optimizer's update alone, from the moments that were saved, in either precision:
+
+    w = w_before (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    """
+    (beta1, beta2), step = training.betas, truth.state.step
+
+    def update(name: str) -> Tensor:
+        first = saved.exp_avg[name] / (1 - beta1**step)
+        second = (saved.exp_avg_sq[name] / (1 - beta2**step)).sqrt() + training.eps
+        return truth.rates[name] * first / second
+
+    def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
+        scale = update(name).abs().max() + FLOOR * true.abs().max()
+        return (found - true).abs() / scale.clamp(min=1e-300)
+
+    true = {
+        name: weight * (1 - truth.rates[name] * truth.decays[name]) - update(name)
+        for name, weight in before.weights.items()
+        if name in saved.exp_avg and name in truth.rates
+    }
+    return row("update of the weights", _tensor_errors(saved, saved.masters, true, measure), UPDATE)
+
+
+def untrained_row(saved: Saved, untrained: Tensors) -> Row:
+    """Parameters that are not trained, against those of the initial model."""
+    found = {name: saved.buffers[name] for name in untrained if name in saved.buffers}
+    errors = _tensor_errors(saved, found, untrained, _absolute)
+    return row("untrained parameters", errors, UNTRAINED)
 
 
 def state_rows(
@@ -105,12 +149,12 @@ def state_rows(
         compared("weights", saved.masters, state.weights, measure, through_adam),
     ]
     rounded = {name: m.to(saved.dtype).double() for name, m in saved.masters.items()}
-    rows.append(compared("weights of the forward pass", saved.weights, rounded, _absolute, ROUNDED))
+    read = {name: weight for name, weight in saved.weights.items() if name in rounded}
+    rows.append(compared("weights of the forward pass", read, rounded, _absolute, ROUNDED))
     if state.buffers:
+        learnt = {name: b for name, b in saved.buffers.items() if name in state.buffers}
         relative = _of_largest(FLOOR * max(float(b.abs().max()) for b in state.buffers.values()))
-        rows.append(
-            compared("layer states", saved.buffers, state.buffers, relative, bounds.layer_state)
-        )
+        rows.append(compared("layer states", learnt, state.buffers, relative, bounds.layer_state))
     return rows
 
 
@@ -173,8 +217,9 @@ def _weight_measure(truth: TrueStep, training: TrainingConfig, bound: float) -> 
 
 
 def _tensor_errors(saved: Saved, found: Tensors, true: Tensors, measure: Measure) -> list[Error]:
-    """The largest error of each tensor; a missing one is infinitely wrong."""
+    """The largest error of each tensor; a missing or surplus one is infinitely wrong."""
     errors = [Error(math.inf, f"{name} is missing") for name in true.keys() - found.keys()]
+    errors += [Error(math.inf, f"{name} is surplus") for name in found.keys() - true.keys()]
     for name, expected in true.items():
         if name not in found:
             continue

@@ -1,4 +1,4 @@
-"""What only a complete proof checks: evaluation leaves no trace, an export computes the same."""
+"""Checks of a complete proof alone: traces of evaluations, and the exported model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ _LIMIT = 200.0  # seconds, of a process that imports transformers
 
 def without_trace(evaluated: Path, unevaluated: Path) -> Row:
     """Every tensor of two checkpoints: weights, optimizer states, random generators."""
-    names = sorted(p.relative_to(evaluated) for p in evaluated.rglob("*.safetensors"))
-    errors = [Error(0.0, f"{len(names)} files")]
-    for name in names:
+    names, others = _tensor_files(evaluated), _tensor_files(unevaluated)
+    errors = [Error(1.0, f"{name} is in one of them") for name in names ^ others]
+    errors.append(Error(0.0 if names else 1.0, "no file"))
+    for name in sorted(names & others):
         ours, theirs = load_file(evaluated / name), load_file(unevaluated / name)
-        changed = [key for key in ours if not _same(ours[key], theirs.get(key))]
+        keys = ours.keys() | theirs.keys()
+        changed = [key for key in sorted(keys) if not _same(ours.get(key), theirs.get(key))]
         errors += [Error(1.0, f"{key} in {name}") for key in changed]
     return row("evaluation changes nothing", errors, SAME_FILES)
 
 
-def _same(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
-    if theirs is None or ours.shape != theirs.shape:
+def _tensor_files(checkpoint: Path) -> set[Path]:
+    return {path.relative_to(checkpoint) for path in checkpoint.rglob("*.safetensors")}
+
+
+def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
         return False
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 

@@ -12,9 +12,12 @@ from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 
 Documents = list[np.ndarray]
 
+_LEAST_WINDOWS = 2  # of a source, so that there is something to shuffle
+
 
 def make_corpus(data: DataConfig, folder: Path, *, vocab_size: int, num_tokens: int) -> DataConfig:
-    """Write every source of `data` below `folder`, of about `num_tokens` ids each.
+    """Write every source of `data` below `folder`: about `num_tokens` ids to train on, by weight,
+    and as many in every held-out source.
 
     Ids follow a pattern that a model can learn; documents differ in length, so that windows hold
     several of them and parts of one. Returns `data` with the new paths.
@@ -23,12 +26,15 @@ def make_corpus(data: DataConfig, folder: Path, *, vocab_size: int, num_tokens: 
     splits: dict[str, tuple[SourceConfig, ...]] = {}
     for split in ("train", "validation"):
         made = []
+        total = sum(source.weight for source in data.train) if split == "train" else None
         for source in getattr(data, split):
             path = folder / split / source.name
             path.parent.mkdir(parents=True, exist_ok=True)
             ids = 255 if data.kind == "bytes" else vocab_size - 1
             write = _write_tokens if data.kind == "tokens" else _write_bytes
-            write(path, _documents(draw, ids, num_tokens), data, vocab_size)
+            share = 1.0 if total is None else source.weight / total
+            size = max(round(num_tokens * share), _LEAST_WINDOWS * data.sequence_length)
+            write(path, _documents(draw, ids, size), data, vocab_size)
             made.append(source.model_copy(update={"path": str(path)}))
         splits[split] = tuple(made)
     return data.model_copy(update=splits)

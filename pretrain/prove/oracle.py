@@ -1,8 +1,9 @@
 """The run in one process, written as plainly as it can be: the truth of every comparison.
 
 A loop over the whole model and torch's optimizer, in fp64, with all samples of a step in one batch.
-It shares the family's layers and loss with the program, and nothing of its engine, loader, gradient
-hooks, accumulation, clipping, schedule or parameter groups.
+With the program it shares the family: its layers, their initialisation and learnt states, its
+losses. It shares nothing of the engine, the loader, gradient hooks, accumulation, clipping, the
+schedule or parameter groups.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class State(NamedTuple):
 
 class TrueStep(NamedTuple):
     """One step: `norm` and `gradients` are those of the loss, before clipping by `scale`; `rates`
-    are learning rates by parameter; `held_out`: the loss on held-out text after the step."""
+    and `decays` are learning rate and weight decay by parameter; `held_out`: the loss on held-out
+    text after the step."""
 
     loss: float
     norm: float
     scale: float
     rate: float
     rates: dict[str, float]
+    decays: dict[str, float]
     gradients: Tensors
     state: State
     held_out: float | None
@@ -76,7 +79,13 @@ class OneProcess:
         zeros = {name: torch.zeros_like(p) for name, p in weights.items()}
         return State(weights, zeros, zeros, _buffers(self.model), 0)
 
-    def step(self, number: int, before: State) -> TrueStep:
+    def untrained(self) -> Tensors:
+        """The parameters that no step changes, as forward reads them."""
+        is_rounded = self.config.training.precision == "bf16"
+        frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
+        return {n: p.bfloat16().double() if is_rounded else p.clone() for n, p in frozen.items()}
+
+    def step(self, number: int, before: State, *, grad_clip: float) -> TrueStep:
         """Step `number` of the run, from the state before it."""
         training = self.config.training
         self._load(before)
@@ -84,10 +93,11 @@ class OneProcess:
         loss = self._loss(*self.batches[number - 1])
         gradients = _gradients(self.model, loss)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-        scale = clipping(norm, training.grad_clip)
+        scale = clipping(norm, grad_clip)
         rate = learning_rate(number, training)
         rates = {name: rate * _multiplier(name, training) for name in gradients}
-        optimizer, weights = self._optimizer(before, rates)
+        decays = self._decays()
+        optimizer, weights = self._optimizer(before, rates, decays)
         for name, gradient in gradients.items():
             weights[name].grad = gradient * scale
         optimizer.step()
@@ -95,7 +105,7 @@ class OneProcess:
         state = _state(optimizer, weights, _buffers(self.model), before.step + 1)
         self._load(state)
         held_out = self._held_out_loss(*self.held_out) if self.held_out else None
-        return TrueStep(loss.item(), norm, scale, rate, rates, gradients, state, held_out)
+        return TrueStep(loss.item(), norm, scale, rate, rates, decays, gradients, state, held_out)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, state: State) -> Tensor:
@@ -144,19 +154,23 @@ class OneProcess:
         self.model.train()
         return float(losses.sum() / (labels != IGNORED).sum())
 
+    def _decays(self) -> dict[str, float]:
+        """Weight decay by parameter: none of vectors."""
+        full = self.config.training.weight_decay
+        return {
+            name: 0.0 if p.role == "vector" else full  # type: ignore[attr-defined]
+            for name, p in trained(self.model)
+        }
+
     def _optimizer(
-        self, before: State, rates: dict[str, float]
+        self, before: State, rates: dict[str, float], decays: dict[str, float]
     ) -> tuple[torch.optim.Optimizer, Tensors]:
-        """AdamW in the state `before`, and the weights that it trains. Vectors do not decay."""
+        """AdamW in the state `before`, and the weights that it trains."""
         training = self.config.training
         weights = {name: weight.clone() for name, weight in before.weights.items()}
         groups = [
-            {
-                "params": [weights[name]],
-                "lr": rates[name],
-                "weight_decay": 0.0 if p.role == "vector" else training.weight_decay,  # type: ignore[attr-defined]
-            }
-            for name, p in trained(self.model)
+            {"params": [weight], "lr": rates[name], "weight_decay": decays[name]}
+            for name, weight in weights.items()
         ]
         optimizer = torch.optim.AdamW(groups, betas=training.betas, eps=training.eps)
         for name, weight in weights.items():

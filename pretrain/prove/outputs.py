@@ -1,4 +1,4 @@
-"""What a run has written: checkpoints and metrics.jsonl, by parameter name, whole."""
+"""Reader of a run's checkpoints and metrics.jsonl: whole tensors by parameter name."""
 
 from __future__ import annotations
 

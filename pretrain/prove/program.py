@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from pretrain import train
 from pretrain.config import RunConfig, to_yaml
 from pretrain.errors import EXIT_USER_ERROR
-from pretrain.prove.ranks import Forks, RunFailedError, run_ranks
+from pretrain.prove.errors import RunFailedError
+from pretrain.prove.ranks import Forks, run_ranks
 
 RUN_FILE = "prove"
 
@@ -51,7 +52,7 @@ def train_leg(
     Returns its run directory.
 
     Raises:
-        ValueError: the program refuses a setting when it starts, which the config layer cannot see.
+        ValueError: the program refuses a setting before it has built the model.
         RunFailedError: a rank failed; one line names it.
     """
     place = folder / leg.name
@@ -70,7 +71,8 @@ def train_leg(
     try:
         run_ranks(forks, main, size=leg.ranks, logs=place / "logs", timeout=timeout)
     except RunFailedError as error:
-        if resume_from is None and error.code == EXIT_USER_ERROR:
+        is_built = (run_dir / "config.yaml").exists()
+        if resume_from is None and error.code == EXIT_USER_ERROR and not is_built:
             raise ValueError(str(error)) from error
         raise
     return run_dir

@@ -13,7 +13,15 @@ from models.registry import get_family
 from pretrain.config import RunConfig, parse_config, resolved
 from pretrain.errors import ConfigError
 from pretrain.prove.bounds import Bound, Bounds
-from pretrain.prove.comparison import Row, gradient_row, initial_row, number_rows, state_rows
+from pretrain.prove.comparison import (
+    Row,
+    gradient_row,
+    initial_row,
+    number_rows,
+    state_rows,
+    untrained_row,
+    update_row,
+)
 from pretrain.prove.complete import exported_row, without_trace
 from pretrain.prove.corpus import make_corpus
 from pretrain.prove.oracle import OneProcess, State
@@ -24,6 +32,7 @@ from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun, resolve_text
 
 SAVED = 3  # the step after which the run goes on elsewhere
 _TIMEOUT = 300.0
+_NEVER_REACHED = 1e6
 _TAKEN = Bound(0.0, "equal bits: weights that were saved")
 
 
@@ -62,7 +71,7 @@ def prove(small: SmallRun, folder: Path, *, depth: Depth) -> list[Section]:
         RunFailedError: a rank of the program, or the truth, failed.
     """
     config = small.config
-    tokens = _tokens_of(config, small.data_size)
+    tokens = _num_tokens(config, small.data_size)
     data = make_corpus(
         config.data, folder / "data", vocab_size=config.model.vocab_size, num_tokens=tokens
     )
@@ -93,12 +102,10 @@ def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[S
     precision = here.config.training.precision
     first = SKIPPED + 1
     legs = [
-        _Checked(f"{precision}, {here.layout}", run_here, range(first, first + 1 + (not quick))),
         _Checked(
-            f"{precision}, resumed after step {SAVED} at {there.layout}",
-            run_there,
-            range(SAVED + 1, SAVED + 2),
+            f"{precision}, {here.layout}", here, run_here, range(first, first + 1 + (not quick))
         ),
+        _Checked(_resumed(case), there, run_there, range(SAVED + 1, SAVED + 2)),
     ]
     if not quick:
         last = SAVED + 1
@@ -107,9 +114,10 @@ def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[S
             again, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_there, last)
         )
         title = f"{precision}, resumed after step {last} at {here.layout}"
-        legs.append(_Checked(title, back, range(last + 1, last + 2)))
+        legs.append(_Checked(title, again, back, range(last + 1, last + 2)))
         legs.append(_begun(here, run_here, place, forks))
-    sections = forks.call(partial(_check, case, legs), place / "oracle", timeout=_TIMEOUT)
+    check = partial(_check, case, legs)
+    sections = forks.call("the run in one process", check, place / "oracle", timeout=_TIMEOUT)
     return sections if quick else [*sections, _complete(case, run_here, place, forks)]
 
 
@@ -122,7 +130,7 @@ def _complete(case: Case, run_dir: Path, place: Path, forks: Forks) -> Section:
     if get_family(config.model.family).hf is not None and config.training.precision == "fp32":
         sizes = {"data_size": _data_size(case.here)}
         export = partial(exported_row, last, config, place, **sizes)
-        rows.append(forks.call(export, place / "export", timeout=_TIMEOUT))
+        rows.append(forks.call("the export", export, place / "export", timeout=_TIMEOUT))
     return Section(f"{config.training.precision}, {case.here.layout}, after step {STEPS}", rows)
 
 
@@ -141,6 +149,7 @@ class _Checked(NamedTuple):
     """
 
     title: str
+    leg: Leg
     run_dir: Path
     steps: range
     weights: Path | None = None
@@ -154,7 +163,13 @@ def _begun(here: Leg, run_here: Path, place: Path, forks: Forks) -> _Checked:
     leg = here._replace(name="begun", config=parse_config(values))
     run_dir = train_leg(leg, place, forks, timeout=_TIMEOUT)
     title = f"{here.config.training.precision}, begun with the weights of step {SAVED}"
-    return _Checked(title, run_dir, range(SKIPPED + 1, SKIPPED + 2), weights)
+    return _Checked(title, leg, run_dir, range(SKIPPED + 1, SKIPPED + 2), weights)
+
+
+def _resumed(case: Case) -> str:
+    here, there = case
+    title = f"{here.config.training.precision}, resumed after step {SAVED} at {there.layout}"
+    return title if there.layout != here.layout else f"{title} (no other layout fits)"
 
 
 def _taken_over(checkpoint: Path) -> State:
@@ -168,6 +183,7 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     """Compare every leg with the run in one process, by induction over its steps."""
     config = case.here.config
     oracle = OneProcess(config, data_size=_data_size(case.here))
+    untrained = oracle.untrained()
     sections = []
     for leg in legs:
         rows = []
@@ -180,10 +196,14 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
         metrics = read_metrics(leg.run_dir)
         for step in leg.steps:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
-            truth = oracle.step(step, before.state())
+            clip = leg.leg.config.training.grad_clip
+            truth = oracle.step(step, before.state(), grad_clip=clip)
             found = number_rows(step, metrics, truth, case.bounds)
             found.append(gradient_row(after, truth, before.state(), config.training, case.bounds))
             found += state_rows(after, truth, config.training, case.bounds)
+            found.append(update_row(after, truth, before.state(), config.training))
+            if untrained and leg.weights is None:
+                found.append(untrained_row(after, untrained))
             rows += [each._replace(check=f"step {step}: {each.check}") for each in found]
         sections.append(Section(leg.title, rows))
     return sections
@@ -197,18 +217,18 @@ def _data_size(leg: Leg) -> int:
     return leg.ranks // (leg.config.parallel.tensor * leg.config.parallel.pipeline)
 
 
-def _tokens_of(config: RunConfig, data_size: int) -> int:
-    """Fewer than the run reads, so that it goes into a second epoch."""
+def _num_tokens(config: RunConfig, data_size: int) -> int:
+    """Tokens of all sources: half of what the run reads, so that step 4 is in a second epoch."""
     training = config.training
     sequences = training.batch_size * training.gradient_accumulation_steps * data_size
-    return max(2, sequences * (STEPS - 1)) * config.data.sequence_length
+    return sequences * STEPS // 2 * config.data.sequence_length
 
 
 def _case(small: SmallRun, data: DataConfig, precision: str) -> Case:
     values = resolved(small.config.model_copy(update={"data": data}))
     values["training"]["precision"] = precision
     here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
-    return Case(here, elsewhere(here))
+    return Case(here, elsewhere(here, max_ranks=small.max_ranks))
 
 
 def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -219,8 +239,11 @@ def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any
     return values
 
 
-def elsewhere(here: Leg) -> Leg:
-    """Another layout of the same batch: without cuts if there are some, else with one."""
+def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
+    """Another layout of the same batch, without cuts if there are some, else with one; the same
+    layout if no other fits. Gradients are not clipped there, where the first leg clips them.
+    """
+    here = _unclipped(here)
     values = resolved(here.config)
     parallel, training = values["parallel"], values["training"]
     samples = training["batch_size"] * training["gradient_accumulation_steps"] * _data_size(here)
@@ -241,6 +264,8 @@ def elsewhere(here: Leg) -> Leg:
             batch = {"batch_size": batch_size, "gradient_accumulation_steps": own // batch_size}
             values["training"] = {**training, **batch}
             ranks = data_size * cut["tensor"] * cut["pipeline"]
+            if ranks > max_ranks:
+                continue
             ds_config_values = here.ds_config_values
             if cut["pipeline"] > 1 and stage != 1:
                 ds_config_values = {"zero_optimization": {"stage": 1}}
@@ -248,6 +273,14 @@ def elsewhere(here: Leg) -> Leg:
             if leg.layout != here.layout and _resolves(leg):
                 return leg
     return here._replace(name="there")
+
+
+def _unclipped(leg: Leg) -> Leg:
+    """The same leg with a limit that no gradient reaches, if it has one."""
+    values = resolved(leg.config)
+    if values["training"]["grad_clip"] > 0:
+        values["training"]["grad_clip"] = _NEVER_REACHED
+    return leg._replace(config=parse_config(values))
 
 
 def _resolves(leg: Leg) -> bool:

@@ -1,4 +1,4 @@
-"""Processes forked from one that has torch and DeepSpeed imported, and nothing left of them.
+"""Forked processes, from one that has torch and DeepSpeed imported.
 
 A forked rank starts in a tenth of a second, an interpreter with these imports in ten.
 """
@@ -25,7 +25,9 @@ from typing import NamedTuple, Self, TypeVar
 
 import torch
 
+from parallel.cpu.compat import prepare_deepspeed
 from pretrain.errors import EXIT_COMPLETED, EXIT_CRASHED, EXIT_LOST_RANK
+from pretrain.prove.errors import RunFailedError
 
 T = TypeVar("T")
 
@@ -41,15 +43,6 @@ _IMPORTED_BY_RUNS = (
     "parallel.pipeline",
     "pretrain.run",
 )
-
-
-class RunFailedError(Exception):
-    """A run that did not end well; one line that names the rank and what it said. `code`: its exit
-    code, see `Ended`."""
-
-    def __init__(self, message: str, code: int | None = None) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Ended(NamedTuple):
@@ -77,6 +70,7 @@ class Forks:
         torch.set_num_threads(1)  # forking beside other threads can deadlock the child
         for name in _IMPORTED_BY_RUNS:
             importlib.import_module(name)
+        prepare_deepspeed()  # it runs compilers
 
     def __enter__(self) -> Self:
         return self
@@ -123,8 +117,9 @@ class Forks:
                 ends[pid] = Ended(None, log)
         return [ends[pid] for pid in pids]
 
-    def call(self, function: Callable[[], T], place: Path, *, timeout: float) -> T:
-        """The result of `function()` in a process of its own; `place` prefixes its files.
+    def call(self, name: str, function: Callable[[], T], place: Path, *, timeout: float) -> T:
+        """The result of `function()` in a process of its own; `place` prefixes its files, `name`
+        says in an error what failed.
 
         Raises:
             RunFailedError: it raised, died or did not end in time.
@@ -137,7 +132,7 @@ class Forks:
 
         (end,) = self.wait([self.start(run, place.with_suffix(".log"))], timeout=timeout)
         if end.code != EXIT_COMPLETED:
-            raise RunFailedError(f"the run in one process failed: {end.last_line}")
+            raise RunFailedError(f"{name} failed: {end.last_line}")
         value: T = pickle.loads(result.read_bytes())
         return value
 

@@ -1,8 +1,8 @@
-"""Smaller sizes of a model and its sequences, in ratio, of any family. No torch.
+"""Smaller sizes of a model of any family and of its sequences. No torch.
 
 Every whole number of the family's configuration above a limit is halved, all of them together as
-long as the configuration accepts it, then one by one. So ratios hold until a size has reached its
-limit, and what the family's validators demand (divisors, orders, evenness) holds throughout.
+long as the configuration accepts it, then one by one, down to its limit. Numbers of heads keep
+their ratio, and what the family's validators demand (divisors, orders, evenness) holds throughout.
 Switches and small numbers stay: a feature that is on stays on.
 """
 

@@ -46,7 +46,7 @@ class SmallRun(NamedTuple):
     """The run that is proven: its configuration, DeepSpeed file and number of ranks.
 
     `changes`: every setting that differs from the run file. `unproven`: what this machine cannot
-    show.
+    show. `max_ranks`: the most that any leg starts.
     """
 
     config: RunConfig
@@ -54,6 +54,7 @@ class SmallRun(NamedTuple):
     ranks: int
     changes: list[Change]
     unproven: list[str]
+    max_ranks: int
 
     @property
     def data_size(self) -> int:
@@ -73,6 +74,7 @@ def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> 
     unproven = _leave_out(values)
     _shrink_layout(values, max_ranks)
     ranks = _num_ranks(values["parallel"], max_ranks)
+    unproven += _smaller_axes(before["parallel"], values["parallel"], ranks)
     values = _shrink_sizes(values, ranks)
     _shrink_training(
         values, ranks // (values["parallel"]["tensor"] * values["parallel"]["pipeline"])
@@ -82,7 +84,7 @@ def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> 
     ds_config_values = _shrink_ds(ds_config_values_of(config, ds_config_path))
     changes = differences(before, resolved(small))
     resolve_text(small, ds_config_values, ranks)
-    return SmallRun(small, ds_config_values, ranks, changes, unproven)
+    return SmallRun(small, ds_config_values, ranks, changes, unproven, max_ranks)
 
 
 def resolve_text(config: RunConfig, ds_config_values: Mapping[str, Any], ranks: int) -> None:
@@ -98,7 +100,7 @@ def resolve_text(config: RunConfig, ds_config_values: Mapping[str, Any], ranks: 
 def ds_config_values_of(config: RunConfig, given: str | None) -> dict[str, Any]:
     """DeepSpeed's JSON of a run, from a file or from its text, or that which the run takes by
     default."""
-    data_size = _smallest_world(config) // (config.parallel.tensor * config.parallel.pipeline)
+    data_size = _fewest_ranks(config) // (config.parallel.tensor * config.parallel.pipeline)
     with _ds_file(given) as path:
         ds_config = resolve_ds_config(path, config, data_size=data_size)
         if path is None:
@@ -120,7 +122,7 @@ def _ds_file(given: str | None) -> Iterator[str | None]:
         yield file.name
 
 
-def _smallest_world(config: RunConfig) -> int:
+def _fewest_ranks(config: RunConfig) -> int:
     """The fewest ranks that the layout of a run file can have, with two data ranks or more."""
     parallel = config.parallel
     return parallel.tensor * parallel.pipeline * max(2, parallel.expert)
@@ -128,7 +130,7 @@ def _smallest_world(config: RunConfig) -> int:
 
 def _check_as_given(config: RunConfig, ds_config_path: str | None) -> None:
     with _ds_file(ds_config_path) as path:
-        resolve_run(config, path, world_size=_smallest_world(config))
+        resolve_run(config, path, world_size=_fewest_ranks(config))
 
 
 def _leave_out(values: dict[str, Any]) -> list[str]:
@@ -163,6 +165,18 @@ def _shrink_layout(values: dict[str, Any], max_ranks: int) -> None:
             f"--ranks {max_ranks}: tensor {parallel['tensor']} x pipeline {parallel['pipeline']} x "
             f"expert {parallel['expert']} needs {needed} ranks; raise --ranks"
         )
+
+
+def _smaller_axes(before: Mapping[str, int], after: Mapping[str, int], ranks: int) -> Iterator[str]:
+    """Combinations of ranks that the smaller layout does not have."""
+    if before["pipeline"] > 2:
+        yield f"pipeline {before['pipeline']}: stages that are neither first nor last"
+    for axis in ("tensor", "expert"):
+        if before[axis] > 2:
+            yield f"{axis} {before[axis]}: more than two ranks on this axis"
+    cut = after["tensor"] * after["pipeline"]
+    if ranks == cut:
+        yield f"data parallelism beside the cuts: pass --ranks {2 * cut} for it"
 
 
 def _num_ranks(parallel: Mapping[str, int], max_ranks: int) -> int:
@@ -205,7 +219,7 @@ def _shrink_training(values: dict[str, Any], data_size: int) -> None:
     accumulation = min(training["gradient_accumulation_steps"], 2)
     training["gradient_accumulation_steps"] = max(accumulation, levels + 1 if levels else 1)
     training |= {"max_steps": STEPS, "max_tokens": None, "max_epochs": None, "log_interval": 1}
-    training["decay_steps"] = min(training["decay_steps"], 1)
+    training["decay_steps"] = min(training["decay_steps"], 2)
     training["warmup_steps"] = min(
         training["warmup_steps"], STEPS - 1 - training["decay_steps"] - 1
     )
@@ -247,6 +261,10 @@ def _shrink_ds(ds_config_values: Mapping[str, Any]) -> dict[str, Any]:
     """Buckets and thresholds, which count elements, so that there are several of each."""
     values = {name: value for name, value in ds_config_values.items() if name not in _OWNED}
     zero = dict(values.get("zero_optimization", {}))
+    if zero.get("stage", 0) > 0:
+        zero = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000, **zero}
+    if zero.get("stage") == 3:
+        zero = {"stage3_param_persistence_threshold": 100, **zero}
     for name, value in zero.items():
         if name.endswith(("bucket_size", "_threshold", "max_live_parameters")) and (
             isinstance(value, int | float) and value > 2000

@@ -26,9 +26,12 @@ def test_ranks_are_ordered_as_in_deepspeed_s_topology():
 
 
 def _megatron_agrees():
-    ctx = ParallelContext.from_world(tensor=2, pipeline=2)
     from megatron.core import parallel_state
 
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+    )
+    ctx = ParallelContext.from_world(tensor=2, pipeline=2)
     return (
         parallel_state.get_tensor_model_parallel_rank() == ctx.tensor.rank
         and parallel_state.get_pipeline_model_parallel_rank() == ctx.pipeline.rank

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from pretrain.config.compose import compose_config
 from pretrain.prove.drawn.draw import Draw, draws
+from pretrain.prove.errors import RunFailedError
 from pretrain.prove.proof import Depth, prove
-from pretrain.prove.ranks import RunFailedError
 from pretrain.prove.report import first_failure
 from pretrain.prove.small_run import SmallRun, shrink
+
+_MOST_REFUSALS = 200
 
 
 class Failure(NamedTuple):
@@ -52,18 +54,25 @@ def search(
     family: str | None,
     log: Callable[[str], object],
 ) -> Search:
-    """Prove `number` runs that the config layer accepts, or as many as `minutes` allow."""
-    found = Search(0, [], Counter())
+    """Prove `number` runs that the config layer accepts, or as many as `minutes` allow.
+
+    Ends early when it refuses `_MOST_REFUSALS` draws in a row.
+    """
+    found, refused = Search(0, [], Counter()), 0
     end = None if minutes is None else time.monotonic() + 60 * minutes
     for draw in draws(seed, family=family):
         tried = found.proven + len(found.failures)
+        if refused >= _MOST_REFUSALS:
+            return found
         if tried >= number or (end is not None and time.monotonic() > end):
             return found
         try:
             reason = failure_of(accepted(draw))
         except ValueError as error:
             found.refusals[kind_of(str(error))] += 1
+            refused += 1
             continue
+        refused = 0
         log(f"{tried + 1:4d} {'ok  ' if reason is None else 'FAIL'} {draw.line}")
         if reason is None:
             found = found._replace(proven=found.proven + 1)

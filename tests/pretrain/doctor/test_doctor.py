@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -270,9 +271,10 @@ def test_a_run_that_job_scripts_would_not_start_is_named(marker, examine, tmp_pa
 
 def test_a_clock_apart_from_that_of_the_folder_is_found(tmp_path):
     assert [each.severity for each in probe(tmp_path)] == ["ok"]
-    found = list(probe(tmp_path, now=lambda: time.time() - 5))
+    found = list(probe(tmp_path, now=lambda: time.time() - 500))
     assert [each.severity for each in found] == ["ok", "warning"]
-    assert "is +5.0 s off" in found[1].what
+    # 500 less the seconds that a busy machine takes between its own clock and the file's.
+    assert re.search(r"is \+(4[5-9]\d|500)\.\d s off", found[1].what)
 
 
 def test_other_versions_than_pinned_are_named(tmp_path):

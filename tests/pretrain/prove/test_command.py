@@ -8,7 +8,7 @@ import tempfile
 import pytest
 
 from pretrain.errors import EXIT_USER_ERROR
-from pretrain.prove.command import EXIT_PROVEN, main
+from pretrain.prove.command import EXIT_DIFFERENT, EXIT_PROVEN, main
 
 
 @pytest.fixture
@@ -28,6 +28,8 @@ def folder(tmp_path, monkeypatch):
         (["--ds_config", "no.json"], "no.json"),
         (["--ds_config", '{"zero_optimization": {"stage": 4}}'], "stage"),
         (["--unknown"], "--help"),
+        (["--ranks", "0"], "positive"),
+        (["--seed", "1"], "--seed has no effect without --random"),
     ],
 )
 def test_settings_that_cannot_be_used_are_one_line(arguments, message, folder, capsys):
@@ -47,7 +49,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(folder, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     err = capsys.readouterr().err
-    assert code == EXIT_USER_ERROR
+    assert code == EXIT_DIFFERENT
     lines = [line for line in err.splitlines() if line.startswith(("error", "not proven"))]
     assert len(lines) == 1, err
     assert "rank 0" in lines[0]
@@ -60,3 +62,8 @@ def test_a_run_drawn_at_random_is_proven_and_refusals_are_counted(folder, capsys
     assert code == EXIT_PROVEN, out
     assert "1 runs proven, 0 not" in out
     assert not list(folder.glob("prove-*"))
+
+
+def test_options_of_a_run_are_refused_beside_a_search(capsys):
+    assert main(["--random", "1", "--ranks", "2"]) == EXIT_USER_ERROR
+    assert "--ranks has no effect with --random" in capsys.readouterr().err

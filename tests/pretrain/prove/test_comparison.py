@@ -9,7 +9,14 @@ import torch
 
 from pretrain.config import parse_config
 from pretrain.prove.bounds import FLOOR, FP32, Bounds
-from pretrain.prove.comparison import Row, gradient_row, number_rows, state_rows
+from pretrain.prove.comparison import (
+    Row,
+    gradient_row,
+    number_rows,
+    state_rows,
+    untrained_row,
+    update_row,
+)
 from pretrain.prove.oracle import State, TrueStep, learning_rate
 from pretrain.prove.outputs import Owners, Saved
 from tests.pretrain.run_values import run_values
@@ -30,7 +37,8 @@ def truth() -> TrueStep:
     weights = {name: torch.ones(3, 4).double() for name in gradients}
     state = State(weights, first, second, {}, 1)
     rates = dict.fromkeys(gradients, 1e-3)
-    return TrueStep(2.0, norm, 1.0, 1e-3, rates, gradients, state, 3.0)
+    decays = dict.fromkeys(gradients, 0.1)
+    return TrueStep(2.0, norm, 1.0, 1e-3, rates, decays, gradients, state, 3.0)
 
 
 def saved(truth: TrueStep, **changes) -> Saved:
@@ -69,10 +77,37 @@ def test_a_gradient_below_the_floor_is_measured_against_the_norm(truth):
     assert (row.passed, row.where) == (False, "b")
 
 
+@pytest.fixture
+def before(truth) -> State:
+    """Weights of which the truth's are one update of AdamW."""
+    before = {}
+    for name, weight in truth.state.weights.items():
+        first = truth.state.exp_avg[name] / (1 - BETA1)
+        second = (truth.state.exp_avg_sq[name] / (1 - BETA2)).sqrt() + TRAINING.eps
+        before[name] = (weight + 1e-3 * first / second) / (1 - 1e-3 * 0.1)
+    return State(before, {}, {}, {}, 0)
+
+
+def test_the_update_is_that_of_the_saved_moments_whatever_they_are(truth, before):
+    assert update_row(saved(truth), truth, before, TRAINING).passed
+    for masters in (before.weights, {n: w * (1 + 1e-4) for n, w in truth.state.weights.items()}):
+        assert not update_row(saved(truth, masters=masters), truth, before, TRAINING).passed
+
+
+def test_untrained_parameters_keep_their_bits(truth):
+    frozen = {"c": torch.ones(2).double()}
+    assert untrained_row(saved(truth, buffers=frozen), frozen).passed
+    assert not untrained_row(saved(truth, buffers={"c": frozen["c"] + 1e-6}), frozen).passed
+    assert not untrained_row(saved(truth), frozen).passed
+
+
 def test_a_parameter_that_is_missing_is_infinitely_wrong(truth):
     found = {"a": truth.state.exp_avg["a"]}
     row = rows(saved(truth, exp_avg=found), truth)["exp_avg"]
     assert (row.error, row.where) == (math.inf, "b is missing")
+    found = truth.state.exp_avg | {"c": truth.state.exp_avg["a"]}
+    row = rows(saved(truth, exp_avg=found), truth)["exp_avg"]
+    assert (row.error, row.where) == (math.inf, "c is surplus")
 
 
 def test_a_weight_may_move_where_its_gradient_is_rounding(truth):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.prove.ranks import Forks, RunFailedError, run_ranks
+from pretrain.prove.errors import RunFailedError
+from pretrain.prove.ranks import Forks, run_ranks
 
 
 def rank() -> int:
@@ -81,6 +82,6 @@ def test_a_call_returns_its_result_or_says_what_failed(tmp_path):
         raise ValueError("error: a reason")
 
     with Forks() as forks:
-        assert forks.call(lambda: {"a": 1}, tmp_path / "a", timeout=60) == {"a": 1}
+        assert forks.call("the work", lambda: {"a": 1}, tmp_path / "a", timeout=60) == {"a": 1}
         with pytest.raises(RunFailedError, match="a reason"):
-            forks.call(raises, tmp_path / "b", timeout=60)
+            forks.call("the work", raises, tmp_path / "b", timeout=60)

@@ -1,4 +1,8 @@
-"""Every run file of configs/ is proven: its parallel run is the run in one process."""
+"""Every run file of configs/ is proven: its parallel run is the run in one process.
+
+Run files whose small runs differ in the sizes of the model alone are proven once here, and each by
+`make soak`.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,37 @@ import json
 
 import pytest
 
+from pretrain.config import resolved
+from pretrain.config.compose import compose_config
 from pretrain.files import CONFIGS
 from pretrain.prove.command import EXIT_PROVEN, main
+from pretrain.prove.small_run import shrink
 
 RUN_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def features(name: str) -> str:
+    """Everything about the small run of a run file but the sizes of its model."""
+    small = shrink(compose_config(name), None, max_ranks=4)
+    values = resolved(small.config)
+    values["model"] = {key: _but_size(value) for key, value in values["model"].items()}
+    for key in ("run_dir", "logging"):
+        del values[key]
+    return json.dumps([values, small.ds_config_values, small.ranks], sort_keys=True)
+
+
+def _but_size(value: object) -> object:
+    return "size" if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ONE_OF_EACH = sorted({features(name): name for name in RUN_FILES}.values())
 
 
 def proof(capsys, *arguments: str) -> dict:
     code = main([*arguments, "--json"])
     out, err = capsys.readouterr()
     assert out, err
-    result = json.loads(out[out.index("{\n") :])
+    result = json.loads(out)
     failed = [
         (leg["title"], check)
         for leg in result["legs"]
@@ -28,10 +52,10 @@ def proof(capsys, *arguments: str) -> dict:
 
 
 def test_there_are_run_files():
-    assert len(RUN_FILES) > 12
+    assert len(RUN_FILES) > len(ONE_OF_EACH) > 12
 
 
-@pytest.mark.parametrize("name", RUN_FILES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_run_file_is_proven(name, capsys):
     result = proof(capsys, "--config-name", name, "--quick")
     assert len(result["legs"]) == 2

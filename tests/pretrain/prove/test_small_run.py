@@ -74,7 +74,7 @@ def test_accumulation_ramp_and_schedule_stay():
     assert training.gradient_accumulation_steps == 2
     (level,) = training.batch_ramp
     assert level.sequences_per_step == training.batch_size * 2
-    assert (training.max_steps, training.decay_steps, training.warmup_steps) == (STEPS, 1, 2)
+    assert (training.max_steps, training.decay_steps, training.warmup_steps) == (STEPS, 2, 1)
 
 
 def test_stages_of_a_curriculum_all_get_steps():
