@@ -13,10 +13,10 @@ from pydantic import ValidationError
 @contextmanager
 def assert_refused(
     setting: str,
-    *,
     value: object,
     constraint: str | tuple[str, ...],
     remedy: str | tuple[str, ...],
+    *,
     error: type[Exception] = ValueError,
 ) -> Iterator[None]:
     """The block raises `error`, whose message is one line with four parts in this order.
