@@ -42,7 +42,10 @@ class History:
             ValueError: they have been dropped.
         """
         if count > self._stop:
-            raise ValueError(f"{count} entries asked for, {self._stop} of {self.length} are kept")
+            raise ValueError(
+                f"count={count} is more than the {self._stop} of {self.length} entries that are "
+                "kept; ask for fewer, or make the history with a larger reach"
+            )
         assert self._buffer is not None
         return self._buffer.narrow(self.dim, self._stop - count, count)
 
@@ -67,7 +70,7 @@ class History:
         if forgotten < 0 or forgotten > self._stop:
             raise ValueError(
                 f"cannot roll a history of {self.length} entries, of which {self._stop} are kept, "
-                f"back to {length}"
+                f"back to {length}; give a length from {self.length - self._stop} to {self.length}"
             )
         self._stop -= forgotten
         self.length = length

@@ -332,7 +332,8 @@ def _check_adapters(config: DariaFormerConfig) -> None:
     unknown = [name for name in config.lora_targets if name not in LORA_TARGETS]
     if unknown or not config.lora_targets:
         raise ValueError(
-            f"lora_targets={list(config.lora_targets)} must name some of {', '.join(LORA_TARGETS)}"
+            f"lora_targets={list(config.lora_targets)} may name {', '.join(LORA_TARGETS)} "
+            "and needs one at least; correct the list"
         )
     if config.lora_rank == 0 and config.lora_dropout > 0:
         raise ValueError(

@@ -129,6 +129,9 @@ class ModalityEncoder(nn.Module):
                     f"set config.{name}_enabled=True before building it"
                 )
             if len(values) != batch:
-                raise ValueError(f"{name} input of batch {len(values)} with {batch} rows of tokens")
+                raise ValueError(
+                    f"{name} input of batch {len(values)} with {batch} rows of tokens; give one "
+                    "input for every row"
+                )
             encoded.append(encoder(values))
         return torch.cat(encoded) if encoded else None

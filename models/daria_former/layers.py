@@ -152,7 +152,10 @@ class DariaEmbedding(nn.Module):
             persona = self.persona.unsqueeze(0) if given.persona is None else given.persona
             parts.append(self.persona_bank(persona))
         elif given.persona is not None:
-            raise ValueError("a persona was given to a model without the persona path")
+            raise ValueError(
+                "persona was given to a model without the persona path; add persona to paths of "
+                "its configuration before building it"
+            )
         batch = max([1, *(part.shape[1] for part in parts)])
         bank = torch.cat([part.expand(-1, batch, -1) for part in parts]) if parts else None
         if cache is not None:

@@ -131,7 +131,10 @@ def _resolved(origin: Origin, modules: Modules) -> Origin:
     while origin.is_project and origin.name:
         scope = modules[origin.module].scope
         if origin.name not in scope:
-            raise ValueError(f"{origin.module} does not define {origin.name}")
+            raise ValueError(
+                f"{origin.module} does not define {origin.name}; import the name from where it is "
+                "defined"
+            )
         if scope[origin.name] == origin:
             break
         origin = scope[origin.name]

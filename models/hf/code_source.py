@@ -61,8 +61,8 @@ class Module:
         other = next((s for s in self.statements if not s.names), None)
         if kept and other is not None:
             raise ValueError(
-                f"{self.name}: a module that goes into a file may only import and define, not "
-                f"{ast.unparse(other.node).splitlines()[0]!r}"
+                f"{self.name}: {ast.unparse(other.node).splitlines()[0]!r} would run when the file "
+                "is imported, and its modules may only import and define; move it into a function"
             )
         return kept
 
@@ -76,7 +76,7 @@ def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
     if text is None:
         path = _path(name, root)
         if path is None:
-            raise ValueError(f"there is no module {name} below {root}")
+            raise ValueError(f"module {name} does not exist below {root}; correct the import")
         text = path.read_text(encoding="utf-8")
     source = _without_inner_imports(text)
     tree, lines = ast.parse(source), source.splitlines()

@@ -378,7 +378,8 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
             ):
                 path = next(path for path, other in self.named_modules() if other is module)
                 raise ValueError(
-                    f"the weights lack {path}.{name}: they are not of this configuration"
+                    f"{path}.{name} is missing from the weights; load them with the configuration "
+                    "that they were saved with"
                 )
 
 

@@ -57,10 +57,12 @@ class TrainerSettings:
         counts = ("max_steps", "gradient_accumulation_steps")
         for name in (*counts, "save_every", "eval_every", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more; raise it")
         for name in ("warmup_steps", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be finite and not negative; pass 0 or more"
+                )
 
 
 class Writer(Protocol):

@@ -72,6 +72,6 @@ def read_settings(written: Tensor) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message: the known names nearest to `name`, or all."""
+    """The remedy of an error message: the known names nearest to `name`, or all of them."""
     close = difflib.get_close_matches(name, known, n=3) or list(known)
-    return f"nearest: {', '.join(close)}" if close else "there are none"
+    return f"choose one of {', '.join(close)}" if close else "this model has none, leave it out"

@@ -53,9 +53,15 @@ class LoRAManager(manager.LoRAManager):
 
     def check_computable(self, weight: float | str) -> None:
         if isinstance(weight, str) and not any(True for _ in self._blocks()):
-            raise ValueError(f"adapter weight={weight!r} needs the blocks of a Daria-Former")
+            raise ValueError(
+                f"adapter weight={weight!r} is computed by the blocks of a Daria-Former, and this "
+                "model has none; give a number"
+            )
         if weight == "persona" and not self._hooks:
-            raise ValueError("adapter weight='persona' needs a model with the persona path")
+            raise ValueError(
+                "adapter weight='persona' needs a model with the persona path; add persona to "
+                "paths, or give a number"
+            )
 
     def add_computed_weight(self, name: str, kind: str) -> None:
         for path, block in self._blocks():

@@ -334,5 +334,6 @@ def _check_index(name: str, index: int, count: int) -> None:
 def _check_shape(name: str, given: Tensor, like: Tensor) -> None:
     if given.shape != like.shape:
         raise ValueError(
-            f"{name} of shape {list(given.shape)} must be {list(like.shape)}, as they are stored"
+            f"{name} of shape {list(given.shape)} must be {list(like.shape)}, the shape of what is "
+            "stored; reshape them"
         )

@@ -98,7 +98,10 @@ class Trainer(trainer.Trainer):
             log_every=log_every,
         )
         if config != model.config:
-            raise ValueError("config is not that of the model, which decides; give model.config")
+            raise ValueError(
+                "config differs from model.config, which the model was built with; pass "
+                "model.config"
+            )
         adamw = build_optimizer(model, lr, weight_decay)
         super().__init__(model, settings, train_dataloader, eval_dataloader, optimizer=adamw)
         if use_wandb and rank() == 0:
