@@ -70,7 +70,7 @@ def rendezvous(world: World, *, purpose: str, timeout: float | None) -> dist.Sto
 def _open(world: World, limit: timedelta) -> dist.Store:
     port = os.environ.get("MASTER_PORT", "")
     if not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"MASTER_PORT={port!r} must be a port from 1 to 65535")
+        raise ConfigError(f"MASTER_PORT={port!r} must be a port from 1 to 65535; export a free one")
     # torchrun may restart ranks while its agent keeps the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

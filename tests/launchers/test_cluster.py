@@ -47,7 +47,7 @@ def test_what_a_machine_lacks_is_named_and_fails_where_slurm_is_required(
     assert reason_to_skip() == "no slurmctld-of-nobody here"
     fixture = conftest.cluster.__wrapped__  # type: ignore[attr-defined]
     monkeypatch.setenv("REQUIRE_SLURM", "1")
-    with pytest.raises(pytest.fail.Exception, match="REQUIRE_SLURM=1 and no slurmctld-of-nobody"):
+    with pytest.raises(pytest.fail.Exception, match=r"REQUIRE_SLURM=1 .*slurmctld-of-nobody"):
         next(fixture(tmp_path_factory))
     monkeypatch.delenv("REQUIRE_SLURM")
     with pytest.raises(pytest.skip.Exception, match="needs Slurm: no slurmctld-of-nobody"):
