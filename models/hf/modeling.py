@@ -170,14 +170,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
             cache = self.new_cache(self.config.max_position_embeddings)
         first = cache.length if isinstance(cache, FamilyCache) else 0
         check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
-        readers = self.state_readers()
-        wanted = wanted_states(others, self.config, len(readers))
-        if wanted and not self.has_token_states:
-            raise ValueError(
-                f"output_hidden_states: the layers of a {self.config.model_type} model have no "
-                "state for every token; leave it out"
-            )
-        readers = readers if wanted else []
+        readers, wanted = self._wanted_readers(others)
         present = {name: value for name, value in given.items() if value is not None}
         auxiliary = None
         if cache is None:
@@ -194,6 +187,25 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
         )
+
+    def _wanted_readers(
+        self, others: Mapping[str, Any]
+    ) -> tuple[list[StateReader], frozenset[int]]:
+        """Readers of all hidden states where any is asked for, and the numbers of those asked for.
+
+        Raises:
+            ValueError: the layers have no state for every token.
+        """
+        readers = self.state_readers()
+        wanted = wanted_states(others, self.config, len(readers))
+        if not wanted:
+            return [], wanted
+        if not self.has_token_states:
+            raise ValueError(
+                f"output_hidden_states: the layers of a {self.config.model_type} model have no "
+                "state for every token; leave it out"
+            )
+        return readers, wanted
 
     def state_readers(self) -> list[StateReader]:
         """Readers of the hidden states: before the first block and after every block; the last one

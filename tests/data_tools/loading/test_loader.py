@@ -234,7 +234,7 @@ def test_resume_with_another_corpus_of_the_same_name_is_refused(
 
 @pytest.mark.parametrize("state", [{}, {"consumed_samples": "many"}, {"surplus": 1}])
 def test_state_of_something_else_is_refused(corpora: Path, state: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="data position of the checkpoint: "):
+    with pytest.raises(DataError, match=r"data position .*; resume"):
         _loader(corpora, state=state)
 
 

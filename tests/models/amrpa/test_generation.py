@@ -187,16 +187,19 @@ def test_directories_that_do_not_fit_are_refused_in_one_line(tmp_path):
     plain("llama").save_pretrained(tmp_path / "plain")
     with assert_refused(str(tmp_path / "plain"), "amrpa_config", "config.json", "load"):
         amrpa.from_pretrained(tmp_path / "plain")
-    for name, change, message in (
-        ("unknown", {"memory_dcay": 1}, "'memory_dcay' is no setting of AMRPAConfig; did you mean"),
-        ("shape", {"alpha_mlp_hidden": 20}, r"mlp_weights.0 has shape \(12, 16\), the model needs"),
-        ("targets", {"target_layers": [1]}, "the weights of .* are missing or left over"),
+    for name, change, parts in (
+        ("unknown", {"memory_dcay": 1}, ("'memory_dcay'", "AMRPAConfig", "", "'memory_decay'")),
+        (
+            "shape",
+            {"alpha_mlp_hidden": 20},
+            ("mlp_weights.0", (12, 16), "(20, 16)", "configuration"),
+        ),
+        ("targets", {"target_layers": [1]}, ("targets", "missing", "amrpa", "configuration")),
     ):
         injected("llama").save_pretrained(tmp_path / name)
         _edit(tmp_path / name, **change)
-        with pytest.raises(ValueError, match=message) as error:
+        with assert_refused(*parts):
             amrpa.from_pretrained(tmp_path / name)
-        assert "\n" not in str(error.value)
 
 
 def test_the_quick_starts_of_the_published_package(tmp_path):

@@ -105,7 +105,7 @@ def test_a_batch_that_only_the_number_of_ranks_changes_is_refused(tmp_path) -> N
     for data, remedy in (
         (2, r"training.gradient_accumulation_steps=1 to keep 8"),
         (8, r"training.batch_size=1 training.gradient_accumulation_steps=1 to keep 8"),
-        (3, r"use a number of data ranks that divides 8 to keep it"),
+        (3, r"data ranks .* 8 "),
     ):
         run = identity(layout=Layout(data=data), config=CONFIG)
         with pytest.raises(CheckpointError, match=f"take {8 * data}: .*{remedy}") as error:
