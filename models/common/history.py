@@ -10,7 +10,7 @@ class History:
     """The newest entries of a stream along dimension `dim`, at least `reach` of them.
 
     `length` counts all entries ever appended. The buffer has twice the required size, so that an
-    append is one small copy, and the kept part moves to the front only now and then.
+    append is one small copy, and entries move to the front only occasionally.
     """
 
     def __init__(self, reach: int, *, dim: int = 0) -> None:

@@ -145,7 +145,7 @@ class DariaFormerConfig(BaseModel):
             )
         return self
 
-    # What a run asks of any family.
+    # The interface of every family's configuration.
 
     @property
     def max_position_embeddings(self) -> int:
@@ -212,8 +212,8 @@ class DariaFormerConfig(BaseModel):
         """Channels of the context router: a gate prior per path, and the segment logit."""
         return len(self.all_paths) * self.is_gated + self.has("memory")
 
-    def updates_emotion_after(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) ends with an update of the emotion state.
+    def has_update_site(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) ends with an update site of the emotion state.
 
         `esv_sites` updates are spread evenly over the layers, the last one after the last layer.
         """

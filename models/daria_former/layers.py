@@ -61,8 +61,8 @@ def _emotion_site(
 
 
 class ContextRouter(nn.Module):
-    """`W norm(x) + b` per token of the embedding: a prior for every path's gate in every block, and
-    the segment logit, which weighs the token when it is pooled into memory.
+    """Gate priors of every block's paths, and the segment logit, which weighs a token when it is
+    pooled into memory: `W norm(x) + b` per token of the embedding.
 
     [s/t, b, h] -> fp32 [s, b, num_priors], whole on every tensor rank; with the memory path the
     last channel is the segment logit. Causal by construction: no token looks at another. It starts

@@ -52,7 +52,7 @@ class Module:
     scope: dict[str, Origin] = field(default_factory=dict)
 
     def kept(self, needed: set[Origin]) -> list[Statement]:
-        """The statements that define something needed.
+        """The statements that define one of the needed names.
 
         Raises:
             ValueError: the module does something else when it is imported, which would be lost.
@@ -68,10 +68,10 @@ class Module:
 
 
 def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
-    """The module `name` below `root`, or of this text, without running it.
+    """Parse the module `name` below `root`, or its given text, without running it.
 
     Raises:
-        ValueError: there is none, or it imports from the project in a way that is not followed.
+        ValueError: it does not exist, or imports from the project in an unsupported way.
     """
     if text is None:
         path = _path(name, root)
@@ -148,7 +148,8 @@ def _imported(node: ast.Import | ast.ImportFrom, module: str, root: Path) -> dic
 
 
 def _without_inner_imports(source: str) -> str:
-    """Replace imports of what a file will not have, and what follows them, by an ImportError."""
+    """Replace imports that a generated file cannot resolve, and the rest of their block, by an
+    ImportError."""
     lines = source.splitlines()
     edits = [edit for node in ast.parse(source).body for edit in _edits(node)]
     for first, last, text in sorted(edits, reverse=True):
@@ -157,7 +158,7 @@ def _without_inner_imports(source: str) -> str:
 
 
 def _edits(node: ast.AST) -> Iterator[tuple[int, int, str]]:
-    """(first line, last line, replacement) for every block that imports what is not there."""
+    """(first line, last line, replacement) of every block with an unresolvable import."""
     if isinstance(node, ast.stmt) and _is_idle(node):
         return
     for block in _blocks(node):

@@ -49,10 +49,10 @@ def custom_code(
 ) -> HFMapping:
     """The form of a family whose first layer takes `TokenInputs`.
 
-    Both are defined at the top of modules of the family. A `DecoderConfig` has its sizes under the
-    names of Llama, any other configuration every setting under its own name. `aliases`: names that
-    transformers asks for (`hidden_size`, `num_hidden_layers`, `max_position_embeddings`) -> what
-    the family calls them, where it differs.
+    Both are defined at the top level of modules of the family. A `DecoderConfig` has its sizes
+    under the names of Llama, any other configuration every setting under its own name. `aliases`:
+    names that transformers asks for (`hidden_size`, `num_hidden_layers`, `max_position_embeddings`)
+    -> what the family calls them, where it differs.
     """
     names = _template_names(settings_class, layer_specs, aliases)
     family, package = names["family"], names["package"]
@@ -81,7 +81,7 @@ def _template_names(
     layer_specs: Callable[[Any], list[LayerSpec]],
     aliases: Mapping[str, str],
 ) -> dict[str, str]:
-    """What the templates of the two modules leave open."""
+    """The fields of the templates of both modules."""
     is_decoder = issubclass(settings_class, DecoderConfig)
     return {
         "family": settings_class.model_fields["family"].default,

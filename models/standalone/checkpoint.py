@@ -93,7 +93,7 @@ def open_training(folder: Path) -> StoredModel:
     """Open a checkpoint of `save_training` after verifying every file.
 
     Raises:
-        ValueError: it is not such a checkpoint, or is damaged.
+        ValueError: there is no such checkpoint, or it is damaged.
     """
     if not (folder / MANIFEST_NAME).is_file() or not has_training_state(folder):
         raise ValueError(f"{folder} is no checkpoint of a Trainer; give a folder checkpoint-N")
@@ -121,7 +121,7 @@ def load_training_state(folder: Path) -> TrainingState:
 
 
 def check_num_ranks(folder: Path, written_by: int) -> None:
-    """Raise ValueError unless as many processes continue a checkpoint as have written it."""
+    """Raise ValueError unless the number of processes is that of the checkpoint."""
     if written_by != num_ranks():
         raise ValueError(
             f"{folder} was written by {written_by} processes and there are {num_ranks()}; start "

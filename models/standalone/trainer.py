@@ -162,8 +162,8 @@ class Trainer:
         position.
 
         Raises:
-            ValueError: it is none, damaged, of another configuration, or of more or fewer
-                processes.
+            ValueError: there is no such checkpoint, it is damaged, or of another configuration or
+                number of processes.
         """
         stored = open_training(folder)
         if stored.config != self.model.config:
@@ -186,7 +186,7 @@ class Trainer:
             raise ValueError(f"{source} cannot be continued; its state is damaged") from error
 
     def _advance(self) -> None:
-        """Take one step, then log, evaluate and save where due."""
+        """Take one step, then log, evaluate and save if due."""
         settings, lr = self.settings, float(self.scheduler.get_last_lr()[0])
         terms = self._train_step()
         self.step += 1

@@ -206,7 +206,7 @@ class LoRALinear(nn.Module):
 
 
 class Target(NamedTuple):
-    """A linear layer that can have adapters or has them: its name, and the layer."""
+    """A linear layer with or without adapters, and its name."""
 
     name: str
     layer: Any

@@ -180,7 +180,7 @@ class LoRAManager:
         """Switch an adapter off; what it has learned stays.
 
         Raises:
-            ValueError: there is none of this name, with the nearest ones.
+            ValueError: there is no adapter of this name.
         """
         self._switchable()
         if name not in self._adapters:
@@ -264,7 +264,7 @@ class LoRAManager:
         }
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Switch adapters as `settings` of the same adapters says.
+        """Switch adapters to the state recorded in `settings`.
 
         Raises:
             ValueError: they are of other adapters.

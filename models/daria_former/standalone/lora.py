@@ -83,7 +83,7 @@ class LoRAManager(manager.LoRAManager):
                 yield name, module
 
     def _pass_persona(self, embedding: Any, args: tuple[Any, ...]) -> None:
-        """Give the blocks the persona of a call; in a generation that of its first call."""
+        """Pass the persona of a call to the blocks; in a generation, that of its first call."""
         given = getattr(args[0], "persona", None)
         persona = embedding.persona.unsqueeze(0) if given is None else given
         if len(args) > 1 and args[1] is not None:

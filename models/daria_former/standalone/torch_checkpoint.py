@@ -1,4 +1,4 @@
-"""Checkpoints of the version before: config.yaml, model.safetensors, training_state.pt."""
+"""Checkpoints of the previous version: config.yaml, model.safetensors, training_state.pt."""
 
 from __future__ import annotations
 

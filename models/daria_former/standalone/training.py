@@ -110,7 +110,7 @@ class Trainer(trainer.Trainer):
             self.load(Path(resume_from))
 
     def load(self, folder: Path) -> None:
-        """Continue a checkpoint, also one of the version before (see the shared trainer)."""
+        """Continue a checkpoint, also one of the previous version (see the shared trainer)."""
         if not torch_checkpoint.is_torch_checkpoint(folder):
             super().load(folder)
             return

@@ -117,7 +117,7 @@ def test_the_emotion_state_is_updated_as_often_as_set_evenly_and_after_the_last_
     layers, sites
 ):
     config = DariaFormerConfig(num_layers=layers, esv_sites=sites)
-    after = [layer + 1 for layer in range(layers) if config.updates_emotion_after(layer)]
+    after = [layer + 1 for layer in range(layers) if config.has_update_site(layer)]
     assert len(after) == sites
     assert after[-1] == layers
     gaps = [b - a for a, b in zip([0, *after], after, strict=False)]
