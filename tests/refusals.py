@@ -1,4 +1,9 @@
-"""The four parts of every refusal, whatever its wording: setting, value, constraint, remedy."""
+"""The four parts of every refusal, whatever its wording: setting, value, constraint, remedy.
+
+Tests assert our messages here alone, so that prose can improve. A `match=` of pytest may pin names
+of settings and files, values, and messages of libraries (pydantic's "Input should be ...");
+test_wording.py finds any with three words of ours in a row.
+"""
 
 from __future__ import annotations
 

@@ -148,7 +148,9 @@ def _wait_for_all(world: World, store: dist.Store, *, began: float, limit: float
 
 def _describe_missing(world: World, store: dist.Store, waited: float) -> str:
     missing = [rank for rank in range(world.size) if not store.check([f"rank_{rank}"])]
-    names = ", ".join(map(str, missing[:_MAX_LISTED])) + ", ..." * (len(missing) > _MAX_LISTED)
+    names = ", ".join(map(str, missing[:_MAX_LISTED]))
+    if len(missing) > _MAX_LISTED:
+        names += ", ..."
     return (
         f"{world.size - len(missing)}/{world.size} ranks have joined at {_address()} after "
         f"{waited:.0f} s; missing: rank {names}"
