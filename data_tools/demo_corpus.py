@@ -97,7 +97,7 @@ def build_demo_corpus(
     _write_marker(output, {**recipe, "complete": True})
 
 
-def _preprocess_split(output: Path, split: str, num_workers: int) -> CorpusInfo | None:
+def _preprocess_split(output: Path, split: str, num_workers: int) -> CorpusInfo:
     settings = EncodingSettings(
         tokenizer=str(output / "tokenizer.model"),
         eod=None,
