@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.cli import run_command, usable_cpus
+from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
@@ -90,6 +91,13 @@ def build_demo_corpus(
         overwrite=True,
     )
     log(f"{output}/tokenizer.model: {tokenizer.vocab_size} pieces, trained on it")
+    for split in _SPLITS:
+        info = _preprocess_split(output, split, num_workers if split == "train" else 1)
+        log(summary(str(output / split), info))
+    _write_marker(output, {**recipe, "complete": True})
+
+
+def _preprocess_split(output: Path, split: str, num_workers: int) -> CorpusInfo:
     settings = EncodingSettings(
         tokenizer=str(output / "tokenizer.model"),
         eod=None,
@@ -97,19 +105,15 @@ def build_demo_corpus(
         json_key="text",
         skip_bad_lines=False,
     )
-    for split in _SPLITS:
-        job = PreprocessJob(
-            inputs=[str(output / "text" / split)],
-            output=str(output / split),
-            settings=settings,
-            overwrite=True,
-            license="PSF-2.0",
-            command=f"python -m data_tools.demo_corpus --output {output}",
-        )
-        workers = num_workers if split == "train" else 1
-        info = preprocess(job, num_workers=workers).info
-        log(summary(str(output / split), info))
-    _write_marker(output, {**recipe, "complete": True})
+    job = PreprocessJob(
+        inputs=[str(output / "text" / split)],
+        output=str(output / split),
+        settings=settings,
+        overwrite=True,
+        license="PSF-2.0",
+        command=f"python -m data_tools.demo_corpus --output {output}",
+    )
+    return preprocess(job, num_workers=num_workers).info
 
 
 def _claim_folder(output: Path, recipe: Mapping[str, object]) -> bool:

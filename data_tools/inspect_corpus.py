@@ -227,8 +227,8 @@ def _step_range(text: str) -> tuple[int, int]:
     last = last or first
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise DataError(
-            f"--steps {text} must be FIRST:LAST with 1 <= FIRST <= LAST, such as 120:124; both "
-            "are included"
+            f"--steps {text} must be FIRST:LAST, both included, with 1 <= FIRST <= LAST; pass "
+            "120:124, for example"
         )
     return int(first), int(last)
 
@@ -236,7 +236,9 @@ def _step_range(text: str) -> tuple[int, int]:
 def _source(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
     if not name or not path:
-        raise DataError(f"--source {text} must be NAME=PATH, the name and place of a source")
+        raise DataError(
+            f"--source {text} must be NAME=PATH; pass the name of a source and its new path"
+        )
     return name, path
 
 

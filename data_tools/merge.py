@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.cli import run_command
-from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.corpus.corpus_info import CorpusInfo, SourceInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, append_corpora, vocab_size_of
 from data_tools.corpus.origin import Origin, count_text_bytes, origin_of, require_tokenizer
@@ -60,17 +60,31 @@ def merge(
         if first is None:
             writer.finish_without_info()
             return None
-        return writer.finish(
-            tokenizer=first.tokenizer,
-            tokenizer_fingerprint=first.tokenizer_fingerprint,
-            eod_id=first.text.eod_id,
-            bos_ids=first.text.bos_ids,
-            special_tokens=_special_tokens(origins),
-            num_bytes=num_bytes,
-            command=command,
-            license="; ".join(dict.fromkeys(o.license for o in origins if o.license)) or None,
-            sources=[each for d in datasets if d.info is not None for each in d.info.sources],
-        )
+        sources = [each for d in datasets if d.info is not None for each in d.info.sources]
+        return _finish(writer, origins, sources, num_bytes=num_bytes, command=command)
+
+
+def _finish(
+    writer: IndexedDatasetWriter,
+    origins: Sequence[Origin],
+    sources: list[SourceInfo],
+    *,
+    num_bytes: int,
+    command: str,
+) -> CorpusInfo:
+    """Publish the corpus with a sidecar: what `_origins` found to be the same is the first's."""
+    first = origins[0]
+    return writer.finish(
+        tokenizer=first.tokenizer,
+        tokenizer_fingerprint=first.tokenizer_fingerprint,
+        eod_id=first.text.eod_id,
+        bos_ids=first.text.bos_ids,
+        special_tokens=_special_tokens(origins),
+        num_bytes=num_bytes,
+        command=command,
+        license="; ".join(dict.fromkeys(o.license for o in origins if o.license)) or None,
+        sources=sources,
+    )
 
 
 def _origins(

@@ -192,7 +192,7 @@ def _check_options(options: argparse.Namespace, settings: EncodingSettings) -> N
     for name in ("workers", "shard_megabytes", "vocab_size", "max_document_megabytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more")
+            raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more; raise it")
     if options.eod is not None and not options.append_eod:
         raise DataError(f"--eod {options.eod} has no effect with --no-append-eod; remove one")
     if options.vocab_size is not None:

@@ -60,7 +60,9 @@ def split(
             available, an output exists, or a split would be empty.
     """
     if not 0 < share < 1:
-        raise DataError(f"--share {share} must be between 0 and 1: the share held out")
+        raise DataError(
+            f"--share {share} must be between 0 and 1; pass the share of documents to hold out"
+        )
 
     def assign(chunk: Chunk, documents: Sequence[TokenArray]) -> IntArray:
         return np.array([is_held_out(d, share=share, seed=seed) for d in documents], int)
@@ -134,7 +136,7 @@ def split_bounds(ratios: str, num_documents: int) -> list[tuple[int, int]]:
     if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
         raise DataError(
             f"--split {ratios} must be one to three numbers for training, validation and test "
-            "text, such as 969,30,1"
+            "text; pass 969,30,1, for example"
         )
     shares = np.array([*numbers, 0.0, 0.0][:3]) / np.sum(numbers)
     bounds = [round(float(end) * num_documents) for end in accumulate(shares, initial=0.0)]

@@ -147,7 +147,7 @@ def check_names(found: Collection[str], expected: Collection[str], *, source: Pa
     """
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     parts = [
-        f"{kind} {', '.join(names[:10])}{f' and {len(names) - 10} more' * (len(names) > 10)}"
+        f"{kind} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
         for kind, names in (("lacks", missing), ("has unexpected", surplus))
         if names
     ]

@@ -142,10 +142,7 @@ def from_hf(
             remarks.append(f"{len(taken)} tensors are those of {model}; all others are new")
         declared = read_declared(model, read_contents(model / "config.json"))
         write_declared(folder, declared)
-        has_tokenizer = copy_tokenizer(model, folder / "tokenizer")
-        ends = generation_contents(declared, OwnTokens()).generation
-        if has_tokenizer and ends:  # which may be alone in saying what ends a text
-            write_json(folder / "tokenizer" / GENERATION_CONFIG, ends)
+        has_tokenizer = _import_tokenizer(model, folder / "tokenizer", declared)
         spec = str((output / "tokenizer").absolute()) if has_tokenizer else None
         stored = StoredModel(folder / "weights", foreign.family, foreign.config, spec)
         write_manifest(folder, stored)
@@ -157,6 +154,15 @@ def from_hf(
             "model.safetensors.index.json"
         )
     return remarks
+
+
+def _import_tokenizer(model: Path, folder: Path, declared: Declared) -> bool:
+    """Copy the tokenizer files; False when the directory has none."""
+    ends = generation_contents(declared, OwnTokens()).generation
+    has_tokenizer = copy_tokenizer(model, folder)
+    if has_tokenizer and ends:  # which may be alone in saying what ends a text
+        write_json(folder / GENERATION_CONFIG, ends)
+    return has_tokenizer
 
 
 def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str | None) -> Exported:

@@ -68,10 +68,16 @@ def check_carry(layer: str, carry: Any, schema: Any) -> None:
             continue
         if expected is None or not isinstance(value, Tensor):
             came = type(value).__name__
-            raise ValueError(f"layer {layer}, carry field {name}: expected {expected}, got {came}")
+            raise ValueError(
+                f"layer {layer}, carry field {name}: got {came}, expected {expected}; correct the "
+                "layer or the carry schema of its family"
+            )
         if (value.dtype, tuple(value.shape)) != (expected.dtype, tuple(expected.shape)):
             came = str(Field(tuple(value.shape), value.dtype))
-            raise ValueError(f"layer {layer}, carry field {name}: expected {expected}, got {came}")
+            raise ValueError(
+                f"layer {layer}, carry field {name}: got {came}, expected {expected}; correct the "
+                "layer or the carry schema of its family"
+            )
 
 
 class Tie(NamedTuple):

@@ -35,7 +35,8 @@ class Precision:
         if (self.fp8_recipe is not None) != self.is_fp8:
             raise ValueError(
                 f"fp8_recipe={self.fp8_recipe!r} with precision={self.name!r}: "
-                "a recipe is needed with fp8 and has no effect without it"
+                "a recipe is needed with fp8 and has no effect without it; "
+                "use both or neither"
             )
         if self.is_fp8:
             if self.fp8_recipe not in FP8_RECIPES:

@@ -33,7 +33,10 @@ class Wire:
         fields = [f for f in schema if f is not None]
         for name, field in zip(self.names, fields, strict=True):
             if field.gradient and not field.dtype.is_floating_point:
-                raise ValueError(f"carry field {name}: {field} cannot carry a gradient")
+                raise ValueError(
+                    f"carry field {name}: {field} cannot carry a gradient; declare it with "
+                    "gradient=False"
+                )
         self.differentiable = [f for f in fields if f.gradient]
         self.constant = [f for f in fields if not f.gradient]
         self._is_differentiable = [f.gradient for f in fields]

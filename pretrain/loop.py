@@ -279,11 +279,11 @@ class TrainLoop:
         start = (
             f"continuing after step {self.state.step}" if self.state.step else "from the beginning"
         )
+        expert = f" (expert {layout.expert})" if layout.expert > 1 else ""
         self._print(
             f"{self.config.model.family}, {self.num_parameters / 1e6:.1f}M parameters, "
             f"{training.precision}, on {self.ranks.size} x {device}\n"
-            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
-            f"{f' (expert {layout.expert})' * (layout.expert > 1)}, "
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{expert}, "
             f"{self.state.total_steps:,} steps, {start}\n"
             f"{self.state.curriculum.describe()}\n"
             f"run directory {Path(self.config.run_dir).absolute()}"

@@ -1,4 +1,9 @@
-"""The four parts of every refusal, whatever its wording: setting, value, constraint, remedy."""
+"""The four parts of every refusal, whatever its wording: setting, value, constraint, remedy.
+
+Tests assert our messages here alone, so that prose can improve. A `match=` of pytest may pin names
+of settings and files, values, and messages of libraries (pydantic's "Input should be ...");
+test_wording.py finds any with three words of ours in a row.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +18,10 @@ from pydantic import ValidationError
 @contextmanager
 def assert_refused(
     setting: str,
-    *,
     value: object,
     constraint: str | tuple[str, ...],
     remedy: str | tuple[str, ...],
+    *,
     error: type[Exception] = ValueError,
 ) -> Iterator[None]:
     """The block raises `error`, whose message is one line with four parts in this order.

@@ -22,10 +22,10 @@ def test_a_message_with_all_four_parts_passes():
         (GOOD.replace("=7", "=70"), "the value 7"),
         (GOOD.replace("256", "something"), "the constraint '256'"),
         (GOOD.replace("data.kind=bytes", "bytes"), "the constraint 'data.kind=bytes'"),
-        (GOOD.replace("; remove it", ""), "'remove' is not in the remedy"),
-        ("remove it; " + GOOD.replace("; remove it", "; sorry"), "'remove' is not in the remedy"),
+        (GOOD.replace("; remove it", ""), "'remove' .* remedy"),
+        ("remove it; " + GOOD.replace("; remove it", "; sorry"), "'remove' .* remedy"),
         (GOOD.replace(" where", "\nwhere"), "where 256"),
-        ("", "an empty message"),
+        ("", "empty message"),
     ],
 )
 def test_a_message_without_one_of_them_fails(message, missing):

@@ -38,8 +38,8 @@ class MappedFiles:
         self.paths = [file for file, size in zip(files, sizes, strict=True) if size > 0]
         if not self.paths:
             raise DataError(
-                f"the {len(files)} files of a byte source are all empty; "
-                "check data.train and data.validation"
+                f"data.train or data.validation: none of the {len(files)} files of a byte source "
+                "has text; check the path"
             )
         self.sizes = np.array([size for size in sizes if size > 0], dtype=np.int64)
         self.map = lru_cache(maxsize=_OPEN_FILES)(self._map_checked)

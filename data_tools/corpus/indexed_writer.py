@@ -167,12 +167,15 @@ class IndexedDatasetWriter:
     def _check_not_empty(self) -> None:
         if self.num_documents == 0:
             raise DataError(
-                f"{self.prefix}: the input holds no documents with text; nothing was written"
+                f"{self.prefix}: the input holds no documents with text, so nothing was written; "
+                "pass an input with text"
             )
 
     def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
         if not np.issubdtype(tokens.dtype, np.integer):
-            raise DataError(f"{self.prefix}: token ids are {tokens.dtype}, integers expected")
+            raise DataError(
+                f"{self.prefix}: token ids are {tokens.dtype}, integers expected; convert them"
+            )
         if tokens.min() >= 0 and tokens.max() < self.vocab_size:
             return
         position = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])

@@ -60,7 +60,10 @@ class TrainLoader:
         num_workers: int,
     ) -> None:
         if not 0 <= data_rank < data_size:
-            raise ValueError(f"data_rank {data_rank} must be in [0, data_size {data_size})")
+            raise ValueError(
+                f"data_rank={data_rank} must be in [0, data_size={data_size}); "
+                "pass the rank of this process among the data ranks"
+            )
         self._datasets = {dataset.name: dataset for dataset in datasets}
         self._curriculum = curriculum
         self._micro_batch_size = micro_batch_size

@@ -85,7 +85,8 @@ def _write_output(
     if not any(part.documents for part in counts):
         folder.remove()
         raise DataError(
-            f"{job.output}: the input holds no documents with text; nothing was written"
+            f"{job.output}: the input holds no documents with text, so nothing was written; "
+            "pass an input with text"
         )
     folder.mark_publishing()
     corpora = (

@@ -240,7 +240,7 @@ def _split_by_batch_size(
 
 
 def _check_fractions(config: DataConfig, ramp: Sequence[BatchStep], max_steps: int | None) -> None:
-    """Refuse fractions of `max_steps` with a ramp: a share of steps is no share of tokens then."""
+    """Refuse fractions of `max_steps` with a ramp, where a share of steps is no share of tokens."""
     fractions = [stage.until_fraction for stage in config.stages]
     if ramp and max_steps is not None and any(fractions):
         raise DataError(

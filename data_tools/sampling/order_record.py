@@ -139,7 +139,7 @@ def add_record(run_dir: Path, record: OrderRecord) -> None:
     """
     try:
         records = read_records(run_dir)
-    except DataError as error:  # it is no reason not to train
+    except DataError as error:  # a damaged record does not stop training
         logger.warning("%s; earlier steps are no longer recorded", error)
         records = []
     kept = [each for each in records if each.after_step < record.after_step]

@@ -39,7 +39,10 @@ class KeyedPermutation:
 
     def __init__(self, size: int, *, key: tuple[int | str, ...]) -> None:
         if not 1 <= size <= 1 << 62:
-            raise ValueError(f"permutation size {size} must be between 1 and 2**62")
+            raise ValueError(
+                f"size={size} of a permutation must be between 1 and 2**62; pass the number of "
+                "samples"
+            )
         self.size = size
         self._left_size = math.isqrt(size - 1) + 1
         self._right_size = -(-size // self._left_size)

@@ -171,7 +171,7 @@ def tokenizer_file(spec: str) -> Path:
     if path.suffix not in (".json", ".model"):
         raise DataError(
             f"tokenizer {path}: suffix {path.suffix or 'none'} found, .json (Hugging Face) or "
-            ".model (SentencePiece) expected"
+            ".model (SentencePiece) expected; pass a file of one of these kinds"
         )
     if path.name == VOCAB and not path.with_name(MERGES).is_file():
         raise DataError(f"tokenizer {path}: no {MERGES} beside it; get both, or a tokenizer.json")

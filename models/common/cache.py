@@ -69,5 +69,8 @@ class KVCache:
             ValueError: the cache is shorter than that.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot roll a cache of length {self.length} back to {length}")
+            raise ValueError(
+                f"cannot roll a cache of length {self.length} back to {length}; give a length from "
+                f"0 to {self.length}"
+            )
         self.length = length

@@ -10,7 +10,7 @@ class History:
     """The newest entries of a stream along dimension `dim`, at least `reach` of them.
 
     `length` counts all entries ever appended. The buffer has twice the required size, so that an
-    append is one small copy, and the kept part moves to the front only now and then.
+    append is one small copy, and entries move to the front only occasionally.
     """
 
     def __init__(self, reach: int, *, dim: int = 0) -> None:
@@ -42,7 +42,10 @@ class History:
             ValueError: they have been dropped.
         """
         if count > self._stop:
-            raise ValueError(f"{count} entries asked for, {self._stop} of {self.length} are kept")
+            raise ValueError(
+                f"count={count} is more than the {self._stop} of {self.length} entries that are "
+                "kept; ask for fewer, or make the history with a larger reach"
+            )
         assert self._buffer is not None
         return self._buffer.narrow(self.dim, self._stop - count, count)
 
@@ -67,7 +70,7 @@ class History:
         if forgotten < 0 or forgotten > self._stop:
             raise ValueError(
                 f"cannot roll a history of {self.length} entries, of which {self._stop} are kept, "
-                f"back to {length}"
+                f"back to {length}; give a length from {self.length - self._stop} to {self.length}"
             )
         self._stop -= forgotten
         self.length = length

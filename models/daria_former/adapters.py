@@ -26,7 +26,7 @@ class BlockAdapters(nn.Module):
     """Computed weights of the adapters of one block.
 
         esv:      w_t = clamp(kappa . e_t, 0, 1)    e: the emotion state that enters the block
-        persona:  w = sigmoid(kappa . p)            p: the persona given, or the learned one
+        persona:  w = sigmoid(kappa . p)            p: the given or the learned persona
 
     kappa is learned, one per adapter and block: blocks after different update sites see different
     emotion states. It starts at N(0, 1) for esv, where 0 would never train (B is 0, too), and at 0,
@@ -54,7 +54,7 @@ class BlockAdapters(nn.Module):
                 layer.number, layer.conditions = number, self.conditions
 
     def add_kappa(self, name: str, kind: str, *, like: Tensor) -> nn.Parameter | None:
-        """Add the kappa of an adapter; None where there is one already."""
+        """Add the kappa of an adapter; None if it has one already."""
         kappas = getattr(self, kind)
         if name in kappas:
             return None

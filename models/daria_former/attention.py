@@ -32,7 +32,7 @@ from parallel.precision import at_least_fp32
 from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal
 
-# Initial gates of the paths: the paths over tokens dominate, the others have to earn their share.
+# Initial gates of the paths: the paths over tokens dominate at first.
 _INITIAL_GATE = {"local": 1.0, "long": 1.0, "memory": -1.0, "persona": -1.0, "modality": -1.0}
 
 

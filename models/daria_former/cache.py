@@ -1,9 +1,9 @@
 """Generation caches of the layers.
 
-All state is a stream with one entry per token (or per memory slot) of which the last entries are
-needed, so all of it is kept in a `History`, which appends in place, returns views, and can drop its
-newest entries. So a generation can be rolled back, by up to `segment_len` tokens, to where a
-speculative decoder's draft was rejected.
+All state is a stream with one entry per token (or per memory slot), of which only the newest
+entries are needed. A `History` keeps them: it appends in place, returns views, and can drop its
+newest entries. A generation can thus be rolled back by up to `segment_len` tokens, to where a draft
+of speculative decoding was rejected.
 
 Shapes: b batch, g key/value heads, d head dimension, m slots, c segments, K slots retrieved.
 """
@@ -20,7 +20,7 @@ from models.common.history import History
 
 
 class Slots(NamedTuple):
-    """Keys and values [b, g, m, d]."""
+    """Keys and values of memory slots: [b, g, m, d]."""
 
     keys: Tensor
     values: Tensor
@@ -93,7 +93,7 @@ class _RollbackLimit:
         self._most = 0
 
     def check(self, current: int, length: int) -> None:
-        """Raises ValueError where a cache of `current` tokens cannot be taken back to `length`."""
+        """Raise ValueError if a cache of `current` tokens cannot be rolled back to `length`."""
         self._most = max(self._most, current)
         if not max(0, self._most - self.max_rollback) <= length <= current:
             raise ValueError(
@@ -126,7 +126,7 @@ class BlockCache:
         """Forget every token from `length` on.
 
         Raises:
-            ValueError: that is more than `max_rollback` tokens before the most that it has held.
+            ValueError: `length` is more than `max_rollback` tokens before the longest so far.
         """
         self._limit.check(self.length, length)
         if self.long is not None and self.long.length:

@@ -145,7 +145,7 @@ class DariaFormerConfig(BaseModel):
             )
         return self
 
-    # What a run asks of any family.
+    # The interface of every family's configuration.
 
     @property
     def max_position_embeddings(self) -> int:
@@ -212,8 +212,8 @@ class DariaFormerConfig(BaseModel):
         """Channels of the context router: a gate prior per path, and the segment logit."""
         return len(self.all_paths) * self.is_gated + self.has("memory")
 
-    def updates_emotion_after(self, layer: int) -> bool:
-        """Whether layer number `layer` (from 0) ends with an update of the emotion state.
+    def has_update_site(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) ends with an update site of the emotion state.
 
         `esv_sites` updates are spread evenly over the layers, the last one after the last layer.
         """
@@ -332,7 +332,8 @@ def _check_adapters(config: DariaFormerConfig) -> None:
     unknown = [name for name in config.lora_targets if name not in LORA_TARGETS]
     if unknown or not config.lora_targets:
         raise ValueError(
-            f"lora_targets={list(config.lora_targets)} must name some of {', '.join(LORA_TARGETS)}"
+            f"lora_targets={list(config.lora_targets)} may name {', '.join(LORA_TARGETS)} "
+            "and needs one at least; correct the list"
         )
     if config.lora_rank == 0 and config.lora_dropout > 0:
         raise ValueError(

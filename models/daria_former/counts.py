@@ -11,7 +11,7 @@ from models.daria_former.config import DariaFormerConfig
 def num_parameters(config: DariaFormerConfig) -> int:
     """Every parameter; a tied head counts once."""
     blocks = config.num_layers * _block(config)
-    sites = 1 + sum(config.updates_emotion_after(i) for i in range(config.num_layers))
+    sites = 1 + sum(config.has_update_site(i) for i in range(config.num_layers))
     first = _gates(config) * config.emotion_dim**2  # the first site has no previous state to read
     return _embedding(config) + blocks + sites * _site(config) - first + _head(config)
 
@@ -25,7 +25,7 @@ def forward_flops_per_token(config: DariaFormerConfig, seq_length: int) -> float
     training noise are not counted.
     """
     per_token = config.num_layers * (_block_matmul(config) + _attention(config, seq_length))
-    sites = 1 + sum(config.updates_emotion_after(i) for i in range(config.num_layers))
+    sites = 1 + sum(config.has_update_site(i) for i in range(config.num_layers))
     per_token += sites * _site_matmul(config) + _router_matmul(config) + _head_matmul(config)
     per_token -= _gates(config) * config.emotion_dim**2  # the first site has no previous state
     once = config.num_layers * _slots_matmul(config)
@@ -39,7 +39,7 @@ def _kv(config: DariaFormerConfig) -> int:
 
 
 def _width(config: DariaFormerConfig) -> int:
-    """Of all heads together."""
+    """Width of all heads together."""
     return config.num_heads * config.head_size
 
 
@@ -114,7 +114,7 @@ def _persona(config: DariaFormerConfig) -> int:
 
 def _attention(config: DariaFormerConfig, length: int) -> float:
     """Multiply-adds per token and layer: scores and weighted values of every path."""
-    keys = 0.0  # that a token meets on average
+    keys = 0.0  # visible to a token on average
     if config.has("long"):
         keys += config.num_global_tokens + (length + 1) / 2
     if config.has("local"):
@@ -137,7 +137,7 @@ def _attention(config: DariaFormerConfig, length: int) -> float:
 
 
 def _candidates(config: DariaFormerConfig, start: int) -> int:
-    """Slots that a segment beginning at token `start` chooses from."""
+    """Number of slots visible to a segment that begins at token `start`."""
     return (
         min(start // config.working_stride, config.working_memory_slots)
         + min(start // config.episodic_stride, config.episodic_memory_slots)

@@ -106,7 +106,7 @@ class AudioEncoder(nn.Module):
 
 
 class ModalityEncoder(nn.Module):
-    """Images and sound of a batch as one list of tokens [m, b, h], images first."""
+    """Images and audio of a batch as one sequence of tokens [m, b, h], images first."""
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class ModalityEncoder(nn.Module):
         self.audio = AudioEncoder(config, ctx=ctx) if config.audio_enabled else None
 
     def forward(self, images: Tensor | None, audio: Tensor | None, batch: int) -> Tensor | None:
-        """Tokens of what is given; None when nothing is.
+        """Encode the given modalities; None if there are none.
 
         Raises:
             ValueError: a modality that the model does not have, or of another batch size.
@@ -129,6 +129,9 @@ class ModalityEncoder(nn.Module):
                     f"set config.{name}_enabled=True before building it"
                 )
             if len(values) != batch:
-                raise ValueError(f"{name} input of batch {len(values)} with {batch} rows of tokens")
+                raise ValueError(
+                    f"{name} input of batch {len(values)} with {batch} rows of tokens; give one "
+                    "input for every row"
+                )
             encoded.append(encoder(values))
         return torch.cat(encoded) if encoded else None

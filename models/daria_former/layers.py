@@ -61,8 +61,8 @@ def _emotion_site(
 
 
 class ContextRouter(nn.Module):
-    """`W norm(x) + b` per token of the embedding: a prior for every path's gate in every block, and
-    the segment logit, which weighs the token when it is pooled into memory.
+    """Gate priors of every block's paths, and the segment logit, which weighs a token when it is
+    pooled into memory: `W norm(x) + b` per token of the embedding.
 
     [s/t, b, h] -> fp32 [s, b, num_priors], whole on every tensor rank; with the memory path the
     last channel is the segment logit. Causal by construction: no token looks at another. It starts
@@ -152,7 +152,10 @@ class DariaEmbedding(nn.Module):
             persona = self.persona.unsqueeze(0) if given.persona is None else given.persona
             parts.append(self.persona_bank(persona))
         elif given.persona is not None:
-            raise ValueError("a persona was given to a model without the persona path")
+            raise ValueError(
+                "persona was given to a model without the persona path; add persona to paths of "
+                "its configuration before building it"
+            )
         batch = max([1, *(part.shape[1] for part in parts)])
         bank = torch.cat([part.expand(-1, batch, -1) for part in parts]) if parts else None
         if cache is not None:

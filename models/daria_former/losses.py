@@ -28,7 +28,7 @@ from parallel.regions import (
 
 # A path whose mean gate falls below this is penalised.
 LEAST_GATE = 0.02
-# Cosine similarity of consecutive hidden states up to which there is no penalty.
+# Cosine similarity of consecutive hidden states below which there is no penalty.
 FREE_SIMILARITY = 0.9
 
 
@@ -130,8 +130,8 @@ def repetition(y: Tensor, positions: Tensor | None, *, ctx: ParallelContext) -> 
     """`mean_t relu(cos(y_t, y_{t+1}) - 0.9)` over a row's neighbours of one document.
 
     y [s/t, b, h] -> [b].
-    Published relatives: SimCTG (arXiv 2202.06417). Each rank scores the pairs that its own tokens
-    begin, so the result does not depend on how many ranks there are.
+    Similar to the contrastive objective of SimCTG (arXiv 2202.06417). Each rank scores the pairs
+    that its own tokens begin, so that the result does not depend on the number of ranks.
     """
     firsts = gather_sequence(y[:1], ctx=ctx)  # the first token of every rank
     next_rank = (ctx.tensor.rank + 1) % len(firsts)

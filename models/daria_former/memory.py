@@ -2,9 +2,9 @@
 
 The tokens of a document are cut into segments of C. When a stride of tokens is complete its keys
 and values are pooled into one slot (small strides: working memory, large ones: episodic memory);
-beside them there are learned slots that are always there (persistent memory). The tokens of a
-segment read the `top_k` slots that suit the mean query of the segment before, so what is read
-depends on the past alone and is the same in training, prefill and decoding. Slots are pooled once
+learned slots (persistent memory) are always available. The tokens of a segment read the `top_k`
+slots that score highest for the mean query of the previous segment, so that retrieval depends on
+the past alone and is the same in training, prefill and decoding. Slots are pooled once
 and never again.
 
 Sources: pooled keys and values as a branch of attention (arXiv 2502.11089, 1911.05507).
@@ -24,14 +24,14 @@ from torch import Tensor
 from models.daria_former.cache import MemoryCache, Retrieved, Slots, cut
 from parallel.precision import at_least_fp32
 
-# Scores that exist at a time while slots are selected.
+# Maximum number of scores in memory while slots are selected.
 _SCORES_AT_A_TIME = 1 << 24
 # The least logit that a retrieved slot is given relative to the best one.
 _LEAST_BIAS = -30.0
 
 
 class MemoryLayout(NamedTuple):
-    """Lengths in tokens, capacities in slots."""
+    """Sizes of the memory levels: lengths in tokens, capacities in slots."""
 
     segment_len: int
     working_stride: int
@@ -74,7 +74,7 @@ def memory_attention(
 ) -> Tensor:
     """The readout [b, n, s, d] of rows that are one document; with `cache` they continue it.
 
-    `fixed`: the persistent slots. `initial_query` [g, d]: what the first segment retrieves with.
+    `fixed`: the persistent slots. `initial_query` [g, d]: the query of the first segment.
     """
     segment, length = layout.segment_len, tokens.keys.shape[2]
     start = 0 if cache is None else cache.length
@@ -139,7 +139,7 @@ def packed_memory_attention(
     visible.append(always.expand(batch, complete.ends.shape[1], -1))
     seen = torch.cat(visible, dim=-1).unsqueeze(1)
     retrieved = retrieve(queries, everything, seen, top_k=layout.top_k)
-    # The block after each complete segment; what lies beyond its document is computed in vain.
+    # The block after each complete segment; the part beyond its document is discarded.
     following = (blocks + segment).clamp(max=length - 1)
     after = read(_take(tokens.queries, following), retrieved)
     offset = positions.long() % segment
@@ -257,7 +257,7 @@ def concatenated(levels: list[Slots]) -> Slots:
 
 @torch.no_grad()
 def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Slot numbers int64 [b, g, c, K] and whether each is really visible."""
+    """Slot numbers int64 [b, g, c, K], and whether each is visible."""
     batch, groups, num_segments, _ = queries.shape
     num_slots = keys.shape[2]
     keys = at_least_fp32(keys).mT

@@ -49,7 +49,7 @@ def _block_arguments(config: DariaFormerConfig, layer: int, rotaries: Rotaries) 
     """Without the number of the layer, so that equal blocks have equal specs."""
     return {
         "config": config,
-        "updates_emotion": config.updates_emotion_after(layer),
+        "updates_emotion": config.has_update_site(layer),
         "is_last": layer + 1 == config.num_layers,
         "rotaries": rotaries,
     }
@@ -70,7 +70,7 @@ def carry_schema(
 
     Raises:
         ValueError: sequence parallelism with a sequence that the tensor size does not divide, or
-            encoders without anything to encode, which would never learn.
+            encoders for which the data has no input, which would never be trained.
     """
     if config.modality_enabled and not num_modality_tokens:
         raise ValueError(

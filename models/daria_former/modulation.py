@@ -1,8 +1,8 @@
 """Modulation of a block by the emotion state, and its fusion into the residual stream.
 
 Shapes: s sequence, b batch, h hidden, E emotion, F feed-forward, R rank, t tensor size. Activations
-are [s, b, .], or [s/t, b, .] under sequence parallelism; "own" is the emotion state of just these
-tokens. Everything that depends on the state starts at zero, so that a block begins as a plain one.
+are [s, b, .], or [s/t, b, .] under sequence parallelism; "own" is the emotion state of these tokens
+only. Everything that depends on the state is initialised to zero: a new block is a plain one.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class ResidualFusion(nn.Module):
 class RhythmGate(nn.Module):
     """`x + 2 sigmoid(W_2 W_1 phi + b) * u`, `phi = [norm(u); mean(u); log(1 + var(u))]`: [s, b, h].
 
-    How much of u a block writes, per channel; all at first. `rhythm_rank` 0 gives a full matrix.
+    The share of u that a block writes, per channel; all of it at initialisation. `rhythm_rank` 0
+    gives a full matrix.
     """
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:
@@ -144,8 +145,8 @@ class RhythmGate(nn.Module):
 class ConversationRhythmLayer(nn.Module):
     """`x + 0.1 (V_2 V_1 x) * (w_s n + b_s)` with `n = sigmoid(w_n x)`, and noise in training.
 
-    Structured variation after the last block: a projection of the state, as strong as the state
-    asks for. The noise is `sigmoid(U_2 U_1 x - 2) * N(0, rhythm_noise_std^2)`. [s, b, h].
+    Structured variation after the last block: a low-rank projection, scaled by the state. The noise
+    is `sigmoid(U_2 U_1 x - 2) * N(0, rhythm_noise_std^2)`. [s, b, h].
     """
 
     def __init__(self, config: DariaFormerConfig, *, ctx: ParallelContext) -> None:

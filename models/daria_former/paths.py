@@ -87,8 +87,8 @@ class ContextPath(nn.Module, ABC):
     """One path: `attention(query_gain * q, key_gain * norm(W_k z), W_v z)`.
 
     q is shared by all paths, keys and values are not (arXiv 2502.11089). Gains are per head, also
-    `output_gain`, by which what was read is scaled when it is mixed; ranks hold those of their
-    heads. Subclasses say what z is and how to attend.
+    `output_gain`, the scale of the readout in the mix; ranks hold those of their heads. Subclasses
+    define z and the attention.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class MemoryPath(ContextPath):
         )
         self.segment_gain = row_sharded(groups, (), Constant(0.0), ctx)
         self.initial_query = None
-        if config.persistent_memory_slots:  # else the first segment has nothing to choose from
+        if config.persistent_memory_slots:  # else the first segment has no slots
             # Learned: with a zero query all scores of the first segment would tie.
             self.initial_query = row_sharded(groups, (config.head_size,), Normal(1.0), ctx)
         self.layout = MemoryLayout(
@@ -264,7 +264,7 @@ class MemoryPath(ContextPath):
 
 
 class StaticPath(ContextPath):
-    """Something that does not grow with the tokens, and an empty slot of score and value 0."""
+    """A source of fixed length, and an empty slot of score and value 0."""
 
     def token_projections(self) -> list[nn.Module]:
         return []

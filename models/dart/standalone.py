@@ -259,7 +259,7 @@ class DART(nn.Module):
     ) -> None:
         longest = self.config.max_position_embeddings
         if mode not in ("ar", "diffusion", "speculative"):
-            raise ValueError(f"mode={mode!r} is not one of ar, diffusion, speculative")
+            raise ValueError(f"mode={mode!r} is not one of ar, diffusion, speculative; choose one")
         if tokens.numel() == 0 or tokens.dim() != 2:
             raise ValueError(f"input_ids of shape {list(tokens.shape)} must be [batch, 1 or more]")
         if tokens.shape[1] >= length or length > longest + (mode == "diffusion"):

@@ -37,9 +37,9 @@ def capacity(gamma: float, length: int, *, multiple: int = 1) -> int:
         ValueError: gamma outside (0, 1], or a multiple below 1.
     """
     if not 0.0 < gamma <= 1.0:
-        raise ValueError(f"capacity_gamma={gamma} must be above 0 and at most 1")
+        raise ValueError(f"capacity_gamma={gamma} must be above 0 and at most 1; pass a share")
     if multiple < 1:
-        raise ValueError(f"capacity_multiple={multiple} must be 1 or more")
+        raise ValueError(f"capacity_multiple={multiple} must be 1 or more; raise it")
     return min(length, math.ceil(gamma * length / multiple) * multiple)
 
 

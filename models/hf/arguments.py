@@ -29,7 +29,7 @@ _REFUSED = {
 
 
 class StateReader(NamedTuple):
-    """`read(arguments, output)` of a call of `module`: a hidden state [s, b, h]."""
+    """A hidden state [s, b, h] of a call of `module`: `read(arguments, output)`."""
 
     module: nn.Module
     read: Callable[[tuple[Any, ...], Any], Tensor]
@@ -121,7 +121,7 @@ class FixedEmbeddings:
         return self.model.get_submodule("head.output")
 
     def set_input_embeddings(self, value: nn.Module) -> NoReturn:
-        """Refused: the embedding belongs to the layers.
+        """Refuse to replace the embedding, which belongs to the layers.
 
         Raises:
             ValueError: always.
@@ -132,7 +132,7 @@ class FixedEmbeddings:
         )
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> NoReturn:
-        """Refused, as in `set_input_embeddings`.
+        """Refuse to replace the head, as `set_input_embeddings`.
 
         Raises:
             ValueError: always.
@@ -143,7 +143,7 @@ class FixedEmbeddings:
         )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the vocabulary is a setting of the layers.
+        """Refuse to resize the vocabulary, which is a setting of the layers.
 
         Raises:
             ValueError: always.

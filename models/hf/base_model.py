@@ -104,10 +104,10 @@ class BaseWeights(NamedTuple):
 
 @contextlib.contextmanager
 def base_weights(model: ForeignModel) -> Iterator[BaseWeights]:
-    """Open the weights that `model` takes from its base; of a deeper base the first layers.
+    """Open the weights that `model` takes from its base: the first layers of a deeper one.
 
     Raises:
-        ValueError: the directory lacks a tensor, has one more, or one of another shape.
+        ValueError: a tensor is missing, unexpected or of another shape.
     """
     base, source = require_base(model.family), model.directory
     whole = base.from_config(read_contents(source / "config.json"), {})
@@ -129,8 +129,8 @@ def base_weights(model: ForeignModel) -> Iterator[BaseWeights]:
 def import_base_weights(
     model: ForeignModel, output: Path, *, dtype: torch.dtype | None, from_scratch: bool = False
 ) -> dict[str, str]:
-    """Write a model that begins with the weights of `model.directory`, one tensor in memory at a
-    time; returns our name -> theirs of every tensor that was taken. `dtype` None keeps theirs.
+    """Write a model initialised from the weights of `model.directory`, one tensor in memory at a
+    time; returns our name -> theirs for every tensor taken. `dtype` None keeps theirs.
 
     Raises:
         ValueError: the weights of the directory are not those that its config.json describes.

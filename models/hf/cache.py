@@ -54,7 +54,7 @@ class FamilyCache(Cache):
         makes the caches of a group.
 
         Raises:
-            ValueError: a mask that is not that of the rows so far with more tokens after them.
+            ValueError: the mask does not continue that of the earlier calls.
         """
         total = self.length + num_columns
         starts = None
@@ -142,7 +142,7 @@ class FamilyCache(Cache):
 
 
 def row_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """First column of every row and the one after its last: [b, s] -> int64 [b] each.
+    """First and end column (exclusive) of every row: [b, s] -> int64 [b] each.
 
     Raises:
         ValueError: a row is empty, or has padding between its tokens.

@@ -1,7 +1,7 @@
 """Modeling files for transformers, generated from the modules that the project itself runs.
 
 A model that transformers does not have travels with its code: its directory holds Python files that
-`from_pretrained(directory, trust_remote_code=True)` imports. They are no second implementation:
+`from_pretrained(directory, trust_remote_code=True)` imports. They are not a second implementation:
 `bundle` follows the imports of a module within the project and writes the source of all that
 it needs, comments included, into one file.
 """
@@ -33,7 +33,7 @@ Modules = dict[str, Module]
 
 
 class CodeFile(NamedTuple):
-    """The source of a generated file: a module of the project, or a `text` in place of one."""
+    """The source of a generated file: a module of the project, or the `text` of one."""
 
     module: str
     text: str | None = None
@@ -52,7 +52,7 @@ def code_of(model_type: str, config_module: str) -> dict[str, CodeFile]:
 def bundle(files: Mapping[str, CodeFile], *, root: Path = _ROOT) -> dict[str, str]:
     """Generate the text of each file, by its name.
 
-    A file gets all definitions of its module; later files import from it what it contains.
+    A file gets the definitions of its module and of what that needs; later files import from it.
     Definitions that no file needs are left out.
 
     Raises:
@@ -83,7 +83,7 @@ def _collect(name: str, modules: Modules, root: Path, texts: Mapping[str, str]) 
 
 
 def _reachable(entries: Iterable[str], modules: Modules) -> set[Origin]:
-    """Everything that the definitions of the entry modules need, themselves included."""
+    """The definitions of the entry modules and everything that they need."""
     todo = [Origin(e, name) for e in entries for s in modules[e].statements for name in s.names]
     needed: set[Origin] = set()
     while todo:
@@ -110,7 +110,7 @@ def _references(statement: Statement, module: Module, modules: Modules) -> dict[
 
 
 class Member(NamedTuple):
-    """`name` of a module that is imported as a whole, as in `noise.normal`; where it is from."""
+    """`name` in a module imported as a whole, as in `noise.normal`, and its origin."""
 
     module: str
     name: str
@@ -131,7 +131,10 @@ def _resolved(origin: Origin, modules: Modules) -> Origin:
     while origin.is_project and origin.name:
         scope = modules[origin.module].scope
         if origin.name not in scope:
-            raise ValueError(f"{origin.module} does not define {origin.name}")
+            raise ValueError(
+                f"{origin.module} does not define {origin.name}; import the name from where it is "
+                "defined"
+            )
         if scope[origin.name] == origin:
             break
         origin = scope[origin.name]

@@ -52,7 +52,7 @@ class Module:
     scope: dict[str, Origin] = field(default_factory=dict)
 
     def kept(self, needed: set[Origin]) -> list[Statement]:
-        """The statements that define something needed.
+        """The statements that define one of the needed names.
 
         Raises:
             ValueError: the module does something else when it is imported, which would be lost.
@@ -61,22 +61,22 @@ class Module:
         other = next((s for s in self.statements if not s.names), None)
         if kept and other is not None:
             raise ValueError(
-                f"{self.name}: a module that goes into a file may only import and define, not "
-                f"{ast.unparse(other.node).splitlines()[0]!r}"
+                f"{self.name}: {ast.unparse(other.node).splitlines()[0]!r} would run when the file "
+                "is imported, and its modules may only import and define; move it into a function"
             )
         return kept
 
 
 def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
-    """The module `name` below `root`, or of this text, without running it.
+    """Parse the module `name` below `root`, or its given text, without running it.
 
     Raises:
-        ValueError: there is none, or it imports from the project in a way that is not followed.
+        ValueError: it does not exist, or imports from the project in an unsupported way.
     """
     if text is None:
         path = _path(name, root)
         if path is None:
-            raise ValueError(f"there is no module {name} below {root}")
+            raise ValueError(f"module {name} does not exist below {root}; correct the import")
         text = path.read_text(encoding="utf-8")
     source = _without_inner_imports(text)
     tree, lines = ast.parse(source), source.splitlines()
@@ -148,7 +148,8 @@ def _imported(node: ast.Import | ast.ImportFrom, module: str, root: Path) -> dic
 
 
 def _without_inner_imports(source: str) -> str:
-    """Replace imports of what a file will not have, and what follows them, by an ImportError."""
+    """Replace imports that a generated file cannot resolve, and the rest of their block, by an
+    ImportError."""
     lines = source.splitlines()
     edits = [edit for node in ast.parse(source).body for edit in _edits(node)]
     for first, last, text in sorted(edits, reverse=True):
@@ -157,7 +158,7 @@ def _without_inner_imports(source: str) -> str:
 
 
 def _edits(node: ast.AST) -> Iterator[tuple[int, int, str]]:
-    """(first line, last line, replacement) for every block that imports what is not there."""
+    """(first line, last line, replacement) of every block with an unresolvable import."""
     if isinstance(node, ast.stmt) and _is_idle(node):
         return
     for block in _blocks(node):

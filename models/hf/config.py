@@ -28,7 +28,7 @@ _FOREIGN_KEYS = {
 }
 
 
-# What transformers asks every causal model for -> what families call it.
+# Names that transformers expects of every causal model -> the names of families.
 _STANDARD_NAMES = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
@@ -42,7 +42,7 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
     """Every setting of `settings_class` as an attribute, under its own name unless a subclass
     defines `attributes` and `values`.
 
-    Subclasses say `model_type` (the family's name), `settings_class`, `model_class` (the name of
+    Subclasses define `model_type` (the family's name), `settings_class`, `model_class` (the name of
     the model that a directory is loaded as) and `attribute_map` (other names -> the attributes);
     `of` derives one.
 
@@ -149,7 +149,7 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
 
 
 def _check_foreign(values: dict[str, Any], names: list[str], *, family: str) -> None:
-    """Refuse keys that nobody would read; transformers itself keeps whatever it is given."""
+    """Refuse unknown keys, which transformers itself would keep unread."""
     known = {field.name for field in fields(PreTrainedConfig)} | _FOREIGN_KEYS
     for name in values:
         if name in known or name.startswith("_") or name.endswith("_token_id"):

@@ -49,26 +49,13 @@ def custom_code(
 ) -> HFMapping:
     """The form of a family whose first layer takes `TokenInputs`.
 
-    Both are defined at the top of modules of the family. A `DecoderConfig` has its sizes under the
-    names of Llama, any other configuration every setting under its own name. `aliases`: names that
-    transformers asks for (`hidden_size`, `num_hidden_layers`, `max_position_embeddings`) -> what
-    the family calls them, where it differs.
+    Both are defined at the top level of modules of the family. A `DecoderConfig` has its sizes
+    under the names of Llama, any other configuration every setting under its own name. `aliases`:
+    names that transformers asks for (`hidden_size`, `num_hidden_layers`, `max_position_embeddings`)
+    -> what the family calls them, where it differs.
     """
-    family = settings_class.model_fields["family"].default
-    package = settings_class.__module__.rpartition(".")[0]
-    is_decoder = issubclass(settings_class, DecoderConfig)
-    names = {
-        "family": family,
-        "package": package,
-        "prefix": settings_class.__name__.removesuffix("Config"),
-        "settings": settings_class.__name__,
-        "settings_module": settings_class.__module__,
-        "layers": layer_specs.__name__,
-        "layers_module": layer_specs.__module__,
-        "aliases": f", {dict(aliases)}" if aliases else "",
-        "base": "DecoderPreTrainedConfig" if is_decoder else "FamilyPreTrainedConfig",
-        "base_module": "models.hf.decoder_config" if is_decoder else "models.hf.config",
-    }
+    names = _template_names(settings_class, layer_specs, aliases)
+    family, package = names["family"], names["package"]
 
     @cache
     def config_class() -> Any:
@@ -87,6 +74,27 @@ def custom_code(
         f"modeling_{family}.py": CodeFile(f"{package}.modeling", _MODELING.format(**names)),
     }
     return _mapping(family, config_class, model_class, code)
+
+
+def _template_names(
+    settings_class: type[BaseModel],
+    layer_specs: Callable[[Any], list[LayerSpec]],
+    aliases: Mapping[str, str],
+) -> dict[str, str]:
+    """The fields of the templates of both modules."""
+    is_decoder = issubclass(settings_class, DecoderConfig)
+    return {
+        "family": settings_class.model_fields["family"].default,
+        "package": settings_class.__module__.rpartition(".")[0],
+        "prefix": settings_class.__name__.removesuffix("Config"),
+        "settings": settings_class.__name__,
+        "settings_module": settings_class.__module__,
+        "layers": layer_specs.__name__,
+        "layers_module": layer_specs.__module__,
+        "aliases": f", {dict(aliases)}" if aliases else "",
+        "base": "DecoderPreTrainedConfig" if is_decoder else "FamilyPreTrainedConfig",
+        "base_module": "models.hf.decoder_config" if is_decoder else "models.hf.config",
+    }
 
 
 def own_code(

@@ -46,7 +46,7 @@ def read_declared(directory: Path, contents: Mapping[str, Any]) -> Declared:
     """Read the declarations of a Hugging Face directory; `contents`: of its config.json.
 
     Raises:
-        ValueError: an id that is none, or a damaged generation_config.json.
+        ValueError: an invalid id, or a damaged generation_config.json.
     """
     path = directory / GENERATION_CONFIG
     generation = _read(path) if path.is_file() else None
@@ -60,7 +60,7 @@ def read_declared(directory: Path, contents: Mapping[str, Any]) -> Declared:
 
 
 def write_declared(checkpoint: Path, declared: Declared) -> None:
-    """Write it into the directory of a checkpoint."""
+    """Write the declarations into the directory of a checkpoint."""
     if declared != NOTHING:
         text = json.dumps(declared._asdict(), indent=1, sort_keys=True)
         (checkpoint / _FILE).write_text(text + "\n", encoding="ascii")

@@ -17,7 +17,7 @@ _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 class DecoderPreTrainedConfig(FamilyPreTrainedConfig):
     """Sizes under the names of Llama and Qwen2, everything else under the family's own.
 
-    The family's names of the sizes are known too.
+    The family's own names of the sizes are accepted as well.
     """
 
     settings_class = DecoderConfig
@@ -65,7 +65,7 @@ class DecoderPreTrainedConfig(FamilyPreTrainedConfig):
         return {ours.get(name, name): value for name, value in given.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of config.json; `rope_theta` also where older readers look for it."""
+        """The contents of config.json, with `rope_theta` also at the place of the older format."""
         contents = super().to_dict()
         if "rope_parameters" in contents:  # not while transformers asks for defaults
             contents["rope_theta"] = contents["rope_parameters"]["rope_theta"]

@@ -46,7 +46,7 @@ def export_weights(
 ) -> None:
     """Write the weights into `output`, one shard in memory at a time.
 
-    `hf`: in whose names; tensors that it does not name are left out. `dtype` None keeps that of the
+    `hf`: the mapping of names; tensors without one are left out. `dtype` None keeps that of the
     weights.
 
     Raises:

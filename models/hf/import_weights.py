@@ -93,10 +93,10 @@ def read_contents(path: Path) -> dict[str, Any]:
 
 
 def converted(convert: Callable[..., Any], *arguments: Any, path: Path) -> Any:
-    """`convert(*arguments)` of what is in the config.json at `path`.
+    """Call `convert(*arguments)` on the contents of the config.json at `path`.
 
     Raises:
-        ValueError: for any error of it.
+        ValueError: any error of `convert`, on one line with the path.
     """
     try:
         return convert(*arguments)
@@ -132,10 +132,11 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
 
 @contextlib.contextmanager
 def open_foreign_weights(directory: Path) -> Iterator[dict[str, ForeignTensor]]:
-    """Every tensor of the safetensors files that transformers would read in `directory`, by name.
+    """Tensors, by name, of the safetensors files that transformers would read in `directory`.
 
     Raises:
-        ValueError: no such files, a damaged one, a name twice, or an index that is not true.
+        ValueError: there are no such files, one is damaged, a name occurs twice, or the index is
+            wrong.
     """
     declared = _read_index(directory)
     tensors: dict[str, ForeignTensor] = {}
@@ -168,9 +169,9 @@ def _entry(file: Any, name: str, path: Path) -> ForeignTensor:
 
 
 def _read_index(directory: Path) -> dict[Path, set[str] | None]:
-    """Weight files and the names that the index puts into each (None: there is no index).
+    """Weight files, and the tensor names that the index assigns to each (None: no index).
 
-    In transformers' order: what config.json names, a single file, an index, however old.
+    In the order of transformers: the file named by config.json, a single file, an index.
     """
     index = directory / (_named_file(directory) or _SINGLE_NAME)
     if index.name == _SINGLE_NAME and not index.is_file():
@@ -218,7 +219,7 @@ def _named_file(directory: Path) -> str | None:
 
 
 def has_unread_index(directory: Path) -> bool:
-    """Whether there is an index that is not read, because a single file comes before it."""
+    """Whether the index of shards is ignored because a single file takes precedence."""
     both = all((directory / name).is_file() for name in (INDEX_NAME, _SINGLE_NAME))
     return both and _named_file(directory) is None
 
@@ -226,7 +227,7 @@ def has_unread_index(directory: Path) -> bool:
 def with_prefix(
     tensors: dict[str, ForeignTensor], expected: Collection[str]
 ) -> dict[str, ForeignTensor]:
-    """Tensors of a model that was saved without its head, whose names have no `model.` in front."""
+    """Add the prefix `model.` to the tensors of a model that was saved without its head."""
     if any(name.startswith(_PREFIX) for name in tensors):
         return tensors
     known = set(expected)
@@ -237,10 +238,10 @@ def with_prefix(
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a file as that of a checkpoint.
+    """Map the dtype of a safetensors file to torch.
 
     Raises:
-        ValueError: checkpoints do not have it.
+        ValueError: checkpoints do not support it.
     """
     if dtype == torch.float64:
         raise ValueError("the weights are F64, which checkpoints do not have; give --dtype fp32")
@@ -250,8 +251,7 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_copies(
     tensors: dict[str, ForeignTensor], hf: HFMapping, config: Any, *, source: Path
 ) -> dict[str, ForeignTensor]:
-    """Drop what some files have beside the parameters: tensors that hold nothing learnt, and second
-    copies of tied tensors.
+    """Drop tensors that are no parameters, and second copies of tied tensors.
 
     Raises:
         ValueError: the copies differ.
@@ -279,10 +279,10 @@ def load_sound(
     dtype: torch.dtype,
     refuse: Callable[[Tensor], Tensor] = not_finite,
 ) -> Tensor:
-    """A tensor in `dtype`.
+    """Load a tensor in `dtype`.
 
     Raises:
-        ValueError: `refuse` finds some of its values.
+        ValueError: `refuse` is true for some of its values.
     """
     tensor = foreign.load().to(dtype)
     if bool(refuse(tensor).any()):

@@ -29,7 +29,7 @@ BLOCK_BIAS_NAMES = {
     "attention.key.bias": "self_attn.k_proj.bias",
     "attention.value.bias": "self_attn.v_proj.bias",
 }
-# Their tensors that hold nothing learnt.
+# Their buffers, which hold nothing learned.
 DERIVED_NAMES = (
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\."
     r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
@@ -94,7 +94,7 @@ def decoder_contents(
 
 
 def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """Settings of one model type only; written although they are defaults, which may change."""
+    """Settings of one model type only, written out because defaults may change."""
     if model_type == "llama":
         return {"attention_bias": False, "mlp_bias": False}
     layers = config.num_layers
@@ -126,7 +126,7 @@ def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, A
 
 
 def _check_function(theirs: Any, *, family: str) -> None:
-    """Refuse a configuration of transformers that says another function than our decoders have.
+    """Refuse a configuration of transformers whose function our decoders cannot compute.
 
     Only what its class reads counts: a Qwen2 model with the key `attention_bias` is a Qwen2 model.
     """
@@ -163,7 +163,7 @@ def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
 
 
 def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
-    """The inverse of `rope_parameters`, but for `rope_theta`.
+    """The inverse of `rope_parameters`, without `rope_theta`.
 
     Raises:
         ValueError: a type that our decoders do not have.
@@ -182,7 +182,7 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
 
 
 def check_sizes(ours: DecoderConfig, theirs: DecoderConfig, source: str) -> None:
-    """Check that weights of `theirs` fit `ours`; of more layers the first ones are taken.
+    """Check that weights of `theirs` fit `ours`, which may have fewer layers.
 
     Raises:
         ValueError: they do not.

@@ -149,8 +149,8 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         num_items_in_batch: int | Tensor | None,
         others: Mapping[str, Any],
     ) -> CausalLMOutputWithPast:
-        """`forward` for tokens [b, s] and whatever else the first layer takes; `others`: what it
-        was given beside (models.hf.arguments).
+        """`forward` for tokens [b, s] and other inputs of the first layer, `given`; `others`: its
+        remaining arguments (models.hf.arguments).
 
         `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
         cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
@@ -170,14 +170,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
             cache = self.new_cache(self.config.max_position_embeddings)
         first = cache.length if isinstance(cache, FamilyCache) else 0
         check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
-        readers = self.state_readers()
-        wanted = wanted_states(others, self.config, len(readers))
-        if wanted and not self.has_token_states:
-            raise ValueError(
-                f"output_hidden_states: the layers of a {self.config.model_type} model have no "
-                "state for every token; leave it out"
-            )
-        readers = readers if wanted else []
+        readers, wanted = self._wanted_readers(others)
         present = {name: value for name, value in given.items() if value is not None}
         auxiliary = None
         if cache is None:
@@ -194,6 +187,25 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
         )
+
+    def _wanted_readers(
+        self, others: Mapping[str, Any]
+    ) -> tuple[list[StateReader], frozenset[int]]:
+        """Readers of the hidden states if any is requested, and the numbers of the requested ones.
+
+        Raises:
+            ValueError: the layers have no state for every token.
+        """
+        readers = self.state_readers()
+        wanted = wanted_states(others, self.config, len(readers))
+        if not wanted:
+            return [], wanted
+        if not self.has_token_states:
+            raise ValueError(
+                f"output_hidden_states: the layers of a {self.config.model_type} model have no "
+                "state for every token; leave it out"
+            )
+        return readers, wanted
 
     def state_readers(self) -> list[StateReader]:
         """Readers of the hidden states: before the first block and after every block; the last one
@@ -345,7 +357,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         longest = self.config.max_position_embeddings
         if generation_config.is_assistant:  # called again and again with the same cache
             max_cache_length = longest
-        # What is looked up in the prompt may reach beyond the last token that is asked for.
+        # Prompt lookup may propose tokens beyond the requested length.
         drafted = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
         room = max(max_cache_length, min(drafted, longest))
         model_kwargs["past_key_values"] = self.new_cache(room)
@@ -366,19 +378,20 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: parallel.random has initialised what is new.
+        """Check that every parameter was loaded; parallel.random initialises new ones.
 
         Raises:
             ValueError: weights that were loaded lack a parameter of the model.
         """
         for name, parameter in module.named_parameters(recurse=False):
-            # A parameter from the layers says how it starts; one that loading has put in does not.
+            # A parameter of the layers declares its initialisation, one that loading created none.
             if not hasattr(parameter, "init") and not getattr(
                 parameter, "_is_hf_initialized", False
             ):
                 path = next(path for path, other in self.named_modules() if other is module)
                 raise ValueError(
-                    f"the weights lack {path}.{name}: they are not of this configuration"
+                    f"{path}.{name} is missing from the weights; load them with the configuration "
+                    "that they were saved with"
                 )
 
 

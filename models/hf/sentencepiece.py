@@ -26,8 +26,8 @@ class _Source(NamedTuple):
 
 
 def write_sentencepiece(source: Path, target: Path, training: Training) -> list[str]:
-    """Write the form that encodes as the model does, or the usual one where none does; returns the
-    user-defined symbols.
+    """Write the form that encodes like the model, or else the usual one; returns the user-defined
+    symbols.
 
     Raises:
         ValueError: the model is of a kind that has no such form.
@@ -81,8 +81,8 @@ def _forms(source: _Source) -> list[Any]:
 
 
 def _split_at_symbols(source: _Source) -> Any:
-    """The second form; None where a word of the vocabulary that merges do not make (`</s>`, a byte)
-    cannot be kept from being found as a whole, too."""
+    """The form that splits text at symbols. None if a word that merges cannot form (`</s>`, a byte)
+    would then be matched as a whole as well."""
     from tokenizers import Regex, pre_tokenizers
 
     by_merges = _tokenizer(source, ignore_merges=False).model
@@ -91,7 +91,7 @@ def _split_at_symbols(source: _Source) -> Any:
         return [token.value for token in by_merges.tokenize(text)]
 
     words = [w for w in source.vocab if w not in source.symbols and pieces(w) != [w]]
-    parts = {word: _parted(word, pieces) for word in words}
+    parts = {word: _unmerged_split(word, pieces) for word in words}
     if any(not set(part) or set(part) & set(words) for part in parts.values()):
         return None
     # A symbol that holds a space is never found: by then every space is another character.
@@ -107,8 +107,8 @@ def _split_at_symbols(source: _Source) -> Any:
     return tokenizer
 
 
-def _parted(word: str, pieces: Any) -> tuple[str, ...]:
-    """A word in two parts which merges leave apart; empty where there are none."""
+def _unmerged_split(word: str, pieces: Any) -> tuple[str, ...]:
+    """Two parts of a word that no merge joins; empty if there are none."""
     for i in range(1, len(word)):
         if pieces(word[:i]) + pieces(word[i:]) == pieces(word):
             return word[:i], word[i:]

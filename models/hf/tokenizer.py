@@ -13,7 +13,7 @@ from models.hf.sentencepiece import write_sentencepiece
 from models.hf.tokenizer_check import Loaded, Training, difference, load_alone, sample_of
 
 _CONFIG = "tokenizer_config.json"
-# What a tokenizer may consist of in a Hugging Face directory, beside its own file.
+# Files of a tokenizer in a Hugging Face directory, besides its own.
 _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -49,9 +49,9 @@ def export_tokenizer_files(
     """Write the files with which AutoTokenizer loads the tokenizer of training from `output`.
 
     `source`: a tokenizer.json, a SentencePiece .model, or a vocab.json with merges.txt beside it.
-    With `training` is compared what a process with transformers alone loads from `output`
-    (models.hf.tokenizer_check); so whatever else decides on how it is loaded, such as config.json,
-    has to be there already.
+    What a process with transformers alone loads from `output` is compared with `training`
+    (models.hf.tokenizer_check), so that other files on which loading depends, such as config.json,
+    must already be there.
 
     Raises:
         ValueError: transformers would load another tokenizer.
@@ -66,7 +66,7 @@ def export_tokenizer_files(
     else:
         shutil.copyfile(source, output / "tokenizer.json")
     remarks = _write_config(source.with_name(_CONFIG), output, eod_id=eod_id)
-    return _checked(str(source), output, marked, training, remarks, eod_id)
+    return _checked_export(str(source), output, marked, training, remarks, eod_id)
 
 
 def export_byte_tokenizer(output: Path, training: Training) -> Exported:
@@ -86,7 +86,7 @@ def export_byte_tokenizer(output: Path, training: Training) -> Exported:
     tokenizer.add_special_tokens([_END_OF_DOCUMENT])
     tokenizer.save(str(output / "tokenizer.json"))
     remarks = _write_config(None, output, eod_id=len(vocabulary))
-    return _checked("bytes", output, [], training, remarks, len(vocabulary))
+    return _checked_export("bytes", output, [], training, remarks, len(vocabulary))
 
 
 def copy_tokenizer(source: Path, output: Path) -> bool:
@@ -111,7 +111,7 @@ def _copy_companions(source: Path, output: Path) -> None:
         shutil.copyfile(path, output / _TEMPLATES / path.name)
 
 
-def _checked(
+def _checked_export(
     source: str,
     output: Path,
     marked: list[str],
@@ -119,8 +119,8 @@ def _checked(
     remarks: list[str],
     eod_id: int | None,
 ) -> Exported:
-    """Compare what transformers loads; where the class of the tokenizer's files makes it another
-    one, take the class that leaves tokenizer.json as it is."""
+    """Compare what transformers loads with the training tokenizer; if the declared class changes
+    it, declare the class that leaves tokenizer.json unchanged."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
@@ -145,8 +145,7 @@ def _checked(
 
 
 def _declared_tokens(output: Path) -> dict[str, int | None]:
-    """Tokens that the files beside tokenizer.json name, with the ids of special ones where they say
-    those, too."""
+    """Tokens named by the files beside tokenizer.json, with the ids of special ones if declared."""
     config = _read_json(output / _CONFIG)
     named = config | _read_json(output / "special_tokens_map.json")
     values = [value for name, value in named.items() if name.endswith("_token")]
@@ -172,7 +171,7 @@ def _refusal(output: Path, loaded: Loaded, wrong: str) -> str:
 
 
 def _take_generic_class(output: Path) -> bool:
-    """Change the class in tokenizer_config.json; False where it is that already."""
+    """Declare the generic class in tokenizer_config.json; False if it is declared already."""
     contents = _read_json(output / _CONFIG)
     if contents.get("tokenizer_class") == _GENERIC_CLASS:
         return False
@@ -181,7 +180,7 @@ def _take_generic_class(output: Path) -> bool:
 
 
 def _write_config(source: Path | None, output: Path, *, eod_id: int | None) -> list[str]:
-    """tokenizer_config.json: that of the source where there is one, otherwise the least needed."""
+    """Write tokenizer_config.json: that of the source, or else the minimum."""
     if source is not None and source.is_file():
         contents = _read_json(source)
         code = contents.pop("auto_map", None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Each line is one that conversions have got wrong: prefixes, runs of spaces, bytes, specials.
+# Typical mistakes of conversions: prefixes, runs of spaces, bytes, special tokens.
 _LINES = (
     "",
     "The quick brown fox jumps over 12345 lazy dogs.",
@@ -53,7 +53,7 @@ json.dump(result, sys.stdout)
 class Training(NamedTuple):
     """The tokenizer of training, for which special tokens are plain text.
 
-    `decode` None: only what is encoded is compared. `save`: writes it as one tokenizer.json.
+    `decode` None: only encodings are compared. `save`: writes it as one tokenizer.json.
     """
 
     encode: Callable[[str], list[int]]
@@ -74,15 +74,15 @@ class Loaded(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """`texts` to encode as plain text; `special`: tokens with their ids, as which they are read
-    where special tokens are not plain text."""
+    """`texts` to encode as plain text; `special`: tokens and the ids that they are parsed to where
+    special tokens are not plain text."""
 
     texts: list[str]
     special: dict[str, int]
 
 
 def sample_of(tokenizer: Any, marked: Iterable[str] = ()) -> Sample:
-    """Texts that hold what can differ between two forms of a `tokenizers.Tokenizer`.
+    """Texts on which two forms of a `tokenizers.Tokenizer` can differ.
 
     Every added token, and every one of `marked`, alone and between blanks and letters; all single
     bytes; random mixtures of these, of runs of blanks and of what the vocabulary spells.

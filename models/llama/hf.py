@@ -45,7 +45,8 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"hidden_size={config.hidden_size} is not a multiple of num_heads={config.num_heads}, "
-            "which transformers' LlamaConfig demands; such a model cannot be exported"
+            "which transformers' LlamaConfig demands, so it cannot be exported; choose a "
+            "num_heads that divides hidden_size"
         )
     return decoder_contents(config, model_type="llama", architecture="LlamaForCausalLM")
 

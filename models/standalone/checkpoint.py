@@ -25,6 +25,7 @@ from torch import Tensor
 from models.checkpoint import StoredModel, open_checkpoint, write_manifest
 from models.standalone.model import StandaloneModel
 from parallel.carry import ties
+from parallel.checkpoint.errors import RESTORE
 from parallel.checkpoint.manifest import (
     MANIFEST_NAME,
     load_manifest,
@@ -92,7 +93,7 @@ def open_training(folder: Path) -> StoredModel:
     """Open a checkpoint of `save_training` after verifying every file.
 
     Raises:
-        ValueError: it is not such a checkpoint, or is damaged.
+        ValueError: there is no such checkpoint, or it is damaged.
     """
     if not (folder / MANIFEST_NAME).is_file() or not has_training_state(folder):
         raise ValueError(f"{folder} is no checkpoint of a Trainer; give a folder checkpoint-N")
@@ -120,7 +121,7 @@ def load_training_state(folder: Path) -> TrainingState:
 
 
 def check_num_ranks(folder: Path, written_by: int) -> None:
-    """Raise ValueError unless as many processes continue a checkpoint as have written it."""
+    """Raise ValueError unless the number of processes is that of the checkpoint."""
     if written_by != num_ranks():
         raise ValueError(
             f"{folder} was written by {written_by} processes and there are {num_ranks()}; start "
@@ -138,7 +139,9 @@ def load_model_state(folder: Path, stored: StoredModel) -> dict[str, Tensor]:
         path = folder / "training" / "state.safetensors"
         additions = _read_state(path).get(_MODEL)
         if not isinstance(additions, dict):
-            raise ValueError(f"{path} holds no state of a model; it is damaged")
+            raise ValueError(
+                f"{path} is damaged: it cannot be read as the state of a model; {RESTORE}"
+            )
         state |= additions
     return state
 
@@ -160,8 +163,8 @@ def load_into(
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{source} cannot be loaded: it is damaged, or of a model with other adapters or "
-            f"another configuration ({reason})"
+            f"{source} does not fit the model ({reason}); it is damaged or of another model: build "
+            "the model with the configuration and the adapters that it was saved with"
         ) from error
 
 
@@ -210,7 +213,7 @@ def _read_state(path: Path) -> dict[str, Any]:
                 raise TypeError(f"a state is no {type(state).__name__}")
             return state
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read; it is damaged") from error
+        raise ValueError(f"{path} is damaged: it cannot be read; {RESTORE}") from error
 
 
 def _with_tensors(value: Any, tensor_of: Callable[[str], Tensor]) -> Any:

@@ -19,7 +19,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command; a user's mistake is one line on standard error and exit status 2."""
+    """Run a command; a user error prints one line to standard error and returns 2."""
     try:
         command()
     except (ValueError, OSError) as error:

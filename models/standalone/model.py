@@ -21,7 +21,7 @@ class StandaloneModel(nn.Module):
     A subclass may add modules and buffers of its own, which checkpoints keep (`checkpoint.py`).
     """
 
-    # What a training batch may hold besides `input_ids` and `labels`.
+    # Optional entries of a training batch besides `input_ids` and `labels`.
     optional_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -38,7 +38,7 @@ class StandaloneModel(nn.Module):
         """Build the first layer's inputs from `input_ids` int64 [b, s] and `optional_inputs`.
 
         Raises:
-            ValueError: tokens that the model does not have.
+            ValueError: tokens outside the vocabulary.
         """
         check_tokens(input_ids, vocab_size=self.config.vocab_size)
         return TokenInputs(input_ids, **optional)
@@ -105,7 +105,7 @@ def check_tokens(tokens: Tensor, *, vocab_size: int) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where a device, named by `--device`, cannot be used."""
+    """Raise ValueError if the device of `--device` cannot be used."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

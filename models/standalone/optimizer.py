@@ -31,9 +31,11 @@ def build_optimizer(
         ValueError: nothing is trainable, or a rate or the decay is out of range.
     """
     rates = {"base": lr, **(part_rates or {})}
-    for name, value in {**rates, "weight_decay": weight_decay}.items():
+    for name, value in {"lr": lr, **(part_rates or {}), "weight_decay": weight_decay}.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"the {name} rate {value} must be 0 or more, and finite")
+            raise ValueError(
+                f"{name}={value} must be finite and not negative; pass a rate of 0 or more"
+            )
     groups: dict[str, dict[str, Any]] = {
         f"{part}_{decays}": {"params": [], "lr": rate, "weight_decay": decay}
         for part, rate in rates.items()

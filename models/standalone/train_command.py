@@ -33,12 +33,12 @@ _TOKENIZER_PATTERNS = [
     "merges.txt",
     "generation_config.json",
 ]
-_SEQUENCE_LENGTH = 1024  # or the model's most, if that is less
+_SEQUENCE_LENGTH = 1024  # or the model's maximum, if that is less
 _WAIT_SECONDS = 24 * 3600
 
 
 def run_training(options: argparse.Namespace, config: Any, *, project: str) -> None:
-    """Become the run of a model configuration and `add_train_options`; returns only by an error.
+    """Replace this process with the run of a configuration and the options of `add_train_options`.
 
     Raises:
         ValueError: a file cannot be used, or an option is wrong or has no effect.
@@ -113,10 +113,10 @@ def checkpoint_path(given: str) -> Path:
 
 
 def local_tokenizer(given: str) -> str:
-    """A path, or where transformers keeps the tokenizer of this name.
+    """A path, or the cached file of transformers for a tokenizer of this name.
 
     Raises:
-        ValueError: it is neither here nor can be had.
+        ValueError: there is no such file, and it cannot be downloaded.
     """
     if Path(given).exists():
         return str(Path(given).absolute())
@@ -165,7 +165,7 @@ def _sequence_length(given: int | None, config: Any) -> int:
 
 
 def _check_resume(given: str, folder: Path) -> None:
-    """A run continues from the newest checkpoint of its own directory; check that it is named.
+    """Check that the named checkpoint is the newest of the run's own directory, where it continues.
 
     Raises:
         ValueError: the directory has none, or another one is named.

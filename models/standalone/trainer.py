@@ -57,10 +57,12 @@ class TrainerSettings:
         counts = ("max_steps", "gradient_accumulation_steps")
         for name in (*counts, "save_every", "eval_every", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more; raise it")
         for name in ("warmup_steps", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be finite and not negative; pass 0 or more"
+                )
 
 
 class Writer(Protocol):
@@ -160,8 +162,8 @@ class Trainer:
         position.
 
         Raises:
-            ValueError: it is none, damaged, of another configuration, or of more or fewer
-                processes.
+            ValueError: there is no such checkpoint, it is damaged, or of another configuration or
+                number of processes.
         """
         stored = open_training(folder)
         if stored.config != self.model.config:
@@ -184,7 +186,7 @@ class Trainer:
             raise ValueError(f"{source} cannot be continued; its state is damaged") from error
 
     def _advance(self) -> None:
-        """Take one step, then log, evaluate and save where due."""
+        """Take one step, then log, evaluate and save if due."""
         settings, lr = self.settings, float(self.scheduler.get_last_lr()[0])
         terms = self._train_step()
         self.step += 1

@@ -48,9 +48,9 @@ class Layout(_Record):
         return self.tensor, self.pipeline, self.data
 
     def __str__(self) -> str:
+        expert = f" (expert {self.expert})" if self.expert > 1 else ""
         return (
-            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
-            f"{f' (expert {self.expert})' * (self.expert > 1)}, "
+            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}{expert}, "
             f"ZeRO-{self.zero_stage}, {self.precision}"
         )
 

@@ -136,7 +136,7 @@ def write_shard(
         if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
             raise WeightsError(
                 f"weight {weight.name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"declared {weight.dtype} {weight.shape}"
+                f"declared {weight.dtype} {weight.shape}; correct its declaration"
             )
         try:
             file.write(_raw_bytes(tensor))

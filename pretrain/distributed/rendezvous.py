@@ -70,7 +70,7 @@ def rendezvous(world: World, *, purpose: str, timeout: float | None) -> dist.Sto
 def _open(world: World, limit: timedelta) -> dist.Store:
     port = os.environ.get("MASTER_PORT", "")
     if not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"MASTER_PORT={port!r} must be a port from 1 to 65535")
+        raise ConfigError(f"MASTER_PORT={port!r} must be a port from 1 to 65535; export a free one")
     # torchrun may restart ranks while its agent keeps the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -148,7 +148,9 @@ def _wait_for_all(world: World, store: dist.Store, *, began: float, limit: float
 
 def _describe_missing(world: World, store: dist.Store, waited: float) -> str:
     missing = [rank for rank in range(world.size) if not store.check([f"rank_{rank}"])]
-    names = ", ".join(map(str, missing[:_MAX_LISTED])) + ", ..." * (len(missing) > _MAX_LISTED)
+    names = ", ".join(map(str, missing[:_MAX_LISTED]))
+    if len(missing) > _MAX_LISTED:
+        names += ", ..."
     return (
         f"{world.size - len(missing)}/{world.size} ranks have joined at {_address()} after "
         f"{waited:.0f} s; missing: rank {names}"

@@ -114,8 +114,8 @@ def describe_groups(model: nn.Module, training: TrainingConfig) -> str:
 
 
 def _line(treatment: Treatment, kinds: Mapping[str, int]) -> str:
-    rate = f", lr x {treatment.lr_multiplier:g}" * (treatment.lr_multiplier != 1.0)
-    more = f" and {len(kinds) - _MAX_LISTED} more" * (len(kinds) > _MAX_LISTED)
+    rate = f", lr x {treatment.lr_multiplier:g}" if treatment.lr_multiplier != 1.0 else ""
+    more = f" and {len(kinds) - _MAX_LISTED} more" if len(kinds) > _MAX_LISTED else ""
     return (
         f"trained by {treatment.optimizer}, weight decay {treatment.weight_decay:g}{rate}: "
         f"{sum(kinds.values()):,} parameters, {', '.join(list(kinds)[:_MAX_LISTED])}{more}"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from data_tools.preprocessing.encoding import EncodingSettings
 from data_tools.preprocessing.resume_folder import ResumeFolder
 from data_tools.verify import verify
 from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _TEXTS = [f"document number {i} " + "word " * (i % 50) + "\u00e9\n" for i in range(3000)]
 
@@ -81,7 +85,7 @@ def test_bad_line_stops_with_its_location_and_leaves_nothing(tmp_path: Path, wor
     source = _write_jsonl(tmp_path / "in.jsonl")
     with open(source, "a") as file:
         file.write('{"text": "unfinished\n')
-    with pytest.raises(DataError, match=r"in.jsonl:3001: not valid JSON .*--on-bad-line skip"):
+    with _refused("in.jsonl:3001", value="JSON", constraint="valid", remedy="--on-bad-line skip"):
         _preprocess(source, tmp_path / "out", "--workers", workers)
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
@@ -106,7 +110,7 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path: Path) -> None:
     first = _write_jsonl(tmp_path / "first.jsonl", ["first"])
     second = _write_jsonl(tmp_path / "second.jsonl", ["second"])
     _preprocess(first, tmp_path / "out")
-    with pytest.raises(DataError, match=r"out.bin exists; choose another output or pass --over"):
+    with _refused("out.bin", value="exists", constraint="exists", remedy=("output", "--overwrite")):
         _preprocess(second, tmp_path / "out")
     assert IndexedDataset(tmp_path / "out").num_tokens == 6
     assert _preprocess(second, tmp_path / "out", "--overwrite").num_tokens == 7
@@ -117,24 +121,24 @@ def test_input_without_text_is_refused(tmp_path: Path, text: str | None) -> None
     (tmp_path / "in.jsonl").write_text(text if text == "\n" else "" if text is None else "{}")
     if text == "":
         (tmp_path / "in.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match="the input holds no documents with text"):
+    with _refused(str(tmp_path / "out"), value="documents", constraint="text", remedy="text"):
         _preprocess(tmp_path / "in.jsonl", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "parts"),
     [
-        (["--workers", "0"], "--workers 0 must be 1 or more"),
-        (["--eod", "x", "--no-append-eod"], "--eod x has no effect with --no-append-eod"),
-        (["--input", "/no/such/*.jsonl"], "no such file, or nothing in it"),
+        (["--workers", "0"], ("--workers", 0, "1", "raise")),
+        (["--eod", "x", "--no-append-eod"], ("--eod", "x", "--no-append-eod", "remove")),
+        (["--input", "/no/such/*.jsonl"], ("/no/such/*.jsonl", "no such file", "nothing", "path")),
     ],
 )
 def test_option_that_cannot_be_used_is_refused(
-    tmp_path: Path, options: list[str], message: str
+    tmp_path: Path, options: list[str], parts: tuple
 ) -> None:
     source = _write_jsonl(tmp_path / "in.jsonl", ["x"])
-    with pytest.raises(DataError, match=message):
+    with assert_refused(*parts, error=DataError):
         _preprocess(source, tmp_path / "out", *options)
 
 
@@ -183,7 +187,7 @@ def test_documents_are_what_transformers_makes_of_them_and_an_end_token(
 
 def test_begin_token_can_be_asked_for_where_one_is_declared(tmp_path: Path) -> None:
     byte_level(tmp_path / "t", ["<s>", "</s>"])
-    with pytest.raises(DataError, match="--add-bos: no file of the tokenizer declares a token"):
+    with _refused("--add-bos", value="token", constraint="begins", remedy="remove --add-bos"):
         _preprocess_with(tmp_path, _CHAT, "--add-bos")
     other = declare(
         byte_level(tmp_path / "u", ["<s>", "</s>"]), tokenizer_config={"bos_token": "<s>"}
@@ -192,15 +196,20 @@ def test_begin_token_can_be_asked_for_where_one_is_declared(tmp_path: Path) -> N
     assert _documents(with_bos)[0][0] == 300
     assert _documents(_preprocess_with(tmp_path, ["a"], tokenizer=other))[0][0] != 300
     source = _write_jsonl(tmp_path / "in.jsonl", ["a"])
-    with pytest.raises(DataError, match="--add-bos: no file of the tokenizer declares a token"):
+    with _refused("--add-bos", value="token", constraint="begins", remedy="remove --add-bos"):
         _preprocess(source, tmp_path / "bytes", "--add-bos")
-    with pytest.raises(DataError, match="--special-tokens parse has no effect with the tokenizer"):
+    with _refused("--special-tokens", value="parse", constraint="`bytes`", remedy="remove"):
         _preprocess(source, tmp_path / "bytes", "--special-tokens", "parse")
 
 
 def test_tokenizer_without_an_end_token_works_where_none_is_wanted(tmp_path: Path) -> None:
     byte_level(tmp_path / "t")
-    with pytest.raises(DataError, match="so no token ends a document; name one with --eod TOKEN"):
+    with _refused(
+        "tokenizer.json",
+        value="</s>",
+        constraint="[EOS]",
+        remedy=("--eod TOKEN", "--no-append-eod"),
+    ):
         _preprocess_with(tmp_path, ["river"])
     dataset = _preprocess_with(tmp_path, ["river stone", "river"], "--no-append-eod")
     tokenizer = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
@@ -227,8 +236,8 @@ def test_unfinished_shards_of_other_settings_are_not_resumed(tmp_path: Path) -> 
     folder.claim(overwrite=False)
     (folder.path / "kept.report").write_text("{}")
     folder.release()
-    message = "unfinished run with special_tokens parse, but this one has plain; run the original"
-    with pytest.raises(DataError, match=message):
+    constraint = ("special_tokens", "plain")
+    with _refused("out.work", value="parse", constraint=constraint, remedy="original command"):
         _preprocess(
             source,
             tmp_path / "out",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from tests.data_tools.corpora import (
     write_megatron_corpus,
 )
 from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _TEXTS = [f"document number {i % 300}, caf\u00e9" for i in range(900)]  # each of them three times
 
@@ -166,33 +170,41 @@ def test_parsed_tokens_count_as_the_text_that_spells_them(tmp_path: Path) -> Non
     assert infos[0] is not None
     # The tokenizer finds the marks of a corpus that says nothing of them.
     (tmp_path / "all.json").unlink()
-    for eod, message in (("<|im_end|>", "document 0 does not end with id 302 of --eod"),):
-        with pytest.raises(DataError, match=message):
-            origin_of(IndexedDataset(tmp_path / "all"), tokenizer=str(tmp_path / "t"), eod=eod)
+    with _refused("document", value=0, constraint=("302", "--eod"), remedy="--eod"):
+        origin_of(IndexedDataset(tmp_path / "all"), tokenizer=str(tmp_path / "t"), eod="<|im_end|>")
     origin = origin_of(IndexedDataset(tmp_path / "all"), tokenizer=str(tmp_path / "t"))
     assert origin is not None
     assert origin.text == (301, (300,), "parse")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "parts"),
     [
-        (["--split", "9,1", "--train", "a"], "--validation is missing: --split 9,1 gives it 5 of"),
+        (
+            ["--split", "9,1", "--train", "a"],
+            ("--validation", 5, "--split 9,1", ("--validation", "ratios")),
+        ),
         (
             ["--split", "9,1,0", "--train", "a", "--validation", "b", "--test", "c"],
-            "--test c would be empty: --split 9,1,0 gives it 0 of 50 documents; remove it",
+            ("--test", "c", ("--split 9,1,0", "0 of 50"), ("remove", "ratios")),
         ),
-        (["--split", "9,x", "--train", "a"], "--split 9,x must be one to three numbers"),
-        (["--split", "0,0", "--train", "a"], "--split 0,0 must be one to three numbers"),
-        (["--split", "1,1,1,1", "--train", "a"], "--split 1,1,1,1 must be one to three numbers"),
+        (["--split", "9,x", "--train", "a"], ("--split", "9,x", "three numbers", "969,30,1")),
+        (["--split", "0,0", "--train", "a"], ("--split", "0,0", "three numbers", "969,30,1")),
+        (
+            ["--split", "1,1,1,1", "--train", "a"],
+            ("--split", "1,1,1,1", "three numbers", "969,30,1"),
+        ),
         (
             ["--split", "9,1", "--train", "a", "--validation", "b", "--seed", "1"],
-            "--seed 1 has no effect with --split",
+            ("--seed", 1, "--split", "remove"),
         ),
-        (["--share", "0.1", "--train", "a"], "--share needs --train and --validation"),
+        (
+            ["--share", "0.1", "--train", "a"],
+            ("--share", "--train", ("--validation", "--test"), "pass"),
+        ),
         (
             ["--share", "0.1", "--train", "a", "--validation", "b", "--eod", "x"],
-            "--eod x has no effect: .*m has no tokenizer; give --tokenizer as well",
+            ("--eod", "x", "tokenizer", "--tokenizer"),
         ),
     ],
 )
@@ -201,24 +213,26 @@ def test_options_that_do_not_fit_each_other_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
-    message: str,
+    parts: tuple,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with assert_refused(*parts, error=DataError):
         main([megatron_corpus[0], *options])
     assert not list(tmp_path.glob("[abc].*"))
 
 
 def test_failed_split_leaves_nothing(corpus: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--share 1.5 must be between 0 and 1"):
+    with _refused("--share", value=1.5, constraint="0 and 1", remedy="pass"):
         _split(corpus, share=1.5)
-    with pytest.raises(
-        DataError, match=r"all_validation: it would get none of the 900 documents; choose"
-    ):
+    with _refused("all_validation", value=900, constraint="none", remedy=("--share", "--seed")):
         _split(corpus, share=1e-9)
-    with pytest.raises(DataError, match="must be three different corpora"):
+    with _refused(
+        "--validation", value=f"{corpus}_validation", constraint="different", remedy="other"
+    ):
         split(corpus, corpus, f"{corpus}_validation", share=0.1, overwrite=True)
     write_corpus(tmp_path / "c", counting_documents([3, 4]))
-    with pytest.raises(DataError, match=r"its tokenizer tokenizer.model is missing or has changed"):
+    with _refused(
+        str(tmp_path / "c"), value="tokenizer.model", constraint="missing", remedy="--tokenizer"
+    ):
         _split(str(tmp_path / "c"))
     assert not list(tmp_path.glob("*_train*"))

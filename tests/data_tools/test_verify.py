@@ -35,8 +35,8 @@ def test_verify_finds_every_flipped_bit(tmp_path: Path, suffix: str) -> None:
 def test_id_outside_the_vocabulary_is_found_with_its_location(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([30, 40, 50]), vocab_size=1000)
     assert verify(str(tmp_path / "c"), vocab_size=120)[1] == "ids in [0, 120), largest 119"
-    message = r"c.bin: id 100 at token 30 of document 2 is outside \[0, 100\)"
-    with pytest.raises(DataError, match=message):
+    constraint = ("token 30 of document 2", "[0, 100)")
+    with _refused("c.bin", value=100, constraint=constraint, remedy="again"):
         verify(str(tmp_path / "c"), vocab_size=100)
 
 
@@ -96,7 +96,13 @@ def test_a_replaced_tokenizer_file_is_detected(tmp_path: Path) -> None:
     preprocess([*arguments, "--tokenizer", str(tokenizer)])
     assert f"tokenizer {tokenizer} equal" in verify(str(tmp_path / "c"))
     tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
-    with pytest.raises(DataError, match=r"tokenizer.model: SHA-256 .* is not the tokenizer that"):
+    with assert_refused(
+        "tokenizer.model",
+        value="SHA-256",
+        constraint="expected",
+        remedy=("restore", "preprocess"),
+        error=DataError,
+    ):
         verify(str(tmp_path / "c"))
     tokenizer.unlink()
     assert f"tokenizer {tokenizer} not found: not compared" in verify(str(tmp_path / "c"))

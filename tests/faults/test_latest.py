@@ -10,6 +10,7 @@ import pytest
 
 from parallel.checkpoint.errors import CheckpointError
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
+from tests.refusals import assert_refused
 
 NEWEST = 2
 
@@ -71,7 +72,13 @@ def test_latest_decides_nothing(begun: Path, tmp_path: Path) -> None:
         if name == "missing":  # and no checkpoint: the run has not begun
             continue
         store = open_store(run_dir)
-        with pytest.raises(CheckpointError, match=r"latest.* names .*there is no such checkpoint"):
+        with assert_refused(
+            "latest",
+            value="names",
+            constraint="checkpoint",
+            remedy=("restore", "delete"),
+            error=CheckpointError,
+        ):
             store.find("auto")
         refused += 1
         store.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 
@@ -60,14 +59,14 @@ def test_a_piece_is_found_however_it_is_formatted(old, new, changed, tmp_path) -
 @pytest.mark.parametrize(
     ("place", "old", "message"),
     [
-        ("store:Store.save", "self.skip()", "store:Store.save holds 2 times instead of once"),
-        ("store:Store.save", "self.skip(1)", "store:Store.save holds 0 times instead of once"),
-        ("store:Store.load", "x", "store:Store.load: 0 definitions of 'load' instead of one"),
+        ("store:Store.save", "self.skip()", r"store:Store.save .* 2 "),
+        ("store:Store.save", "self.skip(1)", r"store:Store.save .* 0 "),
+        ("store:Store.load", "x", r"store:Store.load.* 0 .*'load'"),
     ],
 )
 def test_a_piece_that_is_not_there_once_is_refused(place, old, message, tmp_path) -> None:
     (tmp_path / "store.py").write_text(SOURCE)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         mutated(Mutant(place, old, "None", ()), tmp_path)
 
 

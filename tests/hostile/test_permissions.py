@@ -16,6 +16,7 @@ from pretrain.train import main
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import open_store
 from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.refusals import assert_refused
 
 UMASKS = (0o000, 0o022, 0o077)
 LAYOUTS = {
@@ -78,7 +79,13 @@ def test_a_run_directory_that_everybody_can_write_is_refused(tmp_path: Path, pla
     path = run_dir / place
     path.touch() if place == LOCK_NAME else path.mkdir(exist_ok=True)
     path.chmod(0o1777)
-    with pytest.raises(CheckpointError, match=rf"'{path}' can be written by every .* chmod o-w"):
+    with assert_refused(
+        str(path),
+        value="user",
+        constraint="checkpoint",
+        remedy=("chmod o-w", "run_dir"),
+        error=CheckpointError,
+    ):
         open_store(run_dir)
     path.chmod(0o750)
     open_store(run_dir).close()

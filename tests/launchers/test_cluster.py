@@ -34,7 +34,7 @@ def _fail_while_a_job_runs(second: Cluster) -> None:
 def test_nothing_of_a_cluster_survives_a_test_that_fails(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.nodes, "one more beside it"
     second = Cluster(tmp_path, num_nodes=2)
-    with pytest.raises(KeyError, match="a failing test"), second:
+    with pytest.raises(KeyError, match="failing"), second:
         _fail_while_a_job_runs(second)
     wait_until(lambda: not _processes_of(tmp_path), 10)
     assert second.bridge not in os.listdir("/sys/class/net")
@@ -47,7 +47,7 @@ def test_what_a_machine_lacks_is_named_and_fails_where_slurm_is_required(
     assert reason_to_skip() == "no slurmctld-of-nobody here"
     fixture = conftest.cluster.__wrapped__  # type: ignore[attr-defined]
     monkeypatch.setenv("REQUIRE_SLURM", "1")
-    with pytest.raises(pytest.fail.Exception, match="REQUIRE_SLURM=1 and no slurmctld-of-nobody"):
+    with pytest.raises(pytest.fail.Exception, match=r"REQUIRE_SLURM=1 .*slurmctld-of-nobody"):
         next(fixture(tmp_path_factory))
     monkeypatch.delenv("REQUIRE_SLURM")
     with pytest.raises(pytest.skip.Exception, match="needs Slurm: no slurmctld-of-nobody"):

@@ -154,5 +154,5 @@ def test_without_scontrol_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) ->
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
     }
-    with pytest.raises(ConfigError, match=r"cannot list n\[1-2\].*export MASTER_ADDR"):
+    with pytest.raises(ConfigError, match=r"n\[1-2\].*MASTER_ADDR"):
         adopt_launcher(environment)

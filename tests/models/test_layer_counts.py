@@ -14,6 +14,7 @@ from parallel.carry import LayerSpec
 from parallel.context import ParallelContext
 from parallel.sharding import Normal, declare_replicated
 from tests.models.families import CASES
+from tests.refusals import assert_refused
 
 SIZES = sorted(Path(__file__).parents[2].glob("configs/model/*/*.yaml"))
 
@@ -61,11 +62,8 @@ class CountedMixer(Mixer):
 
 
 def test_a_matrix_of_unknown_cost_is_refused_until_its_module_says_what_it_costs():
-    message = (
-        r"FLOPs of mixer\.mixing \[4, 4\] are unknown: .*; give Mixer a method "
-        r"flops_per_token\(seq_length\), or the toy family its counts"
-    )
-    with pytest.raises(ValueError, match=message):
+    remedy = ("Mixer", "flops_per_token(seq_length)", "toy")
+    with assert_refused("mixer.mixing", [4, 4], "unknown", remedy):
         count_flops([LayerSpec("mixer", Mixer)], 10, family="toy")
     assert count_flops([LayerSpec("mixer", CountedMixer)], 10, family="toy") == 32 + 10 + 48
 

@@ -13,6 +13,7 @@ from models.prompting import load_prompting
 from parallel.checkpoint.manifest import UNKNOWN_TEXT, TextRecord
 from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 from tests.models.checkpoints import config, write_checkpoint
+from tests.refusals import assert_refused
 
 PROMPT = "<|im_start|>river stone"
 
@@ -82,7 +83,7 @@ def test_empty_prompt_is_what_a_document_begins_with_or_after(tmp_path, tokenize
     text = TextRecord(eod_id=301, bos_ids=(), special_tokens="plain")
     assert load_prompting(tokenizer, text).encode("", vocab_size=303) == [301]
     nameless = str(byte_level(tmp_path / "nameless"))
-    with pytest.raises(ValueError, match="the prompt is empty, and no token is known to begin or"):
+    with assert_refused("prompt", value="empty", constraint="token", remedy="--eod"):
         load_prompting(nameless, UNKNOWN_TEXT).encode("", vocab_size=303)
 
 

@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from parallel.context import ParallelContext
 from parallel.precision import Precision
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused
 
 
 def _coordinates():
@@ -57,11 +58,18 @@ def test_expert_ranks_are_neighbours_inside_the_data_axis():
 
 
 def _layout_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"tensor=4 x parallel.pipeline=1 = 4 does not divide"):
+    with assert_refused(
+        "parallel.tensor", value=4, constraint=("parallel.pipeline=1", "2"), remedy="multiple of 4"
+    ):
         ParallelContext.from_world(tensor=4)
-    with pytest.raises(ValueError, match=r"parallel.expert=2 does not divide the data size 1"):
+    with assert_refused("parallel.expert", value=2, constraint="data size 1", remedy="expert size"):
         ParallelContext.from_world(tensor=2, expert=2)
-    with pytest.raises(ValueError, match="sequence_parallel=True has no effect at tensor size 1"):
+    with assert_refused(
+        "sequence_parallel",
+        value=True,
+        constraint="tensor size 1",
+        remedy=("parallel.sequence_parallel=false", "parallel.tensor"),
+    ):
         ParallelContext.from_world(sequence_parallel=True)
 
 
@@ -71,12 +79,19 @@ def test_a_layout_that_cannot_be_is_refused_with_its_numbers():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA may have Transformer Engine")
 def test_fp8_without_transformer_engine_is_an_error_that_says_what_to_install():
-    with pytest.raises(ValueError, match=r"precision=fp8 needs .*pip install manyformer\[fp8\]"):
+    with assert_refused(
+        "precision",
+        value="fp8",
+        constraint=("CUDA", "Transformer Engine"),
+        remedy=("manyformer[fp8]", "precision=bf16"),
+    ):
         Precision("fp8", "delayed")
 
 
 def test_an_fp8_recipe_without_fp8_is_refused_because_it_has_no_effect():
-    with pytest.raises(ValueError, match="has no effect without it"):
+    with assert_refused(
+        "fp8_recipe", value="'delayed'", constraint="precision='bf16'", remedy="both"
+    ):
         Precision("bf16", "delayed")
 
 

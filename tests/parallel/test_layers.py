@@ -22,6 +22,7 @@ from parallel.layers import (
 from parallel.random import initialize
 from parallel.sharding import Constant, Normal, merge, sharding_of, split, sum_partial_gradients
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused
 from tests.tolerance import assert_close, rounding
 
 SEQ, BATCH, HIDDEN, INNER, VOCAB = 8, 2, 12, 20, 37
@@ -213,9 +214,13 @@ def test_split_and_merge_are_inverse_and_pad_with_zeros():
 
 def _three_ranks_do_not_divide():
     ctx = ParallelContext.from_world(tensor=2)
-    with pytest.raises(ValueError, match=r"out_features=21 is not divisible by parallel.tensor=2"):
+    with assert_refused(
+        "out_features", value=21, constraint="parallel.tensor=2", remedy="tensor size"
+    ):
         ColumnParallelLinear(12, 21, ctx=ctx)
-    with pytest.raises(ValueError, match=r"in_features=21 is not divisible by parallel.tensor=2"):
+    with assert_refused(
+        "in_features", value=21, constraint="parallel.tensor=2", remedy="tensor size"
+    ):
         RowParallelLinear(21, 12, ctx=ctx)
 
 

@@ -20,6 +20,7 @@ from parallel.random import initialize
 from parallel.regions import local_sequence
 from parallel.sharding import Normal, merge, sharding_of, sum_partial_gradients
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 SEQ, ROWS, HIDDEN, INNER, NUM_EXPERTS, TOP_K = 12, 4, 8, 12, 8, 2
@@ -274,22 +275,30 @@ def test_equal_scores_go_to_the_lower_number_and_an_even_spread_costs_1():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"top_k": 9}, r"top_k=9 is not between 1 and num_experts=8"),
-        ({"top_k": 1}, r"renormalize=True with top_k=1 .* set renormalize=False"),
-        ({"top_k": 2, "capacity_factor": 0.0}, r"capacity_factor=0.0 is not a positive number"),
-        ({"top_k": 2, "capacity_factor": math.nan}, r"capacity_factor=nan is not a positive"),
+        ({"top_k": 9}, ("top_k", 9, "1 and num_experts=8", "choose")),
+        ({"top_k": 1}, ("renormalize", True, "top_k=1", "renormalize=False")),
+        (
+            {"top_k": 2, "capacity_factor": 0.0},
+            ("capacity_factor", 0.0, "positive", ("1.25", "None")),
+        ),
+        (
+            {"top_k": 2, "capacity_factor": math.nan},
+            ("capacity_factor", "nan", "positive", ("1.25", "None")),
+        ),
     ],
 )
-def test_sizes_that_make_no_layer_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_sizes_that_make_no_layer_are_refused(changes, parts):
+    with assert_refused(*parts):
         _layer(ParallelContext.single(), **changes)
 
 
 def _experts_that_do_not_divide():
     ctx = ParallelContext.from_world(expert=2)
-    with pytest.raises(ValueError, match=r"num_experts=3 is not divisible by parallel.expert=2"):
+    with assert_refused(
+        "num_experts", value=3, constraint="parallel.expert=2", remedy="expert size"
+    ):
         MoELayer(HIDDEN, INNER, num_experts=3, top_k=2, ctx=ctx)
 
 

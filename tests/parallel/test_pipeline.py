@@ -19,6 +19,7 @@ from parallel.precision import Precision
 from parallel.sharding import sharding_table, sum_partial_gradients
 from tests.distributed import run_ranks
 from tests.models import awkward
+from tests.refusals import assert_refused
 from tests.tolerance import BF16_LOSS, BF16_NORM, FP32_LOSS, FP32_NORM
 
 CONFIG = awkward.AwkwardConfig()
@@ -154,8 +155,8 @@ def test_partition_minimises_the_most_expensive_stage_and_leaves_none_empty():
 
 
 def test_more_stages_than_layers_is_refused_with_both_numbers():
-    with pytest.raises(
-        ValueError, match=r"pipeline=5 is more than the 4 layers .*set parallel.pipeline to 4"
+    with assert_refused(
+        "parallel.pipeline", value=5, constraint="4 layers", remedy="parallel.pipeline to 4"
     ):
         partition([1, 1, 1, 1], 5)
 
@@ -178,5 +179,7 @@ class _Forgetful(torch.nn.Module):
 
 
 def test_a_parameter_that_declares_no_sharding_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"odd\.weight .* declares no sharding"):
+    with assert_refused(
+        "odd.weight", value=(2,), constraint="sharding", remedy="declare_replicated"
+    ):
         SequentialModel([LayerSpec("odd", _Forgetful)], ParallelContext.single())

@@ -145,7 +145,10 @@ def from_pretrained(path: str | Path, adapter: Architecture | None = None, **opt
     model, info = _quiet(model_class.from_pretrained, path, output_loading_info=True, **options)
     wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if ".amrpa." not in k)]
     if wrong:
-        raise ValueError(f"{path}: the weights of {wrong[0]} are missing or left over")
+        raise ValueError(
+            f"{path}: the weights of {wrong[0]} are missing or left over; load it with the "
+            "configuration that it was saved with"
+        )
     mode: Any = getattr(config, "amrpa_mode", "auto")
     inject_amrpa(model, AMRPAConfig.from_dict(settings), mode=mode, adapter=adapter)
     _load_memories(model, Path(path))
@@ -159,7 +162,10 @@ def _load_memories(model: Any, path: Path) -> None:
         stored |= {_local(k, expected): v for k, v in load_file(file).items() if ".amrpa." in k}
     if stored.keys() != expected.keys():
         wrong = sorted(stored.keys() ^ expected.keys())[0]
-        raise ValueError(f"{path}: the weights of {wrong} are missing or left over")
+        raise ValueError(
+            f"{path}: the weights of {wrong} are missing or left over; load it with the "
+            "configuration that it was saved with"
+        )
     for name, weight in expected.items():
         if stored[name].shape != weight.shape:
             raise ValueError(

@@ -49,7 +49,10 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, *, rank: int, alpha: float) -> None:
         super().__init__()
         if rank < 1 or not 0 < alpha < math.inf:
-            raise ValueError(f"LoRA rank={rank}, alpha={alpha}: both must be positive")
+            raise ValueError(
+                f"LoRA rank={rank} and alpha={alpha} must be positive and finite; choose larger "
+                "ones"
+            )
         self.rank, self.alpha = rank, alpha
         cut, whole = _sharding(weight), Sharding(partial_gradient=True)
         A, B = weight.new_empty(rank, weight.shape[1]), weight.new_empty(weight.shape[0], rank)
@@ -203,7 +206,7 @@ class LoRALinear(nn.Module):
 
 
 class Target(NamedTuple):
-    """A linear layer that can have adapters or has them: its name, and the layer."""
+    """A linear layer with or without adapters, and its name."""
 
     name: str
     layer: Any

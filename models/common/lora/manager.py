@@ -134,7 +134,10 @@ class LoRAManager:
         """
         self._switchable()
         if not name.isidentifier() or name == PRIMARY or hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"adapter name {name!r} must be an identifier and not {PRIMARY!r}")
+            raise ValueError(
+                f"adapter name {name!r} must be a Python identifier other than {PRIMARY!r}; choose "
+                "another name"
+            )
         if name in self._adapters:
             raise ValueError(f"adapter {name!r} exists already; choose another name")
         rank = self.rank if rank is None else rank
@@ -163,10 +166,10 @@ class LoRAManager:
         self.check_computable(weight)
         if name not in self._adapters:
             self.add_adapter(name)
-            others = nearest(name, [other for other in self._adapters if other != name])
+            others = ", ".join(other for other in self._adapters if other != name) or "none"
             warnings.warn(
                 f"adapter {name!r} did not exist and was added: it changes nothing until it is "
-                f"trained; use add_adapter to choose its rank; {others}",
+                f"trained (other adapters: {others}); use add_adapter to choose its rank",
                 stacklevel=2,
             )
         if isinstance(weight, str):
@@ -177,7 +180,7 @@ class LoRAManager:
         """Switch an adapter off; what it has learned stays.
 
         Raises:
-            ValueError: there is none of this name, with the nearest ones.
+            ValueError: there is no adapter of this name.
         """
         self._switchable()
         if name not in self._adapters:
@@ -261,7 +264,7 @@ class LoRAManager:
         }
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Switch adapters as `settings` of the same adapters says.
+        """Switch adapters to the state recorded in `settings`.
 
         Raises:
             ValueError: they are of other adapters.

@@ -22,9 +22,9 @@ SETTINGS_KEY = f"{SETTINGS}._extra_state"
 def merged_state_dict(state: Mapping[str, Any], *, alpha: float | None = None) -> dict[str, Tensor]:
     """The state dict of the plain model: `W + sum_n w_n (alpha_n / r_n) B_n A_n`, no adapters.
 
-    Of a model with a LoRAManager, with the adapters that were active; or, with `alpha` (its
-    `lora_alpha`), of a model that was built with `lora_rank` and so has the primary one alone. It
-    fits the configuration with `lora_rank=0` and `lora_dropout=0.0`. `state` is not changed.
+    Merges the active adapters of a model with a LoRAManager or, given `alpha` (its `lora_alpha`),
+    the primary adapter of a model that was built with `lora_rank`. The result fits the
+    configuration with `lora_rank=0` and `lora_dropout=0.0`. `state` is not changed.
 
     Raises:
         ValueError: the weight of an active adapter is computed, or an alpha is unknown.
@@ -72,6 +72,6 @@ def read_settings(written: Tensor) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message: the known names nearest to `name`, or all."""
+    """The remedy of an error message: the known names nearest to `name`, or all of them."""
     close = difflib.get_close_matches(name, known, n=3) or list(known)
-    return f"nearest: {', '.join(close)}" if close else "there are none"
+    return f"choose one of {', '.join(close)}" if close else "this model has none, leave it out"

@@ -1,5 +1,5 @@
-"""Any checkpoint of a Daria-Former as a DariaFormerModel: of a run, of a Trainer, of the version
-before."""
+"""Loading of any checkpoint of a Daria-Former as a DariaFormerModel: of a run, a Trainer, or the
+previous version."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_run(path: Path) -> bool:
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, the tokenizer of its data, and how that made tokens of text."""
+    """A model in evaluation mode, the tokenizer of its data, and its encoding rules."""
 
     model: DariaFormerModel
     tokenizer: str | None
@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(path: Path, *, device: str) -> Loaded:
-    """The model of a checkpoint, with the adapters that it has.
+    """Load the model of a checkpoint, with its adapters.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, or of another family.
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, *, device: str) -> Loaded:
 def _filled(
     config: DariaFormerConfig, state: Mapping[str, Tensor], *, device: str, source: Path
 ) -> DariaFormerModel:
-    """A model with the state of one of a Trainer, which may have had a LoRAManager."""
+    """Load the state of a Trainer's model, which may have had a LoRAManager, into a model."""
     model = DariaFormerModel(config, device=device)
     if SETTINGS_KEY in state:
         build = LoRAManager.from_state_dict

@@ -62,7 +62,7 @@ def read_config(given: str) -> DariaFormerConfig:
     path = Path(given)
     if path.is_file():
         return read_settings(path, DariaFormerConfig)
-    # The published files of the sizes held nothing else than these.
+    # The published files of the sizes held exactly these settings.
     size = path.stem.removeprefix("daria_former_")
     if size not in SIZES:
         raise ValueError(f"--config {given} is no file and none of {', '.join(SIZES)}")

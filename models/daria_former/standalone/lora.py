@@ -53,9 +53,15 @@ class LoRAManager(manager.LoRAManager):
 
     def check_computable(self, weight: float | str) -> None:
         if isinstance(weight, str) and not any(True for _ in self._blocks()):
-            raise ValueError(f"adapter weight={weight!r} needs the blocks of a Daria-Former")
+            raise ValueError(
+                f"adapter weight={weight!r} is computed by the blocks of a Daria-Former, and this "
+                "model has none; give a number"
+            )
         if weight == "persona" and not self._hooks:
-            raise ValueError("adapter weight='persona' needs a model with the persona path")
+            raise ValueError(
+                "adapter weight='persona' needs a model with the persona path; add persona to "
+                "paths, or give a number"
+            )
 
     def add_computed_weight(self, name: str, kind: str) -> None:
         for path, block in self._blocks():
@@ -77,7 +83,7 @@ class LoRAManager(manager.LoRAManager):
                 yield name, module
 
     def _pass_persona(self, embedding: Any, args: tuple[Any, ...]) -> None:
-        """Give the blocks the persona of a call; in a generation that of its first call."""
+        """Pass the persona of a call to the blocks; in a generation, that of its first call."""
         given = getattr(args[0], "persona", None)
         persona = embedding.persona.unsqueeze(0) if given is None else given
         if len(args) > 1 and args[1] is not None:

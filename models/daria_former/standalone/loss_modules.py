@@ -21,7 +21,7 @@ from parallel.cross_entropy import (
 )
 
 _SINGLE = ParallelContext.single()
-# Of smoothness beside the cross entropy of labels.
+# Weight of smoothness relative to the cross entropy of labels.
 _SMOOTHNESS_WITH_LABELS = 0.1
 
 
@@ -77,16 +77,18 @@ class RhythmRegularizer(nn.Module):
 
 
 class MemoryConsistencyLoss(nn.Module):
-    """`mean_c (1 - cos(m_c, h_c))` of what memory gave in segments and what they are about,
-    [b, c, h] each; the target gets no gradient."""
+    """`mean_c (1 - cos(m_c, h_c))` of memory readouts and hidden states of segments, [b, c, h].
+
+    The target gets no gradient.
+    """
 
     def forward(self, memory_readout: Tensor, memory_target: Tensor) -> Tensor:
         return cosine_distance(memory_readout, memory_target.detach()).mean()
 
 
 class DariaFormerLoss(nn.Module):
-    """The cross entropy and those other losses whose tensors are given, weighted as the
-    configuration says; `DariaFormerModel.loss` is what a training run minimises.
+    """The cross entropy and the other losses whose tensors are given, weighted by the
+    configuration. A training run minimises `DariaFormerModel.loss`.
 
     Raises:
         ValueError: one of two tensors that belong together is missing.
@@ -113,7 +115,7 @@ class DariaFormerLoss(nn.Module):
         memory_target: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`logits` [b, s, V], `labels` int64 [b, s], the token after each (-100: not scored); the
-        others as for the losses above. `loss` and every term, 0 where nothing was given."""
+        others as for the losses above. Returns `loss` and every term, 0 without its tensors."""
         losses, entropies = cross_entropy_and_entropy(logits.transpose(0, 1), labels, ctx=_SINGLE)
         zero = losses.new_zeros(())
         terms = {

@@ -45,13 +45,13 @@ class ModelWithMemory(Protocol):
 
 
 class PersistentRows(NamedTuple):
-    """The rows that keys and values are projected from, [m, h] each."""
+    """Learned rows from which blocks project keys and values: [m, h] each."""
 
     keys: Tensor
     values: Tensor
 
 
-class Fit(NamedTuple):
+class ConsolidationFit(NamedTuple):
     """Quality of consolidated slots over all blocks: mean cosine similarity of the keys, and
     relative error of the values (0: exact)."""
 
@@ -98,7 +98,7 @@ class SlotMemory:
     ) -> None:
         """Replace the key or the value, [b, g, d], of one slot (0: the oldest) of one block.
 
-        The open segment chooses again among the slots before it reads on.
+        The open segment then retrieves again before it continues.
 
         Raises:
             ValueError: there is no such slot, or a tensor of another shape.
@@ -117,7 +117,7 @@ class SlotMemory:
 
 
 class PersistentMemory:
-    """Learned slots that every segment can choose: two rows of the bank each, one for the key."""
+    """Learned slots visible to every segment: each is two rows of the bank, for key and value."""
 
     def __init__(self, model: ModelWithMemory) -> None:
         self.model = model
@@ -144,8 +144,7 @@ class PersistentMemory:
     ) -> None:
         """Replace the rows of slots, [h] or [k, h].
 
-        Generations that begin afterwards read them; one under way after
-        `MemoryIntegrationSystem.refresh`.
+        Later generations use them; one in progress only after `MemoryIntegrationSystem.refresh`.
 
         Raises:
             ValueError: the model is in training, an index is unknown, or a tensor of another shape.
@@ -169,16 +168,16 @@ class PersistentMemory:
     @torch.no_grad()
     def consolidate(
         self, kv_cache: Cache, *, slots: Sequence[int], into: Sequence[int], row: int = 0
-    ) -> Fit:
-        """Write episodic slots of one row of a text into persistent ones, to outlive the text.
+    ) -> ConsolidationFit:
+        """Write episodic slots of one row of a text into persistent slots, which outlive the text.
 
-        An episodic slot is another key and value in every block, a persistent one is two rows z of
-        which all blocks project theirs: the least squares of `gain * W z` against the keys, and of
-        `W z` against the values, over all blocks together. With L g d <= h both can be met; keys
-        keep their direction alone where blocks normalise them (`qk_norm`).
+        An episodic slot has a key and a value per block; a persistent slot has two rows z from
+        which every block projects its own. They are the least-squares fit, over all blocks, of
+        `gain * W z` to the keys and of `W z` to the values, which is exact if L g d <= h. Of keys
+        only the direction is kept where blocks normalise them (`qk_norm`).
 
         Raises:
-            ValueError: see `write`; or there are not as many of `slots` as of `into`, or no such.
+            ValueError: as for `write`, or `slots` and `into` differ in length or are out of range.
         """
         episodic = self.model.memory.episodic
         if len(slots) != len(into) or not slots:
@@ -203,8 +202,8 @@ class PersistentMemory:
     def _system(
         self, layer: int, stored: Slots, slots: Sequence[int], row: int
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Of one block, for keys and for values: the map [g d, h] from rows to slots, and what it
-        should give, [g d, k]. In fp64 on the CPU: the driver that copes with any rank is there."""
+        """The least-squares systems of one block, for keys and for values: the map [g d, h] from
+        rows to slots, and its target [g d, k]. In fp64 on the CPU, whose driver allows any rank."""
         path = _memory_path(self.model, layer)
         unit = torch.eye(self.model.config.hidden_dim).to(path.key_gain).unsqueeze(1)
         to_keys, to_values = (
@@ -217,7 +216,7 @@ class PersistentMemory:
 
     def _fit(
         self, wanted: Sequence[Slots], slots: Sequence[int], into: Sequence[int], row: int
-    ) -> Fit:
+    ) -> ConsolidationFit:
         cosines, wrong, whole = [], 0.0, 0.0
         for layer, stored in enumerate(wanted):
             found = self.read_kv(layer)
@@ -226,7 +225,9 @@ class PersistentMemory:
             cosines.append(torch.cosine_similarity(own_keys, keys, dim=-1).mean())
             wrong += (own_values - values).square().sum().item()
             whole += values.square().sum().item()
-        return Fit(torch.stack(cosines).mean().item(), (wrong / max(whole, 1e-30)) ** 0.5)
+        return ConsolidationFit(
+            torch.stack(cosines).mean().item(), (wrong / max(whole, 1e-30)) ** 0.5
+        )
 
 
 class PersonaMemory:
@@ -257,7 +258,7 @@ class MemoryIntegrationSystem:
     `persistent` and `persona` are None where the model has none.
 
     Raises:
-        ValueError: on use, of what the model does not have or a text that has not begun.
+        ValueError: on use, if the model lacks that memory or the text has not begun.
     """
 
     def __init__(self, model: ModelWithMemory) -> None:
@@ -285,14 +286,14 @@ class MemoryIntegrationSystem:
         return _memory_cache(layer, kv_cache).retrieved
 
     def encode_and_store_episode(self, input_ids: Tensor, kv_cache: Cache) -> int:
-        """Read a text into a generation's memory; how many episodic slots that closed."""
+        """Read a text into the memory of a generation; returns the number of new episodic slots."""
         before = self._num_pooled(kv_cache)
         with torch.no_grad():
             self.model(input_ids, kv_cache=kv_cache)
         return self._num_pooled(kv_cache) - before
 
     def refresh(self, kv_cache: Cache) -> None:
-        """Let a generation under way read persistent memory as it is now."""
+        """Make a generation in progress use the current persistent memory."""
         embedding = kv_cache["embedding"]
         if embedding.bank is not None and self.persistent is not None:
             rows = self.model.embedding.persistent.detach().unsqueeze(1)
@@ -334,5 +335,6 @@ def _check_index(name: str, index: int, count: int) -> None:
 def _check_shape(name: str, given: Tensor, like: Tensor) -> None:
     if given.shape != like.shape:
         raise ValueError(
-            f"{name} of shape {list(given.shape)} must be {list(like.shape)}, as they are stored"
+            f"{name} of shape {list(given.shape)} must be {list(like.shape)}, the shape of what is "
+            "stored; reshape them"
         )

@@ -1,4 +1,4 @@
-"""The model in one process, with the interface that was published."""
+"""The model in one process, with the published interface."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class DariaFormerModel(StandaloneModel):
 
     @property
     def emotion(self) -> list[nn.Module]:
-        """The update sites of the emotion state, in their order; the first reads the embedding."""
+        """The update sites of the emotion state, in order; the first one reads the embedding."""
         sites = (layer.emotion for layer in self.body.layers[:-1])
         return [site for site in sites if isinstance(site, nn.Module)]
 

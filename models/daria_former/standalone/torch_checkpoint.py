@@ -1,4 +1,4 @@
-"""Checkpoints of the version before: config.yaml, model.safetensors, training_state.pt."""
+"""Checkpoints of the previous version: config.yaml, model.safetensors, training_state.pt."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from models.daria_former.config import DariaFormerConfig
 from models.standalone.checkpoint import TrainingState, check_num_ranks, rank
 from models.standalone.settings_file import read_settings
+from parallel.checkpoint.errors import RESTORE
 
 _TIED = ("body.embedding.tokens.weight", "body.head.output.weight")
 
@@ -30,7 +31,9 @@ def read_model(folder: Path) -> tuple[DariaFormerConfig, dict[str, Tensor]]:
     try:
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder}/model.safetensors cannot be read; it is damaged") from error
+        raise ValueError(
+            f"{folder}/model.safetensors is damaged: it cannot be read; {RESTORE}"
+        ) from error
     if config.weight_tying:
         state |= {name: state[stored] for stored in _TIED if stored in state for name in _TIED}
     return config, state
@@ -47,6 +50,6 @@ def read_training_state(folder: Path) -> TrainingState:
         state = torch.load(path, weights_only=True, map_location="cpu")
         ranks = list(state["ranks"])
     except Exception as error:  # torch raises errors of many types for damaged files
-        raise ValueError(f"{path} cannot be read; it is damaged") from error
+        raise ValueError(f"{path} is damaged: it cannot be read; {RESTORE}") from error
     check_num_ranks(folder, len(ranks))
     return TrainingState(state, ranks[rank()])

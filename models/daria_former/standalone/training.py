@@ -98,7 +98,10 @@ class Trainer(trainer.Trainer):
             log_every=log_every,
         )
         if config != model.config:
-            raise ValueError("config is not that of the model, which decides; give model.config")
+            raise ValueError(
+                "config differs from model.config, which the model was built with; pass "
+                "model.config"
+            )
         adamw = build_optimizer(model, lr, weight_decay)
         super().__init__(model, settings, train_dataloader, eval_dataloader, optimizer=adamw)
         if use_wandb and rank() == 0:
@@ -107,7 +110,7 @@ class Trainer(trainer.Trainer):
             self.load(Path(resume_from))
 
     def load(self, folder: Path) -> None:
-        """Continue a checkpoint, also one of the version before (see the shared trainer)."""
+        """Continue a checkpoint, also one of the previous version (see the shared trainer)."""
         if not torch_checkpoint.is_torch_checkpoint(folder):
             super().load(folder)
             return

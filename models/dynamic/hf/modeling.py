@@ -111,7 +111,8 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
             if loading[problem]:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')} "
-                    f"{sorted(map(str, loading[problem]))[:10]}: it is not of this configuration"
+                    f"{sorted(map(str, loading[problem]))[:10]}; load it with the configuration "
+                    "that it was saved with"
                 )
         return (model, loading) if output_loading_info else model
 

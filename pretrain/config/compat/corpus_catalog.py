@@ -81,8 +81,8 @@ def _chosen(data: Mapping[str, Any], known: list[str]) -> tuple[list[str], list[
             )
     if wanted not in data:
         raise ConfigError(
-            f"no corpus is chosen; set data.{wanted} to names of data.corpora: "
-            f"{', '.join(known) or 'none yet'}"
+            f"data.{wanted} is missing, and data.corpora has {', '.join(known) or 'none yet'}; set "
+            "it to names of data.corpora"
         )
     if not mixed:
         return [str(data[wanted])], [1.0]

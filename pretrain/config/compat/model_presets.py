@@ -24,6 +24,7 @@ from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
 
 CHECKPOINT = "checkpoint"
+_NO_MODEL = "its manifest names no model; give the path of a checkpoint, a run or a converted model"
 _NAMES = ("base_model_name", "pretrained_model_name")
 
 
@@ -88,7 +89,7 @@ def _of_checkpoint(training: Any) -> dict[str, Any]:
         stored = load_manifest(find_manifest(Path(path))).config["model"]
         return {key: value for key, value in stored.items() if value != CHECKPOINT}
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) if isinstance(error, ValueError | OSError) else "names no model"
+        reason = str(error) if isinstance(error, ValueError | OSError) else _NO_MODEL
         raise ConfigError(f"training.init_from={path!r}: {' '.join(reason.split())}") from error
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from data_tools.corpus.indexed import IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, smallest_dtype
 from data_tools.errors import DataError
 from tests.data_tools.corpora import counting_documents, write_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 def _finish(writer: IndexedDatasetWriter) -> None:
@@ -35,15 +39,15 @@ def test_smallest_dtype_holds_the_largest_id(tmp_path: Path, vocab_size: int, dt
 def test_id_out_of_range_is_refused_with_its_location(tmp_path: Path, wrong: int) -> None:
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=70_000) as writer:
         writer.add_document([1, 2])
-        message = f"token id {wrong} at token 1 of document 2 is outside .0, 70000."
-        with pytest.raises(DataError, match=message):
+        where = ("token 1 of document 2", "[0, 70000)")
+        with _refused("token id", value=wrong, constraint=where, remedy="vocabulary size"):
             writer.add_documents(np.array([5, 6, 7, wrong, 9]), np.array([2, 3]))
 
 
 def test_ids_that_are_no_integers_are_refused(tmp_path: Path) -> None:
     with (
         IndexedDatasetWriter(tmp_path / "c", vocab_size=10) as writer,
-        pytest.raises(DataError, match="float64, integers expected"),
+        _refused(str(tmp_path), value="float64", constraint="integers", remedy="convert"),
     ):
         writer.add_document([1.5])
 
@@ -72,7 +76,7 @@ def test_sidecar_counts_what_was_written(tmp_path: Path) -> None:
 def test_existing_output_is_kept_without_overwrite(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", counting_documents([3]))
     before = (tmp_path / "c.bin").read_bytes()
-    with pytest.raises(DataError, match="exists; choose another output or pass --overwrite"):
+    with _refused("c.bin", value="exists", constraint="exists", remedy="--overwrite"):
         IndexedDatasetWriter(tmp_path / "c", vocab_size=10)
     assert (tmp_path / "c.bin").read_bytes() == before
 
@@ -96,7 +100,7 @@ def test_leaving_without_finish_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_corpus_without_documents_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=10) as writer:
         writer.add_document(np.array([], dtype=np.int64))
-        with pytest.raises(DataError, match="the input holds no documents with text"):
+        with _refused(str(tmp_path / "c"), value="documents", constraint="text", remedy="text"):
             _finish(writer)
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +108,9 @@ def test_corpus_without_documents_is_refused_and_leaves_nothing(tmp_path: Path) 
 def test_second_writer_of_the_same_output_is_refused(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "c", vocab_size=10) as first:
         first.add_document([1, 2])
-        with pytest.raises(DataError, match="being written by another process"):
+        with _refused(
+            "c.bin.partial", value="process", constraint="written", remedy=("wait", "output")
+        ):
             IndexedDatasetWriter(tmp_path / "c", vocab_size=10)
         _finish(first)
     assert IndexedDataset(tmp_path / "c").num_tokens == 2
@@ -123,7 +129,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", program])
     assert done.returncode == -signal.SIGKILL
     assert any(tmp_path.iterdir())
-    with pytest.raises(DataError, match="no such file"):
+    with _refused("c.idx", value="no such file", constraint="no", remedy="path"):
         IndexedDataset(tmp_path / "c")
     write_corpus(tmp_path / "c", counting_documents([3]))
     assert IndexedDataset(tmp_path / "c").num_tokens == 3
@@ -132,5 +138,5 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write .*; choose a folder you can write to"):
+    with _refused("c.bin", value="File exists", constraint="write", remedy="folder"):
         IndexedDatasetWriter(tmp_path / "file" / "c", vocab_size=10)

@@ -16,6 +16,7 @@ from data_tools.corpus.jsonl_stream import JsonlStream
 from data_tools.corpus.token_stream import TokenStream
 from data_tools.errors import DataError
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused
 
 _TEXTS = ["plain", "", 'two\nlines "quoted" \\ \t', "\u00e9 \U0001f600 \x00 \u00ff", "x" * 300, "z"]
 
@@ -104,15 +105,15 @@ def test_without_a_cache_lines_are_parsed(
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "parts"),
     [
-        ("{}", r"0.jsonl:2: no text under 'text'"),
-        ("", r"0.jsonl: neither it nor the 0 files beside it have text"),
+        ("{}", ("0.jsonl:2", "'text'", "text", "data.json_key")),
+        ("", ("0.jsonl", 0, "'text'", ("data.train", "data.json_key"))),
     ],
 )
-def test_bad_file_leaves_no_cache(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_file_leaves_no_cache(tmp_path: Path, line: str, parts: tuple) -> None:
     (tmp_path / "0.jsonl").write_text('{"text": ""}\n' + line)
-    with pytest.raises(DataError, match=message):
+    with assert_refused(*parts, error=DataError):
         _open(MappedFiles([tmp_path / "0.jsonl"]), tmp_path / "cache")
     assert [path.name for path in tmp_path.glob("cache/*/*")] == ["lock"]
 
@@ -124,7 +125,9 @@ def test_cache_dir_is_taken_where_it_has_an_effect(documents: str) -> None:
     if documents == "jsonl":
         assert DataConfig.model_validate(settings).cache_dir == "cache"
     else:
-        with pytest.raises(ValueError, match="cache_dir=cache has no effect"):
+        with assert_refused(
+            "data.cache_dir", value="cache", constraint=("URL", ".jsonl"), remedy="remove"
+        ):
             DataConfig.model_validate(settings)
 
 
@@ -138,7 +141,9 @@ def test_every_flipped_bit_of_a_cache_is_found(tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         image.write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"{image}: the cached text is damaged; delete it"):
+        with assert_refused(
+            str(image), value="damaged", constraint="text", remedy="delete", error=DataError
+        ):
             list(verify_caches(str(cache)))
 
 

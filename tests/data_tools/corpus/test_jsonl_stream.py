@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from data_tools.corpus.byte_dataset import MappedFiles
 from data_tools.corpus.jsonl_stream import JsonlStream
 from data_tools.errors import DataError
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _TEXTS = ["plain", "", 'two\nlines "quoted" \\ \t', "\u00e9 \U0001f600 \x00", "x" * 300, "last"]
 
@@ -42,38 +46,38 @@ def test_stream_is_the_text_of_every_line_and_an_end_token(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    ("bad", "what"),
     [
-        ({"body": "x"}, "no text under 'text'"),
-        ({"text": 3}, "no text under 'text'"),
-        ("[1, 2]", "no text under 'text'"),
-        ("{not json", "not JSON of valid text"),
-        ('{"text": "\\ud800"}', "not JSON of valid text"),
-        ("[" * 100_000, "not JSON of valid text"),
+        ({"body": "x"}, "'text'"),
+        ({"text": 3}, "'text'"),
+        ("[1, 2]", "'text'"),
+        ("{not json", "JSON"),
+        ('{"text": "\\ud800"}', "JSON"),
+        ("[" * 100_000, "JSON"),
     ],
 )
-def test_unusable_line_is_refused_with_file_and_number(
-    tmp_path: Path, bad: Any, reason: str
-) -> None:
-    with pytest.raises(DataError, match=rf"0.jsonl:3: {reason}.*; repair the line or set"):
+def test_unusable_line_is_refused_with_file_and_number(tmp_path: Path, bad: Any, what: str) -> None:
+    with _refused("0.jsonl:3", value=what, constraint="text", remedy=("repair", "data.json_key")):
         _stream(tmp_path, [{"text": "fine"}, "", bad])
 
 
 def test_invalid_utf8_is_refused_with_file_and_number(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"f.jsonl:2: not JSON of valid text"):
+    with _refused(
+        "f.jsonl:2", value="JSON", constraint=("text", "0xff"), remedy=("repair", "data.json_key")
+    ):
         JsonlStream(MappedFiles([tmp_path / "f.jsonl"]), json_key="text")
 
 
 def test_files_without_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"0.jsonl: neither it nor the 1 files beside it have text"):
+    with _refused("0.jsonl", value=1, constraint="'text'", remedy=("data.train", "data.json_key")):
         _stream(tmp_path, [{"text": ""}], [""])
 
 
 def test_file_changed_in_use_is_refused(tmp_path: Path) -> None:
     stream = _stream(tmp_path, [{"text": "12345"}, {"text": "67"}])
     (tmp_path / "0.jsonl").write_bytes((tmp_path / "0.jsonl").read_bytes().replace(b"67", b'"}'))
-    with pytest.raises(DataError, match=r"0.jsonl, byte 18: .* when the run|0.jsonl, byte 18: not"):
+    with _refused("0.jsonl", value=18, constraint="JSON", remedy="data.json_key"):
         stream.read(np.array([0]), stream.num_tokens)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from data_tools.config import DataConfig
 from data_tools.corpus.indexed import IndexedDataset
@@ -15,6 +14,7 @@ from data_tools.errors import DataError
 from data_tools.loading.builders import build_eval_batches, build_train_loader
 from tests.data_tools.corpora import write_counting_corpus
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused
 
 
 @pytest.fixture
@@ -94,23 +94,32 @@ def test_a_corpus_without_sidecar_is_copied_too(tmp_path: Path, corpus: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("url", "message"),
+    ("url", "parts"),
     [
-        ("memory://nothing/c", r"no memory://nothing/c.bin and memory://nothing/c.idx there"),
+        (
+            "memory://nothing/c",
+            ("memory://nothing/c", "memory://nothing/c.bin", "memory://nothing/c.idx", "URL"),
+        ),
         (
             "nosuch://bucket/c",
-            "nosuch://bucket/c: Protocol not known: nosuch; install that package or check the URL",
+            ("nosuch://bucket/c", "Protocol not known", ": nosuch", ("install", "URL")),
         ),
     ],
 )
-def test_a_url_that_cannot_be_read_is_refused(tmp_path: Path, url: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_a_url_that_cannot_be_read_is_refused(tmp_path: Path, url: str, parts: tuple) -> None:
+    with assert_refused(*parts, error=DataError):
         local_prefix(url, cache_dir=str(tmp_path))
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
-    with pytest.raises(DataError, match=r"cannot be copied to .*taken: .*; check the access"):
+    with assert_refused(
+        str(corpus),
+        value=tmp_path / "taken",
+        constraint="copied",
+        remedy=("free space", "data.cache_dir"),
+        error=DataError,
+    ):
         local_prefix(f"file://{corpus}", cache_dir=str(tmp_path / "taken"))
 
 
@@ -123,15 +132,15 @@ def test_the_cache_is_where_the_user_keeps_caches(
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
         (
             {"kind": "bytes", "train": "s3://b/text"},
-            "kind is bytes, but s3://b/text is a URL; copy it",
+            ("data.kind", "bytes", ("s3://b/text", "URL"), "data.kind=tokens"),
         ),
-        ({"cache_dir": "cache"}, "data.cache_dir=cache has no effect: no source is a URL"),
+        ({"cache_dir": "cache"}, ("data.cache_dir", "cache", ("URL", ".jsonl"), "remove")),
     ],
 )
-def test_settings_without_effect_are_refused(changes: dict[str, str], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_settings_without_effect_are_refused(changes: dict[str, str], parts: tuple) -> None:
+    with assert_refused(*parts):
         DataConfig.model_validate({"train": "a", "sequence_length": 8, **changes})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from data_tools.errors import DataError
 from data_tools.loading.builders import build_eval_batches
 from data_tools.loading.evaluation import EvalBatches
 from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 
 def _batches(
@@ -107,15 +111,15 @@ def test_first_tokens_of_documents_are_not_counted_when_kept_apart(
 
 
 def test_evaluation_without_held_out_text_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data.validation is empty; name held-out text"):
+    with _refused("data.validation", value="empty", constraint="empty", remedy="text"):
         _batches([])
 
 
 def test_held_out_text_without_a_token_to_score_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data source v: 1 tokens, at least 2 needed"):
+    with _refused("source v", value=1, constraint="2", remedy="add"):
         _batches([write_counting_corpus(tmp_path / "v", 1)])
 
 
 def test_limit_below_one_window_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="max_windows is 0, but at least 1 is needed"):
+    with _refused("max_windows", value=0, constraint="1", remedy="raise"):
         _batches([write_counting_corpus(tmp_path / "v", 50)], max_windows=0)

@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from data_tools.errors import DataError
 from data_tools.loading.builders import build_train_loader
 from data_tools.loading.loader import TrainLoader
 from tests.data_tools.corpora import write_counting_corpus
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _SEQUENCE_LENGTH = 8
 _FIRST_OF_B = 10_000  # tokens of source b start here, so a token tells its source
@@ -198,20 +202,20 @@ def test_changed_mix_repeats_no_sample_of_any_source(corpora: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"seed": 6}, "training.seed is 6, but the checkpoint was made with 5"),
-        ({"sequence_length": 4}, "data.sequence_length is 4, but the checkpoint was made with 8"),
-        ({"consumed_samples": 4}, "consumed_samples is 4, but the checkpoint's data position is 2"),
+        ({"seed": 6}, ("training.seed", 6, "5", ("restore", "new run"))),
+        ({"sequence_length": 4}, ("data.sequence_length", 4, "8", ("restore", "new run"))),
+        ({"consumed_samples": 4}, ("consumed_samples", 4, "2", "one")),
     ],
 )
 def test_resume_that_would_repeat_samples_is_refused(
-    corpora: Path, changes: dict[str, Any], message: str
+    corpora: Path, changes: dict[str, Any], parts: tuple
 ) -> None:
     with _loader(corpora) as loader:
         next(loader)
         state = loader.state_dict()
-    with pytest.raises(DataError, match=message):
+    with assert_refused(*parts, error=DataError):
         _loader(corpora, state=state, **changes)
 
 
@@ -222,13 +226,15 @@ def test_resume_with_another_corpus_of_the_same_name_is_refused(
         state = loader.state_dict()
     write_counting_corpus(tmp_path / "a", 1000, first=1)
     write_counting_corpus(tmp_path / "b", 300, first=_FIRST_OF_B)
-    with pytest.raises(DataError, match="data source a is not the corpus that the checkpoint"):
+    with _refused(
+        "data source", value="a", constraint=("checkpoint", "saved"), remedy=("restore", "name")
+    ):
         _loader(tmp_path, state=state)
 
 
 @pytest.mark.parametrize("state", [{}, {"consumed_samples": "many"}, {"surplus": 1}])
 def test_state_of_something_else_is_refused(corpora: Path, state: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="data position of the checkpoint: "):
+    with pytest.raises(DataError, match=r"data position .*; resume"):
         _loader(corpora, state=state)
 
 
@@ -237,7 +243,7 @@ def test_position_before_the_current_mix_is_refused(corpora: Path) -> None:
         _samples([loader], num_steps=5, micro_batches=1)
         state = loader.state_dict()
     loader = _loader(corpora, train=[{"path": "b"}], state=state)
-    with pytest.raises(DataError, match="sample 3 is before 10, where the current mix"):
+    with _refused("sample", value=3, constraint="10", remedy="earlier"):
         loader.skip_to(3)
 
 
@@ -293,7 +299,9 @@ def test_error_while_preparing_surfaces_in_next_and_the_position_stays(
         good = next(loader).tokens
         assert good.shape == (2, _SEQUENCE_LENGTH)
         tokens[:] = 60_000
-        with pytest.raises(DataError, match="token id 60000 is outside the model's vocabulary"):
+        with _refused(
+            "token id", value=60000, constraint=("50000", "vocabulary"), remedy="--vocab-size 50000"
+        ):
             [next(loader) for _ in range(5)]
         position = loader.consumed_samples
         tokens[:] = 1
@@ -342,5 +350,5 @@ def test_running_loader_can_seek(corpora: Path, reference: torch.Tensor, num_wor
 
 
 def test_rank_outside_the_data_ranks_is_refused(corpora: Path) -> None:
-    with pytest.raises(ValueError, match="data_rank 2 must be in"):
+    with assert_refused("data_rank", value=2, constraint="data_size=2", remedy="rank"):
         _loader(corpora, data_rank=2, data_size=2)

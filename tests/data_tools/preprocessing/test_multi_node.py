@@ -15,6 +15,7 @@ from data_tools.errors import DataError
 from data_tools.preprocess import main
 from data_tools.preprocessing import multi_node
 from data_tools.preprocessing.multi_node import FolderCommunicator, SingleRank, find_communicator
+from tests.refusals import assert_refused
 
 needs_mpi = pytest.mark.skipif(
     shutil.which("mpirun") is None or find_spec("mpi4py") is None,
@@ -123,7 +124,9 @@ def test_rank_without_heartbeats_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multi_node, "_HEARTBEAT_TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(DataError, match=r"rank 1 of 2 has sent no heartbeat for .* command again"):
+    with assert_refused(
+        "rank", value=1, constraint=("of 2", "heartbeat"), remedy=("log", "again"), error=DataError
+    ):
         FolderCommunicator(tmp_path / "meeting", rank=0, size=2).gather("a", "", last=False)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from data_tools.errors import DataError
 from data_tools.files import open_partial
 from data_tools.preprocess import main
 from data_tools.verify import verify
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _SUFFIXES = (".bin", ".idx", ".json", ".left_out.jsonl")
 
@@ -83,7 +87,7 @@ def _assert_nothing_half(folder: Path) -> None:
     if (folder / "out.idx").exists():
         verify(str(folder / "out"))
     else:
-        with pytest.raises(DataError, match="no such file"):
+        with _refused("out.idx", value="no such file", constraint="no", remedy="path"):
             IndexedDataset(folder / "out")
 
 
@@ -111,7 +115,12 @@ def stopped(tmp_path: Path) -> list[str]:
     (tmp_path / "late.jsonl").write_text('{"text": "late"}\nbad\n')
     arguments = [*_arguments(good, tmp_path / "out"), "--workers", "1"]
     arguments[2:2] = [str(tmp_path / "late.jsonl")]
-    with pytest.raises(DataError, match=r"late.jsonl:2: .* \(6 of 7 shards are finished and kept"):
+    with _refused(
+        "late.jsonl:2",
+        value="JSON",
+        constraint="valid",
+        remedy=("--on-bad-line", "6 of 7 shards", "out.work"),
+    ):
         main([*arguments, "--on-bad-line", "error"])
     return arguments
 
@@ -135,8 +144,7 @@ def test_shards_of_a_changed_file_are_encoded_again(
 
 
 def test_shards_of_other_settings_are_refused(stopped: list[str]) -> None:
-    message = r"out.work holds an unfinished run with eod_id 256, but this one has None; run the"
-    with pytest.raises(DataError, match=message):
+    with _refused("out.work", value=256, constraint=("eod_id", "None"), remedy="original command"):
         main([*stopped, "--no-append-eod"])
     main(stopped)
 
@@ -146,7 +154,7 @@ def test_partly_published_output_is_completed_by_the_next_run(
 ) -> None:
     """Killed after .bin got its name and before .idx did."""
     (tmp_path / "out.bin").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"out.bin exists; choose another output"):
+    with _refused("out.bin", value="exists", constraint="exists", remedy=("output", "--overwrite")):
         main(stopped)
     (tmp_path / "out.work" / "publishing").touch()
     main(stopped)
@@ -164,7 +172,7 @@ def test_complete_output_with_a_leftover_work_folder_is_kept(
     assert not work.exists()
     kept.rename(work)
     (work / "published").write_bytes(b"another plan")
-    with pytest.raises(DataError, match=r"out.bin exists; choose another output"):
+    with _refused("out.bin", value="exists", constraint="exists", remedy=("output", "--overwrite")):
         main(stopped)
     assert not work.exists()
     verify(str(tmp_path / "out"))
@@ -185,7 +193,7 @@ def test_mistyped_input_keeps_finished_shards(
 def test_two_runs_of_one_output_do_not_mix(stopped: list[str], tmp_path: Path) -> None:
     with (
         open_partial(tmp_path / "out.work" / "lock"),
-        pytest.raises(DataError, match=r"is being written by another process; wait for it or"),
+        _refused("lock.partial", value="process", constraint="written", remedy=("wait", "output")),
     ):
         main(stopped)
     main(stopped)

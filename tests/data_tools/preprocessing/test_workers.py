@@ -12,6 +12,7 @@ import pytest
 
 from data_tools.errors import DataError
 from data_tools.preprocessing.workers import ProgressDelta, run_tasks
+from tests.refusals import assert_refused
 
 
 def _write(path: Path) -> Iterator[ProgressDelta]:
@@ -46,7 +47,9 @@ def test_error_of_a_task_is_raised_here(num_workers: int) -> None:
 
 
 def test_worker_that_dies_is_reported_in_one_line() -> None:
-    with pytest.raises(DataError, match=r"one of 2 worker processes died, .* smaller --workers"):
+    with assert_refused(
+        "one", value=2, constraint=("died", "memory"), remedy="--workers", error=DataError
+    ):
         run_tasks(_die, [1], num_workers=2, report=lambda *_: None)
 
 

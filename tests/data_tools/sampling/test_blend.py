@@ -5,6 +5,7 @@ import pytest
 
 from data_tools.errors import DataError
 from data_tools.sampling.blend import PERIOD, Blend
+from tests.refusals import assert_refused
 
 _MIXES = [
     {"a": 1.0},
@@ -74,5 +75,7 @@ def test_order_in_which_sources_are_listed_has_no_effect() -> None:
 
 
 def test_weight_too_small_to_be_drawn_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data source rare: weight 1e-06 is 1.00e-06 of the mix"):
+    with assert_refused(
+        "rare", value="1e-06", constraint="65536", remedy=("raise", "leave"), error=DataError
+    ):
         Blend({"common": 1.0, "rare": 1e-6})

@@ -100,34 +100,59 @@ def test_a_stage_that_gets_no_step_is_refused(limits: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "message"),
+    ("stages", "parts"),
     [
-        ([{}], "data.stages has one stage, which has no effect"),
-        ([{}, {}], "data.stages.0 needs exactly one of until_step and until_fraction"),
-        ([{"until_step": 1, "until_fraction": 0.5}, {}], "data.stages.0 needs exactly one of"),
-        ([{"until_step": 1}, {"until_fraction": 0.5}, {}], "and all stages the same one"),
+        ([{}], ("data.stages", "one", "no effect", ("data.train", "data.sequence_length"))),
+        ([{}, {}], ("data.stages.0", "until_step", "until_fraction", "correct")),
+        (
+            [{"until_step": 1, "until_fraction": 0.5}, {}],
+            ("data.stages.0", "until_step", "until_fraction", "correct"),
+        ),
+        (
+            [{"until_step": 1}, {"until_fraction": 0.5}, {}],
+            ("data.stages.0", "until_step", "until_fraction", "correct"),
+        ),
         (
             [{"until_step": 1}, {"until_step": 2}],
-            "data.stages.1 is the last stage .*; remove its until_step",
+            ("data.stages.1", "last", "run", "until_step"),
         ),
-        ([{"until_step": 2}, {"until_step": 2}, {}], "data.stages.1 ends at 2, .* end 2; order"),
-        ([{"until_fraction": 1.5}, {}], "less than 1"),
-        ([{"until_step": 1, "weights": {"poems": 1}}, {}], "names poems, which is not a source"),
-        ([{"until_step": 1, "weights": {}}, {}], "at least 1 item"),
-        ([{"until_step": 1, "weights": {"wiki": 0}}, {}], "greater than 0"),
+        (
+            [{"until_step": 2}, {"until_step": 2}, {}],
+            ("data.stages.1", 2, ("after", "end 2"), "order"),
+        ),
+        (
+            [{"until_step": 1, "weights": {"poems": 1}}, {}],
+            ("data.stages.0.weights", "poems", ("data.train", "wiki"), "add"),
+        ),
         (
             [{"until_step": 1, "weights": {"wiki": 1}}, {"weights": {"stories": 1}}],
-            "data.train source dictionary has no effect: no stage uses it; give it a weight",
+            ("data.train", "dictionary", "stage", ("data.stages", "remove")),
         ),
-        ([{"until_step": 1, "sequence_length": 48}, {}], "=48 must divide data.sequence_length=64"),
+        (
+            [{"until_step": 1, "sequence_length": 48}, {}],
+            ("data.stages.0.sequence_length", 48, "data.sequence_length=64", "change"),
+        ),
         (
             [{"until_step": 1, "sequence_length": 128}, {}],
-            "=128 must divide data.sequence_length=64",
+            ("data.stages.0.sequence_length", 128, "data.sequence_length=64", "change"),
         ),
+    ],
+)
+def test_wrong_stages_are_refused(stages: list[dict[str, Any]], parts: tuple) -> None:
+    with assert_refused(*parts):
+        _config(*stages)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"until_fraction": 1.5}, {}], "less than 1"),
+        ([{"until_step": 1, "weights": {}}, {}], "at least 1 item"),
+        ([{"until_step": 1, "weights": {"wiki": 0}}, {}], "greater than 0"),
         ([{"until_step": 1, "lenght": 8}, {}], "Extra inputs are not permitted"),
     ],
 )
-def test_wrong_stages_are_refused(stages: list[dict[str, Any]], message: str) -> None:
+def test_stage_with_a_wrong_value_is_refused(stages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _config(*stages)
 

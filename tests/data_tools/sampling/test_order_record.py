@@ -16,6 +16,7 @@ from data_tools.sampling.order_record import (
     order_record,
     read_records,
 )
+from tests.refusals import assert_refused
 
 
 def _record(after: int, *, seen: int | None = None) -> OrderRecord:
@@ -61,7 +62,9 @@ def test_a_damaged_file_is_named_when_read_and_replaced_with_a_warning(
     add_record(tmp_path, _record(0))
     path = tmp_path / ORDER_NAME
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"data_order.jsonl:1: not a record .*; start the run"):
+    with assert_refused(
+        "data_order.jsonl:1", value="record", constraint="not", remedy="start", error=DataError
+    ):
         read_records(tmp_path)
     with caplog.at_level(logging.WARNING):
         add_record(tmp_path, _record(5))

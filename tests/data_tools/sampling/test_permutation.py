@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data_tools.sampling.permutation import KeyedPermutation
+from tests.refusals import assert_refused
 
 
 @pytest.mark.parametrize("size", [*range(1, 130), 1000, 4095, 4096, 4097, 65_536, 99_991])
@@ -67,5 +68,5 @@ def test_order_is_the_same_in_every_process_and_version() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2**62 + 1])
 def test_permutation_size_out_of_range_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match="must be between 1 and"):
+    with assert_refused("size", value=size, constraint=("between 1", "2**62"), remedy="samples"):
         KeyedPermutation(size, key=(0,))

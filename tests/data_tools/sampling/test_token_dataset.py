@@ -9,6 +9,7 @@ from data_tools.corpus.indexed import IndexedDataset, IndexedStream
 from data_tools.errors import DataError
 from data_tools.sampling.token_dataset import TokenDataset, read_windows
 from tests.data_tools.corpora import counting_documents, write_corpus, write_counting_corpus
+from tests.refusals import assert_refused
 
 
 def _dataset(prefix: Path, sequence_length: int, **changes: object) -> TokenDataset:
@@ -65,8 +66,8 @@ def test_corpus_shorter_than_a_window_is_refused_with_numbers(
     tmp_path: Path, num_tokens: int
 ) -> None:
     prefix = write_counting_corpus(tmp_path / "c", num_tokens)
-    message = f"data source c: {num_tokens} tokens, but sequence_length 10 needs at least 11"
-    with pytest.raises(DataError, match=message):
+    constraint = ("sequence_length 10", "11")
+    with assert_refused("source c", num_tokens, constraint, remedy="shorten", error=DataError):
         _dataset(prefix, 10)
 
 

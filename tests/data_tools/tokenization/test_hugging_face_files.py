@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from tokenizers import ByteLevelBPETokenizer
 from data_tools.errors import DataError
 from data_tools.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from tests.data_tools.tokenization.tokenizer_folders import TEXT, byte_level, declare
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _PARTS = [*TEXT.split(" "), "'ll", "123", " ", "   ", "\n\n", "e\u0301", "<|endoftext|>", "?!"]
 
@@ -85,18 +89,21 @@ def test_saved_as_one_file_it_is_the_same_tokenizer(tmp_path: Path) -> None:
 def test_files_that_do_not_say_enough_are_refused(tmp_path: Path) -> None:
     folder = _vocab_and_merges(tmp_path)
     declare(folder, tokenizer_config={"tokenizer_class": "CLIPTokenizer"})
-    with pytest.raises(
-        DataError, match=r"CLIPTokenizer, and vocab.json with merges.txt is read as"
+    with _refused(
+        "vocab.json",
+        value="CLIPTokenizer",
+        constraint=("tokenizer_config.json", "GPT2Tokenizer"),
+        remedy="tokenizer.json",
     ):
         load_tokenizer(str(folder))
     declare(folder, tokenizer_config={})
     (folder / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(DataError, match=r"no token for 254 of the 256 bytes, so it is not byte-le"):
+    with _refused("vocab.json", value=254, constraint="256 bytes", remedy="tokenizer.json"):
         load_tokenizer(str(folder))
     (folder / "merges.txt").write_text("#version: 0.2\na x\n")
-    with pytest.raises(DataError, match=r"vocab.json: not a vocabulary with merges.txt"):
+    with _refused("vocab.json", value="merges.txt", constraint="`x`", remedy="download"):
         load_tokenizer(str(folder))
     (folder / "merges.txt").unlink()
-    with pytest.raises(DataError, match=r"vocab.json: no merges.txt beside it; get both"):
+    with _refused("vocab.json", value="merges.txt", constraint="no", remedy="tokenizer.json"):
         load_tokenizer(str(folder))

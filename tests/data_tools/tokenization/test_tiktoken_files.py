@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from data_tools.errors import DataError
 from data_tools.tokenization import tiktoken_files
 from data_tools.tokenization.byte_bpe import byte_letters
 from data_tools.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _TEXT = "def f(x):\n    return x + 1  # caf\u00e9 \u4f60\u597d\t\U0001f600\r\n\n <|endoftext|>"
 
@@ -84,18 +88,28 @@ def test_file_that_does_not_fit_its_encoding_is_refused(
     ranks: tuple[Path, Tokenizer], tmp_path: Path
 ) -> None:
     path, _ = ranks
-    with pytest.raises(
-        DataError, match=r"290 ranks up to 289 found, 0 to 100255 expected by cl100"
+    with _refused(
+        "small.tiktoken", value=290, constraint=("289", "100255", "cl100k_base"), remedy="encoding"
     ):
         load_tokenizer(f"{path}:cl100k_base")
-    with pytest.raises(
-        DataError, match=r"do not record how text is split; pass .*tiktoken:ENCODING"
+    with _refused(
+        "small.tiktoken",
+        value="ranks",
+        constraint="split",
+        remedy=("tiktoken:ENCODING", "cl100k_base"),
     ):
         load_tokenizer(str(path))
-    with pytest.raises(DataError, match=r":gpt2: <no> is not in its vocabulary, so it cannot end"):
+    with _refused(
+        "small.tiktoken:gpt2", value="<no>", constraint="vocabulary", remedy="--eod TOKEN"
+    ):
         load_tokenizer(f"{path}:gpt2", eod="<no>")
-    with pytest.raises(DataError, match=r"absent: No such file or directory; check the path"):
+    with _refused(
+        str(tmp_path / "absent"),
+        value="No such file or directory",
+        constraint="No such file",
+        remedy="path",
+    ):
         load_tokenizer(f"{tmp_path}/absent:gpt2")
     path.write_text("aGVsbG8= 0\nno base64\n")
-    with pytest.raises(DataError, match=r"small.tiktoken:2: a token in base64 and its rank expect"):
+    with _refused("small.tiktoken:2", value="rank", constraint="base64", remedy="rank file"):
         load_tokenizer(f"{path}:gpt2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from tests.data_tools.tokenization.tokenizer_folders import (
     entry,
     sentencepiece_model,
 )
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 _AS_OBJECT = {"__type": "AddedToken", **entry("<|im_end|>", lstrip=True)}
@@ -212,32 +216,41 @@ def test_fingerprint_is_that_of_the_file_unless_others_change_the_tokens(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "parts"),
     [
         (
             {"tokenizer_config": {"added_tokens_decoder": {"400": entry("<tool>")}}},
-            "declare '<tool>' as id 400, but here it is 301; they do not belong together",
+            ("tokenizer.json", "'<tool>'", ("400", "301"), "download"),
         ),
-        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is not an obj"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": []}},
+            ("tokenizer_config.json", "added_tokens_decoder", "object", "correct"),
+        ),
         (
             {"tokenizer_config": {"added_tokens_decoder": {"x": entry("<tool>")}}},
-            "'x' is not a token id",
+            ("tokenizer_config.json", "'x'", "added_tokens_decoder", "correct"),
         ),
         (
             {"added_tokens": {"<tool>": "many"}},
-            "added_tokens.json: <tool>: 'many' is not a token id",
+            ("added_tokens.json", "'many'", "<tool>", "correct"),
         ),
-        ({"special_tokens_map": {"eos_token": 7}}, "special_tokens_map.json: eos_token is 7, not"),
-        ({"tokenizer_config": {"extra_special_tokens": "<tool>"}}, "is not a list of tokens"),
+        (
+            {"special_tokens_map": {"eos_token": 7}},
+            ("special_tokens_map.json", 7, "eos_token", "correct"),
+        ),
+        (
+            {"tokenizer_config": {"extra_special_tokens": "<tool>"}},
+            ("tokenizer_config.json", "extra_special_tokens", "list", "correct"),
+        ),
     ],
 )
 def test_file_that_declares_nonsense_is_refused(
-    tmp_path: Path, files: dict[str, Any], message: str
+    tmp_path: Path, files: dict[str, Any], parts: tuple
 ) -> None:
     byte_level(tmp_path, [AddedToken("<|endoftext|>", special=True)])
     declare(tmp_path, **files)
-    with pytest.raises(DataError, match=message):
+    with _refused(*parts):
         load_tokenizer(str(tmp_path))
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(DataError, match=r"config.json: not a JSON object; repair it|" + message):
+    with pytest.raises(DataError, match=f"generation_config.json|{parts[0]}"):
         load_tokenizer(str(tmp_path))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from tokenizers.decoders import ByteLevel
 
 from data_tools.errors import DataError
 from data_tools.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=DataError)
 
 _TEXT = "def f(x):\n    return x + 1  # caf\u00e9 \u4f60\u597d\t\U0001f600\r\n\n"
 
@@ -93,16 +97,21 @@ def test_end_token_that_no_file_names_must_be_given_where_one_is_needed(tmp_path
     path = _write_hugging_face(tmp_path / "tokenizer.json", eod="<end>")
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.eod_id is None
-    with pytest.raises(DataError, match="no token ends a document; name one with --eod TOKEN, or"):
+    with _refused(
+        "tokenizer.json",
+        value="</s>",
+        constraint="[EOS]",
+        remedy=("--eod TOKEN", "--no-append-eod"),
+    ):
         tokenizer.boundary_tokens.require_eod()
     for asked in ("<end>", tokenizer.vocab_size - 1):
         assert (
             load_tokenizer(str(path), eod=asked).boundary_tokens.require_eod()
             == tokenizer.vocab_size - 1
         )
-    with pytest.raises(DataError, match="<stop> is not in its vocabulary, so it cannot end a doc"):
+    with _refused("tokenizer.json", value="<stop>", constraint="vocabulary", remedy="--eod TOKEN"):
         load_tokenizer(str(path), eod="<stop>")
-    with pytest.raises(DataError, match=r"id 900 is to end a document, but its ids are below \d+"):
+    with _refused("tokenizer.json", value=900, constraint="below", remedy=("tokenizer", "token")):
         load_tokenizer(str(path), eod=900)
 
 
@@ -117,8 +126,11 @@ def test_two_usual_end_tokens_are_not_guessed_between(tmp_path: Path) -> None:
     )
     backend.add_special_tokens([AddedToken("<eos>", special=True)])
     backend.save(str(path))
-    with pytest.raises(
-        DataError, match=r"<\|endoftext\|> and <eos> are in its vocabulary and no fi"
+    with _refused(
+        "tokenizer.json",
+        value="<|endoftext|>",
+        constraint="<eos>",
+        remedy=("--eod TOKEN", "--no-append-eod"),
     ):
         load_tokenizer(str(path)).boundary_tokens.require_eod()
 
@@ -135,7 +147,9 @@ def test_sentencepiece_model_without_eos_needs_a_named_piece(tmp_path: Path) -> 
     path = _write_sentencepiece(
         tmp_path / "t.model", eos_id=-1, bos_id=-1, unk_id=0, control_symbols=["<done>"]
     )
-    with pytest.raises(DataError, match="name one with --eod TOKEN"):
+    with _refused(
+        "t.model", value="</s>", constraint="[EOS]", remedy=("--eod TOKEN", "--no-append-eod")
+    ):
         load_tokenizer(str(path)).boundary_tokens.require_eod()
     assert load_tokenizer(str(path), eod="<done>").eod_id == 1
 
@@ -163,7 +177,7 @@ def test_begin_token_is_written_where_transformers_writes_it_or_where_asked(
     assert tokens.bos_ids(False) == ()
     assert tokens.bos_ids(None) == (ids if kind == "a post-processor" else ())
     if kind == "nothing":
-        with pytest.raises(DataError, match="--add-bos: no file of the tokenizer declares a token"):
+        with _refused("--add-bos", value="token", constraint="begins", remedy="remove --add-bos"):
             tokens.bos_ids(True)
     else:
         assert tokens.bos_ids(True) == (ids if kind == "a post-processor" else ids[1:])
@@ -181,28 +195,38 @@ def test_end_token_that_only_the_post_processor_names_is_declared(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "parts"),
     [
-        ("tokenizer.json", "{}", "not a tokenizer.json"),
-        ("tokenizer.json", "not json", "not a tokenizer.json"),
-        ("t.model", "not a model", "not a SentencePiece model"),
-        ("vocab.txt", "a", "suffix .txt found, .json .Hugging Face. or .model"),
+        ("tokenizer.json", "{}", ("tokenizer.json", "tokenizer.json", "not a", "path")),
+        ("tokenizer.json", "not json", ("tokenizer.json", "tokenizer.json", "not a", "path")),
+        ("t.model", "not a model", ("t.model", "SentencePiece", "not", "path")),
+        ("vocab.txt", "a", ("vocab.txt", ".txt", (".json", ".model"), "pass")),
     ],
 )
 def test_file_that_is_no_tokenizer_is_refused(
-    tmp_path: Path, name: str, content: str, message: str
+    tmp_path: Path, name: str, content: str, parts: tuple
 ) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
+    with assert_refused(*parts, error=DataError):
         load_tokenizer(str(tmp_path / name))
 
 
 def test_missing_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent: no such file; pass `bytes`, a tokenizer.json"):
+    with _refused(
+        str(tmp_path / "absent"),
+        value="no such file",
+        constraint="no",
+        remedy=("`bytes`", "tokenizer.json"),
+    ):
         load_tokenizer(str(tmp_path / "absent"))
-    with pytest.raises(DataError, match=r"no tokenizer.json, tokenizer.model or vocab.json with"):
+    with _refused(
+        str(tmp_path),
+        value="tokenizer.json",
+        constraint=("tokenizer.model", "vocab.json with merges.txt"),
+        remedy="check",
+    ):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(DataError, match="--eod </s> has no effect with the tokenizer `bytes`"):
+    with _refused("--eod", value="</s>", constraint="`bytes`", remedy="remove"):
         load_tokenizer("bytes", eod="</s>")
-    with pytest.raises(DataError, match="--special-tokens parse has no effect with the tokenizer"):
+    with _refused("--special-tokens", value="parse", constraint="`bytes`", remedy="remove"):
         load_tokenizer("bytes", special_tokens="parse")

@@ -10,6 +10,7 @@ from models.base import TokenInputs
 from models.generate import generate
 from parallel.carry import SequentialModel
 from tests.models.agiformer.cases import THINKING, config_of, model_of, text_of
+from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 CONFIG = config_of(num_layers=2, **THINKING)
@@ -84,11 +85,11 @@ def test_taking_back_more_than_is_kept_is_refused():
     cache = model.new_cache(1, 200)
     model(TokenInputs(text_of(150)), cache)
     cache["encoder"].rollback(150 - MAX_ROLLBACK)
-    with pytest.raises(ValueError, match="at most 64 bytes can be taken back, and it has held 150"):
+    with assert_refused("cache", value=86, constraint="back to 85", remedy=("64 bytes", "150")):
         cache["encoder"].rollback(150 - MAX_ROLLBACK - 1)
 
 
 def test_a_text_longer_than_the_positions_is_refused_before_it_is_generated():
     model = model_of(config_of(max_position_embeddings=20))
-    with pytest.raises(ValueError, match=r"21 bytes is longer than max_position_embeddings=20; "):
+    with assert_refused("text", value=21, constraint="max_position_embeddings=20", remedy="raise"):
         generate(model, text_of(12), max_new_tokens=9)

@@ -10,11 +10,14 @@ from models.agiformer.model import FAMILY, set_plasticity
 from models.base import TokenInputs
 from parallel.context import Axis, ParallelContext
 from tests.models.agiformer.cases import config_of, model_of, text_of
+from tests.refusals import assert_refused
 
+CONTRADICTIONS = [
+    ({"num_heads": 5}, ("hidden_size", 32, "num_heads=5", "change")),
+    ({"num_heads": 32}, ("num_heads", 32, "1 dimension", "even")),
+    ({"patch_kernel": 3}, ("patch_kernel", 3, "patch_size=4", "patch_kernel")),
+]
 WRONG = [
-    ({"num_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5; change one of them"),
-    ({"num_heads": 32}, "gives heads of 1 dimensions, .*; make it even"),
-    ({"patch_kernel": 3}, "patch_kernel=3 is smaller than patch_size=4, .*; raise patch_kernel"),
     ({"plasticity": 0.0}, "plasticity\n.*greater than 0"),
     ({"plasticity": 1.01}, "plasticity\n.*less than or equal to 1"),
     ({"thinking_steps": 0}, "thinking_steps\n.*greater than 0"),
@@ -23,6 +26,12 @@ WRONG = [
     ({"byte_head": "gru"}, "byte_head\n.*'causal' or 'independent'"),
     ({"memry": "none"}, "memry\n.*not permitted"),
 ]
+
+
+@pytest.mark.parametrize(("changes", "parts"), CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(changes, parts):
+    with assert_refused(*parts):
+        config_of(**changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
@@ -36,12 +45,12 @@ def _schema(ctx: ParallelContext, seq_length: int):
 
 
 def test_rows_that_are_no_whole_patches_are_refused_before_a_run():
-    with pytest.raises(
-        ValueError, match=r"sequence_length=30 is no multiple of patch_size=4; use 28"
-    ):
+    with assert_refused("sequence_length", value=30, constraint="patch_size=4", remedy="28"):
         _schema(ParallelContext.single(), 30)
     two = ParallelContext(tensor=Axis(2, 0), sequence_parallel=True)
-    with pytest.raises(ValueError, match=r"=28 is no multiple of patch_size=4 x parallel.tensor=2"):
+    with assert_refused(
+        "sequence_length", value=28, constraint="patch_size=4 x parallel.tensor=2", remedy="24"
+    ):
         _schema(two, 28)
     assert _schema(two, 32).hidden.shape == (4, 1, 32)
 
@@ -49,7 +58,7 @@ def test_rows_that_are_no_whole_patches_are_refused_before_a_run():
 def test_channels_that_tensor_ranks_cannot_share_are_refused():
     ctx = ParallelContext(tensor=Axis(3, 0), device=torch.device("meta"))
     spec = FAMILY.layer_specs(config_of())[0]
-    with pytest.raises(ValueError, match=r"byte_dim=16 is not divisible by parallel\.tensor=3"):
+    with assert_refused("byte_dim", value=16, constraint="parallel.tensor=3", remedy="tensor size"):
         spec.module(ctx=ctx, **spec.kwargs)
     assert config_of(byte_dim=None).tensor_divisible()["byte_dim"] == 32
 

@@ -25,6 +25,7 @@ from models.base import TokenInputs
 from parallel.context import ParallelContext
 from parallel.sharding import role_of
 from tests.models.agiformer.cases import config_of, model_of, text_of
+from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 
@@ -179,7 +180,9 @@ def test_plasticity_is_a_saved_buffer_in_fp32_that_scales_every_decay():
     assert saved.tolist() == [0.25]
     assert memory.bfloat16().plasticity.dtype == torch.float32
     for alpha in (0.0, -0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"plasticity=\S+ must be above 0 and at most 1"):
+        with assert_refused(
+            "plasticity", value=alpha, constraint=("above 0", "at most 1"), remedy="share"
+        ):
             memory.set_plasticity(alpha)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from models.amrpa import AMRPAConfig, resolve_targets
 from models.amrpa.targets import plan_memory, targets_by_stack, window_size
+from tests.refusals import assert_refused
 
 PUBLISHED = {
     "memory_decay": 0.9, "memory_noise": 0.001, "adaptive_window": True, "max_window_size": 4,
@@ -28,7 +29,7 @@ def test_settings_survive_their_dict():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"memory_decya": 0.9}, "'memory_decya' is no setting .* did you mean 'memory_decay'"),
+        ({"memory_decya": 0.9}, "'memory_decya' .*'memory_decay'"),
         ({"memory_decay": 1.5}, "memory_decay=1.5 of AMRPAConfig is invalid: "),
         ({"gate_activation": "gelu"}, "gate_activation='gelu' of AMRPAConfig is invalid: "),
         ({"alpha_mlp_layers": 0}, "alpha_mlp_layers=0 of AMRPAConfig is invalid: "),
@@ -61,22 +62,22 @@ def test_targets(targets, layers):
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("targets", "constraint", "remedy"),
     [
-        ("last_0", "names none of the 12 layers"),
-        ("12:20", "names none of the 12 layers"),
-        ("5:2", "names none of the 12 layers"),
-        ("1:9:0", "has step 0"),
-        ("last4", "is not understood; use 'all', 'first_N'"),
-        ("", "is not understood"),
-        ([], "name at least one"),
-        ([3, 12], "must list layers from 0 to 11; remove 12"),
-        ([-1], "remove -1"),
-        ([True], "remove True"),
+        ("last_0", "12 layers", "choose"),
+        ("12:20", "12 layers", "choose"),
+        ("5:2", "12 layers", "choose"),
+        ("1:9:0", "step 0", "step"),
+        ("last4", "understood", ("'all'", "'first_N'")),
+        ("", "understood", ("'all'", "'first_N'")),
+        ([], "", "one"),
+        ([3, 12], "0 to 11", "remove 12"),
+        ([-1], "0 to 11", "remove -1"),
+        ([True], "0 to 11", "remove True"),
     ],
 )
-def test_targets_that_name_no_layer_are_refused(targets, message):
-    with pytest.raises(ValueError, match=message):
+def test_targets_that_name_no_layer_are_refused(targets, constraint, remedy):
+    with assert_refused("target_layers", repr(targets), constraint, remedy):
         resolve_targets(targets, 12)
 
 
@@ -85,7 +86,12 @@ def test_a_prefix_names_one_stack_and_none_names_all():
     assert targets_by_stack("last_2", sizes) == {"encoder": [2, 3], "decoder": [10, 11]}
     assert targets_by_stack("encoder:last_2", sizes) == {"encoder": [2, 3]}
     assert targets_by_stack("decoder:6:10", sizes) == {"decoder": [6, 7, 8, 9]}
-    with pytest.raises(ValueError, match="names the stack 'decoder', and the model has encoder"):
+    with assert_refused(
+        "target_layers",
+        value="'decoder:last_2'",
+        constraint=("'decoder'", "encoder"),
+        remedy="name",
+    ):
         targets_by_stack("decoder:last_2", {"encoder": 4})
 
 
@@ -108,5 +114,5 @@ def test_a_layer_reads_the_nearest_earlier_layers_of_its_type():
 
 
 def test_targets_without_an_earlier_layer_are_refused():
-    with pytest.raises(ValueError, match=r"layers \[0\] have no earlier layer to read"):
+    with assert_refused("target_layers", value=[0], constraint="earlier", remedy="deeper"):
         plan_memory([0], AMRPAConfig(target_layers=[0]), ["full"] * 4)

@@ -16,6 +16,7 @@ from models.common.attention import (
 from models.common.rope import RotaryTable, positions_in_segments
 from parallel.context import Axis, ParallelContext
 from parallel.sharding import Normal
+from tests.refusals import assert_refused
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 
@@ -100,7 +101,12 @@ def test_continued_attention_equals_the_last_rows_of_the_equation(queries, block
     ("num_heads", "num_kv_heads", "name"), [(6, 4, "num_heads"), (8, 2, "num_kv_heads")]
 )
 def test_heads_that_the_tensor_size_does_not_divide_are_refused(num_heads, num_kv_heads, name):
-    with pytest.raises(ValueError, match=rf"^{name}=. is not divisible by parallel.tensor=4; "):
+    with assert_refused(
+        name,
+        value=num_heads if name == "num_heads" else num_kv_heads,
+        constraint="parallel.tensor=4",
+        remedy="tensor size",
+    ):
         CausalSelfAttention(
             64,
             num_heads=num_heads,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.common.cache import KVCache
+from tests.refusals import assert_refused
 
 
 def test_append_returns_everything_stored_so_far():
@@ -45,7 +46,7 @@ def test_a_full_cache_and_a_rollback_to_the_future_are_refused():
     cache = KVCache(4)
     x = torch.zeros(2, 3, 3, 4)
     cache.append(x, x)
-    with pytest.raises(ValueError, match="max_length=4 cannot hold 6 positions"):
+    with assert_refused("max_length", value=4, constraint="6 positions", remedy="max_length"):
         cache.append(x, x)
-    with pytest.raises(ValueError, match="cache of length 3 back to 4"):
+    with assert_refused("cache of length", value=3, constraint="4", remedy="from 0 to 3"):
         cache.rollback(4)

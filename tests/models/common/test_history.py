@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.common.history import History
+from tests.refusals import assert_refused
 
 
 @pytest.mark.parametrize("reach", [1, 3, 8])
@@ -38,7 +39,7 @@ def test_a_history_is_the_end_of_a_list(reach):
 def test_a_history_refuses_what_it_does_not_keep():
     history = History(2)
     history.append(torch.arange(5.0))
-    with pytest.raises(ValueError, match="3 entries asked for, 2 of 5 are kept"):
+    with assert_refused("count", value=3, constraint="2 of 5", remedy="fewer"):
         history.last(3)
-    with pytest.raises(ValueError, match="of 5 entries, of which 2 are kept, back to 2"):
+    with assert_refused("history", value=5, constraint="2", remedy="from 3 to 5"):
         history.rollback(2)

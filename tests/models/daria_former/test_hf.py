@@ -23,6 +23,7 @@ from models.daria_former.model import FAMILY
 from tests.models.checkpoints import write_checkpoint
 from tests.models.families import CASES
 from tests.models.hf.trainer_runs import trained_and_resumed
+from tests.refusals import assert_refused
 from tests.tolerance import FP64, assert_close, rounding
 
 CONFIG = CASES["daria_former"].config.model_copy(update={"vocab_size": 301})
@@ -242,16 +243,19 @@ def _take_back_too_much(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (_call(attention_mask=MASK.index_fill(1, torch.tensor([7]), 0)), "padding between them"),
-        (_call(attention_mask=torch.zeros_like(TOKENS)), "a row without tokens"),
+        (
+            _call(attention_mask=MASK.index_fill(1, torch.tensor([7]), 0)),
+            "attention_mask .*padding",
+        ),
+        (_call(attention_mask=torch.zeros_like(TOKENS)), "attention_mask .*row"),
         (_call(attention_mask=MASK[:, :20]), r"shape \[2, 20\] must be \[2, 21\]"),
         (
             _call(attention_mask=MASK.index_fill(1, torch.tensor([20]), 0), use_cache=True),
-            "padding on the right of a call with a cache.*padding_side",
+            "attention_mask .*padding_side",
         ),
-        (_continue_with_other_padding, "other padding than in the first call"),
+        (_continue_with_other_padding, "attention_mask .*padding"),
         (_take_back_too_much, "at most segment_len=4 tokens"),
-        (_continue_with_fewer_rows, "1 rows with a cache of 2 rows"),
+        (_continue_with_fewer_rows, "input_ids of 1 .*2 rows"),
         (_call(past_key_values=DynamicCache()), "is a DynamicCache; .* new_cache"),
         (_call(labels=TOKENS, logits_to_keep=1), "no logits_to_keep"),
         (lambda model: model(TOKENS.repeat(1, 13)), "max_position_embeddings=256"),
@@ -259,7 +263,7 @@ def _take_back_too_much(model):
         (lambda model: model.generate(TOKENS, num_beams=2, max_new_tokens=2), "num_beams=1"),
         (
             lambda model: model.generate(TOKENS, cache_implementation="static", max_new_tokens=2),
-            "cache_implementation='static' cannot be chosen",
+            "cache_implementation='static'",
         ),
         (_call(images=torch.zeros(2, 3, 32, 32)), "image_enabled"),
         (lambda model: model.resize_token_embeddings(400), "vocab_size=301"),
@@ -277,9 +281,9 @@ def test_what_the_model_cannot_do_it_says(call, message, theirs):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_layerz": 3}, "num_layerz=3 is no setting of .*; did you mean 'num_layers'"),
+        ({"num_layerz": 3}, "num_layerz=3 .*'num_layers'"),
         ({"num_layers": -3}, "daria_former: num_layers=-3: "),
-        ({"num_heads": 5}, "num_heads=5 is not a multiple of num_kv_heads"),
+        ({"num_heads": 5}, "num_heads=5 .*num_kv_heads"),
     ],
 )
 def test_a_wrong_setting_is_refused_wherever_it_is_read(values, message, exported, tmp_path):
@@ -305,5 +309,10 @@ def test_weights_that_lack_a_parameter_are_not_made_up(exported, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     del tensors["model.block_2.ffn.up_proj.weight"]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"the weights lack model\.block_2\.ffn\.up_proj\.weight"):
+    with assert_refused(
+        "model.block_2.ffn.up_proj.weight",
+        value="missing",
+        constraint="weights",
+        remedy="configuration",
+    ):
         DariaFormerForCausalLM.from_pretrained(directory)

@@ -14,6 +14,7 @@ from parallel.context import ParallelContext
 from parallel.wire import Wire
 from tests.equivalence import run_cut
 from tests.models.daria_former.cases import BASE, config_of, model_of, tokens_of
+from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 
@@ -35,7 +36,12 @@ def test_images_cross_the_wire_bit_for_bit_and_their_gradient_comes_back():
 
 def test_encoders_without_images_are_refused_before_a_run():
     config = config_of(image_enabled=True, image_size=8, image_patch_size=4)
-    with pytest.raises(ValueError, match=r"image_enabled=True.* neither images nor sound"):
+    with assert_refused(
+        "image_enabled",
+        value=True,
+        constraint="audio_enabled=False",
+        remedy="models.daria_former.standalone.training",
+    ):
         FAMILY.carry_schema(config, ParallelContext.single(), micro_batch_size=2, seq_length=8)
 
 

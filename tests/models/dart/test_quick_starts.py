@@ -10,6 +10,7 @@ import torch
 
 from models.dart import DART, DARTConfig
 from tests.models.dart.cases import BASE, config_of
+from tests.refusals import assert_refused
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +128,30 @@ def test_losses_forward_and_padding(model):
 
 
 @pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"num_layers": 3}, ("num_layers", 3, "trunk=dual", ("even", "trunk=shared"))),
+        ({"diffusion_steps": 1}, ("diffusion_steps", 1, "level", "2")),
+        ({"exchange_rank": 33}, ("exchange_rank", 33, "hidden_size=32", "0")),
+        ({"num_hidden_layers": 4}, ("num_layers", "twice", "name", "one")),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings, parts):
+    with assert_refused(*parts):
+        config_of(**settings)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_layers": 3}, "num_layers=3 is odd"),
-        ({"diffusion_steps": 1}, "diffusion_steps=1 leaves no level"),
         ({"diffusion_steps": 0}, "greater than 0"),
         ({"block_size": 0}, "greater than 0"),
         ({"diffusion_schedule": "sigmoid"}, "'linear', 'cosine' or 'quadratic'"),
         ({"ar_weight": 1.5}, "less than or equal to 1"),
-        ({"exchange_rank": 33}, "exchange_rank=33 is more than hidden_size=32"),
-        ({"num_hidden_layers": 4}, "num_layers is given twice"),
         ({"adaln": "block"}, "Extra inputs"),
     ],
 )
-def test_a_wrong_setting_is_refused(settings, message):
+def test_a_value_of_the_wrong_type_or_range_is_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_of(**settings)
 
@@ -148,14 +159,14 @@ def test_a_wrong_setting_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 0.5}, "guidance_scale=0.5 must be 1 (none) or more"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
         ({"guidance_scale": 2.0, "mode": "speculative"}, "guidance_scale=2.0 with mode=spec"),
-        ({"max_length": 3}, "a prompt of 4 tokens with max_length=3"),
-        ({"max_length": 257}, "at most max_position_embeddings=256"),
-        ({"mode": "beam"}, "mode='beam' is not one of ar, diffusion, speculative"),
+        ({"max_length": 3}, "max_length=3"),
+        ({"max_length": 257}, "max_position_embeddings=256"),
+        ({"mode": "beam"}, "mode='beam'"),
         ({"num_diffusion_steps": 0, "mode": "diffusion"}, "num_diffusion_steps=0"),
         ({"num_diffusion_steps": 4}, "num_diffusion_steps=4 with mode=ar"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
         ({"input_ids": None}, "input_ids=None begins with bos_token_id"),
     ],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from tests.models.dynamic.cases import (
     family_of,
     tokens_of,
 )
+from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 SEQ, BATCH = 40, 3
@@ -74,7 +75,7 @@ def test_a_cache_is_taken_back_only_to_where_it_has_been():
     with torch.no_grad():
         model(TokenInputs(tokens[:, :5]), cache)
     for layer in (cache["pair_0"], cache["pair_0"].dynamic):
-        with pytest.raises(ValueError, match="cannot roll a cache of length 5 back to 6"):
+        with assert_refused("cache of length", value=5, constraint="6", remedy="from 0 to 5"):
             layer.rollback(6)
 
 
@@ -123,17 +124,23 @@ def test_the_cache_of_a_routed_layer_is_as_large_as_its_share_of_tokens():
 def test_more_tokens_than_a_cache_has_room_for_are_refused():
     model, _ = _variant("mod")
     cache = RaggedKVCache(1, 4, share=0.5)
-    with pytest.raises(ValueError, match="cache of max_length=4 cannot hold 5 positions"):
+    with assert_refused("max_length", value=4, constraint="5 positions", remedy="max_length"):
         cache.begin(torch.ones(1, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="position 128 is beyond max_position_embeddings=128"):
+    with assert_refused(
+        "position", value=128, constraint="max_position_embeddings=128", remedy=("shorten", "raise")
+    ):
         model.new_cache(1, 129)
-    with pytest.raises(ValueError, match="position 128 is beyond max_position_embeddings=128"):
+    with assert_refused(
+        "position", value=128, constraint="max_position_embeddings=128", remedy=("shorten", "raise")
+    ):
         model(TokenInputs(tokens_of(129)))
 
 
 def test_the_oracle_of_the_k_best_cannot_generate():
     model, tokens = _variant("mod", causal_router="topk")
-    with pytest.raises(ValueError, match="causal_router=topk compares a token with later ones"):
+    with assert_refused(
+        "causal_router", value="topk", constraint="generation", remedy=("threshold", "predictor")
+    ):
         generate(model, tokens, max_new_tokens=2)
 
 

@@ -25,6 +25,7 @@ from models.dynamic.model import DTF, MOD
 from parallel.context import ParallelContext
 from tests.equivalence import build
 from tests.models.families import CASES
+from tests.refusals import assert_refused
 
 HIDDEN = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -153,7 +154,7 @@ def test_at_first_the_prior_expects_nothing_and_then_it_learns():
 def test_what_is_not_there_is_not_made_up():
     with pytest.raises(ValueError, match=r"capacity_gamma=1\.0 routes nothing"):
         MoDLayer(_changed("mod", {"capacity_gamma": 1.0}))
-    with pytest.raises(ValueError, match="router_score=cu has no prior"):
+    with assert_refused("router_score", value="cu", constraint="prior", remedy=("vpr", "ce")):
         PriorFFN(_changed("dtf", {"router_score": "cu"}))
     with pytest.raises(ValueError, match="give tokens"):
         MoDRouter(_changed("mod", {"router_score": "random"}))(HIDDEN)

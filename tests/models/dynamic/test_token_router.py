@@ -13,6 +13,7 @@ from parallel.context import ParallelContext
 from parallel.layer_state import layer_state_owners, update_layer_states
 from parallel.precision import Precision
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused
 
 GAMMA, SEQ, BATCH = 0.25, 16, 4
 
@@ -43,9 +44,11 @@ def test_capacity_is_constant_rounded_up_and_never_zero(gamma, length, multiple,
 
 @pytest.mark.parametrize("gamma", [0.0, -0.5, 1.5, math.nan])
 def test_a_capacity_outside_its_range_is_refused(gamma):
-    with pytest.raises(ValueError, match=r"capacity_gamma=.* must be above 0 and at most 1"):
+    with assert_refused(
+        "capacity_gamma", value=gamma, constraint=("above 0", "at most 1"), remedy="share"
+    ):
         capacity(gamma, 8)
-    with pytest.raises(ValueError, match="capacity_multiple=0 must be 1 or more"):
+    with assert_refused("capacity_multiple", value=0, constraint="1", remedy="raise"):
         capacity(0.5, 8, multiple=0)
 
 
@@ -186,7 +189,9 @@ def test_a_causal_rule_looks_at_one_token_alone_and_decides_the_same_token_by_to
 def test_the_k_best_are_no_rule_for_a_generation():
     router = _router(rule="topk").eval()
     assert torch.equal(router(_scores()).selection.indices, top_k(_scores().T, 4))
-    with pytest.raises(ValueError, match="causal_router=topk compares a token with later ones"):
+    with assert_refused(
+        "causal_router", value="topk", constraint="generation", remedy=("threshold", "predictor")
+    ):
         router.decide(_scores())
 
 

@@ -15,6 +15,7 @@ from tests.models.hf.exports import (
     TOKENS,
     exported,
 )
+from tests.refusals import assert_refused
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 # In fp64, but for the emotion state, which is fp32.
@@ -130,14 +131,14 @@ def test_what_asks_for_nothing_is_taken(kind):
 
 RESET = torch.arange(24).remainder(12).expand(2, -1)
 REFUSED = [
-    ({"inputs_embeds": torch.zeros(2, 24, 32)}, "inputs_embeds: .* give input_ids"),
-    ({"output_attentions": True}, "output_attentions: attention weights are never stored"),
-    ({"position_ids": RESET}, "position_ids differs from .* packed documents as rows"),
-    ({"position_ids": torch.zeros(2, 1)}, "position_ids differs"),
-    ({"cache_position": torch.arange(1, 25)}, "cache_position differs"),
-    ({"is_causal": False}, "is_causal: the layers are causal"),
-    ({"cu_seq_lens_q": torch.tensor([0, 12, 24])}, "cu_seq_lens_q: .* no such argument"),
-    ({"colour": "red"}, "colour: this model has no such argument; leave it out"),
+    ({"inputs_embeds": torch.zeros(2, 24, 32)}, "inputs_embeds.*input_ids"),
+    ({"output_attentions": True}, "output_attentions"),
+    ({"position_ids": RESET}, "position_ids"),
+    ({"position_ids": torch.zeros(2, 1)}, "position_ids"),
+    ({"cache_position": torch.arange(1, 25)}, "cache_position"),
+    ({"is_causal": False}, "is_causal"),
+    ({"cu_seq_lens_q": torch.tensor([0, 12, 24])}, "cu_seq_lens_q"),
+    ({"colour": "red"}, "colour"),
 ]
 
 
@@ -148,14 +149,14 @@ def test_what_a_model_cannot_do_is_refused_in_one_line(kind):
         with pytest.raises(ValueError, match=message) as error:
             theirs(TOKENS, **arguments)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="give input_ids"):
+    with pytest.raises(ValueError, match="input_ids"):
         theirs(inputs_embeds=torch.zeros(2, 24, 32))
-    with pytest.raises(ValueError, match="input_ids is missing"):
+    with pytest.raises(ValueError, match="input_ids"):
         theirs()
     with pytest.raises(ValueError, match="output_attentions"):
         theirs.generate(TOKENS, output_attentions=True, max_new_tokens=2, **GREEDY)
     for change in (theirs.set_input_embeddings, theirs.set_output_embeddings):
-        with pytest.raises(ValueError, match="change the values of"):
+        with pytest.raises(ValueError, match=r"\.weight"):
             change(torch.nn.Embedding(61, 32))
 
 
@@ -163,5 +164,5 @@ def test_what_a_model_cannot_do_is_refused_in_one_line(kind):
 def test_attention_weights_as_a_setting_are_refused(kind):
     theirs = exported(kind)
     theirs.config._output_attentions = True  # as from_pretrained(output_attentions=True) does
-    with pytest.raises(ValueError, match="output_attentions: attention weights are never stored"):
+    with assert_refused("output_attentions", value="weights", constraint="stored", remedy="leave"):
         theirs(TOKENS)

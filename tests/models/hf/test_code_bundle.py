@@ -9,6 +9,7 @@ import pytest
 
 from models.hf.code_bundle import CodeFile, bundle
 from models.registry import get_family
+from tests.refusals import assert_refused
 
 
 @pytest.fixture
@@ -113,42 +114,45 @@ def test_an_import_inside_a_function_ends_it_with_the_package_that_is_needed(fil
     )
     names = _run(source)
     assert names["f"](1) == pytest.approx(3.14159265)
-    with pytest.raises(ImportError, match=r"parallel.megatron is not in this file; install many"):
+    with pytest.raises(ImportError, match=r"parallel\.megatron"):
         names["f"](2)
     assert "transformer_engine is not in this file" in names["g"]()
     assert "absent" not in source
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    ("sources", "parts"),
     [
         (
             ["def _a():\n    pass\ndef b():\n    _a()\n",
              "from models.m0 import b\ndef _a():\n    pass\ndef c():\n    b(), _a()\n"],
-            r"_a stands for models\.m\d\._a and models\.m\d\._a; rename one",
+            ("_a", "models.m0._a", "models.m1._a", "rename"),
         ),
         (
             ["def field():\n    pass\n",
              "from dataclasses import field\nimport models.m0\nx = field\n"],
-            "import it with `from`",
+            ("models.m1", "models.m0", "import", "`from`"),
         ),
         (
             ["def field():\n    pass\n",
              "from dataclasses import field\ndef b():\n    field()\n",
              "from models.m0 import field\nfrom models.m1 import b\nx = field, b\n"],
-            "field stands for (models.m0.field and dataclasses.field|dataclasses.field and)",
+            ("field", "models.m0.field", "dataclasses.field", "rename"),
         ),
-        (["def hash():\n    pass\nx = hash\n"], "hash of models.m0 hides a builtin"),
-        (["import numpy\nx = numpy\n"], "would import numpy, which is none of pydantic, torch"),
-        (["x = 1\nprint(x)\n"], r"models\.m0: .* only import and define, not 'print\(x\)'"),
-        (["from .m1 import x\ny = x\n"], "relative imports are not followed"),
-        (["x = 1\n", "from models.m0 import x as y\nz = y\n"], "under its own name"),
-        (["x = 1\n", "from models.m0 import y\nz = y\n"], "models.m0 does not define y"),
-        (["from models.absent import y\nz = y\n"], "there is no module models.absent"),
+        (["def hash():\n    pass\nx = hash\n"], ("hash", "models.m0", "builtin", "rename")),
+        (["import numpy\nx = numpy\n"], ("out.py", "numpy", "pydantic, torch", "function")),
+        (["x = 1\nprint(x)\n"], ("models.m0", "print(x)", "define", "function")),
+        (["from .m1 import x\ny = x\n"], ("models.m0", ".m1", "relative", "name")),
+        (
+            ["x = 1\n", "from models.m0 import x as y\nz = y\n"],
+            ("models.m1", "as y", "models.m0", "`from`"),
+        ),
+        (["x = 1\n", "from models.m0 import y\nz = y\n"], ("models.m0", "y", "define", "import")),
+        (["from models.absent import y\nz = y\n"], ("models.absent", "exist", "module", "correct")),
     ],
 )  # fmt: skip
-def test_what_would_become_another_program_is_refused(sources, message, files):
-    with pytest.raises(ValueError, match=message):
+def test_what_would_become_another_program_is_refused(sources, parts, files):
+    with assert_refused(*parts):
         files(*sources)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from models.common.config import STRICT, DecoderConfig, RopeScaling
 from models.hf.config import FamilyPreTrainedConfig
 from models.hf.decoder_config import DecoderPreTrainedConfig
+from tests.refusals import assert_refused
 
 
 class OtherConfig(BaseModel):
@@ -45,8 +46,7 @@ def test_settings_keep_their_names_and_have_those_that_transformers_asks_for():
 
 
 def test_a_name_that_transformers_asks_for_and_nothing_has_is_refused():
-    message = r"OtherConfig has no setting hidden_size.*; name the one .* aliases=\{'hidden_size'"
-    with pytest.raises(ValueError, match=message):
+    with assert_refused("OtherConfig", "hidden_size", "transformers", "aliases={'hidden_size'"):
         FamilyPreTrainedConfig.of(OtherConfig)
 
 

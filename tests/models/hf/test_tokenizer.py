@@ -18,6 +18,7 @@ from models.hf.tokenizer import export_tokenizer, export_tokenizer_files
 from models.hf.tokenizer_check import Loaded, Sample, Training, difference, sample_of
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.hf.tokenizer_files import hugging_face_file, sentencepiece_file
+from tests.refusals import assert_refused
 
 FRAGMENTS = ["<sep>", "<user>", "<s>", "</s>", "<unk>", "<0x0A>", "\u2581", " ", "  ", "\n", "S"]
 FRAGMENTS += ["ome", "words", "\u00e9", "e\u0301", "\u65e5", "\U0001f600", "\x00", "1234"]
@@ -132,7 +133,12 @@ def test_a_tokenizer_without_a_form_in_transformers_is_refused(tmp_path):
     write_checkpoint(tmp_path / "step_5", config(vocab_size=60_000), tokenizer=None)
     ranks = tmp_path / "gpt2.tiktoken"
     ranks.write_text("")
-    with pytest.raises(ValueError, match=r"gpt2\.tiktoken:gpt2: ranks of tiktoken have no form"):
+    with assert_refused(
+        "gpt2.tiktoken:gpt2",
+        value="tiktoken",
+        constraint="transformers",
+        remedy=("tokenizer.json", "--no-tokenizer"),
+    ):
         convert.to_hf(tmp_path / "step_5", tmp_path / "hf", tokenizer=f"{ranks}:gpt2")
     assert not (tmp_path / "hf").exists()
 
@@ -288,14 +294,18 @@ def test_what_nobody_declares_is_said_to_be_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "contents", "message"),
+    ("file", "contents", "parts"),
     [
-        ("generation_config.json", {"pad_token_id": [1.5]}, r"pad_token_id=\[1.5\] is no token id"),
-        ("generation_config.json", None, "generation_config.json is not a JSON object; repair"),
-        ("tokenizer_config.json", None, "tokenizer_config.json: not a JSON object"),
+        (
+            "generation_config.json",
+            {"pad_token_id": [1.5]},
+            ("generation_config.json", [1.5], "pad_token_id", "correct"),
+        ),
+        ("generation_config.json", None, ("generation_config.json", "JSON", "object", "repair")),
+        ("tokenizer_config.json", None, ("tokenizer_config.json", "JSON", "object", "repair")),
     ],
 )
-def test_damaged_declarations_are_refused(file, contents, message, tmp_path):
+def test_damaged_declarations_are_refused(file, contents, parts, tmp_path):
     model = _chat_model(tmp_path / "chat")
     if contents is None:
         (model / file).write_text("[1, 2")
@@ -306,6 +316,6 @@ def test_damaged_declarations_are_refused(file, contents, message, tmp_path):
         convert.from_hf(model, tmp_path / "imported")
         convert.to_hf(tmp_path / "imported", tmp_path / "back")
 
-    with pytest.raises(ValueError, match=message):
+    with assert_refused(*parts):
         there_and_back()
     assert not (tmp_path / "back").exists()

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.llama.config import LlamaConfig
+from tests.refusals import assert_refused
 
 SIZES = {
     "vocab_size": 64,
@@ -41,24 +42,34 @@ def test_no_size_has_a_default(size):
 
 
 @pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"num_kv_heads": 3}, ("num_heads", 4, "num_kv_heads=3", "num_kv_heads")),
+        ({"num_heads": 6}, ("hidden_size", 32, "num_heads=6", "head_dim")),
+        ({"head_dim": 7}, ("head_dim", 7, "rotary", "even")),
+        (
+            {"rope_scaling": SCALING | {"high_freq_factor": 1.0}},
+            ("high_freq_factor", 1.0, "low_freq_factor=1.0", "4 and 1"),
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused(change, parts):
+    with assert_refused(*parts):
+        LlamaConfig(**(SIZES | change))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3; choose"),
-        ({"num_heads": 6}, "hidden_size=32 is not a multiple of num_heads=6; change"),
-        ({"head_dim": 7}, "head_dim=7 is odd, .*; choose an even head_dim"),
         ({"hidden_size": 0}, "hidden_size\n  Input should be greater than 0"),
         ({"num_layers": True}, "num_layers\n  Input should be a valid integer"),
         ({"num_layers": 2.5}, "num_layers\n  Input should be a valid integer"),
         ({"rope_theta": float("inf")}, "rope_theta\n  Input should be a finite number"),
         ({"n_layers": 3}, "n_layers\n  Extra inputs are not permitted"),
-        (
-            {"rope_scaling": SCALING | {"high_freq_factor": 1.0}},
-            "high_freq_factor=1.0 must be larger than low_freq_factor=1.0; Llama 3.1 uses 4 and 1",
-        ),
         ({"rope_scaling": SCALING | {"type": "yarn"}}, "type\n  Input should be 'llama3'"),
     ],
 )
-def test_what_cannot_be_built_is_refused(change, message):
+def test_a_value_of_the_wrong_type_or_range_is_refused(change, message):
     with pytest.raises(ValidationError, match=message):
         LlamaConfig(**(SIZES | change))
 

@@ -190,5 +190,7 @@ def test_config_json_says_whatever_transformers_has_a_default_for(shape):
 
 def test_a_shape_that_transformers_refuses_cannot_be_exported():
     config = LlamaConfig(**(SIZES | {"num_heads": 6}), head_dim=8)
-    with pytest.raises(ValueError, match="hidden_size=32 is not a multiple of num_heads=6"):
+    with assert_refused(
+        "hidden_size", value=32, constraint=("num_heads=6", "LlamaConfig"), remedy="num_heads"
+    ):
         HF.to_config(config)

@@ -11,6 +11,7 @@ from models.llama.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import Axis, ParallelContext
 from tests.models.llama.test_config import SIZES
+from tests.refusals import assert_refused
 
 CTX = ParallelContext.single()
 
@@ -42,12 +43,14 @@ def test_a_tied_head_is_the_embedding():
 def test_a_model_refuses_inputs_of_the_other_kind(segmented):
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     segments = None if segmented else torch.zeros(1, 4, dtype=torch.int32)
-    with pytest.raises(ValueError, match=f"segmented={segmented} was given segment_ids="):
+    with assert_refused("segmented", value=segmented, constraint="segment_ids", remedy="build"):
         _model(segmented=segmented)(TokenInputs(tokens, segments))
 
 
 def test_a_cache_longer_than_the_positions_is_refused():
-    with pytest.raises(ValueError, match="position 128 is beyond max_position_embeddings=128"):
+    with assert_refused(
+        "position", value=128, constraint="max_position_embeddings=128", remedy=("shorten", "raise")
+    ):
         _model().new_cache(1, 129)
 
 
@@ -80,5 +83,7 @@ def test_the_carry_is_cut_over_the_sequence_under_sequence_parallelism():
     schema = FAMILY.carry_schema(config, ctx, micro_batch_size=3, seq_length=16, segmented=True)
     assert schema.hidden.shape == (8, 3, 32)
     assert schema.positions.shape == (3, 16)
-    with pytest.raises(ValueError, match="sequence_length=15 is not divisible by"):
+    with assert_refused(
+        "sequence_length", value=15, constraint="parallel.tensor=2", remedy="change"
+    ):
         FAMILY.carry_schema(config, ctx, micro_batch_size=3, seq_length=15)

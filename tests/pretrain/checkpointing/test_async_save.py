@@ -349,7 +349,7 @@ def test_what_cannot_be_copied_is_raised_where_it_would_be_written():
     held = snapshot(contents(1)._replace(optimizer=no_shard, weights=weights), NoMemory())
     assert loaded == ["a", "b", "c"]
     assert held.optimizer is not None
-    with pytest.raises(CheckpointError, match="not its master rounded"):
+    with pytest.raises(CheckpointError, match="master"):
         held.optimizer()
     assert held.weights[0].load() == held.weights[2].load() == 1.0
     with pytest.raises(RuntimeError, match="no memory"):

@@ -21,6 +21,7 @@ from tests.data_tools.corpora import write_corpus
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
+from tests.refusals import assert_refused
 
 
 def _said(config, ds_config_path: str | None = None) -> tuple[str, list[str]]:
@@ -230,5 +231,7 @@ def test_a_position_that_no_run_has_is_refused(trainer):
     }  # fmt: skip
     good = {"step": 2, "tokens": 128, "data": state}
     assert position_of(good) == Position(2, 16, 128)
-    with pytest.raises(CheckpointError, match="which no run has: resume from another checkpoint"):
+    with assert_refused(
+        "step", value="tokens", constraint="samples", remedy="checkpoint", error=CheckpointError
+    ):
         position_of({**good, **trainer})

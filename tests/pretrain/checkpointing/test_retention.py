@@ -14,6 +14,7 @@ from pretrain.config import parse_config
 from pretrain.errors import ConfigError
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, flip_bit, open_store
 from tests.pretrain.run_values import run_values
+from tests.refusals import assert_refused
 
 
 def entries(run_dir: Path) -> list[str]:
@@ -114,5 +115,11 @@ def test_pruning_that_cannot_be_meant_is_refused(
 
 
 def test_keeping_multiples_of_what_is_never_saved_is_refused() -> None:
-    with pytest.raises(ConfigError, match="keep_every=15 is not a multiple of "):
+    with assert_refused(
+        "checkpoint.keep_every",
+        value=15,
+        constraint="checkpoint.interval=10",
+        remedy="change",
+        error=ConfigError,
+    ):
         parse_config(run_values(checkpoint__interval=10, checkpoint__keep_every=15))

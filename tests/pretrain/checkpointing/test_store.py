@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tests.pretrain.checkpointing.fixtures import (
     open_store,
 )
 from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=CheckpointError)
 
 
 @pytest.fixture
@@ -65,12 +68,16 @@ def test_manifest_describes_every_file_and_how_the_weights_are_cut(run_dir: Path
 def test_a_run_without_checkpoints_starts_from_its_beginning(tmp_path: Path) -> None:
     assert open_store(tmp_path / "run").find("auto") is None
     assert open_store(tmp_path / "run").find("never") is None
-    with pytest.raises(CheckpointError, match=r"resume=must, but .* holds no checkpoint: correct"):
+    with _refused(
+        "resume", value="must", constraint="no checkpoint", remedy=("run_dir", "resume=auto")
+    ):
         open_store(tmp_path / "run").find("must")
 
 
 def test_resume_never_refuses_a_directory_that_holds_checkpoints(run_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"already holds checkpoints and resume=never"):
+    with _refused(
+        "run_dir", value=run_dir, constraint="resume=never", remedy=("run_dir", "resume=auto")
+    ):
         open_store(run_dir).find("never")
 
 
@@ -105,7 +112,7 @@ def test_saving_the_same_step_twice_leaves_the_first_in_place(run_dir: Path) -> 
 
 def test_trainer_state_that_is_not_json_publishes_nothing(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    with pytest.raises(CheckpointError, match=r"step_3 was not saved, rank 0: the trainer state"):
+    with pytest.raises(CheckpointError, match=r"step_3 .*, rank 0: .*JSON"):
         store.save(contents(3)._replace(trainer={"loss": object()}))
     assert entries(tmp_path) == []
 
@@ -128,14 +135,14 @@ def test_a_second_job_in_the_same_directory_is_refused(run_dir: Path) -> None:
 def test_a_job_that_lost_its_lock_publishes_nothing(run_dir: Path) -> None:
     store = open_store(run_dir)
     (run_dir / "run.lock").unlink()
-    with pytest.raises(CheckpointError, match="step_11 was not saved: the lock of"):
+    with pytest.raises(CheckpointError, match=r"step_11 .*run_dir"):
         store.save(contents(11))
     assert entries(run_dir) == ["latest", "step_10", "step_9"]
 
 
 def test_a_directory_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot be written .*: choose a writable one"):
+    with _refused("run_dir", value=tmp_path / "file", constraint="File exists", remedy="writable"):
         open_store(tmp_path / "file")
 
 
@@ -279,7 +286,9 @@ def test_latest_that_is_a_directory_or_a_loop_does_no_harm(run_dir: Path) -> Non
 def test_latest_without_any_checkpoint_is_an_error_and_no_fresh_start(run_dir: Path) -> None:
     for step in (9, 10):
         shutil.rmtree(run_dir / "checkpoints" / f"step_{step}")
-    with pytest.raises(CheckpointError, match=r"names 'step_10', but there is no such checkpoint"):
+    with _refused(
+        "latest", value="'step_10'", constraint="no such checkpoint", remedy=("restore", "delete")
+    ):
         open_store(run_dir).find("auto")
 
 
@@ -316,9 +325,11 @@ def test_a_harmless_change_of_the_configuration_continues(run_dir: Path) -> None
 
 
 def test_changed_data_is_an_error(run_dir: Path) -> None:
-    with pytest.raises(
-        CheckpointError,
-        match=r"data: '\(fingerprint abc\)' in the checkpoint, '\(fingerprint xyz\)' now",
+    with _refused(
+        "step_10",
+        value="'(fingerprint abc)'",
+        constraint=("data", "'(fingerprint xyz)'"),
+        remedy="run_dir",
     ):
         open_store(run_dir, run=identity(data="xyz")).find("auto")
 
@@ -335,9 +346,9 @@ def test_documents_that_end_or_begin_otherwise_are_an_error(tmp_path: Path) -> N
     # What is not known, as in a checkpoint of an earlier version, is not compared.
     for same in ({}, {"eod_id": 0}, {"eod_id": 0, "bos_ids": (), "special_tokens": "parse"}):
         assert open_store(tmp_path, run=run(**same)).find("auto") is not None
-    with pytest.raises(CheckpointError, match="documents that end with 0, those of this run end"):
+    with _refused("step_1", value=0, constraint="5", remedy="training.init_from"):
         open_store(tmp_path, run=run(eod_id=5)).find("auto")
-    with pytest.raises(CheckpointError, match="begin with no token, those of this run begin with"):
+    with _refused("step_1", value="no token", constraint="(1,)", remedy="training.init_from"):
         open_store(tmp_path, run=run(bos_ids=(1,))).find("auto")
 
 
@@ -396,7 +407,7 @@ def test_a_manifest_of_a_later_format_says_so(run_dir: Path) -> None:
     later = manifest.model_copy(update={"format_version": 2})
     (directory / "manifest.json").write_bytes(later.to_bytes())
 
-    with pytest.raises(CheckpointError, match="has format version 2, this program reads 1: use"):
+    with _refused("manifest.json", value=2, constraint="reads 1", remedy="version"):
         read_manifest(directory)
 
 
@@ -412,7 +423,7 @@ def test_a_manifest_that_names_a_file_outside_is_refused(run_dir: Path, name: st
         manifest.model_copy(update={"files": files}).to_bytes()
     )
 
-    with pytest.raises(CheckpointError, match="is not the name of a file of a checkpoint"):
+    with _refused("manifest.json", value=repr(name), constraint="files", remedy="copy"):
         read_manifest(directory)
 
 
@@ -420,7 +431,7 @@ def test_a_manifest_that_names_a_file_outside_is_refused(run_dir: Path, name: st
 def test_a_manifest_that_is_something_else_is_refused(run_dir: Path, raw: bytes) -> None:
     directory = run_dir / "checkpoints" / "step_10"
     (directory / "manifest.json").write_bytes(raw)
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with _refused("manifest.json", value="damaged", constraint=(), remedy="copy"):
         read_manifest(directory)
 
 

@@ -28,6 +28,7 @@ from pretrain.stability.nonfinite_steps import SkipNonFinite
 from pretrain.stability.rollback import Rollback
 from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_values import run_values
+from tests.refusals import assert_refused
 
 # As it was written before its owners had a state_dict: 3 steps of 4 samples of 16 tokens.
 OLD = """
@@ -171,5 +172,7 @@ def test_a_run_that_would_end_before_its_checkpoint_is_refused(run: _Run) -> Non
         update={"training": run.state._config.training.model_copy(update={"max_steps": 2})}
     )
     state = TrainState(shorter, run.loader, data_size=1)
-    with pytest.raises(CheckpointError, match=r"with training.max_steps=2 the run ends after 2 st"):
+    with assert_refused(
+        "training.max_steps", value=2, constraint="3", remedy="run_dir", error=CheckpointError
+    ):
         state.load_state_dict(_old(run))

@@ -17,6 +17,7 @@ from pretrain.config.errors import schema_paths
 from pretrain.config.schema import RunConfig
 from pretrain.errors import ConfigError
 from tests.pretrain.run_values import run_values
+from tests.refusals import assert_refused
 
 CORPORA = {"a": {"train": "data/a", "validation": "data/a_val"}, "b": {"train": "data/b"}}
 
@@ -47,7 +48,9 @@ def test_a_family_brings_aliases_that_others_do_not_have() -> None:
     assert model["cu_detection_multiplier_init"] == 2.0
     assert model["ce_criterion_offset_init"] == 1.5
     assert model["capacity_gamma"] == 0.25  # which base.yaml sets to 0.5 under this name
-    with pytest.raises(ConfigError, match=r"unknown key model\.m_cu_init=2\.0"):
+    with assert_refused(
+        "model.m_cu_init", value=2.0, constraint="unknown", remedy="num_layers", error=ConfigError
+    ):
         compose_config("base", overrides=["model_type=mod", "model.m_cu_init=2.0"])
 
 
@@ -70,9 +73,9 @@ def test_an_alias_stands_for_its_owner() -> None:
 
 def test_alias_and_owner_may_agree_and_must_not_differ() -> None:
     assert parse_config(run_values(data__block_size=128)).data.sequence_length == 128
-    with pytest.raises(ConfigError, match=r"data.max_length=64 is another spelling of") as error:
+    constraint = ("data.sequence_length", "128")
+    with assert_refused("data.max_length", 64, constraint, "remove", error=ConfigError):
         parse_config(run_values(data__max_length=64))
-    assert "data.sequence_length, which is 128; remove one" in str(error.value)
 
 
 def test_other_spellings_of_training_and_model() -> None:
@@ -104,21 +107,24 @@ def test_other_spellings_of_training_and_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"training__mixed_precision": "fp16"}, "mixed_precision='fp16' is not one of 'bf16', "),
-        ({"training__use_flash_attention": False}, "use_flash_attention=False has no effect"),
+        ({"training__mixed_precision": "fp16"},
+         ("training.mixed_precision", "'fp16'", "'bf16', 'fp8', 'no'", "choose")),
+        ({"training__use_flash_attention": False},
+         ("training.use_flash_attention", False, "fused", "training.use_flash_attention=true")),
         ({"training__gradient_checkpointing": True, "training__activation_recomputation": "none"},
-         "gradient_checkpointing=True is another spelling of training.activation_recomputation"),
-        ({"training__warmup_ratio": 2}, "warmup_ratio=2 is a share"),
-        ({"training__warmup_ratio": 0.2, "training__warmup_steps": 3}, "which is 3; remove one"),
-        ({"system__seed": 3}, "unknown key system"),
+         ("training.gradient_checkpointing", True, "training.activation_recomputation", "remove")),
+        ({"training__warmup_ratio": 2},
+         ("training.warmup_ratio", 2, "0 to 1", "training.warmup_steps")),
+        ({"training__warmup_ratio": 0.2, "training__warmup_steps": 3},
+         ("training.warmup_ratio", 0.2, ("training.warmup_steps", "3"), "remove")),
+        ({"system__seed": 3}, ("system", "{'seed': 3}", "unknown", "training")),
     ],
 )  # fmt: skip
-def test_a_spelling_without_an_equal_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
+def test_a_spelling_without_an_equal_is_refused(changes: dict[str, Any], parts: tuple) -> None:
+    with assert_refused(*parts, error=ConfigError):
         parse_config(run_values(**changes))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("mixed", [{}, {"mixed": False}])
@@ -164,33 +170,56 @@ def test_the_spelling_works_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "parts"),
     [
-        ({}, "no corpus is chosen; set data.dataset_name to names of data.corpora: a, b"),
-        ({"mixed": True}, "no corpus is chosen; set data.dataset_names"),
-        ({"dataset_name": "A"}, "dataset 'A' is not in data.corpora, which has a, b; "),
-        ({"dataset_name": "web", "corpora": {}}, "set data.corpora.web.train=PATH"),
+        ({}, ("data.dataset_name", "data.corpora", "a, b", "data.corpora")),
+        ({"mixed": True}, ("data.dataset_names", "data.corpora", "a, b", "data.corpora")),
+        (
+            {"dataset_name": "A"},
+            ("dataset", "'A'", ("data.corpora", "a, b"), "data.corpora.A.train=PATH"),
+        ),
+        (
+            {"dataset_name": "web", "corpora": {}},
+            ("dataset", "'web'", "data.corpora", "data.corpora.web.train=PATH"),
+        ),
         (
             {"dataset_name": "a", "dataset_names": ["b"]},
-            "data.dataset_name='a' has no effect beside data.dataset_names; remove it or set",
+            ("data.dataset_name", "'a'", "data.dataset_names", "data.mixed"),
         ),
-        ({"dataset_name": "a", "dataset_weights": [1.0]}, "dataset_weights=.* has no effect"),
-        ({"dataset_names": "a"}, "data.dataset_names='a' must be a list"),
+        (
+            {"dataset_name": "a", "dataset_weights": [1.0]},
+            ("data.dataset_weights", [1.0], "data.dataset_name", "data.mixed"),
+        ),
+        ({"dataset_names": "a"}, ("data.dataset_names", "'a'", "list", "correct")),
         (
             {"dataset_names": ["a", "b"], "dataset_weights": [1.0]},
-            r"data.dataset_weights=\[1.0\] must be a list of 2 numbers",
+            ("data.dataset_weights", [1.0], ("2 numbers", "data.dataset_names"), "correct"),
         ),
-        ({"dataset_names": ["a"], "dataset_weights": ["x"]}, "data.train.0.weight='x'"),
-        ({"dataset_names": ["a"], "dataset_weights": [-1.0]}, "data.train.0.weight=-1.0"),
-        ({"dataset_names": ["a", "a"]}, "data.train has two sources named a"),
-        ({"dataset_name": "a", "train": "c"}, "data.train='c' and data.dataset_name"),
-        ({"dataset_name": "a", "mixed": "yes"}, "data.mixed='yes' must be true or false"),
-        ({"corpora": ["a"]}, "must map names to their paths"),
-        ({"dataset_name": "a", "corpora": {"a": "data/a"}}, "data.corpora.a='data/a' must have"),
-        ({"corpora": {"a": {"train": "x", "test": "y"}}}, "must have `train` and may have"),
+        (
+            {"dataset_names": ["a"], "dataset_weights": ["x"]},
+            ("data.train.0.weight", "'x'", "number", "data.train.0.weight"),
+        ),
+        (
+            {"dataset_names": ["a"], "dataset_weights": [-1.0]},
+            ("data.train.0.weight", -1.0, "0", "data.train.0.weight"),
+        ),
+        ({"dataset_names": ["a", "a"]}, ("data.train", "a", "two", "`name`")),
+        ({"dataset_name": "a", "train": "c"}, ("data.train", "'c'", "data.dataset_name", "remove")),
+        (
+            {"dataset_name": "a", "mixed": "yes"},
+            ("data.mixed", "'yes'", "true or false", "correct"),
+        ),
+        ({"corpora": ["a"]}, ("data.corpora", ["a"], "names", "correct")),
+        (
+            {"dataset_name": "a", "corpora": {"a": "data/a"}},
+            ("data.corpora.a", "'data/a'", "`train`", "correct"),
+        ),
+        (
+            {"corpora": {"a": {"train": "x", "test": "y"}}},
+            ("data.corpora.a", "'test'", "`validation`", "correct"),
+        ),
     ],
 )
-def test_a_choice_that_cannot_be_meant_is_refused(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
+def test_a_choice_that_cannot_be_meant_is_refused(data: dict[str, Any], parts: tuple) -> None:
+    with assert_refused(*parts, error=ConfigError):
         parse_config(_values(**data))
-    assert "\n" not in str(error.value)

@@ -125,5 +125,5 @@ def test_a_list_that_cannot_be_followed_is_one_line(
 
 
 def test_a_file_of_a_section_chooses_no_options(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"chooses\.yaml: .*in a run file, `group: option`"):
+    with pytest.raises(ConfigError, match=r"chooses\.yaml: .*`group: option`"):
         _compose(folder, "plain", parallel="chooses")

@@ -20,6 +20,7 @@ from pretrain.errors import ConfigError
 from pretrain.run_data import open_training_data
 from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_values import run_values
+from tests.refusals import assert_refused
 
 EPOCHS = {"training__max_steps": None, "training__max_epochs": 1}
 
@@ -61,8 +62,8 @@ def test_epochs_are_a_limit_on_tokens_like_max_tokens(
 
 def test_a_warmup_longer_than_the_epochs_allow_is_refused() -> None:
     run = _run(**EPOCHS, training__warmup_steps=7)
-    message = "the run has 7 steps, not more than training.warmup_steps"
-    with pytest.raises(ConfigError, match=message):
+    constraint = ("training.warmup_steps", "7")
+    with assert_refused("run", 7, constraint, "longer", error=ConfigError):
         plan_run(run, data_size=1, num_tokens=256 * 7)
     assert plan_run(run, data_size=1, num_tokens=256 * 8).total_steps == 8
     # A run that continues may have changed its length: it is already past its warmup.
@@ -73,7 +74,13 @@ def test_a_warmup_longer_than_the_epochs_allow_is_refused() -> None:
 def test_a_ramp_is_checked_without_the_data() -> None:
     ramp = [{"until_tokens": 100, "sequences_per_step": 3}]
     run = _run(**EPOCHS, training__gradient_accumulation_steps=4, training__batch_ramp=ramp)
-    with pytest.raises(ConfigError, match=r"sequences_per_step=3 is not a multiple of 2"):
+    with assert_refused(
+        "training.batch_ramp.0.sequences_per_step",
+        value=3,
+        constraint="2",
+        remedy="2, 4",
+        error=ConfigError,
+    ):
         check_layout(run, 1)
 
 

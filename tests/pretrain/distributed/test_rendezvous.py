@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import time
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from pretrain.distributed.rendezvous import World, rendezvous
 from pretrain.errors import ConfigError, RendezvousError
 from tests.distributed import free_port, run_ranks
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=ConfigError)
 
 PURPOSE = "runs/a"
 
@@ -91,7 +95,7 @@ def test_a_second_process_of_the_same_rank_is_refused():
 def test_a_port_that_is_none_is_refused(port, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
-    with pytest.raises(ConfigError, match=r"MASTER_PORT=.* must be a port from 1 to 65535"):
+    with _refused("MASTER_PORT", value=repr(port), constraint="65535", remedy="export"):
         rendezvous(World(0, 0, 2), purpose=PURPOSE, timeout=1.0)
 
 
@@ -102,14 +106,20 @@ def test_a_port_in_use_is_named_with_the_remedy(monkeypatch):
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}.*choose a free port"):
+        with _refused("127.0.0.1", value=port, constraint="rendezvous", remedy="free port"):
             rendezvous(World(0, 0, 2), purpose=PURPOSE, timeout=1.0)
 
 
 def test_a_host_name_that_is_unknown_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    with pytest.raises(RendezvousError, match=r"rank 0 does not answer at no-such-host.invalid:"):
+    with assert_refused(
+        "rank",
+        value=0,
+        constraint="no-such-host.invalid",
+        remedy=("MASTER_ADDR", "MASTER_PORT"),
+        error=RendezvousError,
+    ):
         rendezvous(World(1, 0, 2), purpose=PURPOSE, timeout=1.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from pretrain.config.resume_rules import samples_per_step
 from pretrain.errors import ConfigError
 from tests.pretrain.checkpointing.fixtures import contents, identity, open_store
 from tests.pretrain.tiny_run import tiny_run
+from tests.refusals import assert_refused
+
+_refused = partial(assert_refused, error=CheckpointError)
 
 
 def bound(directory: Path, zero: dict[str, Any] | None = None, **changes: Any) -> str | None:
@@ -90,7 +94,9 @@ def test_only_our_form_goes_on_at_another_layout_with_the_same_global_batch(tmp_
     assert found is not None
     save(tmp_path / "deepspeed", folder="engine", config=CONFIG)
     muon = identity(layout=two, config=HALF)._replace(layout_bound_by="training.optimizer=muon")
-    with pytest.raises(CheckpointError, match=r"own files, .* \(training.optimizer=muon\); resume"):
+    with _refused(
+        "step_", value="training.optimizer=muon", constraint="own files", remedy="resume"
+    ):
         open_store(tmp_path / "deepspeed", run=muon).find("must")
 
 
@@ -99,7 +105,7 @@ def test_a_batch_that_only_the_number_of_ranks_changes_is_refused(tmp_path) -> N
     for data, remedy in (
         (2, r"training.gradient_accumulation_steps=1 to keep 8"),
         (8, r"training.batch_size=1 training.gradient_accumulation_steps=1 to keep 8"),
-        (3, r"use a number of data ranks that divides 8 to keep it"),
+        (3, r"data ranks .* 8 "),
     ):
         run = identity(layout=Layout(data=data), config=CONFIG)
         with pytest.raises(CheckpointError, match=f"take {8 * data}: .*{remedy}") as error:
@@ -123,7 +129,7 @@ def test_a_batch_that_a_setting_changes_goes_on(data, tmp_path) -> None:
 def test_a_run_that_cannot_take_our_form_over_says_so(tmp_path) -> None:
     save(tmp_path, folder="optimizer", config=CONFIG)
     run = identity(config=CONFIG)._replace(layout_bound_by="round_robin_gradients")
-    with pytest.raises(CheckpointError, match="a run with round_robin_gradients cannot take over"):
+    with _refused("step_", value="round_robin_gradients", constraint="any layout", remedy="resume"):
         open_store(tmp_path, run=run).find("must")
 
 

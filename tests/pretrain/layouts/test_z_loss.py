@@ -23,6 +23,7 @@ from tests.distributed import run_ranks
 from tests.pretrain.first_step import first_step
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
+from tests.refusals import assert_refused
 
 SAMPLES, Z_LOSS = 8, 0.05
 
@@ -105,5 +106,11 @@ def test_a_head_without_logits_is_refused(data, monkeypatch):
     )
     check_model(spec)
     monkeypatch.setattr(spec_module, "logits_of", lambda output: (output,))
-    with pytest.raises(ConfigError, match=r"training.z_loss=0.0001 has no effect: .*; set train"):
+    with assert_refused(
+        "training.z_loss",
+        value=0.0001,
+        constraint="llama",
+        remedy="training.z_loss=0",
+        error=ConfigError,
+    ):
         check_model(spec)

@@ -21,6 +21,7 @@ from pretrain.metrics.writers import (
 )
 from pretrain.plot import main as plot_main
 from pretrain.plot import plot_losses
+from tests.refusals import assert_refused
 
 TRAINING = {
     "step": 120,
@@ -191,7 +192,7 @@ def test_wandb_offline_writes_the_numbers_and_no_secret(
 def test_plot_shows_both_curves_and_names_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="does not exist: give the run_dir of a run"):
+    with assert_refused("metrics.jsonl", value="exist", constraint="not", remedy="run_dir"):
         plot_losses(tmp_path, tmp_path / "loss.png")
     (tmp_path / "metrics.jsonl").write_text("")
     assert plot_main([str(tmp_path)]) == 2

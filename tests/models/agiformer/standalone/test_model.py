@@ -13,6 +13,7 @@ from models.base import TokenInputs
 from tests.equivalence import perturb
 from tests.models.agiformer.oracle import block as oracle_block
 from tests.models.agiformer.oracle import rms, said, thought
+from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 SIZES = {"d_model": 32, "n_layers": 2, "num_heads": 2, "window_size": 3}
@@ -84,11 +85,11 @@ def test_without_targets_every_patch_is_drawn_byte_by_byte():
 
 def test_bytes_that_are_no_whole_patches_or_none_at_all_are_refused():
     model = _model()
-    with pytest.raises(ValueError, match="x has 10 bytes, which are no whole patches of 4; cut it"):
+    with assert_refused("x", value=10, constraint="4", remedy=("cut", "models.generate")):
         model(_bytes(10))
-    with pytest.raises(ValueError, match=r"hold .* 300, and the model has vocab_size=256"):
+    with assert_refused("input_ids", value=300, constraint="vocab_size=256", remedy="tokenizer"):
         model(torch.full((1, 4), 300))
-    with pytest.raises(ValueError, match=r"target_bytes of shape \[2, 4\] must be \[2, 8\]"):
+    with assert_refused("target_bytes", value=[2, 4], constraint="[2, 8]", remedy=()):
         model(_bytes(8), target_bytes=_bytes(4))
 
 
@@ -102,9 +103,11 @@ def test_a_file_holds_the_model_with_its_plasticity(tmp_path):
     assert torch.equal(other.body(x).logits, model.body(x).logits)
     assert other.body.block_1.memory.plasticity.tolist() == [0.25]
     (tmp_path / "b.pth").write_bytes(b"no")
-    with pytest.raises(ValueError, match="is no model of this family"):
+    with assert_refused("b.pth", value="model", constraint="family", remedy=()):
         load_model(tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="is no file; give one that"):
+    with assert_refused(
+        "c.pth", value="file", constraint="no", remedy=("train_scaled", "train_curriculum")
+    ):
         load_model(tmp_path / "c.pth")
 
 
@@ -140,5 +143,5 @@ def test_the_curriculum_goes_through_its_texts_at_the_published_shares(tmp_path)
 def test_a_missing_text_is_an_error_and_no_other_takes_its_place(tmp_path):
     _write(tmp_path)
     (tmp_path / "stories.txt").unlink()
-    with pytest.raises(ValueError, match=r"stories\.txt is missing; put the text there"):
+    with assert_refused("stories.txt", value="missing", constraint="missing", remedy="put"):
         CurriculumDataLoader(tmp_path, 2, 8, 20)

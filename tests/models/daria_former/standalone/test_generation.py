@@ -79,10 +79,10 @@ def test_greedy_text_repeats_less_with_variability():
     [
         ({"temperature": 0.0}, "do_sample=False"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 1000}, "1009 tokens is longer than max_seq_len=512"),
-        ({"top_k": 0}, "top_k=0 must be 1 or more"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
-        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+        ({"max_new_tokens": 1000}, "1009 .*max_seq_len=512"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
         ({"images": torch.zeros(2, 3, 32, 32)}, "image_enabled"),
     ],
 )

@@ -12,6 +12,7 @@ from models.daria_former.standalone.training import (
     RhythmRegularizer,
 )
 from tests.models.daria_former.shrunk import shrunk
+from tests.refusals import assert_refused
 
 STREAM = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -94,5 +95,5 @@ def test_memory_is_drawn_to_the_segment_and_not_the_segment_to_memory():
     ],
 )
 def test_half_a_pair_is_refused(given, missing):
-    with pytest.raises(ValueError, match=f"was given without {missing}"):
+    with assert_refused(next(iter(given)), value=missing, constraint="without", remedy="both"):
         DariaFormerLoss(shrunk())(logits=torch.zeros(2, 8, 257), labels=STREAM, **given)

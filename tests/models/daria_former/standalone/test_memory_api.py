@@ -9,6 +9,7 @@ from models.daria_former import DariaFormerModel
 from models.daria_former.standalone.memory_api import MemoryIntegrationSystem
 from tests.equivalence import build
 from tests.models.daria_former.shrunk import shrunk
+from tests.refusals import assert_refused
 
 TEXT = torch.randint(0, 257, (2, 53), generator=torch.Generator().manual_seed(0))
 NEXT = torch.tensor([[7], [9]])
@@ -165,17 +166,17 @@ def test_the_persona_s_slots_are_those_that_its_path_reads():
 def test_what_cannot_be_written_is_refused():
     model = _model()
     cache, memory = _read(model), model.memory
-    with pytest.raises(ValueError, match="slot=3 is not one of the 3"):
+    with assert_refused("slot", value=3, constraint="3", remedy="0"):
         memory.episodic.write(0, cache, 3, keys=torch.zeros(2, 2, 16))
-    with pytest.raises(ValueError, match=r"values of shape \[2, 16\] must be \[2, 2, 16\]"):
+    with assert_refused("values", value=[2, 16], constraint="[2, 2, 16]", remedy="reshape"):
         memory.episodic.write(0, cache, 0, values=torch.zeros(2, 16))
-    with pytest.raises(ValueError, match="index=8 is not one of the 8"):
+    with assert_refused("index", value=8, constraint="8", remedy="0"):
         memory.persistent.write(8, keys=torch.zeros(64))
-    with pytest.raises(ValueError, match=r"keys of shape \[1, 63\] must be \[1, 64\]"):
+    with assert_refused("keys", value=[1, 63], constraint="[1, 64]", remedy="reshape"):
         memory.persistent.write(0, keys=torch.zeros(63))
     with pytest.raises(ValueError, match="equally many"):
         memory.persistent.consolidate(cache, slots=[0, 1], into=[0])
-    with pytest.raises(ValueError, match="slots=9 is not one of the 3"):
+    with assert_refused("slots", value=9, constraint="3", remedy="0"):
         memory.persistent.consolidate(cache, slots=[9], into=[0])
     with pytest.raises(ValueError, match="layer=2"):
         memory.persistent.read_kv(2)
@@ -187,7 +188,7 @@ def test_what_cannot_be_written_is_refused():
 def test_a_model_without_memory_says_so():
     model = _model(paths=("local",))
     assert model.memory.persistent is None
-    with pytest.raises(ValueError, match="no memory path"):
+    with assert_refused("model", value="memory", constraint="path", remedy=("memory", "paths")):
         model.memory.get_memory_kv(0, model.new_cache(1, 8))
-    with pytest.raises(ValueError, match="no persona path"):
+    with assert_refused("model", value="persona", constraint="path", remedy=("persona", "paths")):
         model.memory.get_persona_kv(0)

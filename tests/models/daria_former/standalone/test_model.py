@@ -14,6 +14,7 @@ from models.daria_former.standalone.generation import DariaGenerator
 from models.daria_former.standalone.lora import LoRAManager
 from tests.equivalence import build
 from tests.models.daria_former.shrunk import shrunk
+from tests.refusals import assert_refused
 
 TOKENS = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(0))
 MODALITIES = {
@@ -137,13 +138,13 @@ def test_int8_of_what_cannot_be_quantised_is_refused():
         ({"input_ids": TOKENS[:, :0]}, r"input_ids int64\[2, 0\] must be"),
         ({"input_ids": TOKENS + 1}, "vocab_size=257 tokens from 0"),
         ({"input_ids": TOKENS - 100}, "vocab_size=257 tokens from 0"),
-        ({"input_ids": TOKENS.repeat(1, 13)}, "520 tokens is longer than max_seq_len=512"),
-        ({"persona": torch.zeros(2, 3)}, r"persona of shape \[2, 3\]"),
-        ({"persona": torch.zeros(3, 16)}, r"persona of shape \[3, 16\]"),
-        ({"emotion_state": torch.zeros(16)}, r"emotion of shape \[16\]"),
+        ({"input_ids": TOKENS.repeat(1, 13)}, "520 .*max_seq_len=512"),
+        ({"persona": torch.zeros(2, 3)}, r"persona .*\[2, 3\]"),
+        ({"persona": torch.zeros(3, 16)}, r"persona .*\[3, 16\]"),
+        ({"emotion_state": torch.zeros(16)}, r"emotion .*\[16\]"),
         ({"images": torch.zeros(2, 4, 32, 32)}, "image_channels"),
         ({"images": torch.zeros(2, 3, 30, 32)}, "image_patch_size=16"),
-        ({"images": torch.zeros(2, 32, 32)}, r"images of shape \[2, 32, 32\]"),
+        ({"images": torch.zeros(2, 32, 32)}, r"images .*\[2, 32, 32\]"),
         ({"images": torch.zeros(1, 3, 32, 32)}, "batch 1 with 2 rows"),
         ({"audio": torch.zeros(2, 9, 30)}, "audio_n_mels"),
         ({"audio": torch.zeros(2, 8, 65)}, "audio_max_len=64"),
@@ -162,7 +163,7 @@ def test_a_generation_ends_where_the_positions_do():
         model.new_cache(2, 65)
     cache = model.new_cache(2, 64)
     model(TOKENS, kv_cache=cache)
-    with pytest.raises(ValueError, match="65 tokens is longer than max_seq_len=64"):
+    with assert_refused("text", value=65, constraint="max_seq_len=64", remedy="max_seq_len"):
         model(TOKENS[:, :25], kv_cache=cache)
     assert model(TOKENS[:, :24], kv_cache=cache)["logits"].isfinite().all()
 

@@ -133,15 +133,15 @@ def test_settings_are_those_of_the_base_with_a_gate_of_one(family, qwen):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 64}, "hidden_size=32 there, but 64 is asked for"),
-        ({"intermediate_size": 64}, "intermediate_size=48 there"),
-        ({"num_heads": 2}, "num_heads=4 there, but 2"),
-        ({"num_kv_heads": 4}, "num_kv_heads=2 there, but 4"),
-        ({"vocab_size": 300}, "vocab_size=301 there"),
-        ({"head_dim": 16}, "head_size=8 there, but 16"),
-        ({"qkv_bias": False}, "qkv_bias=True there"),
-        ({"num_layers": 6}, "num_layers=5 there, but 6"),
-        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"hidden_size": 64}, "hidden_size=32 .*64"),
+        ({"intermediate_size": 64}, "intermediate_size=48 .*64"),
+        ({"num_heads": 2}, "num_heads=4 .*2"),
+        ({"num_kv_heads": 4}, "num_kv_heads=2 .*4"),
+        ({"vocab_size": 300}, "vocab_size=301 .*300"),
+        ({"head_dim": 16}, "head_size=8 .*16"),
+        ({"qkv_bias": False}, "qkv_bias=True .*False"),
+        ({"num_layers": 6}, "num_layers=5 .*6"),
+        ({"num_kv_heads": 3}, "num_heads=4 .*num_kv_heads=3"),
         ({"capacity_gama": 0.5}, "capacity_gama"),
         ({"capacity_gamma": 0.0}, "greater than 0"),
     ],
@@ -288,7 +288,7 @@ def test_of_four_ranks_the_plain_export_is_the_model_with_every_token(family, tm
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({}, "gate_fn=.* only a model with gate_fn=st"), ({"qkv_bias": False}, "Qwen2 has biases")],
+    [({}, "gate_fn=.*gate_fn=st"), ({"qkv_bias": False}, "Qwen2 has biases")],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_is_not_qwen2_is_not_exported_as_it(family, changes, message, tmp_path):

@@ -21,6 +21,7 @@ from models.checkpoint import load_model, open_checkpoint
 from parallel.carry import SequentialModel
 from tests.models.dynamic.hf.exports import CLASSES, Exported
 from tests.models.hf.export_folder import TOKENS
+from tests.refusals import assert_refused
 from tests.tolerance import FP64, assert_close, rounding
 
 MASK = torch.ones_like(TOKENS)
@@ -134,7 +135,7 @@ def _without(directory: Path, name: str) -> None:
 def test_a_tensor_that_is_missing_is_not_made_up(name, exported, tmp_path):
     directory = shutil.copytree(exported.hf, tmp_path / "hf")
     _without(directory, name)
-    with pytest.raises(ValueError, match="not of this configuration"):
+    with pytest.raises(ValueError, match=r"tau|mlp\.up"):
         CLASSES[exported.family.name][0].from_pretrained(directory)
 
 
@@ -149,11 +150,11 @@ def test_a_tensor_that_is_not_of_the_model_is_refused(exported, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"capacity_gama": 0.3}, "did you mean 'capacity_gamma'"),
+        ({"capacity_gama": 0.3}, "capacity_gama=0.3 .*'capacity_gamma'"),
         ({"capacity_gamma": 1.5}, "capacity_gamma=1.5: "),
-        ({"num_attention_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu': .* only has 'silu'"),
-        ({"rope_theta": 5.0}, "rope_theta=5.0 is not that of rope_parameters"),
+        ({"num_attention_heads": 3}, "num_heads=3 .*num_kv_heads=2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
+        ({"rope_theta": 5.0}, "rope_theta=5.0 .*rope_parameters"),
     ],
 )
 def test_a_wrong_setting_is_refused_wherever_it_is_read(values, message, exported, tmp_path):
@@ -169,10 +170,14 @@ def test_a_wrong_setting_is_refused_wherever_it_is_read(values, message, exporte
 def test_a_rule_that_looks_ahead_generates_nothing_and_takes_no_padding(exported):
     model = exported.loaded(causal_router="topk")
     padded = MASK.index_fill(1, torch.tensor([20]), 0)
-    with pytest.raises(ValueError, match="causal_router=topk chooses among all columns"):
+    with assert_refused(
+        "causal_router", value="topk", constraint="padding", remedy=("padding", "threshold")
+    ):
         model(TOKENS, attention_mask=padded)
     assert torch.equal(model(TOKENS, attention_mask=MASK).logits, model(TOKENS).logits)
-    with pytest.raises(ValueError, match="causal_router=topk compares a token with later ones"):
+    with assert_refused(
+        "causal_router", value="topk", constraint="generation", remedy=("threshold", "predictor")
+    ):
         model.generate(TOKENS, attention_mask=MASK, max_new_tokens=2, **GREEDY)
 
 
