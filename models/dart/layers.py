@@ -28,7 +28,8 @@ from models.common.decoder import (
 from models.common.init import replicated, replicated_linear
 from models.common.norms import rms_norm
 from models.common.rope import RotaryTable, rotate
-from models.dart.attention import Blocks, block_attention, find_blocks
+from models.dart.attention import Blocks, find_blocks
+from models.dart.block_attention import block_attention
 from models.dart.carry import DARTCarry, DARTOutput
 from models.dart.config import DARTConfig
 from models.dart.noise import NORMAL, Noise, draw_noise, full_noise
@@ -322,7 +323,9 @@ class DARTPair(nn.Module):
         earlier = 0
         if caches is not None:
             seen, own, earlier = caches[1].append(*seen), caches[2].append(*own), first
-        mixed = block_attention(q, seen, own, self._blocks(carry, first, earlier))
+        is_cached = caches is not None
+        blocks = self._blocks(carry, first, earlier)
+        mixed = block_attention(q, seen, own, blocks, is_cached=is_cached)
         return attention.output(mixed.permute(2, 0, 1, 3).flatten(2))
 
     def _blocks(self, carry: DARTCarry, first: int, earlier: int) -> Blocks:
