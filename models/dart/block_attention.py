@@ -21,8 +21,8 @@ def block_attention(
     """Mix the values that every place sees (models.dart.attention): q [b, n, s, d] -> same.
 
     `context`: the causal stream from place 0 on, [b, g, c, d]. `own`: the diffusion stream from
-    place `blocks.own_first` on, [b, g, o, d]. On CPU the merged form, on CUDA FlexAttention; behind a
-    cache, in fp64 or with heads below 16 on CUDA, and on other devices chunks of queries have a
+    place `blocks.own_first` on, [b, g, o, d]. On CPU the merged form, on CUDA FlexAttention. Behind
+    a cache, in fp64 or with heads below 16 on CUDA, and on other devices chunks of queries have a
     mask.
     """
     if is_cached:

@@ -56,6 +56,7 @@ class BlockInputs(NamedTuple):
     tokens: Tensor
     hidden: Tensor
     level: int
+    states: Tensor | None = None
 
 
 class EmbeddingCache:
@@ -154,8 +155,21 @@ class DARTEmbedding(nn.Module):
         levels = torch.full_like(inputs.tokens, inputs.level, dtype=torch.int32)
         noise = Noise(levels, inputs.hidden, levels, None, inputs.tokens)
         modulation = self.time(levels[:1, :1].flatten(), self.mask.dtype)
-        hidden = self.tokens(inputs.before).transpose(0, 1)
-        return DARTCarry(hidden, self._noised(inputs.tokens, noise), modulation, levels, levels)
+        before = self.tokens(inputs.before).transpose(0, 1)
+        if inputs.states is None:
+            noised = self._noised(inputs.tokens, noise)
+        else:
+            noised = inputs.states.transpose(0, 1).to(before.dtype)
+            noised = self._masked(inputs.hidden.T, noised)
+        return DARTCarry(before, noised, modulation, levels, levels)
+
+    def clean(self, tokens: Tensor) -> Tensor:
+        """e of tokens int64 [...], with a variance of 1, at least in fp32: [..., h]."""
+        return rms_norm(at_least_fp32(self.tokens(tokens)), None, eps=self.config.rms_norm_eps)
+
+    def _masked(self, hidden: Tensor, own: Tensor) -> Tensor:
+        # [s, b, h] also in memory, where the mask would make it [b, s, h].
+        return torch.where(hidden.unsqueeze(-1), self.mask.to(own.dtype), own).contiguous()
 
     def _noised(self, tokens: Tensor, noise: Noise) -> Tensor:
         """The diffusion stream of int64 [b, s]: [s/t, b, h]."""
@@ -168,8 +182,7 @@ class DARTEmbedding(nn.Module):
             epsilon = normal(keys, own.shape[-1], stream=NORMAL)
             clean = rms_norm(at_least_fp32(own), None, eps=self.config.rms_norm_eps)
             own = (signal.sqrt() * clean + (1.0 - signal).sqrt() * epsilon).to(own.dtype)
-        # [s, b, h] also in memory, where the mask would make it [b, s, h].
-        return torch.where(hidden.unsqueeze(-1), self.mask.to(own.dtype), own).contiguous()
+        return self._masked(hidden, own)
 
 
 class TrunkBlock(nn.Module):
