@@ -1,7 +1,8 @@
 """Attention of a diffusion stream's blocks: merged parts beside masks, and causal attention.
 
 One forward and backward pass of the attention alone, fp32, over rows of one document and over
-packed ones. The causal kernel sees as much of the context, no documents and no block: a floor, not a goal.
+packed ones. The causal kernel sees as much of the context, and no documents and no block: a floor,
+not a goal.
 """
 
 from __future__ import annotations
