@@ -10,6 +10,10 @@ A block without tokens holds nothing but positions, so the second direction woul
 a plan does not depend on how much of its block exists, which makes prefixes, packed documents and
 generation exact.
 
+One softmax runs over both. No form of it makes a matrix over all pairs of places: whole rows are
+merged from parts on CPU (models.dart.merged_attention) and are one FlexAttention on CUDA
+(models.dart.flex), places behind a cache have a mask over chunks of queries.
+
 Shapes: s places of a call, b batch, n query heads, g key/value heads, d head dimension, c and o
 keys of the context and of the own stream.
 """
@@ -33,7 +37,7 @@ class Blocks(NamedTuple):
     `first`: the first place. `own_first`: that of the first own key. `starts`: int [1 or b, o],
     first place of every own key's block. `documents`: int [1 or b, o], the first visible place.
     `both_ways`: bool [b, o], whether a place sees later ones of its block. `size`: of a block.
-    `is_aligned`: blocks begin at multiples of their size.
+    `is_aligned`: blocks begin at multiples of their size, and every place sees the row's first.
     """
 
     first: int
@@ -43,6 +47,13 @@ class Blocks(NamedTuple):
     both_ways: Tensor
     size: int
     is_aligned: bool
+
+
+class Reach(NamedTuple):
+    """The keys that some queries may see, half open: `context` and `own`, counted as given."""
+
+    context: tuple[int, int]
+    own: tuple[int, int]
 
 
 def find_blocks(
@@ -61,28 +72,61 @@ def find_blocks(
     return Blocks(first, begin, starts, index - places, both_ways, size, positions is None)
 
 
-def block_attention(q: Tensor, context: KeysValues, own: KeysValues, blocks: Blocks) -> Tensor:
-    """Mix the values that every place sees: q [b, n, s, d] -> [b, n, s, d].
+def reach(blocks: Blocks, start: int, stop: int) -> Reach:
+    """The keys that own places start ... stop - 1 may see, whatever the text."""
+    begin, size, num_own = blocks.own_first, blocks.size, blocks.starts.shape[1]
+    if blocks.is_aligned:
+        lowest = (begin + start) // size * size
+        highest = (begin + stop - 1) // size * size
+        near = max(0, lowest - begin), min(num_own, highest + size - begin)
+        return Reach((0, highest + 1), near)
+    return Reach((0, begin + stop), (max(0, start - size + 1), min(num_own, stop + size - 1)))
+
+
+def context_mask(blocks: Blocks, start: int, stop: int, keys: tuple[int, int]) -> Tensor:
+    """Which context keys own places start ... stop - 1 see: bool [1 or b, stop - start, keys]."""
+    index = torch.arange(*keys, device=blocks.starts.device)
+    documents, starts = (x[:, start:stop].unsqueeze(-1) for x in (blocks.documents, blocks.starts))
+    return (index <= starts) & (index >= documents)
+
+
+def own_mask(blocks: Blocks, start: int, stop: int, keys: tuple[int, int]) -> Tensor:
+    """Which own keys own places start ... stop - 1 see: bool [b, stop - start, keys]."""
+    queries = torch.arange(start, stop, device=blocks.starts.device).unsqueeze(-1)
+    index = torch.arange(*keys, device=blocks.starts.device)
+    inside = blocks.starts[:, slice(*keys)].unsqueeze(1) == blocks.starts[:, start:stop, None]
+    return inside & (blocks.both_ways[:, start:stop, None] | (index <= queries))
+
+
+def masked_block_attention(
+    q: Tensor, context: KeysValues, own: KeysValues, blocks: Blocks
+) -> Tensor:
+    """Mix the values that the last s own places see: q [b, n, s, d] -> [b, n, s, d].
 
     `context`: the causal stream from place 0 on, [b, g, c, d]. `own`: the diffusion stream from
-    place `blocks.own_first` on, [b, g, o, d]. One softmax over both. Chunks of queries with the
-    keys that they can see are computed one after another and again in backward, so that memory
-    grows with s, not s^2.
+    place `blocks.own_first` on, [b, g, o, d]. Chunks of queries have a mask over the keys that they
+    may see, and are computed again in backward.
     """
     length, earlier = q.shape[2], own.keys.shape[2] - q.shape[2]
     chunks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        mask, seen, near = _visible(blocks, start + earlier, stop + earlier)
-        keys = torch.cat((context.keys[:, :, seen], own.keys[:, :, near]), dim=2)
-        values = torch.cat((context.values[:, :, seen], own.values[:, :, near]), dim=2)
+        places = start + earlier, stop + earlier
+        seen, near = reach(blocks, *places)
+        clean, inside = context_mask(blocks, *places, seen), own_mask(blocks, *places, near)
+        rows = max(len(clean), len(inside))
+        mask = torch.cat((clean.expand(rows, -1, -1), inside.expand(rows, -1, -1)), dim=-1)
+        pairs = zip(context, own, strict=True)
+        keys, values = (
+            torch.cat((x[:, :, slice(*seen)], z[:, :, slice(*near)]), dim=2) for x, z in pairs
+        )
         chunks.append(
             checkpoint(
                 _attend,
                 q[:, :, start:stop],
                 keys,
                 values,
-                mask,
+                mask.unsqueeze(1),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -93,29 +137,3 @@ def block_attention(q: Tensor, context: KeysValues, own: KeysValues, blocks: Blo
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-
-
-def _visible(blocks: Blocks, start: int, stop: int) -> tuple[Tensor, slice, slice]:
-    """For own keys start ... stop - 1 as queries: the mask [b, 1, queries, keys], and which keys of
-    the context and of the own stream it is for."""
-    begin, size = blocks.own_first, blocks.size
-    num_own = blocks.starts.shape[1]
-    if blocks.is_aligned:
-        lowest = (begin + start) // size * size
-        highest = (begin + stop - 1) // size * size
-        seen = slice(0, highest + 1)
-        near = slice(max(0, lowest - begin), min(num_own, highest + size - begin))
-    else:
-        seen = slice(0, begin + stop)
-        near = slice(max(0, start - size + 1), min(num_own, stop + size - 1))
-    device = blocks.starts.device
-    queries = torch.arange(begin + start, begin + stop, device=device).unsqueeze(-1)
-    starts = blocks.starts[:, start:stop].unsqueeze(-1)
-    index = torch.arange(seen.stop, device=device)
-    clean = (index <= starts) & (index >= blocks.documents[:, start:stop].unsqueeze(-1))
-    index = torch.arange(begin + near.start, begin + near.stop, device=device)
-    inside = blocks.starts[:, near].unsqueeze(1) == starts
-    inside = inside & (blocks.both_ways[:, start:stop].unsqueeze(-1) | (index <= queries))
-    rows = max(len(clean), len(inside))
-    mask = torch.cat((clean.expand(rows, -1, -1), inside.expand(rows, -1, -1)), dim=-1)
-    return mask.unsqueeze(1), seen, near

@@ -5,17 +5,17 @@ Shapes: b batch, s tokens, B block size, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import TokenInputs
 from models.dart.config import DARTConfig
+from models.dart.denoising import Block, levels_down, reverse, unmask
 from models.dart.layers import BlockInputs
 from models.dart.sampling import Sampling, accept_drafts, guided
-from models.dart.schedule import alphas
 from parallel.carry import SequentialModel
 
 
@@ -104,9 +104,9 @@ def fill_in(
     """Fill in the tokens of rows int64 [b, s] that are not `known` bool [b, s], block by block.
 
     A block sees every token before it and the known ones in it, and is denoised in at most
-    `num_steps` passes: from level k to k' a hidden token is drawn with probability `(alpha_k' -
-    alpha_k) / (1 - alpha_k)`, and is not hidden again. The first token is known. With guidance the
-    unconditional pass sees nothing before the block, and of the known tokens in it the first.
+    `num_steps` passes (models.dart.denoising). The first token is known. With guidance the
+    unconditional pass sees nothing before the block, and of the known tokens in it the first;
+    with gaussian noise it sees those in the block.
     """
     size, length = config.block_size, tokens.shape[1]
     tokens = tokens.clone()
@@ -121,29 +121,45 @@ def fill_in(
         other = None
         if guidance_scale != 1.0:
             other = Stream(model, config, len(tokens), size)
-        block = torch.zeros(len(tokens), size, dtype=tokens.dtype, device=tokens.device)
-        block[:, : stop - start] = tokens[:, places]
-        hidden = torch.ones_like(block, dtype=torch.bool)
-        hidden[:, : stop - start] = ~known[:, places]
-        wanted = hidden.clone()
-        wanted[:, stop - start :] = False
-        given = ~hidden
-        levels = _ladder(config, shown=int((~hidden).sum()), total=hidden.numel(), steps=num_steps)
-        alpha = alphas(config)
-        for level, following in itertools.pairwise(levels):
-            inputs = BlockInputs(tokens[:, start : start + 1], block, hidden, level)
-            logits = stream.denoise(start, inputs)
-            if other is not None:
-                free = other.denoise(0, inputs._replace(hidden=hidden | given))
-                logits = guided(logits, free, guidance_scale)
-            drawn = _draw_block(logits, tokens[:, : start + 1], sampling)
-            share = ((alpha[following] - alpha[level]) / (1.0 - alpha[level])).item()
-            shown = hidden & wanted
-            shown &= sampling.uniform(*hidden.shape, device=hidden.device) < share
-            block = torch.where(shown, drawn, block)
-            hidden &= ~shown
-        tokens[:, places] = block[:, : stop - start]
+        beyond = (0, size - (stop - start))
+        block = Block(
+            tokens=F.pad(tokens[:, places], beyond),
+            is_known=F.pad(known[:, places], beyond, value=False),
+            is_inside=F.pad(torch.ones_like(known[:, places]), beyond, value=False),
+        )
+        draw = _Draw(stream, other, tokens[:, : start + 1], block, sampling, guidance_scale)
+        if config.diffusion_type == "masked":
+            filled = unmask(config, block, draw, num_steps=num_steps, sampling=sampling)
+        else:
+            clean = model.get_submodule("embedding").clean
+            filled = reverse(config, block, draw, clean, num_steps=num_steps, sampling=sampling)
+        tokens[:, places] = filled[:, : stop - start]
     return Generated(tokens, stream.num_passes)
+
+
+class _Draw(NamedTuple):
+    """A token for every place of the block behind `prefix` int64 [b, start + 1], as the model sees
+    the block; `other`: a stream without context, for guidance."""
+
+    stream: Stream
+    other: Stream | None
+    prefix: Tensor
+    block: Block
+    sampling: Sampling
+    guidance_scale: float
+
+    def __call__(
+        self, tokens: Tensor, hidden: Tensor, level: int, states: Tensor | None = None
+    ) -> Tensor:
+        inputs = BlockInputs(self.prefix[:, -1:], tokens, hidden, level, states)
+        logits = self.stream.denoise(self.prefix.shape[1] - 1, inputs)
+        if self.other is not None:
+            if states is None:
+                inputs = inputs._replace(hidden=hidden | self.block.is_known)
+            logits = guided(logits, self.other.denoise(0, inputs), self.guidance_scale)
+        each = self.prefix.repeat_interleave(logits.shape[1], dim=0)
+        flat = self.sampling.probabilities(logits.flatten(0, 1), each)
+        return self.sampling.draw(flat).view(logits.shape[:2])
 
 
 def speculative(
@@ -194,31 +210,13 @@ def _drafted(
     """Drafts int64 [1, n] of the tokens after `tokens`, and what they were drawn from [1, n, V]."""
     size, have = stream.config.block_size, tokens.shape[1]
     shown = have - 1 - start
+    # With gaussian noise a block shows all of its tokens or none.
+    seen = shown if stream.config.diffusion_type == "masked" else 0
     block = torch.zeros(1, size, dtype=tokens.dtype, device=tokens.device)
     block[:, :shown] = tokens[:, start + 1 :]
-    hidden = torch.arange(size, device=tokens.device).unsqueeze(0) >= shown
-    level = _ladder(stream.config, shown=shown, total=size, steps=1)[0]
+    hidden = torch.arange(size, device=tokens.device).unsqueeze(0) >= seen
+    level = levels_down(stream.config, shown=seen, total=size, steps=1)[0]
     inputs = BlockInputs(tokens[:, start : start + 1], block, hidden, level)
     logits = stream.denoise(start, inputs)[0, shown : shown + num_drafts]
     q = sampling.probabilities(logits, tokens.expand(num_drafts, -1)).unsqueeze(0)
     return sampling.draw(q), q
-
-
-def _draw_block(logits: Tensor, prefix: Tensor, sampling: Sampling) -> Tensor:
-    """A token for every place of a block, [b, B, V] -> int64 [b, B]."""
-    each = prefix.repeat_interleave(logits.shape[1], dim=0)
-    flat = sampling.probabilities(logits.flatten(0, 1), each)
-    return sampling.draw(flat).view(logits.shape[:2])
-
-
-def _ladder(config: DARTConfig, *, shown: int, total: int, steps: int) -> list[int]:
-    """Levels from the one of a block of which `shown` of `total` tokens are shown, down to 0.
-
-    Level T where none is; below it where some are, since at T a block holds no token.
-    """
-    top = config.diffusion_steps
-    if shown:
-        hidden_share = 1.0 - shown / total
-        top = 1 + int((1.0 - alphas(config)[1:top] - hidden_share).abs().argmin())
-    steps = min(steps, top)
-    return [round(top * (steps - i) / steps) for i in range(steps + 1)]

@@ -28,7 +28,8 @@ from models.common.decoder import (
 from models.common.init import replicated, replicated_linear
 from models.common.norms import rms_norm
 from models.common.rope import RotaryTable, rotate
-from models.dart.attention import Blocks, block_attention, find_blocks
+from models.dart.attention import Blocks, find_blocks
+from models.dart.block_attention import block_attention
 from models.dart.carry import DARTCarry, DARTOutput
 from models.dart.config import DARTConfig
 from models.dart.noise import NORMAL, Noise, draw_noise, full_noise
@@ -55,6 +56,7 @@ class BlockInputs(NamedTuple):
     tokens: Tensor
     hidden: Tensor
     level: int
+    states: Tensor | None = None
 
 
 class EmbeddingCache:
@@ -153,8 +155,21 @@ class DARTEmbedding(nn.Module):
         levels = torch.full_like(inputs.tokens, inputs.level, dtype=torch.int32)
         noise = Noise(levels, inputs.hidden, levels, None, inputs.tokens)
         modulation = self.time(levels[:1, :1].flatten(), self.mask.dtype)
-        hidden = self.tokens(inputs.before).transpose(0, 1)
-        return DARTCarry(hidden, self._noised(inputs.tokens, noise), modulation, levels, levels)
+        before = self.tokens(inputs.before).transpose(0, 1)
+        if inputs.states is None:
+            noised = self._noised(inputs.tokens, noise)
+        else:
+            noised = inputs.states.transpose(0, 1).to(before.dtype)
+            noised = self._masked(inputs.hidden.T, noised)
+        return DARTCarry(before, noised, modulation, levels, levels)
+
+    def clean(self, tokens: Tensor) -> Tensor:
+        """e of tokens int64 [...], with a variance of 1, at least in fp32: [..., h]."""
+        return rms_norm(at_least_fp32(self.tokens(tokens)), None, eps=self.config.rms_norm_eps)
+
+    def _masked(self, hidden: Tensor, own: Tensor) -> Tensor:
+        # [s, b, h] also in memory, where the mask would make it [b, s, h].
+        return torch.where(hidden.unsqueeze(-1), self.mask.to(own.dtype), own).contiguous()
 
     def _noised(self, tokens: Tensor, noise: Noise) -> Tensor:
         """The diffusion stream of int64 [b, s]: [s/t, b, h]."""
@@ -167,8 +182,7 @@ class DARTEmbedding(nn.Module):
             epsilon = normal(keys, own.shape[-1], stream=NORMAL)
             clean = rms_norm(at_least_fp32(own), None, eps=self.config.rms_norm_eps)
             own = (signal.sqrt() * clean + (1.0 - signal).sqrt() * epsilon).to(own.dtype)
-        # [s, b, h] also in memory, where the mask would make it [b, s, h].
-        return torch.where(hidden.unsqueeze(-1), self.mask.to(own.dtype), own).contiguous()
+        return self._masked(hidden, own)
 
 
 class TrunkBlock(nn.Module):
@@ -322,7 +336,9 @@ class DARTPair(nn.Module):
         earlier = 0
         if caches is not None:
             seen, own, earlier = caches[1].append(*seen), caches[2].append(*own), first
-        mixed = block_attention(q, seen, own, self._blocks(carry, first, earlier))
+        is_cached = caches is not None
+        blocks = self._blocks(carry, first, earlier)
+        mixed = block_attention(q, seen, own, blocks, is_cached=is_cached)
         return attention.output(mixed.permute(2, 0, 1, 3).flatten(2))
 
     def _blocks(self, carry: DARTCarry, first: int, earlier: int) -> Blocks:

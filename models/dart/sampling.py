@@ -55,6 +55,9 @@ class Sampling(NamedTuple):
     def uniform(self, *shape: int, device: torch.device) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
 
+    def normal(self, *shape: int, device: torch.device) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=device, dtype=torch.float64)
+
 
 class Accepted(NamedTuple):
     """`num_kept` int64 [b]: drafts that are kept. `token` int64 [b]: the one after them."""

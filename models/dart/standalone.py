@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import TokenInputs
 from models.dart.carry import DARTOutput
 from models.dart.config import DARTConfig
-from models.dart.generation import Generated, causal, fill_in, speculative
+from models.dart.generation import fill_in
 from models.dart.model import layer_specs, loss
+from models.dart.modes import (
+    Mode,
+    Request,
+    check_request,
+    continue_rows,
+    evaluating,
+    row_lengths,
+    sampling_of,
+)
 from models.dart.sampling import Sampling
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL
-
-Mode = Literal["ar", "diffusion", "speculative"]
 
 
 class DARTGenerateOutput(NamedTuple):
@@ -141,33 +147,26 @@ class DART(nn.Module):
             if bos_token_id is None:
                 raise ValueError("input_ids=None begins with bos_token_id; give one of the two")
             input_ids = torch.tensor([[bos_token_id]], device=self.body.ctx.device)
-        length = self.config.max_position_embeddings if max_length is None else max_length
-        self._check_request(input_ids, length, mode, guidance_scale, num_diffusion_steps)
-        if not 0.0 < temperature < float("inf"):
-            raise ValueError(
-                f"temperature={temperature} must be above 0; for the most probable token use "
-                "do_sample=False"
-            )
-        sampling = Sampling(
-            temperature if do_sample else 0.0, top_k, top_p, repetition_penalty, generator
+        sampling = sampling_of(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            do_sample=do_sample,
+            generator=generator,
         )
-        was_training = self.body.training
-        self.body.eval()
-        try:
-            generated = self._generated(
-                input_ids,
-                length,
-                mode,
-                sampling,
-                guidance_scale=guidance_scale,
-                eos_id=eos_token_id,
-                num_steps=num_diffusion_steps or self.config.block_size,
-            )
-        finally:
-            self.body.train(was_training)
+        request = Request(
+            mode,
+            self.config.max_position_embeddings if max_length is None else max_length,
+            sampling,
+            guidance_scale,
+            eos_token_id,
+            num_diffusion_steps,
+        )
+        generated = continue_rows(self.body, self.config, input_ids, request)
         if not return_dict:
             return generated.tokens
-        lengths = _lengths(generated.tokens, input_ids.shape[1], eos_token_id)
+        lengths = row_lengths(generated.tokens, input_ids.shape[1], eos_token_id)
         return DARTGenerateOutput(generated.tokens, lengths, generated.num_passes)
 
     @torch.no_grad()
@@ -187,17 +186,20 @@ class DART(nn.Module):
         Raises:
             ValueError: the first token is not known, or a setting is out of its range.
         """
-        self._check_request(
-            input_ids, 1 + input_ids.shape[1], "diffusion", guidance_scale, num_diffusion_steps
+        check_request(
+            self.config,
+            input_ids[:, :1],
+            input_ids.shape[1],
+            "diffusion",
+            guidance_scale,
+            num_diffusion_steps,
         )
         if not bool(known[:, 0].all()):
             raise ValueError(
                 "known[:, 0] is False: nothing predicts the first token; put a token that begins "
                 "texts before it"
             )
-        was_training = self.body.training
-        self.body.eval()
-        try:
+        with evaluating(self.body):
             return fill_in(
                 self.body,
                 self.config,
@@ -207,78 +209,6 @@ class DART(nn.Module):
                 sampling=sampling or Sampling(),
                 guidance_scale=guidance_scale,
             ).tokens
-        finally:
-            self.body.train(was_training)
-
-    def _generated(
-        self,
-        tokens: Tensor,
-        length: int,
-        mode: Mode,
-        sampling: Sampling,
-        *,
-        guidance_scale: float,
-        eos_id: int | None,
-        num_steps: int,
-    ) -> Generated:
-        body, config = self.body, self.config
-        if mode == "ar":
-            return causal(
-                body,
-                config,
-                tokens,
-                length=length,
-                sampling=sampling,
-                guidance_scale=guidance_scale,
-                eos_id=eos_id,
-            )
-        if mode == "diffusion":
-            prompt = tokens.shape[1]
-            known = torch.ones_like(tokens, dtype=torch.bool)
-            room = (0, length - prompt)
-            filled = fill_in(
-                body,
-                config,
-                F.pad(tokens, room),
-                F.pad(known, room, value=False),
-                num_steps=num_steps,
-                sampling=sampling,
-                guidance_scale=guidance_scale,
-            )
-            return filled._replace(tokens=_ended(filled.tokens, prompt, eos_id))
-        rows = [
-            speculative(body, config, row, length=length, sampling=sampling, eos_id=eos_id)
-            for row in tokens.split(1)
-        ]
-        longest = max(row.tokens.shape[1] for row in rows)
-        padded = [F.pad(r.tokens, (0, longest - r.tokens.shape[1]), value=eos_id) for r in rows]
-        return Generated(torch.cat(padded), sum(row.num_passes for row in rows))
-
-    def _check_request(
-        self, tokens: Tensor, length: int, mode: str, scale: float, num_steps: int | None
-    ) -> None:
-        longest = self.config.max_position_embeddings
-        if mode not in ("ar", "diffusion", "speculative"):
-            raise ValueError(f"mode={mode!r} is not one of ar, diffusion, speculative; choose one")
-        if tokens.numel() == 0 or tokens.dim() != 2:
-            raise ValueError(f"input_ids of shape {list(tokens.shape)} must be [batch, 1 or more]")
-        if tokens.shape[1] >= length or length > longest + (mode == "diffusion"):
-            raise ValueError(
-                f"a prompt of {tokens.shape[1]} tokens with max_length={length}: it must be longer "
-                f"than the prompt and at most max_position_embeddings={longest}"
-            )
-        if not 1.0 <= scale < float("inf"):
-            raise ValueError(f"guidance_scale={scale} must be 1 (none) or more")
-        if scale != 1.0 and mode == "speculative":
-            raise ValueError(
-                f"guidance_scale={scale} with mode=speculative, which has the law of the model "
-                "without guidance; use mode=ar or guidance_scale=1"
-            )
-        if num_steps is not None and (mode != "diffusion" or num_steps < 1):
-            raise ValueError(
-                f"num_diffusion_steps={num_steps} with mode={mode}: it is 1 or more and belongs to "
-                "mode=diffusion"
-            )
 
 
 def _check_mask(tokens: Tensor, mask: Tensor | None) -> None:
@@ -289,22 +219,3 @@ def _check_mask(tokens: Tensor, mask: Tensor | None) -> None:
             f"attention_mask of shape {list(mask.shape)} must be {list(tokens.shape)} with ones "
             "and then zeros in every row: put padding after the tokens"
         )
-
-
-def _ended(tokens: Tensor, prompt: int, eos_id: int | None) -> Tensor:
-    """Rows filled with `eos_id` from its first place after the prompt on, cut where all are."""
-    if eos_id is None:
-        return tokens
-    after = (tokens[:, prompt:] == eos_id).cumsum(dim=1) > 0
-    tokens = torch.cat((tokens[:, :prompt], tokens[:, prompt:].masked_fill(after, eos_id)), dim=1)
-    return tokens[:, : int(_lengths(tokens, prompt, eos_id).max())]
-
-
-def _lengths(tokens: Tensor, prompt: int, eos_id: int | None) -> Tensor:
-    """Tokens of every row, up to and including the first `eos_id` after the prompt."""
-    num_new = torch.full((len(tokens),), tokens.shape[1] - prompt, device=tokens.device)
-    if eos_id is not None and tokens.shape[1] > prompt:
-        is_end = tokens[:, prompt:] == eos_id
-        first = is_end.int().argmax(dim=1) + 1
-        num_new = torch.where(is_end.any(dim=1), first, num_new)
-    return prompt + num_new

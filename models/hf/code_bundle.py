@@ -68,6 +68,18 @@ def bundle(files: Mapping[str, CodeFile], *, root: Path = _ROOT) -> dict[str, st
     return {file: _render(file, entry, modules, owners, needed) for file, entry in files.items()}
 
 
+def write_files(files: Mapping[str, CodeFile], directory: Path) -> None:
+    """Write the text of each file into a directory.
+
+    Raises:
+        ValueError: as `bundle`.
+    """
+    for name, text in bundle(files).items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def _collect(name: str, modules: Modules, root: Path, texts: Mapping[str, str]) -> None:
     """Read a module, after those that it imports."""
     if name in modules:

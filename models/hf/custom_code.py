@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from models.base import BaseModelMapping, HFMapping
 from models.checkpoint import parameter_table
 from models.common.config import DecoderConfig
-from models.hf.code_bundle import CodeFile, bundle, code_of
+from models.hf.code_bundle import CodeFile, code_of, write_files
 from models.registry import get_family
 from parallel.carry import LayerSpec, ties
 
@@ -104,12 +104,14 @@ def own_code(
     *,
     name: Callable[[str], str] = "model.{}".format,
     base: BaseModelMapping | None = None,
+    files: Mapping[str, CodeFile] = MappingProxyType({}),
 ) -> HFMapping:
     """The form of a family with `config_class` in `config_module` (`models.<package>.hf.config...`)
     and its model beside it.
 
     `models.<package>.hf.auto` registers both. `name`: our name of a parameter or buffer -> its name
-    in files. `base`: the mapping from the base model that the family extends.
+    in files. `base`: the mapping from the base model that the family extends. `files`: more code
+    for the directory, by path.
     """
 
     def theirs() -> Any:
@@ -119,14 +121,13 @@ def own_code(
         package = config_module.rpartition(".")[0]
         return getattr(importlib.import_module(f"{package}.auto"), theirs().model_class)
 
-    code = code_of(family, config_module)
+    code = {**code_of(family, config_module), **files}
     return _mapping(family, theirs, model_class, code, name=name, base=base)
 
 
 def write_code(family: str, directory: Path) -> None:
     """Write the files of a family's code into a directory."""
-    for name, text in bundle(get_family(family).require_hf().code).items():
-        (directory / name).write_text(text, encoding="utf-8")
+    write_files(get_family(family).require_hf().code, directory)
 
 
 def _mapping(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.base import HFMapping
 from models.checkpoint import StoredModel, check_names, check_shape, parameter_table
-from models.hf.code_bundle import bundle
+from models.hf.code_bundle import write_files
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 
 
@@ -32,8 +32,7 @@ def export_configuration(
         target = dtype or _first_dtype(reader, stored)
     contents = hf.to_config(stored.config) | {"dtype": str(target).removeprefix("torch.")}
     write_json(output / "config.json", contents)
-    for name, text in bundle(hf.code).items():
-        (output / name).write_text(text, encoding="utf-8")
+    write_files(hf.code, output)
 
 
 def export_weights(

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from models.base import BaseModelMapping
 from models.dart.config import DARTConfig
+from models.dart.hf.generate_file import GENERATE_FILE, GENERATE_SOURCE
+from models.hf.code_bundle import CodeFile
 from models.hf.custom_code import own_code
 from models.hf.llama_names import (
     BLOCK_BIAS_NAMES,
@@ -72,6 +74,7 @@ HF = own_code(
     "dart",
     "models.dart.hf.config",
     "DARTHFConfig",
+    files={GENERATE_FILE: CodeFile("models.dart.hf.generate", GENERATE_SOURCE)},
     base=BaseModelMapping(
         model_types=("llama", "qwen2"),
         from_config=from_base_config,

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from models.hf.code_bundle import CodeFile, bundle
+from models.hf.code_bundle import CodeFile, bundle, write_files
 from models.registry import get_family
 from tests.refusals import assert_refused
 
@@ -163,8 +163,7 @@ FAMILIES = ("agiformer", "daria_former", "dart", "dtf", "mod")
 def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_path):
     texts = bundle(get_family(family).require_hf().code)
     assert texts == bundle(get_family(family).require_hf().code)
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+    write_files(get_family(family).require_hf().code, tmp_path)
     # Names without a definition, imports without a use, a second definition of a name.
     lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9"]
     found = subprocess.run(
@@ -178,8 +177,9 @@ def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_
 def test_transformers_finds_every_package_that_the_files_import(family, tmp_path):
     from transformers.dynamic_module_utils import get_imports
 
-    for name, text in bundle(get_family(family).require_hf().code).items():
-        (tmp_path / name).write_text(text)
+    code = get_family(family).require_hf().code
+    write_files(code, tmp_path)
+    for name in code:
         others = set(get_imports(tmp_path / name)) - set(sys.stdlib_module_names)
         assert others <= {"pydantic", "torch", "transformers"}
 

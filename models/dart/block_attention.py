@@ -1,0 +1,34 @@
+"""The form of the diffusion stream's attention that a call has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.common.cache import KeysValues
+from models.dart.attention import Blocks, masked_block_attention
+from models.dart.flex import flex_block_attention
+from models.dart.merged_attention import merged_block_attention
+
+# Of the kernels that FlexAttention compiles.
+_FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FLEX_HEAD_DIM = 16
+
+
+def block_attention(
+    q: Tensor, context: KeysValues, own: KeysValues, blocks: Blocks, *, is_cached: bool
+) -> Tensor:
+    """Mix the values that every place sees (models.dart.attention): q [b, n, s, d] -> same.
+
+    `context`: the causal stream from place 0 on, [b, g, c, d]. `own`: the diffusion stream from
+    place `blocks.own_first` on, [b, g, o, d]. On CPU the merged form, on CUDA FlexAttention. Behind
+    a cache, in fp64 or with heads below 16 on CUDA, and on other devices chunks of queries have a
+    mask.
+    """
+    if is_cached:
+        return masked_block_attention(q, context, own, blocks)
+    if q.device.type == "cpu":
+        return merged_block_attention(q, context, own, blocks)
+    if q.is_cuda and q.dtype in _FLEX_DTYPES and q.shape[-1] >= _FLEX_HEAD_DIM:
+        return flex_block_attention(q, context, own, blocks)
+    return masked_block_attention(q, context, own, blocks)
