@@ -10,6 +10,10 @@ from typing import Any
 
 _MODULES = {
     "AMRPAConfig": "config",
+    "AMRPALlamaConfig": "config",
+    "AMRPALlamaForCausalLM": "hf.auto",
+    "AMRPALlamaHFConfig": "hf.auto",
+    "FAMILY": "model",
     "resolve_targets": "targets",
     "QueryMemory": "memory",
     "Architecture": "injection.architectures",

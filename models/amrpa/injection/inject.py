@@ -259,13 +259,13 @@ def _add_memories(
     config: AMRPAConfig,
 ) -> None:
     like = next(p for p in module.parameters() if p.is_floating_point())
-    memories = {
-        str(depth): QueryMemory(num_heads, head_dim, len(plan.reads[depth]), config).to(
-            like.device, like.dtype
-        )
-        for depth in depths
-        if depth in plan.reads
-    }
+    memories = {}
+    for depth in depths:
+        if depth in plan.reads:
+            window, kind = len(plan.reads[depth]), config.granularity
+            memory = QueryMemory(num_heads, head_dim, window, config, granularity=kind)
+            memory.reset_parameters()
+            memories[str(depth)] = memory.to(like.device, like.dtype)
     if memories:
         module.amrpa = nn.ModuleDict(memories)
         module.amrpa.train(module.training)
