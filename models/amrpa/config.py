@@ -23,6 +23,8 @@ class AMRPAConfig(MemorySettings):
     * `freeze_base_model`, `freeze_embeddings`: what injection freezes.
     * `track_metrics`, `metric_device`: whether measurements are kept, and where they are read.
     * `granularity`: one selection per `head`, or one per `token` over all heads.
+    * `inject_cross_attention`: whether the target layers of a decoder also correct the queries of
+      their cross-attention, by the cross-attention of earlier layers.
 
     Raises:
         ValueError: a setting is unknown or outside of its range.
@@ -33,6 +35,7 @@ class AMRPAConfig(MemorySettings):
     track_metrics: bool = True
     metric_device: str = "cpu"
     granularity: Literal["head", "token"] = "head"
+    inject_cross_attention: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
