@@ -159,7 +159,7 @@ class ModelFamily:
     * `layer_specs(config, *, segmented=False) -> list[LayerSpec]`: the model. With `segmented`
       rows hold several documents and `TokenInputs.segment_ids` is given.
     * `carry_schema(config, ctx, *, micro_batch_size, seq_length, segmented=False)`: the carry's
-      class filled with `parallel.carry.Field`s of local shape.
+      class filled with `parallel.carry.Field`s of local shape, or `Varying` ones.
     * `loss(output, labels, *, config, ctx, num_scored=None) -> LossOutput`: `labels` int64 [b, s],
       -100 = not scored. The losses of the scored tokens are summed and divided by `num_scored`, a
       scalar tensor: the average number of scored tokens per micro-batch of this step, so that the

@@ -22,6 +22,7 @@ class _Entry(NamedTuple):
 
 _FAMILIES = {
     "agiformer": _Entry("models.agiformer", "AgiformerConfig"),
+    "amrpa": _Entry("models.amrpa", "AMRPALlamaConfig"),
     "daria_former": _Entry("models.daria_former", "DariaFormerConfig"),
     "dart": _Entry("models.dart", "DARTConfig"),
     "dtf": _Entry("models.dynamic", "DTFConfig", "DTF"),

@@ -52,32 +52,80 @@ class Field(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
+@dataclass(frozen=True)
+class Varying:
+    """A field of a carry that is a tuple of tensors, only as many as later layers need.
+
+    `after`: layer -> the fields that its output holds; none after a layer that is not named.
+    """
+
+    after: Mapping[str, tuple[Field, ...]]
+
+
+def schema_after(schema: Any, layer: str) -> Any:
+    """The schema of the output of one layer: every `Varying` field becomes a tuple of `Field`s."""
+    return type(schema)(
+        *(field.after.get(layer, ()) if isinstance(field, Varying) else field for field in schema)
+    )
+
+
+def leaves(carry: Any) -> list[tuple[str, Any]]:
+    """Name and value of every tensor of a carry, or of every `Field` of the schema of one layer's
+    output; absent ones are left out."""
+    found: list[tuple[str, Any]] = []
+    for name, value in zip(carry._fields, carry, strict=True):
+        if _is_several(value):
+            found += [(f"{name}[{i}]", each) for i, each in enumerate(value)]
+        elif value is not None:
+            found.append((name, value))
+    return found
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, tuple) and not isinstance(value, Field)
+
+
 def check_carry(layer: str, carry: Any, schema: Any) -> None:
     """Check a layer's output against the carry schema of its family.
 
     Raises:
         ValueError: names the layer, the field, and the expected and actual value.
     """
+    schema = schema_after(schema, layer)
     if type(carry) is not type(schema):
         raise ValueError(
             f"layer {layer} returned {type(carry).__name__}, "
             f"expected the carry {type(schema).__name__}"
         )
     for name, value, expected in zip(schema._fields, carry, schema, strict=True):
-        if expected is None and value is None:
+        if not _is_several(expected):
+            _check_field(layer, name, value, expected)
             continue
-        if expected is None or not isinstance(value, Tensor):
-            came = type(value).__name__
+        if not isinstance(value, tuple) or len(value) != len(expected):
+            came = f"{len(value)}" if isinstance(value, tuple) else type(value).__name__
             raise ValueError(
-                f"layer {layer}, carry field {name}: got {came}, expected {expected}; correct the "
-                "layer or the carry schema of its family"
+                f"layer {layer}, carry field {name}: got {came}, expected {len(expected)} tensors; "
+                "correct the layer or the carry schema of its family"
             )
-        if (value.dtype, tuple(value.shape)) != (expected.dtype, tuple(expected.shape)):
-            came = str(Field(tuple(value.shape), value.dtype))
-            raise ValueError(
-                f"layer {layer}, carry field {name}: got {came}, expected {expected}; correct the "
-                "layer or the carry schema of its family"
-            )
+        for i, pair in enumerate(zip(value, expected, strict=True)):
+            _check_field(layer, f"{name}[{i}]", *pair)
+
+
+def _check_field(layer: str, name: str, value: Any, expected: Field | None) -> None:
+    if expected is None and value is None:
+        return
+    if expected is None or not isinstance(value, Tensor):
+        came = type(value).__name__
+        raise ValueError(
+            f"layer {layer}, carry field {name}: got {came}, expected {expected}; correct the "
+            "layer or the carry schema of its family"
+        )
+    if (value.dtype, tuple(value.shape)) != (expected.dtype, tuple(expected.shape)):
+        came = str(Field(tuple(value.shape), value.dtype))
+        raise ValueError(
+            f"layer {layer}, carry field {name}: got {came}, expected {expected}; correct the "
+            "layer or the carry schema of its family"
+        )
 
 
 class Tie(NamedTuple):

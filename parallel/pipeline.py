@@ -151,7 +151,7 @@ class PipelineStage(PipelineModule):
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers and its seed
             super().__init__(layers=self.specs, topology=topology, loss_fn=self._loss)
-        self.wire = Wire(schema)
+        self.set_schema(schema)
         self.inputs_type = inputs_type
         self.objective = objective
         self.recompute = recompute
@@ -161,17 +161,24 @@ class PipelineStage(PipelineModule):
     def local_specs(self) -> tuple[LayerSpec, ...]:
         return self.specs[self._local_start : self._local_stop]
 
+    def set_schema(self, schema: Any) -> None:
+        """Set the carry's shapes, which are constant in a stage of a run (data.stages)."""
+        # Of the first stage nothing is received, and of the last nothing is sent.
+        before, last = self.specs[self._local_start - 1], self.local_specs[-1]
+        self.received, self.sent = Wire(schema, after=before.name), Wire(schema, after=last.name)
+
     def forward(self, received: Any) -> Any:
-        carry = (
-            self.inputs_type(*received) if self.ctx.is_first_stage else self.wire.unpack(received)
-        )
+        if self.ctx.is_first_stage:
+            carry = self.inputs_type(*received)
+        else:
+            carry = self.received.unpack(received)
         with self.ctx.precision.autocast():
             carry = run_layers(
                 self.local_specs, self.forward_funcs, carry, self.ctx, recompute=self.recompute
             )
         if self.ctx.is_last_stage:
             return carry
-        return self.wire.pack(carry, layer=self.local_specs[-1].name)
+        return self.sent.pack(carry, layer=self.local_specs[-1].name)
 
     def get_additional_losses(self) -> dict[str, Tensor]:
         """The named terms of the last loss; PipelineEngine averages them over micro-batches."""

@@ -16,22 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.carry import Field, check_carry
+from parallel.carry import Field, check_carry, leaves, schema_after
 
 # Every field starts at a multiple of this, so that any dtype can be viewed in place.
 ALIGNMENT_BYTES = 16
 
 
 class Wire:
-    """Packs and unpacks the carry described by `schema` (the carry's class filled with Fields)."""
+    """Packs and unpacks the carry described by `schema` (the carry's class filled with Fields).
 
-    def __init__(self, schema: Any) -> None:
-        self.schema = schema
-        self.names: list[str] = [
-            n for n, f in zip(schema._fields, schema, strict=True) if f is not None
-        ]
-        fields = [f for f in schema if f is not None]
-        for name, field in zip(self.names, fields, strict=True):
+    `after`: the layer before the boundary, for a schema with fields that vary between layers.
+    """
+
+    def __init__(self, schema: Any, *, after: str = "") -> None:
+        self.schema = schema_after(schema, after)
+        named = leaves(self.schema)
+        fields = [field for _, field in named]
+        for name, field in named:
             if field.gradient and not field.dtype.is_floating_point:
                 raise ValueError(
                     f"carry field {name}: {field} cannot carry a gradient; declare it with "
@@ -50,7 +51,7 @@ class Wire:
             ValueError: the carry does not match the schema.
         """
         check_carry(layer, carry, self.schema)
-        values = [x for x in carry if x is not None]
+        values = [x for _, x in leaves(carry)]
         floats = [x for x, d in zip(values, self._is_differentiable, strict=True) if d]
         others = [x for x, d in zip(values, self._is_differentiable, strict=True) if not d]
         bits: Tensor = _Pack.apply(self.differentiable, *floats)
@@ -63,9 +64,15 @@ class Wire:
         tensors = (received,) if isinstance(received, Tensor) else received
         floats = iter(_Unpack.apply(self.differentiable, tensors[0]))
         others = iter(_from_bytes(tensors[1], self.constant) if self.constant else ())
-        return type(self.schema)(
-            *(None if f is None else next(floats if f.gradient else others) for f in self.schema)
-        )
+
+        def arrived(field: Any) -> Any:
+            if field is None:
+                return None
+            if isinstance(field, Field):
+                return next(floats if field.gradient else others)
+            return tuple(map(arrived, field))
+
+        return type(self.schema)(*map(arrived, self.schema))
 
     @property
     def forward_bytes(self) -> int:

@@ -65,7 +65,7 @@ def measure(
     schema = family.carry_schema(
         config, ctx, micro_batch_size=batch_size, seq_length=seq_length, segmented=segmented
     )
-    output = run_cut(specs, model, inputs, Wire(schema), cuts)
+    output = run_cut(specs, model, inputs, schema, cuts)
     total, terms = family.loss(output, labels, config=config, ctx=ctx)
     total.backward()
     return Measured(total.detach(), terms, full_gradients(model, ctx))
@@ -164,14 +164,16 @@ def run_cut(
     specs: Sequence[LayerSpec],
     model: SequentialModel,
     carry: Any,
-    wire: Wire,
+    schema: Any,
     cuts: Sequence[int],
 ) -> Any:
     """What the last layer returns when the carry crosses the wire before the layers `cuts`."""
     bounds = [0, *sorted(cuts), len(specs)]
     for start, stop in itertools.pairwise(bounds):
         if start:
-            carry = wire.unpack(_sent(wire.pack(carry, layer=specs[start - 1].name)))
+            layer = specs[start - 1].name
+            wire = Wire(schema, after=layer)
+            carry = wire.unpack(_sent(wire.pack(carry, layer=layer)))
         carry = run_layers(
             specs[start:stop],
             model.layers[start:stop],

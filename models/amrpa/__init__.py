@@ -6,6 +6,10 @@ from models.lazy_names import lazy_names
 
 _MODULES = {
     "AMRPAConfig": "config",
+    "AMRPALlamaConfig": "config",
+    "AMRPALlamaForCausalLM": "hf.auto",
+    "AMRPALlamaHFConfig": "hf.auto",
+    "FAMILY": "model",
     "resolve_targets": "targets",
     "QueryMemory": "memory",
     "Architecture": "injection.architectures",

@@ -6,63 +6,36 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from models.common.config import STRICT, PositiveFloat, PositiveInt
+from models.amrpa.settings import MemorySettings
+from models.amrpa.targets import plan_layers, resolve_targets
+from models.common.config import DecoderConfig
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Settings that only training or the first step reads.
+_TRAINING = frozenset({"dropout", "diversity_weight", "gate_reg_weight", "detach_history"})
+_INITIAL = frozenset({"gate_sensitivity", "gate_bias"})
 
 
-class AMRPAConfig(BaseModel):
-    """Settings of the cross-layer memory; names and defaults are those of the published package.
+class AMRPAConfig(MemorySettings):
+    """Settings of an injection.
 
-    * `memory_decay` (gamma), `memory_noise` (epsilon): fading ink.
-    * `adaptive_window`, `max_window_size`: how many earlier layers a layer reads.
-    * `gate_sensitivity` (gamma_g), `gate_bias` (b_g): initial values of two learned scalars per
-      layer; `gate_activation`.
-    * `alpha_temperature` (T), `alpha_mlp_hidden`, `alpha_mlp_layers`: the selection MLP.
-    * `target_layers`: see `models.amrpa.targets`.
     * `freeze_base_model`, `freeze_embeddings`: what injection freezes.
-    * `dropout`: inside the selection MLP. `diversity_weight`, `gate_reg_weight`: the two losses.
     * `track_metrics`, `metric_device`: whether measurements are kept, and where they are read.
-
-    Beyond the published package:
-
-    * `history_kind`: what a layer leaves behind. `qk`: queries and keys; `pattern`: the S x S
-      matrix itself, for reference; `context`: the attention output, an approximation.
-    * `history_scope`: which layers are remembered, `all` or the `targets` alone.
-    * `detach_history`: whether gradients stop at the history.
     * `granularity`: one selection per `head`, or one per `token` over all heads.
+    * `inject_cross_attention`: whether the target layers of a decoder also correct the queries of
+      their cross-attention, by the cross-attention of earlier layers.
 
     Raises:
         ValueError: a setting is unknown or outside of its range.
     """
 
-    model_config = STRICT
-
-    memory_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
-    memory_noise: Annotated[float, Field(ge=0, lt=1)] = 0.001
-    adaptive_window: bool = True
-    max_window_size: PositiveInt = 4
-    gate_sensitivity: Finite = 2.0
-    gate_bias: Finite = -0.25
-    gate_activation: Literal["sigmoid", "tanh", "relu"] = "sigmoid"
-    alpha_temperature: PositiveFloat = 0.25
-    alpha_mlp_hidden: PositiveInt = 384
-    alpha_mlp_layers: PositiveInt = 2
-    target_layers: str | list[int] = "last_4"
     freeze_base_model: bool = True
     freeze_embeddings: bool = True
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    diversity_weight: Weight = 0.005
-    gate_reg_weight: Weight = 0.05
     track_metrics: bool = True
     metric_device: str = "cpu"
-    history_kind: Literal["qk", "pattern", "context"] = "qk"
-    history_scope: Literal["all", "targets"] = "all"
-    detach_history: bool = True
     granularity: Literal["head", "token"] = "head"
+    inject_cross_attention: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -88,3 +61,33 @@ class AMRPAConfig(BaseModel):
             raise ValueError(
                 f"{name}={values.get(name)!r} of AMRPAConfig is invalid: {first['msg']}"
             ) from None
+
+
+class AMRPALlamaConfig(MemorySettings, DecoderConfig):
+    """A decoder of Llama or Qwen2 shape (`qkv_bias`) whose target layers read earlier layers.
+
+    One selection per head, so that tensor ranks share the heads and exchange nothing. Without
+    dropout unless it is set: pretraining sees a text once.
+    """
+
+    family: Literal["amrpa"] = "amrpa"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        plan_layers(self, self.num_layers)
+        return self
+
+    @property
+    def is_random(self) -> bool:
+        """Whether layers draw random numbers in training."""
+        return self.memory_noise > 0 or self.dropout > 0
+
+    def function(self) -> dict[str, Any]:
+        """As in `DecoderConfig`; without settings of training and initial values, which are learnt.
+
+        Layers are named by their numbers, whatever form `target_layers` has.
+        """
+        settings = super().function()
+        rest = {k: v for k, v in settings.items() if k not in _TRAINING | _INITIAL}
+        return rest | {"target_layers": resolve_targets(self.target_layers, self.num_layers)}

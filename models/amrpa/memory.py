@@ -7,16 +7,21 @@ selection MLP.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.amrpa.config import AMRPAConfig
+from models.amrpa.settings import MemorySettings
 
 # Below this variance of the gate over tokens the gate loss grows.
 GATE_VARIANCE = 0.02
+
+Granularity = Literal["head", "token"]
+Dropout = Callable[[Tensor, int], Tensor]
 
 _ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 
@@ -57,29 +62,43 @@ class QueryMemory(nn.Module):
     at first: the layer then computes what it did without memory.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, window: int, config: AMRPAConfig) -> None:
-        """`window`: how many layers are read; with one there is nothing to select, and no MLP."""
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        window: int,
+        config: MemorySettings,
+        *,
+        granularity: Granularity = "head",
+        device: torch.device | None = None,
+    ) -> None:
+        """`window`: how many layers are read; with one there is nothing to select, and no MLP.
+
+        Parameters are uninitialised: see `reset_parameters`. With one selection per head, heads
+        share nothing but the MLP and the gate's scalars, so a part of them can live on a rank.
+        """
         super().__init__()
         self.config = config
+        self.granularity = granularity
+        empty = partial(torch.empty, device=device)
         per_head = (num_heads, head_dim, head_dim)
-        self.gate_weight = nn.Parameter(torch.empty(per_head))  # W_g
-        self.memory_weight = nn.Parameter(torch.empty(per_head))  # W_m
-        self.gate_sensitivity = nn.Parameter(torch.empty(()))
-        self.gate_bias = nn.Parameter(torch.empty(()))
+        self.gate_weight = nn.Parameter(empty(per_head))  # W_g
+        self.memory_weight = nn.Parameter(empty(per_head))  # W_m
+        self.gate_sensitivity = nn.Parameter(empty(()))
+        self.gate_bias = nn.Parameter(empty(()))
         self.selects = window > 1
         if self.selects:
-            self.selection_weight = nn.Parameter(torch.empty(per_head))  # W_a
-            self._build_mlp((1 if config.granularity == "head" else num_heads) * head_dim)
-        self.reset_parameters()
+            self.selection_weight = nn.Parameter(empty(per_head))  # W_a
+            self._build_mlp((1 if granularity == "head" else num_heads) * head_dim, empty)
 
-    def _build_mlp(self, size: int) -> None:
+    def _build_mlp(self, size: int, empty: Callable[..., Tensor]) -> None:
         """Parameters, not linear layers: tools that adapt or quantise every linear layer of a model
         leave the memory alone. The last layer has no bias, which the softmax over k would cancel.
         """
         hidden = [self.config.alpha_mlp_hidden] * (self.config.alpha_mlp_layers - 1)
         shapes = list(zip([*hidden, 1], [2 * size, *hidden], strict=True))
-        self.mlp_weights = nn.ParameterList(torch.empty(shape) for shape in shapes)
-        self.mlp_biases = nn.ParameterList(torch.empty(rows) for rows in hidden)
+        self.mlp_weights = nn.ParameterList(empty(shape) for shape in shapes)
+        self.mlp_biases = nn.ParameterList(empty((rows,)) for rows in hidden)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -98,14 +117,20 @@ class QueryMemory(nn.Module):
                 bias.uniform_(-bound, bound)
 
     def forward(
-        self, q: Tensor, transported: Tensor, mean_value: Tensor | None, noise: Tensor | None
+        self,
+        q: Tensor,
+        transported: Tensor,
+        mean_value: Tensor | None,
+        noise: Tensor | None,
+        dropout: Dropout | None = None,
     ) -> Correction:
         """q [b, n, s, d] before its rotation; `transported` u_k [w, b, n, s, d], nearest first.
 
         `mean_value` v [b, n, s, d], None where epsilon is 0; `noise` xi [w, b, n, s], None for 1.
+        `dropout(x, i)`: what dropout leaves of hidden layer i of the MLP; None for torch's own.
         """
         memory = self._fade(transported, mean_value, noise)
-        alpha = self._select(q, memory)
+        alpha = self._select(q, memory, dropout or self._dropout)
         m = (alpha.unsqueeze(-1).to(memory.dtype) * memory).sum(dim=0)
         gate = self._gate(q, m)
         correction = torch.einsum("bnsd,ned->bnse", m, self.memory_weight)
@@ -119,29 +144,29 @@ class QueryMemory(nn.Module):
         added = self.config.memory_noise * mean
         return faded + (added if noise is None else noise.unsqueeze(-1).to(added.dtype) * added)
 
-    def _select(self, q: Tensor, memory: Tensor) -> Tensor:
+    def _dropout(self, x: Tensor, layer: int) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _select(self, q: Tensor, memory: Tensor, dropout: Dropout) -> Tensor:
         """`softmax_k(MLP[q, W_a u_k] / T)`: fp32 [w, b, n or 1, s].
 
-        The first layer is a sum of two products: that of q serves all k, and W_a is multiplied into
-        that of u_k.
+        The first layer is a sum of two products, of which that of q serves all k.
         """
         if not self.selects:
             return _at_least_fp32(torch.ones_like(memory[..., 0]))
         first, *others = self.mlp_weights
         of_query, of_memory = first.chunk(2, dim=1)
-        if self.config.granularity == "head":
-            joined = torch.einsum("ed,ndc->nec", of_memory, self.selection_weight)
+        projected = torch.einsum("kbnsd,ned->kbnse", memory, self.selection_weight)
+        if self.granularity == "head":
             of_q = torch.einsum("bnsd,ed->bnse", q, of_query)
-            of_u = torch.einsum("kbnsd,ned->kbnse", memory, joined)
+            of_u = torch.einsum("kbnsd,ed->kbnse", projected, of_memory)
         else:
             heads = (-1, *self.selection_weight.shape[:2])
-            joined = torch.einsum("end,ndc->nec", of_memory.view(heads), self.selection_weight)
             of_q = torch.einsum("bnsd,end->bse", q, of_query.view(heads)).unsqueeze(1)
-            of_u = torch.einsum("kbnsd,ned->kbse", memory, joined).unsqueeze(2)
+            of_u = torch.einsum("kbnsd,end->kbse", projected, of_memory.view(heads)).unsqueeze(2)
         x = of_q + of_u
         for i, weight in enumerate(others):
-            x = torch.relu(x + self.mlp_biases[i])
-            x = F.dropout(x, self.config.dropout, self.training)
+            x = dropout(torch.relu(x + self.mlp_biases[i]), i)
             x = F.linear(x, weight)
         scores = _at_least_fp32(x.squeeze(-1)) / self.config.alpha_temperature
         return scores.softmax(dim=0)
@@ -153,10 +178,16 @@ class QueryMemory(nn.Module):
             self.gate_sensitivity * similarity + self.gate_bias
         )
 
-    def measure(self, correction: Correction, real: Tensor | None) -> Measured:
+    def measure(
+        self,
+        correction: Correction,
+        real: Tensor | None,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> Measured:
         """The measurements and both losses, before their weights, of every row.
 
-        `real` bool [b, s]: the tokens that are no padding; None for all.
+        `real` bool [b, s]: the tokens that are no padding; None for all. `average`: of a tensor
+        over the ranks that share the heads; None where this one has them all.
 
             diversity_loss = mean_(t, i) [1 - Ent(alpha) / ln w], 0 for w = 1
             gate_loss      = (mean G - 1/2)^2 + relu(v0 - Var_t G) / v0
@@ -175,14 +206,18 @@ class QueryMemory(nn.Module):
         entropy = mean(-(alpha * alpha.clamp(min=tiny).log()).sum(dim=0))
         centre = (gate * weights).sum(dim=2, keepdim=True)
         variance = mean((gate - centre).square())
-        impact = mean(gate)
+        contribution = mean(_at_least_fp32(correction.query).norm(dim=-1))
+        of_heads = torch.stack((mean(gate), variance, entropy, contribution))
+        impact, variance, entropy, contribution = (
+            of_heads if average is None else average(of_heads)
+        ).unbind()
         window = len(alpha)
         diversity = 1 - entropy / math.log(window) if window > 1 else torch.zeros_like(entropy)
         return Measured(
             gate_impact=impact,
             gate_variance=variance,
             alpha_diversity=entropy,
-            memory_contribution=mean(_at_least_fp32(correction.query).norm(dim=-1)),
+            memory_contribution=contribution,
             using_memory=torch.ones_like(impact),
             diversity_loss=diversity * real.any(dim=1),
             gate_loss=(impact - 0.5).square()

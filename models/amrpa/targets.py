@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from models.amrpa.config import AMRPAConfig
+from models.amrpa.settings import MemorySettings
 
 _COUNTED = re.compile(r"(first|last|middle)_(\d+)")
 _SLICE = re.compile(r"(-?\d*):(-?\d*)(?::(-?\d*))?")
@@ -74,7 +74,7 @@ def targets_by_stack(targets: str | Sequence[int], sizes: dict[str, int]) -> dic
     return {name: resolve_targets(targets, size) for name, size in sizes.items()}
 
 
-def window_size(layer: int, config: AMRPAConfig) -> int:
+def window_size(layer: int, config: MemorySettings) -> int:
     """How many earlier layers a layer, counted from 1, reads at most.
 
     `min(l - 1, max_window_size, w(l))` with the adaptive w = 1 for l <= 2, floor(log2 l) + 1 for
@@ -95,7 +95,7 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(
-    targets: Sequence[int], config: AMRPAConfig, layer_types: Sequence[str]
+    targets: Sequence[int], config: MemorySettings, layer_types: Sequence[str]
 ) -> MemoryPlan:
     """Plan the memory of a stack with one entry of `layer_types` per layer.
 
@@ -120,3 +120,20 @@ def plan_memory(
             "to read; choose deeper ones"
         )
     return MemoryPlan(reads, frozenset(layer for each in reads.values() for layer in each))
+
+
+def plan_layers(settings: MemorySettings, num_layers: int) -> MemoryPlan:
+    """The plan of a stack of `num_layers` layers of one kind.
+
+    Raises:
+        ValueError: as `resolve_targets` and `plan_memory`.
+    """
+    targets = resolve_targets(settings.target_layers, num_layers)
+    return plan_memory(targets, settings, ["full"] * num_layers)
+
+
+def live_after(plan: MemoryPlan, layer: int) -> tuple[int, ...]:
+    """The layers up to `layer` that a later one reads, in order: what a stage that ends with
+    `layer` hands on."""
+    later = [reads for target, reads in plan.reads.items() if target > layer]
+    return tuple(sorted({i for reads in later for i in reads if i <= layer}))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.common.cache import KVCache
-from models.common.rope import RotaryTable, rotate
+from models.common.rope import RotaryTable, Rotation, rotate
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.sharding import Normal
@@ -97,6 +97,14 @@ def _packed_block(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=_is_grouped(q, k)
     )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
+    """Causal attention of the last s of T positions, or with `positions` int32 [b, s] (then T = s)
+    of all within their documents: q [b, n, s, d], k and v [b, g, T, d]."""
+    if positions is None:
+        return cached_attention(q, k, v)
+    return packed_attention(q, k, v, positions)
 
 
 def windowed_attention(
@@ -237,26 +245,33 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """`positions` [b, s] for packed documents; `cache` if x continues a sequence; `gathered`,
         alone, if x holds tokens gathered out of a sequence."""
-        q, k, v = (
-            self._split_heads(projected)
-            for projected in project_together(x, self.query, self.key, self.value)
-        )
+        q, k, v = self.project(x)
         if gathered is not None:
             rotation = self.rotary.gather(gathered.positions)
-        elif positions is None:
-            start = 0 if cache is None else cache.length
-            rotation = self.rotary.at(x.device, start=start, length=q.shape[2])
         else:
-            rotation = self.rotary.gather(positions)
+            rotation = self.rotation(q, positions, cache)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if gathered is not None:
-            mixed = gathered.attend(q, k, v)
-        elif cache is not None:
-            mixed = cached_attention(q, *cache.append(k, v))
-        elif positions is not None:
-            mixed = packed_attention(q, k, v, positions)
-        else:
-            mixed = causal_attention(q, k, v)
+            return self.project_output(gathered.attend(q, k, v))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.project_output(attention(q, k, v, None if cache is not None else positions))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, n/t, s, d], keys and values [b, g/t, s, d], before rotation."""
+        projected = project_together(x, self.query, self.key, self.value)
+        q, k, v = (self._split_heads(each) for each in projected)
+        return q, k, v
+
+    def rotation(self, q: Tensor, positions: Tensor | None, cache: KVCache | None) -> Rotation:
+        """The rotation of queries and keys [b, heads, s, d] that come after those of the cache."""
+        if positions is not None:
+            return self.rotary.gather(positions)
+        start = 0 if cache is None else cache.length
+        return self.rotary.at(q.device, start=start, length=q.shape[2])
+
+    def project_output(self, mixed: Tensor) -> Tensor:
+        """[b, n/t, s, d] -> [s, b, h], [s/t, b, h] under sequence parallelism."""
         return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from parallel.layer_state import (
     update_layer_states,
 )
 from parallel.sharding import all_experts
-from parallel.wire import Wire
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint
 from pretrain.distributed.consensus import RankGroup
@@ -209,10 +208,10 @@ class StageEngine(Engine):
         self.sequence_length = spec.config.data.sequence_length
 
     def set_sequence_length(self, length: int) -> None:
-        """Replace the wire and the receive buffers, which DeepSpeed keeps from the first batch."""
+        """Replace the wires and the receive buffers, which DeepSpeed keeps from the first batch."""
         if length != self.sequence_length:
             stage: Any = self.module
-            stage.wire = Wire(self.spec.schema(self.ctx, seq_length=length))
+            stage.set_schema(self.spec.schema(self.ctx, seq_length=length))
             self._deepspeed.reset_activation_shape()
             self.sequence_length = length
 

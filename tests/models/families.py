@@ -94,6 +94,15 @@ _DART = _LLAMA | {
     "p_uncond": 0.1,
 }
 
+# Layers with memory read one, two and three others, so that stages are also cut inside of windows.
+_AMRPA = _LLAMA | {
+    "num_layers": 5,
+    "target_layers": [1, 2, 4],
+    "memory_noise": 0.1,
+    "alpha_mlp_hidden": 12,
+    "dropout": 0.1,
+}
+
 CASES = {
     "agiformer": case("agiformer", **_AGIFORMER),
     "agiformer_variant": case(
@@ -104,6 +113,20 @@ CASES = {
         halting="soft",
         patch_size=2,
         patch_kernel=5,
+    ),
+    "amrpa": case("amrpa", **_AMRPA),
+    "amrpa_variant": case(
+        "amrpa",
+        **_AMRPA | {"target_layers": "all", "memory_noise": 0.0, "dropout": 0.0},
+        history_kind="context",
+        history_scope="targets",
+        detach_history=False,
+        adaptive_window=False,
+        max_window_size=2,
+        gate_activation="tanh",
+        alpha_mlp_layers=3,
+        tie_embeddings=True,
+        qkv_bias=True,
     ),
     "daria_former": case("daria_former", **_DARIA_FORMER),
     "daria_former_variant": case(

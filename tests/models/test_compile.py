@@ -19,6 +19,7 @@ SEQ, DEPTH = 16, 10
 # Of the families with their defaults, dropout and adapters; experts with constant shapes.
 COMPILED: dict[str, dict[str, str | float]] = {
     "agiformer": {},
+    "amrpa": {},
     "llama": {},
     "dart": {},
     "daria_former": {},

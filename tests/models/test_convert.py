@@ -356,7 +356,7 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
     [
         (
             {"model_type": "gpt2"},
-            "model_type='gpt2' cannot be imported; known are agiformer, daria_former, dart, dtf,",
+            "model_type='gpt2' cannot be imported; known are agiformer, amrpa, daria_former, dart,",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 
 from models.base import TokenInputs
-from parallel.carry import Field, SequentialModel
+from parallel.carry import Field, SequentialModel, Varying
 from parallel.context import ParallelContext
 from parallel.wire import Wire
 from tests.models import awkward
@@ -110,6 +112,33 @@ def test_a_carry_field_of_another_dtype_is_refused_with_layer_and_field():
         remedy="carry schema",
     ):
         wire.pack(wrong, layer="block_3")
+
+
+class _Growing(NamedTuple):
+    hidden: Any
+    past: Any
+
+
+def test_a_field_that_varies_has_at_each_boundary_what_its_schema_says():
+    one, other = Field((3, 2), torch.bfloat16), Field((5,), torch.float32, gradient=True)
+    hidden = Field((2, 4), torch.float32, gradient=True)
+    schema = _Growing(hidden, Varying({"block_1": (one, other)}))
+    past = (torch.randn(3, 2).bfloat16(), torch.randn(5).requires_grad_())
+    sent = _Growing(torch.randn(2, 4).requires_grad_(), past)
+    arrived = (wire := Wire(schema, after="block_1")).unpack(wire.pack(sent, layer="block_1"))
+    assert torch.equal(arrived.hidden, sent.hidden)
+    assert [torch.equal(a, b) for a, b in zip(arrived.past, past, strict=True)] == [True, True]
+    arrived.past[1].sum().backward()
+    assert torch.equal(past[1].grad, torch.ones(5))
+
+    nothing = Wire(schema, after="block_2")
+    assert nothing.forward_bytes == 4 * 8 < wire.forward_bytes
+    assert nothing.unpack(nothing.pack(sent._replace(past=()), layer="block_2")).past == ()
+    with pytest.raises(ValueError, match=r"block_2, carry field past: expected 0 tensors, got 2"):
+        nothing.pack(sent, layer="block_2")
+    wrong = sent._replace(past=(past[0].float(), past[1]))
+    with pytest.raises(ValueError, match=r"block_1, carry field past\[0\]: expected bfloat16"):
+        wire.pack(wrong, layer="block_1")
 
 
 def test_an_integer_field_cannot_ask_for_a_gradient():

@@ -1,4 +1,4 @@
-"""Where the transformers models that AMRPA reaches keep their self-attention."""
+"""Where the transformers models that AMRPA reaches keep their attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Stack:
 
     `name`: as in the prefix of `target_layers`. `layers`: path of the list of layers in the base
     model. `attention`: path of the self-attention in a layer. `num_heads`, `head_dim`: settings of
-    the model's configuration; a missing head_dim is hidden_size / num_heads.
+    the model's configuration; a missing head_dim is hidden_size / num_heads. `cross_attention`:
+    path of the cross-attention in a layer, which has as many heads; None where there is none.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Stack:
     attention: str
     num_heads: str = "num_attention_heads"
     head_dim: str = "head_dim"
+    cross_attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,25 @@ _LLAMA = _decoder("layers", "self_attn")
 _BART = Architecture(
     (
         Stack("encoder", "encoder.layers", "self_attn", num_heads="encoder_attention_heads"),
-        Stack("decoder", "decoder.layers", "self_attn", num_heads="decoder_attention_heads"),
+        Stack(
+            "decoder",
+            "decoder.layers",
+            "self_attn",
+            num_heads="decoder_attention_heads",
+            cross_attention="encoder_attn",
+        ),
     )
 )
 _T5 = Architecture(
     (
         Stack("encoder", "encoder.block", "layer.0.SelfAttention", head_dim="d_kv"),
-        Stack("decoder", "decoder.block", "layer.0.SelfAttention", head_dim="d_kv"),
+        Stack(
+            "decoder",
+            "decoder.block",
+            "layer.0.SelfAttention",
+            head_dim="d_kv",
+            cross_attention="layer.1.EncDecAttention",
+        ),
     )
 )
 

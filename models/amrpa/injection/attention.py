@@ -38,7 +38,7 @@ def amrpa_attention(
 ) -> tuple[Tensor, None]:
     """`sdpa` with the query of target layers corrected: [b, n, s, d] to [b, s, n, d].
 
-    Modules without a site (cross-attention) are left alone.
+    Modules without a site are left alone.
     """
     site: Site | None = getattr(module, "amrpa_site", None)
     if site is None:

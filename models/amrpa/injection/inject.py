@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,9 @@ def inject_amrpa(
     target_layers: str | Sequence[int] | None = None,
     adapter: Architecture | None = None,
 ) -> Any:
-    """Inject AMRPA into the self-attention of a transformers model, in place, and return it.
+    """Inject AMRPA into the attention of a transformers model, in place, and return it.
+
+    That is self-attention, and with `inject_cross_attention` that of a decoder to its encoder, too.
 
     The model computes the same logits, bit for bit, until it is trained. New parameters exist at
     once, in the dtype and on the device of the attention that they serve, under the name
@@ -72,6 +75,11 @@ def inject_amrpa(
     stacks = _present_stacks(model, architecture, mode)
     found = {each.name: attentions(model.config, layers, each) for each, layers in stacks}
     plans = _plan(model.config, config, {name: len(each) for name, each in found.items()})
+    if config.inject_cross_attention:
+        crossing = _cross_attentions(model, stacks, plans)
+        stacks += crossing
+        for each, layers in crossing:
+            found[each.name] = attentions(model.config, layers, each)
     states = []
     for stack, layers in stacks:
         if stack.name in plans:
@@ -223,6 +231,30 @@ def _present_stacks(
     return present
 
 
+def _cross_attentions(
+    model: Any, stacks: list[tuple[Stack, nn.Module]], plans: dict[str, MemoryPlan]
+) -> list[tuple[Stack, nn.Module]]:
+    """The cross-attention of the stacks that have one, as stacks with a history of their own;
+    `plans` gets theirs, which is that of the self-attention.
+
+    Raises:
+        ValueError: no stack with memory has one.
+    """
+    found = []
+    for stack, layers in stacks:
+        path = stack.cross_attention
+        if path is not None and stack.name in plans:
+            cross = replace(stack, name=f"{stack.name}_cross", attention=path, cross_attention=None)
+            plans[cross.name] = plans[stack.name]
+            found.append((cross, layers))
+    if not found:
+        raise ValueError(
+            f"inject_cross_attention=True has no effect: {type(model).__name__} has no "
+            "cross-attention in a stack with memory; leave it out or choose other target_layers"
+        )
+    return found
+
+
 def _plan(config: Any, settings: AMRPAConfig, sizes: dict[str, int]) -> dict[str, MemoryPlan]:
     """The plan of every stack that has targets; `sizes`: name -> number of layers."""
     targets = targets_by_stack(settings.target_layers, sizes)
@@ -265,13 +297,13 @@ def _add_memories(
     config: AMRPAConfig,
 ) -> None:
     like = next(p for p in module.parameters() if p.is_floating_point())
-    memories = {
-        str(depth): QueryMemory(num_heads, head_dim, len(plan.reads[depth]), config).to(
-            like.device, like.dtype
-        )
-        for depth in depths
-        if depth in plan.reads
-    }
+    memories = {}
+    for depth in depths:
+        if depth in plan.reads:
+            window, kind = len(plan.reads[depth]), config.granularity
+            memory = QueryMemory(num_heads, head_dim, window, config, granularity=kind)
+            memory.reset_parameters()
+            memories[str(depth)] = memory.to(like.device, like.dtype)
     if memories:
         module.amrpa = nn.ModuleDict(memories)
         module.amrpa.train(module.training)

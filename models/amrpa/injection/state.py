@@ -140,16 +140,17 @@ def wrap_checkpointing(layers: nn.Module, stack: StackState) -> None:
     """Wrap the checkpointing function of every layer of a stack that has one."""
     for layer in layers.modules():
         run = getattr(layer, "_gradient_checkpointing_func", None)
-        if run is not None and not isinstance(run, _Wrapped):
-            wrapped: Any = _Wrapped(stack.checkpointed(run))
+        wrapped_for = run.stacks if isinstance(run, _Wrapped) else ()
+        if run is not None and stack not in wrapped_for:
+            wrapped: Any = _Wrapped(stack.checkpointed(run), (*wrapped_for, stack))
             layer._gradient_checkpointing_func = wrapped
 
 
 class _Wrapped:
-    """A checkpointing function that has been wrapped, so that it is wrapped once."""
+    """A checkpointing function that has been wrapped, once for each of `stacks`."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
+    def __init__(self, run: Callable[..., Any], stacks: tuple[StackState, ...]) -> None:
+        self.run, self.stacks = run, stacks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)

@@ -11,7 +11,6 @@ from models.daria_former.layers import DACBlock
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.wire import Wire
 from tests.equivalence import run_cut
 from tests.models.daria_former.cases import BASE, config_of, model_of, tokens_of
 from tests.refusals import assert_refused
@@ -27,7 +26,7 @@ def test_images_cross_the_wire_bit_for_bit_and_their_gradient_comes_back():
         schema = FAMILY.carry_schema(
             config, model.ctx, micro_batch_size=2, seq_length=11, num_modality_tokens=4
         )
-        output = run_cut(model.specs, model, inputs, Wire(schema), cuts)
+        output = run_cut(model.specs, model, inputs, schema, cuts)
         FAMILY.loss(output, inputs.tokens, config=config, ctx=model.ctx).total.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[1][name], g) for name, g in gradients[0].items())

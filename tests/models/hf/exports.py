@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from models.agiformer import AgiformerForCausalLM, AgiformerHFConfig
+from models.amrpa import AMRPALlamaForCausalLM, AMRPALlamaHFConfig
 from models.daria_former import DariaFormerForCausalLM, DariaFormerHFConfig
 from models.dart import DARTForCausalLM, DARTHFConfig
 from models.dynamic import DTFForCausalLM, DTFHFConfig, MoDForCausalLM, MoDHFConfig
@@ -16,6 +17,7 @@ from tests.models.families import CASES, evaluated
 
 _CLASSES = {
     "agiformer": (AgiformerForCausalLM, AgiformerHFConfig),
+    "amrpa": (AMRPALlamaForCausalLM, AMRPALlamaHFConfig),
     "daria_former": (DariaFormerForCausalLM, DariaFormerHFConfig),
     "dart": (DARTForCausalLM, DARTHFConfig),
     "mod": (MoDForCausalLM, MoDHFConfig),

@@ -156,7 +156,7 @@ def test_what_would_become_another_program_is_refused(sources, parts, files):
         files(*sources)
 
 
-FAMILIES = ("agiformer", "daria_former", "dart", "dtf", "mod")
+FAMILIES = ("agiformer", "amrpa", "daria_former", "dart", "dtf", "mod")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

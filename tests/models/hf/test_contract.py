@@ -28,6 +28,7 @@ NEW = 30  # 51 tokens: over the windows, segments and capacities of all families
 FAMILIES = ("llama", *OWN_CODE)
 VARIANTS = (
     "agiformer_variant",
+    "amrpa_variant",
     "llama_qwen2_shape",
     "daria_former_variant",
     "daria_former_lora",

@@ -12,6 +12,7 @@ from tests.models.hf.exports import FAMILIES, TOKENS, exported
 # As few layers as have everything: tracing takes long.
 SMALL = {
     "agiformer": {"num_layers": 1},
+    "amrpa": {"num_layers": 3, "target_layers": [2]},
     "daria_former": {"num_layers": 1, "esv_sites": 1},
     "dart": {"num_layers": 2},
     "mod": {"num_layers": 2},

@@ -27,7 +27,7 @@ LAYOUTS = sorted(path.stem for path in (CONFIGS / "parallel").glob("*.yaml"))
 _SIZES = {"125m": 8, "350m": 8, "1b3": 8, "7b": 64, "13b": 128, "70b": 512}
 _WORLD = {
     f"{name}_{size}": world
-    for name in ("agiformer", "llama", "dart", "daria")
+    for name in ("agiformer", "amrpa", "llama", "dart", "daria")
     for size, world in _SIZES.items()
 }
 
@@ -72,7 +72,7 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
     ("name", "tokens_per_step"),
     [
         (f"{name}_{size}", tokens)
-        for name in ("llama", "dart", "daria")
+        for name in ("amrpa", "llama", "dart", "daria")
         for size, tokens in {
             "125m": 2**19,
             "350m": 2**19,
