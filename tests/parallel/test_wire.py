@@ -134,10 +134,10 @@ def test_a_field_that_varies_has_at_each_boundary_what_its_schema_says():
     nothing = Wire(schema, after="block_2")
     assert nothing.forward_bytes == 4 * 8 < wire.forward_bytes
     assert nothing.unpack(nothing.pack(sent._replace(past=()), layer="block_2")).past == ()
-    with pytest.raises(ValueError, match=r"block_2, carry field past: expected 0 tensors, got 2"):
+    with pytest.raises(ValueError, match=r"block_2, .* past: got 2, .* 0 tensors"):
         nothing.pack(sent, layer="block_2")
     wrong = sent._replace(past=(past[0].float(), past[1]))
-    with pytest.raises(ValueError, match=r"block_1, carry field past\[0\]: expected bfloat16"):
+    with pytest.raises(ValueError, match=r"block_1, .* past\[0\]: got float32.* bfloat16"):
         wire.pack(wrong, layer="block_1")
 
 

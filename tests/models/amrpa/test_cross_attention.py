@@ -75,5 +75,5 @@ def test_a_model_begins_unchanged_decodes_with_a_cache_and_is_saved(name, tmp_pa
 def test_a_model_without_cross_attention_is_refused():
     for name, targets in (("llama", "all"), ("t5", "encoder:all")):
         settings = amrpa.AMRPAConfig(inject_cross_attention=True, target_layers=targets)
-        with pytest.raises(ValueError, match="inject_cross_attention=True has no effect"):
+        with pytest.raises(ValueError, match="inject_cross_attention=True"):
             inject_amrpa(plain(name), settings)

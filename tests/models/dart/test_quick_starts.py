@@ -164,7 +164,7 @@ def test_a_value_of_the_wrong_type_or_range_is_refused(settings, message):
         ({"max_length": 3}, "max_length=3"),
         ({"max_length": 257}, "max_position_embeddings=256"),
         ({"max_length": 257, "mode": "diffusion"}, "max_position_embeddings=256"),
-        ({"input_ids": torch.zeros(1, 300, dtype=torch.int64)}, "a prompt of 300 tokens"),
+        ({"input_ids": torch.zeros(1, 300, dtype=torch.int64)}, "prompt of 300 tokens"),
         ({"mode": "beam"}, "mode='beam'"),
         ({"num_diffusion_steps": 0, "mode": "diffusion"}, "num_diffusion_steps=0"),
         ({"num_diffusion_steps": 4}, "num_diffusion_steps=4 with mode=ar"),

@@ -50,9 +50,9 @@ def hangs() -> int:
 @pytest.mark.parametrize(
     ("main", "timeout", "message"),
     [
-        (dies, 60, r"rank 1 was killed by SIGKILL"),
-        (fails, 60, r"rank 1 failed \(exit code 2\): error: no space left"),
-        (hangs, 1, r"rank 0 did not end within 1 s"),
+        (dies, 60, r"rank 1 .*SIGKILL"),
+        (fails, 60, r"rank 1 .*2.*: error: no space"),
+        (hangs, 1, r"rank 0 .* 1 s"),
     ],
 )
 def test_the_rank_that_failed_is_named_and_none_is_left(main, timeout, message, tmp_path):
