@@ -188,7 +188,7 @@ def test_directories_that_do_not_fit_are_refused_in_one_line(tmp_path):
         amrpa.from_pretrained(tmp_path / "plain")
     for name, change, message in (
         ("unknown", {"memory_dcay": 1}, "'memory_dcay' is no setting of AMRPAConfig; did you mean"),
-        ("shape", {"alpha_mlp_hidden": 20}, r"mlp_weights.0 has shape \(12, 16\), the model needs"),
+        ("shape", {"alpha_mlp_hidden": 20}, r"mlp_weight_0 has shape \(12, 16\), the model needs"),
         ("targets", {"target_layers": [1]}, "the weights of .* are missing or left over"),
     ):
         injected("llama").save_pretrained(tmp_path / name)
