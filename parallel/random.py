@@ -88,7 +88,6 @@ def _fill_one(target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int) 
     if isinstance(init, Constant):
         target.fill_(init.value)
         return
-    target = target.view(1) if target.dim() == 0 else target  # a scalar is a row of its own
     rows = _local_rows(target, sharding, tensor_rank)
     target.zero_()  # padding rows stay zero
     if not isinstance(init, Normal):

@@ -234,11 +234,11 @@ def declare_memory(memory: QueryMemory, config: AMRPALlamaConfig) -> None:
         "gate_bias": (shared, Constant(config.gate_bias), "vector"),
     }
     for name, parameter in memory.named_parameters():
-        if name.startswith("mlp_biases"):
+        if name.startswith("mlp_bias"):
             declare(parameter, shared, Constant(0.0))
-        elif name.startswith("mlp_weights"):
-            # The last one makes a number of every token.
-            role: Role = "matrix" if len(parameter) > 1 else "router"
+        elif name.startswith("mlp_weight") or name == "score_weight":
+            # The last one maps every token to a number.
+            role: Role = "router" if name == "score_weight" else "matrix"
             declare(parameter, shared, Normal((3 * parameter.shape[1]) ** -0.5), role=role)
         else:
             sharding, init, own_role = declared[name]

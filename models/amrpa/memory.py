@@ -84,8 +84,8 @@ class QueryMemory(nn.Module):
         per_head = (num_heads, head_dim, head_dim)
         self.gate_weight = nn.Parameter(empty(per_head))  # W_g
         self.memory_weight = nn.Parameter(empty(per_head))  # W_m
-        self.gate_sensitivity = nn.Parameter(empty(()))
-        self.gate_bias = nn.Parameter(empty(()))
+        self.gate_sensitivity = nn.Parameter(empty((1,)))
+        self.gate_bias = nn.Parameter(empty((1,)))
         self.selects = window > 1
         if self.selects:
             self.selection_weight = nn.Parameter(empty(per_head))  # W_a
@@ -96,9 +96,17 @@ class QueryMemory(nn.Module):
         leave the memory alone. The last layer has no bias, which the softmax over k would cancel.
         """
         hidden = [self.config.alpha_mlp_hidden] * (self.config.alpha_mlp_layers - 1)
-        shapes = list(zip([*hidden, 1], [2 * size, *hidden], strict=True))
-        self.mlp_weights = nn.ParameterList(empty(shape) for shape in shapes)
-        self.mlp_biases = nn.ParameterList(empty((rows,)) for rows in hidden)
+        for i, (rows, columns) in enumerate(zip(hidden, [2 * size, *hidden], strict=False)):
+            self.register_parameter(f"mlp_weight_{i}", nn.Parameter(empty((rows, columns))))
+            self.register_parameter(f"mlp_bias_{i}", nn.Parameter(empty((rows,))))
+        self.score_weight = nn.Parameter(empty((1, hidden[-1] if hidden else 2 * size)))
+
+    def _mlp(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights of all layers of the MLP, and the biases of all but the last."""
+        hidden = range(self.config.alpha_mlp_layers - 1)
+        weights = [self.get_parameter(f"mlp_weight_{i}") for i in hidden]
+        biases = [self.get_parameter(f"mlp_bias_{i}") for i in hidden]
+        return [*weights, self.score_weight], list(biases)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -110,10 +118,11 @@ class QueryMemory(nn.Module):
         self.gate_bias.fill_(self.config.gate_bias)
         if self.selects:
             self.selection_weight.normal_(std=std)
-            bounds = [weight.shape[1] ** -0.5 for weight in self.mlp_weights]
-            for weight, bound in zip(self.mlp_weights, bounds, strict=True):
+            weights, biases = self._mlp()
+            bounds = [weight.shape[1] ** -0.5 for weight in weights]
+            for weight, bound in zip(weights, bounds, strict=True):
                 weight.uniform_(-bound, bound)
-            for bias, bound in zip(self.mlp_biases, bounds[:-1], strict=True):
+            for bias, bound in zip(biases, bounds[:-1], strict=True):
                 bias.uniform_(-bound, bound)
 
     def forward(
@@ -154,7 +163,7 @@ class QueryMemory(nn.Module):
         """
         if not self.selects:
             return _at_least_fp32(torch.ones_like(memory[..., 0]))
-        first, *others = self.mlp_weights
+        (first, *others), biases = self._mlp()
         of_query, of_memory = first.chunk(2, dim=1)
         projected = torch.einsum("kbnsd,ned->kbnse", memory, self.selection_weight)
         if self.granularity == "head":
@@ -166,7 +175,7 @@ class QueryMemory(nn.Module):
             of_u = torch.einsum("kbnsd,end->kbse", projected, of_memory.view(heads)).unsqueeze(2)
         x = of_q + of_u
         for i, weight in enumerate(others):
-            x = dropout(torch.relu(x + self.mlp_biases[i]), i)
+            x = dropout(torch.relu(x + biases[i]), i)
             x = F.linear(x, weight)
         scores = _at_least_fp32(x.squeeze(-1)) / self.config.alpha_temperature
         return scores.softmax(dim=0)

@@ -25,8 +25,10 @@ class AMRPALlamaForCausalLM(FamilyForCausalLM):
     def layer_specs(self, settings: AMRPALlamaConfig) -> list[LayerSpec]:
         return layer_specs(settings)
 
-    def auxiliary_loss(self, output: AMRPAOutput) -> Tensor:
-        """The weighted losses of the memory, per row [b]."""
+    def auxiliary_loss(self, output: AMRPAOutput) -> Tensor | None:
+        """The weighted losses of the memory in training, per row [b]."""
+        if not self.training:
+            return None
         entries = dict(zip(AUX, output.aux.unbind(dim=-1), strict=True))
         diversity = self.config.diversity_weight * entries["diversity_loss"]
         return diversity + self.config.gate_reg_weight * entries["gate_loss"]

@@ -164,10 +164,14 @@ def from_pretrained(path: str | Path, adapter: Architecture | None = None, **opt
 
 
 def _load_memories(model: Any, path: Path) -> None:
+    num_layers = _state(model).config.alpha_mlp_layers
     expected = {k: v for k, v in model.state_dict().items() if ".amrpa." in k}
     stored: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        stored |= {_local(k, expected): v for k, v in load_file(file).items() if ".amrpa." in k}
+        for name, weight in load_file(file).items():
+            if ".amrpa." in name:
+                current = _current_name(name, num_layers)
+                stored[_local(current, expected)] = weight.view(1) if weight.dim() == 0 else weight
     if stored.keys() != expected.keys():
         wrong = sorted(stored.keys() ^ expected.keys())[0]
         raise ValueError(
@@ -181,6 +185,13 @@ def _load_memories(model: Any, path: Path) -> None:
                 f"{tuple(weight.shape)}; load it with the configuration that it was saved with"
             )
     model.load_state_dict(stored, strict=False)
+
+
+def _current_name(name: str, num_layers: int) -> str:
+    """The name of a weight in a file of an earlier version, whose MLP was a list of layers and
+    whose gate had scalars of no dimension."""
+    name = name.replace(f".mlp_weights.{num_layers - 1}", ".score_weight")
+    return name.replace(".mlp_weights.", ".mlp_weight_").replace(".mlp_biases.", ".mlp_bias_")
 
 
 def _local(name: str, expected: dict[str, Tensor]) -> str:

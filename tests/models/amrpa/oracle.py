@@ -129,12 +129,9 @@ def _corrections(amrpa, memory, q, v, history, group):
 
 
 def _mlp(memory, x):
-    layers = sum(name.startswith("mlp_weights") for name in memory)
-    for i in range(layers):
-        x = memory[f"mlp_weights.{i}"] @ x
-        if i < layers - 1:
-            x = (x + memory[f"mlp_biases.{i}"]).clamp(min=0)
-    return x.squeeze(-1)
+    for i in range(sum(name.startswith("mlp_bias") for name in memory)):
+        x = (memory[f"mlp_weight_{i}"] @ x + memory[f"mlp_bias_{i}"]).clamp(min=0)
+    return (memory["score_weight"] @ x).squeeze(-1)
 
 
 def _measure(gates, alphas, norms):

@@ -192,7 +192,7 @@ def test_directories_that_do_not_fit_are_refused_in_one_line(tmp_path):
         (
             "shape",
             {"alpha_mlp_hidden": 20},
-            ("mlp_weights.0", (12, 16), "(20, 16)", "configuration"),
+            ("mlp_weight_0", (12, 16), "(20, 16)", "configuration"),
         ),
         ("targets", {"target_layers": [1]}, ("targets", "missing", "amrpa", "configuration")),
     ):

@@ -93,6 +93,7 @@ _MATRIX = re.compile(
     r".*\.(attention\.(paths\.\w+\.)?(query|key|value|output|[qkvo]_proj)"
     r"|(mlp|prior|layer_\d+|block_\d+)\.(gate|up|down)|ffn\.(gate|up|down)_proj)\.weight"
     r"|.*\.experts\.(gate|up|down)"
+    r"|.*\.memory\.heads\.((gate|memory|selection)_weight|mlp_weight_\d)"
     r"|(.*\.)?(memory\.(query|key|value)|fusion\.(attention|memory|output)|exchange\.(up|down)"
     r"|encoder\.mix|reasoning\.(up|down)|head\.(hidden|project))\.weight"
 )
