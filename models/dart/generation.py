@@ -5,7 +5,8 @@ Shapes: b batch, s tokens, B block size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ def fill_in(
         if config.diffusion_type == "masked":
             filled = unmask(config, block, draw, num_steps=num_steps, sampling=sampling)
         else:
-            clean = model.get_submodule("embedding").clean
+            clean = cast(Callable[[Tensor], Tensor], model.get_submodule("embedding").clean)
             filled = reverse(config, block, draw, clean, num_steps=num_steps, sampling=sampling)
         tokens[:, places] = filled[:, : stop - start]
     return Generated(tokens, stream.num_passes)

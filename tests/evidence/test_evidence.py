@@ -7,7 +7,7 @@ import torch
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.evidence import cost, depth, language, mood, recall
+from tests.evidence import cost, depth, hybrid, language, mood, recall
 from tests.evidence.training import IGNORED, future_leak
 
 
@@ -84,3 +84,14 @@ def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
     assert found.leak == 0.0 < found.oracle_leak
     assert 0.0 < found.share < 1.0
     assert 7.0 < found.causal < 9.0
+
+
+def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
+    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    ours = hybrid.ARMS["dual, blocks of 8"]
+    assert hybrid.steps_of(ours, 100) < 100 < hybrid.steps_of(hybrid.ARMS["llama, 2 layers"], 100)
+    trained = hybrid.fit(ours, corpus, seed=0, steps=1)
+    prompt = torch.zeros(1, hybrid.PROMPT, dtype=torch.long)
+    written = hybrid.written(trained, ours, prompt, "speculative")
+    assert written.tokens.shape == (1, hybrid.TOTAL)
+    assert 0 < written.num_passes <= 2 * (hybrid.TOTAL - hybrid.PROMPT)
