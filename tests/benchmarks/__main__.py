@@ -13,6 +13,7 @@ NAMES = (
     "llama_step",
     "dynamic_step",
     "block_attention",
+    "patch_cost",
     "loader",
     "byte_path",
     "tokenization",

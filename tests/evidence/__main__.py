@@ -9,7 +9,17 @@ import sys
 from parallel.cpu.compat import prepare_environment
 from tests.benchmarks.timing import machine
 
-NAMES = ("recall", "mood", "language", "cost", "depth", "hybrid")
+NAMES = (
+    "recall",
+    "mood",
+    "language",
+    "cost",
+    "depth",
+    "hybrid",
+    "patches",
+    "patch_recall",
+    "thinking",
+)
 
 
 def main() -> int:
