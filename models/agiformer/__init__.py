@@ -13,6 +13,7 @@ _MODULES = {
     "LocalAutoregressiveHead": "head",
     "RecurrentReasoningBlock": "reasoning",
     "SlidingWindowAttention": "block",
+    "SwiGLU": "block",
     "AGIFORMER": "standalone.model",
     "CurriculumDataLoader": "standalone.data",
     "AgiformerForCausalLM": "hf.auto",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.agiformer.cache import BlockCache, MemoryCache, rollback_patches
 from models.agiformer.carry import AgiformerCarry, dropped
 from models.agiformer.config import AgiformerConfig
-from models.agiformer.memory import (
+from models.agiformer.memory.forms import (
     MIN_LOG_DECAY,
     MemoryInputs,
     Remembered,
@@ -87,7 +87,7 @@ class SlidingWindowAttention(nn.Module):
 
 
 class HebbianMemory(nn.Module):
-    """A memory that keys write values into, and that forgets by a decay per head (memory.py).
+    """A memory that keys write values into, and that forgets by a decay per head (memory/forms.py).
 
         q = (elu(W_q u) + 1) / sqrt(E),   k = elu(W_k u) + 1,   v = W_v u
         log lambda = clamp(log alpha + log(f + (1 - f) sigmoid(W_d u + b_d)), -20, 0)

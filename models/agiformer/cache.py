@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.agiformer.memory import MemoryInputs, Remembered
+from models.agiformer.memory.forms import MemoryInputs, Remembered
 from models.common.history import History
 
 MAX_ROLLBACK = 64

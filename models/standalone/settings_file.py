@@ -1,14 +1,32 @@
-"""A model configuration from a YAML file. No torch."""
+"""A model configuration from settings, or from a YAML file of them. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 Config = TypeVar("Config", bound=BaseModel)
+
+
+def checked_settings(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration with these settings.
+
+    Raises:
+        ValueError: the first setting that is unknown or out of range, in one line.
+    """
+    try:
+        return config_class(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        where = f"{name}={first['input']!r} " if name else ""
+        remedy = f"; change {name}" if name else ""
+        raise ValueError(f"{where}{message}{remedy}") from None
 
 
 def read_settings(path: Path, config_class: type[Config]) -> Config:

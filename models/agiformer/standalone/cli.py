@@ -4,7 +4,7 @@ not."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from models.standalone.command_line import CommandParser, run_command
@@ -16,7 +16,7 @@ def train_scaled(argv: Sequence[str] | None = None) -> int:
     sizes = {"d_model": 768, "n_layers": 12, "num_heads": 12, "window_size": 256}
     times = {"max_steps": 50_000, "batch_size": 2, "accumulation": 4, "warmup": 500}
     _add(parser, **sizes, **times, eval_every=2000, lr=2e-4)
-    return run_command(lambda: _commands().train_scaled(parser.parse_args(argv)))
+    return _run("train_scaled", lambda: parser.parse_args(argv))
 
 
 def train_curriculum(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def train_curriculum(argv: Sequence[str] | None = None) -> int:
     sizes = {"d_model": 512, "n_layers": 6, "num_heads": 8, "window_size": 128}
     times = {"max_steps": 20_000, "batch_size": 4, "accumulation": 1, "warmup": 100}
     _add(parser, **sizes, **times, eval_every=200, lr=3e-4)
-    return run_command(lambda: _commands().train_curriculum(parser.parse_args(argv)))
+    return _run("train_curriculum", lambda: parser.parse_args(argv))
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=200, help="bytes to add")
     parser.add_argument("--temp", type=float, default=0.7, help="0: most probable bytes")
     parser.add_argument("--seed", type=int, default=0)
-    return run_command(lambda: _commands().generate_text(_with_model(parser, argv)))
+    return _run("generate_text", lambda: _with_model(parser, argv))
 
 
 def overfit_test(argv: Sequence[str] | None = None) -> int:
@@ -45,16 +45,14 @@ def overfit_test(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser("overfit_test", "Learn a repeated pattern by heart.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cpu")
-    succeeded: list[bool] = []
-    status = run_command(lambda: succeeded.append(_commands().overfit(parser.parse_args(argv))))
-    return status or (0 if succeeded[0] else 1)
+    return _run("overfit", lambda: parser.parse_args(argv))
 
 
 def recall_test(argv: Sequence[str] | None = None) -> int:
     """`test_recall_fixed CHECKPOINT`: needle in a haystack."""
     parser = _reader("test_recall_fixed", "Ask for a needle, with the memory and without.")
     parser.add_argument("--distances", type=int, nargs="+", help="bytes between telling and asking")
-    return run_command(lambda: _commands().recall(_with_model(parser, argv)))
+    return _run("recall", lambda: _with_model(parser, argv))
 
 
 def inspect_reasoning(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +61,29 @@ def inspect_reasoning(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prompt", default="The quick brown fox jumps over the lazy dog. 12 + 30 = 42"
     )
-    return run_command(lambda: _commands().inspect_reasoning(_with_model(parser, argv)))
+    return _run("inspect_reasoning", lambda: _with_model(parser, argv))
+
+
+def memory_integrity(argv: Sequence[str] | None = None) -> int:
+    """`test_memory_integrity CHECKPOINT`: exit status 1 where a check does not pass."""
+    parser = _reader("test_memory_integrity", "Check what the memories of a model compute.")
+    sentence = "The quick brown fox jumps over the lazy dog. 12 + 30 = 42. "
+    parser.add_argument("--prompt", default=25 * sentence, help="the text; default: 1,475 bytes")
+    return _run("memory_integrity", lambda: _with_model(parser, argv))
+
+
+def _run(name: str, parse: Callable[[], argparse.Namespace]) -> int:
+    """0, or 1 where the command returns False, or 2 for a user's mistake."""
+    found: list[bool | None] = []
+
+    def command() -> None:
+        options = parse()
+        # After parsing, so that --help and a wrong option do not wait for torch.
+        from models.agiformer.standalone import commands
+
+        found.append(getattr(commands, name)(options))
+
+    return run_command(command) or (1 if found[0] is False else 0)
 
 
 def _add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -97,9 +117,3 @@ def _with_model(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         )
     options.model = options.model or options.checkpoint
     return options
-
-
-def _commands() -> Any:
-    from models.agiformer.standalone import commands
-
-    return commands

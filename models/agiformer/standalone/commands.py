@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from models.agiformer.block import GatedFusion
 from models.agiformer.standalone.data import CurriculumDataLoader, byte_loader
+from models.agiformer.standalone.memory_checks import check_memories
 from models.agiformer.standalone.model import AGIFORMER, load_model
 from models.agiformer.standalone.training import RecordedTrainer
 from models.base import TokenInputs
@@ -54,7 +56,15 @@ def _train(
     check_device(options.device)
     torch.manual_seed(options.seed)
     model = _built(options)
+    unit = model.config.patch_size
+    if options.seq_len % unit:
+        nearest = max(1, options.seq_len // unit) * unit
+        raise ValueError(
+            f"--seq_len={options.seq_len} must be a multiple of the {unit} bytes of a patch; "
+            f"use {nearest}"
+        )
     print(f"{model.count_parameters() / 1e6:.1f}M parameters", flush=True)
+    _print_order_zero(Path(options.data_dir) / "val.txt")
     settings = TrainerSettings(
         max_steps=options.max_steps,
         warmup_steps=min(options.warmup, options.max_steps - 1),
@@ -68,6 +78,19 @@ def _train(
     RecordedTrainer(
         model, settings, train, val, optimizer=optimizer, folder=Path(options.output), **recorded
     ).train()
+
+
+def _print_order_zero(path: Path) -> None:
+    """Print what the frequencies of its own bytes alone would need, the mark to beat."""
+    text = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    shares = torch.bincount(text.long(), minlength=256) / len(text)
+    bits = float(torch.special.entr(shares.double()).sum() / math.log(2))
+    characters = len(text) - int(((text & 0xC0) == 0x80).sum())
+    print(
+        f"{path.name}: {len(text)} bytes, {len(text) / max(1, characters):.3f} a character; "
+        f"{bits:.3f} bits per byte by their frequencies alone",
+        flush=True,
+    )
 
 
 def _built(options: argparse.Namespace) -> AGIFORMER:
@@ -84,11 +107,7 @@ def _built(options: argparse.Namespace) -> AGIFORMER:
 
 def generate_text(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation."""
-    check_device(options.device)
-    model = load_model(Path(options.model), device=options.device)
-    if not options.prompt:
-        raise ValueError("--prompt is empty; give at least one character")
-    prompt = torch.tensor([list(options.prompt.encode())], device=options.device)
+    model, prompt = _loaded(options), _prompt(options)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     rows = generate(
         model.body,
@@ -102,6 +121,9 @@ def generate_text(options: argparse.Namespace) -> None:
 
 def overfit(options: argparse.Namespace) -> bool:
     """Learn one repeated pattern of 16 bytes in 200 steps; whether the loss is below 0.1."""
+    check_device(options.device)
+    if options.steps < 1:
+        raise ValueError(f"--steps={options.steps} must be 1 or more; raise it")
     torch.manual_seed(0)
     model = AGIFORMER(d_model=256, n_layers=2, num_heads=4, dropout=0.0, device=options.device)
     optimizer = build_optimizer(model, lr=1e-3)
@@ -123,13 +145,19 @@ def recall(options: argparse.Namespace) -> None:
 
     The control opens every gate to attention, which reaches `window_size x n_layers` patches
     back."""
-    check_device(options.device)
-    model = load_model(Path(options.model), device=options.device)
+    model = _loaded(options)
     config = model.config
     reach = config.window_size * config.num_layers * config.patch_size
     print(f"attention reaches {reach} bytes back")
     records = []
-    for distance in options.distances or [reach // 4, reach, 2 * reach, 4 * reach]:
+    least = len(NEEDLE[0] + NEEDLE[2])  # nothing between the two
+    distances = options.distances or [max(least, reach * n // 4) for n in (1, 4, 8, 16)]
+    if min(distances) < least:
+        raise ValueError(
+            f"--distances holds {min(distances)}, less than the {least} bytes of the question; "
+            f"use {least} or more"
+        )
+    for distance in distances:
         record: dict[str, float] = {"distance": distance, "within_attention": distance <= reach}
         record["memory_on"] = _needle_bits(model, distance)
         with_control = _without_memory(model)
@@ -142,7 +170,7 @@ def recall(options: argparse.Namespace) -> None:
 def _needle_bits(model: AGIFORMER, distance: int) -> float:
     """Bits per byte of the needle when it is asked for `distance` bytes after it was told."""
     question, answer, end = NEEDLE
-    filler = (FILLER * (distance // len(FILLER) + 1))[: max(0, distance - len(question + end))]
+    filler = (FILLER * (distance // len(FILLER) + 1))[: distance - len(question + end)]
     text = (question + answer + end + filler + question + answer).encode()
     tokens = torch.tensor([list(text)], device=model.body.ctx.device)
     logits = model.body(TokenInputs(tokens[:, :-1])).logits[-len(answer) :, 0]
@@ -162,11 +190,33 @@ def _without_memory(model: AGIFORMER) -> AGIFORMER:
 @torch.no_grad()
 def inspect_reasoning(options: argparse.Namespace) -> None:
     """Print how many steps the patches of a text take, and the ponder cost."""
-    model = load_model(Path(options.model), device=options.device)
-    tokens = torch.tensor([list(options.prompt.encode())], device=options.device)
-    output = model.body(TokenInputs(tokens))
+    model = _loaded(options)
+    output = model.body(TokenInputs(_prompt(options)))
     ponder, steps, _ = output.aux[0].tolist()
     most = model.config.thinking_steps
     print(json.dumps({"mean_steps": steps, "ponder_cost": ponder, "most_steps": most}))
     if not 1.05 < steps < most - 0.05:
         print(f"the block has collapsed: every patch takes about {steps:.2f} steps")
+
+
+def memory_integrity(options: argparse.Namespace) -> bool:
+    """Whether the memories of a model compute their recurrence, on a text; prints every check."""
+    model, tokens = _loaded(options), _prompt(options)
+    checks = check_memories(model, tokens)
+    for check in checks:
+        print(json.dumps(check._asdict()), flush=True)
+    succeeded = all(check.passed for check in checks)
+    print("SUCCESS" if succeeded else "FAILURE: at least one check has not passed")
+    return succeeded
+
+
+def _loaded(options: argparse.Namespace) -> AGIFORMER:
+    check_device(options.device)
+    return load_model(Path(options.model), device=options.device)
+
+
+def _prompt(options: argparse.Namespace) -> torch.Tensor:
+    """The bytes of `--prompt`: int64 [1, s]."""
+    if not options.prompt:
+        raise ValueError("--prompt is empty; give at least one character")
+    return torch.tensor([list(options.prompt.encode())], device=options.device)

@@ -36,10 +36,11 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
     with positions that are not scored.
 
     Raises:
-        ValueError: there is no such file, or it has fewer than two bytes.
+        ValueError: there is no such file, it has fewer than two bytes, or windows would be empty.
     """
 
     def __init__(self, path: Path, seq_len: int) -> None:
+        _check_counts(seq_len=seq_len)
         if not path.is_file():
             raise ValueError(f"{path} is missing; put the text there, nothing takes its place")
         if path.stat().st_size < 2:
@@ -64,20 +65,32 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
 def byte_loader(
     path: Path, batch_size: int, seq_len: int, *, shuffle: bool, seed: int = 0
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of the windows of a file, in its order or in one that the seed decides."""
+    """Batches of the windows of a file, in its order or in one that the seed decides.
+
+    Raises:
+        ValueError: as of `ByteWindows`, or a batch would be empty.
+    """
+    _check_counts(batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     windows = ByteWindows(path, seq_len)
     return DataLoader(windows, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be 1 or more; raise it")
 
 
 class CurriculumDataLoader:
     """The three stages of a run of `max_steps` batches: iterate over it for all of them, in order.
 
     Raises:
-        ValueError: a file of a stage, or `val.txt`, is missing.
+        ValueError: a file of a stage, or `val.txt`, is missing, or a number is below 1.
     """
 
     def __init__(self, data_dir: str | Path, batch_size: int, seq_len: int, max_steps: int) -> None:
+        _check_counts(batch_size=batch_size, max_steps=max_steps)
         self.data_dir, self.max_steps = Path(data_dir), max_steps
         self.batch_size, self.seq_len = batch_size, seq_len
         self.stage = CURRICULUM[0]

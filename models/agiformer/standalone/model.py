@@ -17,6 +17,7 @@ from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY, set_plasticity
 from models.generate import sample
 from models.standalone.model import StandaloneModel, check_tokens
+from models.standalone.settings_file import checked_settings
 
 
 class AGIFORMER(StandaloneModel):
@@ -36,9 +37,14 @@ class AGIFORMER(StandaloneModel):
         device: torch.device | str = "cpu",
         **settings: Any,
     ) -> None:
-        """`settings`: others of AgiformerConfig."""
-        config = AgiformerConfig(
-            **{
+        """`settings`: others of AgiformerConfig.
+
+        Raises:
+            ValueError: one of them is unknown or out of range.
+        """
+        config = checked_settings(
+            AgiformerConfig,
+            {
                 "vocab_size": vocab_size,
                 "hidden_size": d_model,
                 "intermediate_size": max(128, round(d_model * 8 / 3 / 128) * 128),
@@ -52,7 +58,7 @@ class AGIFORMER(StandaloneModel):
                 "fusion": "triple",
                 "head_hidden": min(512, 2 * d_model),
                 **settings,
-            }
+            },
         )
         super().__init__(FAMILY, config, device=device)
 
@@ -144,7 +150,7 @@ def load_model(path: Path, *, device: torch.device | str = "cpu") -> AGIFORMER:
     """The model of a file that `save_model` wrote.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no such file, or its weights and its settings do not fit together.
     """
     if not path.is_file():
         raise ValueError(f"{path} is no file; give one that train_scaled or train_curriculum wrote")
@@ -153,12 +159,12 @@ def load_model(path: Path, *, device: torch.device | str = "cpu") -> AGIFORMER:
         config, weights = stored["config"], stored["state_dict"]
     except Exception as error:  # torch raises errors of many types for damaged files
         raise ValueError(f"{path} is no model of this family; it cannot be read") from error
-    settings = AgiformerConfig(**config).model_dump(exclude={"family"})
-    model = AGIFORMER(
-        settings.pop("hidden_size"),
-        settings.pop("num_layers"),
-        device=device,
-        **settings,
-    )
-    model.body.load_state_dict(weights)
+    try:
+        settings = checked_settings(AgiformerConfig, config).model_dump(exclude={"family"})
+        sizes = settings.pop("hidden_size"), settings.pop("num_layers")
+        model = AGIFORMER(*sizes, device=device, **settings)
+        model.body.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not hold the model of its own settings: {reason}") from error
     return model.eval()

@@ -42,6 +42,14 @@ class RecordedTrainer(Trainer):
         self._latest = (math.nan, 0.0)  # bits per byte and learning rate
         folder.mkdir(parents=True, exist_ok=True)
 
+    def train(self) -> list[dict[str, float]]:
+        """Train to `max_steps`, and evaluate the end as well where it lies between two
+        evaluations: the last model is that of the last step."""
+        super().train()
+        if self.eval_dataloader is not None and self.metrics["steps"][-1:] != [self.step]:
+            self._log({"eval_loss": self.evaluate()})
+        return self.history
+
     def _train_step(self) -> dict[str, Tensor]:
         if self.plasticity is not None:
             self.model.set_plasticity(self.plasticity(self.step))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.agiformer.block import HebbianMemory
-from models.agiformer.memory import (
+from models.agiformer.memory.forms import (
     MIN_LOG_DECAY,
     MemoryInputs,
     chunked_memory,

@@ -106,6 +106,28 @@ def test_a_file_holds_the_model_with_its_plasticity(tmp_path):
         load_model(tmp_path / "b.pth")
     with pytest.raises(ValueError, match="is no file; give one that"):
         load_model(tmp_path / "c.pth")
+    stored = torch.load(tmp_path / "a.pth", weights_only=True)
+    for name, value, reason in (
+        ("byte_head", "independent", "head.table"),  # weights of the other kind of head
+        ("plasticity", 0, "plasticity=0 must be greater than 0; change plasticity"),
+    ):
+        torch.save(stored | {"config": stored["config"] | {name: value}}, tmp_path / "d.pth")
+        with pytest.raises(ValueError, match=rf"d\.pth does not hold the model .*{reason}"):
+            load_model(tmp_path / "d.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"thinking_steps": 0}, "thinking_steps=0 must be greater than 0; change thinking_steps"),
+        ({"plasticity": 1.5}, "plasticity=1.5 must be less than or equal to 1; change plasticity"),
+        ({"num_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5; change one of them"),
+        ({"byte_head": "gru"}, "byte_head='gru' must be 'causal' or 'independent'; change"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        AGIFORMER(**{**SIZES, **changes})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

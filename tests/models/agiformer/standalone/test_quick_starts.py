@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.agiformer.memory.forms import chunked_memory
 from models.agiformer.standalone import cli
+from models.agiformer.standalone.model import load_model, save_model
 
 TEXT = ("In the beginning there was a byte, and the byte was followed by another. " * 30).encode()
 SMALL = [
@@ -30,19 +32,21 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def scaled(texts) -> Path:
     folder = texts / "scaled"
-    assert cli.train_scaled(["--data_dir", str(texts), "--output", str(folder), *SMALL]) == 0
+    options = ["--data_dir", str(texts), "--output", str(folder), *SMALL, "--eval_every", "4"]
+    assert cli.train_scaled(options) == 0
     return folder
 
 
 def test_scaled_training_leaves_the_published_files(scaled):
+    """The end of training is evaluated as well, where it lies between two evaluations."""
     names = {path.name for path in scaled.iterdir()}
     assert names == {
         "best_model_scaled.pth", "last_model_scaled.pth", "metrics_scaled.json",
-        "checkpoint_step_3.pth", "checkpoint_step_6.pth",
+        "checkpoint_step_4.pth", "checkpoint_step_6.pth",
     }  # fmt: skip
     metrics = json.loads((scaled / "metrics_scaled.json").read_text())
     assert metrics.keys() == {"steps", "train_bpc", "val_bpc", "lr"}
-    assert metrics["steps"] == [3, 6]
+    assert metrics["steps"] == [4, 6]
     assert 8.1 > metrics["val_bpc"][0] > metrics["val_bpc"][1] > 0
 
 
@@ -75,34 +79,105 @@ def test_recall_is_measured_beyond_the_attention_with_the_memory_and_without(sca
     assert near["memory_on"] != near["memory_off"]
 
 
-def test_thinking_steps_of_a_text_are_counted(scaled, capsys):
-    assert cli.inspect_reasoning(["--model", str(scaled / "last_model_scaled.pth")]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert 1 <= found["mean_steps"] <= found["most_steps"] == 3
+def test_thinking_steps_of_a_text_are_counted_and_a_collapse_is_told(scaled, tmp_path, capsys):
+    def inspected(file: Path) -> list[str]:
+        assert cli.inspect_reasoning(["--model", str(file)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    collapsed, model = tmp_path / "collapsed.pth", load_model(scaled / "last_model_scaled.pth")
+    model.body.reasoning.halt_bias.data.fill_(9.0)
+    save_model(model, collapsed)
+    record, told = inspected(collapsed)
+    assert json.loads(record)["mean_steps"] == pytest.approx(1.0)
+    assert "collapsed: every patch takes about 1.00 steps" in told
+    model.body.reasoning.halt_bias.data.fill_(0.0)
+    model.body.reasoning.halt.data.normal_(std=5.0, generator=torch.Generator().manual_seed(0))
+    save_model(model, collapsed)
+    (record,) = inspected(collapsed)
+    assert 1.05 < json.loads(record)["mean_steps"] < json.loads(record)["most_steps"] == 3
 
 
-def test_what_is_missing_is_named_in_one_line(texts, capsys, tmp_path):
+def test_the_memories_of_a_model_are_checked(scaled, capsys, monkeypatch):
+    file = str(scaled / "last_model_scaled.pth")
+    assert cli.memory_integrity([file]) == 0
+    *checks, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == "SUCCESS"
+    assert len(checks) == 2 * 4 + 1  # of one block at four plasticities, and of a stream
+    assert all(json.loads(check)["passed"] for check in checks)
+
+    def without_decay(inputs, *rest, **options):
+        return chunked_memory(inputs._replace(log_decay=0 * inputs.log_decay), *rest, **options)
+
+    monkeypatch.setattr("models.agiformer.block.chunked_memory", without_decay)
+    assert cli.memory_integrity([file, "--prompt", "a" * 400]) == 1
+    *checks, verdict = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("FAILURE")
+    failed = [json.loads(check)["check"] for check in checks if not json.loads(check)["passed"]]
+    # The recurrence of single bytes still forgets, so a stream differs, too.
+    assert failed[0] == "block 0, plasticity 1: reads what the recurrence reads"
+    assert failed[-1] == "a streamed text, all logits"
+
+
+def test_what_is_missing_or_cannot_be_is_named_in_one_line(texts, scaled, capsys, tmp_path):
+    file, data = str(scaled / "best_model_scaled.pth"), ["--data_dir", str(texts)]
     for command, arguments, message in (
+        (cli.train_scaled, [*data, *SMALL, "--seq_len", "66"], "=66 must be a multiple of the 4 "),
+        (cli.train_scaled, [*data, "--seq_len", "0"], "seq_len=0 must be 1 or more; raise it"),
+        (cli.train_curriculum, [*data, "--batch_size", "0"], "batch_size=0 must be 1 or more; "),
+        (cli.train_curriculum, [*data, "--max_steps", "0"], "max_steps=0 must be 1 or more"),
+        (
+            cli.train_scaled,
+            [*data, "--thinking_steps", "0"],
+            "thinking_steps=0 must be greater than 0; change thinking_steps",
+        ),
+        (cli.train_scaled, [*data, "--window_size", "0"], "window_size=0 must be greater than 0; "),
+        (cli.inspect_reasoning, [file, "--prompt", ""], "--prompt is empty; give"),
+        (cli.memory_integrity, [file, "--device", "tpu"], "--device tpu cannot be used"),
+        (
+            cli.recall_test,
+            [file, "--distances", "9"],
+            "less than the 21 bytes of the question; use",
+        ),
+        (cli.overfit_test, ["--steps", "0"], "--steps=0 must be 1 or more; raise it"),
         (cli.train_scaled, ["--data_dir", str(tmp_path)], "train.txt is missing"),
         (cli.generate, [], "give the file once"),
         (cli.generate, ["a.pth", "--model", "b.pth"], "give the file once"),
         (cli.generate, ["absent.pth"], "absent.pth is no file"),
         (cli.train_scaled, ["--steps", "3"], "--help lists the options"),
     ):
-        assert command(arguments) == 2
+        assert command(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["train_scaled", "train_curriculum", "generate", "test_recall_fixed", "inspect_reasoning"],
+MODULES = (
+    "train_scaled",
+    "train_curriculum",
+    "generate",
+    "overfit_test",
+    "test_recall_fixed",
+    "test_memory_integrity",
+    "inspect_reasoning",
 )
-def test_every_command_is_a_module(name):
-    line = [sys.executable, "-m", f"models.agiformer.{name}", "--help"]
+
+
+def test_every_command_is_a_module_and_helps_without_torch():
+    """All of them in one new process."""
+    code = """
+import runpy, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(f"models.agiformer.{name}", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0
+assert "torch" not in sys.modules
+"""
+    line = [sys.executable, "-c", code, *MODULES]
     found = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert found.stdout.startswith("usage: ")
+    for name in MODULES:
+        assert f"usage: {name} " in found.stdout
 
 
 @pytest.mark.slow
