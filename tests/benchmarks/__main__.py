@@ -12,6 +12,7 @@ from tests.benchmarks.timing import machine
 NAMES = (
     "llama_step",
     "dynamic_step",
+    "patch_cost",
     "loader",
     "byte_path",
     "tokenization",

@@ -28,20 +28,26 @@ class Table(NamedTuple):
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call, called in turn and in alternating order: A B, B A, A B, ...
 
-    Whatever else the machine does then slows all contestants alike.
+    Whatever else the machine does then slows all contestants alike. `clock` is time.process_time
+    where others crowd the cores: CPU seconds of this process, which equal time on one quiet core
+    with one thread.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(warmup + rounds):
         order = list(contestants.items())
         for name, call in order if number % 2 == 0 else reversed(order):
-            begin = time.perf_counter()
+            begin = clock()
             call()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 

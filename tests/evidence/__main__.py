@@ -9,7 +9,7 @@ import sys
 from parallel.cpu.compat import prepare_environment
 from tests.benchmarks.timing import machine
 
-NAMES = ("recall", "mood", "language", "cost", "depth")
+NAMES = ("recall", "mood", "language", "cost", "depth", "patches", "patch_recall", "thinking")
 
 
 def main() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.evidence import cost, depth, language, mood, recall
+from tests.evidence import cost, depth, language, mood, patch_recall, patches, recall, thinking
 from tests.evidence.training import IGNORED, future_leak
 
 
@@ -84,3 +85,46 @@ def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
     assert found.leak == 0.0 < found.oracle_leak
     assert 0.0 < found.share < 1.0
     assert 7.0 < found.causal < 9.0
+
+
+def test_patches_are_compared_at_equal_flops_on_the_same_bytes_and_scored_by_place():
+    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    flops = [arm.family.flops(arm.config, language.LENGTH) for arm in patches.ARMS.values()]
+    assert max(flops) < 1.02 * min(flops)
+    arm, start = patches.ARMS["agiformer, causal head"], patches.Start(1e-3, 0.02)
+    found = patches.score(
+        patches.fit(arm, corpus, start=start, seed=0, steps=1), arm, corpus.test, rows=16
+    )
+    assert 7.0 < found.bits < 9.0
+    assert sum(found.by_place) / 4 == pytest.approx(found.bits)
+    assert patches.order_zero_bits(corpus.train, corpus.test) == pytest.approx(8.0, abs=0.2)
+    text = bytes(corpus.test.numpy())
+    assert patches.compressed_bits(text) > 8.0 > 2.0 > patches.compressed_bits(text, after=text)
+
+
+def test_pairs_are_asked_for_beyond_the_reach_of_the_attention():
+    gap = 8
+    tokens, labels = patch_recall.draw(4, gap, 3, torch.Generator().manual_seed(0))
+    reach = patch_recall.SHAPE["num_layers"] * (patch_recall.SHAPE["window_size"] - 1)
+    for row, answers in zip(tokens, labels, strict=True):
+        questions = (answers != IGNORED).nonzero().flatten()
+        assert len(questions) == 4
+        for question in questions:
+            (told,) = (row[:question] == row[question]).nonzero().flatten()
+            assert row[told + 1] == answers[question]
+            assert told % 4 == question % 4 == 0
+            assert question // 4 - (told // 4 + 1) > reach  # the latent after a pair holds it
+    stages = (patch_recall.Stage(4, (8, 8), 1),)
+    assert patch_recall.run("plasticity 0.99", seed=0, stages=stages, rows=2).leak == 0.0
+
+
+def test_thinking_is_counted_by_the_kind_of_answer():
+    batch, kinds = thinking.draw(4, torch.Generator().manual_seed(0))
+    answers = batch.labels.unflatten(1, (-1, 2, 4))[:, :, 1]
+    questions = torch.cat((batch.tokens[:, 1:], batch.tokens[:, :1]), dim=1)
+    a, b = questions.unflatten(1, (-1, 2, 4))[:, :, 0, :2].unbind(-1)
+    assert (answers[kinds == 0] == a[kinds == 0].unsqueeze(-1)).all()
+    assert (answers[kinds == 1][:, 0] == (a + b)[kinds == 1] % 16).all()
+    found = thinking.run(1e-3, seed=0, steps=1, rows=8)
+    assert found.leak == 0.0
+    assert all(1.0 <= steps <= 4.0 for steps in found.steps.values())
