@@ -29,6 +29,7 @@ from models.agiformer.memory.forms import (
     recurrent_memory,
     with_normalizer,
 )
+from models.agiformer.memory.fused import Kernel, fused_memory, load_kernel
 from models.common.attention import check_heads, windowed_attention
 from models.common.counter_rng import dropout, next_layer
 from models.common.init import replicated, replicated_linear, residual_output, row_sharded
@@ -111,6 +112,9 @@ class HebbianMemory(nn.Module):
         self.decay_bias = row_sharded(config.num_heads, (), Constant(4.0), ctx)
         alpha = torch.full((1,), config.plasticity, dtype=torch.float32, device=ctx.device)
         self.register_buffer("plasticity", alpha)
+        self.kernel: Kernel | None = None
+        if config.cuda_memory_kernel == "fla" and ctx.device.type == "cuda":
+            self.kernel = load_kernel(ctx.device)
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
@@ -142,6 +146,8 @@ class HebbianMemory(nn.Module):
         with _full_precision(inputs.q):
             if inputs.q.shape[2] == 1 and inputs.starts is None:
                 return recurrent_memory(inputs, state)
+            if self.kernel is not None and inputs.q.dtype == torch.float32:
+                return fused_memory(inputs, state, kernel=self.kernel)
             return chunked_memory(inputs, state, chunk=self.config.memory_chunk_size)
 
     def forward(

@@ -11,6 +11,7 @@ from models.common.config import STRICT, PositiveFloat, PositiveInt
 # Settings that training alone reads, or that are only where a model starts. Plasticity is a buffer
 # of the weights; the setting is its first value.
 _NOT_OF_THE_FUNCTION = {
+    "cuda_memory_kernel",
     "dropout",
     "init_std",
     "max_position_embeddings",
@@ -24,9 +25,10 @@ class AgiformerConfig(BaseModel):
 
     `vocab_size`: 256 byte values, and 256 as the id that ends a document. `patch_size` P bytes make
     one latent, which `patch_kernel` bytes enter. `byte_dim`: channels of the byte table, by default
-    `hidden_size`. `window_size`: patches that attention sees, the own one included. `plasticity`:
-    alpha in (0, 1], the largest decay of the memory. `decay_floor`: the smallest input-dependent
-    decay before alpha. `thinking_steps`: M, the most steps of the reasoning block.
+    `hidden_size`. `window_size`: patches that attention sees, the own one included.
+    `cuda_memory_kernel`: what computes the chunks of the memory on a CUDA device in fp32; elsewhere
+    it is torch. `plasticity`: alpha in (0, 1], the largest decay of the memory. `decay_floor`: the
+    smallest input-dependent decay before alpha. `thinking_steps`: M, the most steps of the reasoning block.
     `documents_per_row`: documents of a packed row that are kept apart (see
     `models.agiformer.patches`).
     """
@@ -46,6 +48,7 @@ class AgiformerConfig(BaseModel):
     window_size: PositiveInt = 128
     memory: Literal["hebbian", "none"] = "hebbian"
     memory_chunk_size: PositiveInt = 64
+    cuda_memory_kernel: Literal["torch", "fla"] = "torch"
     plasticity: Annotated[float, Field(gt=0, le=1)] = 1.0
     decay_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fusion: Literal["single", "triple"] = "single"
