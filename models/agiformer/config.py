@@ -28,8 +28,8 @@ class AgiformerConfig(BaseModel):
     `hidden_size`. `window_size`: patches that attention sees, the own one included.
     `cuda_memory_kernel`: what computes the chunks of the memory on a CUDA device in fp32; elsewhere
     it is torch. `plasticity`: alpha in (0, 1], the largest decay of the memory. `decay_floor`: the
-    smallest input-dependent decay before alpha. `thinking_steps`: M, the most steps of the reasoning block.
-    `documents_per_row`: documents of a packed row that are kept apart (see
+    smallest input-dependent decay before alpha. `thinking_steps`: M, the most steps of the
+    reasoning block. `documents_per_row`: documents of a packed row that are kept apart (see
     `models.agiformer.patches`).
     """
 

@@ -82,7 +82,8 @@ def _block_checks(
 
 def _stream_check(model: AGIFORMER, tokens: Tensor) -> Check:
     body = copy.deepcopy(model.body).double().eval()
-    cache, parts, first = body.new_cache(1, tokens.shape[1]), [], 0
+    cache, first = body.new_cache(1, tokens.shape[1]), 0
+    parts: list[Tensor] = []
     while first < tokens.shape[1]:
         chunk = tokens[:, first : first + _CHUNKS[len(parts) % len(_CHUNKS)]]
         parts.append(body(TokenInputs(chunk), cache).logits)
