@@ -12,7 +12,10 @@ from tests.benchmarks.timing import machine
 NAMES = (
     "llama_step",
     "dynamic_step",
+<<<<<<< HEAD
     "block_attention",
+=======
+>>>>>>> agi
     "patch_cost",
     "loader",
     "byte_path",

@@ -9,6 +9,7 @@ import sys
 from parallel.cpu.compat import prepare_environment
 from tests.benchmarks.timing import machine
 
+<<<<<<< HEAD
 NAMES = (
     "recall",
     "mood",
@@ -20,6 +21,9 @@ NAMES = (
     "patch_recall",
     "thinking",
 )
+=======
+NAMES = ("recall", "mood", "language", "cost", "depth", "patches", "patch_recall", "thinking")
+>>>>>>> agi
 
 
 def main() -> int:

@@ -51,13 +51,13 @@ def test_a_kernel_that_is_not_equal_is_refused():
     def rounded(q, k, v, g, **options):
         return _reference(q.bfloat16().float(), k, v, g, **options)
 
-    with pytest.raises(ValueError, match=r"cuda_memory_kernel=fla differs by .*_DEFAULT=ieee"):
+    with pytest.raises(ValueError, match=r"cuda_memory_kernel=fla .*_DEFAULT=ieee"):
         check_equal(rounded, device="cpu")
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(ValueError, match=r"=fla needs flash-linear-attention .*; install"):
+    with pytest.raises(ValueError, match=r"=fla .*flash-linear-attention .*; install"):
         load_kernel.__wrapped__(torch.device("cpu"))
 
 

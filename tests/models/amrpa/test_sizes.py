@@ -1,4 +1,4 @@
-"""What the names of the files promise: parameters, FLOPs, and boundaries without history."""
+"""Boundaries of pipeline stages that no history crosses; sizes are in tests/models/test_sizes.py."""
 
 from __future__ import annotations
 
@@ -11,38 +11,13 @@ import yaml
 from models.amrpa.config import AMRPALlamaConfig
 from models.amrpa.model import FAMILY
 from models.amrpa.targets import live_after, plan_layers
-from models.layer_counts import count_parameters
 from parallel.pipeline import layer_costs, partition
 
 FOLDER = Path(__file__).parents[3] / "configs" / "model" / "amrpa"
-# Parameters, and forward MFLOPs per token of 1024.
-SIZES = {
-    "tiny": (191_302, 1.7),
-    "demo": (2_496_454, 8.3),
-    "demo_wide": (4_089_732, 10.4),
-    "125m": (134_895_368, 277.4),
-    "350m": (374_853_640, 785.1),
-    "1b3": (1_348_965_384, 2771.7),
-    "7b": (6_745_103_368, 13705.7),
-    "13b": (13_024_124_936, 26401.6),
-    "70b": (68_989_627_400, 139215.5),
-}
 
 
 def _config(size: str) -> AMRPALlamaConfig:
     return AMRPALlamaConfig.model_validate(yaml.safe_load((FOLDER / f"{size}.yaml").read_text()))
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_size_has_the_promised_parameters_and_flops(path):
-    config = _config(path.stem)
-    counted = count_parameters(FAMILY.layer_specs(config))
-    assert FAMILY.num_parameters(config) == counted == SIZES[path.stem][0]
-    assert FAMILY.flops(config, 1024) / 1e6 == pytest.approx(SIZES[path.stem][1], abs=0.05)
-
-
-def test_every_promised_size_has_a_file():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(SIZES)
 
 
 @pytest.mark.parametrize(
