@@ -23,19 +23,14 @@ _NOT_OF_THE_FUNCTION = {
 class AgiformerConfig(BaseModel):
     """Sizes and choices of an AGIFORMER.
 
-        `vocab_size`: 256 byte values, and 256 as the id that ends a document. `patch_size` P bytes make
-        one latent, which `patch_kernel` bytes enter. `byte_dim`: channels of the byte table, by default
-        `hidden_size`. `window_size`: patches that attention sees, the own one included.
-        `cuda_memory_kernel`: what computes the chunks of the memory on a CUDA device in fp32; elsewhere
-        it is torch. `plasticity`: alpha in (0, 1], the largest decay of the memory. `decay_floor`: the
-    <<<<<<< HEAD
-        smallest input-dependent decay before alpha. `thinking_steps`: M, the most steps of the reasoning block.
-        `documents_per_row`: documents of a packed row that are kept apart (see
-    =======
-        smallest input-dependent decay before alpha. `thinking_steps`: M, the most steps of the
-        reasoning block. `documents_per_row`: documents of a packed row that are kept apart (see
-    >>>>>>> agi
-        `models.agiformer.patches`).
+    `vocab_size`: 256 byte values, and 256 as the id that ends a document. `patch_size` P bytes make
+    one latent, which `patch_kernel` bytes enter. `byte_dim`: channels of the byte table, by default
+    `hidden_size`. `window_size`: patches that attention sees, the own one included.
+    `cuda_memory_kernel`: what computes the chunks of the memory on a CUDA device in fp32; elsewhere
+    it is torch. `plasticity`: alpha in (0, 1], the largest decay of the memory. `decay_floor`: the
+    smallest input-dependent decay before alpha. `thinking_steps`: M, the most steps of the
+    reasoning block. `documents_per_row`: documents of a packed row that are kept apart (see
+    `models.agiformer.patches`).
     """
 
     model_config = STRICT

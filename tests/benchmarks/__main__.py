@@ -12,10 +12,7 @@ from tests.benchmarks.timing import machine
 NAMES = (
     "llama_step",
     "dynamic_step",
-<<<<<<< HEAD
     "block_attention",
-=======
->>>>>>> agi
     "patch_cost",
     "loader",
     "byte_path",

@@ -9,7 +9,6 @@ import sys
 from parallel.cpu.compat import prepare_environment
 from tests.benchmarks.timing import machine
 
-<<<<<<< HEAD
 NAMES = (
     "recall",
     "mood",
@@ -21,9 +20,6 @@ NAMES = (
     "patch_recall",
     "thinking",
 )
-=======
-NAMES = ("recall", "mood", "language", "cost", "depth", "patches", "patch_recall", "thinking")
->>>>>>> agi
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ import torch
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-<<<<<<< HEAD
 from tests.evidence import (
     cost,
     depth,
@@ -20,9 +19,6 @@ from tests.evidence import (
     recall,
     thinking,
 )
-=======
-from tests.evidence import cost, depth, language, mood, patch_recall, patches, recall, thinking
->>>>>>> agi
 from tests.evidence.training import IGNORED, future_leak
 
 
@@ -101,7 +97,6 @@ def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
     assert 7.0 < found.causal < 9.0
 
 
-<<<<<<< HEAD
 def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
     ours = hybrid.ARMS["dual, blocks of 8"]
@@ -113,8 +108,6 @@ def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     assert 0 < written.num_passes <= 2 * (hybrid.TOTAL - hybrid.PROMPT)
 
 
-=======
->>>>>>> agi
 def test_patches_are_compared_at_equal_flops_on_the_same_bytes_and_scored_by_place():
     corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
     flops = [arm.family.flops(arm.config, language.LENGTH) for arm in patches.ARMS.values()]

@@ -1,4 +1,4 @@
-"""Boundaries of pipeline stages that no history crosses; sizes are in tests/models/test_sizes.py."""
+"""Pipeline boundaries that no history crosses; sizes are in tests/models/test_sizes.py."""
 
 from __future__ import annotations
 
