@@ -48,7 +48,7 @@ def merged_block_attention(
 
     `context` and `own`: [b, g, s, d] each. Memory beside the result grows with the tiles' sizes.
     """
-    merged: Tensor = _Merged.apply(q, *context, *own, blocks)  # type: ignore[no-untyped-call]
+    merged: Tensor = _Merged.apply(q, *context, *own, blocks)
     return merged
 
 
@@ -90,7 +90,7 @@ class _Merged(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, *keys_values, output, logs = ctx.saved_tensors
         sums = [at_least_fp32(torch.zeros_like(x)) for x in (q, *keys_values)]
