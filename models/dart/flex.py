@@ -94,7 +94,8 @@ def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest of every tile of int [b, s]: [b, tiles, 1] each."""
     spare = -x.shape[1] % TILE
     tiles = F.pad(x[:, None].double(), (0, spare), mode="replicate")[:, 0].unflatten(1, (-1, TILE))
-    return tuple(end.long().unsqueeze(-1) for end in tiles.aminmax(dim=-1))
+    least, greatest = tiles.aminmax(dim=-1)
+    return least.long().unsqueeze(-1), greatest.long().unsqueeze(-1)
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:

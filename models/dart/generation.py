@@ -5,8 +5,7 @@ Shapes: b batch, s tokens, B block size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 from models.base import TokenInputs
 from models.dart.config import DARTConfig
 from models.dart.denoising import Block, levels_down, reverse, unmask
-from models.dart.layers import BlockInputs
+from models.dart.layers import BlockInputs, DARTEmbedding
 from models.dart.sampling import Sampling, accept_drafts, guided
 from parallel.carry import SequentialModel
 
@@ -132,7 +131,9 @@ def fill_in(
         if config.diffusion_type == "masked":
             filled = unmask(config, block, draw, num_steps=num_steps, sampling=sampling)
         else:
-            clean = cast(Callable[[Tensor], Tensor], model.get_submodule("embedding").clean)
+            embedding = model.get_submodule("embedding")
+            assert isinstance(embedding, DARTEmbedding)
+            clean = embedding.clean
             filled = reverse(config, block, draw, clean, num_steps=num_steps, sampling=sampling)
         tokens[:, places] = filled[:, : stop - start]
     return Generated(tokens, stream.num_passes)

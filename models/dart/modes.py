@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,30 +48,16 @@ def continue_rows(
     mode, length, scale = request.mode, request.length, request.guidance_scale
     check_request(config, tokens, length, mode, scale, request.num_steps)
     sampling, eos_id = request.sampling, request.eos_id
+    guided: dict[str, Any] = {"sampling": sampling, "guidance_scale": scale}
     with torch.no_grad(), evaluating(model):
         if mode == "ar":
-            return causal(
-                model,
-                config,
-                tokens,
-                length=length,
-                eos_id=eos_id,
-                sampling=sampling,
-                guidance_scale=scale,
-            )
+            return causal(model, config, tokens, length=length, eos_id=eos_id, **guided)
         if mode == "diffusion":
             prompt, room = tokens.shape[1], (0, length - tokens.shape[1])
             known = F.pad(torch.ones_like(tokens, dtype=torch.bool), room, value=False)
             steps = request.num_steps or config.block_size
-            filled = fill_in(
-                model,
-                config,
-                F.pad(tokens, room),
-                known,
-                num_steps=steps,
-                sampling=sampling,
-                guidance_scale=scale,
-            )
+            blank = F.pad(tokens, room)
+            filled = fill_in(model, config, blank, known, num_steps=steps, **guided)
             return filled._replace(tokens=_ended(filled.tokens, prompt, eos_id))
         rows = [
             speculative(model, config, row, length=length, sampling=sampling, eos_id=eos_id)
