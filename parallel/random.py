@@ -88,6 +88,8 @@ def _fill_one(target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int) 
     if isinstance(init, Constant):
         target.fill_(init.value)
         return
+    if target.dim() == 0:
+        target = target.view(1)  # one row; the memory is the same
     rows = _local_rows(target, sharding, tensor_rank)
     target.zero_()  # padding rows stay zero
     if not isinstance(init, Normal):

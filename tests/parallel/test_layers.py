@@ -20,7 +20,15 @@ from parallel.layers import (
     project_together,
 )
 from parallel.random import initialize
-from parallel.sharding import Constant, Normal, merge, sharding_of, split, sum_partial_gradients
+from parallel.sharding import (
+    Constant,
+    Normal,
+    declare_replicated,
+    merge,
+    sharding_of,
+    split,
+    sum_partial_gradients,
+)
 from tests.distributed import run_ranks
 from tests.refusals import assert_refused
 from tests.tolerance import assert_close, rounding
@@ -140,6 +148,16 @@ def test_at_tensor_size_1_the_layers_are_torch_s_own_classes():
     # Exactly: tools look for the type.
     assert {type(x) for x in (block.single, block.left, block.row, block.head)} == {nn.Linear}
     assert set(block.state_dict()) == set(Oracle(block).state_dict())
+
+
+@pytest.mark.parametrize("init", [Normal(1.0), lambda shape, g: torch.rand(shape, generator=g)])
+def test_a_parameter_without_dimensions_is_drawn_as_one_of_one_element(init):
+    ctx, scalar, vector = ParallelContext.single(), nn.Module(), nn.Module()
+    scalar.scale = declare_replicated(nn.Parameter(torch.empty(())), init, ctx=ctx)
+    vector.scale = declare_replicated(nn.Parameter(torch.empty(1)), init, ctx=ctx)
+    for module in (scalar, vector):
+        initialize(module, seed=3, prefix="layer", tensor_rank=0)
+    assert scalar.scale.item() == vector.scale.item() != 0.0
 
 
 def _changed(kind: str) -> tuple[list[nn.Module], list[torch.Tensor]]:
