@@ -89,7 +89,8 @@ def test_a_run_goes_on_at_another_layout_with_the_plasticity_of_its_stage(
 
 def test_plasticity_decides_the_losses_of_a_stage(data, reference, tmp_path):
     trained, _ = _train(data, tmp_path, data__stages=[], training__max_steps=2)
-    assert trained[0]["loss"] != pytest.approx(reference[0][0]["loss"], rel=FP32_NORM)
+    # Exactly: the two runs differ in nothing else, and what does not differ has equal bits.
+    assert trained[0]["loss"] != reference[0][0]["loss"]
 
 
 def test_a_stage_with_a_value_that_cannot_be_is_refused_at_load(data):
