@@ -16,6 +16,7 @@ from tests.models.hf.exports import (
     exported,
 )
 from tests.refusals import assert_refused
+from tests.tolerance import FP64
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 # In fp64, but for the emotion state, which is fp32.
@@ -79,14 +80,14 @@ def test_settings_ask_for_the_same_as_arguments(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", TOKEN_STATES)
 def test_generation_returns_hidden_states_of_every_step(kind):
-    theirs = exported(kind)
+    theirs = exported(kind).double()
     options = {"output_hidden_states": True, "return_dict_in_generate": True, **GREEDY}
     output = theirs.generate(TOKENS, max_new_tokens=3, **options)
     assert [state[-1].shape[1] for state in output.hidden_states] == [24, 1, 1]
     whole = theirs(output.sequences[:, :-1], output_hidden_states=True)
     for i, state in enumerate(whole.hidden_states):
         steps = torch.cat([step[i] for step in output.hidden_states], dim=1)
-        torch.testing.assert_close(steps, state, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(steps, state, **FP64)
 
 
 @torch.no_grad()
