@@ -70,6 +70,22 @@ FIXED_SETTINGS = {
 _SILU = ("silu", "swish")
 
 
+def decoder_names(config: DecoderConfig, *, block: str = "block_{}") -> dict[str, str]:
+    """Our parameter name -> theirs, in the order of the layers; a tied head has none of its own.
+
+    `block`: the path of a block in our model, by its number.
+    """
+    in_block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
+    names = dict([EMBEDDING_NAME])
+    for i in range(config.num_layers):
+        names |= {
+            f"{block.format(i)}.{ours}": f"model.layers.{i}.{theirs}"
+            for ours, theirs in in_block.items()
+        }
+    last = [FINAL_NORM_NAME] if config.tie_embeddings else [FINAL_NORM_NAME, HEAD_NAME]
+    return names | dict(last)
+
+
 def tied_names(config: DecoderConfig) -> dict[str, str]:
     """Their second name of a tied tensor -> the first."""
     return {HEAD_NAME[1]: EMBEDDING_NAME[1]} if config.tie_embeddings else {}

@@ -8,30 +8,13 @@ from typing import Any
 
 from models.base import HFMapping
 from models.hf.llama_names import (
-    BLOCK_BIAS_NAMES,
-    BLOCK_NAMES,
     DERIVED_NAMES,
-    EMBEDDING_NAME,
-    FINAL_NORM_NAME,
-    HEAD_NAME,
     decoder_contents,
+    decoder_names,
     decoder_settings,
     tied_names,
 )
 from models.llama.config import LlamaConfig
-
-
-def parameter_names(config: LlamaConfig) -> dict[str, str]:
-    """Our parameter name -> theirs, in the order of the layers; a tied head has none of its own."""
-    block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
-    names = dict([EMBEDDING_NAME])
-    for i in range(config.num_layers):
-        names |= {
-            f"block_{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in block.items()
-        }
-    return names | dict(
-        [FINAL_NORM_NAME] if config.tie_embeddings else [FINAL_NORM_NAME, HEAD_NAME]
-    )
 
 
 def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
@@ -64,7 +47,7 @@ HF = HFMapping(
     model_types=("llama", "qwen2", "mistral"),
     to_config=to_hf_config,
     from_config=from_hf_config,
-    names=parameter_names,
+    names=decoder_names,
     tied=tied_names,
     derived=DERIVED_NAMES,
 )

@@ -9,12 +9,8 @@ from models.amrpa.config import AMRPALlamaConfig
 from models.base import BaseModelMapping
 from models.hf.custom_code import own_code
 from models.hf.llama_names import (
-    BLOCK_BIAS_NAMES,
-    BLOCK_NAMES,
-    EMBEDDING_NAME,
-    FINAL_NORM_NAME,
-    HEAD_NAME,
     check_sizes,
+    decoder_names,
     decoder_settings,
 )
 
@@ -22,18 +18,6 @@ from models.hf.llama_names import (
 def from_base_config(contents: Mapping[str, Any], changes: Mapping[str, Any]) -> AMRPALlamaConfig:
     """A model of the sizes of a Llama or Qwen2 model."""
     return AMRPALlamaConfig(**{**decoder_settings(contents, family="amrpa"), **changes})
-
-
-def base_names(config: AMRPALlamaConfig) -> dict[str, str]:
-    """Our parameter name -> theirs, of everything but the memory."""
-    block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
-    names = dict([EMBEDDING_NAME])
-    for i in range(config.num_layers):
-        names |= {
-            f"block_{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in block.items()
-        }
-    last = [FINAL_NORM_NAME] if config.tie_embeddings else [FINAL_NORM_NAME, HEAD_NAME]
-    return names | dict(last)
 
 
 def plain_config(config: AMRPALlamaConfig) -> NoReturn:
@@ -57,7 +41,7 @@ HF = own_code(
         from_config=from_base_config,
         defaults={},  # W_m starts at 0
         check_sizes=check_sizes,
-        names=base_names,
+        names=decoder_names,
         to_config=plain_config,
     ),
 )

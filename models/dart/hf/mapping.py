@@ -11,12 +11,8 @@ from models.dart.hf.generate_file import GENERATE_FILE, GENERATE_SOURCE
 from models.hf.code_bundle import CodeFile
 from models.hf.custom_code import own_code
 from models.hf.llama_names import (
-    BLOCK_BIAS_NAMES,
-    BLOCK_NAMES,
-    EMBEDDING_NAME,
-    FINAL_NORM_NAME,
-    HEAD_NAME,
     check_sizes,
+    decoder_names,
     decoder_settings,
 )
 
@@ -34,15 +30,7 @@ def base_names(config: DARTConfig) -> dict[str, str]:
         ValueError: the streams have layers of their own, which another model does not have.
     """
     _check_shared(config)
-    block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
-    names = dict([EMBEDDING_NAME])
-    for i in range(config.num_layers):
-        names |= {
-            f"pair_{i}.causal.{ours}": f"model.layers.{i}.{theirs}"
-            for ours, theirs in block.items()
-        }
-    last = [FINAL_NORM_NAME] if config.tie_embeddings else [FINAL_NORM_NAME, HEAD_NAME]
-    return names | dict(last)
+    return decoder_names(config, block="pair_{}.causal")
 
 
 def plain_config(config: DARTConfig) -> NoReturn:

@@ -8,10 +8,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from models import convert
@@ -19,31 +15,15 @@ from models.amrpa import FAMILY, AMRPALlamaForCausalLM, AMRPALlamaHFConfig
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from tests.models.families import CASES
+from tests.models.hf.base_models import MODELS, save_base_model
 from tests.tolerance import FP64
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
 TOKENS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+@pytest.fixture(params=MODELS)
 def base(request, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = (
-        LlamaForCausalLM(LlamaConfig(**SIZES))
-        if request.param == "llama"
-        else Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    )
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return save_base_model(request.param, tmp_path / "base", num_layers=4)
 
 
 @torch.no_grad()

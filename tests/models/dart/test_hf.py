@@ -9,10 +9,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from models import convert
@@ -23,29 +19,12 @@ from models.dart.generation import causal
 from models.dart.modes import Mode, Request, continue_rows
 from models.dart.sampling import Sampling
 from tests.models.dart.cases import config_of, model_of, text_of
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
+from tests.models.hf.base_models import MODELS, save_base_model
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+@pytest.fixture(params=MODELS)
 def base(request, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = (
-        LlamaForCausalLM(LlamaConfig(**SIZES))
-        if request.param == "llama"
-        else Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    )
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return save_base_model(request.param, tmp_path / "base", num_layers=3)
 
 
 @torch.no_grad()

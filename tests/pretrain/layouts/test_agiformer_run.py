@@ -14,6 +14,7 @@ from parallel.layer_state import persistent_buffers
 from pretrain.config import ConfigError
 from tests.distributed import run_ranks
 from tests.models.agiformer.cases import THINKING, config_of
+from tests.pretrain.layouts.equal_runs import assert_equal_runs
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
 from tests.tolerance import FP32_NORM
@@ -63,13 +64,8 @@ def reference(data, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_is_the_same_at_any_layout(layout, data, reference, tmp_path):
     world_size, zero, changes = LAYOUTS[layout]
-    trained, evaluated = _train(data, tmp_path, world_size, zero, **changes)
-    expected, expected_evaluated = reference
-    for term in TERMS:
-        values = [record[term] for record in expected]
-        assert [record[term] for record in trained] == pytest.approx(values, rel=FP32_NORM), term
-    found, wanted = evaluated[-1]["eval_loss"], expected_evaluated[-1]["eval_loss"]
-    assert found == pytest.approx(wanted, rel=FP32_NORM)
+    run = _train(data, tmp_path, world_size, zero, **changes)
+    assert_equal_runs(run, reference, TERMS)
     assert _plasticities(tmp_path, 4) == {0.99}
 
 

@@ -11,6 +11,7 @@ import pytest
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from tests.distributed import run_ranks
 from tests.models.dart.cases import config_of
+from tests.pretrain.layouts.equal_runs import assert_equal_runs
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
 from tests.tolerance import FP32_NORM
@@ -49,13 +50,8 @@ def reference(data, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_has_the_same_noise_and_losses_at_any_layout(layout, data, reference, tmp_path):
     world_size, zero, changes = LAYOUTS[layout]
-    trained, evaluated = _train(data, tmp_path, world_size, zero, **changes)
-    expected, expected_evaluated = reference
-    for term in TERMS:
-        values = [record[term] for record in expected]
-        assert [record[term] for record in trained] == pytest.approx(values, rel=FP32_NORM), term
-    found, wanted = evaluated[-1]["eval_loss"], expected_evaluated[-1]["eval_loss"]
-    assert found == pytest.approx(wanted, rel=FP32_NORM)
+    run = _train(data, tmp_path, world_size, zero, **changes)
+    assert_equal_runs(run, reference, TERMS)
 
 
 def test_a_run_that_is_resumed_has_the_noise_and_losses_of_one_that_is_not(

@@ -9,53 +9,22 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
-from models.base import TokenInputs
 from models.common.lora.layers import wrap
 from models.daria_former.adapters import BlockAdapters
-from models.daria_former.carry import DariaInputs
 from models.daria_former.config import LORA_TARGETS, DariaFormerConfig
-from models.daria_former.model import FAMILY, layer_specs
 from models.daria_former.standalone.lora import LoRALinear, LoRAManager, merged_state_dict
-from parallel.carry import SequentialModel
-from parallel.context import ParallelContext
-from parallel.sharding import sum_partial_gradients
-from tests.distributed import run_ranks
-from tests.equivalence import full_gradients
+from tests.models.daria_former.standalone.adapted import (
+    CONFIG,
+    let_learn,
+    logits_of,
+    managed,
+    plain_model,
+)
 from tests.models.families import CASES
 from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
-CONFIG = CASES["daria_former"].config
 NATIVE = CASES["daria_former_lora"].config
-TOKENS = torch.randint(0, CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-def _model(config: DariaFormerConfig = CONFIG, ctx: ParallelContext | None = None):
-    ctx = ctx or ParallelContext.single()
-    return SequentialModel(layer_specs(config), ctx, seed=1).eval().double()
-
-
-def _logits(model: nn.Module, **inputs) -> torch.Tensor:
-    return model(DariaInputs(TOKENS, **inputs)).logits
-
-
-def _managed(model: nn.Module | None = None, **settings) -> tuple[nn.Module, LoRAManager]:
-    """A model whose primary adapter, and `first` and `second`, have learned something."""
-    model = model or _model()
-    manager = LoRAManager(model, **{"rank": 4, "alpha": 2, "targets": LORA_TARGETS} | settings)
-    manager.inject()
-    manager.add_adapter("first", rank=2)
-    manager.add_adapter("second", rank=3, alpha=1)
-    _learn(model)
-    return model, manager
-
-
-def _learn(model: nn.Module, *, std: float = 0.3) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".B"):
-            nn.init.normal_(parameter, std=std, generator=generator)
 
 
 def test_a_layer_is_the_dense_equation_in_fp64():
@@ -72,7 +41,7 @@ def test_a_layer_is_the_dense_equation_in_fp64():
         manager.add_adapter(name, rank, alpha)
         manager.activate_adapter(name, weight)
     manager.deactivate_adapter("off")
-    _learn(holder)
+    let_learn(holder)
     x = torch.randn(7, 2, 6, dtype=torch.float64)
     y = holder["block"]["up_proj"](x)
     lora = holder["block"]["up_proj"].lora
@@ -107,57 +76,57 @@ def test_dropout_of_a_layer_acts_on_the_primary_input_while_training():
 
 @torch.no_grad()
 def test_new_adapters_change_nothing():
-    model = _model()
-    before = _logits(model)
+    model = plain_model()
+    before = logits_of(model)
     manager = LoRAManager(model, rank=4, targets=LORA_TARGETS)
     manager.inject()
     manager.add_adapter("extra")
     manager.activate_adapter("extra", weight="esv")
     # A projection with an adapter is a product of its own, no longer part of a joint one.
-    torch.testing.assert_close(_logits(model), before, **FP64)
+    torch.testing.assert_close(logits_of(model), before, **FP64)
 
 
 @torch.no_grad()
 def test_a_configuration_with_lora_rank_starts_as_the_plain_model():
-    plain, native = _model(), _model(NATIVE)
+    plain, native = plain_model(), plain_model(NATIVE)
     assert set(plain.state_dict()) < set(native.state_dict())
-    torch.testing.assert_close(_logits(native), _logits(plain), **FP64)
+    torch.testing.assert_close(logits_of(native), logits_of(plain), **FP64)
     assert all(block.lora is None for block in plain.layers[1:-1])
     assert not any(isinstance(m, LoRALinear | BlockAdapters) for m in plain.modules())
 
 
 @torch.no_grad()
 def test_adapters_are_switched_and_stacked():
-    model, manager = _managed()
-    primary = _logits(model)
+    model, manager = managed()
+    primary = logits_of(model)
     manager.activate_adapter("first")
-    one = _logits(model)
+    one = logits_of(model)
     manager.activate_adapter("second", weight=0.5)
-    both = _logits(model)
+    both = logits_of(model)
     assert manager.active == {"first": 1.0, "second": 0.5}
     assert not torch.allclose(one, primary, atol=1e-3)
     assert not torch.allclose(both, one, atol=1e-3)
     manager.deactivate_adapter("second")
-    assert torch.equal(_logits(model), one)
+    assert torch.equal(logits_of(model), one)
     manager.activate_adapter("first", weight=0.0)
-    torch.testing.assert_close(_logits(model), primary)
+    torch.testing.assert_close(logits_of(model), primary)
     manager.deactivate_all_extras()
-    assert torch.equal(_logits(model), primary)
+    assert torch.equal(logits_of(model), primary)
     assert manager.active == {}
 
 
 @torch.no_grad()
 def test_merging_changes_no_logit_and_unmerging_restores_every_bit():
-    model, manager = _managed()
+    model, manager = managed()
     manager.activate_adapter("first", weight=0.7)
-    expected = _logits(model)
+    expected = logits_of(model)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     manager.merge_all()
-    torch.testing.assert_close(_logits(model), expected, **FP64)
+    torch.testing.assert_close(logits_of(model), expected, **FP64)
     assert not torch.equal(model.block_0.attention.q_proj.weight, weights[_Q])
     manager.unmerge_all()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert torch.equal(_logits(model), expected)
+    assert torch.equal(logits_of(model), expected)
 
 
 _Q = "block_0.attention.q_proj.weight"
@@ -165,22 +134,22 @@ _Q = "block_0.attention.q_proj.weight"
 
 @torch.no_grad()
 def test_stripping_leaves_a_plain_model_with_what_was_merged():
-    model, manager = _managed()
+    model, manager = managed()
     manager.activate_adapter("first")
-    expected = _logits(model)
+    expected = logits_of(model)
     manager.merge_all()
     plain = manager.strip()
     assert plain is model
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
-    fresh = _model()
+    fresh = plain_model()
     fresh.load_state_dict(model.state_dict())  # the original keys, all of them
-    torch.testing.assert_close(_logits(fresh), expected, **FP64)
+    torch.testing.assert_close(logits_of(fresh), expected, **FP64)
     assert not any(len(b._forward_pre_hooks) for b in model.layers)
     LoRAManager(model, rank=2).inject()  # and it can begin anew
 
 
 def test_a_weight_that_was_trained_while_merged_is_not_lost_silently():
-    model, manager = _managed()
+    model, manager = managed()
     manager.merge_all()
     with torch.no_grad():
         model.get_parameter(_Q).add_(1.0)
@@ -191,7 +160,7 @@ def test_a_weight_that_was_trained_while_merged_is_not_lost_silently():
 
 
 def test_freezing_leaves_exactly_the_adapters_trainable():
-    model, manager = _managed()
+    model, manager = managed()
     total = sum(p.numel() for p in model.parameters())
     manager.freeze_base()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -199,84 +168,14 @@ def test_freezing_leaves_exactly_the_adapters_trainable():
     assert {id(p) for p in manager.lora_parameters()} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
-    plain = sum(p.numel() for p in _model().parameters())
+    plain = sum(p.numel() for p in plain_model().parameters())
     assert manager.num_lora_parameters() == total - plain
     manager.unfreeze_base()
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [("esv", {}), ("persona", {"persona": 2})])
-def test_gradient_reaches_A_B_and_kappa(kind, inputs):
-    model, manager = _managed()
-    manager.freeze_base()
-    manager.activate_adapter("first", weight=kind)
-    if inputs:
-        inputs = {"persona": torch.randn(2, CONFIG.persona_dim)}
-    (_logits(model, **inputs) * torch.randn(16, 2, CONFIG.vocab_size)).sum().backward()
-    for name, parameter in model.named_parameters():
-        if ".lora.primary." in name or ".lora.first." in name or f".lora.{kind}.first" in name:
-            # Slots have no emotion state, so an adapter that follows it is off there.
-            off = kind == "esv" and ".persona." in name and ".first." in name
-            assert off or parameter.grad.abs().max() > 0, name
-
-
-@torch.no_grad()
-def test_an_emotion_adapter_follows_the_state_of_each_token():
-    model, manager = _managed(targets=["up_proj"])
-    manager.activate_adapter("first", weight="esv")
-    block = model.block_1
-    kappa = 3 * torch.randn(CONFIG.emotion_dim, dtype=torch.float64)
-    block.lora.esv["first"].copy_(kappa)
-    seen = {}
-
-    def remember(module, args, output):
-        seen["x"], seen["y"] = args[0], output
-
-    block.register_forward_pre_hook(lambda m, args: seen.update(e=args[0].emotion))
-    block.ffn.up_proj.register_forward_hook(remember)
-    _logits(model)
-    weight = (seen["e"] @ kappa).clamp(0, 1).unsqueeze(-1)
-    assert 0 < (weight > 0).float().mean() < 1
-    lora, W = block.ffn.up_proj.lora, block.ffn.up_proj.weight
-    expected = seen["x"] @ (W + lora["primary"].product()).T
-    expected = expected + weight * (seen["x"] @ lora["first"].product().T)
-    torch.testing.assert_close(seen["y"], expected, **FP64)
-
-
-@torch.no_grad()
-def test_a_persona_adapter_follows_the_persona_of_each_row():
-    model, manager = _managed()
-    manager.activate_adapter("first", weight="persona")
-    for block in model.layers[1:-1]:
-        block.lora.persona["first"].fill_(100.0)
-    persona = torch.stack([torch.ones(CONFIG.persona_dim), -torch.ones(CONFIG.persona_dim)])
-    followed = _logits(model, persona=persona)
-    manager.activate_adapter("first", weight=1.0)
-    torch.testing.assert_close(followed[:, 0], _logits(model, persona=persona)[:, 0])
-    manager.deactivate_adapter("first")
-    torch.testing.assert_close(followed[:, 1], _logits(model, persona=persona)[:, 1])
-
-
-@torch.no_grad()
-def test_following_adapters_decode_with_a_cache_as_in_one_pass():
-    model, manager = _managed()
-    manager.activate_adapter("first", weight="persona")
-    manager.activate_adapter("second", weight="esv")
-    for block in model.layers[1:-1]:
-        block.lora.persona["first"].normal_()
-    persona = torch.randn(2, CONFIG.persona_dim)
-    whole = _logits(model, persona=persona)
-    cache = model.new_cache(2, 16)
-    parts = [model(DariaInputs(TOKENS[:, :5], persona=persona), cache).logits]
-    other = model.new_cache(1, 16)
-    for token in TOKENS[:, 5:].split(1, dim=1):
-        model(TokenInputs(token[:1].contiguous()), other)  # another generation in between
-        parts.append(model(TokenInputs(token.contiguous()), cache).logits)
-    torch.testing.assert_close(torch.cat(parts), whole, **FP64)
-
-
 def test_the_published_quick_start():
-    model = _model()
+    model = plain_model()
     manager = LoRAManager(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])
     manager.inject()
     manager.freeze_base()
@@ -294,31 +193,31 @@ def test_the_published_quick_start():
     adapted = {n for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     kinds = ("q_proj", *(f"paths.{p}.v_proj" for p in ("local", "long", "memory", "persona")))
     assert adapted == {f"block_{i}.attention.{kind}" for i in range(4) for kind in kinds}
-    assert torch.isfinite(_logits(model)).all()
+    assert torch.isfinite(logits_of(model)).all()
 
 
 @torch.no_grad()
 def test_a_state_dict_becomes_the_same_model_and_the_same_merged_model():
-    model, manager = _managed()
+    model, manager = managed()
     manager.activate_adapter("first", weight=0.7)
     manager.activate_adapter("second", weight="persona")
-    expected = _logits(model)
+    expected = logits_of(model)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     del tensors["head.output.weight"]  # tied
     state = safetensors.torch.load(safetensors.torch.save(tensors))
     state["head.output.weight"] = state["embedding.tokens.weight"]
-    again = _model()
+    again = plain_model()
     restored = LoRAManager.from_state_dict(again, state)
-    assert torch.equal(_logits(again), expected)
+    assert torch.equal(logits_of(again), expected)
     assert restored.settings() == manager.settings()
     with assert_refused("'second'", value="'persona'", constraint="number", remedy="deactivated"):
         merged_state_dict(state)
     restored.deactivate_adapter("second")
-    expected = _logits(again)
+    expected = logits_of(again)
     merged = merged_state_dict(again.state_dict())
-    plain = _model()
+    plain = plain_model()
     plain.load_state_dict(merged)
-    torch.testing.assert_close(_logits(plain), expected, **FP64)
+    torch.testing.assert_close(logits_of(plain), expected, **FP64)
     restored.merge_all()
     with assert_refused(
         "adapters", value="merged", constraint="merged", remedy=("unmerge_all()", "strip()")
@@ -331,21 +230,21 @@ def test_a_state_dict_becomes_the_same_model_and_the_same_merged_model():
 
 @torch.no_grad()
 def test_a_model_built_with_adapters_is_merged_for_export():
-    model = _model(NATIVE)
-    _learn(model)
+    model = plain_model(NATIVE)
+    let_learn(model)
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     assert all(t.dtype == torch.bfloat16 for t in merged_state_dict(state, alpha=1.0).values())
     merged = merged_state_dict(model.state_dict(), alpha=NATIVE.lora_alpha)
-    plain = _model()
+    plain = plain_model()
     plain.load_state_dict(merged)
-    expected = _logits(model)
-    torch.testing.assert_close(_logits(plain), expected, **FP64)
+    expected = logits_of(model)
+    torch.testing.assert_close(logits_of(plain), expected, **FP64)
     manager = LoRAManager(
         model, NATIVE.lora_rank, NATIVE.lora_alpha, NATIVE.lora_targets, NATIVE.lora_dropout
     )
     manager.inject()
     manager.add_adapter("extra")
-    torch.testing.assert_close(_logits(model), expected)
+    torch.testing.assert_close(logits_of(model), expected)
     with pytest.raises(ValueError, match="alpha=None"):
         merged_state_dict(plain.state_dict())
     alone = {k: v for k, v in model.state_dict().items() if not k.startswith("lora_settings")}
@@ -355,45 +254,13 @@ def test_a_model_built_with_adapters_is_merged_for_export():
 
 @torch.no_grad()
 def test_a_copy_of_a_model_has_adapters_of_its_own():
-    model, manager = _managed()
+    model, manager = managed()
     manager.activate_adapter("first", weight="persona")
-    expected = _logits(model)
+    expected = logits_of(model)
     twin = copy.deepcopy(model)
     twin.lora_settings.manager.deactivate_all_extras()
-    assert not torch.equal(_logits(twin), expected)
-    assert torch.equal(_logits(model), expected)
-
-
-def _follow_and_measure(tensor: int = 1, sequence_parallel: bool = False):
-    ctx = ParallelContext.single()
-    if tensor > 1:
-        ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
-    model = _model(ctx=ctx).train()
-    manager = LoRAManager(model, rank=3, alpha=1, targets=LORA_TARGETS)
-    manager.inject()
-    for name, kind in (("moody", "esv"), ("personal", "persona")):
-        manager.add_adapter(name)
-        manager.activate_adapter(name, weight=kind)
-    with torch.no_grad():
-        for layer in (m for m in model.modules() if isinstance(m, LoRALinear)):
-            for adapter in layer.lora.values():
-                adapter.B.fill_(0.1)  # the same at any layout
-    sum_partial_gradients(model, ctx)
-    output = model(TokenInputs(TOKENS))
-    FAMILY.loss(output, TOKENS, config=CONFIG, ctx=ctx).total.backward()
-    return full_gradients(model, ctx)
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_following_adapters_have_the_same_gradients_on_two_tensor_ranks(sequence_parallel):
-    expected = _follow_and_measure()
-    assert sum(".lora.esv." in name or ".lora.persona." in name for name in expected) == 8
-    for gradients in run_ranks(_follow_and_measure, 2, 2, sequence_parallel):
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(
-                gradients[name], gradient, **FP64, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    assert not torch.equal(logits_of(twin), expected)
+    assert torch.equal(logits_of(model), expected)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +295,7 @@ def test_following_adapters_have_the_same_gradients_on_two_tensor_ranks(sequence
     ],
 )
 def test_mistakes_are_named(call, parts):
-    _, manager = _managed()
+    _, manager = managed()
     with assert_refused(*parts):
         call(manager)
 
@@ -436,7 +303,7 @@ def test_mistakes_are_named(call, parts):
 def test_what_cannot_be_adapted_is_refused():
     gelu = CONFIG.model_copy(update={"ffn_activation": "gelu"})
     with assert_refused("target", value="'gate_proj'", constraint="layer", remedy="q_proj"):
-        LoRAManager(_model(gelu), targets=["gate_proj"]).inject()
+        LoRAManager(plain_model(gelu), targets=["gate_proj"]).inject()
     with assert_refused(
         "lora_targets",
         value=["gate_proj"],
@@ -451,9 +318,9 @@ def test_what_cannot_be_adapted_is_refused():
     with assert_refused(
         "q_proj", value=(3, 2.0, 0.2), constraint="(16, 32.0, 0.0)", remedy="configuration"
     ):
-        LoRAManager(_model(NATIVE)).inject()
-    pathless = _model(CONFIG.model_copy(update={"paths": ("local",)}))
-    _, manager = _managed(pathless)
+        LoRAManager(plain_model(NATIVE)).inject()
+    pathless = plain_model(CONFIG.model_copy(update={"paths": ("local",)}))
+    _, manager = managed(pathless)
     with assert_refused(
         "weight", value="'persona'", constraint="persona path", remedy=("paths", "number")
     ):
