@@ -27,8 +27,8 @@ gather_from_sequence_region = _mappings.gather_from_sequence_parallel_region
 def prepare_megatron() -> None:
     """Set up what Megatron-Core's tensor-parallel functions need of its global state.
 
-    That is one buffer. All of them are called with a group, so that `parallel_state`, which would
-    create some 25 groups per rank, is not initialised.
+    That is one buffer (0.16.1). All of them are called with a group, so that `parallel_state`,
+    which would create 20 more process groups, is not initialised.
     """
     let_megatron_run_on_cpu()
     # The warning about CUDA_DEVICE_MAX_CONNECTIONS concerns speed on CUDA only, where we set it.
