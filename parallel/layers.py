@@ -3,7 +3,7 @@
 At tensor size 1 linear layers and head are instances of nn.Linear itself, which tools such as
 torch's dynamic quantisation look up by exact type, and nothing of Megatron is imported. At tensor
 size > 1 the collectives and the overlapped backward are Megatron-Core's. Under FP8 the linear
-layers are Transformer Engine's.
+layers are those of parallel.fp8.
 
 Every product goes through the call of its layer, so that anything that wraps or replaces a layer
 (adapters, hooks, quantisation, FSDP, offloading) takes effect.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
-from parallel.precision import fp8_linear, is_fp8_linear
+from parallel.fp8.layers import fp8_linear
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
@@ -117,8 +117,6 @@ def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
     if _context_of(linear) is not None:
         product: Tensor = linear(x, collectives=False, per_token=False)
         return product
-    if is_fp8_linear(linear):  # would gather x as if it were tokens, and may refuse its length
-        return F.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
     y: Tensor = linear(x)
     return y
 
@@ -290,15 +288,7 @@ def _linear(
     column = mode == "column"
     layer: nn.Module
     if ctx.precision.is_fp8 and role == "matrix":
-        layer = fp8_linear(
-            in_features,
-            out_features,
-            bias=bias,
-            parallel_mode=mode,
-            tensor=ctx.tensor,
-            sequence_parallel=ctx.sequence_parallel,
-            device=ctx.device,
-        )
+        layer = fp8_linear(mode, shape, bias=bias, ctx=ctx)
     elif ctx.tensor.size == 1:
         layer = _empty_linear(shape, bias=bias, ctx=ctx)
     else:

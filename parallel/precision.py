@@ -1,33 +1,39 @@
-"""Precision of a run: fp32, bf16, or FP8 through Transformer Engine (imported only here)."""
+"""Precision of a run: fp32, bf16 or FP8.
+
+The only import of Transformer Engine is here; parallel.fp8 holds the layers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.recompute import decision_contexts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+FP8_BACKENDS = ("transformer_engine", "emulated")
 
 
 @dataclass(frozen=True)
 class Precision:
     """`name` is fp32, bf16 or fp8; `fp8_recipe` names the FP8 scaling and is None otherwise.
 
-    Under fp8 parameters and activations are bf16; the linear layers are Transformer Engine's and
-    multiply in FP8. Without a usable Transformer Engine the setting is refused; it never falls back
-    to bf16 silently.
+    Under fp8 parameters and activations are bf16 and linear layers multiply in FP8: those of
+    Transformer Engine, or with the backend "emulated" rounded operands on any device. Without a
+    usable Transformer Engine its backend is refused; it never falls back to bf16 silently.
     """
 
     name: str = "fp32"
     fp8_recipe: str | None = None
+    fp8_backend: str = "transformer_engine"
 
     def __post_init__(self) -> None:
         if self.name not in DTYPES:
@@ -38,16 +44,33 @@ class Precision:
                 "a recipe is needed with fp8 and has no effect without it; "
                 "use both or neither"
             )
+        if self.fp8_backend not in FP8_BACKENDS:
+            raise ValueError(
+                f"fp8_backend={self.fp8_backend!r} is unknown; use one of {', '.join(FP8_BACKENDS)}"
+            )
         if self.is_fp8:
-            if self.fp8_recipe not in FP8_RECIPES:
-                raise ValueError(
-                    f"fp8_recipe={self.fp8_recipe!r} is not one of {', '.join(FP8_RECIPES)}"
-                )
-            require_transformer_engine()
+            self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        if self.fp8_recipe not in FP8_RECIPES:
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe!r} is not one of {', '.join(FP8_RECIPES)}"
+            )
+        if self.fp8_backend == "transformer_engine":
+            _require_recipe(self.fp8_recipe)
+        elif self.fp8_recipe == "delayed":
+            raise ValueError(
+                "fp8_backend='emulated' with fp8_recipe='delayed': the emulation keeps no history "
+                "of largest entries; use tensorwise, blockwise or mxfp8"
+            )
 
     @property
     def is_fp8(self) -> bool:
         return self.name == "fp8"
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        return self.is_fp8 and self.fp8_backend == "transformer_engine"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,21 +78,21 @@ class Precision:
         return DTYPES[self.name]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context manager around every forward pass: FP8 autocast under fp8, else a no-op."""
-        if not self.is_fp8:
+        """The context manager around every forward pass: that of Transformer Engine, or none."""
+        if not self.uses_transformer_engine:
             return contextlib.nullcontext()
         engine = require_transformer_engine()
-        return engine.pytorch.fp8_autocast(enabled=True, fp8_recipe=_recipe(self.fp8_recipe))
+        return engine.pytorch.autocast(enabled=True, recipe=_recipe(str(self.fp8_recipe)))
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` with activation checkpointing: recompute it in backward.
 
         Non-reentrant, so integer inputs and inputs without gradient are allowed. Random numbers and
-        decisions (parallel.recompute) are replayed; under FP8 Transformer Engine's own checkpoint
-        also replays the scaling state.
+        decisions (parallel.recompute) are replayed; Transformer Engine's own checkpoint also enters
+        its autocast again.
         """
         options: dict[str, Any] = {"use_reentrant": False, "context_fn": decision_contexts}
-        if self.is_fp8:
+        if self.uses_transformer_engine:
             engine = require_transformer_engine()
             return engine.pytorch.checkpoint(function, *args, **options)
         return torch.utils.checkpoint.checkpoint(function, *args, **options)
@@ -81,8 +104,10 @@ def require_transformer_engine() -> Any:
     Raises:
         ValueError: there is no CUDA device with FP8, or the package cannot be imported.
     """
+    # Its extension is built on the machine, against the torch that is there.
     remedy = (
-        "install it with `pip install manyformer[fp8]` on a CUDA machine, or use precision=bf16"
+        "install it on a CUDA machine with `pip install --no-build-isolation 'manyformer[fp8]'`, "
+        "or use fp8_backend=emulated or precision=bf16"
     )
     if not torch.cuda.is_available():
         raise ValueError(f"precision=fp8 needs a CUDA device and Transformer Engine; {remedy}")
@@ -103,56 +128,31 @@ def require_transformer_engine() -> Any:
     return transformer_engine
 
 
-def fp8_linear(
-    in_features: int,
-    out_features: int,
-    *,
-    bias: bool,
-    parallel_mode: str,
-    tensor: Any,
-    sequence_parallel: bool,
-    device: torch.device,
-) -> nn.Module:
-    """A Transformer Engine linear layer with this tensor rank's shard (arguments are full sizes).
-
-    Raises:
-        ValueError: a local size is not a multiple of 16, as FP8 matrix products require.
-    """
-    engine = require_transformer_engine()
-    local = {"column": out_features, "row": in_features}[parallel_mode] // tensor.size
-    other = {"column": in_features, "row": out_features}[parallel_mode]
-    if local % 16 or other % 16:
+def _require_recipe(name: str) -> None:
+    """Ask Transformer Engine whether this chip and CUDA have what a recipe needs."""
+    engine = require_transformer_engine().pytorch
+    available = {
+        "blockwise": engine.is_fp8_block_scaling_available,
+        "mxfp8": engine.is_mxfp8_available,
+    }.get(name, engine.is_fp8_available)
+    works, reason = available(return_reason=True)
+    if not works:
         raise ValueError(
-            f"FP8 linear of {other} x {local} (per tensor rank): both must be multiples of 16; "
-            "change the model's sizes or use precision=bf16"
+            f"fp8_recipe={name!r}: {reason}; use another recipe, such as tensorwise, or "
+            "precision=bf16"
         )
-    return engine.pytorch.Linear(
-        in_features,
-        out_features,
-        bias=bias,
-        params_dtype=torch.bfloat16,
-        device=device,
-        parallel_mode=parallel_mode if tensor.size > 1 else None,
-        tp_group=tensor.group if tensor.size > 1 else None,
-        tp_size=tensor.size,
-        sequence_parallel=sequence_parallel,
-    )
 
 
-def is_fp8_linear(layer: nn.Module) -> bool:
-    """Whether `layer` comes from `fp8_linear`: own collectives, restricted row counts."""
-    return type(layer).__module__.split(".")[0] == "transformer_engine"
-
-
-def _recipe(name: str | None) -> Any:
+@cache
+def _recipe(name: str) -> Any:
     from transformer_engine.common import recipe
 
     return {
-        "delayed": lambda: recipe.DelayedScaling(),
-        "tensorwise": lambda: recipe.Float8CurrentScaling(),
-        "blockwise": lambda: recipe.Float8BlockScaling(),
-        "mxfp8": lambda: recipe.MXFP8BlockScaling(),
-    }[str(name)]()
+        "delayed": recipe.DelayedScaling,
+        "tensorwise": recipe.Float8CurrentScaling,
+        "blockwise": recipe.Float8BlockScaling,
+        "mxfp8": recipe.MXFP8BlockScaling,
+    }[name]()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

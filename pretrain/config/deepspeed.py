@@ -83,8 +83,8 @@ def layout_bound_by(config: RunConfig, ds_config: DeepSpeedSettings) -> str | No
     bound = {
         # muon keeps momentum of whole matrices; the others count steps per parameter group.
         f"training.optimizer={training.optimizer}": training.optimizer not in _PORTABLE,
-        # Transformer Engine's scales are part of its layers, not of their weights.
-        "training.precision=fp8": training.precision == "fp8",
+        # The history of largest entries is part of Transformer Engine's layers, not of weights.
+        "training.fp8_recipe=delayed": training.fp8_recipe == "delayed",
         # DeepSpeed 0.19.8 maps elements to parameters in their order before the round robin.
         "round_robin_gradients": zero.get("round_robin_gradients", False),
     }

@@ -57,6 +57,7 @@ RULES: dict[str, Change] = {
     "training.z_loss": "training",
     "training.precision": "fixed",
     "training.fp8_recipe": "fixed",
+    "training.fp8_backend": "training",
     "training.activation_recomputation": "free",
     "training.init_from": "free",
     "training.init_from_changes": "free",

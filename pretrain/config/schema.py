@@ -140,6 +140,10 @@ class TrainingConfig(BaseModel):
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
         default=None, description="How FP8 tensors are scaled; with precision=fp8 only"
     )
+    fp8_backend: Literal["transformer_engine", "emulated"] = Field(
+        default="transformer_engine",
+        description="emulated: the same numbers without the kernels, slowly, on any device",
+    )
     activation_recomputation: Literal["none", "full"] = Field(
         default="none",
         description="full: keep only the input of each layer and recompute its forward pass",
@@ -238,6 +242,12 @@ class RunConfig(BaseModel):
                 f"training.optimizer=muon with parallel.tensor={self.parallel.tensor}: Muon "
                 "orthogonalises whole matrices and a tensor rank holds a part of each; "
                 "set parallel.tensor=1 or training.optimizer=adamw"
+            )
+        if self.training.fp8_recipe == "delayed" and self.parallel.pipeline > 1:
+            raise ValueError(
+                f"training.fp8_recipe=delayed with parallel.pipeline={self.parallel.pipeline}: "
+                "its largest entries are reduced over all ranks at every forward pass, for which "
+                "stages would wait for each other for ever; use tensorwise"
             )
         if not self.data.validation and self.evaluation != EvaluationConfig():
             raise ValueError(
@@ -377,6 +387,17 @@ def _check_numerics(training: TrainingConfig) -> None:
             f"training.fp8_recipe={training.fp8_recipe} with training.precision="
             f"{training.precision}: fp8 needs a recipe (delayed, tensorwise, blockwise or mxfp8) "
             "and it has no effect otherwise; change one of the two"
+        )
+    if training.precision != "fp8" and training.fp8_backend != "transformer_engine":
+        raise ValueError(
+            f"training.fp8_backend={training.fp8_backend} has no effect with training.precision="
+            f"{training.precision}; remove it or set training.precision=fp8"
+        )
+    if training.fp8_recipe == "delayed" and training.activation_recomputation != "none":
+        raise ValueError(
+            "training.fp8_recipe=delayed with training.activation_recomputation="
+            f"{training.activation_recomputation}: Transformer Engine would move its history of "
+            "largest entries on once more for every recomputed layer; use tensorwise or none"
         )
     for beta in training.betas:
         if not 0 <= beta < 1:

@@ -59,11 +59,11 @@ def check_needed_packages(
     needs = {
         "transformer_engine": (
             f"training.precision={training.precision}"
-            if training.precision == "fp8"
+            if training.precision == "fp8" and training.fp8_backend == "transformer_engine"
             else f"training.optimizer={training.optimizer}"
             if training.optimizer == "te_adam"
             else None,
-            "pip install -e '.[fp8]'",
+            "pip install --no-build-isolation -e '.[fp8]'",
         ),
         "apex.optimizers": (
             "training.optimizer=apex_adam" if training.optimizer == "apex_adam" else None,

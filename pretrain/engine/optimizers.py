@@ -189,7 +189,7 @@ _FACTORIES: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], torch.opt
 _NEEDS = {
     "fused_adam": "DeepSpeed with a CUDA device and nvcc",
     "cpu_adam": "DeepSpeed and a C++ compiler",
-    "te_adam": "Transformer Engine (pip install manyformer[fp8]) and a CUDA device",
+    "te_adam": "Transformer Engine (pip install --no-build-isolation 'manyformer[fp8]') and CUDA",
     "apex_adam": "NVIDIA apex, built from its source (the apex on PyPI is another project)",
 }
 

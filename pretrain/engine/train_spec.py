@@ -105,7 +105,8 @@ def build_precision(config: RunConfig) -> Precision:
         ConfigError: FP8 is not available on this machine.
     """
     try:
-        return Precision(config.training.precision, config.training.fp8_recipe)
+        training = config.training
+        return Precision(training.precision, training.fp8_recipe, training.fp8_backend)
     except ValueError as error:
         raise ConfigError(f"training.{error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from functools import cache
 from typing import get_args
@@ -65,12 +66,18 @@ def _causal_model(name: str, *, segmented: bool = False) -> SequentialModel:
     return model.eval()
 
 
+@cache
+def _context(tensor: int, sequence_parallel: bool) -> ParallelContext:
+    """Made once: each one from the world has communicators of its own."""
+    if tensor == 1:
+        return ParallelContext.single()
+    return ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
+
+
 def _measure(name: str, *, tensor: int = 1, sequence_parallel: bool = False, **options) -> Measured:
     family, config = CASES[name]
-    ctx = ParallelContext.single()
-    if tensor > 1:
-        ctx = ParallelContext.from_world(tensor=tensor, sequence_parallel=sequence_parallel)
     tokens, labels = _tokens(name)
+    ctx = _context(tensor, sequence_parallel)
     return measure(
         family, config, TokenInputs(tokens), labels, ctx, seed=SEED, noise=NOISE, **options
     )
@@ -82,8 +89,23 @@ def _measure_alone(name: str, dtype: torch.dtype = torch.float32) -> Measured:
     return _measure(name, dtype=dtype)
 
 
-def _measure_in_both(name: str, **options) -> dict[torch.dtype, Measured]:
-    return {dtype: _measure(name, dtype=dtype, **options) for dtype in BOUNDS}
+_Key = tuple[str, bool, torch.dtype]
+
+
+@cache
+def _measure_at_two_ranks(family: str) -> list[dict[_Key, Measured]]:
+    """By case, sequence parallelism and dtype, on either rank: all of a family in one process."""
+    return run_ranks(
+        _measure_all, 2, [n for n, case in CASES.items() if case.family.name == family]
+    )
+
+
+def _measure_all(names: list[str]) -> dict[_Key, Measured]:
+    keys = itertools.product(names, (False, True), BOUNDS)
+    return {
+        (name, split, dtype): _measure(name, tensor=2, sequence_parallel=split, dtype=dtype)
+        for name, split, dtype in keys
+    }
 
 
 def _assert_equal(measured: Measured, expected: Measured, *, within: float = 0.0) -> None:
@@ -107,10 +129,10 @@ def test_recomputation_changes_nothing(name):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_tensor_ranks_equal_one_in_loss_and_every_gradient(name, sequence_parallel):
-    options = {"tensor": 2, "sequence_parallel": sequence_parallel}
-    for measured in run_ranks(_measure_in_both, 2, name, **options):
+    for measured in _measure_at_two_ranks(CASES[name].family.name):
         for dtype, within in BOUNDS.items():
-            _assert_equal(measured[dtype], _measure_alone(name, dtype), within=within)
+            found = measured[name, sequence_parallel, dtype]
+            _assert_equal(found, _measure_alone(name, dtype), within=within)
 
 
 def test_every_parameter_gets_a_gradient_and_declares_its_sharding(name):
@@ -137,16 +159,23 @@ def test_changing_a_token_changes_no_earlier_logit(name):
     model = _causal_model(name)
     has_experts = getattr(CASES[name].config, "num_experts", 0)
     tokens, _ = _tokens(name)
-    before = logits_of(model(TokenInputs(tokens)))
+    # For each position the batch once, changed from there on: all in one pass.
+    together = tokens.repeat(SEQ - 1, 1)
+    changed = together.unflatten(0, (SEQ - 1, BATCH)).clone()
     for position in range(1, SEQ):
-        changed = tokens.clone()
-        changed[:, position:] = (changed[:, position:] + 1) % CASES[name].config.vocab_size
-        after = logits_of(model(TokenInputs(changed)))
+        changed[position - 1, :, position:] += 1
+    changed = changed.flatten(0, 1) % CASES[name].config.vocab_size
+    before, after = (
+        logits_of(model(TokenInputs(rows))).unflatten(1, (SEQ - 1, BATCH))
+        for rows in (together, changed)
+    )
+    for position in range(1, SEQ):
+        old, new = before[:, position - 1], after[:, position - 1]
         if has_experts:
-            torch.testing.assert_close(after[:position], before[:position], **FP64)
+            torch.testing.assert_close(new[:position], old[:position], **FP64)
         else:
-            assert torch.equal(after[:position], before[:position]), position
-        assert not torch.equal(before[position], after[position]), position
+            assert torch.equal(new[:position], old[:position]), position
+        assert not torch.equal(old[position], new[position]), position
 
 
 def _step_in_parts(
@@ -256,17 +285,17 @@ def test_the_model_overfits_one_batch(name):
 
 def test_parameters_and_flops_equal_their_formulas(name):
     family, config = CASES[name]
-    tokens, _ = _tokens(name, batch=1)
+    tokens, _ = _tokens(name, batch=1, seq=16)
     model = evaluated(_model(name), tokens)
     assert family.num_parameters(config) == sum(p.numel() for p in model.parameters())
     # Token by token, attention meets exactly the keys that causality allows, as formulas count it.
     # The counter knows the plain attention kernels, not those for the CPU.
-    cache = model.new_cache(1, SEQ)
+    cache = model.new_cache(1, 16)
     plain = sdpa_kernel(SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         for token in tokens.split(1, dim=1):
             model(TokenInputs(token), cache)
-    assert counter.get_total_flops() / SEQ == pytest.approx(family.flops(config, SEQ), rel=1e-6)
+    assert counter.get_total_flops() / 16 == pytest.approx(family.flops(config, 16), rel=1e-6)
 
 
 def test_every_registered_family_is_under_the_contract(name):

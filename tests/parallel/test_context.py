@@ -83,7 +83,7 @@ def test_fp8_without_transformer_engine_is_an_error_that_says_what_to_install():
         "precision",
         value="fp8",
         constraint=("CUDA", "Transformer Engine"),
-        remedy=("manyformer[fp8]", "precision=bf16"),
+        remedy=("manyformer[fp8]", "fp8_backend=emulated", "precision=bf16"),
     ):
         Precision("fp8", "delayed")
 
@@ -93,6 +93,15 @@ def test_an_fp8_recipe_without_fp8_is_refused_because_it_has_no_effect():
         "fp8_recipe", value="'delayed'", constraint="precision='bf16'", remedy="both"
     ):
         Precision("bf16", "delayed")
+
+
+def test_an_emulation_without_what_a_recipe_needs_is_refused():
+    with assert_refused(
+        "fp8_backend", value="'emulated'", constraint="'delayed'", remedy=("use", "tensorwise")
+    ):
+        Precision("fp8", "delayed", "emulated")
+    with assert_refused("fp8_backend", value="'cutlass'", constraint="unknown", remedy="emulated"):
+        Precision("fp8", "tensorwise", "cutlass")
 
 
 def test_a_single_process_imports_neither_megatron_nor_deepspeed():

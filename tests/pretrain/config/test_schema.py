@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from parallel.precision import FP8_RECIPES
+from parallel.precision import FP8_BACKENDS, FP8_RECIPES
 from pretrain.config import (
     RunConfig,
     TrainingConfig,
@@ -80,9 +80,13 @@ def test_a_whole_number_may_stand_for_a_float() -> None:
     assert parse_config(run_values(training__grad_clip=2)).training.grad_clip == 2.0
 
 
-def test_fp8_recipes_are_those_of_the_layers() -> None:
+def test_fp8_recipes_and_backends_are_those_of_the_layers() -> None:
     annotation = TrainingConfig.model_fields["fp8_recipe"].annotation
     assert get_args(get_args(annotation)[0]) == FP8_RECIPES
+    assert get_args(TrainingConfig.model_fields["fp8_backend"].annotation) == FP8_BACKENDS
+
+
+DELAYED = {"training__precision": "fp8", "training__fp8_recipe": "delayed"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,18 @@ def test_an_unusable_value_is_refused_with_key_value_and_constraint(
         ),
         ({"training__fp8_recipe": "mxfp8"}, ["training.fp8_recipe=mxfp8", "precision=fp32"]),
         ({"training__precision": "fp8"}, ["training.precision=fp8", "needs a recipe"]),
+        (
+            {"training__fp8_backend": "emulated"},
+            ["training.fp8_backend=emulated", "no effect", "set training.precision=fp8"],
+        ),
+        (
+            DELAYED | {"parallel__pipeline": 2},
+            ["training.fp8_recipe=delayed", "parallel.pipeline=2", "use tensorwise"],
+        ),
+        (
+            DELAYED | {"training__activation_recomputation": "full"},
+            ["training.fp8_recipe=delayed", "activation_recomputation=full", "use tensorwise"],
+        ),
         ({"parallel__sequence_parallel": True}, ["no effect", "parallel.tensor=1"]),
         ({"logging__wandb": {"project": "p"}}, ["logging.wandb.project='p'", "no effect"]),
         ({"logging__wandb": {"mode": "online"}}, ["logging.wandb.mode=online", "project"]),

@@ -117,7 +117,7 @@ def test_a_run_that_can_start_is_fit_and_nothing_is_left_behind(examine, tmp_pat
         (
             ["training.optimizer=te_adam"],
             "environment",
-            ["needs transformer_engine", "pip install -e '.[fp8]'"],
+            ["needs transformer_engine", "--no-build-isolation -e '.[fp8]'"],
         ),
     ],
 )

@@ -54,12 +54,14 @@ def test_what_only_deepspeed_can_write_is_not_saved_in_the_background(tmp_path) 
         bound(tmp_path, {"stage": 1, "round_robin_gradients": True}, **asynchronous)
 
 
-def test_other_optimizers_and_fp8_are_bound_to_their_layout(tmp_path) -> None:
+def test_other_optimizers_and_a_history_of_fp8_are_bound_to_their_layout(tmp_path) -> None:
     found = bound(tmp_path, training__optimizer="muon", training__grad_clip=0.0)
     assert found == "training.optimizer=muon"
     assert bound(tmp_path, training__optimizer="te_adam") == "training.optimizer=te_adam"
-    fp8 = {"training__precision": "fp8", "training__fp8_recipe": "delayed"}
-    assert bound(tmp_path, {"stage": 1}, **fp8) == "training.precision=fp8"
+    fp8 = {"training__precision": "fp8"}
+    history = fp8 | {"training__fp8_recipe": "delayed"}
+    assert bound(tmp_path, {"stage": 1}, **history) == "training.fp8_recipe=delayed"
+    assert bound(tmp_path, {"stage": 1}, **fp8, training__fp8_recipe="tensorwise") is None
 
 
 def save(run_dir: Path, *, folder: str, config: dict[str, Any]) -> None:

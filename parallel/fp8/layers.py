@@ -1,0 +1,127 @@
+"""The tensor-parallel linear layer of FP8.
+
+Collectives are those of `parallel.regions`, in bf16, around a product that knows nothing of them:
+Transformer Engine's (`te.pytorch.Linear` without a parallel mode) or the emulated one. So several
+layers share one gather (`parallel.layers.project_together`), and both backends differ in the
+product alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.context import ParallelContext
+from parallel.fp8.emulation import fp8_product
+from parallel.precision import require_transformer_engine
+from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
+
+# Multiples that the kernels ask for; those of the other recipes: 8 rows, 16 columns.
+_ROWS = _COLUMNS = {"mxfp8": 32}
+
+
+def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelContext) -> nn.Module:
+    """A linear layer in FP8 with this tensor rank's shard [out, in]; `mode`: column or row.
+
+    Raises:
+        ValueError: sizes of the shard that FP8 matrix products cannot have.
+    """
+    multiple = _COLUMNS.get(str(ctx.precision.fp8_recipe), 16)
+    if shape[0] % multiple or shape[1] % multiple:
+        raise ValueError(
+            f"FP8 linear of {shape[1]} x {shape[0]} (per tensor rank): with fp8_recipe="
+            f"{ctx.precision.fp8_recipe} both must be multiples of {multiple}; change the model's "
+            "sizes or use precision=bf16"
+        )
+    emulated = ctx.precision.fp8_backend == "emulated"
+    kind = _EmulatedLinear if emulated else _transformer_engine_linear()
+    layer: nn.Module = kind(mode, shape, bias=bias, ctx=ctx)
+    return layer
+
+
+class _Fp8Linear(nn.Module):
+    """Collectives around the product of a subclass.
+
+    `collectives=False` and `per_token=False` are those of `parallel.layers`: the latter is for
+    memory slots and the like, whose number FP8 products cannot have; they multiply in bf16.
+    """
+
+    weight: Tensor
+    mode: str
+    has_bias: bool
+    ctx: ParallelContext
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The local product of FP8 operands, and the bias, which is not added."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
+        column = self.mode == "column"
+        if column and collectives:
+            x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+        if per_token:
+            self._check_rows(x)
+            y, bias = self.product(x)
+        else:
+            y = F.linear(x, self.weight)
+            bias = self.get_parameter("bias") if self.has_bias else None
+        if not column:
+            if not collectives:
+                return y
+            y = reduce_from_tensor_region(y, ctx=self.ctx)
+        return y if bias is None else y + bias
+
+    def _check_rows(self, x: Tensor) -> None:
+        recipe = str(self.ctx.precision.fp8_recipe)
+        multiple, rows = _ROWS.get(recipe, 8), x.shape[:-1].numel()
+        if rows % multiple:
+            raise ValueError(
+                f"FP8 product of {rows} rows ({' x '.join(map(str, x.shape[:-1]))}): with "
+                f"fp8_recipe={recipe} they must be a multiple of {multiple}; "
+                "change batch_size, the sequence length or the capacity, or use precision=bf16"
+            )
+
+
+class _EmulatedLinear(_Fp8Linear, nn.Linear):
+    def __init__(
+        self, mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelContext
+    ) -> None:
+        nn.Linear.__init__(self, shape[1], shape[0], bias=bias, device=ctx.device)
+        self.mode, self.has_bias, self.ctx = mode, bias, ctx
+
+    def reset_parameters(self) -> None:
+        """Left to parallel.random.initialize, which knows the parameter's name."""
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return fp8_product(x, self.weight, str(self.ctx.precision.fp8_recipe)), self.bias
+
+
+@cache
+def _transformer_engine_linear() -> Any:
+    """The class, which is made once Transformer Engine is imported."""
+    engine = require_transformer_engine()
+
+    class TransformerEngineLinear(_Fp8Linear, engine.pytorch.Linear):  # type: ignore[name-defined]
+        def __init__(
+            self, mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelContext
+        ) -> None:
+            engine.pytorch.Linear.__init__(
+                self,
+                shape[1],
+                shape[0],
+                bias=bias,
+                return_bias=bias,  # added here, after the reduction
+                params_dtype=torch.bfloat16,
+                device=ctx.device,
+            )
+            self.mode, self.has_bias, self.ctx = mode, bias, ctx
+
+        def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            y = engine.pytorch.Linear.forward(self, x)
+            return y if self.has_bias else (y, None)
+
+    return TransformerEngineLinear
