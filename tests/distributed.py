@@ -54,7 +54,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     init: bool = True,
     patience: float = 5.0,
     **kwargs: Any,

@@ -61,7 +61,7 @@ def _run(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 

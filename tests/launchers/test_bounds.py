@@ -31,7 +31,7 @@ def submit(cluster: Cluster, directory: Path, behaviour: str, *options: str) -> 
 
 def test_a_job_that_brings_no_checkpoint_gives_up(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, "echo launched >> $RUN_DIR/launches; exit 1\n")
-    fields = cluster.wait(job, ("FAILED", "COMPLETED"), timeout=120)
+    fields = cluster.wait(job, ("FAILED", "COMPLETED"), timeout=600)
     output = cluster.output(job)
     assert (fields["ExitCode"], fields["Restarts"]) == ("93:0", "1"), output
     assert "launches in a row without a checkpoint after step 0: 1" in output
@@ -48,7 +48,7 @@ def test_a_job_that_gets_on_comes_back_for_as_long_as_it_does(
         "mkdir -p $RUN_DIR/checkpoints/step_$(((LAUNCH + 1) * 10))\n"
         '(( LAUNCH < 3 )) || touch "$RUN_DIR/DONE"\nexit 1\n',
     )
-    fields = cluster.wait(job, timeout=120)
+    fields = cluster.wait(job, timeout=600)
     output = cluster.output(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "3"), output
     assert "failed after step 30; requeueing" in output

@@ -140,7 +140,7 @@ def test_a_job_that_is_preempted_saves_in_its_grace_time_and_loses_nothing(
         *("--partition=urgent", f"--nodelist={cluster.hosts(job)[0]}", "--exclusive"),
         *("--output=/dev/null", "--wrap=true"),
     )
-    assert cluster.wait(urgent, timeout=120)["JobState"] == "COMPLETED"
+    assert cluster.wait(urgent, timeout=600)["JobState"] == "COMPLETED"
     fields = cluster.wait(job, timeout=240)
     output = cluster.output(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output

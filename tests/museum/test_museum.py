@@ -46,7 +46,7 @@ def test_the_table_is_that_of_the_results_and_has_a_row_for_every_exhibit() -> N
 
 
 def test_exhibits_are_caught_by_a_proof() -> None:
-    printed = _run_museum("--quick", *_SHOWN, timeout=300)
+    printed = _run_museum("--quick", *_SHOWN, timeout=900)
     assert [line for line in printed.splitlines() if line.startswith("caught: ")] == [
         f"caught: {name}" for name in _SHOWN
     ]

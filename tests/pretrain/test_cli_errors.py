@@ -51,7 +51,7 @@ def _script(*argv: str, cwd: Path) -> Outcome:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

@@ -350,7 +350,7 @@ def test_the_command_says_it_in_lines_with_an_exit_code(tmp_path):
         [sys.executable, "-m", "pretrain.doctor", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2
     assert "settings\n  ok       demo: valid" in done.stdout
