@@ -215,7 +215,7 @@ class _SplitWriter:
         return num_bytes
 
     def _must_count(self, number: int) -> bool:
-        """Return whether to count these bytes; of a known total, training text gets the rest."""
+        """Return whether to count the bytes of an output; training text gets the remainder."""
         return number > 0 or self._dataset.info is None
 
     def _text_bytes(self, decoder: Tokenizer) -> Callable[[npt.NDArray[np.integer]], int]:

@@ -31,8 +31,8 @@ _MAX_DEPTH = 12  # innermost frames inspected to see whether a thread waits
 
 
 class Progress(NamedTuple):
-    """Progress of a rank: `beats` counts the heartbeats of its watchdog thread, `moves` the
-    activities its main thread has begun, the latest of which is `activity`.
+    """Progress of a rank: `beats` counts the heartbeats of its watchdog thread, `num_activities`
+    the activities that its main thread has begun, the latest of which is `activity`.
 
     `place`: position in the layout. `function`: innermost function of ours in the main thread.
     `collective`: the one in which it waits for other ranks, "" if none. Both are empty while the
@@ -43,7 +43,7 @@ class Progress(NamedTuple):
     host: str
     pid: int
     beats: int = 0
-    moves: int = 0
+    num_activities: int = 0
     activity: str = "starting"
     place: str = ""
     stage: int = 0
@@ -60,7 +60,7 @@ class Progress(NamedTuple):
 
     @property
     def last_known(self) -> str:
-        """For a rank that no longer reports."""
+        """Summary of a rank that no longer reports."""
         return self._describe(f"last heard of in {self.activity}")
 
     def _describe(self, where: str) -> str:
@@ -176,8 +176,8 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     if waiting and absent:
         where = _most_common([progress.collective for progress in waiting.values()])
         return _list(absent, f"has not entered {where}, in which others wait")
-    least = min(progress.moves for progress in after.values())
-    behind = {rank: progress for rank, progress in after.items() if progress.moves == least}
+    fewest = min(progress.num_activities for progress in after.values())
+    behind = {r: progress for r, progress in after.items() if progress.num_activities == fewest}
     if len(behind) < len(after):
         return _list(behind, "is the furthest behind")
     places = {rank: _where(progress) for rank, progress in after.items()}

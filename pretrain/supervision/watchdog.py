@@ -68,9 +68,9 @@ class Watchdog:
     """Context manager that watches the main thread of one rank.
 
     The main thread calls `progress` at every new activity, which costs no communication. `store`
-    is that of the whole run, needed if `size` is more than 1. `end` gets how the rank is to
-    end; by default it ends the process. `timeout` in seconds; None: watch nothing. `slow_ratio`:
-    see StragglerDetector; None: compare nothing.
+    is that of the whole run, needed if `size` is more than 1. `end` is called with the `Ending` of
+    the rank; by default it ends the process. `timeout` in seconds; None: watch nothing.
+    `slow_ratio`: see StragglerDetector; None: compare nothing.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Watchdog:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._exiting = False  # the main thread is at the end of the run, or raised an error
-        self._failure: str | None = None  # error of another rank, in its words
+        self._failure: str | None = None  # error of another rank, as that rank reported it
         self._peer_lost_at: float | None = None  # when the exit of another rank was noticed
         self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
         self._comparisons_left = 0
@@ -108,7 +108,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._timeout is not None:
-            self.progress("the start")
+            self.progress("starting")
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._exchange()  # at once: a rank may exit before its thread's first heartbeat
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -136,7 +136,8 @@ class Watchdog:
 
     def progress(self, activity: str, *, is_step: bool = False) -> None:
         """Report that the main thread begins `activity`, such as "step 12"."""
-        self._reported = self._reported._replace(moves=self._reported.moves + 1, activity=activity)
+        number = self._reported.num_activities + 1
+        self._reported = self._reported._replace(num_activities=number, activity=activity)
         self._last_progress, self._in_step = time.monotonic(), is_step
         self._steps += is_step
 
@@ -250,7 +251,7 @@ class Watchdog:
             self._record.report(self._own)
 
     def _compare(self) -> None:
-        """On rank 0: warn about stragglers."""
+        """Warn about stragglers, on rank 0."""
         if (
             self._stragglers is None
             or self._record is None

@@ -68,7 +68,7 @@ EXPERT = {
 CASES = {
     "data": Case(1, "stopped", *STEP),
     "tensor, rank 0": Case(0, "stopped", *STEP, TENSOR),
-    "save": Case(1, "stopped", CheckpointStore, "save", "the save of step 2"),
+    "save": Case(1, "stopped", CheckpointStore, "save", "saving step 2"),
 }
 MORE_CASES = {
     "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
@@ -80,16 +80,14 @@ MORE_CASES = {
     "tensor": Case(1, "asleep", *STEP, TENSOR),
     "pipeline, rank 0": Case(0, "stopped", *STAGE, PIPELINE),
     "expert": Case(1, "stopped", *STEP, EXPERT),
-    "evaluation": Case(1, "asleep", PlainEngine, "evaluate", "the evaluation after step 2"),
+    "evaluation": Case(1, "asleep", PlainEngine, "evaluate", "evaluating after step 2"),
     "evaluation of a pipeline": Case(
-        1, "stopped", StageEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
+        1, "stopped", StageEngine, "evaluate", "evaluating after step 2", 1, PIPELINE
     ),
     "groups": Case(1, "stopped", run, "build_context", "creating process groups"),
     "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
     "search": Case(1, "asleep", CheckpointStore, "find", "searching for a checkpoint"),
-    "restoration": Case(
-        1, "stopped", engine, "restore_optimizer_state", "the restoration of step 2"
-    ),
+    "restoration": Case(1, "stopped", engine, "restore_optimizer_state", "restoring step 2"),
 }
 
 
