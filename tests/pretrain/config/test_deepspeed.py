@@ -64,13 +64,13 @@ def test_auto_values_are_filled_from_the_run_configuration(stage: int) -> None:
 def test_a_file_of_the_project_is_found_from_any_directory(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run = parse_config(run_values())
+    config = parse_config(run_values())
     monkeypatch.chdir(tmp_path)
-    assert resolve_ds_config(name, run, data_size=1).zero_stage == 2
+    assert resolve_ds_config(name, config, data_size=1).zero_stage == 2
     mine = tmp_path / name
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text(json.dumps(_zero(1)))
-    ds_config = resolve_ds_config(name, run, data_size=1)
+    ds_config = resolve_ds_config(name, config, data_size=1)
     assert ds_config.zero_stage == 1, "a file of the user's own comes first"
 
 
@@ -418,5 +418,5 @@ def test_deepspeed_parses_what_we_resolve(stage: int) -> None:
 def test_the_default_is_zero_1_unless_it_would_shard_nothing(
     changes: dict[str, Any], data_size: int, stage: int
 ) -> None:
-    run = parse_config(run_values(**changes))
-    assert resolve_ds_config(None, run, data_size=data_size).zero_stage == stage
+    config = parse_config(run_values(**changes))
+    assert resolve_ds_config(None, config, data_size=data_size).zero_stage == stage
