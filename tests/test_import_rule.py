@@ -1,4 +1,4 @@
-"""Who may import whom. Every import statement counts, also those inside functions."""
+"""The import rule of the packages. Every import statement counts, also those inside functions."""
 
 from __future__ import annotations
 
@@ -63,9 +63,12 @@ def imports_in(source: str, file: str) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, file)
             yield from (Import(file, node.lineno, f"{base}.{a.name}") for a in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            if isinstance(node.args[0], ast.Constant):
-                yield Import(file, node.lineno, str(node.args[0].value))
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith("import_module")
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield Import(file, node.lineno, str(node.args[0].value))
 
 
 def _absolute(node: ast.ImportFrom, file: str) -> str:

@@ -1,4 +1,4 @@
-"""What a save costs the step: in the step, in the background, and a bare copy to host memory.
+"""Cost of a save for the step: in the step, in the background, and a bare copy to host memory.
 
 All take turns on one engine in this process. The bare copy is of the same tensors into memory that
 is there already; no save in the background can stall a step for less. DeepSpeed's own save of the

@@ -1,4 +1,4 @@
-"""Removes one defence at a time and runs the tests that are there for it: they have to fail.
+"""Mutants that each remove one defence; the tests of that defence have to fail.
 
 `python -m tests.faults.mutants [NAME ...]` tries mutants in a copy of the tree (mutated_copy.py),
 in which a piece of one function is replaced (mutation.py).

@@ -1,4 +1,4 @@
-"""Run files, overrides and DeepSpeed JSON, and how each of them is spoilt."""
+"""Run files, overrides and DeepSpeed JSON, and ways to spoil each of them."""
 
 from __future__ import annotations
 

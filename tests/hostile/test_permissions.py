@@ -1,4 +1,4 @@
-"""What a run leaves on the disk is not for other users, whatever umask it was started with."""
+"""Files of a run are closed to other users, whatever umask it was started with."""
 
 from __future__ import annotations
 

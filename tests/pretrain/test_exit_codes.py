@@ -1,4 +1,4 @@
-"""Each way in which a run ends has its exit code, and is said once."""
+"""Every end of a run has its exit code, and is reported once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a run over several ranks to text and to transformers."""
+"""Export of a run over several ranks, to text and to transformers."""
 
 from __future__ import annotations
 

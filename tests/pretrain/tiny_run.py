@@ -97,7 +97,7 @@ def metrics(config: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, f
 
 
 def curve(config: RunConfig) -> list[tuple[float, ...]]:
-    """What two runs that are the same have in common, bit for bit."""
+    """The logged values in which two equal runs agree, bit for bit."""
     trained, evaluated = metrics(config)
     losses = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in trained]
     return losses + [(r["step"], r["eval_loss"]) for r in evaluated]

@@ -1,4 +1,4 @@
-"""Saves in the background: the files of synchronous ones, and ends that wait for them or fail."""
+"""Asynchronous saves: the files of synchronous ones, and ends of a run during a save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run files, groups and overrides: what is found where, and one line for what is not."""
+"""Run files, groups and overrides: their search order, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many steps a run has, with and without looking at its data."""
+"""Number of steps of a run, with and without its data."""
 
 from __future__ import annotations
 

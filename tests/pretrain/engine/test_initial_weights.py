@@ -1,4 +1,4 @@
-"""Weights are taken over with the function that they are of, or the difference is asked for."""
+"""Initial weights keep the function they were trained for, or the difference must be declared."""
 
 from __future__ import annotations
 

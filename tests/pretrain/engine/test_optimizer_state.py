@@ -1,4 +1,4 @@
-"""Which checkpoints fit any layout, which do not, and what the rest of a restored state is."""
+"""Checkpoints that fit any layout or only their own, and the rest of a restored state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a Qwen2 model of transformers through a real run of four ranks and back."""
+"""A Qwen2 model of transformers, through a real run of four ranks and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss that stands out: back to the checkpoint before it, and on without the data around it."""
+"""Loss spikes: return to the checkpoint before one, and skip the data around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank holds up the others, from what all of them say."""
+"""The rank that blocks the others, from the progress of all ranks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_who_is_to_blame(changes, verdict):
 
 
 def _watch_a_wait() -> tuple[bool, tuple[str, str]]:
-    """What another thread sees of a main thread that waits for rank 1."""
+    """The location of a main thread that waits for rank 1, as seen by another thread."""
     seen = []
     if dist.get_rank() == 0:
         main = threading.get_ident()

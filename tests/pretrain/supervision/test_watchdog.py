@@ -1,4 +1,4 @@
-"""A rank that stands still ends the run: in time, by name, with the stacks of those that live."""
+"""A hung rank ends the run: in time, by name, with the stacks of all live ranks."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_rank_that_stands_still_is_named_in_time(name, tmp_path):
 
 
 def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
-    """What the watchdog finds of a rank 2 that does two moves less than the others."""
+    """The watchdog's verdict on a rank 2 that begins two activities less than the others."""
     rank, endings = int(os.environ["RANK"]), []
     watchdog = Watchdog(
         *(folder,),
