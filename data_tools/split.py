@@ -20,9 +20,8 @@ from data_tools.cli import run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import Chunk, IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
-from data_tools.corpus.origin import Origin, origin_of, require_tokenizer
+from data_tools.corpus.origin import Origin, num_text_bytes, origin_of, require_tokenizer
 from data_tools.errors import DataError
-from data_tools.preprocessing.encoding import num_text_bytes
 from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import Tokenizer
 
