@@ -164,11 +164,7 @@ def _describe_group(group: object) -> str:
 
 def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int) -> str:
     """Name the ranks that block the others, from two snapshots of all ranks."""
-    silent = {
-        rank: progress
-        for rank, progress in after.items()
-        if rank != own_rank and progress.beats == before[rank].beats
-    }
+    silent = silent_ranks(before, after, own_rank=own_rank)
     if silent:
         return describe_silent(silent)
     waiting = {rank: progress for rank, progress in after.items() if progress.collective}
@@ -186,6 +182,17 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     if odd:
         return _list(odd, f"while others are in {usual}")
     return f"all ranks are equally far and in {usual}; see their stacks"
+
+
+def silent_ranks(
+    before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int
+) -> dict[int, Progress]:
+    """The other ranks that have sent no heartbeat between two snapshots of all ranks."""
+    return {
+        rank: progress
+        for rank, progress in after.items()
+        if rank != own_rank and progress.beats == before[rank].beats
+    }
 
 
 def describe_silent(ranks: Mapping[int, Progress]) -> str:

@@ -33,6 +33,7 @@ from pretrain.supervision.progress import (
     describe_silent,
     is_waiting,
     locate_thread,
+    silent_ranks,
 )
 from pretrain.supervision.stragglers import (
     SAMPLING_INTERVAL,
@@ -208,11 +209,7 @@ class Watchdog:
         except (RuntimeError, TimeoutError):
             message = f"{self._record.store_owner} does not answer"
             return Ending(EXIT_LOST_RANK, message if self._rank <= 1 else None)
-        gone = {
-            rank: progress
-            for rank, progress in after.items()
-            if rank != self._rank and progress.beats == before[rank].beats
-        }
+        gone = silent_ranks(before, after, own_rank=self._rank)
         if not gone:
             return None
         text = describe_silent(gone)
@@ -270,7 +267,7 @@ class Watchdog:
         """Send a heartbeat; returns the verdict that ends this rank, if there is one."""
         waited = time.monotonic() - self._last_progress
         assert self._timeout is not None
-        self._describe(stuck=waited > self._timeout / 2)
+        self._sample_position(is_stuck=waited > self._timeout / 2)
         answers, found = True, None
         try:
             found = self._exchange()
@@ -282,8 +279,8 @@ class Watchdog:
             found = self._declare_hang(waited, answers=answers)
         return found or self._check_peers()
 
-    def _describe(self, *, stuck: bool) -> None:
-        function, collective = locate_thread(self._main) if stuck else ("", "")
+    def _sample_position(self, *, is_stuck: bool) -> None:
+        function, collective = locate_thread(self._main) if is_stuck else ("", "")
         self._sampled = {
             **self._sampled,
             "beats": self._own.beats + 1,
@@ -322,8 +319,8 @@ class Watchdog:
             before = self._record.read()
             self._observe_heartbeats()
             culprit = blame(before, self._record.read(), own_rank=self._rank)
-            is_rank0 = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
-            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_rank0 else None)
+            is_first = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
+            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
         except (RuntimeError, TimeoutError):
             # Ranks cannot agree on who reports it. The store's owner sees the verdict if it wakes.
             message = f"{what}{self._record.store_owner} does not answer"
@@ -338,7 +335,7 @@ class Watchdog:
         until = time.monotonic() + _OBSERVATION_SECONDS + self._interval
         while time.monotonic() < until:
             time.sleep(self._interval / 2)
-            self._describe(stuck=True)
+            self._sample_position(is_stuck=True)
             self._record.report(self._own)
 
     def _finish(self, ending: Ending) -> None:
