@@ -12,7 +12,7 @@ TokenArray = npt.NDArray[np.integer]  # in the dtype of the file
 
 
 def bisect_right(values: npt.NDArray[Any], keys: IntArray) -> IntArray:
-    """Equal `np.searchsorted(values, keys, side="right")`, reading only log2(n) values per key."""
+    """Compute `np.searchsorted(values, keys, side="right")` from log2(n) values per key."""
     low = np.zeros(len(keys), dtype=np.int64)
     high = np.full(len(keys), len(values), dtype=np.int64)
     while (active := low < high).any():

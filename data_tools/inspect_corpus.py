@@ -17,11 +17,12 @@ from data_tools.arrays import IntArray
 from data_tools.cli import run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.origin import find_tokenizer
 from data_tools.corpus.token_stream import DocumentOrigin
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.step_samples import Sample, StepSamples
-from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
+from data_tools.tokenization.tokenizers import Tokenizer
 
 _EXAMPLE = """example:
   python -m data_tools.inspect_corpus data/demo/train --samples 3 --histogram lengths.png
@@ -240,32 +241,6 @@ def _source(text: str) -> tuple[str, str]:
             f"--source {text} must be NAME=PATH; pass the name of a source and its new path"
         )
     return name, path
-
-
-def find_tokenizer(
-    dataset: IndexedDataset, spec: str | None, *, eod: str | None = None
-) -> Tokenizer | None:
-    """Load the tokenizer `spec`, or else the one recorded in the corpus; None if unavailable.
-
-    Raises:
-        DataError: `spec` is not the tokenizer of the corpus.
-    """
-    info = dataset.info
-    if spec is None:
-        if info is None:
-            return None
-        try:
-            tokenizer = load_tokenizer(info.tokenizer)
-        except DataError:
-            return None
-        return tokenizer if tokenizer.fingerprint == info.tokenizer_fingerprint else None
-    tokenizer = load_tokenizer(spec, eod=eod)
-    if info is not None and tokenizer.fingerprint != info.tokenizer_fingerprint:
-        raise DataError(
-            f"--tokenizer {spec} ({tokenizer.fingerprint[:12]}) is not the tokenizer of "
-            f"{dataset.prefix} ({info.tokenizer_fingerprint[:12]}); pass {info.tokenizer}"
-        )
-    return tokenizer
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -72,7 +72,7 @@ def _finish(
     num_bytes: int,
     command: str,
 ) -> CorpusInfo:
-    """Publish the corpus with a sidecar: what `_origins` found to be the same is the first's."""
+    """Publish the corpus and its sidecar; what all corpora share is read from the first origin."""
     first = origins[0]
     return writer.finish(
         tokenizer=first.tokenizer,

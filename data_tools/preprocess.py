@@ -264,6 +264,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=usable_cpus(), help="worker processes per rank"
     )
+    _add_token_arguments(parser)
+    parser.add_argument(
+        "--max-document-megabytes",
+        type=int,
+        metavar="N",
+        help="refuse longer documents, for which a tokenizer may need 130 times as much memory; "
+        "default: 16, and no limit with bytes",
+    )
+    parser.add_argument(
+        "--license",
+        "--licence",  # the spelling of earlier versions
+        metavar="TEXT",
+        help="license of the text, recorded in PREFIX.json",
+    )
+    parser.add_argument(
+        "--shard-megabytes",
+        type=int,
+        metavar="N",
+        help="input per shard: a kill loses at most one shard per worker",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser
+
+
+def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
@@ -293,27 +318,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="refuse ids of N or more (model.vocab_size)"
     )
-    parser.add_argument(
-        "--max-document-megabytes",
-        type=int,
-        metavar="N",
-        help="refuse longer documents, for which a tokenizer may need 130 times as much memory; "
-        "default: 16, and no limit with bytes",
-    )
-    parser.add_argument(
-        "--license",
-        "--licence",  # the spelling of earlier versions
-        metavar="TEXT",
-        help="license of the text, recorded in PREFIX.json",
-    )
-    parser.add_argument(
-        "--shard-megabytes",
-        type=int,
-        metavar="N",
-        help="input per shard: a kill loses at most one shard per worker",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    return parser
 
 
 command = partial(run_command, main)

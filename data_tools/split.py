@@ -20,9 +20,8 @@ from data_tools.cli import run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import Chunk, IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
-from data_tools.corpus.origin import Origin, origin_of, require_tokenizer
+from data_tools.corpus.origin import Origin, num_text_bytes, origin_of, require_tokenizer
 from data_tools.errors import DataError
-from data_tools.preprocessing.encoding import num_text_bytes
 from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import Tokenizer
 
@@ -215,7 +214,7 @@ class _SplitWriter:
         return num_bytes
 
     def _must_count(self, number: int) -> bool:
-        """Return whether to count these bytes; of a known total, training text gets the rest."""
+        """Return whether to count the bytes of an output; training text gets the remainder."""
         return number > 0 or self._dataset.info is None
 
     def _text_bytes(self, decoder: Tokenizer) -> Callable[[npt.NDArray[np.integer]], int]:

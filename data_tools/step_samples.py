@@ -13,6 +13,7 @@ import numpy as np
 
 from data_tools.config import DataConfig
 from data_tools.corpus.corpus_info import read_info
+from data_tools.corpus.origin import recorded_tokenizer
 from data_tools.corpus.remote import local_prefix
 from data_tools.corpus.token_stream import DocumentOrigin, Span, TokenStream
 from data_tools.errors import DataError, NoSuchFileError
@@ -255,11 +256,7 @@ def _tokenizer_of(config: DataConfig) -> Tokenizer | None:
         return load_tokenizer(config.tokenizer)
     for source in config.train:
         info = read_info(local_prefix(source.path, cache_dir=config.cache_dir))
-        if info is not None:
-            try:
-                tokenizer = load_tokenizer(info.tokenizer)
-            except DataError:
-                continue
-            if tokenizer.fingerprint == info.tokenizer_fingerprint:
-                return tokenizer
+        tokenizer = None if info is None else recorded_tokenizer(info)
+        if tokenizer is not None:
+            return tokenizer
     return None

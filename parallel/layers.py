@@ -157,7 +157,7 @@ class VocabParallelEmbedding(nn.Embedding):
         declare(self.get_parameter("weight"), rows, init, role="embedding")
 
     def reset_parameters(self) -> None:
-        """Left to parallel.random.initialize, which knows the parameter's name."""
+        """Do nothing: parallel.random.initialize, which has the parameter's name, fills it."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens.T.contiguous()  # before the look-up: ids are cheaper to move than rows
@@ -212,7 +212,7 @@ class _ShardedLinear(nn.Linear):
         self.ctx = ctx
 
     def reset_parameters(self) -> None:
-        """Left to parallel.random.initialize, which knows the parameter's name."""
+        """Do nothing: parallel.random.initialize, which has the parameter's name, fills it."""
 
 
 class _ColumnParallelLinear(_ShardedLinear):

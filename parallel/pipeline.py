@@ -81,7 +81,7 @@ def partition(costs: Sequence[int], num_stages: int) -> list[int]:
     """
     num_layers = len(costs)
     check_num_stages(num_layers, num_stages)
-    # best[k][n]: the first n layers in k stages: (cost of the dearest stage, its start)
+    # best[k][n]: the first n layers in k stages: (cost of the most expensive stage, its start)
     prefix = [0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
@@ -163,7 +163,7 @@ class PipelineStage(PipelineModule):
 
     def set_schema(self, schema: Any) -> None:
         """Set the carry's shapes, which are constant in a stage of a run (data.stages)."""
-        # Of the first stage nothing is received, and of the last nothing is sent.
+        # The first stage receives nothing, and the last sends nothing.
         before, last = self.specs[self._local_start - 1], self.local_specs[-1]
         self.received, self.sent = Wire(schema, after=before.name), Wire(schema, after=last.name)
 

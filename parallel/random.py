@@ -62,7 +62,7 @@ class _Rows(NamedTuple):
 
 
 class _InitSpec(NamedTuple):
-    """How one tensor is initialised: the name that seeds it, the distribution, the sharding."""
+    """Initialisation of one tensor: the name that seeds it, the distribution, the sharding."""
 
     name: str
     init: Init

@@ -19,7 +19,7 @@ from parallel.context import Axis, ParallelContext
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a parameter is sharded over tensor ranks and expert ranks.
+    """Sharding of a parameter over tensor ranks and expert ranks.
 
     `dim`: the dimension split into equal parts in rank order, or None if the parameter is
     replicated. `full_size`: the size of the full tensor along `dim`; if the number of ranks does

@@ -39,7 +39,7 @@ def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
 
 
 def _ledger(path: Path) -> str:
-    """Tokens that each source has given, from the position in the data."""
+    """Tokens read from each source, according to the position in the data."""
     trainer = json.loads((path / TRAINER_NAME).read_bytes())
     if "data" not in trainer:
         return ""
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description=main.__doc__)
     parser.add_argument("command", choices=["list", "verify", "prune"])
     parser.add_argument("directory", type=Path, help="a run directory, or one of its checkpoints")
-    parser.add_argument("--keep", type=int, metavar="N", help="prune: how many stay")
+    parser.add_argument("--keep", type=int, metavar="N", help="prune: newest ones to keep")
     parser.add_argument(
-        "--keep-every", type=int, metavar="STEPS", help="prune: multiples of it stay, too"
+        "--keep-every", type=int, metavar="STEPS", help="prune: also keep multiples of it"
     )
     options = parser.parse_args(arguments)
     if (options.command == "prune") != (options.keep is not None):

@@ -27,7 +27,7 @@ class RendezvousError(ValueError):
 
 
 class LostRankError(RuntimeError):
-    """Another rank has exited. `is_reported`: a rank has already told the user."""
+    """Another rank has exited. `is_reported`: a rank has already reported it."""
 
     def __init__(self, message: str, *, is_reported: bool) -> None:
         super().__init__(message)

@@ -107,7 +107,7 @@ class TrainLoop:
         Raises:
             CheckpointError, AgreedError: on every rank; the run cannot continue from it.
         """
-        self.watchdog.progress(f"the restoration of step {checkpoint.step}")
+        self.watchdog.progress(f"restoring step {checkpoint.step}")
         self.ranks.run_on_all_ranks(lambda: load_states(self.owners, checkpoint.trainer))
         samples = self.state.curriculum.start.samples
         self.engine.restore(checkpoint, samples=samples, ranks=self.ranks)
@@ -219,7 +219,7 @@ class TrainLoop:
         if self.evaluation is None:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
-        self.watchdog.progress(f"the evaluation after step {self.state.step}")
+        self.watchdog.progress(f"evaluating after step {self.state.step}")
         nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(

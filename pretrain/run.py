@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from data_tools.corpus.corpus_info import TextRules
-from data_tools.loading.builders import (
-    data_warnings,
-)
+from data_tools.loading.builders import data_warnings
 from data_tools.loading.evaluation import EvalBatches
 from data_tools.loading.loader import TrainLoader
 from data_tools.loading.sources import corpus_tokenizer, read_text_rules
@@ -100,7 +98,11 @@ def run(settings: ResolvedRun) -> int:
         ranks.run_on_rank0(lambda: _warn_about_data(config, data))
         watchdog.progress("building the model")
         engine = _build_engine(spec, ranks, is_fresh=checkpoint is None)
-        checkpointer = stack.enter_context(_build_checkpointer(config, store, watchdog))
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                store, asynchronous=config.checkpoint.asynchronous, progress=watchdog.progress
+            )
+        )
         loop = TrainLoop(
             config, layout, engine, state, data.evaluation, checkpointer, ranks, watchdog
         )
@@ -183,14 +185,6 @@ def _open_store(
     return store
 
 
-def _build_checkpointer(
-    config: RunConfig, store: CheckpointStore, watchdog: Watchdog
-) -> Checkpointer:
-    return Checkpointer(
-        store, asynchronous=config.checkpoint.asynchronous, progress=watchdog.progress
-    )
-
-
 def _build_engine(spec: TrainSpec, ranks: RankGroup, *, is_fresh: bool) -> Engine:
     """Build the engine; in a fresh run it takes the weights of training.init_from."""
     weights = initial_weights(spec.config, spec.ctx, ranks) if is_fresh else None
@@ -206,7 +200,7 @@ def _plan_resume(
     state: TrainState,
     ranks: RankGroup,
 ) -> None:
-    """Plan the remaining steps, and print what has changed.
+    """Plan the remaining steps, and print the changes since the checkpoint.
 
     The loop restores this state again with everything else. Doing it here refuses a checkpoint
     that does not fit the data or the settings before the model is built.

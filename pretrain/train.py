@@ -72,7 +72,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    """An argument that counts something."""
+    """Parse a positive whole number."""
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
@@ -152,7 +152,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="run file in configs/ or DIR, without .yaml (default: base)",
     )
     parser.add_argument(
-        "--config-dir", metavar="DIR", help="folder of your own run files and groups; it wins"
+        "--config-dir", metavar="DIR", help="your run files and groups, searched first"
     )
     parser.add_argument(
         "--ds_config",

@@ -1,4 +1,4 @@
-"""What holds for every test: the environment that libraries read while they are imported."""
+"""Settings of all tests: the environment that libraries read while they are imported."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def build(
 
 
 class _Draw(NamedTuple):
-    """What decides the initial values of a rank's parameters (parallel/random.py)."""
+    """The inputs that decide the initial values of a rank's parameters (parallel/random.py)."""
 
     seed: int
     noise: float
@@ -167,7 +167,7 @@ def run_cut(
     schema: Any,
     cuts: Sequence[int],
 ) -> Any:
-    """What the last layer returns when the carry crosses the wire before the layers `cuts`."""
+    """The output of the last layer when the carry crosses the wire before the layers `cuts`."""
     bounds = [0, *sorted(cuts), len(specs)]
     for start, stop in itertools.pairwise(bounds):
         if start:

@@ -20,7 +20,7 @@ _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "M
 
 
 class Finished(NamedTuple):
-    """How a command ended, under the names of `subprocess.CompletedProcess`."""
+    """The outcome of a command, under the names of `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str

@@ -1,4 +1,4 @@
-"""What a machine may lack, and what follows for a test."""
+"""Programs that a machine may lack, and whether a test is then skipped or fails."""
 
 from __future__ import annotations
 

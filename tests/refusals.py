@@ -68,3 +68,11 @@ def _holds_word(text: str, word: str) -> bool:
 
 def _pieces(given: str | tuple[str, ...]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else given
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line that a command has written to standard error."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    return text

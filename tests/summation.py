@@ -66,7 +66,7 @@ def _added(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
 
 
 def _cut(a: Tensor, b: Tensor) -> int:
-    """Where the sum over K is cut in two; 0: not at all."""
+    """Position at which the sum over K is cut in two; 0: not at all."""
     k = a.shape[-1]
     mixed = 7 * a.shape[-2] + 13 * b.shape[-1] + 3 * (a.stride(-1) == 1) + 5 * (b.stride(-1) == 1)
     return mixed % k if k > 1 else 0

@@ -1,4 +1,4 @@
-"""Who may import whom. Every import statement counts, also those inside functions."""
+"""The import rule of the packages. Every import statement counts, also those inside functions."""
 
 from __future__ import annotations
 
@@ -53,13 +53,22 @@ class Import(NamedTuple):
 
 
 def imports_in(source: str, file: str) -> Iterator[Import]:
-    """Every module that `source` imports; `from a import b` counts as `a.b`."""
+    """Every module that `source` imports; `from a import b` counts as `a.b`.
+
+    Also one that is given to `import_module` by name.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (Import(file, node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, file)
             yield from (Import(file, node.lineno, f"{base}.{a.name}") for a in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith("import_module")
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield Import(file, node.lineno, str(node.args[0].value))
 
 
 def _absolute(node: ast.ImportFrom, file: str) -> str:
@@ -157,6 +166,11 @@ def test_every_exception_is_used():
             "models/prompting.py",
             "from data_tools.loading.loader import b",
             "may import parallel, data_t",
+        ),
+        (
+            "models/a.py",
+            "importlib.import_module('pretrain.run')",
+            "models may import parallel",
         ),
         ("launchers/a.py", "import pretrain.engine.engine", "launchers may import pretrain.config"),
         ("launchers/a.py", "from pretrain import config_tools", "may import pretrain.config"),

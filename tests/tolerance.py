@@ -1,4 +1,4 @@
-"""How far apart two results may be that are equal in exact arithmetic.
+"""Bounds on the difference of two results that are equal in exact arithmetic.
 
 * The same operations on the same shapes, in the same layout of processes: equal bits
   (`torch.equal`). Kill and resume, the wire, save and load, recomputation, two runs of one layout.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from data_tools.corpus.corpus_info import TextRules
+from data_tools.corpus.corpus_info import CorpusInfo, TextRules
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
-from data_tools.inspect_corpus import find_tokenizer
-from data_tools.preprocessing.encoding import num_text_bytes
 from data_tools.progress import ReportProgress
-from data_tools.tokenization.tokenizers import Tokenizer
+from data_tools.tokenization.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 class Origin(NamedTuple):
@@ -56,6 +55,35 @@ def origin_of(
     return Origin(tokenizer, loaded.fingerprint, loaded.vocab_size, text)
 
 
+def find_tokenizer(
+    dataset: IndexedDataset, spec: str | None, *, eod: str | None = None
+) -> Tokenizer | None:
+    """Load the tokenizer `spec`, or else the one recorded in the corpus; None if unavailable.
+
+    Raises:
+        DataError: `spec` is not the tokenizer of the corpus.
+    """
+    info = dataset.info
+    if spec is None:
+        return None if info is None else recorded_tokenizer(info)
+    tokenizer = load_tokenizer(spec, eod=eod)
+    if info is not None and tokenizer.fingerprint != info.tokenizer_fingerprint:
+        raise DataError(
+            f"--tokenizer {spec} ({tokenizer.fingerprint[:12]}) is not the tokenizer of "
+            f"{dataset.prefix} ({info.tokenizer_fingerprint[:12]}); pass {info.tokenizer}"
+        )
+    return tokenizer
+
+
+def recorded_tokenizer(info: CorpusInfo) -> Tokenizer | None:
+    """Load the tokenizer that a sidecar records; None if it is missing or has changed."""
+    try:
+        tokenizer = load_tokenizer(info.tokenizer)
+    except DataError:
+        return None
+    return tokenizer if tokenizer.fingerprint == info.tokenizer_fingerprint else None
+
+
 def require_tokenizer(dataset: IndexedDataset, spec: str | None) -> Tokenizer:
     """Return the tokenizer that decodes a corpus.
 
@@ -84,6 +112,18 @@ def count_text_bytes(
         done += chunk.ids.nbytes
         report(documents, done)
     return count
+
+
+def num_text_bytes(tokenizer: Tokenizer, ids: npt.NDArray[Any], rules: TextRules) -> int:
+    """Return the UTF-8 bytes of the text of one document, without its begin and end tokens."""
+    before = len(rules.bos_ids or ())
+    if before and tuple(ids[:before].tolist()) == rules.bos_ids:
+        ids = ids[before:]
+    if len(ids) and ids[-1] == rules.eod_id:
+        ids = ids[:-1]
+    if isinstance(tokenizer, ByteTokenizer):
+        return len(ids)
+    return len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8"))
 
 
 def _text_rules(dataset: IndexedDataset, tokenizer: Tokenizer, *, must_end: bool) -> TextRules:

@@ -15,7 +15,7 @@ class Span(NamedTuple):
 
 
 class DocumentOrigin(NamedTuple):
-    """Where a document lies in its corpus and in the input, as far as the corpus knows.
+    """Location of a document in its corpus and in the input, as far as the corpus records it.
 
     `document`: its number in the corpus, from 0; None if documents are found by scanning.
     `input`: the file, or the `--input` argument of `preprocess`; None if not recorded.
@@ -68,7 +68,7 @@ class TokenStream(Protocol):
         """Return the span of the document around a token, including its end-of-document id."""
 
     def origin_at(self, position: int) -> DocumentOrigin:
-        """Return where the document around a token comes from."""
+        """Return the location of the document around a token."""
 
 
 class NamedStream(NamedTuple):

@@ -93,12 +93,6 @@ class TrainLoader:
         return self._curriculum.samples_in_whole_steps(self._first_sample, samples)
 
     @property
-    def tokens_per_source(self) -> dict[str, int]:
-        """The ledger: tokens of each source that the run has consumed."""
-        ledger = self._mix.ledger(self.consumed_samples)
-        return {name: progress.tokens for name, progress in ledger.items()}
-
-    @property
     def sources(self) -> list[NamedStream]:
         """The sources of the run."""
         return [NamedStream(name, dataset.stream) for name, dataset in self._datasets.items()]
@@ -301,7 +295,7 @@ class TrainLoader:
         return to_batch(_merge_rows(parts), pin=self._pin)
 
     def _locate_block(self, number: int) -> _Block:
-        """Locate the samples of 64 micro-batches; singly it would take as long as reading them."""
+        """Locate the samples of 64 micro-batches; one by one, locating takes as long as reading."""
         numbers = np.arange(number * _BLOCK_SIZE, (number + 1) * _BLOCK_SIZE)
         firsts = (numbers * self._data_size + self._data_rank) * self._micro_batch_size
         samples = self._first_sample + firsts[:, None] + np.arange(self._micro_batch_size)

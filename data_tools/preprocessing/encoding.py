@@ -108,18 +108,6 @@ def encode_documents(
     )
 
 
-def num_text_bytes(tokenizer: Tokenizer, ids: npt.NDArray[Any], rules: TextRules) -> int:
-    """Return the UTF-8 bytes of the text of one document, without its begin and end tokens."""
-    before = len(rules.bos_ids or ())
-    if before and tuple(ids[:before].tolist()) == rules.bos_ids:
-        ids = ids[before:]
-    if len(ids) and ids[-1] == rules.eod_id:
-        ids = ids[:-1]
-    if isinstance(tokenizer, ByteTokenizer):
-        return len(ids)
-    return len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8"))
-
-
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[Any], IntArray]:
     """Return the concatenated ids of texts, and the number of ids of each."""
     if isinstance(tokenizer, ByteTokenizer):  # avoids a list of 8 bytes per byte

@@ -38,7 +38,7 @@ class BoundaryTokens(NamedTuple):
     """Error message for a missing end token, with the remedy."""
     bos: BoundaryToken | None
     adds_bos: bool
-    """Return whether transformers puts `bos` before plain text."""
+    """Whether transformers puts `bos` before plain text."""
     special_tokens: SpecialTokens = "parse"
     """Treatment by transformers of text that spells a special token."""
 

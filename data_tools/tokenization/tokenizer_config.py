@@ -47,12 +47,11 @@ class TokenizerConfig(NamedTuple):
     added: dict[int, TokenSpec]
     """Added tokens by id, whether or not the tokenizer's own file has them."""
     added_have_flags: bool
-    """Return whether `added` declares flags; otherwise those of the tokenizer's own file apply."""
+    """Whether `added` declares flags; otherwise those of the tokenizer's own file apply."""
     eos_ids: tuple[EosId, ...]
     tokenizer_class: str | None
     splits_special_tokens: bool
     adds_bos: bool
-    adds_eos: bool
     is_legacy: bool
     """SentencePiece: whether a space is inserted after every special token."""
     adds_prefix_space: bool
@@ -93,7 +92,6 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         tokenizer_class=name.removesuffix("Fast") if isinstance(name, str) else None,
         splits_special_tokens=config.get("split_special_tokens") is True,
         adds_bos=config.get("add_bos_token") is True,
-        adds_eos=config.get("add_eos_token") is True,
         is_legacy=config.get("legacy") is True,
         adds_prefix_space=config.get("add_prefix_space") is True,
     )

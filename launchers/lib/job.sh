@@ -39,7 +39,7 @@ run_job() {
   choose_nodes
   examine --config-name "$config" "$@"
   train --config-name "$config" "$@"
-  decide_what_follows
+  requeue_or_end
 }
 
 say() { printf '[%(%F %T)T launch %s] %s\n' -1 "$LAUNCH" "$*"; }
@@ -82,8 +82,8 @@ prepare_run() {
   cat "$LOG_DIR/start.txt"
 }
 
-# Examine what the settings alone do not tell, on every node that trains: data, disk, packages,
-# network, clocks, and that all nodes see the run directory.
+# Examine every node that trains: data, disk, packages, network, clocks, and that all nodes see the
+# run directory.
 examine() {
   local code
   export MASTER_ADDR=${NODES[0]}

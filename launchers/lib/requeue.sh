@@ -33,7 +33,7 @@ newest_step() {
 }
 
 # Not reached after scancel, which kills this script at once.
-decide_what_follows() {
+requeue_or_end() {
   if [[ -e $RUN_DIR/DONE ]]; then
     say "trained to the end"
     exit 0

@@ -127,9 +127,11 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
         # A class that was itself loaded from such a directory is copied by transformers.
         if type(self).__module__.split(".")[0] == "models":
-            from models.hf.custom_code import write_code
+            # Not at the top: exported files hold this module, and not the writer of exports.
+            from models.hf.code_bundle import write_files
+            from models.registry import get_family
 
-            write_code(self.model_type, Path(save_directory))
+            write_files(get_family(self.model_type).require_hf().code, Path(save_directory))
 
     def _auto_map(self) -> dict[str, str]:
         return {

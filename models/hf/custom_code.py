@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +19,7 @@ from pydantic import BaseModel
 from models.base import BaseModelMapping, HFMapping
 from models.checkpoint import parameter_table
 from models.common.config import DecoderConfig
-from models.hf.code_bundle import CodeFile, code_of, write_files
+from models.hf.code_bundle import CodeFile, code_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, ties
 
@@ -123,11 +122,6 @@ def own_code(
 
     code = {**code_of(family, config_module), **files}
     return _mapping(family, theirs, model_class, code, name=name, base=base)
-
-
-def write_code(family: str, directory: Path) -> None:
-    """Write the files of a family's code into a directory."""
-    write_files(get_family(family).require_hf().code, directory)
 
 
 def _mapping(

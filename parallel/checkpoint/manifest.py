@@ -56,7 +56,7 @@ class Layout(_Record):
 
 
 class TextRecord(_Record):
-    """How the training text was tokenized; None where that is not known.
+    """Tokenization of the training text; None where that is not known.
 
     `eod_id` ends a document, `bos_ids` begin it (perhaps none). `special_tokens`: whether text that
     spells a special token became it (parse) or ordinary tokens (plain).

@@ -47,18 +47,18 @@ class ThreadSettings(NamedTuple):
     remark: str | None
 
 
-def choose(facts: CpuResources, given: Mapping[str, str]) -> ThreadSettings:
+def choose(resources: CpuResources, given: Mapping[str, str]) -> ThreadSettings:
     """Choose the number of threads of a process with these resources; keep a `given` number."""
-    threads = max(1, facts.usable // facts.ranks)
+    threads = max(1, resources.usable // resources.ranks)
     if THREADS not in given:
-        return ThreadSettings({THREADS: str(threads)} if threads < facts.cores else {}, None)
+        return ThreadSettings({THREADS: str(threads)} if threads < resources.cores else {}, None)
     wanted = given[THREADS]
     if not wanted.isdecimal() or int(wanted) <= threads:
         return ThreadSettings({}, None)
     return ThreadSettings(
         {},
-        f"{THREADS}={wanted} in each of {facts.ranks} ranks here makes more threads than the "
-        f"{facts.usable} cores that they may use; set it to {threads}",
+        f"{THREADS}={wanted} in each of {resources.ranks} ranks here makes more threads than the "
+        f"{resources.usable} cores that they may use; set it to {threads}",
     )
 
 
@@ -135,10 +135,10 @@ def prepare_threads(
     """
     if "torch" in sys.modules or not sys.platform.startswith("linux"):
         return None
-    facts = CpuResources(
+    resources = CpuResources(
         cores=count_cores(usable_cpus()), quota=cpu_quota(), ranks=ranks_sharing_cpus(ranks)
     )
-    choice = choose(facts, environment)
+    choice = choose(resources, environment)
     environment.update(choice.variables)
     return choice.remark
 

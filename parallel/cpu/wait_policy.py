@@ -129,7 +129,7 @@ class WaitPolicy:
         )
 
     def close(self) -> None:
-        """Spin again."""
+        """Return to active waiting."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None

@@ -94,7 +94,7 @@ class _EmulatedLinear(_Fp8Linear, nn.Linear):
         self.mode, self.has_bias, self.ctx = mode, bias, ctx
 
     def reset_parameters(self) -> None:
-        """Left to parallel.random.initialize, which knows the parameter's name."""
+        """Do nothing: parallel.random.initialize, which has the parameter's name, fills it."""
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return fp8_product(x, self.weight, str(self.ctx.precision.fp8_recipe)), self.bias

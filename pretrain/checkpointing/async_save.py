@@ -41,7 +41,7 @@ class Checkpointer:
     Args:
         store: asynchronous saves need one whose ranks have a process group of their own, because
             its collectives run concurrently with those of the main thread.
-        progress: called with what this rank begins to do (`Watchdog.progress`).
+        progress: called with each activity that this rank begins (`Watchdog.progress`).
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Checkpointer:
             CheckpointError: this save, or the previous asynchronous one, was not published.
         """
         if not self._asynchronous:
-            self._progress(f"the save of step {contents.step}")
-            published = f"the publication of step {contents.step}"
+            self._progress(f"saving step {contents.step}")
+            published = f"publishing step {contents.step}"
             self._store.save(contents, written=partial(self._progress, published))
             return
         self.wait()
-        self._progress(f"the copy of step {contents.step} to host memory")
+        self._progress(f"copying step {contents.step} to host memory")
         self._running = _BackgroundSave(self._store, snapshot(contents, self._buffers))
         self._running.start()
 
@@ -85,10 +85,10 @@ class Checkpointer:
         running = self._running
         if running is None:
             return
-        self._progress(f"the wait for the save of step {running.step}")
+        self._progress(f"waiting for the save of step {running.step}")
         running.written.wait()
         # A rank that gets here is not the one that blocks the others.
-        self._progress(f"the wait for the publication of step {running.step}")
+        self._progress(f"waiting for step {running.step} to be published")
         running.join()
         self._running = None
         if running.error is not None:
@@ -108,7 +108,7 @@ class Checkpointer:
         if error is None or running is None:
             self.wait()
             return
-        self._progress(f"the wait for the save of step {running.step}")
+        self._progress(f"waiting for the save of step {running.step}")
         # An error agreed on by all ranks brings all of them here. After an error of this rank alone
         # others may be dead, and this rank must exit so that its launcher notices.
         running.join(None if isinstance(error, AgreedError) else _DRAIN_SECONDS)

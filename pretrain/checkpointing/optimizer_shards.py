@@ -51,7 +51,7 @@ class FlatRange(BaseModel):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What all ranges of a parameter share."""
+        """The fields that are equal in all ranges of a parameter."""
         return self.shape, self.dim, self.full_size, self.num_shards
 
 
@@ -111,7 +111,7 @@ class StoredParameter(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the full tensor."""
+        """Shape of the full tensor."""
         shape = list(self.shard_shape)
         if self.sharding.dim is not None:
             shape[self.sharding.dim] = self.sharding.extent
@@ -128,7 +128,7 @@ class StoredOptimizer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        # To open a file is to parse its header, which names every tensor: not once per tensor.
+        # Opening a file parses its header, which names every tensor: files are kept open.
         open_file = lru_cache(_FILES_KEPT_OPEN)(partial(safe_open, framework="pt"))
         pieces: dict[str, list[_Piece]] = {}
         for path in sorted(directory.iterdir()):

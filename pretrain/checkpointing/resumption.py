@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data_tools.sampling.curriculum import Curriculum
 from pretrain.checkpointing.selection import Checkpoint
-from pretrain.checkpointing.train_state import last_rate
+from pretrain.checkpointing.train_state import LIMITS, last_rate
 from pretrain.config import RunConfig
 from pretrain.config.errors import show
 from pretrain.config.layout import RunLayout
@@ -14,7 +14,6 @@ from pretrain.config.resume_rules import MISSING, Difference
 from pretrain.engine.lr_schedule import learning_rate
 
 _COMMAND_SETTINGS = ("run_dir", "resume")
-_LIMITS = ("max_steps", "max_tokens", "max_epochs")
 _UNUSED_AT_RESUME = "training.init_from"
 # Settings of the learning rate, besides the number of steps of the run.
 _RATE_SETTINGS = ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio")
@@ -61,7 +60,7 @@ def _describe_rate(
     checkpoint: Checkpoint, config: RunConfig, curriculum: Curriculum, names: set[str]
 ) -> Iterator[str]:
     step, total = checkpoint.step, curriculum.total_steps
-    if not names & {*_RATE_SETTINGS, *_LIMITS} and checkpoint.trainer.get("total_steps") == total:
+    if not names & {*_RATE_SETTINGS, *LIMITS} and checkpoint.trainer.get("total_steps") == total:
         return
     if step < total and (before := last_rate(checkpoint.trainer)):
         after = learning_rate(step + 1, config.training, total_steps=total)

@@ -17,7 +17,7 @@ from parallel.checkpoint.errors import RESTORE, CheckpointError
 
 
 def rng_states() -> dict[str, Tensor]:
-    """Copies of the states of python's, numpy's and torch's global generators."""
+    """Copies of the states of Python's, NumPy's and torch's global generators."""
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is the point
     assert isinstance(numpy_state, dict)

@@ -41,7 +41,7 @@ class RunIdentity(NamedTuple):
     """Identity of a run, which a checkpoint must match to be resumed.
 
     `config`: the resolved configuration. `fingerprints`: of the files it names, by setting; they
-    decide whether a file is the same, wherever it lies. `text`: how text became tokens.
+    decide whether a file is the same, wherever it lies. `text`: how the text was tokenized.
     `layout_bound_by`: the setting that ties the run's checkpoints to the layout they were written
     at, if there is one.
     """

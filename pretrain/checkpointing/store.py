@@ -172,11 +172,12 @@ class CheckpointStore:
                 self._storage.remove_tree(entry)
 
     def _begin(self, contents: CheckpointContents) -> Path:
-        """Rank 0: create the temporary directory; move aside what has the final name."""
+        """Rank 0: create the temporary directory; move aside an existing `step_N`."""
         step, token = contents.step, os.urandom(4).hex()
         target = self._path(step)
         if os.path.lexists(target):
-            # `find` skipped this one as damaged, or it would be trusted. Kept for inspection.
+            # `find` has skipped it as damaged, or the run would have resumed from it. Kept for
+            # inspection.
             aside = self.directory / f"damaged-step_{step}-{token}"
             logger.warning("moving the unusable %s to %s", target.name, aside.name)
             self._storage.rename(target, aside)
@@ -189,7 +190,7 @@ class CheckpointStore:
     def _write(
         self, directory: Path, contents: CheckpointContents
     ) -> tuple[_Written | None, str | None]:
-        """On every rank: write, flush and checksum this rank's files.
+        """Write, flush and checksum this rank's files, on every rank.
 
         After a failed part the rank still takes part in the next ones: they are collective.
         """
@@ -330,7 +331,7 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
         raise CheckpointError(f"the trainer state is not JSON: {error}") from error
 
 
-@cache  # each look parses a file of metadata
+@cache  # each lookup parses a metadata file
 def _package_versions() -> dict[str, str]:
     versions = {"python": sys.version.split()[0]}
     for name in _PACKAGES:

@@ -14,7 +14,8 @@ from pretrain.config import RunConfig
 from pretrain.config.errors import show
 from pretrain.config.run_length import plan_run
 
-_LIMITS = ("max_steps", "max_tokens", "max_epochs")
+# Settings of `training` that end a run.
+LIMITS = ("max_steps", "max_tokens", "max_epochs")
 
 
 class Stateful(Protocol):
@@ -120,7 +121,7 @@ class TrainState:
         training = self._config.training
         limits = ", ".join(
             f"training.{name}={value:g}"
-            for name in _LIMITS
+            for name in LIMITS
             if (value := getattr(training, name)) is not None
         )
         raise CheckpointError(

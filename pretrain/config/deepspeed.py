@@ -24,9 +24,9 @@ _PORTABLE = ("adamw", "fused_adam", "cpu_adam")
 class DeepSpeedSettings(NamedTuple):
     """The resolved DeepSpeed settings of a run.
 
-    `values`: what `deepspeed.initialize` gets. `clip_in_loop`: DeepSpeed wraps no optimizer (ZeRO-0
-    in fp32) and reports no norm, so the train step computes the norm and clips between the last
-    backward and the optimizer step.
+    `values`: the `config` of `deepspeed.initialize`. `clip_in_loop`: DeepSpeed wraps no optimizer
+    (ZeRO-0 in fp32) and reports no norm, so the train step computes the norm and clips between the
+    last backward and the optimizer step.
     """
 
     values: dict[str, Any]

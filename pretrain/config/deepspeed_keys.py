@@ -1,7 +1,7 @@
 """Accepted and refused keys of the DeepSpeed JSON, as data; from DeepSpeed 0.19.8.
 
 DeepSpeed ignores unknown keys outside a few sections, so a misspelt one would have no effect.
-`tests/pretrain/config/test_deepspeed.py` compares these tables with the installed DeepSpeed.
+`tests/pretrain/config/test_deepspeed_keys.py` compares these tables with the installed DeepSpeed.
 
 An accepted key trains like a single process, at every layout that accepts it:
 `tests/pretrain/engine/test_ds_options.py` tries every key at every kind of layout. Keys that do

@@ -119,7 +119,7 @@ def check_override(override: str) -> None:
     """`check_credentials` of a `key=value` of a command line, whatever the type of the value.
 
     Raises:
-        ConfigError: see there.
+        ConfigError: as for `check_credentials`.
     """
     key, _, value = override.partition("=")
     check_credentials({key.lstrip("+~")[:80]: value})

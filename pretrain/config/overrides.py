@@ -4,8 +4,8 @@
 
 Bare text is null, true, false or a number if it reads as one, otherwise a string stripped of outer
 blanks. It must not contain any of `,=[]{}()'"` unless escaped with a backslash. `${...}` refers to
-another setting. Hydra's prefixes `+` and `++` are accepted and mean nothing: a setting need not be
-in the run file to be set.
+another setting. Hydra's prefixes `+` and `++` are accepted and ignored: a setting need not be in
+the run file to be set.
 """
 
 from __future__ import annotations

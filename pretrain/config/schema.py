@@ -102,7 +102,7 @@ class TrainingConfig(BaseModel):
         description="Learning rate after the warmup. wsd: constant, then a decay at the end",
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup from 0 to lr")
-    decay_steps: int = Field(default=0, ge=0, description="Last steps, in which wsd decays")
+    decay_steps: int = Field(default=0, ge=0, description="Steps of wsd's final decay")
     min_lr_ratio: float = Field(
         default=0.1, ge=0, le=1, description="Final learning rate of cosine and wsd over lr"
     )
@@ -122,7 +122,9 @@ class TrainingConfig(BaseModel):
         default=(0.9, 0.95), description="Decay rates of AdamW's first and second moment"
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator")
-    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled; not of vectors")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay; vectors do not decay"
+    )
     grad_clip: float = Field(
         default=1.0, ge=0, description="Largest global 2-norm of the gradient; 0: no clipping"
     )
@@ -138,7 +140,7 @@ class TrainingConfig(BaseModel):
         default="bf16", description="bf16 and fp8 keep fp32 master weights and accumulate in fp32"
     )
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
-        default=None, description="How FP8 tensors are scaled; with precision=fp8 only"
+        default=None, description="Scaling of FP8 tensors; with precision=fp8 only"
     )
     fp8_backend: Literal["transformer_engine", "emulated"] = Field(
         default="transformer_engine",
@@ -186,10 +188,11 @@ class ParallelConfig(BaseModel):
 
     tensor: int = Field(default=1, gt=0, description="Ranks that share each matrix")
     pipeline: int = Field(default=1, gt=0, description="Stages that share the layers")
-    context: int = Field(default=1, gt=0, description="Reserved: 1")
+    context: int = Field(default=1, gt=0, description="Reserved; must be 1")
     expert: int = Field(default=1, gt=0, description="Data ranks that share the experts of a layer")
     sequence_parallel: bool = Field(
-        default=False, description="Split the sequence over tensor ranks between the matrices"
+        default=False,
+        description="Shard activations between the matrices over tensor ranks, along the sequence",
     )
 
     @model_validator(mode="after")

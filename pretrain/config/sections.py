@@ -154,7 +154,7 @@ class LoggingConfig(BaseModel):
 
 
 def _ranges(value: Any) -> Any:
-    """YAML has lists where pydantic's strict mode wants tuples."""
+    """Convert YAML's lists to tuples, which pydantic's strict mode requires."""
     if not isinstance(value, list):
         return value
     return tuple(tuple(each) if isinstance(each, list) else each for each in value)

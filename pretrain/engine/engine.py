@@ -78,7 +78,12 @@ class Engine(ABC):
 
     def set_num_micro_batches(self, number: int) -> None:
         """Set `num_micro_batches` of the steps from here on; all ranks call it alike."""
-        _set_accumulation(self._deepspeed, number)
+        engine = self._deepspeed
+        micro_batch, data_size = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
+        engine.set_train_batch_size(number * micro_batch * data_size)
+        # The plain engine steps when its micro-batch count is a multiple of their number (0.19.8,
+        # is_gradient_accumulation_boundary); the count so far is of steps of the previous size.
+        engine.micro_steps = 0
 
     def change_settings(self, settings: Mapping[str, Any]) -> None:
         """Change settings of the layers from here on; all ranks call it alike."""
@@ -261,15 +266,6 @@ class StageEngine(Engine):
             yield
         finally:
             stage.objective = usual
-
-
-def _set_accumulation(engine: Any, number: int) -> None:
-    """Let DeepSpeed accumulate over `number` micro-batches from the next step on."""
-    micro_batch, data_size = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
-    engine.set_train_batch_size(number * micro_batch * data_size)
-    # The plain engine steps when its micro-batch count is a multiple of their number (0.19.8,
-    # is_gradient_accumulation_boundary); the count so far is of steps of the previous size.
-    engine.micro_steps = 0
 
 
 def _gathered(parameter: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _check(path: Path, config: RunConfig, table: Table) -> None:
 
 
 def _check_function(path: Path, config: RunConfig, stored: StoredModel) -> None:
-    """Refuse settings that make another function of the weights, unless they are declared."""
+    """Refuse settings with which the weights compute something else, unless they are declared."""
     theirs, ours = stored.config.function(), config.model.function()
     differing = {
         f"model.{name}": f"{show(theirs.get(name))} there, {show(ours.get(name))} here"

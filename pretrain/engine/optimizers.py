@@ -197,7 +197,7 @@ _NEEDS = {
 def _from(module: str, attribute: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # broken installs raise anything
+    except Exception as error:  # a broken installation may raise any exception
         raise ConfigError(
             f"training.optimizer={name} needs {_NEEDS[name]} ({type(error).__name__}: {error}); "
             "install it or use training.optimizer=adamw"

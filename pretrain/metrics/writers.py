@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """`record` holds `step` and plain numbers; lines of an evaluation hold `eval_loss`."""
+    """Writer of records: `step` and plain numbers; those of an evaluation hold `eval_loss`."""
 
     def write(self, record: Record) -> None: ...
 
@@ -41,7 +41,7 @@ class Writers:
         for writer in list(self._writers):
             try:
                 writer.write(record)
-            except Exception as error:  # whatever a logging service raises, training goes on
+            except Exception as error:  # an error of a logging service does not stop training
                 self._drop(writer, error)
 
     def close(self) -> None:

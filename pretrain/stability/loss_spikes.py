@@ -30,8 +30,8 @@ class SpikeDetector:
         """Restore the window; empty where an older checkpoint has none."""
         self.losses = deque(state.get("losses", ()), maxlen=self._config.window)
 
-    def is_spike(self, loss: float) -> bool:
-        """Test the loss of the next step, and add it to the window unless it is a spike."""
+    def observe(self, loss: float) -> bool:
+        """Return whether the loss of the next step is a spike; add it to the window if not."""
         if not math.isfinite(loss):
             return False
         if len(self.losses) == self._config.window and loss > self.limit:

@@ -68,7 +68,7 @@ class Rollback:
         def look() -> Spike | None:
             losses = torch.stack([loss.detach().float().view(()) for _, loss in pending])
             for (step, _), loss in zip(pending, losses.tolist(), strict=True):
-                if detector.is_spike(loss):
+                if detector.observe(loss):
                     return Spike(step, loss, detector.limit)
             return None
 

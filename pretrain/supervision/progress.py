@@ -31,8 +31,8 @@ _MAX_DEPTH = 12  # innermost frames inspected to see whether a thread waits
 
 
 class Progress(NamedTuple):
-    """Progress of a rank: `beats` counts the heartbeats of its watchdog thread, `moves` the
-    activities its main thread has begun, the latest of which is `activity`.
+    """Progress of a rank: `beats` counts the heartbeats of its watchdog thread, `num_activities`
+    the activities that its main thread has begun, the latest of which is `activity`.
 
     `place`: position in the layout. `function`: innermost function of ours in the main thread.
     `collective`: the one in which it waits for other ranks, "" if none. Both are empty while the
@@ -43,7 +43,7 @@ class Progress(NamedTuple):
     host: str
     pid: int
     beats: int = 0
-    moves: int = 0
+    num_activities: int = 0
     activity: str = "starting"
     place: str = ""
     stage: int = 0
@@ -60,7 +60,7 @@ class Progress(NamedTuple):
 
     @property
     def last_known(self) -> str:
-        """For a rank that no longer reports."""
+        """Summary of a rank that no longer reports."""
         return self._describe(f"last heard of in {self.activity}")
 
     def _describe(self, where: str) -> str:
@@ -164,11 +164,7 @@ def _describe_group(group: object) -> str:
 
 def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int) -> str:
     """Name the ranks that block the others, from two snapshots of all ranks."""
-    silent = {
-        rank: progress
-        for rank, progress in after.items()
-        if rank != own_rank and progress.beats == before[rank].beats
-    }
+    silent = silent_ranks(before, after, own_rank=own_rank)
     if silent:
         return describe_silent(silent)
     waiting = {rank: progress for rank, progress in after.items() if progress.collective}
@@ -176,8 +172,8 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     if waiting and absent:
         where = _most_common([progress.collective for progress in waiting.values()])
         return _list(absent, f"has not entered {where}, in which others wait")
-    least = min(progress.moves for progress in after.values())
-    behind = {rank: progress for rank, progress in after.items() if progress.moves == least}
+    fewest = min(progress.num_activities for progress in after.values())
+    behind = {r: progress for r, progress in after.items() if progress.num_activities == fewest}
     if len(behind) < len(after):
         return _list(behind, "is the furthest behind")
     places = {rank: _where(progress) for rank, progress in after.items()}
@@ -186,6 +182,17 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     if odd:
         return _list(odd, f"while others are in {usual}")
     return f"all ranks are equally far and in {usual}; see their stacks"
+
+
+def silent_ranks(
+    before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_rank: int
+) -> dict[int, Progress]:
+    """The other ranks that have sent no heartbeat between two snapshots of all ranks."""
+    return {
+        rank: progress
+        for rank, progress in after.items()
+        if rank != own_rank and progress.beats == before[rank].beats
+    }
 
 
 def describe_silent(ranks: Mapping[int, Progress]) -> str:

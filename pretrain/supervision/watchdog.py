@@ -33,6 +33,7 @@ from pretrain.supervision.progress import (
     describe_silent,
     is_waiting,
     locate_thread,
+    silent_ranks,
 )
 from pretrain.supervision.stragglers import (
     SAMPLING_INTERVAL,
@@ -68,9 +69,9 @@ class Watchdog:
     """Context manager that watches the main thread of one rank.
 
     The main thread calls `progress` at every new activity, which costs no communication. `store`
-    is that of the whole run, needed if `size` is more than 1. `end` gets how the rank is to
-    end; by default it ends the process. `timeout` in seconds; None: watch nothing. `slow_ratio`:
-    see StragglerDetector; None: compare nothing.
+    is that of the whole run, needed if `size` is more than 1. `end` is called with the `Ending` of
+    the rank; by default it ends the process. `timeout` in seconds; None: watch nothing.
+    `slow_ratio`: see StragglerDetector; None: compare nothing.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Watchdog:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._exiting = False  # the main thread is at the end of the run, or raised an error
-        self._failure: str | None = None  # error of another rank, in its words
+        self._failure: str | None = None  # error of another rank, as that rank reported it
         self._peer_lost_at: float | None = None  # when the exit of another rank was noticed
         self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
         self._comparisons_left = 0
@@ -108,7 +109,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._timeout is not None:
-            self.progress("the start")
+            self.progress("starting")
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._exchange()  # at once: a rank may exit before its thread's first heartbeat
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -136,7 +137,8 @@ class Watchdog:
 
     def progress(self, activity: str, *, is_step: bool = False) -> None:
         """Report that the main thread begins `activity`, such as "step 12"."""
-        self._reported = self._reported._replace(moves=self._reported.moves + 1, activity=activity)
+        number = self._reported.num_activities + 1
+        self._reported = self._reported._replace(num_activities=number, activity=activity)
         self._last_progress, self._in_step = time.monotonic(), is_step
         self._steps += is_step
 
@@ -207,11 +209,7 @@ class Watchdog:
         except (RuntimeError, TimeoutError):
             message = f"{self._record.store_owner} does not answer"
             return Ending(EXIT_LOST_RANK, message if self._rank <= 1 else None)
-        gone = {
-            rank: progress
-            for rank, progress in after.items()
-            if rank != self._rank and progress.beats == before[rank].beats
-        }
+        gone = silent_ranks(before, after, own_rank=self._rank)
         if not gone:
             return None
         text = describe_silent(gone)
@@ -250,7 +248,7 @@ class Watchdog:
             self._record.report(self._own)
 
     def _compare(self) -> None:
-        """On rank 0: warn about stragglers."""
+        """Warn about stragglers, on rank 0."""
         if (
             self._stragglers is None
             or self._record is None
@@ -269,7 +267,7 @@ class Watchdog:
         """Send a heartbeat; returns the verdict that ends this rank, if there is one."""
         waited = time.monotonic() - self._last_progress
         assert self._timeout is not None
-        self._describe(stuck=waited > self._timeout / 2)
+        self._sample_position(is_stuck=waited > self._timeout / 2)
         answers, found = True, None
         try:
             found = self._exchange()
@@ -281,8 +279,8 @@ class Watchdog:
             found = self._declare_hang(waited, answers=answers)
         return found or self._check_peers()
 
-    def _describe(self, *, stuck: bool) -> None:
-        function, collective = locate_thread(self._main) if stuck else ("", "")
+    def _sample_position(self, *, is_stuck: bool) -> None:
+        function, collective = locate_thread(self._main) if is_stuck else ("", "")
         self._sampled = {
             **self._sampled,
             "beats": self._own.beats + 1,
@@ -321,8 +319,8 @@ class Watchdog:
             before = self._record.read()
             self._observe_heartbeats()
             culprit = blame(before, self._record.read(), own_rank=self._rank)
-            is_rank0 = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
-            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_rank0 else None)
+            is_first = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
+            return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
         except (RuntimeError, TimeoutError):
             # Ranks cannot agree on who reports it. The store's owner sees the verdict if it wakes.
             message = f"{what}{self._record.store_owner} does not answer"
@@ -337,7 +335,7 @@ class Watchdog:
         until = time.monotonic() + _OBSERVATION_SECONDS + self._interval
         while time.monotonic() < until:
             time.sleep(self._interval / 2)
-            self._describe(stuck=True)
+            self._sample_position(is_stuck=True)
             self._record.report(self._own)
 
     def _finish(self, ending: Ending) -> None:

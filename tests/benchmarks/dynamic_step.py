@@ -1,4 +1,4 @@
-"""What routing saves: training steps and decoding of the dynamic families beside llama's.
+"""Savings of routing: training steps and decoding of the dynamic families beside llama's.
 
 All models have the same width, depth and vocabulary and run in this process in turn. A step is one
 forward and backward pass. The aim is that a step takes at most 1.15 times what its FLOPs say.

@@ -15,7 +15,7 @@ from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 
 
 class _Tokenizer:
-    """What GPTDatasetConfig asks of a tokenizer."""
+    """The interface that GPTDatasetConfig requires of a tokenizer."""
 
     eod = 0
 

@@ -91,17 +91,21 @@ def tables() -> Iterator[Table]:
 def _compare(
     case: Case, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    run = run_config(SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision=case.precision)
+    config = run_config(
+        SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision=case.precision
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
         engine = start_engine(
-            run, device=device, ds_config=f"configs/ds/zero{case.zero_stage}.json"
+            config, device=device, ds_config=f"configs/ds/zero{case.zero_stage}.json"
         )
-    model = transformers_model(run, device=device, dtype=torch.float32)
-    copy_weights(run, engine.module, model)
+    model = transformers_model(config, device=device, dtype=torch.float32)
+    copy_weights(config, engine.module, model)
     losses: dict[str, list[float]] = {OURS: [], THEIRS: []}
 
     def turn(name: str, step: Callable[[Batch], Tensor]) -> Callable[[], None]:
-        return lambda: losses[name].append(step(random_batch(run, seed=len(losses[name]))).item())
+        return lambda: losses[name].append(
+            step(random_batch(config, seed=len(losses[name]))).item()
+        )
 
     theirs = TheirStep(model, autocast=case.precision == "bf16")
     steps: dict[str, Callable[[Batch], Tensor]] = {OURS: OurStep(engine), THEIRS: theirs}

@@ -1,4 +1,4 @@
-"""Loader against megatron.core's GPTDataset and BlendedDataset, and what starting costs.
+"""Loader against megatron.core's GPTDataset and BlendedDataset, and the cost of starting.
 
 Both sides read the same .bin/.idx (20M tokens, documents of 1000 on average) in shuffled order and
 yield batches of 16,384 tokens or one sample, from one source or from four in equal parts, in the

@@ -1,4 +1,4 @@
-"""What bytes in patches cost: training steps and generation over the length of the text, and a step
+"""Cost of bytes in patches: training steps and generation over the length of the text, and a step
 over what its FLOPs say, all beside a byte-level llama of the same width and depth.
 
 Times are CPU seconds of this process on one thread: other work on the cores then changes them

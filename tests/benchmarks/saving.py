@@ -1,4 +1,4 @@
-"""What a save costs the step: in the step, in the background, and a bare copy to host memory.
+"""Cost of a save for the step: in the step, in the background, and a bare copy to host memory.
 
 All take turns on one engine in this process. The bare copy is of the same tensors into memory that
 is there already; no save in the background can stall a step for less. DeepSpeed's own save of the
@@ -51,12 +51,14 @@ DEEPSPEED = "DeepSpeed's save_checkpoint"
 def tables() -> Iterator[Table]:
     """One table: milliseconds of each, and how many times longer than the bare copy it takes."""
     with process_group() as device, tempfile.TemporaryDirectory() as folder:
-        run = run_config(SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision=PRECISION)
+        config = run_config(
+            SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision=PRECISION
+        )
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
-            engine = start_engine(run, device=device, ds_config=JSON_FILE)
+            engine = start_engine(config, device=device, ds_config=JSON_FILE)
         step = OurStep(engine)
         seconds, size = _measure(
-            engine, lambda: step(random_batch(run, seed=0)).item(), Path(folder)
+            engine, lambda: step(random_batch(config, seed=0)).item(), Path(folder)
         )
     family = get_family("llama")
     millions = family.num_parameters(family.config_cls.model_validate(SHAPE)) / 1e6

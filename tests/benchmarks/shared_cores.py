@@ -1,4 +1,4 @@
-"""What waiting costs: a training step alone on all cores, and beside an equal job on the same ones.
+"""Cost of waiting: a training step alone on all cores, and beside an equal job on the same ones.
 
 Every policy has two processes of its own, because libgomp reads its variables once. Alone one of
 them runs; beside each other both do, and the speed is their mean. A fair half of the cores is half

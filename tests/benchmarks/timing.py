@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, medians, tables, and the machine they ran on."""
+"""Helpers of all benchmarks: interleaved timing, medians, tables, and the machine they ran on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def interleaved(
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], ours: str, theirs: str) -> str:
-    """How many times faster ours is: the median over rounds, and the quartiles around it.
+    """Speed-up of ours: the median over rounds, and the quartiles around it.
 
     Both sides of a round saw the same load, so their quotient varies less than either time.
     """

@@ -44,11 +44,13 @@ def run_config(
     )
 
 
-def start_engine(run: RunConfig, *, device: torch.device, ds_config: str | None = None) -> Engine:
-    """The engine of `run` in this process (collective over the initialised process group)."""
-    settings = resolve_ds_config(ds_config, run, data_size=1)
-    ctx = build_context(run, precision=build_precision(run), device=device)
-    spec = TrainSpec.of(run, settings, ctx)
+def start_engine(
+    config: RunConfig, *, device: torch.device, ds_config: str | None = None
+) -> Engine:
+    """The engine of `config` in this process (collective over the initialised process group)."""
+    settings = resolve_ds_config(ds_config, config, data_size=1)
+    ctx = build_context(config, precision=build_precision(config), device=device)
+    spec = TrainSpec.of(config, settings, ctx)
     check_model(spec)
     return build_engine(spec)
 
@@ -86,40 +88,40 @@ class TheirStep:
         return loss.detach()
 
 
-def transformers_model(run: RunConfig, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def transformers_model(config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """transformers' model of the run's shape, with weights of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    contents = _hf_mapping(run).to_config(run.model) | {"use_cache": False}
-    config = AutoConfig.for_model(contents.pop("model_type"), **contents)
+    contents = _hf_mapping(config).to_config(config.model) | {"use_cache": False}
+    theirs = AutoConfig.for_model(contents.pop("model_type"), **contents)
     with device:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(theirs, attn_implementation="sdpa", dtype=dtype)
     return model.train()
 
 
-def copy_weights(run: RunConfig, ours: nn.Module, theirs: nn.Module) -> None:
+def copy_weights(config: RunConfig, ours: nn.Module, theirs: nn.Module) -> None:
     """Give transformers' model the weights of ours.
 
     Raises:
         RuntimeError: a weight of either has no counterpart.
     """
-    mapping = _hf_mapping(run)
-    names = mapping.names(run.model)
+    mapping = _hf_mapping(config)
+    names = mapping.names(config.model)
     state = {names[name]: p.detach() for name, p in ours.named_parameters()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - set(mapping.tied(run.model)):
+    if unexpected or set(missing) - set(mapping.tied(config.model)):
         raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
 
 
-def _hf_mapping(run: RunConfig) -> HFMapping:
-    mapping = get_family(run.model.family).hf
+def _hf_mapping(config: RunConfig) -> HFMapping:
+    mapping = get_family(config.model.family).hf
     if mapping is None:
-        raise ValueError(f"transformers has no model like {run.model.family}")
+        raise ValueError(f"transformers has no model like {config.model.family}")
     return mapping
 
 
-def random_batch(run: RunConfig, *, seed: int) -> Batch:
+def random_batch(config: RunConfig, *, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    shape = (run.training.batch_size, run.data.sequence_length + 1)
-    stream: Tensor = torch.randint(run.model.vocab_size, shape, generator=generator)
+    shape = (config.training.batch_size, config.data.sequence_length + 1)
+    stream: Tensor = torch.randint(config.model.vocab_size, shape, generator=generator)
     return Batch(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), None)

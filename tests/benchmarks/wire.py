@@ -1,4 +1,4 @@
-"""What a stage boundary costs: our wire against a bare hidden state.
+"""Cost of a stage boundary: our wire against a bare hidden state.
 
 A boundary packs in the sender and unpacks in the receiver, and the same for gradients on the way
 back. The baseline is what DeepSpeed's pipeline does with one hidden state: a contiguous copy for

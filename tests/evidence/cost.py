@@ -1,4 +1,4 @@
-"""What a Daria-Former costs: steps beside a llama of its width, long contexts, and caches.
+"""Cost of a Daria-Former: steps beside a llama of its width, long contexts, and caches.
 
 Times are quotients taken in turn (tests.benchmarks.timing), divided by the ratio of FLOPs: 1 would
 mean that every FLOP costs what it costs in llama. Models have two blocks and untrained weights.

@@ -1,4 +1,4 @@
-"""What the studies share: a small training loop, the leak verdict, and means over seeds."""
+"""Helpers of all studies: a small training loop, the leak verdict, and means over seeds."""
 
 from __future__ import annotations
 

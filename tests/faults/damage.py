@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Damage(NamedTuple):
-    """What is left of a file: with one bit flipped, or its first bytes."""
+    """A damaged file: one bit flipped, or only its first bytes."""
 
     what: str
     content: bytes

@@ -40,7 +40,7 @@ GRACE = 5.0  # seconds that run_ranks gives the other ranks once one has ended
 
 
 class Place(NamedTuple):
-    """Where a save is cut short: rank, the file that it writes, and how much of that is there."""
+    """The point at which a save is cut short: rank, file, and how much of the file is written."""
 
     rank: int
     file: int
@@ -88,7 +88,7 @@ def _resume(folder: Path, tag: str | None = None) -> tuple[int, list[float]]:
 
 
 def resumed(folder: Path, tag: str | None = None) -> str:
-    """How a restart ends: `step N`, `an error`, or `a silent start from the beginning`."""
+    """The outcome of a restart: `step N`, `an error`, or `a silent start from the beginning`."""
     try:
         ((number, _), _) = run_ranks(_resume, 2, folder, tag, init=False)
     except AssertionError as error:
@@ -264,7 +264,7 @@ def _state(engine: Any) -> list[torch.Tensor]:
 
 
 class Canary:
-    """What unpickling this makes: a file, and nothing else."""
+    """An object whose unpickling creates a file, and nothing else."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

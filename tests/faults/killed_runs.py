@@ -1,4 +1,4 @@
-"""Runs that are killed at drawn moments, and what every rank of them has trained on."""
+"""Runs that are killed at drawn moments, and the samples that each rank trained on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Moment(NamedTuple):
 
 
 class TrainedStep(NamedTuple):
-    """What one rank saw in one step; floats are written in full."""
+    """Measurements of one rank in one step; floats are written in full."""
 
     step: int
     samples: tuple[str, ...]

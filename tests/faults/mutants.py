@@ -1,4 +1,4 @@
-"""Removes one defence at a time and runs the tests that are there for it: they have to fail.
+"""Mutants that each remove one defence; the tests of that defence have to fail.
 
 `python -m tests.faults.mutants [NAME ...]` tries mutants in a copy of the tree (mutated_copy.py),
 in which a piece of one function is replaced (mutation.py).
@@ -26,7 +26,8 @@ from tests.faults.mutation import Mutant
 STORE, STORAGE = "pretrain.checkpointing.store", "parallel.checkpoint.storage"
 SELECTION, MANIFEST = "pretrain.checkpointing.selection", "parallel.checkpoint.manifest"
 LOOP, SAVES = "pretrain.loop", "pretrain.checkpointing.async_save"
-_TESTS = "tests/pretrain/checkpointing/test_store.py::test_"
+_STORE = "tests/pretrain/checkpointing/test_store.py::test_"
+_SELECTION = "tests/pretrain/checkpointing/test_selection.py::test_"
 _SAVES = "tests/pretrain/checkpointing/test_async_save.py::test_"
 _FAULTS = "tests/pretrain/checkpointing/test_store_faults.py::test_"
 POWER_LOSS = (f"{_FAULTS}a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
@@ -36,7 +37,7 @@ CRASHES = (
     "::test_a_crash_at_any_operation_of_either_rank_leaves_a_complete_checkpoint",
 )
 KILLS = ("tests/faults/test_kill_anywhere.py::test_three_kills_lose_and_repeat_nothing",)
-BIT_FLIPS = (f"{_TESTS}every_single_bit_flip_of_a_checkpoint_is_found",)
+BIT_FLIPS = (f"{_STORE}every_single_bit_flip_of_a_checkpoint_is_found",)
 
 MUTANTS = {
     "files are flushed": Mutant(
@@ -90,7 +91,7 @@ MUTANTS = {
         "ranks.first_error(verify_content(directory, manifest, mine))",
         "None",
         (
-            f"{_TESTS}a_damaged_newest_checkpoint_is_passed_over_with_one_warning_that_names_the"
+            f"{_SELECTION}a_damaged_newest_checkpoint_is_passed_over_with_one_warning_that_names_the"
             "_file",
         ),
     ),
@@ -101,61 +102,61 @@ MUTANTS = {
         f"{MANIFEST}:verify_listing",
         "present[name].st_size != entry.size",
         "False",
-        (f"{_TESTS}command_line_lists_and_verifies",),
+        (f"{_STORE}command_line_lists_and_verifies",),
     ),
     "surplus files are refused": Mutant(
         f"{MANIFEST}:verify_listing",
         "if surplus: ...",
         "if False: ...",
-        (f"{_TESTS}a_surplus_file_is_found",),
+        (f"{_SELECTION}a_surplus_file_is_found",),
     ),
     "symbolic links are refused": Mutant(
         f"{MANIFEST}:verify_listing",
         "path.is_symlink()",
         "False",
-        (f"{_TESTS}symbolic_links_are_refused_though_their_content_is_right",),
+        (f"{_SELECTION}symbolic_links_are_refused_though_their_content_is_right",),
     ),
     "names stay inside a checkpoint": Mutant(
         f"{MANIFEST}:Manifest._stay_inside",
         "_FILE_NAME.fullmatch(name)",
         "True",
-        (f"{_TESTS}a_manifest_that_names_a_file_outside_is_refused",),
+        (f"{_STORE}a_manifest_that_names_a_file_outside_is_refused",),
     ),
     "one job for a run directory": Mutant(
         "parallel.checkpoint.lock:RunLock.__init__",
         "fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "None",
-        (f"{_TESTS}a_second_job_in_the_same_directory_is_refused",),
+        (f"{_STORE}a_second_job_in_the_same_directory_is_refused",),
     ),
     "the lock is looked at before a checkpoint is published": Mutant(
         f"{STORE}:CheckpointStore._publish",
         "self._lock.is_held()",
         "True",
-        (f"{_TESTS}a_job_that_lost_its_lock_publishes_nothing",),
+        (f"{_STORE}a_job_that_lost_its_lock_publishes_nothing",),
     ),
     "the newest checkpoint comes first": Mutant(
         f"{SELECTION}:steps_in",
         "True",
         "False",
-        (f"{_TESTS}the_newest_checkpoint_is_found_with_its_contents",),
+        (f"{_SELECTION}the_newest_checkpoint_is_found_with_its_contents",),
     ),
     "no fresh start when all checkpoints are damaged": Mutant(
         f"{SELECTION}:find_checkpoint",
         "if problems: ...",
         "if False: ...",
-        (f"{_TESTS}only_damaged_checkpoints_are_an_error_and_no_fresh_start",),
+        (f"{_SELECTION}only_damaged_checkpoints_are_an_error_and_no_fresh_start",),
     ),
     "no fresh start beside a `latest`": Mutant(
         f"{SELECTION}:_candidates",
         "not steps and latest is not None",
         "False",
-        (f"{_TESTS}latest_without_any_checkpoint_is_an_error_and_no_fresh_start",),
+        (f"{_SELECTION}latest_without_any_checkpoint_is_an_error_and_no_fresh_start",),
     ),
     "another configuration is refused": Mutant(
         f"{SELECTION}:_checked",
         "forbidden_changes(differences)",
         "[]",
-        (f"{_TESTS}another_configuration_is_an_error_with_both_values",),
+        (f"{_SELECTION}another_configuration_is_an_error_with_both_values",),
     ),
     "a save in the background has a copy of its own": Mutant(
         f"{SAVES}:HostBuffers.copy",

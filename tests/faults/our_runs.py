@@ -56,7 +56,7 @@ def begun(folder: Path, **changes):
 
 
 def resumed(config, folder: Path) -> str:
-    """How a restart ends, in the words of `deepspeed_alone.resumed`."""
+    """The outcome of a restart, in the words of `deepspeed_alone.resumed`."""
     try:
         train(config, folder / "resumed")
     except AssertionError as error:

@@ -1,4 +1,4 @@
-"""What SECURITY.md says of DeepSpeed alone and of a run of ours, measured again."""
+"""Figures of SECURITY.md for DeepSpeed alone and for a run of ours, measured again."""
 
 from __future__ import annotations
 

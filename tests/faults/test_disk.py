@@ -1,4 +1,4 @@
-"""Disks that are full, broken or not to be written: the old checkpoint stays, the path is named."""
+"""Disks that are full, broken or read-only: the old checkpoint stays, the path is named."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def begun(run_dir: Path) -> Path:
 
 
 def refusal(run_dir: Path, storage: Storage | None = None) -> str:
-    """What a second save says that fails; the first checkpoint is found after it."""
+    """The error of a second save that fails; the first checkpoint is found after it."""
     store = open_store(run_dir, storage=storage)
     store.find("auto")
     with pytest.raises(CheckpointError) as failure:

@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(case: Case, folder: Path, tmp_path: Path) -> str | None:
-    """What is not as in the undisturbed run; None when every bit is."""
+    """The difference to the undisturbed run; None when every bit is equal."""
     names = ("undisturbed", "killed")
     whole, killed = (case.config(folder, tmp_path / name) for name in names)
     kwargs = {"size": case.size, "stage": case.stage}

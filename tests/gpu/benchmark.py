@@ -89,7 +89,7 @@ def _rows(size: str, arguments: argparse.Namespace, deadline: float) -> list[tup
     model = yaml.safe_load((MODELS / f"{size}.yaml").read_text())
     batch_size = LARGEST_BATCH.get(size, 4)
     while batch_size:
-        run = run_config(
+        config = run_config(
             model, seq_length=arguments.seq_length, batch_size=batch_size, precision="bf16"
         )
         results: dict[str, Measured | None] = {}
@@ -97,31 +97,31 @@ def _rows(size: str, arguments: argparse.Namespace, deadline: float) -> list[tup
             if time.monotonic() > deadline:
                 results[name] = None
                 continue
-            result = _in_a_new_process(contestant, run, arguments.steps)
+            result = _in_a_new_process(contestant, config, arguments.steps)
             if result is None:
                 break
             results[name] = result
         else:
-            return _formatted(f"{size}, batch {batch_size}", run, results)
+            return _formatted(f"{size}, batch {batch_size}", config, results)
         batch_size //= 2
         print(f"{size}: out of memory, trying a batch of {batch_size}", flush=True)
     return [(f"{size}: does not fit", *[""] * (len(HEADER) - 1))]
 
 
-def _in_a_new_process(contestant: Contestant, run: RunConfig, steps: int) -> Measured | None:
+def _in_a_new_process(contestant: Contestant, config: RunConfig, steps: int) -> Measured | None:
     """None: out of memory. DeepSpeed's engine keeps memory after its end; a process does not."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, contestant, run, steps).result()
+        return pool.submit(_measure, contestant, config, steps).result()
 
 
-def _measure(contestant: Contestant, run: RunConfig, steps: int) -> Measured | None:
+def _measure(contestant: Contestant, config: RunConfig, steps: int) -> Measured | None:
     """Time `steps` steps after three that warm up; the device is waited for at both ends only."""
     with process_group() as device:
         on_cuda = device.type == "cuda"
         try:
-            step = _build(contestant, run, device)
-            batches = [random_batch(run, seed=seed) for seed in range(3)]
+            step = _build(contestant, config, device)
+            batches = [random_batch(config, seed=seed) for seed in range(3)]
             for batch in batches:
                 step(batch).item()
             begin = time.perf_counter()
@@ -131,31 +131,31 @@ def _measure(contestant: Contestant, run: RunConfig, steps: int) -> Measured | N
         except torch.OutOfMemoryError:
             return None
         seconds = time.perf_counter() - begin
-        tokens = steps * run.training.batch_size * run.data.sequence_length
+        tokens = steps * config.training.batch_size * config.data.sequence_length
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None
         return Measured(tokens / seconds, peak)
 
 
 def _build(
-    contestant: Contestant, run: RunConfig, device: torch.device
+    contestant: Contestant, config: RunConfig, device: torch.device
 ) -> Callable[[Batch], Tensor]:
     if contestant.weights is None:
-        training = run.training.model_copy(update={"compile": contestant.compiled})
+        training = config.training.model_copy(update={"compile": contestant.compiled})
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
             return OurStep(
-                start_engine(run.model_copy(update={"training": training}), device=device)
+                start_engine(config.model_copy(update={"training": training}), device=device)
             )
-    model = transformers_model(run, device=device, dtype=contestant.weights)
+    model = transformers_model(config, device=device, dtype=contestant.weights)
     if contestant.compiled:
         model.compile(dynamic=False)
     return TheirStep(model, autocast=contestant.weights == torch.float32)
 
 
 def _formatted(
-    label: str, run: RunConfig, results: dict[str, Measured | None]
+    label: str, config: RunConfig, results: dict[str, Measured | None]
 ) -> list[tuple[str, ...]]:
     flops = training_flops_per_token(
-        get_family(run.model.family), run.model, run.data.sequence_length
+        get_family(config.model.family), config.model, config.data.sequence_length
     )
     peak = peak_flops(device_name(), "bf16")
     baseline = results["transformers"]

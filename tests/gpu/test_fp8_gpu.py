@@ -29,14 +29,14 @@ def _transformer_engine() -> str | None:
 
 
 def _losses(device: torch.device, **training) -> list[float]:
-    run = run_config(MODEL, seq_length=SEQ, batch_size=4, seed=3, **training)
-    engine = start_engine(run, device=device)
+    config = run_config(MODEL, seq_length=SEQ, batch_size=4, seed=3, **training)
+    engine = start_engine(config, device=device)
     kinds = {base for module in engine.module.modules() for base in type(module).__mro__}
     packages = {kind.__module__.partition(".")[0] for kind in kinds}
-    assert ("transformer_engine" in packages) == (run.training.precision == "fp8")
+    assert ("transformer_engine" in packages) == (config.training.precision == "fp8")
     losses = []
     for _ in range(STEPS):
-        batches = iter([random_batch(run, seed=1)])
+        batches = iter([random_batch(config, seed=1)])
         losses.append(engine.train_step(batches, learning_rate=LEARNING_RATE).loss.item())
     del engine
     gc.collect()

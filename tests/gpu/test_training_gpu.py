@@ -32,12 +32,12 @@ def _run(**training) -> RunConfig:
     return run_config(MODEL, seq_length=SEQ, batch_size=4, seed=3, **training)
 
 
-def _losses(run: RunConfig, device: torch.device, *, zero_stage: int) -> list[float]:
+def _losses(config: RunConfig, device: torch.device, *, zero_stage: int) -> list[float]:
     """Losses of steps over one batch again and again, so that they must fall."""
-    engine = start_engine(run, device=device, ds_config=f"configs/ds/zero{zero_stage}.json")
+    engine = start_engine(config, device=device, ds_config=f"configs/ds/zero{zero_stage}.json")
     losses = []
     for _ in range(STEPS):
-        batches = iter([random_batch(run, seed=1)])
+        batches = iter([random_batch(config, seed=1)])
         losses.append(engine.train_step(batches, learning_rate=LEARNING_RATE).loss.item())
     del engine
     gc.collect()
@@ -47,9 +47,9 @@ def _losses(run: RunConfig, device: torch.device, *, zero_stage: int) -> list[fl
 @pytest.fixture(scope="module")
 def reference() -> list[float]:
     """The losses of plain fp32 training on the CPU."""
-    run = _run(precision="fp32")
-    training, family, ctx = run.training, get_family("llama"), ParallelContext.single()
-    model = SequentialModel(family.layer_specs(run.model), ctx, seed=training.seed)
+    config = _run(precision="fp32")
+    training, family, ctx = config.training, get_family("llama"), ParallelContext.single()
+    model = SequentialModel(family.layer_specs(config.model), ctx, seed=training.seed)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -59,10 +59,10 @@ def reference() -> list[float]:
         eps=training.eps,
         weight_decay=training.weight_decay,
     )
-    batch, losses = random_batch(run, seed=1), []
+    batch, losses = random_batch(config, seed=1), []
     for _ in range(STEPS):
         output = model(TokenInputs(batch.tokens))
-        loss = family.loss(output, batch.labels, config=run.model, ctx=ctx).total
+        loss = family.loss(output, batch.labels, config=config.model, ctx=ctx).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
         optimizer.step()
@@ -88,8 +88,8 @@ def test_bf16_follows_fp32_on_the_cpu_as_far_as_bf16_allows(zero_stage, process_
 
 
 def test_recomputed_activations_change_nothing(process_device, reference):
-    run = _run(precision="fp32", activation_recomputation="full")
-    assert _losses(run, process_device, zero_stage=1) == pytest.approx(reference, rel=1e-4)
+    config = _run(precision="fp32", activation_recomputation="full")
+    assert _losses(config, process_device, zero_stage=1) == pytest.approx(reference, rel=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
@@ -97,6 +97,6 @@ def test_compiled_layers_train_to_the_losses_of_eager_ones(
     precision, tolerance, process_device, reference
 ):
     counters.clear()
-    run = _run(precision=precision, compile=True)
-    assert _losses(run, process_device, zero_stage=1) == pytest.approx(reference, rel=tolerance)
+    config = _run(precision=precision, compile=True)
+    assert _losses(config, process_device, zero_stage=1) == pytest.approx(reference, rel=tolerance)
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"

@@ -19,7 +19,7 @@ class Attempt(NamedTuple):
     unheard: Callable[[Outcome], str | None] = lambda outcome: None
 
     def fault(self) -> str | None:
-        """What the command did wrong; None where it did right."""
+        """The fault of the command; None if it did right."""
         outcome = self.run()
         if outcome.crash or outcome.code != 0:
             return fault_of_refusal(outcome, self.names)

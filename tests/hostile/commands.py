@@ -1,4 +1,4 @@
-"""Run the project's command lines in this process, and what a good refusal looks like."""
+"""Run the project's command lines in this process, and judge their refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_LINE = 600  # characters, of which a temporary path may be a third
 
 
 class Outcome(NamedTuple):
-    """What a command printed and its exit code; `crash` is the traceback that it ended with."""
+    """The output of a command and its exit code; `crash` is the traceback that it ended with."""
 
     code: int
     out: str

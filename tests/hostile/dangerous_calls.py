@@ -1,4 +1,4 @@
-"""Calls that run what stands in data, found in the syntax of the sources."""
+"""Calls that execute data as code, found in the syntax of the sources."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _PERHAPS = (-1, 0, 0.5, _LARGE, None, "", -0.0, 1e-320)
 
 
 class Change(NamedTuple):
-    """What was done to a value. `refuse`: whether nobody may accept it."""
+    """A change of a value. `refuse`: whether nobody may accept it."""
 
     path: Path
     value: Any

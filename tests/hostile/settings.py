@@ -1,4 +1,4 @@
-"""Run files, overrides and DeepSpeed JSON, and how each of them is spoilt."""
+"""Run files, overrides and DeepSpeed JSON, and ways to spoil each of them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RunFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        run = tiny_run(folder, logging__tensorboard=True, training__betas=[0.9, 0.95])
-        self.values = yaml.safe_load(to_yaml(run))
+        config = tiny_run(folder, logging__tensorboard=True, training__betas=[0.9, 0.95])
+        self.values = yaml.safe_load(to_yaml(config))
 
     def attempt(self, draw: random.Random) -> Attempt:
         kind = draw.choice(("change", "change", "change", "override", "unknown", "text"))

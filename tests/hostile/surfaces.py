@@ -1,4 +1,4 @@
-"""What reads text or files that somebody else wrote, and how a valid input of each is spoilt.
+"""Readers of text or files written by others, and ways to spoil a valid input of each.
 
 A surface makes its valid input once, and then attempts: a spoilt copy of it, the command that reads
 it, whether the command must refuse it, and otherwise what shows that it was understood.
@@ -209,7 +209,7 @@ class CheckpointManifest:
 
 
 class WeightsHeader:
-    """What a weight file says of itself, under a manifest that vouches for the file."""
+    """The header of a weight file, under a manifest that vouches for the file."""
 
     def __init__(self, folder: Path) -> None:
         self.step = folder / "step_0"

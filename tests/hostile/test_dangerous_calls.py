@@ -1,4 +1,4 @@
-"""No source of the project calls what runs code that stands in data, but for these."""
+"""No source of the project executes data as code, apart from the listed exceptions."""
 
 from __future__ import annotations
 

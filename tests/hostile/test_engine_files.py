@@ -113,15 +113,15 @@ def _check(folder: Path, names: Sequence[str]) -> None:
     write_data(folder)
     changes = {"training__optimizer": "muon", "training__precision": "bf16"}
     for name, steps in (("first", 2), ("more", 4)):
-        run = tiny_run(folder, training__max_steps=steps, **changes)
-        (folder / f"{name}.yaml").write_text(to_yaml(run))
+        config = tiny_run(folder, training__max_steps=steps, **changes)
+        (folder / f"{name}.yaml").write_text(to_yaml(config))
     arguments = ("--config-dir", str(folder), "--config-name", "first")
     assert run_ranks(train, 1, *arguments, init=False)[0].code == 0
     wrong = list(_faults(folder, names))
     print(f"{len(names)} forged files in the place of DeepSpeed's: {len(wrong)} not refused")
     assert wrong == []
     assert run_ranks(_resume, 1, folder, init=False)[0].code == 0, "with its own files it goes on"
-    assert [record["step"] for record in metrics(run)[0]] == [1, 2, 3, 4]
+    assert [record["step"] for record in metrics(config)[0]] == [1, 2, 3, 4]
 
 
 def test_forged_files_in_the_place_of_deepspeeds_are_not_run(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ MOST_MEMORY = 1 << 30  # bytes that all inputs of a surface may add
 
 
 class Report(NamedTuple):
-    """What came of the attempts on one surface."""
+    """The results of the attempts on one surface."""
 
     faults: list[str]
     slowest: float

@@ -1,4 +1,4 @@
-"""Names and numbers that launchers pass on: text, refused where they are neither."""
+"""Names and numbers from launchers: treated as text, and refused where malformed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk is not for other users, whatever umask it was started with."""
+"""Files of a run are closed to other users, whatever umask it was started with."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LAYOUTS = {
 }
 
 
-def _train(directory: Path, run: RunConfig, umask: int) -> int:
-    (directory / "private.yaml").write_text(to_yaml(run))
+def _train(directory: Path, config: RunConfig, umask: int) -> int:
+    (directory / "private.yaml").write_text(to_yaml(config))
     os.umask(umask)
     code = main(["--config-name", "private", "--config-dir", str(directory)])
     assert os.umask(umask) == umask, "the umask of the caller is as it was"
@@ -53,9 +53,9 @@ def test_a_run_directory_is_for_its_user_and_group_alone(
     tmp_path: Path, umask: int, layout: str
 ) -> None:
     write_data(tmp_path)
-    run = tiny_run(tmp_path, training__max_steps=2, **LAYOUTS[layout])
-    assert run_ranks(_train, 1, tmp_path, run, umask, init=False) == [0]
-    modes = _modes(Path(run.run_dir))
+    config = tiny_run(tmp_path, training__max_steps=2, **LAYOUTS[layout])
+    assert run_ranks(_train, 1, tmp_path, config, umask, init=False) == [0]
+    modes = _modes(Path(config.run_dir))
     folder, file = (0o700, 0o600) if umask == 0o077 else (0o750, 0o640)
     wrong = {
         path: oct(mode)

@@ -52,14 +52,14 @@ def _hits_below(folder: Path) -> dict[str, list[str]]:
 
 def _write_run(folder: Path, **changes: object) -> Path:
     write_data(folder)
-    run = tiny_run(
+    config = tiny_run(
         folder,
         logging__tensorboard=True,
         logging__wandb={"mode": "offline", "project": "p"},
         **changes,
     )
-    (folder / "secret.yaml").write_text(to_yaml(run))
-    return Path(run.run_dir)
+    (folder / "secret.yaml").write_text(to_yaml(config))
+    return Path(config.run_dir)
 
 
 def test_a_canary_that_is_written_is_found(tmp_path: Path) -> None:

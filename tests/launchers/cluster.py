@@ -23,7 +23,7 @@ _PATH = f"/usr/sbin:/sbin:{os.environ['PATH']}"
 
 
 def reason_to_skip() -> str | None:
-    """What this machine lacks for a cluster; None if it lacks nothing."""
+    """The first requirement of a cluster that this machine lacks; None if it lacks nothing."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"no {', '.join(missing)} here"
@@ -111,7 +111,7 @@ class Cluster:
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).stdout.split()
 
     def output(self, job: str) -> str:
-        """What the batch script has printed so far."""
+        """The output of the batch script so far."""
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 

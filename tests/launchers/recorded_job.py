@@ -44,7 +44,7 @@ def run_recorded(
 
 
 def trainer_arguments(recorded: Mapping[str, Any]) -> list[str]:
-    """What follows `-m pretrain.train` in torchrun's arguments."""
+    """The arguments after `-m pretrain.train` in those of torchrun."""
     argv = recorded["argv"]
     return argv[argv.index("pretrain.train") + 1 :]
 

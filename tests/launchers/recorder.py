@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands in for the interpreter of a job: writes down how it was called, imports nothing.
+"""Stand-in for the interpreter of a job: records how it was called, imports nothing.
 
 As torchrun it records its arguments and environment in LOG_DIR and ends the run at once; as the
 trainer it answers what job scripts ask before a run.

@@ -1,4 +1,4 @@
-"""Stands in for pretrain/train.py under any launcher: says where it is and what it was given."""
+"""Stand-in for pretrain/train.py under any launcher: prints its rank and its arguments."""
 
 from __future__ import annotations
 

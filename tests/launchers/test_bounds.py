@@ -1,4 +1,4 @@
-"""How often a job comes back, and when it does not."""
+"""Limits of requeueing: how often a job is requeued, and when it is not."""
 
 from __future__ import annotations
 

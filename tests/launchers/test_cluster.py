@@ -1,4 +1,4 @@
-"""The cluster of these tests leaves nothing behind, and its absence is said."""
+"""The cluster of these tests leaves nothing behind, and its absence is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that dies under Slurm ends its step, named, and the job script says what may be behind."""
+"""A rank that dies under Slurm ends its step and is named; the job script suggests a cause."""
 
 from __future__ import annotations
 

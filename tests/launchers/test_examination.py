@@ -1,4 +1,4 @@
-"""What the doctor finds on the nodes of a job, before any rank starts."""
+"""Findings of the doctor on the nodes of a job, before any rank starts."""
 
 from __future__ import annotations
 

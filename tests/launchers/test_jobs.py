@@ -1,4 +1,4 @@
-"""What a job starts on its nodes, seen from there."""
+"""Processes that a job starts on its nodes, seen from there."""
 
 from __future__ import annotations
 

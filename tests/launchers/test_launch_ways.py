@@ -1,4 +1,4 @@
-"""Ranks know their place, and where all of them meet, whatever has started them."""
+"""Rank, world size and rendezvous address are found under every launcher."""
 
 from __future__ import annotations
 

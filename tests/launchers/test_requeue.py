@@ -22,14 +22,14 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the run file `tiny` and its corpus."""
     directory = tmp_path_factory.mktemp("requeue")
     write_data(directory)
-    run = tiny_run(
+    config = tiny_run(
         directory,
         training__max_steps=STEPS,
         training__batch_size=2,
         checkpoint__interval=1000,
         evaluation__interval=1000,
     )
-    (directory / "tiny.yaml").write_text(to_yaml(run))
+    (directory / "tiny.yaml").write_text(to_yaml(config))
     return directory
 
 

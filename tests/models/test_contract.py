@@ -1,4 +1,4 @@
-"""What every family must keep, at every layout. Families join in tests/models/families.py."""
+"""The contract of every family, at every layout. Families join in tests/models/families.py."""
 
 from __future__ import annotations
 

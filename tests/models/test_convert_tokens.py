@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 
@@ -16,14 +15,7 @@ from models.checkpoint import open_checkpoint
 from parallel.checkpoint.manifest import TextRecord
 from tests.data_tools.tokenization.tokenizer_folders import TEXT, byte_level, declare
 from tests.models.checkpoints import config, write_checkpoint
-
-
-def _error(capsys: pytest.CaptureFixture[str]) -> str:
-    """The only line on standard error."""
-    text = capsys.readouterr().err
-    assert text.startswith("error: ")
-    assert text.count("\n") == 1
-    return text
+from tests.refusals import error_line
 
 
 def _ends(output: Path) -> int | None:
@@ -43,7 +35,7 @@ def test_a_prompt_must_have_ids_of_the_model(tmp_path, capsys):
     assert generate.main([*line, "river"]) == 0
     assert capsys.readouterr().out.startswith("river")
     assert generate.main([*line, "river [PAD]"]) == 2
-    assert "the prompt has id 301 ([PAD]), the model 301 ids; write it" in _error(capsys)
+    assert "the prompt has id 301 ([PAD]), the model 301 ids; write it" in error_line(capsys)
     assert generate.main([*line, "river [PAD]", "--special-tokens", "plain"]) == 0
     remarks = convert.to_hf(tmp_path / "step_5", tmp_path / "hf")
     assert (
@@ -67,9 +59,9 @@ def test_the_end_token_of_an_export_is_that_of_the_data(tmp_path, capsys):
         assert (tmp_path / name / "tokenizer.json").exists() == (name != "bare")
     capsys.readouterr()
     assert convert.main([*line, str(tmp_path / "no"), "--eod", "<no>"]) == 2
-    assert "<no> is not in its vocabulary" in _error(capsys)
+    assert "<no> is not in its vocabulary" in error_line(capsys)
     assert convert.main([*line, str(tmp_path / "no"), "--eod", "<no>", "--no-tokenizer"]) == 2
-    assert "--eod <no> has no effect without a tokenizer" in _error(capsys)
+    assert "--eod <no> has no effect without a tokenizer" in error_line(capsys)
     assert not (tmp_path / "no").exists()
 
 

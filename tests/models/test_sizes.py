@@ -1,5 +1,7 @@
-"""What the names of the files in configs/model promise; test_layer_counts.py compares the closed
-forms with the layers."""
+"""Sizes promised by the names of the files in configs/model.
+
+test_layer_counts.py compares the closed forms with the layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What wraps or replaces a layer has its effect: adapters, hooks, offloading, quantisation."""
+"""Wrappers and replacements of layers take effect: adapters, hooks, offloading, quantisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m tests.museum [--record] [--proofs | --quick] [NAME ...]`: what sees these exhibits.
+"""`python -m tests.museum [--record] [--proofs | --quick] [NAME ...]`: what detects these exhibits.
 
 Without names all are tried. `--proofs` tries with `pretrain.prove` alone, `--quick` with its quick
 form alone. `--record` keeps what was found in results.json and in

@@ -1,4 +1,4 @@
-"""What a model reads, what is measured of it, and what becomes of it elsewhere."""
+"""Data, evaluation and export."""
 
 from __future__ import annotations
 

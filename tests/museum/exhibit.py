@@ -8,7 +8,7 @@ from tests.faults.mutation import Mutant
 
 
 class Source(NamedTuple):
-    """Where the bug was reported.
+    """The report of the bug.
 
     `project`: owner/name on GitHub. `number`: of the issue or pull request. `what`: the bug in one
     sentence, as it was there.

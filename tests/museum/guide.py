@@ -1,4 +1,4 @@
-"""The table of the museum: what each exhibit was last seen by, in results.json and the README."""
+"""The table of the museum: what last detected each exhibit, in results.json and the README."""
 
 from __future__ import annotations
 

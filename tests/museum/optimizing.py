@@ -1,4 +1,4 @@
-"""What an optimizer step does with the gradient."""
+"""Optimizer steps: the use of the gradient."""
 
 from __future__ import annotations
 

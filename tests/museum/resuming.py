@@ -1,4 +1,4 @@
-"""Runs that go on as another run."""
+"""Resumed runs that differ from the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tests and which checks of a proof see an exhibit."""
+"""Trials: the tests and the checks of a proof that detect an exhibit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 3  # checks that are named
 
 
 class Verdict(NamedTuple):
-    """What sees an exhibit; "": nothing; None: not tried.
+    """The tests that detect an exhibit; "": none; None: not tried.
 
     `proof`: the checks of `pretrain.prove` that fail in the first part of the run in which any
     does. `contract`: the first contract test that fails. `test`: the first of the area's own tests.

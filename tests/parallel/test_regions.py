@@ -1,4 +1,4 @@
-"""Every region at two tensor ranks, against what the whole tensor gives in one process."""
+"""Every region at two tensor ranks, against the whole tensor in one process."""
 
 from __future__ import annotations
 

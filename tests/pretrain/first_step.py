@@ -1,4 +1,4 @@
-"""What a run measures in its first step, with the gradients that its optimizer is given."""
+"""Measurements of a run's first step, with the gradients that reach its optimizer."""
 
 from __future__ import annotations
 

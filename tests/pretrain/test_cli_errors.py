@@ -1,4 +1,4 @@
-"""The command line of a run: what it prints, one line per mistake, and how soon."""
+"""The command line of a run: its output, one line per mistake, and how soon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `inspect_corpus --run --steps` names is what every rank of a real run was given."""
+"""`inspect_corpus --run --steps` names the samples that every rank of a real run was given."""
 
 from __future__ import annotations
 

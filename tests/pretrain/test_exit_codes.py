@@ -1,4 +1,4 @@
-"""Each way in which a run ends has its exit code, and is said once."""
+"""Every end of a run has its exit code, and is reported once."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ README = Path(__file__).resolve().parents[2] / "pretrain/README.md"
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("codes")
     write_data(directory)
-    run = tiny_run(directory, training__max_steps=STEPS, training__batch_size=2)
-    (directory / "tiny.yaml").write_text(to_yaml(run))
+    config = tiny_run(directory, training__max_steps=STEPS, training__batch_size=2)
+    (directory / "tiny.yaml").write_text(to_yaml(config))
     return directory
 
 

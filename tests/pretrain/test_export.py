@@ -1,4 +1,4 @@
-"""From a run over several ranks to text and to transformers."""
+"""Export of a run over several ranks, to text and to transformers."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     write_data(data)
     directories = {"data": data}
     for name, (world_size, stage, changes) in LAYOUTS.items():
-        run = tiny_run(
+        config = tiny_run(
             data,
             run_dir=str(tmp_path_factory.mktemp("run") / "run"),
             model__tie_embeddings=True,
             model__qkv_bias=True,
             **changes,
         )
-        run_ranks(run_training, world_size, run, f"configs/ds/{stage}.json", init=False)
-        directories[name] = Path(run.run_dir)
+        run_ranks(run_training, world_size, config, f"configs/ds/{stage}.json", init=False)
+        directories[name] = Path(config.run_dir)
     return directories
 
 
@@ -99,15 +99,15 @@ def test_training_begins_with_imported_weights_at_any_layout(
         "training__lr": 1e-12,
         **changes,
     }
-    run = tiny_run(runs["data"], run_dir=str(tmp_path / "run"), **common)
-    run_ranks(run_training, world_size, run, f"configs/ds/{stage}.json", init=False)
+    config = tiny_run(runs["data"], run_dir=str(tmp_path / "run"), **common)
+    run_ranks(run_training, world_size, config, f"configs/ds/{stage}.json", init=False)
     before = metrics(tiny_run(runs["data"], run_dir=str(runs["whole"])))[1][-1]["eval_loss"]
-    after = metrics(run)[1][-1]["eval_loss"]  # a learning rate of 1e-12 changes nothing
+    after = metrics(config)[1][-1]["eval_loss"]  # a learning rate of 1e-12 changes nothing
     assert after == pytest.approx(before, rel=FP32_LOSS)
 
 
 def test_weights_of_another_model_are_refused_by_name_and_shape(runs, tmp_path):
-    run = tiny_run(
+    config = tiny_run(
         runs["data"],
         run_dir=str(tmp_path / "run"),
         model__intermediate_size=96,
@@ -116,4 +116,4 @@ def test_weights_of_another_model_are_refused_by_name_and_shape(runs, tmp_path):
         training__init_from=str(runs["whole"]),
     )
     with pytest.raises(AssertionError, match=r"block_0\.mlp\.\w+\.weight .*shape"):
-        run_ranks(run_training, 1, run, init=False)
+        run_ranks(run_training, 1, config, init=False)

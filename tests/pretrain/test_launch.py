@@ -48,12 +48,12 @@ def _arguments(configs: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_process(configs) -> list[float]:
-    run = tiny_run(configs, run_dir=str(configs / "one"))
-    done = _launch(sys.executable, *_arguments(configs, f"run_dir={run.run_dir}"))
+    config = tiny_run(configs, run_dir=str(configs / "one"))
+    done = _launch(sys.executable, *_arguments(configs, f"run_dir={config.run_dir}"))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) < 25, "a start is said in less than a screen"
     assert "warn" not in done.stderr.lower()
-    return [record["loss"] for record in metrics(run)[0]]
+    return [record["loss"] for record in metrics(config)[0]]
 
 
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -99,13 +99,13 @@ def test_every_launcher_trains_to_the_losses_of_one_process(
     if command[0] == "mpirun" and shutil.which("mpirun") is None:
         cannot_run("no mpirun here", needs="Open MPI")
     command = [str(free_port()) if word == "PORT" else word for word in command]
-    run = tiny_run(configs, run_dir=str(tmp_path / "run"))
-    arguments = _arguments(configs, f"run_dir={run.run_dir}", *overrides)
+    config = tiny_run(configs, run_dir=str(tmp_path / "run"))
+    arguments = _arguments(configs, f"run_dir={config.run_dir}", *overrides)
     if command[0] == "launchers/local.sh":
         arguments.remove(SCRIPT)
     done = _launch(*command, *arguments, **AS_ROOT, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
-    assert [r["loss"] for r in metrics(run)[0]] == pytest.approx(one_process, rel=FP32_LOSS)
+    assert [r["loss"] for r in metrics(config)[0]] == pytest.approx(one_process, rel=FP32_LOSS)
 
 
 class Said(NamedTuple):

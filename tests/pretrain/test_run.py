@@ -1,4 +1,4 @@
-"""What a run does before its loop: data opened once, and errors of one line."""
+"""A run before its loop: data opened once, and one-line errors."""
 
 from __future__ import annotations
 

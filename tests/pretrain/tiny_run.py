@@ -89,38 +89,38 @@ def offloading(stage: int) -> dict[str, Any]:
     return {"stage": stage, **{name: {"device": "cpu"} for name in names}}
 
 
-def metrics(run: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+def metrics(config: RunConfig) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The training lines and the evaluation lines of a finished run."""
-    lines = Path(run.run_dir, "metrics.jsonl").read_text().splitlines()
+    lines = Path(config.run_dir, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
 
 
-def curve(run: RunConfig) -> list[tuple[float, ...]]:
-    """What two runs that are the same have in common, bit for bit."""
-    trained, evaluated = metrics(run)
+def curve(config: RunConfig) -> list[tuple[float, ...]]:
+    """The logged values in which two equal runs agree, bit for bit."""
+    trained, evaluated = metrics(config)
     losses = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"]) for r in trained]
     return losses + [(r["step"], r["eval_loss"]) for r in evaluated]
 
 
-def final_weights(run: RunConfig) -> dict[str, torch.Tensor]:
+def final_weights(config: RunConfig) -> dict[str, torch.Tensor]:
     """Every weight of the checkpoint that ends a run."""
-    step = f"step_{run.training.max_steps}"
-    with ShardedWeightsReader(Path(run.run_dir, "checkpoints", step, "weights")) as reader:
+    step = f"step_{config.training.max_steps}"
+    with ShardedWeightsReader(Path(config.run_dir, "checkpoints", step, "weights")) as reader:
         return dict(reader.items())
 
 
 def write_endless_run(directory: Path) -> None:
     """The run file `tiny` of a run of two data ranks that neither ends nor saves; its corpus."""
     write_data(directory)
-    run = tiny_run(
+    config = tiny_run(
         directory,
         training__max_steps=1_000_000,
         training__batch_size=2,
         checkpoint__interval=1_000_000,
         evaluation__interval=1_000_000,
     )
-    (directory / "tiny.yaml").write_text(to_yaml(run))
+    (directory / "tiny.yaml").write_text(to_yaml(config))
 
 
 def stopped_after(step: int) -> Callable[[RunConfig, str | None], Any]:

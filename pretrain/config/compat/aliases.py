@@ -28,7 +28,7 @@ def resolve_aliases(
 ) -> dict[str, Any]:
     """Replace every alias in a configuration by its owner.
 
-    `given`: what the command line sets, dotted; it wins over other spellings of it in a file.
+    `given`: dotted keys set on the command line; they win over other spellings in `values`.
 
     Raises:
         ConfigError: alias and owner differ, or a value has no equal.

@@ -1,4 +1,6 @@
-"""Corpora by name: with a catalogue `data.corpora` of NAME -> {train, validation},
+"""Corpora by name.
+
+With a catalogue `data.corpora` of NAME -> {train, validation},
 
     data.dataset_name=a
     data.mixed=true data.dataset_names=[a,b] data.dataset_weights=[0.7,0.3]

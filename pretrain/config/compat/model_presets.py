@@ -56,11 +56,10 @@ def resolve_model_type(values: dict[str, Any]) -> None:
 
 
 def preset_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that `model` begins from: of a checkpoint, or the sizes of a base model. Takes
-    the name that stands for them out of `model`.
+    """Replace the name of a checkpoint or a base model in `model`; returns the settings it names.
 
     Raises:
-        ConfigError: a name is not known, or is at odds with another setting.
+        ConfigError: a name is unknown, or contradicts another setting.
     """
     model = values.get("model")
     if model == CHECKPOINT:

@@ -1,4 +1,4 @@
-"""Where a document comes from: its number, its input and its line, as far as a corpus knows."""
+"""Origin of a document: its number, its input and its line, as far as the corpus records them."""
 
 from __future__ import annotations
 

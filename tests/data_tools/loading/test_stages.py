@@ -144,7 +144,7 @@ def test_resume_after_every_step_of_every_stage_is_exact(
         with _loader(corpora, state=state, micro_batch_size=size) as loader:
             rows += _rows(loader, _PER_STEP // size)
             state = json.loads(json.dumps(loader.state_dict()))
-            ledger = loader.tokens_per_source
+            ledger = {name: source["tokens"] for name, source in state["sources"].items()}
     assert rows == reference
     from_b = sum(len(row) for row in reference if row[0] >= _FIRST["b"])
     assert ledger == {"a": sum(map(len, reference)) - from_b, "b": from_b}

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer declare, against what transformers makes of the same files."""
+"""Declarations in the files beside a tokenizer, against transformers reading the same files."""
 
 from __future__ import annotations
 

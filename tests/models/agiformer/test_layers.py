@@ -1,4 +1,4 @@
-"""What layers hand on, in every mode, and generation on tensor ranks."""
+"""Outputs of the layers in every mode, and generation on tensor ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers documents for every causal model: honoured, or refused in one line."""
+"""Arguments that transformers documents for all causal models: honoured, or refused in one line."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What every exported model must keep, as transformers loads it. What only one family has is tested
-with the family."""
+"""The contract of every exported model, as transformers loads it.
+
+What only one family has is tested with the family.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads compute and how they wait: decided from facts, which are read from files."""
+"""Number of compute threads, chosen from resources that are read from files."""
 
 from __future__ import annotations
 

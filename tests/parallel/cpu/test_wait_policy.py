@@ -1,4 +1,4 @@
-"""How threads wait: decided from what others keep busy; what is computed does not change."""
+"""Wait policy of threads, chosen from the load of other processes; results do not change."""
 
 from __future__ import annotations
 

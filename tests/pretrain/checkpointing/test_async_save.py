@@ -1,4 +1,4 @@
-"""Saves in the background: the files of synchronous ones, and ends that wait for them or fail."""
+"""Asynchronous saves: the files of synchronous ones, and ends of a run during a save."""
 
 from __future__ import annotations
 
@@ -318,9 +318,9 @@ def test_a_save_that_hangs_is_found_by_the_watchdog_and_its_rank_is_named(data, 
         run_ranks(hangs_on_the_second_rank, 2, config, init=False)
     report = str(ended.value)
     assert f"exit {EXIT_HUNG}" in report
-    assert "no progress in the wait for the" in report
+    assert "no progress in waiting for the" in report
     assert re.search(
-        r"rank 1 .* in the wait for the save of step 2\) is in wait "
+        r"rank 1 .* in waiting for the save of step 2\) is in wait "
         r"\(pretrain/checkpointing/async_save\.py:\d+\) and is the furthest behind",
         report,
     )

@@ -29,7 +29,7 @@ def _train(config, world_size: int = 1, *, stage: int = 1, entry=run_training) -
 
 
 def _markers(config) -> list[str]:
-    """What the run says to a launcher about its end; a user's STOP would not be touched."""
+    """The markers of a run's end for launchers; a user's STOP would not be touched."""
     return sorted(path.name for path in Path(config.run_dir).iterdir() if path.name.isupper())
 
 

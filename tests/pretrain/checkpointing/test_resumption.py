@@ -1,4 +1,4 @@
-"""What a run that goes on says, what it may not, and what a start or a finished run leaves."""
+"""Reports and refusals of a resumed run, and the files of a failed start and a finished run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _said(config, ds_config_path: str | None = None) -> tuple[str, list[str]]:
 
 
 def _run(data: Path, run_dir: Path, **changes: Any) -> tuple[str, list[str]]:
-    """What rank 0 of one process said; other numbers of ranks: `world_size`."""
+    """The output of rank 0 of one process; other numbers of ranks: `world_size`."""
     world_size = changes.pop("world_size", 1)
     config = tiny_run(data, run_dir=str(run_dir), **changes)
     return run_ranks(_said, world_size, config, "configs/ds/zero1.json", init=False)[0]

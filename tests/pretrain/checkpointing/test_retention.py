@@ -1,4 +1,4 @@
-"""Which checkpoints stay, while a run writes them and when they are pruned by hand."""
+"""Retention of checkpoints, during a run and when pruned by hand."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_s
 def save_steps(
     run_dir: Path, steps: list[int], storage: Storage, *, asynchronous: bool = False
 ) -> None:
-    """What a run does: it opens the directory and saves; `keep=1` makes it delete as well."""
+    """Open the directory and save, as a run does; `keep=1` makes it delete as well."""
     store = open_store(run_dir, keep=1, storage=storage)
     store.find("auto")
     with Checkpointer(store, asynchronous=asynchronous, progress=str) as saves:

@@ -1,4 +1,4 @@
-"""What trainer.json keeps: written and restored by the same owners, also from earlier versions."""
+"""trainer.json: written and restored by the same owners, also from earlier versions."""
 
 from __future__ import annotations
 

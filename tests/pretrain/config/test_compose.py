@@ -1,4 +1,4 @@
-"""Run files, groups and overrides: what is found where, and one line for what is not."""
+"""Run files, groups and overrides: their search order, and one-line errors."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def _error(name: str = "demo", *overrides: str, config_dir: Path | None = None) 
 
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> None:
-    run = compose_config(name)
-    layout = check_layout(run, _WORLD.get(name, 1))
-    curriculum = plan_run(run, data_size=layout.data)
-    assert curriculum.total_steps > run.training.warmup_steps
+    config = compose_config(name)
+    layout = check_layout(config, _WORLD.get(name, 1))
+    curriculum = plan_run(config, data_size=layout.data)
+    assert curriculum.total_steps > config.training.warmup_steps
     stage = 0 if name.startswith("demo") else 1  # fp32 in one process has nothing to shard
-    assert resolve_ds_config(None, run, data_size=layout.data).zero_stage == stage
-    assert run.run_dir == f"runs/{name}"
+    assert resolve_ds_config(None, config, data_size=layout.data).zero_stage == stage
+    assert config.run_dir == f"runs/{name}"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_every_run_file_fits_the_processes_that_it_is_meant_for(name: str) -> No
 def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
     name: str, tokens_per_step: int
 ) -> None:
-    run = compose_config(name)
-    curriculum = plan_run(run, data_size=check_layout(run, _WORLD[name]).data)
+    config = compose_config(name)
+    curriculum = plan_run(config, data_size=check_layout(config, _WORLD[name]).data)
     assert curriculum.tokens_after(1) == tokens_per_step
 
 
@@ -119,24 +119,24 @@ def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
 )
 def test_a_size_file_has_as_many_parameters_as_its_comment_says(size: str, millions: float) -> None:
     assert size in SIZES
-    run = compose_config("demo", overrides=[f"model=llama/{size}"])
-    count = get_family("llama").num_parameters(run.model)
+    config = compose_config("demo", overrides=[f"model=llama/{size}"])
+    count = get_family("llama").num_parameters(config.model)
     assert count / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_file_is_valid(layout: str) -> None:
-    run = compose_config("llama_70b", overrides=[f"parallel={layout}"])
-    assert check_layout(run, 512).data * run.parallel.tensor * run.parallel.pipeline == 512
+    config = compose_config("llama_70b", overrides=[f"parallel={layout}"])
+    assert check_layout(config, 512).data * config.parallel.tensor * config.parallel.pipeline == 512
 
 
 def test_the_demonstration_runs_at_every_layout_up_to_pipeline_4_and_tensor_2() -> None:
     for tensor in (1, 2):
         for pipeline in (1, 2, 4):
-            run = compose_config(
+            config = compose_config(
                 "demo", overrides=[f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
             )
-            assert check_layout(run, tensor * pipeline).data == 1
+            assert check_layout(config, tensor * pipeline).data == 1
 
 
 def test_the_name_may_end_in_yaml() -> None:
@@ -148,36 +148,39 @@ def _override(*overrides: str) -> RunConfig:
 
 
 def test_a_setting_that_the_file_does_not_mention_needs_no_prefix() -> None:
-    run = _override("training.weight_decay=0.02", "logging.wandb.mode=offline", "resume=never",
+    config = _override("training.weight_decay=0.02", "logging.wandb.mode=offline", "resume=never",
                     "logging.wandb.project=p", "data.num_workers=0")  # fmt: skip
-    assert run.training.weight_decay == 0.02
-    assert run.logging.wandb.mode == "offline"
-    assert run.resume == "never"
-    assert run.data.num_workers == 0
+    assert config.training.weight_decay == 0.02
+    assert config.logging.wandb.mode == "offline"
+    assert config.resume == "never"
+    assert config.data.num_workers == 0
 
 
 def test_overrides_have_the_types_of_yaml() -> None:
-    run = _override("training.lr=1e-4", "training.betas=[0.8,0.9]", "training.compile=true",
+    config = _override("training.lr=1e-4", "training.betas=[0.8,0.9]", "training.compile=true",
                     "run_dir=/tmp/a b/c", "evaluation.max_windows=null",
                     "training.lr_multipliers={embedding: 0.5}", "data.train=[a/x,{path: b/y,weight: 2}]")  # fmt: skip # noqa: E501
-    assert run.training.lr == 1e-4
-    assert run.training.betas == (0.8, 0.9)
-    assert run.training.compile is True
-    assert run.run_dir == "/tmp/a b/c"
-    assert run.evaluation.max_windows is None
-    assert run.training.lr_multipliers == {"embedding": 0.5}
-    assert [(source.path, source.weight) for source in run.data.train] == [("a/x", 1), ("b/y", 2)]
+    assert config.training.lr == 1e-4
+    assert config.training.betas == (0.8, 0.9)
+    assert config.training.compile is True
+    assert config.run_dir == "/tmp/a b/c"
+    assert config.evaluation.max_windows is None
+    assert config.training.lr_multipliers == {"embedding": 0.5}
+    assert [(source.path, source.weight) for source in config.data.train] == [
+        ("a/x", 1),
+        ("b/y", 2),
+    ]
 
 
 def test_an_override_chooses_a_file_of_a_group_that_the_run_file_mentions_or_not() -> None:
     assert _override("model=llama/125m").model.num_layers == 12
     assert _override("parallel=tp2").parallel.tensor == 2
-    run = compose_config(
+    config = compose_config(
         "llama_125m", overrides=["data=demo", "data.num_workers=3", "data.sequence_length=64"]
     )
     # The run file's own values stay on top of the group's; overrides win over both.
-    assert run.data.sequence_length == 64
-    assert run.data.num_workers == 3
+    assert config.data.sequence_length == 64
+    assert config.data.num_workers == 3
 
 
 def test_a_section_can_be_given_as_a_whole() -> None:
@@ -190,16 +193,16 @@ def test_the_prefixes_of_hydra_still_work() -> None:
 
 
 def test_files_of_the_user_are_found_beside_ours(user_dir: Path) -> None:
-    run = compose_config("mine", config_dir=user_dir, overrides=["model=llama/wide"])
-    assert run.run_dir == "runs/mine"
-    assert run.model.model_dump(mode="json")["hidden_size"] == 512
-    assert run.data == compose_config("demo").data
+    config = compose_config("mine", config_dir=user_dir, overrides=["model=llama/wide"])
+    assert config.run_dir == "runs/mine"
+    assert config.model.model_dump(mode="json")["hidden_size"] == 512
+    assert config.data == compose_config("demo").data
 
 
 def test_files_of_the_user_win_over_ours(user_dir: Path) -> None:
     _write(user_dir / "model/llama/demo.yaml", _model(hidden_size=128))
-    run = compose_config("demo", config_dir=user_dir, overrides=["model=llama/demo"])
-    assert run.model.model_dump(mode="json")["hidden_size"] == 128
+    config = compose_config("demo", config_dir=user_dir, overrides=["model=llama/demo"])
+    assert config.model.model_dump(mode="json")["hidden_size"] == 128
     _write(user_dir / "demo.yaml", "defaults: [/llama_125m, _self_]\nrun_dir: theirs\n")
     assert compose_config("demo", config_dir=user_dir).run_dir == "theirs"
 
@@ -207,8 +210,8 @@ def test_files_of_the_user_win_over_ours(user_dir: Path) -> None:
 def test_a_config_dir_may_have_blanks_and_quotes_in_its_name(user_dir: Path) -> None:
     odd = user_dir / "it's a, folder"
     _write(odd / "model/llama/odd.yaml", _model(num_layers=7))
-    run = compose_config("demo", config_dir=odd, overrides=["model=llama/odd"])
-    assert run.model.num_layers == 7
+    config = compose_config("demo", config_dir=odd, overrides=["model=llama/odd"])
+    assert config.model.num_layers == 7
 
 
 def test_composing_leaves_no_trace_in_the_working_directory(tmp_path: Path) -> None:
@@ -223,8 +226,8 @@ def test_composing_leaves_no_trace_in_the_working_directory(tmp_path: Path) -> N
 
 
 def test_the_resolved_configuration_composes_to_itself(tmp_path: Path) -> None:
-    run = compose_config("llama_7b")
-    assert parse_config(resolved(run)) == run
+    config = compose_config("llama_7b")
+    assert parse_config(resolved(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The `defaults` list: which files a run file leads to, and which of two settings wins."""
+"""The `defaults` list: the files of a run file, and the precedence of their settings."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _fits(world: int, tensor: int, pipeline: int, sequence_parallel: bool) -> bo
 
 
 def _accepted(world: int, tensor: int, pipeline: int, sequence_parallel: bool) -> bool:
-    run = parse_config(
+    config = parse_config(
         run_values(
             **_MODEL,
             parallel__tensor=tensor,
@@ -51,7 +51,7 @@ def _accepted(world: int, tensor: int, pipeline: int, sequence_parallel: bool) -
         )
     )
     try:
-        layout = check_layout(run, world)
+        layout = check_layout(config, world)
     except ConfigError:
         return False
     assert layout.tensor * layout.pipeline * layout.data == world
@@ -116,8 +116,8 @@ def test_valid_tensor_sizes_are_the_common_divisors_of_what_is_split() -> None:
 
 
 def test_the_data_axis_is_what_the_world_leaves_over() -> None:
-    run = parse_config(run_values(parallel__pipeline=2))
-    layout = check_layout(run, 8)
+    config = parse_config(run_values(parallel__pipeline=2))
+    layout = check_layout(config, 8)
     assert layout.data == 4
     assert layout.grid == (1, 2, 4)
 

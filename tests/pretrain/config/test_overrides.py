@@ -1,4 +1,4 @@
-"""The grammar of the command line: what an argument stands for, and one line for what is none."""
+"""The grammar of the command line, and one-line errors of arguments outside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command lines of the published Dynamic Transformer compose to what they say."""
+"""The command lines of the published Dynamic Transformer compose to the settings that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many steps a run has, with and without looking at its data."""
+"""Number of steps of a run, with and without its data."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _run(**changes: Any) -> RunConfig:
 
 
 def test_counts_of_a_step_follow_from_the_layout() -> None:
-    run = _run(parallel__pipeline=2, training__gradient_accumulation_steps=3)
-    curriculum = plan_run(run, data_size=4)
+    config = _run(parallel__pipeline=2, training__gradient_accumulation_steps=3)
+    curriculum = plan_run(config, data_size=4)
     assert curriculum.stage_after(0).sequences_per_step == 2 * 3 * 4
     assert curriculum.tokens_after(1) == 2 * 3 * 4 * 128
     assert curriculum.total_steps == 10
@@ -44,8 +44,8 @@ def test_counts_of_a_step_follow_from_the_layout() -> None:
 def test_training_ends_at_the_first_of_its_two_limits(
     max_tokens: int, max_steps: int | None, steps: int
 ) -> None:
-    run = _run(training__max_tokens=max_tokens, training__max_steps=max_steps)
-    assert plan_run(run, data_size=1).total_steps == steps
+    config = _run(training__max_tokens=max_tokens, training__max_steps=max_steps)
+    assert plan_run(config, data_size=1).total_steps == steps
 
 
 @pytest.mark.parametrize("max_tokens", [None, 256 * 5])
@@ -53,27 +53,27 @@ def test_training_ends_at_the_first_of_its_two_limits(
 def test_epochs_are_a_limit_on_tokens_like_max_tokens(
     max_tokens: int | None, num_tokens: int
 ) -> None:
-    run = _run(**EPOCHS, training__max_tokens=max_tokens)
+    config = _run(**EPOCHS, training__max_tokens=max_tokens)
     limit = min(num_tokens, max_tokens or num_tokens)
     expected = _run(training__max_steps=None, training__max_tokens=limit)
-    found = plan_run(run, data_size=1, num_tokens=num_tokens)
+    found = plan_run(config, data_size=1, num_tokens=num_tokens)
     assert found.total_steps == plan_run(expected, data_size=1).total_steps
 
 
 def test_a_warmup_longer_than_the_epochs_allow_is_refused() -> None:
-    run = _run(**EPOCHS, training__warmup_steps=7)
+    config = _run(**EPOCHS, training__warmup_steps=7)
     constraint = ("training.warmup_steps", "7")
     with assert_refused("run", 7, constraint, "longer", error=ConfigError):
-        plan_run(run, data_size=1, num_tokens=256 * 7)
-    assert plan_run(run, data_size=1, num_tokens=256 * 8).total_steps == 8
+        plan_run(config, data_size=1, num_tokens=256 * 7)
+    assert plan_run(config, data_size=1, num_tokens=256 * 8).total_steps == 8
     # A run that continues may have changed its length: it is already past its warmup.
     start = Position(steps=6, samples=12, tokens=256 * 6)
-    assert plan_run(run, data_size=1, num_tokens=256 * 7, start=start).total_steps == 7
+    assert plan_run(config, data_size=1, num_tokens=256 * 7, start=start).total_steps == 7
 
 
 def test_a_ramp_is_checked_without_the_data() -> None:
     ramp = [{"until_tokens": 100, "sequences_per_step": 3}]
-    run = _run(**EPOCHS, training__gradient_accumulation_steps=4, training__batch_ramp=ramp)
+    config = _run(**EPOCHS, training__gradient_accumulation_steps=4, training__batch_ramp=ramp)
     with assert_refused(
         "training.batch_ramp.0.sequences_per_step",
         value=3,
@@ -81,7 +81,7 @@ def test_a_ramp_is_checked_without_the_data() -> None:
         remedy="2, 4",
         error=ConfigError,
     ):
-        check_layout(run, 1)
+        check_layout(config, 1)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_training_ends_after_epochs_of_all_sources_together(
         {"path": str(tmp_path / name), "weight": weight} for name, weight in (("a", 1), ("b", 9))
     ]
     changes = {"training__max_steps": None, "training__max_tokens": max_tokens}
-    run = _run(data__train=sources, training__max_epochs=epochs, **changes)
-    with open_training_data(run, ParallelContext.single().data) as loader:
+    config = _run(data__train=sources, training__max_epochs=epochs, **changes)
+    with open_training_data(config, ParallelContext.single().data) as loader:
         assert loader.curriculum.total_steps == steps  # of 2 x 128 tokens
 
 

@@ -1,4 +1,4 @@
-"""The schema of a run, its one-line errors, and what a resume may change."""
+"""The schema of a run, its one-line errors, and the changes that a resume may make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that do not meet say so, in time and in one line."""
+"""Ranks that do not meet report it, in time and in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights are taken over with the function that they are of, or the difference is asked for."""
+"""Initial weights keep the function they were trained for, or the difference must be declared."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def imported(tmp_path: Path) -> Path:
 
 
 def _take(data: Path, imported: Path, *, model: dict[str, Any], **changes: Any) -> None:
-    run = tiny_run(data, model=model, training__init_from=str(imported), **changes)
-    initial_weights(run, ParallelContext.single(device="meta"), RankGroup())
+    config = tiny_run(data, model=model, training__init_from=str(imported), **changes)
+    initial_weights(config, ParallelContext.single(device="meta"), RankGroup())
 
 
 def _named(*names: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which checkpoints fit any layout, which do not, and what the rest of a restored state is."""
+"""Checkpoints that fit any layout or only their own, and the rest of a restored state."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _refused = partial(assert_refused, error=CheckpointError)
 
 
 def bound(directory: Path, zero: dict[str, Any] | None = None, **changes: Any) -> str | None:
-    run = tiny_run(directory, **changes)
+    config = tiny_run(directory, **changes)
     path = directory / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero} if zero else {}))
-    return layout_bound_by(run, resolve_ds_config(path, run, data_size=1))
+    return layout_bound_by(config, resolve_ds_config(path, config, data_size=1))
 
 
 def test_adamw_at_any_stage_fits_any_layout(tmp_path) -> None:

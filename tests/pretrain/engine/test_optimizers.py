@@ -1,4 +1,4 @@
-"""Muon does to each matrix, and to each expert of a stack, what its equation says."""
+"""Muon updates each matrix, and each expert of a stack, by its equation."""
 
 from __future__ import annotations
 

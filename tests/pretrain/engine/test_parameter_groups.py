@@ -1,4 +1,4 @@
-"""What trains a parameter follows from its name and its role, whatever the layout."""
+"""The treatment of a parameter follows from its name and its role, at any layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that nobody has written, such as the padding of a partition, is looked at by nobody."""
+"""Uninitialised memory, such as the padding of a partition, is never read."""
 
 from __future__ import annotations
 

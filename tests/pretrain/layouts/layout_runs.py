@@ -1,4 +1,4 @@
-"""Runs at every kind of layout that two cores can hold, and what is compared between them."""
+"""Runs at every kind of layout that two cores can hold, and the comparisons between them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def train(config, place: Layout, entry=run_training, *, ds_config_path: str | No
 
 
 def tail(config) -> tuple[list[dict[str, float]], float]:
-    """What was logged after the checkpoint, and the last evaluation."""
+    """The log after the checkpoint, and the last evaluation."""
     trained, evaluated = metrics(config)
     return [r for r in trained if r["step"] > SAVED], evaluated[-1]["eval_loss"]
 

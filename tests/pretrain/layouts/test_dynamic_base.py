@@ -1,4 +1,4 @@
-"""From a Qwen2 model of transformers through a real run of four ranks and back."""
+"""A Qwen2 model of transformers, through a real run of four ranks and back."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_base_is_imported_trained_at_four_ranks_and_exported(family, qwen, tmp
     line = ["from-hf", "--model", str(qwen), "--output", str(begun), "--family", family]
     assert convert.main([*line, "--set", "capacity_gamma=0.5"]) == 0
     write_data(tmp_path / "data")
-    run = tiny_run(
+    config = tiny_run(
         tmp_path / "data",
         run_dir=str(run_dir),
         model=open_checkpoint(begun).config.model_dump(),
@@ -56,7 +56,7 @@ def test_a_base_is_imported_trained_at_four_ranks_and_exported(family, qwen, tmp
         parallel__pipeline=2,
         parallel__tensor=2,
     )
-    assert run_ranks(run_training, 4, run, "configs/ds/zero1.json", init=False) == [0] * 4
+    assert run_ranks(run_training, 4, config, "configs/ds/zero1.json", init=False) == [0] * 4
     for name, options in (("own", []), ("plain", ["--plain"])):
         line = ["to-hf", "--checkpoint", str(run_dir), "--output", str(tmp_path / name)]
         assert convert.main([*line, "--no-tokenizer", *options]) == 0

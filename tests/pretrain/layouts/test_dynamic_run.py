@@ -134,8 +134,8 @@ def test_bf16_keeps_thresholds_in_fp32_and_a_stored_model_routes_by_them(data, t
 
 def test_more_stages_than_pairs_and_ends_are_refused(data):
     model = CASES["dtf"].config.model_copy(update={"num_layers": 8}).model_dump()
-    run = tiny_run(data, model=model, parallel__pipeline=8)
-    ds_config = resolve_ds_config("configs/ds/zero1.json", run, data_size=1)
-    spec = TrainSpec.of(run, ds_config, ParallelContext(pipeline=Axis(size=8)))
+    config = tiny_run(data, model=model, parallel__pipeline=8)
+    ds_config = resolve_ds_config("configs/ds/zero1.json", config, data_size=1)
+    spec = TrainSpec.of(config, ds_config, ParallelContext(pipeline=Axis(size=8)))
     with assert_refused("parallel.pipeline", 8, "6 layers", "parallel.pipeline to 6"):
         check_model(spec)

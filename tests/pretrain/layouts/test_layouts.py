@@ -56,7 +56,7 @@ def assert_continues(runs: Runs, run_dir: Path, pair: Pair) -> None:
 
 
 class Pair(NamedTuple):
-    """What is trained, where it is saved and where it goes on."""
+    """A model, the layout that saves it and the layout that resumes it."""
 
     family: str
     precision: str

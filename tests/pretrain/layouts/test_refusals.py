@@ -1,4 +1,4 @@
-"""What cannot go on at another layout, or cannot be saved, is refused in one line by all ranks."""
+"""Runs that cannot be resumed at another layout, or saved, are refused in one line by all ranks."""
 
 from __future__ import annotations
 

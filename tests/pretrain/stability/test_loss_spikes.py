@@ -1,4 +1,4 @@
-"""A loss that stands out: back to the checkpoint before it, and on without the data around it."""
+"""Loss spikes: return to the checkpoint before one, and skip the data around it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ STEPS, SPIKE = 10, 7
 
 def test_a_loss_stands_out_from_a_full_window_only_and_does_not_enter_it():
     watch = SpikeDetector(SpikeConfig(sigma=3.0, window=4))
-    assert not any(watch.is_spike(loss) for loss in (100.0, 2.0, 2.1, 1.9))
+    assert not any(watch.observe(loss) for loss in (100.0, 2.0, 2.1, 1.9))
     for loss in (2.0, 2.1, 1.9, 2.0):  # the first one has left the window
-        assert not watch.is_spike(loss)
-    assert watch.is_spike(2.4)
-    assert watch.is_spike(2.4)
-    assert not watch.is_spike(float("nan"))
-    assert not watch.is_spike(2.1)
+        assert not watch.observe(loss)
+    assert watch.observe(2.4)
+    assert watch.observe(2.4)
+    assert not watch.observe(float("nan"))
+    assert not watch.observe(2.1)
     restored = SpikeDetector(SpikeConfig(sigma=3.0, window=4))
     restored.load_state_dict(watch.state_dict())
-    assert restored.is_spike(2.4)
+    assert restored.observe(2.4)
 
 
 def _config(data: Path, run_dir: Path, **changes):

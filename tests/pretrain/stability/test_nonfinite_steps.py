@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite, anywhere: all ranks leave the step out and name it."""
+"""Non-finite losses and gradients, anywhere: all ranks skip the step and name the origin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Zero = int | dict[str, Any]  # a ZeRO stage, or a section of its own
 
 
 class Fault(NamedTuple):
-    """What goes wrong on one rank in the steps `steps`; only the first time where `once`."""
+    """A fault on one rank in the steps `steps`; only the first time where `once`."""
 
     where: str
     rank: int

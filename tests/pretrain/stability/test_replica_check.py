@@ -1,4 +1,4 @@
-"""A rank whose numbers come to differ is found at the next check, by name, and nothing is saved."""
+"""A diverged rank is found by name at the next check, and nothing is saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank holds up the others, from what all of them say."""
+"""The rank that blocks the others, from the progress of all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.supervision.progress import Progress, blame, is_waiting, locate_th
 from tests.distributed import run_ranks
 
 ALIKE = [
-    Progress("host", 10 + rank, beats=5, moves=7, activity="step 3", place=f"data {rank}")
+    Progress("host", 10 + rank, beats=5, num_activities=7, activity="step 3", place=f"data {rank}")
     for rank in range(4)
 ]
 BEFORE = dict(enumerate(ALIKE))
@@ -44,7 +44,7 @@ def _after(**changes: dict[str, object]) -> dict[int, Progress]:
             "(data_tools/loading/loader.py:9) "
             f"and has not entered {ALL_REDUCE}, in which others wait",
         ),
-        ({"r2": {"moves": 6, "activity": "step 2"}}, "in step 2) is in all_reduce"),
+        ({"r2": {"num_activities": 6, "activity": "step 2"}}, "in step 2) is in all_reduce"),
         (
             {"r3": {"collective": "barrier of all ranks"}},
             "rank 3 (process 13 on host, data 3, in step 3) is in barrier of all ranks, called by "
@@ -59,7 +59,7 @@ def test_who_is_to_blame(changes, verdict):
 
 
 def _watch_a_wait() -> tuple[bool, tuple[str, str]]:
-    """What another thread sees of a main thread that waits for rank 1."""
+    """The location of a main thread that waits for rank 1, as seen by another thread."""
     seen = []
     if dist.get_rank() == 0:
         main = threading.get_ident()

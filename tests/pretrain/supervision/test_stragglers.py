@@ -1,4 +1,4 @@
-"""A rank that is slow is found in 20 steps, and noise is not taken for one."""
+"""A slow rank is found within 20 steps, and noise is not mistaken for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that stands still ends the run: in time, by name, with the stacks of those that live."""
+"""A hung rank ends the run: in time, by name, with the stacks of all live ranks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ EXPERT = {
 CASES = {
     "data": Case(1, "stopped", *STEP),
     "tensor, rank 0": Case(0, "stopped", *STEP, TENSOR),
-    "save": Case(1, "stopped", CheckpointStore, "save", "the save of step 2"),
+    "save": Case(1, "stopped", CheckpointStore, "save", "saving step 2"),
 }
 MORE_CASES = {
     "pipeline": Case(1, "asleep", *STAGE, PIPELINE),
@@ -80,16 +80,14 @@ MORE_CASES = {
     "tensor": Case(1, "asleep", *STEP, TENSOR),
     "pipeline, rank 0": Case(0, "stopped", *STAGE, PIPELINE),
     "expert": Case(1, "stopped", *STEP, EXPERT),
-    "evaluation": Case(1, "asleep", PlainEngine, "evaluate", "the evaluation after step 2"),
+    "evaluation": Case(1, "asleep", PlainEngine, "evaluate", "evaluating after step 2"),
     "evaluation of a pipeline": Case(
-        1, "stopped", StageEngine, "evaluate", "the evaluation after step 2", 1, PIPELINE
+        1, "stopped", StageEngine, "evaluate", "evaluating after step 2", 1, PIPELINE
     ),
     "groups": Case(1, "stopped", run, "build_context", "creating process groups"),
     "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
     "search": Case(1, "asleep", CheckpointStore, "find", "searching for a checkpoint"),
-    "restoration": Case(
-        1, "stopped", engine, "restore_optimizer_state", "the restoration of step 2"
-    ),
+    "restoration": Case(1, "stopped", engine, "restore_optimizer_state", "restoring step 2"),
 }
 
 
@@ -152,7 +150,7 @@ def test_a_rank_that_stands_still_is_named_in_time(name, tmp_path):
 
 
 def _watch(folder: Path, moves: int, *, limit: float = 1.0) -> Ending | None:
-    """What the watchdog finds of a rank 2 that does two moves less than the others."""
+    """The watchdog's verdict on a rank 2 that begins two activities less than the others."""
     rank, endings = int(os.environ["RANK"]), []
     watchdog = Watchdog(
         *(folder,),
