@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
-from parallel.fp8.layers import fp8_linear
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
@@ -288,6 +287,8 @@ def _linear(
     column = mode == "column"
     layer: nn.Module
     if ctx.precision.is_fp8 and role == "matrix":
+        from parallel.fp8.layers import fp8_linear  # no part of an exported model
+
         layer = fp8_linear(mode, shape, bias=bias, ctx=ctx)
     elif ctx.tensor.size == 1:
         layer = _empty_linear(shape, bias=bias, ctx=ctx)

@@ -6,9 +6,9 @@ The only import of Transformer Engine is here; parallel.fp8 holds the layers.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def _require_recipe(name: str) -> None:
         )
 
 
-@cache
+@functools.cache
 def _recipe(name: str) -> Any:
     from transformer_engine.common import recipe
 

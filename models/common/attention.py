@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.common.cache import KVCache
 from models.common.rope import RotaryTable, Rotation, rotate
+from models.common.sdpa import masked_attention, unmasked_attention
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
 from parallel.sharding import Normal
@@ -29,7 +30,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q and the result are [b, n, s, d], k and v [b, g, s, d]; query head i uses key head
     `i // (n / g)`. No s x s matrix is stored.
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=_is_grouped(q, k))
+    return unmasked_attention(q, k, v, causal=True)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,24 +38,15 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries == num_keys:
         return causal_attention(q, k, v)
-    grouped = _is_grouped(q, k)
     if num_queries == 1:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        return unmasked_attention(q, k, v)
     blocks = []
     index = torch.arange(num_keys, device=q.device)
     for start in range(0, num_queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, num_queries)
         seen = num_keys - num_queries + stop
         mask = index[:seen] <= index[seen - (stop - start) : seen, None]
-        blocks.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:stop],
-                k[:, :, :seen],
-                v[:, :, :seen],
-                attn_mask=mask,
-                enable_gqa=grouped,
-            )
-        )
+        blocks.append(masked_attention(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], mask))
     return torch.cat(blocks, dim=2)
 
 
@@ -94,9 +86,7 @@ def _packed_block(
     queries = index[-q.shape[2] :]
     mask = (index >= document_starts.unsqueeze(-1)) & (index <= queries.unsqueeze(-1))
     mask = F.pad(mask, (k.shape[2] - len(index), 0), value=True)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=_is_grouped(q, k)
-    )
+    return masked_attention(q, k, v, mask.unsqueeze(1))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
@@ -121,7 +111,7 @@ def windowed_attention(
         return cached_attention(q, k, v)
     if num_queries == 1:
         k, v = k[:, :, -window:], v[:, :, -window:]
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=_is_grouped(q, k))
+        return unmasked_attention(q, k, v)
     block = min(QUERY_BLOCK, max(window, 64), num_queries)
     reach = -(-(window - 1) // block)  # number of earlier key blocks visible to a query block
     sizes = [earlier] + [min(block, num_queries - i) for i in range(0, num_queries, block)]
@@ -137,14 +127,9 @@ def windowed_attention(
         if positions is not None:
             beginnings = index[start:stop] - positions[:, start:stop]
             mask = (mask & (index[seen] >= beginnings.unsqueeze(-1))).unsqueeze(1)
+        seen_keys = torch.cat(keys[first : i + 2], dim=2)
         outputs.append(
-            F.scaled_dot_product_attention(
-                queries,
-                torch.cat(keys[first : i + 2], dim=2),
-                torch.cat(values[first : i + 2], dim=2),
-                attn_mask=mask,
-                enable_gqa=_is_grouped(q, k),
-            )
+            masked_attention(queries, seen_keys, torch.cat(values[first : i + 2], dim=2), mask)
         )
     return torch.cat(outputs, dim=2)
 
@@ -153,10 +138,6 @@ def _window_mask(queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """Mask of the key positions visible to each query position."""
     distance = queries.unsqueeze(-1) - keys
     return (distance >= 0) & (distance < window)
-
-
-def _is_grouped(q: Tensor, k: Tensor) -> bool:
-    return q.shape[1] != k.shape[1]
 
 
 class GatheredTokens(NamedTuple):

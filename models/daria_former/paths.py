@@ -26,6 +26,7 @@ from models.common.init import row_sharded
 from models.common.manual_backward import scaled_heads
 from models.common.norms import inverse_rms
 from models.common.rope import RotaryTable, Rotation, rotate
+from models.common.sdpa import unmasked_attention
 from models.daria_former.cache import BlockCache, MemoryCache, Slots
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.memory import (
@@ -278,7 +279,7 @@ class StaticPath(ContextPath):
     ) -> Tensor:
         remembered = _cached_slots(type(self).__name__, self.slots, sources, cache)
         k, v = (x.expand(len(q), -1, -1, -1) for x in remembered)
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        return unmasked_attention(q, k, v)
 
     def slots(self, sources: Sources) -> Slots:
         """Keys and values [b or 1, g, m + 1, d]."""

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.common.attention import QUERY_BLOCK
 from models.common.cache import KeysValues
+from models.common.sdpa import masked_attention
 
 
 class Blocks(NamedTuple):
@@ -122,7 +123,7 @@ def masked_block_attention(
         )
         chunks.append(
             checkpoint(
-                _attend,
+                masked_attention,
                 q[:, :, start:stop],
                 keys,
                 values,
@@ -132,8 +133,3 @@ def masked_block_attention(
             )
         )
     return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.common.attention import QUERY_BLOCK, cached_attention
 from models.common.cache import KeysValues, KVCache
+from models.common.sdpa import masked_attention
 from models.dynamic.token_gather import Selection, chosen_first
 
 # Initial capacity relative to the expected fraction of tokens; it grows when exhausted.
@@ -141,11 +142,7 @@ def _attend_up_to(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
     for start in range(0, q.shape[2], QUERY_BLOCK):
         part = slice(start, start + QUERY_BLOCK)
         mask = (index <= last[:, part, None]).unsqueeze(1)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                q[:, :, part], k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
+        blocks.append(masked_attention(q[:, :, part], k, v, mask))
     return torch.cat(blocks, dim=2)
 
 

@@ -19,6 +19,7 @@ from parallel.cpu.compat import (
     prepare_environment,
 )
 from pretrain.distributed.rendezvous import World, rendezvous
+from pretrain.errors import ConfigError
 
 _AFTER_WATCHDOG = 30.0  # seconds
 
@@ -43,7 +44,7 @@ def process_group(
     destroyed at the end, also after an error: torch otherwise sometimes aborts at exit.
 
     Raises:
-        ConfigError: the rendezvous address cannot be used.
+        ConfigError: the rendezvous address cannot be used, or there are fewer devices than ranks.
         RendezvousError: ranks are missing.
     """
     prepare()
@@ -55,7 +56,10 @@ def process_group(
         if tensor_size > 1:
             # Lets Megatron-Core overlap its collectives with the GEMMs that follow.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        device = torch.device("cuda", world.local_rank)
+        index = device_index(
+            world.local_rank, torch.cuda.device_count(), in_task="SLURM_PROCID" in os.environ
+        )
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     # Split-K GEMMs of cuBLAS, such as those of weight gradients, would reduce their partial sums in
     # bf16.
@@ -75,6 +79,22 @@ def process_group(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def device_index(local_rank: int, num_devices: int, *, in_task: bool) -> int:
+    """The device of a rank among those that it sees; Slurm may show a task its own one alone.
+
+    Raises:
+        ConfigError: there are more ranks than devices.
+    """
+    if in_task and num_devices == 1:
+        return 0
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank} with {num_devices} CUDA devices: every rank needs one; start "
+            f"at most {num_devices} ranks here"
+        )
+    return local_rank
 
 
 def group_timeout(timeout: float | None) -> timedelta | None:
