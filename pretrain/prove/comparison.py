@@ -20,8 +20,8 @@ from pretrain.prove.bounds import (
     Bound,
     Bounds,
 )
-from pretrain.prove.oracle import State, Tensors, TrueStep
 from pretrain.prove.outputs import Saved
+from pretrain.prove.truth.oracle import State, Tensors, TrueStep
 
 
 class Row(NamedTuple):
@@ -75,6 +75,14 @@ def number_rows(
     if truth.held_out is not None:
         rows.append(number_row("held-out loss", "eval_loss", truth.held_out, bounds.loss))
     return rows
+
+
+def choice_rows(truth: TrueStep, bounds: Bounds) -> list[Row]:
+    """What layers chose, against scores of the truth; no row where no layer chooses."""
+    errors = [
+        Error(each.error, f"{each.layer} ({each.number} choices differ)") for each in truth.given
+    ]
+    return [row("choices", errors, bounds.choice)] if errors else []
 
 
 def initial_row(saved: Saved, initial: State) -> Row:
@@ -153,8 +161,8 @@ def state_rows(
     rows.append(compared("weights of the forward pass", read, rounded, _absolute, ROUNDED))
     if state.buffers:
         learnt = {name: b for name, b in saved.buffers.items() if name in state.buffers}
-        relative = _of_largest(FLOOR * max(float(b.abs().max()) for b in state.buffers.values()))
-        rows.append(compared("layer states", learnt, state.buffers, relative, bounds.layer_state))
+        by = _state_measure(truth)
+        rows.append(compared("layer states", learnt, state.buffers, by, bounds.choice))
     return rows
 
 
@@ -188,6 +196,23 @@ def _of_norm(floor: float) -> Measure:
         error = float(difference.norm()) / max(float(true.norm()), floor)
         largest = float(difference.max())
         return difference * (error / largest) if largest else difference
+
+    return measure
+
+
+def _state_measure(truth: TrueStep) -> Measure:
+    """Every element relative to the largest of its layer state, or to the scores of its layer.
+
+    A threshold is an average of scores, which may cancel; it is off by no more than they are.
+    """
+    scales: dict[str, float] = {}
+    for each in truth.given:
+        scales[each.layer] = max(each.scale, scales.get(each.layer, 0.0))
+
+    def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
+        scale = max(scales.get(name.partition(".")[0], 0.0), float(true.abs().max()))
+        difference = (found - true).abs()
+        return difference / scale if scale else difference
 
     return measure
 

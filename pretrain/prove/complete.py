@@ -14,8 +14,8 @@ from models.convert import to_hf
 from pretrain.config import RunConfig
 from pretrain.prove.bounds import FP32, SAME_FILES, Bound
 from pretrain.prove.comparison import Error, Row, row
-from pretrain.prove.oracle import OneProcess
 from pretrain.prove.outputs import read_checkpoint
+from pretrain.prove.truth.oracle import OneProcess
 
 _EXPORT = Bound(FP32, "the same weights; norms and angles of transformers are in fp32")
 _WRITE_LOGITS = (

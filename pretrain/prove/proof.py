@@ -13,8 +13,10 @@ from models.registry import get_family
 from pretrain.config import RunConfig, parse_config, resolved
 from pretrain.errors import ConfigError
 from pretrain.prove.bounds import Bound, Bounds
+from pretrain.prove.choices import Choices
 from pretrain.prove.comparison import (
     Row,
+    choice_rows,
     gradient_row,
     initial_row,
     number_rows,
@@ -24,11 +26,11 @@ from pretrain.prove.comparison import (
 )
 from pretrain.prove.complete import exported_row, without_trace
 from pretrain.prove.corpus import make_corpus
-from pretrain.prove.oracle import OneProcess, State
 from pretrain.prove.outputs import read_checkpoint, read_metrics
-from pretrain.prove.program import Leg, train_leg
+from pretrain.prove.program import Leg, choices_of, train_leg
 from pretrain.prove.ranks import Forks
 from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun, resolve_text
+from pretrain.prove.truth.oracle import OneProcess, State, planned_steps
 
 SAVED = 3  # the step after which the run goes on elsewhere
 _TIMEOUT = 300.0
@@ -128,7 +130,7 @@ def _complete(case: Case, run_dir: Path, place: Path, forks: Forks) -> Section:
         silent = train_leg(_unevaluated(case.here), place, forks, timeout=_TIMEOUT)
         rows.append(without_trace(last, _checkpoint(silent, STEPS)))
     if get_family(config.model.family).hf is not None and config.training.precision == "fp32":
-        sizes = {"data_size": _data_size(case.here)}
+        sizes = {"data_size": case.here.data_size}
         export = partial(exported_row, last, config, place, **sizes)
         rows.append(forks.call("the export", export, place / "export", timeout=_TIMEOUT))
     return Section(f"{config.training.precision}, {case.here.layout}, after step {STEPS}", rows)
@@ -182,7 +184,7 @@ def _taken_over(checkpoint: Path) -> State:
 def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     """Compare every leg with the run in one process, by induction over its steps."""
     config = case.here.config
-    oracle = OneProcess(config, data_size=_data_size(case.here))
+    oracle = OneProcess(config, data_size=case.here.data_size)
     untrained = oracle.untrained()
     sections = []
     for leg in legs:
@@ -194,11 +196,13 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
             else:
                 rows.append(initial_row(saved, _taken_over(leg.weights))._replace(bound=_TAKEN))
         metrics = read_metrics(leg.run_dir)
+        choices = _choices(leg)
         for step in leg.steps:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
             clip = leg.leg.config.training.grad_clip
-            truth = oracle.step(step, before.state(), grad_clip=clip)
-            found = number_rows(step, metrics, truth, case.bounds)
+            truth = oracle.step(step, before.state(), grad_clip=clip, choices=choices[step])
+            found = choice_rows(truth, case.bounds)
+            found += number_rows(step, metrics, truth, case.bounds)
             found.append(gradient_row(after, truth, before.state(), config.training, case.bounds))
             found += state_rows(after, truth, config.training, case.bounds)
             found.append(update_row(after, truth, before.state(), config.training))
@@ -209,12 +213,15 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     return sections
 
 
+def _choices(leg: _Checked) -> dict[int, list[Choices]]:
+    """What the layers chose in every step that the leg has trained."""
+    plan = planned_steps(leg.leg.config, data_size=leg.leg.data_size)
+    trained = range(leg.steps.start, STEPS + 1)
+    return choices_of(leg.run_dir, leg.leg, {n: plan[n - 1].sequences for n in trained})
+
+
 def _checkpoint(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
-
-
-def _data_size(leg: Leg) -> int:
-    return leg.ranks // (leg.config.parallel.tensor * leg.config.parallel.pipeline)
 
 
 def _num_tokens(config: RunConfig, data_size: int) -> int:
@@ -246,7 +253,7 @@ def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
     here = _unclipped(here)
     values = resolved(here.config)
     parallel, training = values["parallel"], values["training"]
-    samples = training["batch_size"] * training["gradient_accumulation_steps"] * _data_size(here)
+    samples = training["batch_size"] * training["gradient_accumulation_steps"] * here.data_size
     stage = here.ds_config_values.get("zero_optimization", {}).get("stage", 0)
     plain = {"tensor": 1, "pipeline": 1, "sequence_parallel": False}
     candidates: list[dict[str, Any]] = [plain, {**plain, "tensor": 2}, {**plain, "pipeline": 2}]

@@ -17,8 +17,8 @@ from pretrain.prove.comparison import (
     untrained_row,
     update_row,
 )
-from pretrain.prove.oracle import State, TrueStep, learning_rate
 from pretrain.prove.outputs import Owners, Saved
+from pretrain.prove.truth.oracle import State, TrueStep, learning_rate
 from tests.pretrain.run_values import run_values
 
 TRAINING = parse_config(run_values(training__grad_clip=0.0)).training

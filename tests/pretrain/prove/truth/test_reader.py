@@ -11,8 +11,8 @@ from data_tools.config import DataConfig
 from parallel.context import ParallelContext
 from pretrain.config import RunConfig, parse_config
 from pretrain.prove.corpus import make_corpus
-from pretrain.prove.oracle import planned_steps
-from pretrain.prove.reader import held_out_rows, interleaved, permuted, samples_of_steps
+from pretrain.prove.truth.oracle import planned_steps
+from pretrain.prove.truth.reader import held_out_rows, interleaved, permuted, samples_of_steps
 from pretrain.run_data import open_held_out_data, open_training_data
 from tests.pretrain.run_values import run_values
 

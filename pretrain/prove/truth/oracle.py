@@ -3,13 +3,15 @@
 A loop over the whole model and torch's optimizer, in fp64, with all samples of a step in one batch.
 With the program it shares the family: its layers, their initialisation and learnt states, its
 losses. It shares nothing of the engine, the loader, gradient hooks, accumulation, clipping, the
-schedule or parameter groups.
+schedule or parameter groups. What layers choose (tokens, experts) it takes from the program, and
+says what this supposes (choices.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +23,11 @@ from models.base import TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.decisions import observed_decisions
 from parallel.layer_state import ChangedByStages, UpdatedAfterStep
 from pretrain.config import RunConfig, TrainingConfig
-from pretrain.prove.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
+from pretrain.prove.choices import Choices, Given, Giver
+from pretrain.prove.truth.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +46,7 @@ class State(NamedTuple):
 class TrueStep(NamedTuple):
     """One step: `norm` and `gradients` are those of the loss, before clipping by `scale`; `rates`
     and `decays` are learning rate and weight decay by parameter; `held_out`: the loss on held-out
-    text after the step."""
+    text after the step; `given`: the decisions of its layers that were taken as given."""
 
     loss: float
     norm: float
@@ -53,6 +57,7 @@ class TrueStep(NamedTuple):
     gradients: Tensors
     state: State
     held_out: float | None
+    given: Sequence[Given] = ()
 
 
 class OneProcess:
@@ -85,12 +90,16 @@ class OneProcess:
         frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
         return {n: p.bfloat16().double() if is_rounded else p.clone() for n, p in frozen.items()}
 
-    def step(self, number: int, before: State, *, grad_clip: float) -> TrueStep:
-        """Step `number` of the run, from the state before it."""
+    def step(
+        self, number: int, before: State, *, grad_clip: float, choices: Sequence[Choices] = ()
+    ) -> TrueStep:
+        """Step `number` of the run, from the state before it, with the decisions of the program."""
         training = self.config.training
         self._load(before)
         self._change_settings(number)
-        loss = self._loss(*self.batches[number - 1])
+        giver = Giver(choices)
+        with observed_decisions(giver), _naming_layers(self.model, giver):
+            loss = self._loss(*self.batches[number - 1])
         gradients = _gradients(self.model, loss)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
         scale = clipping(norm, grad_clip)
@@ -105,7 +114,10 @@ class OneProcess:
         state = _state(optimizer, weights, _buffers(self.model), before.step + 1)
         self._load(state)
         held_out = self._held_out_loss(*self.held_out) if self.held_out else None
-        return TrueStep(loss.item(), norm, scale, rate, rates, decays, gradients, state, held_out)
+        return TrueStep(
+            loss.item(), norm, scale, rate, rates, decays, gradients, state, held_out,
+            giver.finish(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, state: State) -> Tensor:
@@ -180,6 +192,23 @@ class OneProcess:
                 "exp_avg_sq": before.exp_avg_sq[name].clone(),
             }
         return optimizer, weights
+
+
+@contextmanager
+def _naming_layers(model: nn.Module, giver: Giver) -> Iterator[None]:
+    """Tell `giver` which layer computes."""
+
+    def announce(name: str) -> Callable[[nn.Module, object], None]:
+        return lambda layer, inputs: setattr(giver, "layer", name)
+
+    hooks = [
+        layer.register_forward_pre_hook(announce(name)) for name, layer in model.named_children()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
