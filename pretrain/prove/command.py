@@ -22,7 +22,16 @@ from pretrain.train import CommandError, OneLineParser, add_run_arguments, posit
 EXIT_PROVEN, EXIT_DIFFERENT = 0, 1
 _RANKS = 4
 # Options that a search does not read, and those that it alone reads.
-_OF_A_RUN = ("config_name", "config_dir", "ds_config", "depth", "ranks", "json", "overrides")
+_OF_A_RUN = (
+    "config_name",
+    "config_dir",
+    "ds_config",
+    "depth",
+    "ranks",
+    "resume_batch",
+    "json",
+    "overrides",
+)
 _OF_A_SEARCH = ("seed", "minutes", "family")
 
 _DESCRIPTION = """\
@@ -83,6 +92,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--ranks", type=positive_int, metavar="N", help="most ranks to start here (default: 4)"
     )
+    parser.add_argument(
+        "--resume-batch",
+        type=positive_int,
+        metavar="N",
+        help="let the batch be N times as large after the resume (default: 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_intermixed_args(argv)
     _refuse_without_effect(arguments, parser)
@@ -108,7 +123,12 @@ def _run(arguments: argparse.Namespace) -> int:
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
     )
-    small = shrink(config, arguments.ds_config, max_ranks=arguments.ranks or _RANKS)
+    small = shrink(
+        config,
+        arguments.ds_config,
+        max_ranks=arguments.ranks or _RANKS,
+        resume_batch=arguments.resume_batch or 1,
+    )
     if not arguments.json:
         print(_preface(small), flush=True)
     try:

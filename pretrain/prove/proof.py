@@ -31,6 +31,7 @@ from pretrain.prove.program import Leg, choices_of, train_leg
 from pretrain.prove.ranks import Forks
 from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun, resolve_text
 from pretrain.prove.truth.oracle import OneProcess, State, planned_steps
+from pretrain.prove.truth.reader import Step
 
 SAVED = 3  # the step after which the run goes on elsewhere
 _TIMEOUT = 300.0
@@ -102,21 +103,22 @@ def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[S
         there, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_here, SAVED)
     )
     precision = here.config.training.precision
-    first = SKIPPED + 1
+    first, last = SKIPPED + 1, SAVED + 1
+    plan = planned_steps(here.config, batches={1: full_batch(here)})
+    changed = planned_steps(here.config, batches={1: full_batch(here), last: full_batch(there)})
     legs = [
-        _Checked(
-            f"{precision}, {here.layout}", here, run_here, range(first, first + 1 + (not quick))
-        ),
-        _Checked(_resumed(case), there, run_there, range(SAVED + 1, SAVED + 2)),
+        _Checked(f"{precision}, {here.layout}", here, run_here, range(first, last - quick), plan),
+        _Checked(_resumed(case), there, run_there, range(last, last + 1), changed),
     ]
     if not quick:
-        last = SAVED + 1
         again = here._replace(name="back")
         back = train_leg(
             again, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_there, last)
         )
         title = f"{precision}, resumed after step {last} at {here.layout}"
-        legs.append(_Checked(title, again, back, range(last + 1, last + 2)))
+        batches = {1: full_batch(here), last: full_batch(there), last + 1: full_batch(here)}
+        returned = planned_steps(here.config, batches=batches)
+        legs.append(_Checked(title, again, back, range(last + 1, last + 2), returned))
         legs.append(_begun(here, run_here, place, forks))
     check = partial(_check, case, legs)
     sections = forks.call("the run in one process", check, place / "oracle", timeout=_TIMEOUT)
@@ -130,8 +132,7 @@ def _complete(case: Case, run_dir: Path, place: Path, forks: Forks) -> Section:
         silent = train_leg(_unevaluated(case.here), place, forks, timeout=_TIMEOUT)
         rows.append(without_trace(last, _checkpoint(silent, STEPS)))
     if get_family(config.model.family).hf is not None and config.training.precision == "fp32":
-        sizes = {"data_size": case.here.data_size}
-        export = partial(exported_row, last, config, place, **sizes)
+        export = partial(exported_row, last, config, place, batch=full_batch(case.here))
         rows.append(forks.call("the export", export, place / "export", timeout=_TIMEOUT))
     return Section(f"{config.training.precision}, {case.here.layout}, after step {STEPS}", rows)
 
@@ -147,13 +148,15 @@ def _unevaluated(leg: Leg) -> Leg:
 class _Checked(NamedTuple):
     """The steps of a leg that are compared, each with the truth from the checkpoint before it.
 
-    `weights`: the checkpoint that it takes its initial weights from; None: they are drawn.
+    `plan`: what each step of the run reads. `weights`: the checkpoint that it takes its initial
+    weights from; None: they are drawn.
     """
 
     title: str
     leg: Leg
     run_dir: Path
     steps: range
+    plan: list[Step]
     weights: Path | None = None
 
 
@@ -165,12 +168,15 @@ def _begun(here: Leg, run_here: Path, place: Path, forks: Forks) -> _Checked:
     leg = here._replace(name="begun", config=parse_config(values))
     run_dir = train_leg(leg, place, forks, timeout=_TIMEOUT)
     title = f"{here.config.training.precision}, begun with the weights of step {SAVED}"
-    return _Checked(title, leg, run_dir, range(SKIPPED + 1, SKIPPED + 2), weights)
+    plan = planned_steps(here.config, batches={1: full_batch(here)})
+    return _Checked(title, leg, run_dir, range(SKIPPED + 1, SKIPPED + 2), plan, weights)
 
 
 def _resumed(case: Case) -> str:
     here, there = case
     title = f"{here.config.training.precision}, resumed after step {SAVED} at {there.layout}"
+    factor = full_batch(there) // full_batch(here)
+    title += f" with {factor} times the batch" * (factor > 1)
     return title if there.layout != here.layout else f"{title} (no other layout fits)"
 
 
@@ -184,7 +190,7 @@ def _taken_over(checkpoint: Path) -> State:
 def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     """Compare every leg with the run in one process, by induction over its steps."""
     config = case.here.config
-    oracle = OneProcess(config, data_size=case.here.data_size)
+    oracle = OneProcess(config)
     untrained = oracle.untrained()
     sections = []
     for leg in legs:
@@ -197,6 +203,7 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
                 rows.append(initial_row(saved, _taken_over(leg.weights))._replace(bound=_TAKEN))
         metrics = read_metrics(leg.run_dir)
         choices = _choices(leg)
+        oracle.read(leg.plan)
         for step in leg.steps:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
             clip = leg.leg.config.training.grad_clip
@@ -215,9 +222,8 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
 
 def _choices(leg: _Checked) -> dict[int, list[Choices]]:
     """What the layers chose in every step that the leg has trained."""
-    plan = planned_steps(leg.leg.config, data_size=leg.leg.data_size)
     trained = range(leg.steps.start, STEPS + 1)
-    return choices_of(leg.run_dir, leg.leg, {n: plan[n - 1].sequences for n in trained})
+    return choices_of(leg.run_dir, leg.leg, {n: leg.plan[n - 1].sequences for n in trained})
 
 
 def _checkpoint(run_dir: Path, step: int) -> Path:
@@ -232,10 +238,12 @@ def _num_tokens(config: RunConfig, data_size: int) -> int:
 
 
 def _case(small: SmallRun, data: DataConfig, precision: str) -> Case:
+    """The run as it is laid out, and its continuation."""
     values = resolved(small.config.model_copy(update={"data": data}))
     values["training"]["precision"] = precision
     here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
-    return Case(here, elsewhere(here, max_ranks=small.max_ranks))
+    there = elsewhere(here, max_ranks=small.max_ranks, batch_factor=small.resume_batch)
+    return Case(here, there)
 
 
 def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -246,14 +254,15 @@ def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any
     return values
 
 
-def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
-    """Another layout of the same batch, without cuts if there are some, else with one; the same
-    layout if no other fits. Gradients are not clipped there, where the first leg clips them.
+def elsewhere(here: Leg, *, max_ranks: int, batch_factor: int = 1) -> Leg:
+    """Another layout of the same batch, or of a multiple of it, without cuts if there are some,
+    else with one; the same layout if no other fits. Gradients are not clipped there, where the
+    first leg clips them.
     """
     here = _unclipped(here)
     values = resolved(here.config)
     parallel, training = values["parallel"], values["training"]
-    samples = training["batch_size"] * training["gradient_accumulation_steps"] * here.data_size
+    samples = batch_factor * full_batch(here)
     stage = here.ds_config_values.get("zero_optimization", {}).get("stage", 0)
     plain = {"tensor": 1, "pipeline": 1, "sequence_parallel": False}
     candidates: list[dict[str, Any]] = [plain, {**plain, "tensor": 2}, {**plain, "pipeline": 2}]
@@ -270,6 +279,8 @@ def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
             values["parallel"] = {**parallel, **cut}
             batch = {"batch_size": batch_size, "gradient_accumulation_steps": own // batch_size}
             values["training"] = {**training, **batch}
+            if batch_factor > 1 and values["training"] == training:
+                continue  # a batch that changes through the number of ranks alone is refused
             ranks = data_size * cut["tensor"] * cut["pipeline"]
             if ranks > max_ranks:
                 continue
@@ -279,7 +290,16 @@ def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
             leg = Leg("there", parse_config(values), dict(ds_config_values), ranks)
             if leg.layout != here.layout and _resolves(leg):
                 return leg
-    return here._replace(name="there")
+    accumulation = batch_factor * training["gradient_accumulation_steps"]
+    values["parallel"] = parallel
+    values["training"] = {**training, "gradient_accumulation_steps": accumulation}
+    return here._replace(name="there", config=parse_config(values))
+
+
+def full_batch(leg: Leg) -> int:
+    """Sequences of a step, where no ramp makes it smaller."""
+    training = leg.config.training
+    return training.batch_size * training.gradient_accumulation_steps * leg.data_size
 
 
 def _unclipped(leg: Leg) -> Leg:

@@ -46,7 +46,8 @@ class SmallRun(NamedTuple):
     """The run that is proven: its configuration, DeepSpeed file and number of ranks.
 
     `changes`: every setting that differs from the run file. `unproven`: what this machine cannot
-    show. `max_ranks`: the most that any leg starts.
+    show. `max_ranks`: the most that any leg starts. `resume_batch`: by how much
+    the batch grows where the run goes on elsewhere.
     """
 
     config: RunConfig
@@ -55,13 +56,16 @@ class SmallRun(NamedTuple):
     changes: list[Change]
     unproven: list[str]
     max_ranks: int
+    resume_batch: int = 1
 
     @property
     def data_size(self) -> int:
         return self.ranks // (self.config.parallel.tensor * self.config.parallel.pipeline)
 
 
-def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> SmallRun:
+def shrink(
+    config: RunConfig, ds_config_path: str | None, *, max_ranks: int, resume_batch: int = 1
+) -> SmallRun:
     """Shrink a run file.
 
     Raises:
@@ -84,7 +88,7 @@ def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> 
     ds_config_values = _shrink_ds(ds_config_values_of(config, ds_config_path))
     changes = differences(before, resolved(small))
     resolve_text(small, ds_config_values, ranks)
-    return SmallRun(small, ds_config_values, ranks, changes, unproven, max_ranks)
+    return SmallRun(small, ds_config_values, ranks, changes, unproven, max_ranks, resume_batch)
 
 
 def resolve_text(config: RunConfig, ds_config_values: Mapping[str, Any], ranks: int) -> None:
@@ -157,8 +161,11 @@ def _leave_out(values: dict[str, Any]) -> list[str]:
 
 def _shrink_layout(values: dict[str, Any], max_ranks: int) -> None:
     parallel = values["parallel"]
-    for axis in ("tensor", "pipeline", "expert"):
+    for axis in ("tensor", "expert"):
         parallel[axis] = min(parallel[axis], 2)
+    # Stages that are neither first nor last, where there are ranks for them.
+    stages = max_ranks // (parallel["tensor"] * parallel["expert"])
+    parallel["pipeline"] = min(parallel["pipeline"], max(2, stages))
     needed = parallel["tensor"] * parallel["pipeline"] * parallel["expert"]
     if needed > max_ranks:
         raise ConfigError(
@@ -169,7 +176,7 @@ def _shrink_layout(values: dict[str, Any], max_ranks: int) -> None:
 
 def _smaller_axes(before: Mapping[str, int], after: Mapping[str, int], ranks: int) -> Iterator[str]:
     """Combinations of ranks that the smaller layout does not have."""
-    if before["pipeline"] > 2:
+    if before["pipeline"] > after["pipeline"] == 2:
         yield f"pipeline {before['pipeline']}: stages that are neither first nor last"
     for axis in ("tensor", "expert"):
         if before[axis] > 2:
@@ -218,7 +225,7 @@ def _shrink_training(values: dict[str, Any], data_size: int) -> None:
     training["batch_size"] = min(training["batch_size"], 2)
     accumulation = min(training["gradient_accumulation_steps"], 2)
     training["gradient_accumulation_steps"] = max(accumulation, levels + 1 if levels else 1)
-    training |= {"max_steps": STEPS, "max_tokens": None, "max_epochs": None, "log_interval": 1}
+    training |= {"max_steps": STEPS, "max_tokens": None, "max_epochs": None}
     training["decay_steps"] = min(training["decay_steps"], 2)
     training["warmup_steps"] = min(
         training["warmup_steps"], STEPS - 1 - training["decay_steps"] - 1

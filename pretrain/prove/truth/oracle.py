@@ -10,7 +10,7 @@ says what this supposes (choices.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -63,18 +63,22 @@ class TrueStep(NamedTuple):
 class OneProcess:
     """The whole model of a run, and the steps that it would take from any state."""
 
-    def __init__(self, config: RunConfig, *, data_size: int) -> None:
+    def __init__(self, config: RunConfig) -> None:
         training, reset = config.training, config.data.reset_at_documents
         self.config = config
         self.family = get_family(config.model.family)
         torch.manual_seed(training.seed)
         specs = self.family.layer_specs(config.model, segmented=reset)
         self.model = SequentialModel(specs, ParallelContext.single(), seed=training.seed).double()
-        plan = planned_steps(config, data_size=data_size)
-        rows = samples_of_steps(config.data, plan, seed=training.seed)
-        self.batches = [_batch(each, reset) for each in rows]
+        self.batches: list[tuple[TokenInputs, Tensor]] = []
         held_out = held_out_rows(config.data, max_windows=config.evaluation.max_windows)
         self.held_out = _batch(held_out, reset) if held_out else None
+
+    def read(self, plan: Sequence[Step]) -> None:
+        """Read the samples of every step of a run."""
+        reset = self.config.data.reset_at_documents
+        rows = samples_of_steps(self.config.data, plan, seed=self.config.training.seed)
+        self.batches = [_batch(each, reset) for each in rows]
 
     def initial(self) -> State:
         """The state before the first step. In bf16 master weights begin as rounded weights."""
@@ -216,15 +220,15 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def planned_steps(config: RunConfig, *, data_size: int) -> list[Step]:
+def planned_steps(config: RunConfig, *, batches: Mapping[int, int]) -> list[Step]:
     """Batch, length and mix of every step: the stage it lies in, and the level of the ramp whose
-    tokens have not all been seen."""
+    tokens have not all been seen. `batches`: first step -> sequences of a full batch from it on."""
     training, data = config.training, config.data
-    full = training.batch_size * training.gradient_accumulation_steps * data_size
     default = {source.name: source.weight for source in data.train}
     plan: list[Step] = []
     tokens = 0
     for number in range(1, (training.max_steps or 0) + 1):
+        full = batches[max(first for first in batches if first <= number)]
         stage = _stage_of(number, config)
         length = (stage and stage.sequence_length) or data.sequence_length
         levels = [r.sequences_per_step for r in training.batch_ramp if tokens < r.until_tokens]

@@ -48,11 +48,18 @@ def test_a_small_run_has_the_axes_of_the_run(layout):
     tensor, pipeline = layout
     small = shrunk(
         f"parallel.tensor={4 if tensor == 2 else 1}",
-        f"parallel.pipeline={2 * pipeline if pipeline == 2 else 1}",
+        f"parallel.pipeline={pipeline}",
         "model=llama/7b",
     )
     assert (small.config.parallel.tensor, small.config.parallel.pipeline) == layout
     assert small.ranks == min(4, tensor * pipeline * 2)
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (3, 3), (4, 4)])
+def test_stages_between_the_first_and_the_last_stay_where_there_are_ranks(ranks, stages):
+    small = shrunk("parallel.pipeline=8", "model=llama/7b", ranks=ranks)
+    assert (small.config.parallel.pipeline, small.ranks) == (stages, stages)
+    assert any("neither first nor last" in text for text in small.unproven) == (stages == 2)
 
 
 def test_heads_keep_their_ratio_and_widths_divide():
