@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 class ScoreError(NamedTuple):
@@ -40,7 +40,7 @@ class _Observed(threading.local):
 _observed = _Observed()
 
 
-def observed(decision: T, error_for: Callable[[T], ScoreError] | None) -> T:
+def observed(decision: Made, error_for: Callable[[Made], ScoreError] | None) -> Made:
     """Return a decision, or what the observer of this thread puts in its place.
 
     `error_for(other)`: how far the scores of this decision must be off to decide `other`; None if
@@ -48,7 +48,7 @@ def observed(decision: T, error_for: Callable[[T], ScoreError] | None) -> T:
     """
     if torch.compiler.is_compiling() or _observed.observer is None or error_for is None:
         return decision
-    replaced: T = _observed.observer(decision, error_for)
+    replaced: Made = _observed.observer(decision, error_for)
     return replaced
 
 

@@ -34,6 +34,7 @@ SAME_FILES = Bound(0.0, "equal bits: the same operations on the same ranks")
 UPDATE = Bound(FP32, "fp32 rounding of the update and of 1e-2 of the weights")
 UNTRAINED = Bound(0.0, "equal bits: no step changes them")
 ROUNDED = Bound(0.0, "equal bits: the master weights, rounded")
+SUMS = Bound(0.75, "two terms of 8 bits: 8 bits hold half of their sums, and those with 0")
 COUNTED = Bound(0.0, "counted")
 
 

@@ -15,6 +15,7 @@ from pretrain.prove.bounds import (
     EXACT,
     FLOOR,
     ROUNDED,
+    SUMS,
     UNTRAINED,
     UPDATE,
     Bound,
@@ -22,6 +23,8 @@ from pretrain.prove.bounds import (
 )
 from pretrain.prove.outputs import Saved
 from pretrain.prove.truth.oracle import State, Tensors, TrueStep
+
+_CLEAR, _HELD = 1e-2, 1e-4  # of the moment; of the element, 1/40 of half a step of bf16
 
 
 class Row(NamedTuple):
@@ -95,14 +98,39 @@ def gradient_row(
     saved: Saved, truth: TrueStep, before: State, training: TrainingConfig, bounds: Bounds
 ) -> Row:
     """Every gradient after clipping, from Adam's first moment: `(m - b m_before) / (1 - b)`."""
-    beta = training.betas[0]
-    found = {
-        n: (m - beta * before.exp_avg.get(n, torch.zeros_like(m))) / (1 - beta)
-        for n, m in saved.exp_avg.items()
-    }
+    found = _gradients(saved, before, training)
     true = {name: gradient * truth.scale for name, gradient in truth.gradients.items()}
     measure = _measure(training, truth.norm * truth.scale)
     return row("gradients", _tensor_errors(saved, found, true, measure), bounds.gradient)
+
+
+def _gradients(saved: Saved, before: State, training: TrainingConfig) -> Tensors:
+    beta = training.betas[0]
+    return {
+        n: (m - beta * before.exp_avg.get(n, torch.zeros_like(m))) / (1 - beta)
+        for n, m in saved.exp_avg.items()
+    }
+
+
+def sum_rows(
+    saved: Saved, truth: TrueStep, before: State, training: TrainingConfig, micro_batches: int
+) -> list[Row]:
+    """In bf16, whether sums over micro-batches have more than the 8 bits of their terms: the share
+    of a gradient's elements that bf16 holds, at the median parameter.
+
+    No row where there is one term, or where clipping has scaled the sums.
+    """
+    if training.precision != "bf16" or micro_batches == 1 or truth.scale != 1.0:
+        return []
+    shares = []
+    for name, gradient in _gradients(saved, before, training).items():
+        # Elsewhere the difference of two moments in fp32 has too few bits left.
+        clear = gradient[gradient.abs() > _CLEAR * saved.exp_avg[name].abs()]
+        if len(clear):
+            held = (clear.bfloat16().double() - clear).abs() <= _HELD * clear.abs()
+            shares.append(Error(float(held.double().mean()), name))
+    shares.sort()
+    return [row("sums of gradients", [shares[len(shares) // 2]], SUMS)] if shares else []
 
 
 def update_row(saved: Saved, truth: TrueStep, before: State, training: TrainingConfig) -> Row:

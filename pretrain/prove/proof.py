@@ -21,6 +21,7 @@ from pretrain.prove.comparison import (
     initial_row,
     number_rows,
     state_rows,
+    sum_rows,
     untrained_row,
     update_row,
 )
@@ -204,6 +205,7 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
         metrics = read_metrics(leg.run_dir)
         choices = _choices(leg)
         oracle.read(leg.plan)
+        per_round = leg.leg.config.training.batch_size * leg.leg.data_size
         for step in leg.steps:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
             clip = leg.leg.config.training.grad_clip
@@ -212,6 +214,8 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
             found += number_rows(step, metrics, truth, case.bounds)
             found.append(gradient_row(after, truth, before.state(), config.training, case.bounds))
             found += state_rows(after, truth, config.training, case.bounds)
+            rounds = leg.plan[step - 1].sequences // per_round
+            found += sum_rows(after, truth, before.state(), config.training, rounds)
             found.append(update_row(after, truth, before.state(), config.training))
             if untrained and leg.weights is None:
                 found.append(untrained_row(after, untrained))
