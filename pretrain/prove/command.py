@@ -16,6 +16,7 @@ from typing import NoReturn
 from pretrain.config.compose import compose_config
 from pretrain.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from pretrain.prove.errors import RunFailedError
+from pretrain.prove.machine import check_fits
 from pretrain.prove.small_run import SmallRun, shrink
 from pretrain.train import CommandError, OneLineParser, add_run_arguments, positive_int
 
@@ -29,6 +30,7 @@ _OF_A_RUN = (
     "depth",
     "ranks",
     "resume_batch",
+    "full",
     "json",
     "overrides",
 )
@@ -84,6 +86,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--quick", action="store_const", dest="depth", const="quick", help="--depth quick"
     )
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="leave model, layout and batch as they are; takes as many ranks, and the memory",
+    )
+    parser.add_argument(
         "--random", type=positive_int, metavar="N", help="prove N runs drawn at random instead"
     )
     parser.add_argument("--seed", type=int, help="of the draws (default: 0)")
@@ -128,7 +135,10 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.ds_config,
         max_ranks=arguments.ranks or _RANKS,
         resume_batch=arguments.resume_batch or 1,
+        whole=arguments.full,
     )
+    if arguments.full:
+        check_fits(small)
     if not arguments.json:
         print(_preface(small), flush=True)
     try:
