@@ -31,6 +31,7 @@ _OF_A_RUN = (
     "ranks",
     "resume_batch",
     "full",
+    "timeout",
     "json",
     "overrides",
 )
@@ -91,6 +92,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="leave model, layout and batch as they are; takes as many ranks, and the memory",
     )
     parser.add_argument(
+        "--timeout",
+        type=positive_int,
+        metavar="SECONDS",
+        help="limit of each start of the program, and of the run in one process (default: 300)",
+    )
+    parser.add_argument(
         "--random", type=positive_int, metavar="N", help="prove N runs drawn at random instead"
     )
     parser.add_argument("--seed", type=int, help="of the draws (default: 0)")
@@ -143,10 +150,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print(_preface(small), flush=True)
     try:
         with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prove-") as folder:
-            from pretrain.prove.proof import Depth, prove  # torch and DeepSpeed take seconds
+            from pretrain.prove.proof import TIMEOUT, Depth, prove  # torch takes seconds
             from pretrain.prove.report import as_json, is_proven, table
 
-            sections = prove(small, Path(folder), depth=Depth(arguments.depth or "full"))
+            depth, timeout = Depth(arguments.depth or "full"), arguments.timeout or TIMEOUT
+            sections = prove(small, Path(folder), depth=depth, timeout=timeout)
     except RunFailedError as error:
         if arguments.json:
             print(json.dumps({"proven": False, "error": str(error)}, indent=2))

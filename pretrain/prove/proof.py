@@ -35,7 +35,7 @@ from pretrain.prove.truth.oracle import OneProcess, State, planned_steps
 from pretrain.prove.truth.reader import Step
 
 SAVED = 3  # the step after which the run goes on elsewhere
-_TIMEOUT = 300.0
+TIMEOUT = 300.0  # seconds, of each start of the program and of the truth
 _NEVER_REACHED = 1e6
 _TAKEN = Bound(0.0, "equal bits: weights that were saved")
 
@@ -54,6 +54,7 @@ class Case(NamedTuple):
 
     here: Leg
     there: Leg
+    timeout: float
 
     @property
     def bounds(self) -> Bounds:
@@ -68,8 +69,10 @@ class Section(NamedTuple):
     rows: list[Row]
 
 
-def prove(small: SmallRun, folder: Path, *, depth: Depth) -> list[Section]:
-    """Prove a run below `folder`.
+def prove(
+    small: SmallRun, folder: Path, *, depth: Depth, timeout: float = TIMEOUT
+) -> list[Section]:
+    """Prove a run below `folder`; `timeout`: seconds of each start of the program and of the truth.
 
     Raises:
         RunFailedError: a rank of the program, or the truth, failed.
@@ -82,7 +85,7 @@ def prove(small: SmallRun, folder: Path, *, depth: Depth) -> list[Section]:
     sections: list[Section] = []
     with Forks() as forks:
         for precision in _precisions(config, depth):
-            case = _case(small, data, precision)
+            case = _case(small, data, precision, timeout)
             place = folder / precision
             place.mkdir()
             sections += _prove_case(case, place, forks, quick=depth is not Depth.FULL)
@@ -98,10 +101,10 @@ def _precisions(config: RunConfig, depth: Depth) -> list[str]:
 
 def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[Section]:
     """Here from the beginning, there from a checkpoint, and (unless `quick`) here again."""
-    here, there = case.here, case.there
-    run_here = train_leg(here, place, forks, timeout=_TIMEOUT)
+    here, there, timeout = case
+    run_here = train_leg(here, place, forks, timeout=timeout)
     run_there = train_leg(
-        there, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_here, SAVED)
+        there, place, forks, timeout=timeout, resume_from=_checkpoint(run_here, SAVED)
     )
     precision = here.config.training.precision
     first, last = SKIPPED + 1, SAVED + 1
@@ -114,15 +117,15 @@ def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[S
     if not quick:
         again = here._replace(name="back")
         back = train_leg(
-            again, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_there, last)
+            again, place, forks, timeout=timeout, resume_from=_checkpoint(run_there, last)
         )
         title = f"{precision}, resumed after step {last} at {here.layout}"
         batches = {1: full_batch(here), last: full_batch(there), last + 1: full_batch(here)}
         returned = planned_steps(here.config, batches=batches)
         legs.append(_Checked(title, again, back, range(last + 1, last + 2), returned))
-        legs.append(_begun(here, run_here, place, forks))
+        legs.append(_begun(case, run_here, place, forks))
     check = partial(_check, case, legs)
-    sections = forks.call("the run in one process", check, place / "oracle", timeout=_TIMEOUT)
+    sections = forks.call("the run in one process", check, place / "oracle", timeout=timeout)
     return sections if quick else [*sections, _complete(case, run_here, place, forks)]
 
 
@@ -130,11 +133,11 @@ def _complete(case: Case, run_dir: Path, place: Path, forks: Forks) -> Section:
     """The checks of a complete proof that need no truth: traces of evaluations, and the export."""
     config, last, rows = case.here.config, _checkpoint(run_dir, STEPS), []
     if config.data.validation:
-        silent = train_leg(_unevaluated(case.here), place, forks, timeout=_TIMEOUT)
+        silent = train_leg(_unevaluated(case.here), place, forks, timeout=case.timeout)
         rows.append(without_trace(last, _checkpoint(silent, STEPS)))
     if get_family(config.model.family).hf is not None and config.training.precision == "fp32":
         export = partial(exported_row, last, config, place, batch=full_batch(case.here))
-        rows.append(forks.call("the export", export, place / "export", timeout=_TIMEOUT))
+        rows.append(forks.call("the export", export, place / "export", timeout=case.timeout))
     return Section(f"{config.training.precision}, {case.here.layout}, after step {STEPS}", rows)
 
 
@@ -161,20 +164,20 @@ class _Checked(NamedTuple):
     weights: Path | None = None
 
 
-def _begun(here: Leg, run_here: Path, place: Path, forks: Forks) -> _Checked:
+def _begun(case: Case, run_here: Path, place: Path, forks: Forks) -> _Checked:
     """Train a run from its beginning, with the weights of a checkpoint of another."""
-    weights = _checkpoint(run_here, SAVED)
+    here, weights = case.here, _checkpoint(run_here, SAVED)
     values = resolved(here.config)
     values["training"]["init_from"] = str(weights)
     leg = here._replace(name="begun", config=parse_config(values))
-    run_dir = train_leg(leg, place, forks, timeout=_TIMEOUT)
+    run_dir = train_leg(leg, place, forks, timeout=case.timeout)
     title = f"{here.config.training.precision}, begun with the weights of step {SAVED}"
     plan = planned_steps(here.config, batches={1: full_batch(here)})
     return _Checked(title, leg, run_dir, range(SKIPPED + 1, SKIPPED + 2), plan, weights)
 
 
 def _resumed(case: Case) -> str:
-    here, there = case
+    here, there, _ = case
     title = f"{here.config.training.precision}, resumed after step {SAVED} at {there.layout}"
     factor = full_batch(there) // full_batch(here)
     title += f" with {factor} times the batch" * (factor > 1)
@@ -241,13 +244,13 @@ def _num_tokens(config: RunConfig, data_size: int) -> int:
     return sequences * STEPS // 2 * config.data.sequence_length
 
 
-def _case(small: SmallRun, data: DataConfig, precision: str) -> Case:
+def _case(small: SmallRun, data: DataConfig, precision: str, timeout: float) -> Case:
     """The run as it is laid out, and its continuation."""
     values = resolved(small.config.model_copy(update={"data": data}))
     values["training"]["precision"] = precision
     here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
     there = elsewhere(here, max_ranks=small.max_ranks, batch_factor=small.resume_batch)
-    return Case(here, there)
+    return Case(here, there, timeout)
 
 
 def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
