@@ -83,12 +83,13 @@ def prove(
         config.data, folder / "data", vocab_size=config.model.vocab_size, num_tokens=tokens
     )
     sections: list[Section] = []
+    quick = depth is not Depth.FULL
     with Forks() as forks:
         for precision in _precisions(config, depth):
-            case = _case(small, data, precision, timeout)
+            case = _case(small, data, precision, timeout, quick=quick)
             place = folder / precision
             place.mkdir()
-            sections += _prove_case(case, place, forks, quick=depth is not Depth.FULL)
+            sections += _prove_case(case, place, forks, quick=quick)
     return sections
 
 
@@ -244,10 +245,14 @@ def _num_tokens(config: RunConfig, data_size: int) -> int:
     return sequences * STEPS // 2 * config.data.sequence_length
 
 
-def _case(small: SmallRun, data: DataConfig, precision: str, timeout: float) -> Case:
+def _case(
+    small: SmallRun, data: DataConfig, precision: str, timeout: float, *, quick: bool
+) -> Case:
     """The run as it is laid out, and its continuation."""
     values = resolved(small.config.model_copy(update={"data": data}))
     values["training"]["precision"] = precision
+    if quick and values["data"]["validation"]:
+        values["evaluation"]["interval"] = 2  # after the two steps that are compared
     here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
     there = elsewhere(here, max_ranks=small.max_ranks, batch_factor=small.resume_batch)
     return Case(here, there, timeout)
@@ -276,7 +281,8 @@ def elsewhere(here: Leg, *, max_ranks: int, batch_factor: int = 1) -> Leg:
     if parallel["tensor"] * parallel["pipeline"] == 1:
         candidates = candidates[1:]
     for cut in candidates:
-        for data_size in (2, 1):
+        # Beside a cut one data rank: another number than the first leg has, and fewer ranks.
+        for data_size in (2, 1) if cut is plain else (1, 2):
             if samples % data_size or parallel["expert"] not in (1, data_size):
                 continue
             own = samples // data_size
