@@ -144,12 +144,14 @@ def main(arguments: Sequence[str]) -> None:
         )
         return
     dataset = IndexedDataset(options.prefix)
-    print("\n".join(describe(dataset, max_documents=options.max_documents)))
-    if options.samples:
+    compared = 1_000_000 if options.max_documents is None else options.max_documents
+    print("\n".join(describe(dataset, max_documents=compared)))
+    num_samples = 3 if options.samples is None else options.samples
+    if num_samples:
         tokenizer = find_tokenizer(dataset, options.tokenizer)
         if tokenizer is None:
             print("samples       as ids, its tokenizer is not available: pass --tokenizer SPEC")
-        texts = sample_texts(dataset, tokenizer, num_samples=options.samples, seed=options.seed)
+        texts = sample_texts(dataset, tokenizer, num_samples=num_samples, seed=options.seed or 0)
         print("\n".join(texts))
     if options.histogram:
         draw_histogram(document_lengths(dataset), Path(options.histogram), title=options.prefix)
@@ -219,8 +221,17 @@ def _check_options(options: argparse.Namespace) -> None:
     given = [name for name, value in of_run.items() if value]
     if options.run is None and given:
         raise DataError(f"{given[0]} has no effect on a corpus; give --run RUN or remove it")
-    if options.run is not None and options.histogram:
-        raise DataError("--histogram has no effect with --run; remove it")
+    of_corpus = {
+        "--histogram": options.histogram,
+        "--samples": options.samples,
+        "--seed": options.seed,
+        "--max-documents": options.max_documents,
+    }
+    given = [name for name, value in of_corpus.items() if value is not None]
+    if options.run is not None and given:
+        raise DataError(
+            f"{given[0]} {of_corpus[given[0]]} has no effect with --run {options.run}; remove it"
+        )
 
 
 def _step_range(text: str) -> tuple[int, int]:
@@ -255,10 +266,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="decodes the samples; default: the one in its .json"
     )
-    parser.add_argument("--samples", type=int, default=3, help="random documents to show")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random samples")
+    parser.add_argument("--samples", type=int, help="random documents to show (default: 3)")
+    parser.add_argument("--seed", type=int, help="seed of the random samples (default: 0)")
     parser.add_argument(
-        "--max-documents", type=int, default=1_000_000, help="documents compared for duplicates"
+        "--max-documents",
+        type=int,
+        help="documents compared for duplicates (default: 1,000,000)",
     )
     parser.add_argument("--histogram", metavar="FILE.png", help="plot document lengths")
     run = parser.add_argument_group("steps of a run")

@@ -22,7 +22,7 @@ from data_tools.sampling.blend import Blend
 from data_tools.sampling.datasets import build_datasets
 from data_tools.sampling.order_record import ORDER_NAME, OrderRecord, read_records
 from data_tools.sampling.token_dataset import SampleLocations, TokenDataset
-from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
+from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer, tokenizer_fingerprint
 
 _STEP_NAME = re.compile(r"step_(\d{1,15})")
 
@@ -171,6 +171,8 @@ class _Reader:
     ) -> None:
         self._record = record
         config = _with_paths(record.data, moved, tokenizer)
+        if tokenizer is not None:
+            _check_given(tokenizer, config)
         self._datasets = _open(record, config, run_dir)
         self._tokenizer = _tokenizer_of(config)
         self._first_samples = [each.first_sample for each in record.mix]
@@ -220,6 +222,25 @@ def _with_paths(config: DataConfig, moved: Mapping[str, str], tokenizer: str | N
     )
     update = {"train": sources, "tokenizer": tokenizer or config.tokenizer}
     return config.model_copy(update=update)
+
+
+def _check_given(tokenizer: str, config: DataConfig) -> None:
+    """Check the tokenizer of the command line, before messages blame the run's own."""
+    if config.kind == "bytes":
+        raise DataError(
+            f"--tokenizer {tokenizer} has no effect on a run that reads bytes; remove it"
+        )
+    try:
+        fingerprint = tokenizer_fingerprint(tokenizer)
+    except DataError as error:
+        raise DataError(f"--tokenizer {tokenizer}: {error}") from error
+    for source in config.train:
+        info = read_info(local_prefix(source.path, cache_dir=config.cache_dir))
+        if info is not None and info.tokenizer_fingerprint != fingerprint:
+            raise DataError(
+                f"--tokenizer {tokenizer} ({fingerprint[:12]}) is not the tokenizer of data source "
+                f"{source.name} ({info.tokenizer_fingerprint[:12]}); pass {info.tokenizer}"
+            )
 
 
 def _open(record: OrderRecord, config: DataConfig, run_dir: Path) -> dict[str, TokenDataset]:

@@ -10,6 +10,7 @@ tokens, C slots per expert and row, m slots in all, t tensor size, p expert size
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import Axis, ParallelContext
+from parallel.decisions import ScoreError, error_of_largest
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
 from parallel.recompute import replay_decision
@@ -177,7 +179,10 @@ class TopKRouter(nn.Module):
         logits = F.linear(at_least_fp32(x), at_least_fp32(self.weight))
         logits = gather_sequence(logits, ctx=self.ctx)
         probabilities = logits.softmax(dim=-1)
-        experts = replay_decision(lambda: self._choose(logits.detach()))
+        experts = replay_decision(
+            lambda: self._choose(logits.detach()),
+            partial(self._error_for, logits.detach()) if self.training else None,
+        )
         weights = probabilities.gather(-1, experts)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -201,6 +206,9 @@ class TopKRouter(nn.Module):
         if self.ctx.tensor.size > 1 and not self.ctx.sequence_parallel:
             dist.broadcast(experts, group=self.ctx.tensor.group, group_src=0)
         return experts
+
+    def _error_for(self, logits: Tensor, experts: Tensor) -> ScoreError:
+        return error_of_largest(logits, _one_hot(experts, self.num_experts).bool(), dim=-1)
 
 
 class Experts(nn.Module):

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from parallel.decisions import ScoreError, observed
+
 T = TypeVar("T")
 
 
@@ -46,11 +48,14 @@ def decision_contexts() -> tuple[
     return _on_tape(values, None), _on_tape(values, 0)
 
 
-def replay_decision(decide: Callable[[], T]) -> T:
+def replay_decision(
+    decide: Callable[[], T], error_for: Callable[[T], ScoreError] | None = None
+) -> T:
     """Return `decide()`; in a recomputed forward pass, its result in the first pass.
 
     Results have no gradient, and both passes ask for them in the same order. In compiled code a
-    result may hold tensors in tuples, lists and NamedTuples.
+    result may hold tensors in tuples, lists and NamedTuples. `error_for`: as in
+    `parallel.decisions.observed`.
     """
     if torch.compiler.is_compiling():
         leaves, structure = tree_flatten(decide())
@@ -58,7 +63,7 @@ def replay_decision(decide: Callable[[], T]) -> T:
         for i, kept in zip(places, _decided([leaves[i] for i in places]), strict=True):
             leaves[i] = kept
         return tree_unflatten(leaves, structure)
-    return _on_tape_or_new(decide)
+    return _on_tape_or_new(lambda: observed(decide(), error_for))
 
 
 def count_once(total: Tensor, part: Tensor) -> None:

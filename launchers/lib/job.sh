@@ -7,7 +7,8 @@
 #   MAX_STALLED_LAUNCHES  launches in a row without a new checkpoint before giving up (default: 3)
 #   FABRIC                a file of launchers/lib/fabric, without .sh (default: NCCL's own choice)
 #   HEALTH_CHECK          a site-specific program that fails on a node that must not train
-#   HEALTH_TIMEOUT        seconds after which an unresponsive node is excluded (default: 300)
+#   HEALTH_TIMEOUT        seconds that the health check may take, after which nodes that have not
+#                         answered are left out, and as many for the doctor (default: 300)
 #   CONTAINER_IMAGE, CONTAINER_MOUNTS   as for pyxis (default: no container)
 #   KEEP_ENV              names of additional variables that ranks inherit, separated by commas
 #   PYTHON                the interpreter (default: .venv/bin/python if there is one, else python)

@@ -6,6 +6,7 @@ Shapes: p patches, b batch, h hidden, M thinking steps, t tensor size. Activatio
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from models.agiformer.patches import used_patches
 from models.common.init import replicated, replicated_linear
 from models.common.norms import RMSNorm
 from parallel.context import ParallelContext
+from parallel.decisions import error_of_threshold
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.precision import at_least_fp32
 from parallel.recompute import replay_decision
@@ -104,7 +106,11 @@ class RecurrentReasoningBlock(nn.Module):
     def halted(self, before: Halting, p: Tensor, n: int) -> tuple[Halting, Tensor]:
         """After step n with probabilities p: the new state, and the weight of the step."""
         total = before.total + p
-        is_enough = replay_decision(lambda: total.detach() >= 1.0 - self.config.act_epsilon)
+        enough = 1.0 - self.config.act_epsilon
+        is_enough = replay_decision(
+            lambda: total.detach() >= enough,
+            partial(error_of_threshold, total.detach(), enough) if self.training else None,
+        )
         is_last = before.runs if n == self.config.thinking_steps else before.runs & is_enough
         rest = (1.0 - before.total).where(is_last, 0.0)
         weight = torch.where(is_last, rest, p.where(before.runs, 0.0))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models.dynamic.token_gather import Selection, chosen_first
 from parallel.context import ParallelContext
+from parallel.decisions import ScoreError, error_of_largest, error_of_threshold, observed
 from parallel.layer_state import kept_in_dtype
 from parallel.recompute import count_once, replay_decision
 
@@ -104,7 +105,10 @@ class ScoreThreshold(nn.Module):
         lower = min(k + (k + 1) // 2, length - 1)
         values = scores.double().topk(lower + 1, dim=1).values
         middle = (values[:, k - 1] + values[:, k]) / 2
-        excess = ((scores > self.tau).sum(dim=1) - k) / length
+        above = observed(
+            scores > self.tau, lambda other: error_of_threshold(scores, self.tau, other)
+        )
+        excess = (above.sum(dim=1) - k) / length
         slope = (values[:, k - 1] - values[:, lower]) * (length / (lower + 1 - k))
         rows = torch.stack((torch.ones_like(middle), middle, excess, slope))
         sums = rows.where(middle.isfinite(), 0.0).sum(dim=1)
@@ -189,7 +193,10 @@ class TokenRouter(nn.Module):
         of tokens in each row, followed by padding; without sequence parallelism.
         """
         choose = self._choose if lengths is None else partial(self._choose_of_rows, lengths)
-        routed: RoutingDecision = replay_decision(lambda: choose(scores, logits, forced))
+        routed: RoutingDecision = replay_decision(
+            lambda: choose(scores, logits, forced),
+            partial(self._error_for, scores, forced) if self.training else None,
+        )
         return routed
 
     def decide(
@@ -213,8 +220,7 @@ class TokenRouter(nn.Module):
     ) -> RoutingDecision:
         ranked = gather_or_broadcast(scores, ctx=self.ctx)
         spread = ranked.std(dim=1, correction=0)
-        if forced is not None:
-            ranked = ranked.masked_fill(forced, math.inf)
+        ranked = _with_forced_first(ranked, forced)
         length = ranked.shape[1]
         k = capacity(self.gamma, length, multiple=self.multiple)
         if self.training:
@@ -230,7 +236,7 @@ class TokenRouter(nn.Module):
         else:
             # All tokens outside of training: the number of chosen ones depends on later tokens, and
             # so would the shapes of the computation, and the last bits of its results.
-            room = min(length, math.ceil(THRESHOLD_ROOM * k)) if self.training else length
+            room = _room(k, length) if self.training else length
             chosen = self._limit_to_capacity(
                 causal if rule == self.rule else ranked > self._tau, ranked, room
             )
@@ -260,6 +266,22 @@ class TokenRouter(nn.Module):
             *(torch.cat(values) for values in zip(*(r[2:] for r in rows), strict=True)),
         )
 
+    def _error_for(
+        self, scores: Tensor, forced: Tensor | None, other: RoutingDecision
+    ) -> ScoreError:
+        """The error of the scores with which training selects `other` (parallel.decisions)."""
+        ranked = _with_forced_first(gather_or_broadcast(scores, ctx=self.ctx), forced)
+        indices, valid, _ = other.selection
+        marks = torch.ones_like(indices, dtype=torch.bool) if valid is None else valid
+        computed = torch.zeros_like(other.chosen).scatter(1, indices, marks)
+        if not torch.equal(computed, other.chosen):
+            return ScoreError(ranked.new_tensor(math.inf), ranked.new_ones(()))
+        if self.train_rule == "topk":
+            return error_of_largest(ranked, other.chosen, dim=1)
+        length = ranked.shape[1]
+        room = _room(capacity(self.gamma, length, multiple=self.multiple), length)
+        return error_of_threshold(ranked, self._tau, other.chosen, room=room)
+
     @property
     def _tau(self) -> Tensor:
         return self.threshold.tau
@@ -282,6 +304,15 @@ class TokenRouter(nn.Module):
         if ranked is None:
             ranked = gather_or_broadcast(scores, ctx=self.ctx)
         return ranked > (self.least_logit if self.rule == "aux" else self._tau)
+
+
+def _room(k: int, length: int) -> int:
+    """The most tokens of a row that threshold training computes."""
+    return min(length, math.ceil(THRESHOLD_ROOM * k))
+
+
+def _with_forced_first(ranked: Tensor, forced: Tensor | None) -> Tensor:
+    return ranked if forced is None else ranked.masked_fill(forced, math.inf)
 
 
 def _with_forced(chosen: Tensor, forced: Tensor | None) -> Tensor:

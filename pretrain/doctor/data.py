@@ -17,6 +17,7 @@ from pretrain.doctor.findings import Finding, of_message
 from pretrain.run_data import open_held_out_data, open_training_data
 
 SECTION = "data"
+_DEMO = Path("data/demo")  # where the run files of the demonstration look
 
 
 def check_data(config: RunConfig, layout: RunLayout) -> Iterator[Finding]:
@@ -97,17 +98,25 @@ def _missing_texts(split: str, source: SourceConfig) -> Iterator[Finding]:
             SECTION,
             "error",
             f"data.{split} source {source.name}: no file matches {source.path} in {Path.cwd()}",
-            "set the path of text files, a folder of them or a pattern",
+            _demo_remedy(Path(source.path))
+            or "set the path of text files, a folder of them or a pattern",
         )
 
 
 def _remedy(prefix: Path) -> str:
     if prefix.with_name(prefix.name + ".work").is_dir():
         return "preprocessing was interrupted: run the same command again, and it continues"
-    return (
+    return _demo_remedy(prefix) or (
         f"make it with python -m data_tools.preprocess --output {prefix}, or set the path of "
         "another corpus"
     )
+
+
+def _demo_remedy(path: Path) -> str:
+    """How to make a file of the demonstration; "" for other files."""
+    if not path.is_relative_to(_DEMO):
+        return ""
+    return f"make it with python -m data_tools.demo_corpus --output {_DEMO}"
 
 
 def _missing_tokenizer(tokenizer: str) -> Iterator[Finding]:
@@ -117,5 +126,6 @@ def _missing_tokenizer(tokenizer: str) -> Iterator[Finding]:
         SECTION,
         "error",
         f"data.tokenizer={tokenizer}: no such file in {Path.cwd()}",
-        "set data.tokenizer to the tokenizer that the corpora were made with",
+        _demo_remedy(Path(tokenizer))
+        or "set data.tokenizer to the tokenizer that the corpora were made with",
     )

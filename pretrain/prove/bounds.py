@@ -18,7 +18,8 @@ from typing import NamedTuple
 FP32 = 1e-5
 FLOOR = 1e-2
 _U_BF16 = 2.0**-8
-_ROUNDINGS_PER_LAYER = 36  # 12 results of a block in forward, twice as many in backward
+_ROUNDINGS_FORWARD = 12  # results of a block
+_ROUNDINGS_PER_LAYER = 3 * _ROUNDINGS_FORWARD  # twice as many in backward
 
 
 class Bound(NamedTuple):
@@ -33,6 +34,7 @@ SAME_FILES = Bound(0.0, "equal bits: the same operations on the same ranks")
 UPDATE = Bound(FP32, "fp32 rounding of the update and of 1e-2 of the weights")
 UNTRAINED = Bound(0.0, "equal bits: no step changes them")
 ROUNDED = Bound(0.0, "equal bits: the master weights, rounded")
+SUMS = Bound(0.75, "two terms of 8 bits: 8 bits hold half of their sums, and those with 0")
 COUNTED = Bound(0.0, "counted")
 
 
@@ -41,7 +43,7 @@ class Bounds(NamedTuple):
 
     loss: Bound
     gradient: Bound
-    layer_state: Bound
+    choice: Bound  # of the scores that layers choose by, and of what is learnt from them
     rate: Bound
 
     @classmethod
@@ -49,11 +51,15 @@ class Bounds(NamedTuple):
         rate = Bound(1e-12, "the same formula in double precision")
         if precision == "fp32":
             order = Bound(FP32, f"order of fp32 sums; |g| above {FLOOR:g} of the norm")
-            averages = Bound(FP32 / FLOOR, f"averages that cancel to {FLOOR:g} of their terms")
-            return cls(Bound(FP32, "order of fp32 sums"), order, averages, rate)
+            same = Bound(FP32, "order of fp32 sums")
+            return cls(same, order, same, rate)
         number = _ROUNDINGS_PER_LAYER * (num_layers + 2)
         gradient = Bound(
             4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
         )
+        number = _ROUNDINGS_FORWARD * (num_layers + 2)
+        choice = Bound(
+            4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
+        )
         loss = Bound(4 * _U_BF16, "4 roundings to 2^-8, averaged over tokens")
-        return cls(loss, gradient, gradient, rate)
+        return cls(loss, gradient, choice, rate)

@@ -16,13 +16,25 @@ from typing import NoReturn
 from pretrain.config.compose import compose_config
 from pretrain.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from pretrain.prove.errors import RunFailedError
+from pretrain.prove.machine import check_fits
 from pretrain.prove.small_run import SmallRun, shrink
 from pretrain.train import CommandError, OneLineParser, add_run_arguments, positive_int
 
 EXIT_PROVEN, EXIT_DIFFERENT = 0, 1
 _RANKS = 4
 # Options that a search does not read, and those that it alone reads.
-_OF_A_RUN = ("config_name", "config_dir", "ds_config", "depth", "ranks", "json", "overrides")
+_OF_A_RUN = (
+    "config_name",
+    "config_dir",
+    "ds_config",
+    "depth",
+    "ranks",
+    "resume_batch",
+    "full",
+    "timeout",
+    "json",
+    "overrides",
+)
 _OF_A_SEARCH = ("seed", "minutes", "family")
 
 _DESCRIPTION = """\
@@ -75,6 +87,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--quick", action="store_const", dest="depth", const="quick", help="--depth quick"
     )
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="leave model, layout and batch as they are; takes as many ranks, and the memory",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive_int,
+        metavar="SECONDS",
+        help="limit of each start of the program, and of the run in one process (default: 300)",
+    )
+    parser.add_argument(
         "--random", type=positive_int, metavar="N", help="prove N runs drawn at random instead"
     )
     parser.add_argument("--seed", type=int, help="of the draws (default: 0)")
@@ -82,6 +105,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--family", metavar="NAME", help="draw runs of one family")
     parser.add_argument(
         "--ranks", type=positive_int, metavar="N", help="most ranks to start here (default: 4)"
+    )
+    parser.add_argument(
+        "--resume-batch",
+        type=positive_int,
+        metavar="N",
+        help="let the batch be N times as large after the resume (default: 1)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_intermixed_args(argv)
@@ -108,15 +137,24 @@ def _run(arguments: argparse.Namespace) -> int:
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
     )
-    small = shrink(config, arguments.ds_config, max_ranks=arguments.ranks or _RANKS)
+    small = shrink(
+        config,
+        arguments.ds_config,
+        max_ranks=arguments.ranks or _RANKS,
+        resume_batch=arguments.resume_batch or 1,
+        whole=arguments.full,
+    )
+    if arguments.full:
+        check_fits(small)
     if not arguments.json:
         print(_preface(small), flush=True)
     try:
         with _stdout_to_stderr(), tempfile.TemporaryDirectory(prefix="prove-") as folder:
-            from pretrain.prove.proof import Depth, prove  # torch and DeepSpeed take seconds
+            from pretrain.prove.proof import TIMEOUT, Depth, prove  # torch takes seconds
             from pretrain.prove.report import as_json, is_proven, table
 
-            sections = prove(small, Path(folder), depth=Depth(arguments.depth or "full"))
+            depth, timeout = Depth(arguments.depth or "full"), arguments.timeout or TIMEOUT
+            sections = prove(small, Path(folder), depth=depth, timeout=timeout)
     except RunFailedError as error:
         if arguments.json:
             print(json.dumps({"proven": False, "error": str(error)}, indent=2))

@@ -15,13 +15,16 @@ from pretrain.prove.bounds import (
     EXACT,
     FLOOR,
     ROUNDED,
+    SUMS,
     UNTRAINED,
     UPDATE,
     Bound,
     Bounds,
 )
-from pretrain.prove.oracle import State, Tensors, TrueStep
 from pretrain.prove.outputs import Saved
+from pretrain.prove.truth.oracle import State, Tensors, TrueStep
+
+_CLEAR, _HELD = 1e-2, 1e-4  # of the moment; of the element, 1/40 of half a step of bf16
 
 
 class Row(NamedTuple):
@@ -77,6 +80,14 @@ def number_rows(
     return rows
 
 
+def choice_rows(truth: TrueStep, bounds: Bounds) -> list[Row]:
+    """What layers chose, against scores of the truth; no row where no layer chooses."""
+    errors = [
+        Error(each.error, f"{each.layer} ({each.number} choices differ)") for each in truth.given
+    ]
+    return [row("choices", errors, bounds.choice)] if errors else []
+
+
 def initial_row(saved: Saved, initial: State) -> Row:
     """The weights that a run starts from."""
     errors = _tensor_errors(saved, saved.masters or saved.weights, initial.weights, _absolute)
@@ -87,14 +98,39 @@ def gradient_row(
     saved: Saved, truth: TrueStep, before: State, training: TrainingConfig, bounds: Bounds
 ) -> Row:
     """Every gradient after clipping, from Adam's first moment: `(m - b m_before) / (1 - b)`."""
-    beta = training.betas[0]
-    found = {
-        n: (m - beta * before.exp_avg.get(n, torch.zeros_like(m))) / (1 - beta)
-        for n, m in saved.exp_avg.items()
-    }
+    found = _gradients(saved, before, training)
     true = {name: gradient * truth.scale for name, gradient in truth.gradients.items()}
     measure = _measure(training, truth.norm * truth.scale)
     return row("gradients", _tensor_errors(saved, found, true, measure), bounds.gradient)
+
+
+def _gradients(saved: Saved, before: State, training: TrainingConfig) -> Tensors:
+    beta = training.betas[0]
+    return {
+        n: (m - beta * before.exp_avg.get(n, torch.zeros_like(m))) / (1 - beta)
+        for n, m in saved.exp_avg.items()
+    }
+
+
+def sum_rows(
+    saved: Saved, truth: TrueStep, before: State, training: TrainingConfig, micro_batches: int
+) -> list[Row]:
+    """In bf16, whether sums over micro-batches have more than the 8 bits of their terms: the share
+    of a gradient's elements that bf16 holds, at the median parameter.
+
+    No row where there is one term, or where clipping has scaled the sums.
+    """
+    if training.precision != "bf16" or micro_batches == 1 or truth.scale != 1.0:
+        return []
+    shares = []
+    for name, gradient in _gradients(saved, before, training).items():
+        # Elsewhere the difference of two moments in fp32 has too few bits left.
+        clear = gradient[gradient.abs() > _CLEAR * saved.exp_avg[name].abs()]
+        if len(clear):
+            held = (clear.bfloat16().double() - clear).abs() <= _HELD * clear.abs()
+            shares.append(Error(float(held.double().mean()), name))
+    shares.sort()
+    return [row("sums of gradients", [shares[len(shares) // 2]], SUMS)] if shares else []
 
 
 def update_row(saved: Saved, truth: TrueStep, before: State, training: TrainingConfig) -> Row:
@@ -153,8 +189,8 @@ def state_rows(
     rows.append(compared("weights of the forward pass", read, rounded, _absolute, ROUNDED))
     if state.buffers:
         learnt = {name: b for name, b in saved.buffers.items() if name in state.buffers}
-        relative = _of_largest(FLOOR * max(float(b.abs().max()) for b in state.buffers.values()))
-        rows.append(compared("layer states", learnt, state.buffers, relative, bounds.layer_state))
+        by = _state_measure(truth)
+        rows.append(compared("layer states", learnt, state.buffers, by, bounds.choice))
     return rows
 
 
@@ -188,6 +224,23 @@ def _of_norm(floor: float) -> Measure:
         error = float(difference.norm()) / max(float(true.norm()), floor)
         largest = float(difference.max())
         return difference * (error / largest) if largest else difference
+
+    return measure
+
+
+def _state_measure(truth: TrueStep) -> Measure:
+    """Every element relative to the largest of its layer state, or to the scores of its layer.
+
+    A threshold is an average of scores, which may cancel; it is off by no more than they are.
+    """
+    scales: dict[str, float] = {}
+    for each in truth.given:
+        scales[each.layer] = max(each.scale, scales.get(each.layer, 0.0))
+
+    def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
+        scale = max(scales.get(name.partition(".")[0], 0.0), float(true.abs().max()))
+        difference = (found - true).abs()
+        return difference / scale if scale else difference
 
     return measure
 

@@ -14,8 +14,8 @@ from models.convert import to_hf
 from pretrain.config import RunConfig
 from pretrain.prove.bounds import FP32, SAME_FILES, Bound
 from pretrain.prove.comparison import Error, Row, row
-from pretrain.prove.oracle import OneProcess
 from pretrain.prove.outputs import read_checkpoint
+from pretrain.prove.truth.oracle import OneProcess, planned_steps
 
 _EXPORT = Bound(FP32, "the same weights; norms and angles of transformers are in fp32")
 _WRITE_LOGITS = (
@@ -47,11 +47,12 @@ def _same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
-def exported_row(checkpoint: Path, config: RunConfig, place: Path, *, data_size: int) -> Row:
+def exported_row(checkpoint: Path, config: RunConfig, place: Path, *, batch: int) -> Row:
     """Logits of the exported model in transformers, against those of the whole model here."""
     directory, tokens_file, logits_file = (place / n for n in ("hf", "tokens.pt", "logits.pt"))
     to_hf(checkpoint, directory, dtype=torch.float32, with_tokenizer=False)
-    oracle = OneProcess(config, data_size=data_size)
+    oracle = OneProcess(config)
+    oracle.read(planned_steps(config, batches={1: batch}))
     tokens = oracle.batches[-1][0].tokens
     torch.save(tokens, tokens_file)
     subprocess.run(

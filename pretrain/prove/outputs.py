@@ -13,7 +13,7 @@ from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import Axis
 from parallel.sharding import Sharding
 from pretrain.checkpointing.optimizer_shards import FOLDER, MASTER, MOMENTS, StoredOptimizer
-from pretrain.prove.oracle import State
+from pretrain.prove.truth.oracle import State
 
 
 class Saved(NamedTuple):

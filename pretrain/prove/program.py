@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 from pretrain import train
 from pretrain.config import RunConfig, to_yaml
 from pretrain.errors import EXIT_USER_ERROR
+from pretrain.prove.choices import Choices, read_choices, recorded
 from pretrain.prove.errors import RunFailedError
 from pretrain.prove.ranks import Forks, run_ranks
 
@@ -26,13 +29,17 @@ class Leg(NamedTuple):
     ranks: int
 
     @property
+    def data_size(self) -> int:
+        return self.ranks // (self.config.parallel.tensor * self.config.parallel.pipeline)
+
+    @property
     def layout(self) -> str:
         """Such as `tensor 2 x data 2, ZeRO-1`."""
         parallel = self.config.parallel
         sizes = {
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
-            "data": self.ranks // (parallel.tensor * parallel.pipeline),
+            "data": self.data_size,
             "expert": parallel.expert,
         }
         axes = [f"{name} {size}" for name, size in sizes.items() if size > 1] or ["one rank"]
@@ -67,7 +74,13 @@ def train_leg(
         shutil.copytree(resume_from, run_dir / "checkpoints" / resume_from.name)
     command = ["--config-dir", str(place), "--config-name", RUN_FILE]
     command += ["--ds_config", str(place / "ds.json")]
-    main = partial(train.main, command)
+    choices = place / "choices"
+    choices.mkdir()
+
+    def main() -> int:
+        path = choices / f"rank_{os.environ['RANK']}.pt"
+        return recorded(partial(train.main, command), path)
+
     try:
         run_ranks(forks, main, size=leg.ranks, logs=place / "logs", timeout=timeout)
     except RunFailedError as error:
@@ -76,3 +89,19 @@ def train_leg(
             raise ValueError(str(error)) from error
         raise
     return run_dir
+
+
+def choices_of(run_dir: Path, leg: Leg, sequences: Mapping[int, int]) -> dict[int, list[Choices]]:
+    """What the layers of a trained leg chose, by step. `sequences`: of every step that it trained.
+
+    Raises:
+        ValueError: ranks have not chosen equally often in every micro-batch.
+    """
+    parallel, per_round = leg.config.parallel, leg.config.training.batch_size * leg.data_size
+    chosen = read_choices(
+        [run_dir.parent / "choices" / f"rank_{rank}.pt" for rank in range(leg.ranks)],
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        micro_batches=[number // per_round for number in sequences.values()],
+    )
+    return dict(zip(sequences, chosen, strict=True))

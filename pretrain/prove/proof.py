@@ -13,25 +13,29 @@ from models.registry import get_family
 from pretrain.config import RunConfig, parse_config, resolved
 from pretrain.errors import ConfigError
 from pretrain.prove.bounds import Bound, Bounds
+from pretrain.prove.choices import Choices
 from pretrain.prove.comparison import (
     Row,
+    choice_rows,
     gradient_row,
     initial_row,
     number_rows,
     state_rows,
+    sum_rows,
     untrained_row,
     update_row,
 )
 from pretrain.prove.complete import exported_row, without_trace
 from pretrain.prove.corpus import make_corpus
-from pretrain.prove.oracle import OneProcess, State
 from pretrain.prove.outputs import read_checkpoint, read_metrics
-from pretrain.prove.program import Leg, train_leg
+from pretrain.prove.program import Leg, choices_of, train_leg
 from pretrain.prove.ranks import Forks
 from pretrain.prove.small_run import SKIPPED, STEPS, SmallRun, resolve_text
+from pretrain.prove.truth.oracle import OneProcess, State, planned_steps
+from pretrain.prove.truth.reader import Step
 
 SAVED = 3  # the step after which the run goes on elsewhere
-_TIMEOUT = 300.0
+TIMEOUT = 300.0  # seconds, of each start of the program and of the truth
 _NEVER_REACHED = 1e6
 _TAKEN = Bound(0.0, "equal bits: weights that were saved")
 
@@ -50,6 +54,7 @@ class Case(NamedTuple):
 
     here: Leg
     there: Leg
+    timeout: float
 
     @property
     def bounds(self) -> Bounds:
@@ -64,8 +69,10 @@ class Section(NamedTuple):
     rows: list[Row]
 
 
-def prove(small: SmallRun, folder: Path, *, depth: Depth) -> list[Section]:
-    """Prove a run below `folder`.
+def prove(
+    small: SmallRun, folder: Path, *, depth: Depth, timeout: float = TIMEOUT
+) -> list[Section]:
+    """Prove a run below `folder`; `timeout`: seconds of each start of the program and of the truth.
 
     Raises:
         RunFailedError: a rank of the program, or the truth, failed.
@@ -76,12 +83,13 @@ def prove(small: SmallRun, folder: Path, *, depth: Depth) -> list[Section]:
         config.data, folder / "data", vocab_size=config.model.vocab_size, num_tokens=tokens
     )
     sections: list[Section] = []
+    quick = depth is not Depth.FULL
     with Forks() as forks:
         for precision in _precisions(config, depth):
-            case = _case(small, data, precision)
+            case = _case(small, data, precision, timeout, quick=quick)
             place = folder / precision
             place.mkdir()
-            sections += _prove_case(case, place, forks, quick=depth is not Depth.FULL)
+            sections += _prove_case(case, place, forks, quick=quick)
     return sections
 
 
@@ -94,30 +102,31 @@ def _precisions(config: RunConfig, depth: Depth) -> list[str]:
 
 def _prove_case(case: Case, place: Path, forks: Forks, *, quick: bool) -> list[Section]:
     """Here from the beginning, there from a checkpoint, and (unless `quick`) here again."""
-    here, there = case.here, case.there
-    run_here = train_leg(here, place, forks, timeout=_TIMEOUT)
+    here, there, timeout = case
+    run_here = train_leg(here, place, forks, timeout=timeout)
     run_there = train_leg(
-        there, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_here, SAVED)
+        there, place, forks, timeout=timeout, resume_from=_checkpoint(run_here, SAVED)
     )
     precision = here.config.training.precision
-    first = SKIPPED + 1
+    first, last = SKIPPED + 1, SAVED + 1
+    plan = planned_steps(here.config, batches={1: full_batch(here)})
+    changed = planned_steps(here.config, batches={1: full_batch(here), last: full_batch(there)})
     legs = [
-        _Checked(
-            f"{precision}, {here.layout}", here, run_here, range(first, first + 1 + (not quick))
-        ),
-        _Checked(_resumed(case), there, run_there, range(SAVED + 1, SAVED + 2)),
+        _Checked(f"{precision}, {here.layout}", here, run_here, range(first, last - quick), plan),
+        _Checked(_resumed(case), there, run_there, range(last, last + 1), changed),
     ]
     if not quick:
-        last = SAVED + 1
         again = here._replace(name="back")
         back = train_leg(
-            again, place, forks, timeout=_TIMEOUT, resume_from=_checkpoint(run_there, last)
+            again, place, forks, timeout=timeout, resume_from=_checkpoint(run_there, last)
         )
         title = f"{precision}, resumed after step {last} at {here.layout}"
-        legs.append(_Checked(title, again, back, range(last + 1, last + 2)))
-        legs.append(_begun(here, run_here, place, forks))
+        batches = {1: full_batch(here), last: full_batch(there), last + 1: full_batch(here)}
+        returned = planned_steps(here.config, batches=batches)
+        legs.append(_Checked(title, again, back, range(last + 1, last + 2), returned))
+        legs.append(_begun(case, run_here, place, forks))
     check = partial(_check, case, legs)
-    sections = forks.call("the run in one process", check, place / "oracle", timeout=_TIMEOUT)
+    sections = forks.call("the run in one process", check, place / "oracle", timeout=timeout)
     return sections if quick else [*sections, _complete(case, run_here, place, forks)]
 
 
@@ -125,12 +134,11 @@ def _complete(case: Case, run_dir: Path, place: Path, forks: Forks) -> Section:
     """The checks of a complete proof that need no truth: traces of evaluations, and the export."""
     config, last, rows = case.here.config, _checkpoint(run_dir, STEPS), []
     if config.data.validation:
-        silent = train_leg(_unevaluated(case.here), place, forks, timeout=_TIMEOUT)
+        silent = train_leg(_unevaluated(case.here), place, forks, timeout=case.timeout)
         rows.append(without_trace(last, _checkpoint(silent, STEPS)))
     if get_family(config.model.family).hf is not None and config.training.precision == "fp32":
-        sizes = {"data_size": _data_size(case.here)}
-        export = partial(exported_row, last, config, place, **sizes)
-        rows.append(forks.call("the export", export, place / "export", timeout=_TIMEOUT))
+        export = partial(exported_row, last, config, place, batch=full_batch(case.here))
+        rows.append(forks.call("the export", export, place / "export", timeout=case.timeout))
     return Section(f"{config.training.precision}, {case.here.layout}, after step {STEPS}", rows)
 
 
@@ -145,30 +153,35 @@ def _unevaluated(leg: Leg) -> Leg:
 class _Checked(NamedTuple):
     """The steps of a leg that are compared, each with the truth from the checkpoint before it.
 
-    `weights`: the checkpoint that it takes its initial weights from; None: they are drawn.
+    `plan`: what each step of the run reads. `weights`: the checkpoint that it takes its initial
+    weights from; None: they are drawn.
     """
 
     title: str
     leg: Leg
     run_dir: Path
     steps: range
+    plan: list[Step]
     weights: Path | None = None
 
 
-def _begun(here: Leg, run_here: Path, place: Path, forks: Forks) -> _Checked:
+def _begun(case: Case, run_here: Path, place: Path, forks: Forks) -> _Checked:
     """Train a run from its beginning, with the weights of a checkpoint of another."""
-    weights = _checkpoint(run_here, SAVED)
+    here, weights = case.here, _checkpoint(run_here, SAVED)
     values = resolved(here.config)
     values["training"]["init_from"] = str(weights)
     leg = here._replace(name="begun", config=parse_config(values))
-    run_dir = train_leg(leg, place, forks, timeout=_TIMEOUT)
+    run_dir = train_leg(leg, place, forks, timeout=case.timeout)
     title = f"{here.config.training.precision}, begun with the weights of step {SAVED}"
-    return _Checked(title, leg, run_dir, range(SKIPPED + 1, SKIPPED + 2), weights)
+    plan = planned_steps(here.config, batches={1: full_batch(here)})
+    return _Checked(title, leg, run_dir, range(SKIPPED + 1, SKIPPED + 2), plan, weights)
 
 
 def _resumed(case: Case) -> str:
-    here, there = case
+    here, there, _ = case
     title = f"{here.config.training.precision}, resumed after step {SAVED} at {there.layout}"
+    factor = full_batch(there) // full_batch(here)
+    title += f" with {factor} times the batch" * (factor > 1)
     return title if there.layout != here.layout else f"{title} (no other layout fits)"
 
 
@@ -182,7 +195,7 @@ def _taken_over(checkpoint: Path) -> State:
 def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     """Compare every leg with the run in one process, by induction over its steps."""
     config = case.here.config
-    oracle = OneProcess(config, data_size=_data_size(case.here))
+    oracle = OneProcess(config)
     untrained = oracle.untrained()
     sections = []
     for leg in legs:
@@ -194,13 +207,19 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
             else:
                 rows.append(initial_row(saved, _taken_over(leg.weights))._replace(bound=_TAKEN))
         metrics = read_metrics(leg.run_dir)
+        choices = _choices(leg)
+        oracle.read(leg.plan)
+        per_round = leg.leg.config.training.batch_size * leg.leg.data_size
         for step in leg.steps:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
             clip = leg.leg.config.training.grad_clip
-            truth = oracle.step(step, before.state(), grad_clip=clip)
-            found = number_rows(step, metrics, truth, case.bounds)
+            truth = oracle.step(step, before.state(), grad_clip=clip, choices=choices[step])
+            found = choice_rows(truth, case.bounds)
+            found += number_rows(step, metrics, truth, case.bounds)
             found.append(gradient_row(after, truth, before.state(), config.training, case.bounds))
             found += state_rows(after, truth, config.training, case.bounds)
+            rounds = leg.plan[step - 1].sequences // per_round
+            found += sum_rows(after, truth, before.state(), config.training, rounds)
             found.append(update_row(after, truth, before.state(), config.training))
             if untrained and leg.weights is None:
                 found.append(untrained_row(after, untrained))
@@ -209,12 +228,14 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     return sections
 
 
+def _choices(leg: _Checked) -> dict[int, list[Choices]]:
+    """What the layers chose in every step that the leg has trained."""
+    trained = range(leg.steps.start, STEPS + 1)
+    return choices_of(leg.run_dir, leg.leg, {n: leg.plan[n - 1].sequences for n in trained})
+
+
 def _checkpoint(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
-
-
-def _data_size(leg: Leg) -> int:
-    return leg.ranks // (leg.config.parallel.tensor * leg.config.parallel.pipeline)
 
 
 def _num_tokens(config: RunConfig, data_size: int) -> int:
@@ -224,11 +245,17 @@ def _num_tokens(config: RunConfig, data_size: int) -> int:
     return sequences * STEPS // 2 * config.data.sequence_length
 
 
-def _case(small: SmallRun, data: DataConfig, precision: str) -> Case:
+def _case(
+    small: SmallRun, data: DataConfig, precision: str, timeout: float, *, quick: bool
+) -> Case:
+    """The run as it is laid out, and its continuation."""
     values = resolved(small.config.model_copy(update={"data": data}))
     values["training"]["precision"] = precision
+    if quick and values["data"]["validation"]:
+        values["evaluation"]["interval"] = 2  # after the two steps that are compared
     here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
-    return Case(here, elsewhere(here, max_ranks=small.max_ranks))
+    there = elsewhere(here, max_ranks=small.max_ranks, batch_factor=small.resume_batch)
+    return Case(here, there, timeout)
 
 
 def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -239,21 +266,23 @@ def ds_for(ds_config_values: Mapping[str, Any], precision: str) -> dict[str, Any
     return values
 
 
-def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
-    """Another layout of the same batch, without cuts if there are some, else with one; the same
-    layout if no other fits. Gradients are not clipped there, where the first leg clips them.
+def elsewhere(here: Leg, *, max_ranks: int, batch_factor: int = 1) -> Leg:
+    """Another layout of the same batch, or of a multiple of it, without cuts if there are some,
+    else with one; the same layout if no other fits. Gradients are not clipped there, where the
+    first leg clips them.
     """
     here = _unclipped(here)
     values = resolved(here.config)
     parallel, training = values["parallel"], values["training"]
-    samples = training["batch_size"] * training["gradient_accumulation_steps"] * _data_size(here)
+    samples = batch_factor * full_batch(here)
     stage = here.ds_config_values.get("zero_optimization", {}).get("stage", 0)
     plain = {"tensor": 1, "pipeline": 1, "sequence_parallel": False}
     candidates: list[dict[str, Any]] = [plain, {**plain, "tensor": 2}, {**plain, "pipeline": 2}]
     if parallel["tensor"] * parallel["pipeline"] == 1:
         candidates = candidates[1:]
     for cut in candidates:
-        for data_size in (2, 1):
+        # Beside a cut one data rank: another number than the first leg has, and fewer ranks.
+        for data_size in (2, 1) if cut is plain else (1, 2):
             if samples % data_size or parallel["expert"] not in (1, data_size):
                 continue
             own = samples // data_size
@@ -263,6 +292,8 @@ def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
             values["parallel"] = {**parallel, **cut}
             batch = {"batch_size": batch_size, "gradient_accumulation_steps": own // batch_size}
             values["training"] = {**training, **batch}
+            if batch_factor > 1 and values["training"] == training:
+                continue  # a batch that changes through the number of ranks alone is refused
             ranks = data_size * cut["tensor"] * cut["pipeline"]
             if ranks > max_ranks:
                 continue
@@ -272,7 +303,16 @@ def elsewhere(here: Leg, *, max_ranks: int) -> Leg:
             leg = Leg("there", parse_config(values), dict(ds_config_values), ranks)
             if leg.layout != here.layout and _resolves(leg):
                 return leg
-    return here._replace(name="there")
+    accumulation = batch_factor * training["gradient_accumulation_steps"]
+    values["parallel"] = parallel
+    values["training"] = {**training, "gradient_accumulation_steps": accumulation}
+    return here._replace(name="there", config=parse_config(values))
+
+
+def full_batch(leg: Leg) -> int:
+    """Sequences of a step, where no ramp makes it smaller."""
+    training = leg.config.training
+    return training.batch_size * training.gradient_accumulation_steps * leg.data_size
 
 
 def _unclipped(leg: Leg) -> Leg:

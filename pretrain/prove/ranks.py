@@ -61,16 +61,18 @@ class Ended(NamedTuple):
 class Forks:
     """Forked processes, each a group of its own; those left at the end of the block are killed.
 
-    `patience`: seconds that the others have once one of `wait` has failed.
+    `patience`: seconds that the others have once one of `wait` has failed. `for_runs`: import here
+    what a run imports late.
     """
 
-    def __init__(self, *, patience: float = 10.0) -> None:
+    def __init__(self, *, patience: float = 10.0, for_runs: bool = True) -> None:
         self._patience = patience
         self._running: dict[int, Path] = {}
         torch.set_num_threads(1)  # forking beside other threads can deadlock the child
-        for name in _IMPORTED_BY_RUNS:
-            importlib.import_module(name)
-        prepare_deepspeed()  # it runs compilers
+        if for_runs:
+            for name in _IMPORTED_BY_RUNS:
+                importlib.import_module(name)
+            prepare_deepspeed()  # it runs compilers
 
     def __enter__(self) -> Self:
         return self
@@ -156,26 +158,31 @@ class Forks:
 def run_ranks(
     forks: Forks, main: Callable[[], int], *, size: int, logs: Path, timeout: float
 ) -> None:
-    """Run `main` on `size` ranks, as a launcher would: RANK, WORLD_SIZE, MASTER_ADDR ...
+    """Run `main` on `size` ranks to the end.
 
     Raises:
         RunFailedError: a rank did not end with 0; names the one that failed first.
     """
+    ends = forks.wait(start_ranks(forks, main, size=size, logs=logs), timeout=timeout)
+    if any(end.code != EXIT_COMPLETED for end in ends):
+        raise _failure(ends, timeout=timeout)
+
+
+def start_ranks(forks: Forks, main: Callable[[], int], *, size: int, logs: Path) -> list[int]:
+    """Start `main` on `size` ranks, as a launcher would: RANK, WORLD_SIZE, MASTER_ADDR ...; their
+    ids. Each writes to `logs/rank_{r}.log`."""
     logs.mkdir(parents=True, exist_ok=True)
     shared = {
         "WORLD_SIZE": str(size),
         "LOCAL_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    pids = [
+    return [
         forks.start(main, logs / f"rank_{r}.log", {**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(size)
     ]
-    ends = forks.wait(pids, timeout=timeout)
-    if any(end.code != EXIT_COMPLETED for end in ends):
-        raise _failure(ends, timeout=timeout)
 
 
 def _failure(ends: Sequence[Ended], *, timeout: float) -> RunFailedError:
@@ -231,9 +238,12 @@ def _redirect_output(path: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _free_port() -> int:
-    """A TCP port that nobody listens on, below those that the kernel gives to clients."""
-    draw = random.Random(os.urandom(8))
+def free_port() -> int:
+    """A TCP port that nobody listens on, below those that the kernel gives to clients.
+
+    One of the kernel's choice may be given to another process's connection before it is used.
+    """
+    draw = random.Random(os.urandom(8))  # not the global generator: forked processes would agree
     while True:
         port = draw.randrange(10_000, 32_000)
         with socket.socket() as listener, contextlib.suppress(OSError):

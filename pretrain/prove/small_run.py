@@ -1,4 +1,5 @@
-"""A run file made small enough to be proven here, with every feature of it on. No torch."""
+"""A run file made small enough to be proven here, with every feature of it on; or, with `whole`,
+as it is but for its length and its data. No torch."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class SmallRun(NamedTuple):
     """The run that is proven: its configuration, DeepSpeed file and number of ranks.
 
     `changes`: every setting that differs from the run file. `unproven`: what this machine cannot
-    show. `max_ranks`: the most that any leg starts.
+    show. `max_ranks`: the most that any leg starts. `resume_batch`: by how much
+    the batch grows where the run goes on elsewhere.
     """
 
     config: RunConfig
@@ -55,14 +57,22 @@ class SmallRun(NamedTuple):
     changes: list[Change]
     unproven: list[str]
     max_ranks: int
+    resume_batch: int = 1
 
     @property
     def data_size(self) -> int:
         return self.ranks // (self.config.parallel.tensor * self.config.parallel.pipeline)
 
 
-def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> SmallRun:
-    """Shrink a run file.
+def shrink(
+    config: RunConfig,
+    ds_config_path: str | None,
+    *,
+    max_ranks: int,
+    resume_batch: int = 1,
+    whole: bool = False,
+) -> SmallRun:
+    """Shrink a run file, or with `whole` only what it is trained on: a few steps and other data.
 
     Raises:
         ConfigError: the run file cannot be used at any number of ranks, or its model does not fit
@@ -72,19 +82,23 @@ def shrink(config: RunConfig, ds_config_path: str | None, *, max_ranks: int) -> 
     before = resolved(config)
     values = json.loads(json.dumps(before))
     unproven = _leave_out(values)
-    _shrink_layout(values, max_ranks)
+    if not whole:
+        _shrink_layout(values, max_ranks)
+    _check_ranks(values["parallel"], max_ranks)
     ranks = _num_ranks(values["parallel"], max_ranks)
     unproven += _smaller_axes(before["parallel"], values["parallel"], ranks)
-    values = _shrink_sizes(values, ranks)
-    _shrink_training(
-        values, ranks // (values["parallel"]["tensor"] * values["parallel"]["pipeline"])
-    )
+    if not whole:
+        values = _shrink_sizes(values, ranks)
+        _shrink_batch(values["training"])
+    _shorten(values, ranks // (values["parallel"]["tensor"] * values["parallel"]["pipeline"]))
     _shrink_data(values)
     small = parse_config(values)
-    ds_config_values = _shrink_ds(ds_config_values_of(config, ds_config_path))
+    ds_config_values = _without_owned(ds_config_values_of(config, ds_config_path))
+    if not whole:
+        ds_config_values = _shrink_ds(ds_config_values)
     changes = differences(before, resolved(small))
     resolve_text(small, ds_config_values, ranks)
-    return SmallRun(small, ds_config_values, ranks, changes, unproven, max_ranks)
+    return SmallRun(small, ds_config_values, ranks, changes, unproven, max_ranks, resume_batch)
 
 
 def resolve_text(config: RunConfig, ds_config_values: Mapping[str, Any], ranks: int) -> None:
@@ -157,8 +171,14 @@ def _leave_out(values: dict[str, Any]) -> list[str]:
 
 def _shrink_layout(values: dict[str, Any], max_ranks: int) -> None:
     parallel = values["parallel"]
-    for axis in ("tensor", "pipeline", "expert"):
+    for axis in ("tensor", "expert"):
         parallel[axis] = min(parallel[axis], 2)
+    # Stages that are neither first nor last, where there are ranks for them.
+    stages = max_ranks // (parallel["tensor"] * parallel["expert"])
+    parallel["pipeline"] = min(parallel["pipeline"], max(2, stages))
+
+
+def _check_ranks(parallel: Mapping[str, int], max_ranks: int) -> None:
     needed = parallel["tensor"] * parallel["pipeline"] * parallel["expert"]
     if needed > max_ranks:
         raise ConfigError(
@@ -169,7 +189,7 @@ def _shrink_layout(values: dict[str, Any], max_ranks: int) -> None:
 
 def _smaller_axes(before: Mapping[str, int], after: Mapping[str, int], ranks: int) -> Iterator[str]:
     """Combinations of ranks that the smaller layout does not have."""
-    if before["pipeline"] > 2:
+    if before["pipeline"] > after["pipeline"] == 2:
         yield f"pipeline {before['pipeline']}: stages that are neither first nor last"
     for axis in ("tensor", "expert"):
         if before[axis] > 2:
@@ -212,18 +232,23 @@ def _with_length(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "training": training}
 
 
-def _shrink_training(values: dict[str, Any], data_size: int) -> None:
+def _shrink_batch(training: dict[str, Any]) -> None:
+    for name in ("batch_size", "gradient_accumulation_steps"):
+        training[name] = min(training[name], 2)
+    training["lr"] = max(training["lr"], _VISIBLE_LR)
+
+
+def _shorten(values: dict[str, Any], data_size: int) -> None:
+    """A few steps, each saved and evaluated, with all levels of a ramp and of a schedule."""
     training = values["training"]
     levels = min(len(training["batch_ramp"]), 2)
-    training["batch_size"] = min(training["batch_size"], 2)
-    accumulation = min(training["gradient_accumulation_steps"], 2)
-    training["gradient_accumulation_steps"] = max(accumulation, levels + 1 if levels else 1)
-    training |= {"max_steps": STEPS, "max_tokens": None, "max_epochs": None, "log_interval": 1}
+    accumulation = max(training["gradient_accumulation_steps"], levels + 1 if levels else 1)
+    training["gradient_accumulation_steps"] = accumulation
+    training |= {"max_steps": STEPS, "max_tokens": None, "max_epochs": None}
     training["decay_steps"] = min(training["decay_steps"], 2)
     training["warmup_steps"] = min(
         training["warmup_steps"], STEPS - 1 - training["decay_steps"] - 1
     )
-    training["lr"] = max(training["lr"], _VISIBLE_LR)
     if training["grad_clip"] > 0:
         training["grad_clip"] = min(training["grad_clip"], _CLIPPING)
     training["batch_ramp"] = _ramp(levels, values, data_size)
@@ -257,10 +282,13 @@ def _shrink_data(values: dict[str, Any]) -> None:
         stage |= {"until_step": end, "until_fraction": None}
 
 
+def _without_owned(ds_config_values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in ds_config_values.items() if name not in _OWNED}
+
+
 def _shrink_ds(ds_config_values: Mapping[str, Any]) -> dict[str, Any]:
     """Buckets and thresholds, which count elements, so that there are several of each."""
-    values = {name: value for name, value in ds_config_values.items() if name not in _OWNED}
-    zero = dict(values.get("zero_optimization", {}))
+    zero = dict(ds_config_values.get("zero_optimization", {}))
     if zero.get("stage", 0) > 0:
         zero = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000, **zero}
     if zero.get("stage") == 3:
@@ -270,4 +298,4 @@ def _shrink_ds(ds_config_values: Mapping[str, Any]) -> dict[str, Any]:
             isinstance(value, int | float) and value > 2000
         ):
             zero[name] = 2000
-    return {**values, "zero_optimization": zero}
+    return {**ds_config_values, "zero_optimization": zero}

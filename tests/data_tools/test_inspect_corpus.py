@@ -73,3 +73,9 @@ def test_histogram_is_a_png(corpus: Path, tmp_path: Path) -> None:
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     with _refused("--histogram", value="lengths.jpg", constraint=".png", remedy="rename"):
         main([str(corpus), "--histogram", "lengths.jpg"])
+
+
+@pytest.mark.parametrize("option", ["--histogram", "--samples", "--seed", "--max-documents"])
+def test_options_of_a_corpus_are_refused_beside_a_run(option: str) -> None:
+    with _refused(option, value="0", constraint="--run runs/a", remedy="remove"):
+        main(["--run", "runs/a", "--steps", "1:2", option, "0"])

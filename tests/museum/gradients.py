@@ -10,6 +10,7 @@ _TENSOR_RANKS = f"{_CONTRACT}two_tensor_ranks_equal_one_in_loss_and_every_gradie
 _ENGINE = "tests/pretrain/engine/test_engine.py::test_"
 _ANY_LAYOUT = f"{_ENGINE}a_run_at_any_layout_equals_a_plain_torch_loop"
 _EXPERTS = "tests/pretrain/engine/test_deepspeed_moe.py::test_"
+_DYNAMIC = "tests/models/dynamic/test_layouts.py::test_"
 _MASKED = (
     "tests/pretrain/layouts/test_masked_loss.py"
     "::test_a_step_with_masked_labels_is_the_same_at_every_cut"
@@ -104,6 +105,31 @@ GRADIENTS = {
             "mod/demo", "model.num_experts=4", "parallel.tensor=2", "parallel.expert=2", ranks=4
         ),
         case="mixture",
+    ),
+    "a tensor rank balances its own part of the sequence": Exhibit(
+        Source(
+            "NVIDIA/Megatron-LM",
+            1740,
+            "with sequence parallelism each tensor rank balanced the choices of its own tokens, "
+            "which were others than those of the whole sequence",
+        ),
+        Mutant(
+            "models.dynamic.token_router:gather_or_broadcast",
+            "torch.cat(parts)",
+            "torch.cat([part - part.mean(dim=0) for part in parts])",
+            (f"{_DYNAMIC}two_tensor_ranks_equal_one_in_every_loss_and_every_gradient",),
+        ),
+        (
+            *proof_of(
+                "mod/demo",
+                "parallel.tensor=2",
+                "parallel.sequence_parallel=true",
+                "training.precision=bf16",
+            ),
+            "--depth",
+            "own",
+        ),
+        case="mod",
     ),
     "auxiliary losses count once per tensor rank": Exhibit(
         Source(

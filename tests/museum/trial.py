@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -153,12 +154,13 @@ def _failed_checks(copy: Copy, arguments: Sequence[str]) -> str:
 
 
 def _first_failures(result: dict[str, list[dict[str, Any]]]) -> str:
-    num_resumes = 0
+    resumed: Counter[str] = Counter()
     for number, leg in enumerate(result["legs"]):
-        num_resumes += "resumed" in leg["title"]
+        precision = leg["title"].partition(",")[0]
+        resumed[precision] += "resumed" in leg["title"]
         names = [_check(check["check"]) for check in leg["checks"] if not check["passed"]]
         if names:
-            part = _part(leg["title"], num_resumes) + ": " if number else ""
+            part = _part(leg["title"], resumed[precision]) + ": " if number else ""
             first = list(dict.fromkeys(names))
             return part + ", ".join(first[:_SHOWN]) + ", ..." * (len(first) > _SHOWN)
     raise ExhibitError(f"a proof that fails in no check: {result}")

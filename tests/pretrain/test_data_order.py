@@ -195,6 +195,8 @@ def test_the_text_form_names_source_and_document(resumed, capsys):
         ([], ("--run", "--steps", "FIRST:LAST", "both")),
         (["--steps", "1", "--source", "z=/x"], ("--source", "z=/x", "source", "a, b, c")),
         (["--steps", "1", "--source", "a"], ("--source", "a", "NAME=PATH", "path")),
+        (["--steps", "1", "--tokenizer", "bytes"], ("--tokenizer", "bytes", "data source", "pass")),
+        (["--steps", "1", "--tokenizer", "no.model"], ("--tokenizer", "no.model", "no", "")),
     ],
 )
 def test_what_cannot_be_named_is_one_line(arguments, parts, resumed):

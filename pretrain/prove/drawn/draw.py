@@ -17,7 +17,7 @@ _ON = 0.35  # share of the draws in which a setting is not at its default
 # Setting -> values to draw from; the config layer decides which of them fit together.
 _LAYOUT: dict[str, Sequence[Any]] = {
     "parallel.tensor": (1, 2),
-    "parallel.pipeline": (1, 2),
+    "parallel.pipeline": (1, 1, 2, 2, 3, 4),
     "parallel.expert": (1, 1, 2),
     "parallel.sequence_parallel": (False, True),
     "training.batch_size": (1, 2),
@@ -58,12 +58,14 @@ _ZERO: dict[str, Sequence[Any]] = {
 
 
 class Draw(NamedTuple):
-    """A run as a command line: the family's size, overrides of the run file, DeepSpeed's JSON."""
+    """A run as a command line: the family's size, overrides of the run file, DeepSpeed's JSON, and
+    by how much the batch grows at the resume."""
 
     model: str
     overrides: tuple[tuple[str, Any], ...]
     zero: tuple[tuple[str, Any], ...]
     ranks: int
+    resume_batch: int = 1
 
     @property
     def run_file(self) -> str:
@@ -83,6 +85,7 @@ class Draw(NamedTuple):
     def line(self) -> str:
         """A line of a shell that repeats this run."""
         line = ["--config-name", _BASE, "--ranks", str(self.ranks), "--depth", "own"]
+        line += ["--resume-batch", str(self.resume_batch)] * (self.resume_batch > 1)
         return "python -m pretrain.prove " + shlex.join(
             [*line, "--ds_config", self.ds_config, *self.settings]
         )
@@ -92,6 +95,8 @@ class Draw(NamedTuple):
         for ranks in (1, 2):
             if ranks < self.ranks:
                 yield self._replace(ranks=ranks)
+        if self.resume_batch > 1:
+            yield self._replace(resume_batch=1)
         for name in ("overrides", "zero"):
             settings = getattr(self, name)
             for number, (key, _) in enumerate(settings):
@@ -128,9 +133,8 @@ def draws(seed: int, *, family: str | None = None) -> Iterator[Draw]:
             for key, values in _ZERO.items()
             if key != "stage" and dice.random() < on
         }
-        yield Draw(
-            _size(name), tuple(overrides.items()), tuple(zero.items()), dice.choice((1, 2, 4, 4))
-        )
+        ranks, resume_batch = dice.choice((1, 2, 4, 4)), dice.choice((1, 1, 2))
+        yield Draw(_size(name), tuple(overrides.items()), tuple(zero.items()), ranks, resume_batch)
 
 
 def _required(settings: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:

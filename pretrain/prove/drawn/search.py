@@ -90,7 +90,7 @@ def accepted(draw: Draw) -> SmallRun:
         ValueError: the config layer refuses it.
     """
     config = compose_config(draw.run_file, config_dir=None, overrides=draw.settings)
-    return shrink(config, draw.ds_config, max_ranks=draw.ranks)
+    return shrink(config, draw.ds_config, max_ranks=draw.ranks, resume_batch=draw.resume_batch)
 
 
 def failure_of(small: SmallRun) -> str | None:

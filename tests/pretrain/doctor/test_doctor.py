@@ -91,6 +91,8 @@ def test_every_run_file_lacks_its_data_and_nothing_else(name, capsys, monkeypatc
     missing = [each for each in outcome.of("error") if each.section == "data"]
     assert len(missing) == lacking
     assert all(": no " in each.what for each in missing)
+    for each in missing:  # the demonstration's own command makes what is missing there
+        assert ("data_tools.demo_corpus" in each.remedy) == ("data/demo/" in each.what), each
     others = [f for f in outcome.findings if f.severity != "ok" and f not in missing]
     for each in others:  # what this file does not say, and what the disk of this machine holds
         assert "the number of ranks is not known" in each.what or "checkpoints of" in each.what

@@ -29,6 +29,8 @@ def folder(tmp_path, monkeypatch):
         (["--ds_config", '{"zero_optimization": {"stage": 4}}'], "stage"),
         (["--unknown"], "--help"),
         (["--ranks", "0"], "positive"),
+        (["--timeout", "0"], "positive"),
+        (["--full", "parallel.tensor=2", "parallel.pipeline=4"], "--ranks"),
         (["--seed", "1"], "--seed has no effect without --random"),
     ],
 )

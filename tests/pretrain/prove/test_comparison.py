@@ -9,16 +9,19 @@ import torch
 
 from pretrain.config import parse_config
 from pretrain.prove.bounds import FLOOR, FP32, Bounds
+from pretrain.prove.choices import Given
 from pretrain.prove.comparison import (
     Row,
+    choice_rows,
     gradient_row,
     number_rows,
     state_rows,
+    sum_rows,
     untrained_row,
     update_row,
 )
-from pretrain.prove.oracle import State, TrueStep, learning_rate
 from pretrain.prove.outputs import Owners, Saved
+from pretrain.prove.truth.oracle import State, TrueStep, learning_rate
 from tests.pretrain.run_values import run_values
 
 TRAINING = parse_config(run_values(training__grad_clip=0.0)).training
@@ -144,6 +147,44 @@ def test_numbers_of_a_step_are_compared_and_missing_ones_fail(truth):
         ):
             failed = [r for r in number_rows(1, {1: wrong}, truth, bounds) if not r.passed]
             assert len(failed) == 1
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_sums_in_bf16_have_no_more_bits_than_their_terms(in_bf16):
+    draw = torch.Generator().manual_seed(0)
+    terms = torch.randn(2, 30, 40, generator=draw).bfloat16()
+    total = (terms[0] + terms[1] if in_bf16 else terms.float().sum(dim=0)).float()
+    before = torch.randn(30, 40, generator=draw)
+    moment = BETA1 * before + (1 - BETA1) * total  # in fp32, as an optimizer computes it
+    training = parse_config(run_values(training__precision="bf16")).training
+    truth = TrueStep(0.0, 1.0, 1.0, 0.0, {}, {}, {}, State({}, {}, {}, {}, 2), None)
+    found = Saved(torch.bfloat16, {}, {}, {"a": moment.double()}, {}, {}, {2}, Owners(None))
+    earlier = State({}, {"a": before.double()}, {}, {}, 1)
+    (row,) = sum_rows(found, truth, earlier, training, 2)
+    assert row.passed != in_bf16, row
+    assert sum_rows(found, truth, earlier, training, 1) == []
+    assert sum_rows(found, truth._replace(scale=0.5), earlier, training, 2) == []
+
+
+def test_a_threshold_is_measured_by_the_scores_that_it_follows(truth):
+    bounds = Bounds.of("fp32", num_layers=2)
+    near_zero = {"layer_1.tau": torch.tensor([1e-6]).double()}
+    state = truth.state._replace(buffers=near_zero)
+    for given, passed in (((Given("layer_1", 0, 0.0, 1.0),), True), ((), False)):
+        told = truth._replace(state=state, given=given)
+        found = saved(told, buffers={"layer_1.tau": near_zero["layer_1.tau"] + 2e-6})
+        (row,) = [r for r in state_rows(found, told, TRAINING, bounds) if r.check == "layer states"]
+        assert row.passed == passed, row
+
+
+def test_choices_that_rounding_does_not_explain_fail_by_layer(truth):
+    bounds = Bounds.of("fp32", num_layers=2)
+    assert choice_rows(truth, bounds) == []
+    for error, passed in ((0.0, True), (FP32, True), (2 * FP32, False), (math.nan, False)):
+        given = [Given("layer_1", 0, 0.0), Given("layer_3", 2, error)]
+        (row,) = choice_rows(truth._replace(given=given), bounds)
+        assert row.passed == passed
+        assert ("layer_3" in row.where) == (error != 0)
 
 
 def test_bounds_of_bf16_grow_with_the_root_of_the_depth():

@@ -1,7 +1,7 @@
 """Every run file of configs/ is proven: its parallel run is the run in one process.
 
-Run files whose small runs differ in the sizes of the model alone are proven once here, and each by
-`make soak`.
+Run files whose small runs differ in the sizes of the model, names of files or in accumulation alone
+are proven once here, with accumulation, and each by `make soak`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from pretrain.config import resolved
 from pretrain.config.compose import compose_config
 from pretrain.files import CONFIGS
 from pretrain.prove.command import EXIT_PROVEN, main
-from pretrain.prove.small_run import shrink
+from pretrain.prove.small_run import SmallRun, shrink
 
 RUN_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def features(name: str) -> str:
-    """Everything about the small run of a run file but the sizes of its model."""
-    small = shrink(compose_config(name), None, max_ranks=4)
+def features(small: SmallRun) -> str:
+    """Everything about a small run but the sizes of its model, its files, and its accumulation."""
     values = resolved(small.config)
     values["model"] = {key: _but_size(value) for key, value in values["model"].items()}
+    for source in (*values["data"]["train"], *values["data"]["validation"]):
+        del source["path"]
+    del values["training"]["gradient_accumulation_steps"]
+    del values["training"]["precision"]  # the quick form is in fp32
     for key in ("run_dir", "logging"):
         del values[key]
     return json.dumps([values, small.ds_config_values, small.ranks], sort_keys=True)
@@ -33,7 +36,15 @@ def _but_size(value: object) -> object:
     return "size" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-ONE_OF_EACH = sorted({features(name): name for name in RUN_FILES}.values())
+def one_of_each() -> list[str]:
+    runs = {name: shrink(compose_config(name), None, max_ranks=4) for name in RUN_FILES}
+    by_accumulation = sorted(
+        runs, key=lambda name: runs[name].config.training.gradient_accumulation_steps
+    )
+    return sorted({features(runs[name]): name for name in by_accumulation}.values())
+
+
+ONE_OF_EACH = one_of_each()
 
 
 def proof(capsys, *arguments: str) -> dict:

@@ -12,9 +12,11 @@ from pretrain.config import RunConfig, parse_config
 from pretrain.config.compose import compose_config
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
+from pretrain.prove.machine import check_fits
 from pretrain.prove.sizes import halve
 from pretrain.prove.small_run import STEPS, SmallRun, shrink
 from tests.pretrain.run_values import run_values
+from tests.refusals import assert_refused
 
 MODELS = sorted(f"{path.parent.name}/{path.stem}" for path in (CONFIGS / "model").glob("*/*.yaml"))
 
@@ -48,11 +50,18 @@ def test_a_small_run_has_the_axes_of_the_run(layout):
     tensor, pipeline = layout
     small = shrunk(
         f"parallel.tensor={4 if tensor == 2 else 1}",
-        f"parallel.pipeline={2 * pipeline if pipeline == 2 else 1}",
+        f"parallel.pipeline={pipeline}",
         "model=llama/7b",
     )
     assert (small.config.parallel.tensor, small.config.parallel.pipeline) == layout
     assert small.ranks == min(4, tensor * pipeline * 2)
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (3, 3), (4, 4)])
+def test_stages_between_the_first_and_the_last_stay_where_there_are_ranks(ranks, stages):
+    small = shrunk("parallel.pipeline=8", "model=llama/7b", ranks=ranks)
+    assert (small.config.parallel.pipeline, small.ranks) == (stages, stages)
+    assert any("neither first nor last" in text for text in small.unproven) == (stages == 2)
 
 
 def test_heads_keep_their_ratio_and_widths_divide():
@@ -107,6 +116,29 @@ def test_deepspeed_settings_of_the_file_stay_and_its_sizes_shrink():
     assert zero["stage"] == 3
     assert zero["offload_optimizer"] == {"device": "cpu"}
     assert zero["reduce_bucket_size"] < 10_000
+
+
+def test_a_whole_run_keeps_model_layout_and_batch():
+    given = compose_config("llama_70b")
+    small = shrink(given, None, max_ranks=512, whole=True)
+    assert small.config.model == given.model
+    assert small.config.parallel == given.parallel
+    for name in ("batch_size", "gradient_accumulation_steps", "lr"):
+        assert getattr(small.config.training, name) == getattr(given.training, name)
+    assert small.config.training.max_steps == STEPS
+
+
+def test_a_whole_run_that_takes_more_ranks_is_refused():
+    with assert_refused("--ranks", 4, ("tensor 8", "ranks"), "--ranks"):
+        shrink(compose_config("llama_70b"), None, max_ranks=4, whole=True)
+
+
+@pytest.mark.parametrize("lacking", ["memory", "disk"])
+def test_a_whole_run_that_does_not_fit_is_refused(lacking):
+    small = shrunk()
+    check_fits(small, memory=2**40, disk=2**40)
+    with assert_refused("--full", "parameters", (lacking, "0.0 GiB are free"), "--full"):
+        check_fits(small, **{"memory": 2**40, "disk": 2**40, lacking: 1000})
 
 
 def test_a_layout_that_needs_more_ranks_is_one_line():

@@ -3,13 +3,15 @@
 A loop over the whole model and torch's optimizer, in fp64, with all samples of a step in one batch.
 With the program it shares the family: its layers, their initialisation and learnt states, its
 losses. It shares nothing of the engine, the loader, gradient hooks, accumulation, clipping, the
-schedule or parameter groups.
+schedule or parameter groups. What layers choose (tokens, experts) it takes from the program, and
+says what this supposes (choices.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +23,11 @@ from models.base import TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.decisions import observed_decisions
 from parallel.layer_state import ChangedByStages, UpdatedAfterStep
 from pretrain.config import RunConfig, TrainingConfig
-from pretrain.prove.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
+from pretrain.prove.choices import Choices, Given, Giver
+from pretrain.prove.truth.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +46,7 @@ class State(NamedTuple):
 class TrueStep(NamedTuple):
     """One step: `norm` and `gradients` are those of the loss, before clipping by `scale`; `rates`
     and `decays` are learning rate and weight decay by parameter; `held_out`: the loss on held-out
-    text after the step."""
+    text after the step; `given`: the decisions of its layers that were taken as given."""
 
     loss: float
     norm: float
@@ -53,23 +57,28 @@ class TrueStep(NamedTuple):
     gradients: Tensors
     state: State
     held_out: float | None
+    given: Sequence[Given] = ()
 
 
 class OneProcess:
     """The whole model of a run, and the steps that it would take from any state."""
 
-    def __init__(self, config: RunConfig, *, data_size: int) -> None:
+    def __init__(self, config: RunConfig) -> None:
         training, reset = config.training, config.data.reset_at_documents
         self.config = config
         self.family = get_family(config.model.family)
         torch.manual_seed(training.seed)
         specs = self.family.layer_specs(config.model, segmented=reset)
         self.model = SequentialModel(specs, ParallelContext.single(), seed=training.seed).double()
-        plan = planned_steps(config, data_size=data_size)
-        rows = samples_of_steps(config.data, plan, seed=training.seed)
-        self.batches = [_batch(each, reset) for each in rows]
+        self.batches: list[tuple[TokenInputs, Tensor]] = []
         held_out = held_out_rows(config.data, max_windows=config.evaluation.max_windows)
         self.held_out = _batch(held_out, reset) if held_out else None
+
+    def read(self, plan: Sequence[Step]) -> None:
+        """Read the samples of every step of a run."""
+        reset = self.config.data.reset_at_documents
+        rows = samples_of_steps(self.config.data, plan, seed=self.config.training.seed)
+        self.batches = [_batch(each, reset) for each in rows]
 
     def initial(self) -> State:
         """The state before the first step. In bf16 master weights begin as rounded weights."""
@@ -85,12 +94,16 @@ class OneProcess:
         frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
         return {n: p.bfloat16().double() if is_rounded else p.clone() for n, p in frozen.items()}
 
-    def step(self, number: int, before: State, *, grad_clip: float) -> TrueStep:
-        """Step `number` of the run, from the state before it."""
+    def step(
+        self, number: int, before: State, *, grad_clip: float, choices: Sequence[Choices] = ()
+    ) -> TrueStep:
+        """Step `number` of the run, from the state before it, with the decisions of the program."""
         training = self.config.training
         self._load(before)
         self._change_settings(number)
-        loss = self._loss(*self.batches[number - 1])
+        giver = Giver(choices)
+        with observed_decisions(giver), _naming_layers(self.model, giver):
+            loss = self._loss(*self.batches[number - 1])
         gradients = _gradients(self.model, loss)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
         scale = clipping(norm, grad_clip)
@@ -105,7 +118,10 @@ class OneProcess:
         state = _state(optimizer, weights, _buffers(self.model), before.step + 1)
         self._load(state)
         held_out = self._held_out_loss(*self.held_out) if self.held_out else None
-        return TrueStep(loss.item(), norm, scale, rate, rates, decays, gradients, state, held_out)
+        return TrueStep(
+            loss.item(), norm, scale, rate, rates, decays, gradients, state, held_out,
+            giver.finish(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, state: State) -> Tensor:
@@ -182,20 +198,37 @@ class OneProcess:
         return optimizer, weights
 
 
+@contextmanager
+def _naming_layers(model: nn.Module, giver: Giver) -> Iterator[None]:
+    """Tell `giver` which layer computes."""
+
+    def announce(name: str) -> Callable[[nn.Module, object], None]:
+        return lambda layer, inputs: setattr(giver, "layer", name)
+
+    hooks = [
+        layer.register_forward_pre_hook(announce(name)) for name, layer in model.named_children()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that an optimizer updates, by the name in the first layer that holds them."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def planned_steps(config: RunConfig, *, data_size: int) -> list[Step]:
+def planned_steps(config: RunConfig, *, batches: Mapping[int, int]) -> list[Step]:
     """Batch, length and mix of every step: the stage it lies in, and the level of the ramp whose
-    tokens have not all been seen."""
+    tokens have not all been seen. `batches`: first step -> sequences of a full batch from it on."""
     training, data = config.training, config.data
-    full = training.batch_size * training.gradient_accumulation_steps * data_size
     default = {source.name: source.weight for source in data.train}
     plan: list[Step] = []
     tokens = 0
     for number in range(1, (training.max_steps or 0) + 1):
+        full = batches[max(first for first in batches if first <= number)]
         stage = _stage_of(number, config)
         length = (stage and stage.sequence_length) or data.sequence_length
         levels = [r.sequences_per_step for r in training.batch_ramp if tokens < r.until_tokens]

@@ -11,8 +11,8 @@ from data_tools.config import DataConfig
 from parallel.context import ParallelContext
 from pretrain.config import RunConfig, parse_config
 from pretrain.prove.corpus import make_corpus
-from pretrain.prove.oracle import planned_steps
-from pretrain.prove.reader import held_out_rows, interleaved, permuted, samples_of_steps
+from pretrain.prove.truth.oracle import planned_steps
+from pretrain.prove.truth.reader import held_out_rows, interleaved, permuted, samples_of_steps
 from pretrain.run_data import open_held_out_data, open_training_data
 from tests.pretrain.run_values import run_values
 
@@ -67,7 +67,7 @@ def made_run(folder: Path, data: dict, **training) -> RunConfig:
 @pytest.mark.parametrize("data", DATA)
 def test_the_reader_returns_the_samples_of_the_loader(data, training, tmp_path):
     config = made_run(tmp_path, DATA[data], **training)
-    plan = planned_steps(config, data_size=1)
+    plan = planned_steps(config, batches={1: 3 * config.training.batch_size})
     rows = samples_of_steps(config.data, plan, seed=config.training.seed)
     with open_training_data(config, ParallelContext.single().data) as loader:
         for step, expected in zip(plan, rows, strict=True):
@@ -84,7 +84,7 @@ def test_the_reader_returns_the_samples_of_the_loader(data, training, tmp_path):
 
 def test_the_reader_crosses_the_end_of_an_epoch(tmp_path):
     config = made_run(tmp_path, {})
-    steps = planned_steps(config, data_size=1)
+    steps = planned_steps(config, batches={1: 3 * config.training.batch_size})
     windows = 400 // config.data.sequence_length
     assert sum(step.sequences for step in steps) > windows
 
