@@ -8,6 +8,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+import parallel.megatron  # noqa: F401  its warnings are those of an import, not of a test
 from parallel.context import ParallelContext
 from parallel.precision import Precision
 from tests.distributed import run_ranks
