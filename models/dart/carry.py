@@ -14,7 +14,7 @@ class DARTCarry(NamedTuple):
     """Both streams, [s, b, h] each, or [s/t, b, h] under sequence parallelism.
 
     `hidden`: the causal stream. `noised`: the diffusion stream. `modulation`: [T + 1, 6 h], by
-    noise level, or [1, 6 h] where a call has one level. `levels` int32 [b, s] and `targets` int32
+    noise level, or [1, 1 or b, 6 h] where a row has one. `levels` int32 [b, s] and `targets` int32
     [b, s] as in `models.dart.noise.Noise`. `positions`: int32 [b, s], from 0 where the visible
     context begins; None where that is the row.
     """

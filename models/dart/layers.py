@@ -49,13 +49,13 @@ class BlockInputs(NamedTuple):
 
     `before` int64 [b, 1]: the token at the block's first place. Place j of the block predicts the
     token after it and shows `tokens` int64 [b, B] at the same j except where `hidden` bool [b, B].
-    `level`: 1 ... T.
+    `levels` int64 [b]: 1 ... T.
     """
 
     before: Tensor
     tokens: Tensor
     hidden: Tensor
-    level: int
+    levels: Tensor
     states: Tensor | None = None
 
 
@@ -74,7 +74,7 @@ class EmbeddingCache:
 
 
 class TimeEmbedding(nn.Module):
-    """`W_m silu(W_2 silu(W_1 e(t)))` of noise levels: int [n] -> [n, 6 h], 0 at first.
+    """`W_m silu(W_2 silu(W_1 e(t)))` of noise levels: int [...] -> [..., 6 h], 0 at first.
 
     e: sinusoids of 1000 t = 1000 k / T, of periods from 2 pi to 20000 pi. One output serves all
     blocks, each of which adds its own table (arXiv 2310.00426, section 2.3).
@@ -139,7 +139,7 @@ class DARTEmbedding(nn.Module):
         else:
             cache.length += inputs.tokens.shape[1]
             if cache.modulation is None:
-                cache.modulation = self.time(noise.levels[:1, :1].flatten(), self.mask.dtype)
+                cache.modulation = self._of_rows(noise.levels[:1, :1])
             modulation = cache.modulation
         noised = self._noised(following, noise)
         return DARTCarry(hidden, noised, modulation, noise.levels, noise.targets, noise.positions)
@@ -152,9 +152,9 @@ class DARTEmbedding(nn.Module):
         return noise._replace(positions=index.int().expand_as(noise.levels).contiguous())
 
     def _block(self, inputs: BlockInputs) -> DARTCarry:
-        levels = torch.full_like(inputs.tokens, inputs.level, dtype=torch.int32)
+        levels = inputs.levels.int().unsqueeze(1).expand_as(inputs.tokens)
         noise = Noise(levels, inputs.hidden, levels, None, inputs.tokens)
-        modulation = self.time(levels[:1, :1].flatten(), self.mask.dtype)
+        modulation = self._of_rows(levels[:, :1])
         before = self.tokens(inputs.before).transpose(0, 1)
         if inputs.states is None:
             noised = self._noised(inputs.tokens, noise)
@@ -162,6 +162,10 @@ class DARTEmbedding(nn.Module):
             noised = inputs.states.transpose(0, 1).to(before.dtype)
             noised = self._masked(inputs.hidden.T, noised)
         return DARTCarry(before, noised, modulation, levels, levels)
+
+    def _of_rows(self, levels: Tensor) -> Tensor:
+        """Modulation of rows that have one level each: int [b, 1] -> [1, b, 6 h]."""
+        return self.time(levels.T, self.mask.dtype)
 
     def clean(self, tokens: Tensor) -> Tensor:
         """e of tokens int64 [...], with a variance of 1, at least in fp32: [..., h]."""
@@ -313,10 +317,10 @@ class DARTPair(nn.Module):
         return carry._replace(hidden=y, noised=z)
 
     def _modulation(self, carry: DARTCarry, table: Tensor) -> tuple[Tensor, ...]:
-        """Six tensors [s/t, b, h], or [1, 1, h] where the call has one level."""
+        """Six tensors [s/t, b, h], or [1, 1 or b, h] where a row has one level."""
         rows = carry.modulation + table
-        if len(rows) == 1:
-            return rows.unsqueeze(0).chunk(6, dim=-1)
+        if rows.dim() == 3:
+            return rows.chunk(6, dim=-1)
         levels = local_sequence(carry.levels.T, ctx=self.ctx)
         return F.embedding(levels, rows).chunk(6, dim=-1)
 
