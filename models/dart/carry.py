@@ -29,9 +29,10 @@ class DARTCarry(NamedTuple):
 
 class DARTOutput(NamedTuple):
     """`logits` of the causal stream and `draft_logits` of the diffusion stream, [s, b, V/t] each:
-    of token i + 1 at place i. `levels`, `targets`: as in the carry."""
+    of token i + 1 at place i; with a cache one of them is None. `levels`, `targets`: as in the
+    carry."""
 
-    logits: Tensor
-    draft_logits: Tensor
+    logits: Any
+    draft_logits: Any
     levels: Tensor
     targets: Tensor

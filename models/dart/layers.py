@@ -355,8 +355,23 @@ class DARTPair(nn.Module):
         )
 
 
+class HeadCache:
+    """Whose logits a call of generation is for: the causal stream's, or those of the block that is
+    denoised behind a prefix. Of a large vocabulary the others would be a large part of a pass."""
+
+    def __init__(self, *, of_block: bool = False) -> None:
+        self.of_block = of_block
+
+    def rollback(self, length: int) -> None:
+        """Nothing to forget."""
+
+    def prefix(self, length: int) -> HeadCache:
+        return HeadCache(of_block=True)
+
+
 class DARTHead(nn.Module):
-    """Logits of both streams through one matrix, each after its own norm."""
+    """Logits of both streams through one matrix, each after its own norm; with a cache those of one
+    stream, None for the other."""
 
     def __init__(self, config: DARTConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
@@ -364,9 +379,15 @@ class DARTHead(nn.Module):
         self.noised_norm = decoder_norm(config, ctx=ctx)
         self.output = decoder_output(config, ctx=ctx)
 
-    def forward(self, carry: DARTCarry) -> DARTOutput:
-        drafts = self.output(self.noised_norm(carry.noised))
-        logits = self.output(self.norm(carry.hidden))
+    def new_cache(self, batch_size: int, max_length: int) -> HeadCache:
+        return HeadCache()
+
+    def forward(self, carry: DARTCarry, cache: HeadCache | None = None) -> DARTOutput:
+        drafts = logits = None
+        if cache is None or cache.of_block:
+            drafts = self.output(self.noised_norm(carry.noised))
+        if cache is None or not cache.of_block:
+            logits = self.output(self.norm(carry.hidden))
         return DARTOutput(logits, drafts, carry.levels, carry.targets)
 
 

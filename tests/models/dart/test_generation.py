@@ -53,6 +53,18 @@ def test_a_block_denoised_behind_the_cache_is_that_of_the_whole_row(variant, mon
 
 
 @torch.no_grad()
+def test_a_pass_of_generation_makes_the_logits_of_one_stream():
+    config = config_of(num_layers=2, block_size=1)
+    model, projected = model_of(config).eval(), []
+    model.head.output.register_forward_hook(lambda *call: projected.append(call[-1].shape))
+    stream = Stream(model, config, 1, 9)
+    assert stream.advance(text_of(3)).shape == (3, 1, 61)
+    hidden, levels = torch.ones(1, 1, dtype=torch.bool), torch.tensor([8])
+    stream.denoise(2, BlockInputs(text_of(1), text_of(1), hidden, levels))
+    assert projected == [(3, 1, 61), (1, 1, 61)]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("variant", ["base", "one block", "blocks of 1", "gaussian"])
 @pytest.mark.parametrize("prompt", [1, 5, 6, 8])
 def test_greedy_speculative_decoding_writes_what_greedy_decoding_writes(variant, prompt):
