@@ -149,6 +149,17 @@ class Counts(NamedTuple):
     flops: Callable[[Any, int], float]
 
 
+class ScoreGroups(NamedTuple):
+    """Groups of the predicted tokens, whose mean bits an evaluation reports one by one.
+
+    `names(config)`: of the entries of the record. `of(output)`: int64 [b or 1, s], the number of
+    the group of every position, from the last layer's output.
+    """
+
+    names: Callable[[Any], tuple[str, ...]]
+    of: Callable[[Any], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """A model family: one instance each, `FAMILY` in its `model.py`, or the name that the registry
@@ -167,6 +178,7 @@ class ModelFamily:
       the number in `labels`. Every other loss and measurement is a value per row, never per
       micro-batch, and is averaged by `scored_mean`. Its terms are `loss_names`.
     * `token_losses(output, labels, ctx)`: fp32 [s, b], 0 where not scored.
+    * `score_groups`: tokens that an evaluation also counts apart, or None.
 
     The default `loss` is the cross entropy alone. `counts`: closed forms; without them parameters
     and FLOPs are counted from the layers (models.layer_counts). `hf` is None for a family that
@@ -181,6 +193,7 @@ class ModelFamily:
     loss: Callable[..., LossOutput] = lm_loss
     loss_names: tuple[str, ...] = ("lm_loss",)
     token_losses: Callable[..., Tensor] = token_losses
+    score_groups: ScoreGroups | None = None
     counts: Counts | None = None
     hf: HFMapping | None = None
     causal_in_training: bool = True

@@ -220,14 +220,16 @@ class TrainLoop:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
         self.watchdog.progress(f"evaluating after step {self.state.step}")
-        nats = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
+        scores = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
         writers.write(
             evaluation_record(
                 step=self.state.step,
                 tokens=self.state.tokens,
-                total_nats=nats,
+                total_nats=scores.nats,
                 num_tokens=self.evaluation.num_tokens,
                 num_bytes=self.evaluation.num_bytes,
+                num_characters=self.evaluation.num_characters if self.ctx.is_main else None,
+                group_bits=scores.group_bits,
             )
         )
 

@@ -82,6 +82,7 @@ class ByteStream:
 
     document_end = eod_id = BYTE_EOD
     bos_ids = ()
+    is_bytes = True
 
     def __init__(self, files: MappedFiles, *, blank_lines: bool = False) -> None:
         self._files = files

@@ -258,6 +258,7 @@ class IndexedStream:
     """The documents of a .bin/.idx corpus in order."""
 
     document_end = None
+    is_bytes = False
 
     def __init__(self, dataset: IndexedDataset, *, eod_id: int | None = None) -> None:
         """`eod_id`: the end-of-document id, if the corpus itself does not record one."""

@@ -48,6 +48,7 @@ class JsonlCache:
 
     document_end = eod_id = BYTE_EOD
     bos_ids = ()
+    is_bytes = True
 
     def __init__(self, path: Path, *, files: MappedFiles, json_key: str) -> None:
         data = np.frombuffer(map_file(path), dtype=np.uint8)[:-_DIGEST]

@@ -29,6 +29,7 @@ class JsonlStream:
 
     document_end = eod_id = BYTE_EOD
     bos_ids = ()
+    is_bytes = True
 
     def __init__(self, files: MappedFiles, *, json_key: str) -> None:
         self._files = files

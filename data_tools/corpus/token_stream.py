@@ -40,6 +40,10 @@ class TokenStream(Protocol):
         """Bytes of the text that the tokens encode; None if unknown."""
 
     @property
+    def is_bytes(self) -> bool:
+        """Whether ids below 256 are the bytes of the text."""
+
+    @property
     def fingerprint(self) -> str:
         """Content hash that differs between any two corpora."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -10,6 +11,10 @@ from data_tools.arrays import IntArray
 from data_tools.corpus.token_stream import NamedStream
 from data_tools.loading.batch import Batch, check_ids, has_pinned_memory, to_batch
 from data_tools.sampling.token_dataset import Windows, read_windows
+
+_NUM_BYTES = 256
+# Of the bytes of a character of UTF-8 after its first.
+_HIGH_BITS, _CONTINUATION = 0xC0, 0x80
 
 
 class EvalBatches:
@@ -22,7 +27,8 @@ class EvalBatches:
 
     `num_tokens` is the number of scored tokens of all ranks. `num_bytes` is their share of the
     corpus's text, `num_bytes = bytes * num_tokens / tokens`, or None if a source does not record
-    its bytes.
+    its bytes. `num_characters` is the number of characters of UTF-8 that begin at scored tokens, or
+    None if the tokens of a source are no bytes.
     """
 
     def __init__(
@@ -58,6 +64,21 @@ class EvalBatches:
     def fingerprints(self) -> dict[str, str]:
         """Map the name of each source to the fingerprint of its text."""
         return {source.name: source.stream.fingerprint for source in self.sources}
+
+    @cached_property
+    def num_characters(self) -> int | None:
+        """Read from the text once."""
+        if not all(source.stream.is_bytes for source in self.sources):
+            return None
+        total = 0
+        for window in self._windows.tolist():
+            part = self._read(window)
+            ids, is_scored = part.ids[0, 1:], np.ones(part.ids.shape[1] - 1, dtype=bool)
+            if part.segment_ids is not None:
+                is_scored = part.segment_ids[0, 1:] == part.segment_ids[0, :-1]
+            begins = (ids < _NUM_BYTES) & (ids & _HIGH_BITS != _CONTINUATION)
+            total += int(np.count_nonzero(begins & is_scored))
+        return total
 
     def __len__(self) -> int:
         return -(-self.num_windows // (self._micro_batch_size * self._data_size))

@@ -18,6 +18,7 @@ from models.base import (
     Counts,
     LossOutput,
     ModelFamily,
+    ScoreGroups,
     num_scored_in,
     scored_mean,
     token_losses,
@@ -134,6 +135,11 @@ FAMILY = ModelFamily(
     carry_schema=carry_schema,
     loss=loss,
     loss_names=("lm_loss", *AUX, "first_byte_loss", "last_byte_loss"),
+    # In evaluation; a byte near 0 bits would be one that the encoder sees.
+    score_groups=ScoreGroups(
+        names=lambda config: tuple(f"bits_of_byte_{k + 1}" for k in range(config.patch_size)),
+        of=lambda output: output.places,
+    ),
     counts=Counts(num_parameters, forward_flops_per_token),
     hf=HF,
 )

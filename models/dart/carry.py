@@ -14,7 +14,7 @@ class DARTCarry(NamedTuple):
     """Both streams, [s, b, h] each, or [s/t, b, h] under sequence parallelism.
 
     `hidden`: the causal stream. `noised`: the diffusion stream. `modulation`: [T + 1, 6 h], by
-    noise level, or [1, 6 h] where a call has one level. `levels` int32 [b, s] and `targets` int32
+    noise level, or [1, 1 or b, 6 h] where a row has one. `levels` int32 [b, s] and `targets` int32
     [b, s] as in `models.dart.noise.Noise`. `positions`: int32 [b, s], from 0 where the visible
     context begins; None where that is the row.
     """
@@ -29,9 +29,10 @@ class DARTCarry(NamedTuple):
 
 class DARTOutput(NamedTuple):
     """`logits` of the causal stream and `draft_logits` of the diffusion stream, [s, b, V/t] each:
-    of token i + 1 at place i. `levels`, `targets`: as in the carry."""
+    of token i + 1 at place i; with a cache one of them is None. `levels`, `targets`: as in the
+    carry."""
 
-    logits: Tensor
-    draft_logits: Tensor
+    logits: Any
+    draft_logits: Any
     levels: Tensor
     targets: Tensor

@@ -28,10 +28,10 @@ class Block(NamedTuple):
 
 class Draw(Protocol):
     """A token for every place, int64 [b, B], of a block that shows `tokens` where not `hidden`, or
-    `states` [b, B, h] with gaussian noise of `level`."""
+    `states` [b, B, h] with gaussian noise of `levels` int64 [b]."""
 
     def __call__(
-        self, tokens: Tensor, hidden: Tensor, level: int, states: Tensor | None = None
+        self, tokens: Tensor, hidden: Tensor, levels: Tensor, states: Tensor | None = None
     ) -> Tensor: ...
 
 
@@ -41,15 +41,17 @@ def unmask(
     """The tokens of a block by masked diffusion, int64 [b, B].
 
     From level k to k' a hidden token is drawn with probability `(alpha_k' - alpha_k) / (1 -
-    alpha_k)`, and is not hidden again.
+    alpha_k)`, and is not hidden again. Every row begins at the level of what it shows, whatever
+    the rows beside it show.
     """
-    tokens, hidden, alpha = block.tokens, ~block.is_known, alphas(config)
+    tokens, hidden = block.tokens, ~block.is_known
+    alpha = alphas(config, tokens.device)
     levels = levels_down(
-        config, shown=int(block.is_known.sum()), total=hidden.numel(), steps=num_steps
+        config, shown=block.is_known.sum(dim=1), total=hidden.shape[1], steps=num_steps
     )
     for level, following in itertools.pairwise(levels):
         drawn = draw(tokens, hidden, level)
-        share = ((alpha[following] - alpha[level]) / (1.0 - alpha[level])).item()
+        share = ((alpha[following] - alpha[level]) / (1.0 - alpha[level])).unsqueeze(1)
         shown = hidden & block.is_inside
         shown &= sampling.uniform(*hidden.shape, device=hidden.device) < share
         tokens = torch.where(shown, drawn, tokens)
@@ -75,12 +77,13 @@ def reverse(
     """
     tokens, alpha = block.tokens, alphas(config)
     wanted, states = block.is_inside & ~block.is_known, None
-    levels = levels_down(config, shown=0, total=tokens.numel(), steps=num_steps)
+    shown = torch.zeros_like(tokens[:, 0])
+    levels = levels_down(config, shown=shown, total=tokens.shape[1], steps=num_steps)
     for level, following in itertools.pairwise(levels):
         hidden = torch.ones_like(wanted) if states is None else ~block.is_inside
         tokens = torch.where(wanted, draw(tokens, hidden, level, states), tokens)
         states = posterior_draw(
-            states, clean(tokens), alpha[level].item(), alpha[following].item(), sampling
+            states, clean(tokens), alpha[level[0]].item(), alpha[following[0]].item(), sampling
         )
     return tokens
 
@@ -104,14 +107,16 @@ def posterior_draw(
     return mean + variance**0.5 * sampling.normal(*clean.shape, device=clean.device)
 
 
-def levels_down(config: DARTConfig, *, shown: int, total: int, steps: int) -> list[int]:
-    """Levels from the one of a block of which `shown` of `total` tokens are shown, down to 0.
+def levels_down(config: DARTConfig, *, shown: Tensor, total: int, steps: int) -> list[Tensor]:
+    """Levels, int64 [b] each, from those of blocks of which `shown` int64 [b] of `total` tokens are
+    shown, down to 0, which a row reaches at the last of them alone.
 
     Level T where none is; below it where some are, since at T a block holds no token.
     """
-    top = config.diffusion_steps
-    if shown:
-        hidden_share = 1.0 - shown / total
-        top = 1 + int((1.0 - alphas(config)[1:top] - hidden_share).abs().argmin())
-    steps = min(steps, top)
-    return [round(top * (steps - i) / steps) for i in range(steps + 1)]
+    most = config.diffusion_steps
+    hidden_share = 1.0 - shown.double().unsqueeze(1) / total
+    shares = 1.0 - alphas(config, shown.device)[1:most]
+    top = 1 + (shares - hidden_share).abs().argmin(dim=1)
+    top = top.where(shown > 0, most)
+    steps = min(steps, int(top.max()))
+    return [-(-top * (steps - i) // steps) for i in range(steps + 1)]

@@ -151,9 +151,9 @@ class _Draw(NamedTuple):
     guidance_scale: float
 
     def __call__(
-        self, tokens: Tensor, hidden: Tensor, level: int, states: Tensor | None = None
+        self, tokens: Tensor, hidden: Tensor, levels: Tensor, states: Tensor | None = None
     ) -> Tensor:
-        inputs = BlockInputs(self.prefix[:, -1:], tokens, hidden, level, states)
+        inputs = BlockInputs(self.prefix[:, -1:], tokens, hidden, levels, states)
         logits = self.stream.denoise(self.prefix.shape[1] - 1, inputs)
         if self.other is not None:
             if states is None:
@@ -217,8 +217,9 @@ def _drafted(
     block = torch.zeros(1, size, dtype=tokens.dtype, device=tokens.device)
     block[:, :shown] = tokens[:, start + 1 :]
     hidden = torch.arange(size, device=tokens.device).unsqueeze(0) >= seen
-    level = levels_down(stream.config, shown=seen, total=size, steps=1)[0]
-    inputs = BlockInputs(tokens[:, start : start + 1], block, hidden, level)
+    count = torch.full_like(tokens[:, 0], seen)
+    levels = levels_down(stream.config, shown=count, total=size, steps=1)[0]
+    inputs = BlockInputs(tokens[:, start : start + 1], block, hidden, levels)
     logits = stream.denoise(start, inputs)[0, shown : shown + num_drafts]
     q = sampling.probabilities(logits, tokens.expand(num_drafts, -1)).unsqueeze(0)
     return sampling.draw(q), q

@@ -49,13 +49,13 @@ class BlockInputs(NamedTuple):
 
     `before` int64 [b, 1]: the token at the block's first place. Place j of the block predicts the
     token after it and shows `tokens` int64 [b, B] at the same j except where `hidden` bool [b, B].
-    `level`: 1 ... T.
+    `levels` int64 [b]: 1 ... T.
     """
 
     before: Tensor
     tokens: Tensor
     hidden: Tensor
-    level: int
+    levels: Tensor
     states: Tensor | None = None
 
 
@@ -74,7 +74,7 @@ class EmbeddingCache:
 
 
 class TimeEmbedding(nn.Module):
-    """`W_m silu(W_2 silu(W_1 e(t)))` of noise levels: int [n] -> [n, 6 h], 0 at first.
+    """`W_m silu(W_2 silu(W_1 e(t)))` of noise levels: int [...] -> [..., 6 h], 0 at first.
 
     e: sinusoids of 1000 t = 1000 k / T, of periods from 2 pi to 20000 pi. One output serves all
     blocks, each of which adds its own table (arXiv 2310.00426, section 2.3).
@@ -139,7 +139,7 @@ class DARTEmbedding(nn.Module):
         else:
             cache.length += inputs.tokens.shape[1]
             if cache.modulation is None:
-                cache.modulation = self.time(noise.levels[:1, :1].flatten(), self.mask.dtype)
+                cache.modulation = self._of_rows(noise.levels[:1, :1])
             modulation = cache.modulation
         noised = self._noised(following, noise)
         return DARTCarry(hidden, noised, modulation, noise.levels, noise.targets, noise.positions)
@@ -152,9 +152,9 @@ class DARTEmbedding(nn.Module):
         return noise._replace(positions=index.int().expand_as(noise.levels).contiguous())
 
     def _block(self, inputs: BlockInputs) -> DARTCarry:
-        levels = torch.full_like(inputs.tokens, inputs.level, dtype=torch.int32)
+        levels = inputs.levels.int().unsqueeze(1).expand_as(inputs.tokens)
         noise = Noise(levels, inputs.hidden, levels, None, inputs.tokens)
-        modulation = self.time(levels[:1, :1].flatten(), self.mask.dtype)
+        modulation = self._of_rows(levels[:, :1])
         before = self.tokens(inputs.before).transpose(0, 1)
         if inputs.states is None:
             noised = self._noised(inputs.tokens, noise)
@@ -162,6 +162,10 @@ class DARTEmbedding(nn.Module):
             noised = inputs.states.transpose(0, 1).to(before.dtype)
             noised = self._masked(inputs.hidden.T, noised)
         return DARTCarry(before, noised, modulation, levels, levels)
+
+    def _of_rows(self, levels: Tensor) -> Tensor:
+        """Modulation of rows that have one level each: int [b, 1] -> [1, b, 6 h]."""
+        return self.time(levels.T, self.mask.dtype)
 
     def clean(self, tokens: Tensor) -> Tensor:
         """e of tokens int64 [...], with a variance of 1, at least in fp32: [..., h]."""
@@ -313,10 +317,10 @@ class DARTPair(nn.Module):
         return carry._replace(hidden=y, noised=z)
 
     def _modulation(self, carry: DARTCarry, table: Tensor) -> tuple[Tensor, ...]:
-        """Six tensors [s/t, b, h], or [1, 1, h] where the call has one level."""
+        """Six tensors [s/t, b, h], or [1, 1 or b, h] where a row has one level."""
         rows = carry.modulation + table
-        if len(rows) == 1:
-            return rows.unsqueeze(0).chunk(6, dim=-1)
+        if rows.dim() == 3:
+            return rows.chunk(6, dim=-1)
         levels = local_sequence(carry.levels.T, ctx=self.ctx)
         return F.embedding(levels, rows).chunk(6, dim=-1)
 
@@ -351,8 +355,23 @@ class DARTPair(nn.Module):
         )
 
 
+class HeadCache:
+    """Whose logits a call of generation is for: the causal stream's, or those of the block that is
+    denoised behind a prefix. Of a large vocabulary the others would be a large part of a pass."""
+
+    def __init__(self, *, of_block: bool = False) -> None:
+        self.of_block = of_block
+
+    def rollback(self, length: int) -> None:
+        """Nothing to forget."""
+
+    def prefix(self, length: int) -> HeadCache:
+        return HeadCache(of_block=True)
+
+
 class DARTHead(nn.Module):
-    """Logits of both streams through one matrix, each after its own norm."""
+    """Logits of both streams through one matrix, each after its own norm; with a cache those of one
+    stream, None for the other."""
 
     def __init__(self, config: DARTConfig, *, ctx: ParallelContext) -> None:
         super().__init__()
@@ -360,9 +379,15 @@ class DARTHead(nn.Module):
         self.noised_norm = decoder_norm(config, ctx=ctx)
         self.output = decoder_output(config, ctx=ctx)
 
-    def forward(self, carry: DARTCarry) -> DARTOutput:
-        drafts = self.output(self.noised_norm(carry.noised))
-        logits = self.output(self.norm(carry.hidden))
+    def new_cache(self, batch_size: int, max_length: int) -> HeadCache:
+        return HeadCache()
+
+    def forward(self, carry: DARTCarry, cache: HeadCache | None = None) -> DARTOutput:
+        drafts = logits = None
+        if cache is None or cache.of_block:
+            drafts = self.output(self.noised_norm(carry.noised))
+        if cache is None or not cache.of_block:
+            logits = self.output(self.norm(carry.hidden))
         return DARTOutput(logits, drafts, carry.levels, carry.targets)
 
 

@@ -48,6 +48,8 @@ def continue_rows(
     mode, length, scale = request.mode, request.length, request.guidance_scale
     check_request(config, tokens, length, mode, scale, request.num_steps)
     sampling, eos_id = request.sampling, request.eos_id
+    sampling.check()
+    check_id(config, "eos_token_id", eos_id)
     guided: dict[str, Any] = {"sampling": sampling, "guidance_scale": scale}
     with torch.no_grad(), evaluating(model):
         if mode == "ar":
@@ -79,6 +81,19 @@ def evaluating(model: SequentialModel) -> Iterator[None]:
         model.train(was_training)
 
 
+def check_id(config: DARTConfig, name: str, token_id: int | None) -> None:
+    """Check that the token of this setting is in the vocabulary.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if token_id is not None and not 0 <= token_id < config.vocab_size:
+        raise ValueError(
+            f"{name}={token_id} is no token of vocab_size={config.vocab_size}; give one from 0 to "
+            f"{config.vocab_size - 1}"
+        )
+
+
 def check_request(
     config: DARTConfig,
     tokens: Tensor,
@@ -102,13 +117,23 @@ def check_request(
             f"a prompt of {tokens.shape[1]} tokens with max_length={length}: it must be longer "
             f"than the prompt and at most max_position_embeddings={longest}"
         )
-    if not 1.0 <= guidance_scale < float("inf"):
-        raise ValueError(f"guidance_scale={guidance_scale} must be 1 (none) or more")
+    check_guidance(guidance_scale)
     if guidance_scale != 1.0 and mode == "speculative":
         raise ValueError(
             f"guidance_scale={guidance_scale} with mode=speculative, which has the law of the "
             "model without guidance; use mode=ar or guidance_scale=1"
         )
+    check_steps(mode, num_steps)
+
+
+def check_guidance(scale: float) -> None:
+    """Raises ValueError: the scale is below 1 or not finite."""
+    if not 1.0 <= scale < float("inf"):
+        raise ValueError(f"guidance_scale={scale} must be finite and 1 or more; use 1 for none")
+
+
+def check_steps(mode: str, num_steps: int | None) -> None:
+    """Raises ValueError: a number of passes a block below 1, or in a mode without them."""
     if num_steps is not None and (mode != "diffusion" or num_steps < 1):
         raise ValueError(
             f"num_diffusion_steps={num_steps} with mode={mode}: it is 1 or more and belongs to "
@@ -131,7 +156,7 @@ def sampling_of(
     Raises:
         ValueError: the temperature is not above 0.
     """
-    if not 0.0 < temperature < float("inf"):
+    if do_sample and not 0.0 < temperature < float("inf"):
         raise ValueError(
             f"temperature={temperature} must be above 0; for the most probable token use "
             "do_sample=False"

@@ -20,6 +20,25 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
     generator: torch.Generator | None = None
 
+    def check(self) -> None:
+        """Raises ValueError: a setting is out of its range."""
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must be finite and not negative; use 0 for the "
+                "most probable token"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be 1 or more; use None to keep every token")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(
+                f"top_p={self.top_p} must be above 0 and at most 1; use None to keep every token"
+            )
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be finite and above 0; use 1 "
+                "for none"
+            )
+
     def probabilities(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """The distribution of the next token: logits [b, V] after `prefix` int64 [b, t].
 

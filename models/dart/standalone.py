@@ -11,17 +11,21 @@ from models.base import TokenInputs
 from models.dart.carry import DARTOutput
 from models.dart.config import DARTConfig
 from models.dart.generation import fill_in
+from models.dart.layers import check_length
 from models.dart.model import layer_specs, loss
 from models.dart.modes import (
     Mode,
     Request,
-    check_request,
+    check_guidance,
+    check_id,
+    check_steps,
     continue_rows,
     evaluating,
     row_lengths,
     sampling_of,
 )
 from models.dart.sampling import Sampling
+from models.standalone.model import check_tokens
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL
@@ -56,9 +60,10 @@ class DART(nn.Module):
         of an autoregressive model. `attention_mask` [b, s]: zeros after a row's tokens.
 
         Raises:
-            ValueError: padding before or between tokens, or more of them than the model has
-                positions.
+            ValueError: padding before or between tokens, tokens outside the vocabulary, or more of
+                them than the model has positions.
         """
+        check_tokens(input_ids, vocab_size=self.config.vocab_size)
         _check_mask(input_ids, attention_mask)
         output: DARTOutput = self.body(TokenInputs(input_ids))
         return {
@@ -83,6 +88,7 @@ class DART(nn.Module):
         Raises:
             ValueError: see `forward`; fewer than 2 tokens; a smoothing outside of [0, 1).
         """
+        check_tokens(input_ids, vocab_size=self.config.vocab_size)
         if input_ids.shape[1] < 2:
             raise ValueError(
                 f"input_ids of shape {list(input_ids.shape)} have no token to predict; give rows "
@@ -146,7 +152,9 @@ class DART(nn.Module):
         if input_ids is None:
             if bos_token_id is None:
                 raise ValueError("input_ids=None begins with bos_token_id; give one of the two")
+            check_id(self.config, "bos_token_id", bos_token_id)
             input_ids = torch.tensor([[bos_token_id]], device=self.body.ctx.device)
+        check_tokens(input_ids, vocab_size=self.config.vocab_size)
         sampling = sampling_of(
             temperature=temperature,
             top_k=top_k,
@@ -179,21 +187,27 @@ class DART(nn.Module):
         sampling: Sampling | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """Fill in the tokens of rows int64 [b, s] where `known` bool [b, s] is False.
+        """Fill in the tokens of rows int64 [b, s] where `known` bool [b, s] is False; what stands
+        there is not read.
 
         A block sees what comes before it and the known tokens in it; nothing sees later blocks.
 
         Raises:
-            ValueError: the first token is not known, or a setting is out of its range.
+            ValueError: the first token is not known, `known` is no such tensor, or a setting is out
+                of its range.
         """
-        check_request(
-            self.config,
-            input_ids[:, :1],
-            input_ids.shape[1],
-            "diffusion",
-            guidance_scale,
-            num_diffusion_steps,
-        )
+        if known.dtype != torch.bool or known.shape != input_ids.shape:
+            raise ValueError(
+                f"known {str(known.dtype).removeprefix('torch.')}{list(known.shape)} must be "
+                f"bool{list(input_ids.shape)}, as input_ids; write known.bool() or ids >= 0"
+            )
+        input_ids = input_ids.masked_fill(~known, 0)
+        check_tokens(input_ids, vocab_size=self.config.vocab_size)
+        check_length(self.config, input_ids.shape[1])
+        check_guidance(guidance_scale)
+        check_steps("diffusion", num_diffusion_steps)
+        sampling = sampling or Sampling()
+        sampling.check()
         if not bool(known[:, 0].all()):
             raise ValueError(
                 "known[:, 0] is False: nothing predicts the first token; put a token that begins "
@@ -206,7 +220,7 @@ class DART(nn.Module):
                 input_ids,
                 known,
                 num_steps=num_diffusion_steps or self.config.block_size,
-                sampling=sampling or Sampling(),
+                sampling=sampling,
                 guidance_scale=guidance_scale,
             ).tokens
 

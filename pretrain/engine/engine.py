@@ -41,6 +41,7 @@ from pretrain.engine.optimizers import (
     set_learning_rate,
     without_update,
 )
+from pretrain.engine.scoring import Scores, Scoring
 from pretrain.engine.train_spec import Targets, TrainSpec, count_scored
 
 
@@ -94,9 +95,9 @@ class Engine(ABC):
         """Take one optimizer step over `num_micro_batches` batches of this data rank."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
-        """Sum, in nats, of the losses of every scored token in `num_batches` batches of all data
-        ranks."""
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> Scores:
+        """The losses of every scored token in `num_batches` batches of all data ranks; all ranks
+        call it alike."""
 
     @abstractmethod
     def weights(self) -> list[Weight]:
@@ -189,15 +190,16 @@ class PlainEngine(Engine):
         return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm, applied)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> Scores:
         self._deepspeed.eval()
+        score = Scoring(self.spec)
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
         for batch in batches:
             inputs, labels = _to_device(batch, self.ctx.device)
-            total += self.spec.score(self._deepspeed(inputs), Targets(labels))[0].double()
+            total += score(self._deepspeed(inputs), Targets(labels))[0].double()
         dist.all_reduce(total, group=self.ctx.data.group)
         self._deepspeed.train()
-        return total.item()
+        return Scores(total.item(), score.group_bits())
 
     def weights(self) -> list[Weight]:
         is_partitioned = self.spec.ds_config.zero_stage == 3
@@ -237,13 +239,14 @@ class StageEngine(Engine):
         terms = dict(engine.agg_additional_losses)
         return StepResult(loss, terms, engine.get_global_grad_norm(), applied)
 
-    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> float:
-        with self._objective(self.spec.score):
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> Scores:
+        score = Scoring(self.spec)
+        with self._objective(score):
             mean = self._deepspeed.eval_batch(
                 self._pairs(iter(batches)), num_micro_batches=num_batches
             )
         # The engine averages the sums of `score` over micro-batches and data ranks.
-        return mean.item() * num_batches * self.ctx.data.size
+        return Scores(mean.item() * num_batches * self.ctx.data.size, score.group_bits())
 
     def weights(self) -> list[Weight]:
         copies = [name for name, p in self.module.named_parameters() if p.ds_pipe_replicated]  # type: ignore[attr-defined]

@@ -91,12 +91,6 @@ class TrainSpec(NamedTuple):
             num_scored = (labels != IGNORED_LABEL).sum().clamp(min=1)
         return vocab_parallel_z_losses(logits, labels, ctx=self.ctx).sum() / num_scored
 
-    def score(self, output: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the losses of the scored tokens, in nats, for evaluation."""
-        losses = self.family.token_losses(output, targets[0], ctx=self.ctx)
-        zero = torch.zeros((), device=losses.device)
-        return losses.sum(), dict.fromkeys(self.loss_names, zero)
-
 
 def build_precision(config: RunConfig) -> Precision:
     """The precision of the run.

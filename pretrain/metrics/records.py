@@ -117,13 +117,21 @@ def training_record(
 
 
 def evaluation_record(
-    *, step: int, tokens: int, total_nats: float, num_tokens: int, num_bytes: int | None
+    *,
+    step: int,
+    tokens: int,
+    total_nats: float,
+    num_tokens: int,
+    num_bytes: int | None,
+    num_characters: int | None = None,
+    group_bits: Mapping[str, float] | None = None,
 ) -> Record:
     """Build the metrics.jsonl record of an evaluation.
 
     eval_loss = nats / tokens, perplexity = exp(eval_loss), bits_per_byte = nats / (ln 2 bytes):
     the last compares models of different tokenizers, and is omitted if the number of bytes of the
-    corpus's text is unknown (`num_bytes` is None).
+    corpus's text is unknown (`num_bytes` is None). So is bits_per_character, which is larger by the
+    bytes of a character. `group_bits`: entries of the family's own.
     """
     loss = total_nats / num_tokens
     record: Record = {
@@ -134,7 +142,9 @@ def evaluation_record(
     }
     if num_bytes is not None:
         record["bits_per_byte"] = total_nats / (math.log(2) * num_bytes)
-    return record
+    if num_characters:
+        record["bits_per_character"] = total_nats / (math.log(2) * num_characters)
+    return record | dict(group_bits or {})
 
 
 def peak_memory_gib() -> float | None:

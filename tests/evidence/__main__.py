@@ -16,6 +16,7 @@ NAMES = (
     "cost",
     "depth",
     "hybrid",
+    "drafts",
     "patches",
     "patch_recall",
     "thinking",

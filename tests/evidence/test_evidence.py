@@ -11,6 +11,7 @@ from parallel.context import ParallelContext
 from tests.evidence import (
     cost,
     depth,
+    drafts,
     hybrid,
     language,
     mood,
@@ -106,6 +107,17 @@ def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     written = hybrid.written(trained, ours, prompt, "speculative")
     assert written.tokens.shape == (1, hybrid.TOTAL)
     assert 0 < written.num_passes <= 2 * (hybrid.TOTAL - hybrid.PROMPT)
+
+
+def test_drafts_are_timed_and_decoded_with():
+    size = (64, 2)
+    passes, decoding = drafts.tables(1, steps=1, sizes=(size,), trained_size=size, rounds=2)
+    assert len(passes.rows) == len(drafts.BLOCK_SIZES)
+    assert all(float(row[-1]) > 0 for row in passes.rows)
+    for row in decoding.rows:
+        # A cycle keeps at least the byte of the check, and at most the block and that byte.
+        assert 0.9 < float(row[2]) <= drafts.TRAINED_BLOCK + 1
+        assert row[-1].count("x") == 1
 
 
 def test_patches_are_compared_at_equal_flops_on_the_same_bytes_and_scored_by_place():

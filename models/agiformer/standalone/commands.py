@@ -54,6 +54,9 @@ def _train(
     options: argparse.Namespace, train: Iterable[Any], val: Iterable[Any], **recorded: Any
 ) -> None:
     check_device(options.device)
+    folder = Path(options.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output={folder} is no folder; give one for the models and metrics")
     torch.manual_seed(options.seed)
     model = _built(options)
     unit = model.config.patch_size
@@ -76,7 +79,7 @@ def _train(
     )
     optimizer = build_optimizer(model, lr=options.lr, weight_decay=0.01)
     RecordedTrainer(
-        model, settings, train, val, optimizer=optimizer, folder=Path(options.output), **recorded
+        model, settings, train, val, optimizer=optimizer, folder=folder, **recorded
     ).train()
 
 
@@ -107,6 +110,8 @@ def _built(options: argparse.Namespace) -> AGIFORMER:
 
 def generate_text(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation."""
+    if options.length < 1:
+        raise ValueError(f"--length={options.length} must be 1 or more; raise it")
     model, prompt = _loaded(options), _prompt(options)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     rows = generate(

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.agiformer.carry import AUX, AgiformerCarry
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY, set_plasticity
-from models.generate import sample
+from models.generate import check_temperature, sample
 from models.standalone.model import StandaloneModel, check_tokens
 from models.standalone.settings_file import checked_settings
 
@@ -80,6 +80,7 @@ class AGIFORMER(StandaloneModel):
         x = self._checked(x, "x")
         projected = self._projected(x)  # [N, P, B, m]
         if target_bytes is None:
+            check_temperature(temperature)
             return self._drawn(projected, temperature)
         target = self._checked(target_bytes, "target_bytes")
         if target.shape != x.shape:
@@ -127,6 +128,11 @@ class AGIFORMER(StandaloneModel):
         return torch.stack(logits, dim=2)
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
+        if x.is_floating_point():
+            raise ValueError(
+                f"{name} of {str(x.dtype).removeprefix('torch.')} must hold bytes of an integer "
+                "type; use uint8 or int64"
+            )
         x = x.long()
         check_tokens(x, vocab_size=self.config.vocab_size)
         size = self.config.patch_size

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,38 @@ def test_sources_follow_each_other_and_batches_can_be_read_again(tmp_path: Path)
     assert first == second
     assert [label for labels in first for label in labels] == [*range(1, 25), *range(1001, 1032)]
     assert batches.num_tokens == 24 + 31
+
+
+@pytest.mark.parametrize("reset_at_documents", [False, True])
+@pytest.mark.parametrize("kind", ["bytes", "jsonl"])
+def test_characters_that_begin_at_scored_bytes_are_counted(
+    tmp_path: Path, kind: str, reset_at_documents: bool
+) -> None:
+    """Against Python's own decoder: all but the first, and with resets those of every document."""
+    texts = ["aşk çok güzel", "\u20ac 5, \U0001f600!"]
+    for number, text in enumerate(texts):
+        line = json.dumps({"text": text}) if kind == "jsonl" else text
+        suffix = "jsonl" if kind == "jsonl" else "txt"
+        (tmp_path / f"{number}.{suffix}").write_text(line, encoding="utf-8")
+    config = DataConfig.model_validate(
+        {
+            "kind": "bytes",
+            "documents": "jsonl" if kind == "jsonl" else "file",
+            "train": "unused",
+            "validation": str(tmp_path),
+            "sequence_length": 7,
+            "reset_at_documents": reset_at_documents,
+        }
+    )
+    batches = build_eval_batches(
+        config, sequence_length=7, micro_batch_size=2, data_rank=0, data_size=1, vocab_size=257
+    )
+    unscored = len(texts) if reset_at_documents else 1
+    assert batches.num_characters == sum(map(len, texts)) - unscored
+
+
+def test_characters_are_not_counted_where_tokens_are_no_bytes(tmp_path: Path) -> None:
+    assert _batches([write_counting_corpus(tmp_path / "v", 25)]).num_characters is None
 
 
 def test_windows_of_a_limited_evaluation_are_spread_over_the_text(tmp_path: Path) -> None:

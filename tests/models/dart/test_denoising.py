@@ -32,12 +32,12 @@ class _Exact:
         self.alpha, self.e = alphas(config), embeddings
         self.sampling, self.copies = sampling, copies
 
-    def __call__(self, tokens, hidden, level, states=None):
+    def __call__(self, tokens, hidden, levels, states=None):
         scores = P.log().expand(*tokens.shape, -1)
         if states is not None:
-            alpha = self.alpha[level]
+            alpha = self.alpha[levels].view(-1, 1, 1, 1)
             away = states.unsqueeze(-2) - alpha.sqrt() * self.e
-            seen = -away.square().sum(-1) / (2 * (1 - alpha))
+            seen = -(away.square() / (2 * (1 - alpha))).sum(-1)
             if self.copies:
                 seen = seen.sum(dim=1, keepdim=True).expand_as(seen)
             scores = scores + seen

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.base import TokenInputs
+from models.dart.denoising import levels_down
 from models.dart.generation import Stream, causal, fill_in, speculative
 from models.dart.layers import BlockInputs
 from models.dart.noise import Noise
@@ -24,24 +25,24 @@ def _sampling(seed: int) -> Sampling:
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["base", "shared trunk, twice"])
 def test_a_block_denoised_behind_the_cache_is_that_of_the_whole_row(variant, monkeypatch):
-    """With tokens shown and hidden, at two levels, in every block of a row."""
+    """With tokens shown and hidden, at two levels, each row at its own, in every block."""
     config = config_of(**VARIANTS[variant])
     model, size = model_of(config).eval(), config.block_size
     text = text_of(21, batch=2)
     generator = torch.Generator().manual_seed(1)
-    for level in (3, config.diffusion_steps):
-        hidden = torch.rand(2, 20, generator=generator) < 0.5
-        if level == config.diffusion_steps:
-            hidden = torch.ones_like(hidden)
+    for own_levels in ((3, config.diffusion_steps), (config.diffusion_steps, 5)):
+        row_levels = torch.tensor(own_levels)
+        is_full = (row_levels == config.diffusion_steps).unsqueeze(1)
+        hidden = (torch.rand(2, 20, generator=generator) < 0.5) | is_full
         for start in range(0, 20, size):
             stream = Stream(model, config, 2, 20)
             stream.advance(text[:, : start + 3])  # further than the block begins
             own = slice(start, start + size)
             block = text[:, 1:][:, own]
             before = text[:, start : start + 1]
-            found = stream.denoise(start, BlockInputs(before, block, hidden[:, own], level))
+            found = stream.denoise(start, BlockInputs(before, block, hidden[:, own], row_levels))
             levels = torch.full((2, 21), config.diffusion_steps, dtype=torch.int32)
-            levels[:, own] = level
+            levels[:, own] = row_levels.int().unsqueeze(1)
             shown = torch.ones(2, 21, dtype=torch.bool)
             shown[:, own] = hidden[:, own]
             noise = Noise(levels, shown, levels, None, text)
@@ -49,6 +50,18 @@ def test_a_block_denoised_behind_the_cache_is_that_of_the_whole_row(variant, mon
                 patched.setattr("models.dart.layers.full_noise", lambda *a, n=noise, **k: n)
                 whole = model(TokenInputs(text)).draft_logits.transpose(0, 1)[:, own]
             torch.testing.assert_close(found, whole, **FP64)
+
+
+@torch.no_grad()
+def test_a_pass_of_generation_makes_the_logits_of_one_stream():
+    config = config_of(num_layers=2, block_size=1)
+    model, projected = model_of(config).eval(), []
+    model.head.output.register_forward_hook(lambda *call: projected.append(call[-1].shape))
+    stream = Stream(model, config, 1, 9)
+    assert stream.advance(text_of(3)).shape == (3, 1, 61)
+    hidden, levels = torch.ones(1, 1, dtype=torch.bool), torch.tensor([8])
+    stream.denoise(2, BlockInputs(text_of(1), text_of(1), hidden, levels))
+    assert projected == [(3, 1, 61), (1, 1, 61)]
 
 
 @torch.no_grad()
@@ -134,6 +147,31 @@ def test_filling_in_keeps_what_is_known(variant, num_steps):
     assert not torch.equal(filled.tokens, text)
     blocks = len(range(0, LENGTH - 1, config.block_size))
     assert filled.num_passes <= blocks * (1 + num_steps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["masked", "gaussian"])
+def test_a_row_is_filled_in_as_it_is_alone(kind):
+    """Whatever the rows beside it show: one pass with the most probable tokens draws nothing."""
+    config = config_of(block_size=8, diffusion_type=kind)
+    model, text = model_of(config).eval(), text_of(25, batch=4)
+    known = torch.rand(4, 25, generator=torch.Generator().manual_seed(0)) < 0.5
+    known[:2] = torch.tensor([True, False]).unsqueeze(1)
+    known[0, 3], known[:, 0] = False, True
+    together = fill_in(model, config, text, known, num_steps=1, sampling=GREEDY).tokens
+    for row, own, filled in zip(text.split(1), known.split(1), together, strict=True):
+        alone = fill_in(model, config, row, own, num_steps=1, sampling=GREEDY).tokens
+        assert torch.equal(alone[0], filled)
+
+
+def test_a_row_begins_at_the_level_of_what_it_shows_and_ends_with_the_last_pass():
+    config = config_of(diffusion_schedule="linear", diffusion_steps=8)
+    shown = torch.tensor([0, 1, 2, 3, 4])
+    levels = torch.stack(levels_down(config, shown=shown, total=4, steps=50))
+    assert levels[0].tolist() == [8, 6, 4, 2, 1]
+    assert (levels.diff(dim=0) <= 0).all()
+    assert (levels[:-1] > 0).all()
+    assert not levels[-1].any()
 
 
 @torch.no_grad()

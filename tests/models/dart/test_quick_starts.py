@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.dart import DART, DARTConfig
+from models.dart.sampling import Sampling
 from tests.models.dart.cases import BASE, config_of
 from tests.refusals import assert_refused
 
@@ -156,10 +157,86 @@ def test_a_value_of_the_wrong_type_or_range_is_refused(settings, message):
         config_of(**settings)
 
 
+ROWS = torch.tensor([[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"guidance_scale": 0.5}, ("guidance_scale", 0.5, "1", "1")),
+        ({"guidance_scale": float("nan")}, ("guidance_scale", "nan", "finite", "1")),
+        ({"top_k": 0}, ("top_k", 0, "1", "None")),
+        ({"top_p": 0.0}, ("top_p", 0.0, ("0", "1"), "None")),
+        ({"top_p": 1.5}, ("top_p", 1.5, ("0", "1"), "None")),
+        ({"top_p": float("nan")}, ("top_p", "nan", ("0", "1"), "None")),
+        ({"repetition_penalty": 0.0}, ("repetition_penalty", 0.0, "0", "1")),
+        ({"repetition_penalty": -1.0}, ("repetition_penalty", -1.0, "0", "1")),
+        ({"eos_token_id": 61}, ("eos_token_id", 61, "vocab_size=61", "60")),
+        ({"input_ids": None, "bos_token_id": -1}, ("bos_token_id", -1, "vocab_size=61", "60")),
+        ({"input_ids": ROWS + 60}, ("input_ids", 63, "vocab_size=61", "tokenizer")),
+        ({"input_ids": ROWS.float()}, ("input_ids", "float32[1, 4]", "int64", "")),
+    ],
+)
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
+def test_what_no_mode_can_do_is_refused(model, mode, options: dict[str, Any], parts):
+    with assert_refused(*parts):
+        model.generate(**{"input_ids": ROWS, "max_length": 9, "mode": mode} | options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "known", "options", "parts"),
+    [
+        (ROWS, ROWS < 0, {}, ("known[:, 0]", "False", "first token", "before")),
+        (ROWS, (ROWS < 1).int(), {}, ("known", "int32[1, 4]", "bool[1, 4]", "known.bool()")),
+        (ROWS, ROWS[:, :3] < 1, {}, ("known", "bool[1, 3]", "bool[1, 4]", "known.bool()")),
+        (ROWS + 60, ROWS < 2, {}, ("input_ids", 61, "vocab_size=61", "tokenizer")),
+        (
+            torch.zeros(1, 257, dtype=torch.int64),
+            torch.arange(257).unsqueeze(0) < 1,
+            {},
+            ("position", 256, "max_position_embeddings=256", "shorten"),
+        ),
+        (ROWS, ROWS < 1, {"guidance_scale": 0.5}, ("guidance_scale", 0.5, "1", "1")),
+        (ROWS, ROWS < 1, {"sampling": Sampling(top_k=0)}, ("top_k", 0, "1", "None")),
+    ],
+)
+def test_what_cannot_be_filled_in_is_refused(model, tokens, known, options, parts):
+    with assert_refused(*parts):
+        model.infill(tokens, known, **options)
+
+
+def test_what_stands_at_an_unknown_place_is_not_read(model):
+    known = torch.tensor([[True, False, True, False]])
+    rows = []
+    for other in (-100, 5, 99):
+        torch.manual_seed(0)
+        rows.append(model.infill(ROWS.masked_fill(~known, other), known))
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+    assert model.infill(ROWS[:, :1], known[:, :1]).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("call", ["forward", "compute_loss"])
+def test_tokens_that_the_model_does_not_have_are_refused(model, call):
+    for tokens, parts in (
+        (ROWS - 1, ("input_ids", -1, "vocab_size=61", "tokenizer")),
+        (ROWS[0], ("input_ids", "int64[4]", "int64[batch, tokens", "")),
+    ):
+        with assert_refused(*parts):
+            getattr(model, call)(tokens)
+
+
+def test_without_sampling_the_temperature_is_not_read(model):
+    rows = [
+        model.generate(ROWS, max_length=9, do_sample=False, temperature=t) for t in (0.0, 1.0, 2.0)
+    ]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
         ({"guidance_scale": 2.0, "mode": "speculative"}, "guidance_scale=2.0 with mode=spec"),
         ({"max_length": 3}, "max_length=3"),
         ({"max_length": 257}, "max_position_embeddings=256"),

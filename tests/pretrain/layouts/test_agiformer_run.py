@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,11 @@ def reference(data, tmp_path_factory):
     directory = tmp_path_factory.mktemp("reference")
     trained, evaluated = _train(data, directory)
     assert (_plasticities(directory, 2), _plasticities(directory, 4)) == ({0.5}, {0.99})
+    # Of the places of a patch, at every one of which as many bytes are scored, or one more.
+    bits = [evaluated[-1][f"bits_of_byte_{k + 1}"] for k in range(CONFIG.patch_size)]
+    whole = evaluated[-1]["eval_loss"] / math.log(2)
+    assert statistics.fmean(bits) == pytest.approx(whole, rel=0.01)
+    assert len(set(bits)) == CONFIG.patch_size
     return trained, evaluated
 
 

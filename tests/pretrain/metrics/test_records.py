@@ -104,6 +104,17 @@ def test_an_evaluation_record_converts_nats_to_perplexity_and_bits_per_byte() ->
     assert record["eval_loss"] == pytest.approx(math.log(8))
     assert record["perplexity"] == pytest.approx(8)
     assert record["bits_per_byte"] == pytest.approx(1.0)  # 3 bits per token of 3 bytes
+    assert "bits_per_character" not in record
+
+
+def test_an_evaluation_record_has_the_bits_of_a_character_and_of_groups_of_tokens() -> None:
+    record = evaluation_record(
+        step=5, tokens=7, total_nats=300 * math.log(2), num_tokens=300, num_bytes=300,
+        num_characters=240, group_bits={"bits_of_byte_1": 1.5},
+    )  # fmt: skip
+    assert record["bits_per_byte"] == pytest.approx(1.0)
+    assert record["bits_per_character"] == pytest.approx(1.25)
+    assert record["bits_of_byte_1"] == 1.5
 
 
 def test_a_hopeless_model_has_infinite_perplexity() -> None:

@@ -91,6 +91,11 @@ def test_bytes_that_are_no_whole_patches_or_none_at_all_are_refused():
         model(torch.full((1, 4), 300))
     with assert_refused("target_bytes", value=[2, 4], constraint="[2, 8]", remedy=()):
         model(_bytes(8), target_bytes=_bytes(4))
+    with assert_refused("x", value="float32", constraint="integer", remedy=("uint8", "int64")):
+        model(_bytes(8).float())
+    for temperature in (-1.0, float("nan")):
+        with assert_refused("temperature", value=temperature, constraint="finite", remedy="0"):
+            model(_bytes(8), temperature=temperature)
 
 
 @torch.no_grad()

@@ -139,6 +139,8 @@ def test_what_is_missing_or_cannot_be_is_named_in_one_line(texts, scaled, capsys
             "less than the 21 bytes of the question; use",
         ),
         (cli.overfit_test, ["--steps", "0"], "--steps=0 must be 1 or more; raise it"),
+        (cli.generate, [file, "--length", "0"], "--length=0 must be 1 or more; raise it"),
+        (cli.train_scaled, [*data, *SMALL, "--output", file], f"--output={file} is no folder; "),
         (cli.train_scaled, ["--data_dir", str(tmp_path)], "train.txt is missing"),
         (cli.generate, [], "give the file once"),
         (cli.generate, ["a.pth", "--model", "b.pth"], "give the file once"),
