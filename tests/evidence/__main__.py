@@ -19,6 +19,7 @@ NAMES = (
     "patches",
     "patch_recall",
     "thinking",
+    "layer_memory",
 )
 
 
