@@ -18,7 +18,7 @@ _MODULES = {
     "get_amrpa_loss": "injection.inject",
     "get_amrpa_metrics": "injection.inject",
     "reset_amrpa_history": "injection.inject",
-    "from_pretrained": "injection.inject",
+    "from_pretrained": "injection.loading",
 }
 
 __all__ = list(_MODULES)

@@ -37,6 +37,23 @@ class AMRPAConfig(MemorySettings):
     granularity: Literal["head", "token"] = "head"
     inject_cross_attention: bool = False
 
+    def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in type(self).model_fields:
+                nearest = difflib.get_close_matches(name, type(self).model_fields, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else "remove it"
+                raise ValueError(f"{name!r} is no setting of AMRPAConfig; {hint}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first, *others = error.errors()
+            name = str(first["loc"][0])
+            rest = [each["msg"] for each in others if each["loc"][0] == name]
+            problem = " or ".join(dict.fromkeys([first["msg"], *rest]))
+            raise ValueError(
+                f"{name}={values.get(name)!r} of AMRPAConfig is invalid: {problem}"
+            ) from None
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return self.model_dump(mode="json")
@@ -48,19 +65,11 @@ class AMRPAConfig(MemorySettings):
         Raises:
             ValueError: a setting is unknown or outside of its range.
         """
-        for name in values:
-            if name not in cls.model_fields:
-                nearest = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else "remove it"
-                raise ValueError(f"{name!r} is no setting of AMRPAConfig; {hint}")
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
+        if not isinstance(values, Mapping):
             raise ValueError(
-                f"{name}={values.get(name)!r} of AMRPAConfig is invalid: {first['msg']}"
-            ) from None
+                f"amrpa_config={values!r} is no mapping of settings; use that of `to_dict`"
+            )
+        return cls(**values)
 
 
 class AMRPALlamaConfig(MemorySettings, DecoderConfig):

@@ -70,6 +70,10 @@ def targets_by_stack(targets: str | Sequence[int], sizes: dict[str, int]) -> dic
                 f"target_layers={targets!r} names the stack {prefix!r}, and the model has "
                 f"{', '.join(sizes)}; name one of them"
             )
+        if not rest:
+            raise ValueError(
+                f"target_layers={targets!r} names a stack and none of its layers; add {_FORMS}"
+            )
         return {prefix: resolve_targets(rest, sizes[prefix])}
     return {name: resolve_targets(targets, size) for name, size in sizes.items()}
 

@@ -20,6 +20,7 @@ NAMES = (
     "patches",
     "patch_recall",
     "thinking",
+    "layer_memory",
 )
 
 

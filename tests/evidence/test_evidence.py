@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.evidence import (
     drafts,
     hybrid,
     language,
+    layer_memory,
     mood,
     patch_recall,
     patches,
@@ -161,3 +164,28 @@ def test_thinking_is_counted_by_the_kind_of_answer():
     found = thinking.run(1e-3, seed=0, steps=1, rows=8)
     assert found.leak == 0.0
     assert all(1.0 <= steps <= 4.0 for steps in found.steps.values())
+
+
+def test_zeroing_the_memory_of_a_fine_tuned_model_leaves_out_what_it_adds_alone():
+    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    base = layer_memory.base_model(corpus, seed=0, steps=1)
+    tune = functools.partial(layer_memory.tune, base, corpus=corpus, seed=0, steps=3, rows=4)
+    before = layer_memory.held_out(base, corpus.test, rows=4)
+    found = tune("memory alone")
+    assert found.without == pytest.approx(before, abs=1e-6)  # the base was not touched
+    assert found.bits != found.without
+    assert tune("everything, no memory").bits != pytest.approx(before, abs=1e-6)
+
+
+def test_memory_from_scratch_is_compared_at_equal_flops():
+    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    llama, *ours = layer_memory.SCRATCH.values()
+    assert layer_memory.steps_of(llama, 200) == 200
+    for arm in ours:
+        steps = layer_memory.steps_of(arm, 200)
+        spent = steps * arm.family.flops(arm.config, language.LENGTH)
+        assert spent == pytest.approx(
+            200 * llama.family.flops(llama.config, language.LENGTH), rel=0.01
+        )
+    trained = layer_memory.fit(ours[0], corpus, lr=1e-3, seed=0, steps=2)
+    assert 7.0 < language.bits_per_byte(trained, ours[0], corpus.test, rows=16) < 9.0

@@ -147,9 +147,19 @@ def attentions(config: Any, layers: nn.Module, stack: Stack) -> list[nn.Module]:
     """The self-attention of every layer in order of depth.
 
     A model that shares layers (ALBERT) names one attention several times.
+
+    Raises:
+        ValueError: a layer has no module there.
     """
     if config.model_type != "albert":
-        return [layer.get_submodule(stack.attention) for layer in layers.children()]
+        found = [find(layer, stack.attention) for layer in layers.children()]
+        modules = [module for module in found if module is not None]
+        if len(modules) != len(found):
+            raise ValueError(
+                f"attention={stack.attention!r} of the adapter is no module of every layer; give "
+                "its path in a layer"
+            )
+        return modules
     depth, groups = config.num_hidden_layers, config.num_hidden_groups
     chosen = [int(i / (depth / groups)) for i in range(depth)]
     inner = [list(group.albert_layers) for group in layers.children()]  # type: ignore[arg-type]

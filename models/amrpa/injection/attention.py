@@ -13,8 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from models.amrpa.injection.memories import Corrected
 from models.amrpa.injection.state import Remembered, Site
-from models.amrpa.memory import QueryMemory
 
 IMPLEMENTATION = "amrpa"
 
@@ -49,10 +49,8 @@ def amrpa_attention(
     options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
     reads = [now.history[i] for i in stack.plan.reads.get(depth, ()) if i in now.history]
     if reads:  # none where a layer was dropped (LayerDrop)
-        memories: Any = module.amrpa
-        memory: QueryMemory = memories[str(depth)]
         query = query + _correct(
-            memory, module, site, depth, reads, query, key, value, attention_mask, options
+            module, site, depth, reads, query, key, value, attention_mask, options
         )
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     now.routed += 1
@@ -63,7 +61,6 @@ def amrpa_attention(
 
 
 def _correct(
-    memory: QueryMemory,
     module: nn.Module,
     site: Site,
     depth: int,
@@ -74,21 +71,19 @@ def _correct(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    config, now = site.stack.config, site.stack.current
+    now = site.stack.current
     transported = torch.stack([_transport(module, each, value) for each in reads])
-    mean = noise = None
-    if config.memory_noise:
+    mean = None
+    if site.stack.config.memory_noise:
         # A query of zeros weighs all visible keys alike.
         plain = {name: option for name, option in options.items() if name != "position_bias"}
         mean = _attend(module, torch.zeros_like(query), key, value, mask, plain)
-        if memory.training:
-            noise = 2 * torch.rand(transported.shape[:-1], device=query.device)
-    correction = memory(_unrotated(query, site), transported, mean, noise)
     real = now.real if now.real is None else now.real[:, -query.shape[2] :].bool()
-    measured = memory.measure(correction, real)
+    memories: Any = module.amrpa
+    corrected: Corrected = memories(_unrotated(query, site), transported, mean, real, layer=depth)
     if not site.stack.replaying:
-        now.measured[depth] = measured
-    return _rotated(correction.query.to(query.dtype), site)
+        now.measured[depth] = corrected.measured
+    return _rotated(corrected.query.to(query.dtype), site)
 
 
 def _attend(

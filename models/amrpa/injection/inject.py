@@ -1,14 +1,13 @@
-"""AMRPA in a transformers model: injection, losses, measurements, saving and loading."""
+"""AMRPA in a transformers model: injection, losses and measurements."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.amrpa.config import AMRPAConfig
@@ -22,6 +21,7 @@ from models.amrpa.injection.architectures import (
 )
 from models.amrpa.injection.attention import IMPLEMENTATION, register
 from models.amrpa.injection.freezing import freeze
+from models.amrpa.injection.memories import Memories
 from models.amrpa.injection.model import AMRPAState, injected_class
 from models.amrpa.injection.state import Site, StackState, wrap_checkpointing
 from models.amrpa.memory import QueryMemory
@@ -62,17 +62,12 @@ def inject_amrpa(
         ValueError: the model is injected already, its attention cannot be routed, or the targets
             name no layer with an earlier one.
     """
-    config = config or AMRPAConfig()
-    if target_layers is not None:
-        chosen = target_layers if isinstance(target_layers, str) else list(target_layers)
-        config = AMRPAConfig.from_dict(config.to_dict() | {"target_layers": chosen})
-    if isinstance(getattr(model, "amrpa_state", None), AMRPAState):
-        raise ValueError(
-            f"{type(model).__name__} has AMRPA already; inject into a model loaded anew"
-        )
+    config = _settings(config, target_layers)
+    _check_model(model)
     architecture = adapter or architecture_of(model.config)
     check_routable(model.config, architecture)
-    stacks = _present_stacks(model, architecture, mode)
+    present = _present_stacks(model, architecture)
+    stacks = _stacks_of(mode, present, type(model).__name__)
     found = {each.name: attentions(model.config, layers, each) for each, layers in stacks}
     plans = _plan(model.config, config, {name: len(each) for name, each in found.items()})
     if config.inject_cross_attention:
@@ -93,8 +88,42 @@ def inject_amrpa(
     model.__class__ = injected_class(model_class)
     model.config.amrpa_config = config.to_dict()
     model.config.amrpa_mode = mode
-    freeze(model, config, [(layers, found[s.name], plans.get(s.name)) for s, layers in stacks])
+    parts = [*present, *(each for each in stacks if each not in present)]
+    freeze(
+        model, config, [(layers, found.get(s.name, []), plans.get(s.name)) for s, layers in parts]
+    )
     return model
+
+
+def _settings(config: AMRPAConfig | None, target_layers: Any) -> AMRPAConfig:
+    """`config` with other `target_layers`, if any are given; the caller's is left alone."""
+    if config is None:
+        config = AMRPAConfig()
+    if not isinstance(config, AMRPAConfig):
+        raise ValueError(f"config={config!r} is no AMRPAConfig; use AMRPAConfig.from_dict")
+    if target_layers is not None:
+        listed = isinstance(target_layers, Iterable) and not isinstance(target_layers, str)
+        chosen = list(target_layers) if listed else target_layers
+        config = AMRPAConfig.from_dict(config.to_dict() | {"target_layers": chosen})
+    try:
+        torch.device(config.metric_device)
+    except RuntimeError:
+        raise ValueError(
+            f"metric_device={config.metric_device!r} is no device of torch; use 'cpu' or 'cuda'"
+        ) from None
+    return config
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(getattr(model, "amrpa_state", None), AMRPAState):
+        raise ValueError(
+            f"{type(model).__name__} has AMRPA already; inject into a model loaded anew"
+        )
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(
+            f"model={type(model).__name__} is no PreTrainedModel of transformers; inject into one "
+            "first, then wrap it or give it adapters"
+        )
 
 
 def get_amrpa_loss(model: Any) -> Tensor:
@@ -132,82 +161,7 @@ def reset_amrpa_history(model: Any) -> None:
     Raises:
         ValueError: the model has no AMRPA.
     """
-    _state(model).measured = []
-
-
-def from_pretrained(path: str | Path, adapter: Architecture | None = None, **options: Any) -> Any:
-    """Load a model with AMRPA from a directory that its `save_pretrained` wrote.
-
-    The class is that of the saved model. `adapter`: as for `inject_amrpa`. `options`: those of the
-    model's `from_pretrained`.
-
-    Raises:
-        ValueError: the directory holds no AMRPA, or weights are missing, left over, or of another
-            shape.
-    """
-    config = transformers.AutoConfig.from_pretrained(path)
-    settings = getattr(config, "amrpa_config", None)
-    if settings is None:
-        raise ValueError(f"{path} has no amrpa_config in its config.json; load it as any model")
-    model_class = getattr(transformers, config.architectures[0])
-    model, info = _quiet(model_class.from_pretrained, path, output_loading_info=True, **options)
-    wrong = [*info["missing_keys"], *(k for k in info["unexpected_keys"] if ".amrpa." not in k)]
-    if wrong:
-        raise ValueError(
-            f"{path}: the weights of {wrong[0]} are missing or left over; load it with the "
-            "configuration that it was saved with"
-        )
-    mode: Any = getattr(config, "amrpa_mode", "auto")
-    inject_amrpa(model, AMRPAConfig.from_dict(settings), mode=mode, adapter=adapter)
-    _load_memories(model, Path(path))
-    return model.eval()
-
-
-def _load_memories(model: Any, path: Path) -> None:
-    num_layers = _state(model).config.alpha_mlp_layers
-    expected = {k: v for k, v in model.state_dict().items() if ".amrpa." in k}
-    stored: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        for name, weight in load_file(file).items():
-            if ".amrpa." in name:
-                current = _current_name(name, num_layers)
-                stored[_local(current, expected)] = weight.view(1) if weight.dim() == 0 else weight
-    if stored.keys() != expected.keys():
-        wrong = sorted(stored.keys() ^ expected.keys())[0]
-        raise ValueError(
-            f"{path}: the weights of {wrong} are missing or left over; load it with the "
-            "configuration that it was saved with"
-        )
-    for name, weight in expected.items():
-        if stored[name].shape != weight.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(stored[name].shape)}, the model needs "
-                f"{tuple(weight.shape)}; load it with the configuration that it was saved with"
-            )
-    model.load_state_dict(stored, strict=False)
-
-
-def _current_name(name: str, num_layers: int) -> str:
-    """The name of a weight in a file of an earlier version, whose MLP was a list of layers and
-    whose gate had scalars of no dimension."""
-    name = name.replace(f".mlp_weights.{num_layers - 1}", ".score_weight")
-    return name.replace(".mlp_weights.", ".mlp_weight_").replace(".mlp_biases.", ".mlp_bias_")
-
-
-def _local(name: str, expected: dict[str, Tensor]) -> str:
-    """A stored name as the model spells it: a bare base model has no prefix."""
-    shorter = name.partition(".")[2]
-    return shorter if name not in expected and shorter in expected else name
-
-
-def _quiet(load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load without the warning of left-over weights, which are AMRPA's and loaded afterwards."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        return load(*args, **kwargs)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    _state(model).measured = None
 
 
 def _state(model: Any) -> AMRPAState:
@@ -222,24 +176,32 @@ def _base(model: Any) -> nn.Module:
     return base
 
 
-def _present_stacks(
-    model: Any, architecture: Architecture, mode: Mode
-) -> list[tuple[Stack, nn.Module]]:
-    """The stacks of `mode` that the model has, with their layers."""
-    if mode not in ("auto", "encoder", "decoder"):
-        raise ValueError(f"mode={mode!r} is none of 'auto', 'encoder', 'decoder'; choose one")
+def _present_stacks(model: Any, architecture: Architecture) -> list[tuple[Stack, nn.Module]]:
+    """The stacks that the model has, with their layers."""
     found = [(stack, find(_base(model), stack.layers)) for stack in architecture.stacks]
-    present = [
-        (stack, layers)
-        for stack, layers in found
-        if layers is not None and mode in ("auto", stack.name)
-    ]
+    present = [(stack, layers) for stack, layers in found if layers is not None]
     if not present:
+        paths = ", ".join(repr(stack.layers) for stack in architecture.stacks)
         raise ValueError(
-            f"mode={mode!r}: {type(model).__name__} has none of the stacks "
-            f"{', '.join(stack.name for stack in architecture.stacks)}; choose another mode"
+            f"layers={paths} of the adapter are no layers of {type(model).__name__}; give their "
+            "path in its base model"
         )
     return present
+
+
+def _stacks_of(
+    mode: Mode, present: list[tuple[Stack, nn.Module]], model_name: str
+) -> list[tuple[Stack, nn.Module]]:
+    """The stacks that `mode` names."""
+    if mode not in ("auto", "encoder", "decoder"):
+        raise ValueError(f"mode={mode!r} is none of 'auto', 'encoder', 'decoder'; choose one")
+    chosen = [(stack, layers) for stack, layers in present if mode in ("auto", stack.name)]
+    if not chosen:
+        raise ValueError(
+            f"mode={mode!r}: {model_name} has the stacks "
+            f"{', '.join(stack.name for stack, _ in present)} alone; choose another mode"
+        )
+    return chosen
 
 
 def _cross_attentions(
@@ -285,7 +247,12 @@ def _attach(
 ) -> None:
     """Give every attention of a stack its site, and those of target layers their memory."""
     config = model.config
-    num_heads = getattr(config, stack.num_heads)
+    num_heads = getattr(config, stack.num_heads, None)
+    if num_heads is None:
+        raise ValueError(
+            f"num_heads={stack.num_heads!r} of the adapter is no setting of "
+            f"{type(config).__name__}; name the one that holds the number of heads"
+        )
     head_dim = getattr(config, stack.head_dim, None) or config.hidden_size // num_heads
     for module in dict.fromkeys(modules):
         depths = [depth for depth, each in enumerate(modules) if each is module]
@@ -294,7 +261,9 @@ def _attach(
         module.register_forward_pre_hook(site.take_rotation, with_kwargs=True)
         _add_memories(module, state.plan, depths, num_heads, head_dim, state.config)
     parent, _, _ = stack.layers.rpartition(".")
-    _base(model).get_submodule(parent).register_forward_pre_hook(state.begin)
+    owner = _base(model).get_submodule(parent)
+    owner.register_forward_pre_hook(state.begin)
+    owner.register_forward_hook(state.release)
     state.layers = [layers]
     wrap_checkpointing(layers, state)
 
@@ -308,13 +277,13 @@ def _add_memories(
     config: AMRPAConfig,
 ) -> None:
     like = next(p for p in module.parameters() if p.is_floating_point())
-    memories = {}
+    memories: dict[int, QueryMemory] = {}
     for depth in depths:
         if depth in plan.reads:
             window, kind = len(plan.reads[depth]), config.granularity
             memory = QueryMemory(num_heads, head_dim, window, config, granularity=kind)
             memory.reset_parameters()
-            memories[str(depth)] = memory.to(like.device, like.dtype)
+            memories[depth] = memory.to(like.device, like.dtype)
     if memories:
-        module.amrpa = nn.ModuleDict(memories)
+        module.amrpa = Memories(memories)
         module.amrpa.train(module.training)

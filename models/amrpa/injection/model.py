@@ -11,28 +11,38 @@ from torch import Tensor
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from models.amrpa.config import AMRPAConfig
+from models.amrpa.injection.attention import register
 from models.amrpa.injection.state import StackState, wrap_checkpointing
 from models.amrpa.memory import Measured
 
 
 class AMRPAState:
-    """What an injected model knows of its memory. `measured`: that of the last forward pass."""
+    """What an injected model knows of its memory.
+
+    `measured`: that of the last forward pass, by layer that read others; None before the first.
+    `num_readers`: how many layers with memory the stacks of that pass have.
+    """
 
     def __init__(self, config: AMRPAConfig, stacks: list[StackState]) -> None:
         self.config = config
         self.stacks = stacks
-        self.measured: list[Measured] = []
+        self.measured: list[Measured] | None = None
+        self.num_readers = 0
 
     def metric(self, name: str) -> Tensor:
-        """A measurement of every row, averaged over layers: fp32 [b].
+        """A measurement of every row, averaged over the layers that read: fp32 [b].
 
         Raises:
-            ValueError: there was no forward pass.
+            ValueError: there was no forward pass, or no layer read.
         """
-        return self._mean(name).detach()
+        share = len(self.measured or ()) / max(self.num_readers, 1)
+        return self._mean(name).detach() * (share if name == "using_memory" else 1)
 
     def loss(self, weights: Tensor | None = None) -> Tensor:
-        """Both losses with their weights, summed over rows with `weights` [b], or averaged."""
+        """Both losses with their weights, summed over rows with `weights` [b], or averaged; 0 where
+        every layer with memory was dropped (LayerDrop)."""
+        if self.measured is not None and not self.measured:
+            return torch.zeros(())
         rows = self.config.diversity_weight * self._mean("diversity_loss")
         rows = rows + self.config.gate_reg_weight * self._mean("gate_loss")
         return rows.mean() if weights is None else (rows * weights).sum()
@@ -42,36 +52,38 @@ class AMRPAState:
             raise ValueError("no forward pass has been measured; run the model first")
         return torch.stack([getattr(each, name) for each in self.measured]).mean(dim=0)
 
-    def start(self, arguments: dict[str, Any]) -> None:
-        """Begin a forward pass of the model with these arguments."""
+    def start(self, arguments: dict[str, Any], *, pair: bool) -> None:
+        """Begin a forward pass of the model with these arguments; `pair`: of an encoder and a
+        decoder."""
         for stack in self.stacks:
-            alone = len(self.stacks) == 1 and "decoder_input_ids" not in arguments
-            prefix = "" if alone or stack.name == "encoder" else "decoder_"
-            mask = arguments.get(f"{prefix}attention_mask")
-            stack.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            decodes = pair and stack.name != "encoder"
+            mask = arguments.get("decoder_attention_mask" if decodes else "attention_mask")
+            stack.attention_mask = _mask_of_rows(mask, arguments)
             stack.begin()
             stack.began = False
 
-    def finish(self) -> None:
+    def finish(self, *, training: bool) -> None:
         """Take the measurements of the pass, and release its history.
 
         Raises:
             RuntimeError: a stack ran and its attention did not come here.
         """
-        self.measured = []
+        self.measured, self.num_readers = [], 0
         for stack in self.stacks:
             began = stack.began
             ended = stack.end()
-            if began and not ended.routed:
+            # In training LayerDrop may leave all layers out.
+            if ended.routed != ended.called or (began and not ended.called and not training):
                 raise RuntimeError(
                     f"the attention of the {stack.name} was not routed through AMRPA; keep the "
                     "model's attn_implementation='amrpa'"
                 )
             self.measured += ended.measured.values()
+            self.num_readers += len(stack.plan.reads) if began else 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model starts without measurements."""
-        return self.__dict__ | {"measured": []}
+        return self.__dict__ | {"measured": None}
 
 
 @functools.cache
@@ -90,14 +102,10 @@ def injected_class(model_class: type) -> type:
         arguments = signature.bind_partial(self, *args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         _refuse_attentions(self.config, arguments)
-        self.amrpa_state.start(arguments)
-        try:
-            output = original(self, *args, **kwargs)
-        except BaseException:
-            for stack in self.amrpa_state.stacks:
-                stack.end()
-            raise
-        self.amrpa_state.finish()
+        self.amrpa_state.start(arguments, pair="decoder_attention_mask" in signature.parameters)
+        # Without try: torch.compile takes no graph break of the model inside of one.
+        output = original(self, *args, **kwargs)
+        self.amrpa_state.finish(training=self.training)
         return _with_losses(self, output, arguments)
 
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -106,8 +114,12 @@ def injected_class(model_class: type) -> type:
             for layers in stack.layers:
                 wrap_checkpointing(layers, stack)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _empty, (model_class,), self.__dict__
+
     names = {
         "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
         "_set_gradient_checkpointing": _set_gradient_checkpointing,
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
@@ -115,6 +127,24 @@ def injected_class(model_class: type) -> type:
     }
     subclass: type = type(model_class.__name__, (model_class,), names)
     return subclass
+
+
+def _empty(model_class: type) -> Any:
+    """An injected model without state, to be filled by pickle or copy."""
+    register()
+    subclass: Any = injected_class(model_class)
+    return subclass.__new__(subclass)
+
+
+def _mask_of_rows(mask: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """The mask [b, s] of tokens that are no padding; a model for multiple choice makes a row of
+    every choice [b, choices, s]."""
+    if not isinstance(mask, Tensor):
+        return None
+    tokens = arguments.get("input_ids")
+    if mask.dim() == 3 and isinstance(tokens, Tensor) and tokens.dim() == 3:
+        return mask.flatten(0, 1)
+    return mask if mask.dim() == 2 else None
 
 
 def _refuse_attentions(config: Any, arguments: dict[str, Any]) -> None:
@@ -128,36 +158,43 @@ def _refuse_attentions(config: Any, arguments: dict[str, Any]) -> None:
 
 def _with_losses(model: Any, output: Any, arguments: dict[str, Any]) -> Any:
     """In training, add the losses to the loss of the model's output, if it has one."""
-    labels = arguments.get("labels")
     if not model.training or not model.amrpa_state.measured:
         return output
     if isinstance(output, tuple):
-        if labels is None:
+        # The first of a tuple is a loss or a tensor of rows.
+        if output[0].dim():
             return output
-        weights = _row_weights(model, labels, arguments)
-        return (output[0] + model.amrpa_state.loss(weights), *output[1:])
+        return (output[0] + _weighted_losses(model, arguments), *output[1:])
     if getattr(output, "loss", None) is not None:
-        weights = _row_weights(model, labels, arguments)
-        output.loss = output.loss + model.amrpa_state.loss(weights)
+        output.loss = output.loss + _weighted_losses(model, arguments)
     return output
 
 
-def _row_weights(model: Any, labels: Any, arguments: dict[str, Any]) -> Tensor | None:
-    """The weight of each row: its share of the scored tokens of the step, as in the cross entropy.
+def _weighted_losses(model: Any, arguments: dict[str, Any]) -> Tensor:
+    state: AMRPAState = model.amrpa_state
+    rows = (state.measured or [])[0].gate_impact
+    labels, total = arguments.get("labels"), arguments.get("num_items_in_batch")
+    if not isinstance(labels, Tensor):
+        return state.loss()
+    return state.loss(_row_weights(model, labels, total, rows))
+
+
+def _row_weights(model: Any, labels: Tensor, total: Any, rows: Tensor) -> Tensor:
+    """The weight of each of `rows`, in their dtype: its share of the scored tokens of the step, as
+    in the cross entropy.
 
     With `num_items_in_batch`, which the Trainer passes, a step is the same sum in any number of
-    accumulated micro-batches.
+    accumulated micro-batches. A label of several rows (choices) is shared among them.
     """
-    total = arguments.get("num_items_in_batch")
-    if not isinstance(labels, Tensor):
-        return None
-    if labels.dim() != 2 or labels.is_floating_point():
+    if labels.dim() < 2 or labels.is_floating_point():
         counts = labels.new_ones(len(labels))
     else:
-        counts = ((labels[:, 1:] if _shifts_labels(model) else labels) != -100).sum(dim=1)
+        scored = (labels[..., 1:] if _shifts_labels(model) else labels) != -100
+        counts = scored.flatten(0, -2).sum(dim=1)
     if total is None:
         total = counts.sum().clamp(min=1)
-    return counts / total
+    choices = len(rows) // len(counts)
+    return (counts.to(rows.dtype) / total).repeat_interleave(choices) / choices
 
 
 def _shifts_labels(model: Any) -> bool:

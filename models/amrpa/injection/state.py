@@ -32,11 +32,13 @@ class Remembered(NamedTuple):
 
 @dataclass
 class Pass:
-    """One pass through a stack. `real` bool [b, s]: tokens that are no padding, None for all."""
+    """One pass through a stack. `real` bool [b, s]: tokens that are no padding, None for all.
+    `called`, `routed`: calls of attention modules, and how many of them came to our function."""
 
     real: Tensor | None = None
     history: dict[int, Remembered] = field(default_factory=dict)
     measured: dict[int, Measured] = field(default_factory=dict)
+    called: int = 0
     routed: int = 0
 
 
@@ -59,6 +61,11 @@ class StackState:
         self.current, self.began = Pass(real=self.attention_mask), True
         self._calls.clear()
 
+    def release(self, *_: Any) -> None:
+        """Let go of the history: a hook behind the stack, which may run without the whole model."""
+        now = self.current
+        self.current = Pass(now.real, {}, now.measured, now.called, now.routed)
+
     def end(self) -> Pass:
         """The pass that ended; its history is released."""
         ended, self.current = self.current, Pass()
@@ -74,16 +81,7 @@ class StackState:
         return site.depths[number]
 
     def checkpointed(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a checkpointing function recompute layers with the history of their own pass.
-
-        Raises:
-            ValueError: reentrant checkpointing, under which the losses have no gradient.
-        """
-        if getattr(run, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant=True gives AMRPA's losses no gradient; enable gradient "
-                "checkpointing with use_reentrant=False"
-            )
+        """Let a checkpointing function recompute layers with the history of their own pass."""
 
         def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             kept, calls, ran = self.current, Counter(self._calls), False
@@ -129,7 +127,8 @@ class Site:
         self.rotation: tuple[Tensor, Tensor] | None = None
 
     def take_rotation(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Note `position_embeddings`: a pre-hook of the attention."""
+        """Count the call, and note `position_embeddings`: a pre-hook of the attention."""
+        self.stack.current.called += 1
         self.rotation = kwargs.get("position_embeddings")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,20 +136,34 @@ class Site:
 
 
 def wrap_checkpointing(layers: nn.Module, stack: StackState) -> None:
-    """Wrap the checkpointing function of every layer of a stack that has one."""
+    """Wrap the checkpointing function of every layer of a stack that has one.
+
+    Raises:
+        ValueError: reentrant checkpointing, under which the losses have no gradient.
+    """
     for layer in layers.modules():
         run = getattr(layer, "_gradient_checkpointing_func", None)
-        wrapped_for = run.stacks if isinstance(run, _Wrapped) else ()
-        if run is not None and stack not in wrapped_for:
-            wrapped: Any = _Wrapped(stack.checkpointed(run), (*wrapped_for, stack))
-            layer._gradient_checkpointing_func = wrapped
+        if run is None or (isinstance(run, _Wrapped) and stack in run.stacks):
+            continue
+        wrapped = run if isinstance(run, _Wrapped) else _Wrapped(run, ())
+        if getattr(wrapped.run, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True gives AMRPA's losses no gradient; enable gradient "
+                "checkpointing with use_reentrant=False"
+            )
+        again: Any = _Wrapped(wrapped.run, (*wrapped.stacks, stack))
+        layer._gradient_checkpointing_func = again
 
 
 class _Wrapped:
-    """A checkpointing function that has been wrapped, once for each of `stacks`."""
+    """A checkpointing function `run` for the layers of `stacks`; a copy of a model has the stacks
+    of the copy."""
 
     def __init__(self, run: Callable[..., Any], stacks: tuple[StackState, ...]) -> None:
         self.run, self.stacks = run, stacks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        run = self.run
+        for stack in self.stacks:
+            run = stack.checkpointed(run)
+        return run(*args, **kwargs)

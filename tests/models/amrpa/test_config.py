@@ -33,12 +33,20 @@ def test_settings_survive_their_dict():
         ({"memory_decay": 1.5}, "memory_decay=1.5 of AMRPAConfig is invalid: "),
         ({"gate_activation": "gelu"}, "gate_activation='gelu' of AMRPAConfig is invalid: "),
         ({"alpha_mlp_layers": 0}, "alpha_mlp_layers=0 of AMRPAConfig is invalid: "),
+        ({"target_layers": 3}, "target_layers=3 of AMRPAConfig is invalid: .*string or .*list"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_refused_in_one_line(values, message):
-    with pytest.raises(ValueError, match=message) as error:
-        AMRPAConfig.from_dict(values)
-    assert "\n" not in str(error.value)
+    for make in (AMRPAConfig.from_dict, lambda settings: AMRPAConfig(**settings)):
+        with pytest.raises(ValueError, match=message) as error:
+            make(values)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [[], "qk", 5])
+def test_settings_that_are_no_mapping_are_refused(settings):
+    with assert_refused("amrpa_config", repr(settings), "mapping", "to_dict"):
+        AMRPAConfig.from_dict(settings)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,8 @@ def test_a_prefix_names_one_stack_and_none_names_all():
         remedy="name",
     ):
         targets_by_stack("decoder:last_2", {"encoder": 4})
+    with assert_refused("target_layers", "'encoder:'", "none of its layers", "'all'"):
+        targets_by_stack("encoder:", sizes)
 
 
 def test_windows_grow_with_the_logarithm_of_depth():

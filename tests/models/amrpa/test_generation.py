@@ -179,27 +179,44 @@ def test_a_bare_model_and_another_dtype_load(tmp_path):
 def _edit(folder, **changes):
     file = folder / "config.json"
     contents = json.loads(file.read_text())
-    contents["amrpa_config"] |= changes
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            contents[name] |= value
+        else:
+            contents[name] = value
     file.write_text(json.dumps(contents))
 
 
-def test_directories_that_do_not_fit_are_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"amrpa_config": {"memory_dcay": 1}},
+         ("'memory_dcay'", "AMRPAConfig", "", "'memory_decay'")),
+        ({"amrpa_config": {"alpha_mlp_hidden": 20}},
+         ("mlp_weight_0", (12, 16), "(20, 16)", "configuration")),
+        ({"amrpa_config": {"target_layers": [1]}},
+         ("targets", "missing", "amrpa", "configuration")),
+        ({"amrpa_config": []}, ("amrpa_config", "[]", "mapping", "to_dict")),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+         ("gate_weight", (4, 8, 8), "(8, 4, 4)", "configuration")),
+        ({"head_dim": 16}, ("_proj.weight", "32", "(", "configuration")),
+        ({"architectures": ["FooModel"]},
+         ("architectures", "['FooModel']", "config.json", "class")),
+        ({"architectures": None}, ("architectures", None, "config.json", "class")),
+    ],
+)  # fmt: skip
+def test_a_directory_that_does_not_fit_is_refused_in_one_line(changes, parts, tmp_path):
+    folder = tmp_path / "targets"
+    injected("llama").save_pretrained(folder)
+    _edit(folder, **changes)
+    with assert_refused(*parts):
+        amrpa.from_pretrained(folder)
+
+
+def test_a_directory_without_memory_is_refused(tmp_path):
     plain("llama").save_pretrained(tmp_path / "plain")
     with assert_refused(str(tmp_path / "plain"), "amrpa_config", "config.json", "load"):
         amrpa.from_pretrained(tmp_path / "plain")
-    for name, change, parts in (
-        ("unknown", {"memory_dcay": 1}, ("'memory_dcay'", "AMRPAConfig", "", "'memory_decay'")),
-        (
-            "shape",
-            {"alpha_mlp_hidden": 20},
-            ("mlp_weight_0", (12, 16), "(20, 16)", "configuration"),
-        ),
-        ("targets", {"target_layers": [1]}, ("targets", "missing", "amrpa", "configuration")),
-    ):
-        injected("llama").save_pretrained(tmp_path / name)
-        _edit(tmp_path / name, **change)
-        with assert_refused(*parts):
-            amrpa.from_pretrained(tmp_path / name)
 
 
 def test_the_quick_starts_of_the_published_package(tmp_path):

@@ -15,7 +15,8 @@ from models.amrpa import (
     inject_amrpa,
     reset_amrpa_history,
 )
-from models.amrpa.injection.architectures import ARCHITECTURES
+from models.amrpa.injection import attention as routing
+from models.amrpa.injection.architectures import ARCHITECTURES, Architecture, Stack
 from tests.models.amrpa.tiny import ALL, DECODERS, ENCODERS, PAIRS, injected, inputs, plain
 from tests.refusals import assert_refused
 from tests.tolerance import assert_close, rounding
@@ -39,6 +40,52 @@ def test_injection_changes_no_bit_until_the_model_is_trained(name, dtype):
     assert {p.dtype for p in added} == {dtype}
     assert (get_amrpa_metrics(model)["using_memory"] == 1).all()
     assert (get_amrpa_metrics(model)["memory_contribution"] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_remembered_patterns_are_the_weights_of_the_attention(name, monkeypatch):
+    """Of transformers' own eager attention: masks, windows, position bias, scaling.
+
+    Decoders without padding: on the left, eager attention in fp64 is NaN.
+    """
+    model, eager = plain(name), plain(name, attn_implementation="eager").double()
+    model = inject_amrpa(model, target_layers="all").double()
+    found: dict[str, list[torch.Tensor]] = {}
+    remember = routing._remember
+
+    def spy(module, site, query, key, output, mask, options):
+        pattern = routing._pattern(module, query, key, mask, options)
+        found.setdefault(site.stack.name, []).append(pattern)
+        return remember(module, site, query, key, output, mask, options)
+
+    monkeypatch.setattr(routing, "_remember", spy)
+    given = inputs(name, padded=name not in DECODERS)
+    model(**given)
+    weights = eager(**given, output_attentions=True)
+    # Norms and angles are fp32 inside of transformers.
+    bound = rounding(torch.float32, depth=32, length=64)
+    assert found.keys() == {stack.name for stack in model.amrpa_state.stacks}
+    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    for stack, patterns in found.items():
+        expected = getattr(weights, f"{stack}_attentions", None) or weights.attentions
+        rows = slice(None) if stack == "decoder" and name in PAIRS else real
+        for pattern, wanted in zip(patterns, expected, strict=False):
+            assert_close(pattern.transpose(1, 2)[rows], wanted.transpose(1, 2)[rows], bound)
+
+
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma3_text", "phi3", "olmo2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROTARY)
+def test_corrections_rotate_with_their_token(name):
+    """All tokens moved by 7 positions: the same logits, also where part of a head rotates."""
+    model, given = injected(name).double(), inputs(name, padded=False)
+    moved = torch.arange(7, 7 + given["input_ids"].shape[1]).expand(2, -1)
+    logits = model(**given).logits
+    bound = rounding(torch.float32, depth=32, length=64)
+    assert_close(model(**given, position_ids=moved).logits, logits, bound)
 
 
 def _logits_and_gradients(name: str, changes=None, **settings):
@@ -204,12 +251,18 @@ def test_the_configuration_of_the_caller_is_left_alone():
     assert model.config.amrpa_config["target_layers"] == [1]
 
 
-def test_a_mode_or_a_prefix_restricts_injection_to_one_stack():
-    for options in ({"mode": "decoder"}, {"target_layers": "decoder:last_2"}):
+def test_a_mode_or_a_prefix_restricts_injection_to_one_stack_and_freezes_the_other():
+    trained = []
+    for options in (
+        {"mode": "decoder", "target_layers": "last_2"}, {"target_layers": "decoder:last_2"}
+    ):  # fmt: skip
         model = inject_amrpa(plain("bart"), **options)
         names = {n for n, _ in model.named_parameters() if ".amrpa." in n}
         assert names
         assert all("decoder" in n for n in names)
+        trained.append({n for n, p in model.named_parameters() if p.requires_grad})
+    assert trained[0] == trained[1]
+    assert not any(".encoder.layers." in n for n in trained[0])
 
 
 @pytest.mark.parametrize(
@@ -237,6 +290,41 @@ def test_a_model_that_cannot_be_injected_is_refused_and_left_alone(name, changes
         inject_amrpa(model, **options)
     assert model.state_dict().keys() == before
     assert not hasattr(model.config, "amrpa_config")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"target_layers": 5}, ("target_layers", 5, ("string", "list"), "")),
+        ({"config": {"dropout": 0.1}}, ("config", "{'dropout': 0.1}", "AMRPAConfig", "from_dict")),
+        ({"config": AMRPAConfig(metric_device="gpu")},
+         ("metric_device", "'gpu'", "torch", "'cpu'")),
+        ({"adapter": ("foo", "self_attn")}, ("layers", "'foo'", "LlamaForCausalLM", "path")),
+        ({"adapter": ("layers", "foo")}, ("attention", "'foo'", "layer", "path")),
+        ({"adapter": ("layers", "self_attn", "foo")},
+         ("num_heads", "'foo'", "LlamaConfig", "heads")),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(options, parts):
+    if "adapter" in options:
+        options = {"adapter": Architecture((Stack("decoder", *options["adapter"]),))}
+    with assert_refused(*parts):
+        inject_amrpa(plain("llama"), **options)
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_of_transformers_is_refused(model):
+    with assert_refused("model", type(model).__name__, "PreTrainedModel", "first"):
+        inject_amrpa(model)
+
+
+def test_an_adapter_that_names_another_module_is_found_out_in_the_first_pass():
+    wrong = Architecture((Stack("decoder", "layers", "mlp"),))
+    model = inject_amrpa(plain("llama"), adapter=wrong)
+    with assert_refused(
+        "attention", "decoder", "AMRPA", "attn_implementation='amrpa'", error=RuntimeError
+    ):
+        model(**inputs("llama"))
 
 
 def test_other_architectures_are_refused_with_the_list_of_those_that_work():
