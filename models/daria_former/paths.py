@@ -18,6 +18,7 @@ from models.common.attention import (
     cached_attention,
     causal_attention,
     packed_attention,
+    unmasked_attention,
     windowed_attention,
 )
 from models.common.cache import KVCache
@@ -26,7 +27,6 @@ from models.common.init import row_sharded
 from models.common.manual_backward import scaled_heads
 from models.common.norms import inverse_rms
 from models.common.rope import RotaryTable, Rotation, rotate
-from models.common.sdpa import unmasked_attention
 from models.daria_former.cache import BlockCache, MemoryCache, Slots
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.memory import (

@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.common.attention import QUERY_BLOCK
+from models.common.attention import QUERY_BLOCK, masked_attention
 from models.common.cache import KeysValues
-from models.common.sdpa import masked_attention
 
 
 class Blocks(NamedTuple):

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common.attention import QUERY_BLOCK, cached_attention
+from models.common.attention import QUERY_BLOCK, cached_attention, masked_attention
 from models.common.cache import KeysValues, KVCache
-from models.common.sdpa import masked_attention
 from models.dynamic.token_gather import Selection, chosen_first
 
 # Initial capacity relative to the expected fraction of tokens; it grows when exhausted.

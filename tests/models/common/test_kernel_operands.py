@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.common.sdpa import is_aligned, masked_attention, with_hidden_keys
+from models.common.attention import is_aligned, masked_attention, with_hidden_keys
 from tests.tolerance import FP64
 
 
