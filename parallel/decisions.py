@@ -1,4 +1,4 @@
-"""Discrete decisions of layers, for one who compares two runs.
+"""Discrete decisions of layers, observed or replaced where two runs are compared.
 
 Which tokens a layer computes, which experts a token has, whether a loop ends: two runs whose scores
 differ by rounding may decide otherwise, and then differ by more than rounding, without either being
