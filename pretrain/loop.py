@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,7 @@ class TrainLoop:
             ("stability", self.steps),
             ("stability", self.rollback),
         ]
+        self._last_save = time.monotonic()  # or the start
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
@@ -145,8 +147,9 @@ class TrainLoop:
             self.watchdog.progress(f"step {step}", is_step=True)
             result = self._train(step, rate)
             state.step, state.learning_rate, last = step, rate, step == total
-            stopping = stop.should_stop(self.ranks)
-            saving = last or stopping or step % self.config.checkpoint.interval == 0
+            # On any rank, so that all stop and save after the same step.
+            stopping, due = self.ranks.any(stop.received is not None, self._is_save_due())
+            saving = last or stopping or due or step % self.config.checkpoint.interval == 0
             if saving or step == first or step % training.log_interval == 0:
                 spike = self.rollback.find_spike()
                 if spike is not None:
@@ -233,7 +236,15 @@ class TrainLoop:
             )
         )
 
+    def _is_save_due(self) -> bool:
+        """Whether this rank, the one that keeps the time, asks for a save."""
+        minutes = self.config.checkpoint.interval_minutes
+        if minutes is None or not self.ctx.is_main:
+            return False
+        return time.monotonic() - self._last_save >= 60 * minutes
+
     def _save(self) -> None:
+        self._last_save = time.monotonic()
         check_finite(self.engine.module, self.ranks, step=self.state.step)
         self.checkpointer.save(self._contents())
 

@@ -15,6 +15,11 @@ class CheckpointConfig(BaseModel):
     model_config = STRICT
 
     interval: int = Field(default=1000, gt=0, description="Steps between two checkpoints")
+    interval_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Also save after so many minutes without a checkpoint, whatever a step takes",
+    )
     keep: int = Field(default=3, gt=0, description="Number of newest checkpoints to keep")
     keep_every: int | None = Field(
         default=None, gt=0, description="Also keep checkpoints of steps that are multiples of it"

@@ -9,14 +9,13 @@ import threading
 from types import FrameType
 from typing import Any
 
-from pretrain.distributed.consensus import RankGroup
 from pretrain.errors import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class GracefulStop:
-    """Context manager that turns stop signals into the answer of `should_stop`.
+    """Context manager that records the first stop signal as `received`.
 
     The handler only records the signal, so one that arrives during a save or a collective
     interrupts nothing, however often it is repeated: launchers forward what a terminal has already
@@ -57,17 +56,10 @@ class GracefulStop:
             self._writer = -1
 
     def started(self) -> None:
-        """End of start-up: from now on signals are reported by `should_stop`."""
+        """End of start-up: from now on signals are only recorded."""
         self._starting = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
-
-    def should_stop(self, ranks: RankGroup) -> bool:
-        """Whether any rank received a signal; collective, so all ranks stop after the same step.
-
-        Costs one 4-byte all-reduce over gloo and no synchronisation with the accelerator.
-        """
-        return ranks.any(self.received is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)

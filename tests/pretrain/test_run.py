@@ -67,3 +67,20 @@ def test_epochs_that_cannot_be_planned_are_one_line_on_all_ranks_before_training
     assert message in text
     assert "\n" not in text
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, [1, 2, 3]), (1000.0, [3]), (None, [3])])
+def test_a_run_saves_by_the_time_of_its_first_rank(minutes, saved, data: Path, tmp_path: Path):
+    config = tiny_run(
+        data,
+        run_dir=str(tmp_path / "run"),
+        training__max_steps=3,
+        checkpoint__interval=1000,
+        checkpoint__interval_minutes=minutes,
+        checkpoint__keep=5,
+        parallel__tensor=2,
+    )
+    codes = run_ranks(run_training, 2, config, "configs/ds/zero1.json", init=False)
+    assert codes == [EXIT_COMPLETED] * 2
+    folders = (Path(config.run_dir) / "checkpoints").glob("step_*")
+    assert sorted(int(folder.name.removeprefix("step_")) for folder in folders) == saved

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from pretrain.config import RunConfig, parse_config, to_yaml
-from pretrain.supervision.signals import GracefulStop
+from pretrain.loop import TrainLoop
 from tests.data_tools.corpora import write_corpus
 from tests.pretrain.run_training import run_training
 
@@ -127,14 +129,16 @@ def stopped_after(step: int) -> Callable[[RunConfig, str | None], Any]:
     """`run_training`, asked to stop in the step of this number."""
 
     def entry(config: RunConfig, ds_config_path: str | None) -> Any:
-        original, count = GracefulStop.should_stop, 0
+        original, count = TrainLoop._prepare, 0
 
-        def should_stop(self, ranks):
+        def prepare(self, *, first: bool) -> None:
             nonlocal count
             count += 1
-            return original(self, ranks) or count == step
+            if count == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self, first=first)
 
-        GracefulStop.should_stop = should_stop  # for good: each rank is a process of its own
+        TrainLoop._prepare = prepare  # for good: each rank is a process of its own
         return run_training(config, ds_config_path)
 
     return entry
