@@ -104,7 +104,7 @@ def held_out(model: nn.Module, text: Tensor, *, rows: int = TEST_ROWS) -> float:
     total = 0.0
     for part in torch.linspace(0, len(text) - LENGTH - 1, rows).long().split(16):
         batch = rows_at(text, part)
-        logits = model(batch.tokens).logits.transpose(1, 2)
+        logits = model(batch.tokens).logits.transpose(1, 2).double()
         total += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
     return total / (rows * LENGTH * math.log(2))
 

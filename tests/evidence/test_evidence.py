@@ -66,7 +66,7 @@ def test_without_its_readers_the_emotion_state_has_no_influence():
 
 
 def test_language_sees_tokens_by_the_ratio_of_flops():
-    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    corpus = _random_corpus()
     llama, ours = language.ARMS["llama"], language.ARMS["daria_former"]
     assert 1000 < language.steps_of(llama, 1000) < 2000
     trained = language.fit(ours, corpus, lr=1e-3, seed=0, steps=2)
@@ -92,7 +92,7 @@ def test_future_leak_sees_one():
 
 
 def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
-    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    corpus = _random_corpus()
     arm = depth.ARMS["mod, gamma 0.25"]
     assert depth.steps_of(depth.ARMS[depth.REFERENCE], 10) == 10 < depth.steps_of(arm, 10)
     found = depth.score(depth.fit(arm, corpus, lr=1e-3, seed=0, steps=2), arm, corpus, rows=16)
@@ -102,7 +102,7 @@ def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
 
 
 def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
-    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    corpus = _random_corpus()
     ours = hybrid.ARMS["dual, blocks of 8"]
     assert hybrid.steps_of(ours, 100) < 100 < hybrid.steps_of(hybrid.ARMS["llama, 2 layers"], 100)
     trained = hybrid.fit(ours, corpus, seed=0, steps=1)
@@ -124,7 +124,7 @@ def test_drafts_are_timed_and_decoded_with():
 
 
 def test_patches_are_compared_at_equal_flops_on_the_same_bytes_and_scored_by_place():
-    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    corpus = _random_corpus()
     flops = [arm.family.flops(arm.config, language.LENGTH) for arm in patches.ARMS.values()]
     assert max(flops) < 1.02 * min(flops)
     arm, start = patches.ARMS["agiformer, causal head"], patches.Start(1e-3, 0.02)
@@ -166,8 +166,14 @@ def test_thinking_is_counted_by_the_kind_of_answer():
     assert all(1.0 <= steps <= 4.0 for steps in found.steps.values())
 
 
+def _random_corpus() -> language.Corpus:
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(256, (3, 5000), dtype=torch.uint8, generator=generator)
+    return language.Corpus(*texts)
+
+
 def test_zeroing_the_memory_of_a_fine_tuned_model_leaves_out_what_it_adds_alone():
-    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    corpus = _random_corpus()
     base = layer_memory.base_model(corpus, seed=0, steps=1)
     tune = functools.partial(layer_memory.tune, base, corpus=corpus, seed=0, steps=3, rows=4)
     before = layer_memory.held_out(base, corpus.test, rows=4)
@@ -178,7 +184,7 @@ def test_zeroing_the_memory_of_a_fine_tuned_model_leaves_out_what_it_adds_alone(
 
 
 def test_memory_from_scratch_is_compared_at_equal_flops():
-    corpus = language.Corpus(*(torch.randint(256, (5000,), dtype=torch.uint8) for _ in range(3)))
+    corpus = _random_corpus()
     llama, *ours = layer_memory.SCRATCH.values()
     assert layer_memory.steps_of(llama, 200) == 200
     for arm in ours:

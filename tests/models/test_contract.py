@@ -21,7 +21,7 @@ from parallel.context import ParallelContext
 from parallel.sharding import sharding_table
 from tests.distributed import run_ranks
 from tests.equivalence import Measured, build, measure
-from tests.models.families import CASES, evaluated
+from tests.models.families import CASES, NOT_DECODED, evaluated
 from tests.tolerance import FP64, assert_close, rounding
 
 SEQ, BATCH, SEED = 32, 3, 7
@@ -295,7 +295,8 @@ def test_parameters_and_flops_equal_their_formulas(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         for token in tokens.split(1, dim=1):
             model(TokenInputs(token), cache)
-    assert counter.get_total_flops() / 16 == pytest.approx(family.flops(config, 16), rel=1e-6)
+    counted = counter.get_total_flops() / 16 + NOT_DECODED.get(name, 0)
+    assert counted == pytest.approx(family.flops(config, 16), rel=1e-6)
 
 
 def test_every_registered_family_is_under_the_contract(name):
