@@ -10,6 +10,8 @@ strides, so a test that expects equal bits from different products fails here as
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +33,20 @@ def reorder_sums() -> None:
             library.impl(name, product, "CPU", allow_override=True)
     _libraries.append(library)  # its end would bring the original products back
     torch.backends.cuda.enable_flash_sdp(False)  # despite its name also the kernel for CPU
+
+
+@contextmanager
+def in_own_order() -> Iterator[None]:
+    """Products and attention of torch itself, whatever the option: for a measure of memory, which
+    the replaced ones take otherwise."""
+    replaced = bool(_libraries)
+    _libraries.clear()
+    torch.backends.cuda.enable_flash_sdp(True)
+    try:
+        yield
+    finally:
+        if replaced:
+            reorder_sums()
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ product alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,16 @@ from parallel.fp8.emulation import fp8_product
 from parallel.precision import require_transformer_engine
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 
-# Multiples that the kernels ask for; those of the other recipes: 8 rows, 16 columns.
-_ROWS = _COLUMNS = {"mxfp8": 32}
+
+class _Multiples(NamedTuple):
+    """What the kernels ask of operands: tokens are rows, features are columns."""
+
+    rows: int
+    columns: int
+
+
+def _multiples(ctx: ParallelContext) -> _Multiples:
+    return _Multiples(32, 32) if ctx.precision.fp8_recipe == "mxfp8" else _Multiples(8, 16)
 
 
 def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelContext) -> nn.Module:
@@ -30,7 +39,7 @@ def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelCo
     Raises:
         ValueError: sizes of the shard that FP8 matrix products cannot have.
     """
-    multiple = _COLUMNS.get(str(ctx.precision.fp8_recipe), 16)
+    multiple = _multiples(ctx).columns
     if shape[0] % multiple or shape[1] % multiple:
         raise ValueError(
             f"FP8 linear of {shape[1]} x {shape[0]} (per tensor rank): with fp8_recipe="
@@ -43,7 +52,7 @@ def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelCo
     return layer
 
 
-class _Fp8Linear(nn.Module):
+class _Fp8Linear(nn.Module, ABC):
     """Collectives around the product of a subclass.
 
     `collectives=False` and `per_token=False` are those of `parallel.layers`: the latter is for
@@ -55,9 +64,9 @@ class _Fp8Linear(nn.Module):
     has_bias: bool
     ctx: ParallelContext
 
+    @abstractmethod
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The local product of FP8 operands, and the bias, which is not added."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
         column = self.mode == "column"
@@ -76,12 +85,11 @@ class _Fp8Linear(nn.Module):
         return y if bias is None else y + bias
 
     def _check_rows(self, x: Tensor) -> None:
-        recipe = str(self.ctx.precision.fp8_recipe)
-        multiple, rows = _ROWS.get(recipe, 8), x.shape[:-1].numel()
+        multiple, rows = _multiples(self.ctx).rows, x.shape[:-1].numel()
         if rows % multiple:
             raise ValueError(
                 f"FP8 product of {rows} rows ({' x '.join(map(str, x.shape[:-1]))}): with "
-                f"fp8_recipe={recipe} they must be a multiple of {multiple}; "
+                f"fp8_recipe={self.ctx.precision.fp8_recipe} a multiple of {multiple} is needed; "
                 "change batch_size, the sequence length or the capacity, or use precision=bf16"
             )
 

@@ -28,11 +28,13 @@ from tests.evidence.language import (
     VOCAB,
     Arm,
     Corpus,
-    batches,
+    best_rate,
     bits_per_byte,
+    fit,
     rows_at,
+    steps_of,
 )
-from tests.evidence.training import Trained, future_leak, over_seeds, train
+from tests.evidence.training import Trained, future_leak, over_seeds
 
 STEPS, RATES, SWEEP_SEED, TEST_ROWS = 300, (1e-3, 2e-3, 4e-3), 100, 128
 GAMMAS = (0.5, 0.25, 0.125)
@@ -86,16 +88,9 @@ class Score(NamedTuple):
     oracle_leak: float
 
 
-def steps_of(arm: Arm, steps: int) -> int:
-    """How many steps cost as many FLOPs as `steps` of the dense model."""
-    reference = ARMS[REFERENCE]
-    ratio = LLAMA.flops(reference.config, LENGTH) / arm.family.flops(arm.config, LENGTH)
-    return round(steps * ratio)
-
-
-def fit(arm: Arm, corpus: Corpus, *, lr: float, seed: int, steps: int) -> Trained:
-    source = batches(corpus.train, seed=seed)
-    return train(arm.family, arm.config, source, steps=steps_of(arm, steps), lr=lr, seed=seed)
+def own_steps(arm: Arm, steps: int) -> int:
+    """Number of steps that cost as many FLOPs as `steps` of the dense model."""
+    return steps_of(arm, steps, reference=ARMS[REFERENCE])
 
 
 def score(trained: Trained, arm: Arm, corpus: Corpus, *, rows: int = TEST_ROWS) -> Score:
@@ -145,29 +140,28 @@ def _routers(model: SequentialModel) -> list[TokenRouter]:
     return [module for module in model.modules() if isinstance(module, TokenRouter)]
 
 
-def best_rate(name: str, corpus: Corpus, *, steps: int) -> float:
-    """The learning rate of RATES that does best on the text for tuning, with a seed of its own."""
-    scores = {}
-    for lr in RATES:
-        trained = fit(ARMS[name], corpus, lr=lr, seed=SWEEP_SEED, steps=steps)
-        scores[lr] = bits_per_byte(trained, ARMS[name], corpus.tuning, rows=TEST_ROWS)
-    print(f"learning rates, {name}: {scores}", flush=True)
-    return min(scores, key=scores.__getitem__)
-
-
 def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
     """Bits per byte of every arm over seeds."""
     corpus = Corpus.of_the_library()
     tuned = {"llama": REFERENCE, "mod": "mod, gamma 0.5", "dtf": "dtf, gamma 0.5"}
-    rates = {family: best_rate(name, corpus, steps=steps // 2) for family, name in tuned.items()}
+    rates = {
+        family: best_rate(
+            ARMS[name],
+            corpus,
+            steps=own_steps(ARMS[name], steps // 2),
+            rates=RATES,
+            rows=TEST_ROWS,
+        )
+        for family, name in tuned.items()
+    }
     rows = []
     for name, arm in ARMS.items():
-        lr = rates[arm.family.name]
+        lr, own = rates[arm.family.name], own_steps(arm, steps)
         scores = []
         for seed in range(num_seeds):
-            scores.append(score(fit(arm, corpus, lr=lr, seed=seed, steps=steps), arm, corpus))
+            scores.append(score(fit(arm, corpus, lr=lr, seed=seed, steps=own), arm, corpus))
         print(f"{name}: {scores}", flush=True)
-        rows.append(_row(name, arm, scores, lr=lr, steps=steps))
+        rows.append(_row(name, arm, scores, lr=lr, steps=own))
     header = (
         "", "parameters", "MFLOP per byte", "bytes seen", "lr", "bits per byte", "of the oracle",
         "chosen", "leak", "leak of the oracle",
@@ -180,7 +174,7 @@ def _row(name: str, arm: Arm, scores: list[Score], *, lr: float, steps: int) -> 
         name,
         f"{arm.family.num_parameters(arm.config):,}",
         f"{arm.family.flops(arm.config, LENGTH) / 1e6:.2f}",
-        f"{steps_of(arm, steps) * ROWS * LENGTH:,}",
+        f"{steps * ROWS * LENGTH:,}",
         f"{lr:g}",
         over_seeds([s.causal for s in scores]),
         over_seeds([s.oracle for s in scores]),

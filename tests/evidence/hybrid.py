@@ -28,7 +28,16 @@ from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
 from tests.benchmarks.timing import Table, interleaved, ratio
-from tests.evidence.language import LENGTH, ROWS, VOCAB, Corpus, batches, bits_per_byte, rows_at
+from tests.evidence.language import (
+    LENGTH,
+    ROWS,
+    VOCAB,
+    Corpus,
+    batches,
+    bits_per_byte,
+    rows_at,
+    steps_of,
+)
 from tests.evidence.training import Trained, future_leak, over_seeds, train
 
 STEPS, LR, NUM_LAYERS = 32, 8e-3, 4
@@ -72,16 +81,15 @@ ARMS = {
 }
 
 
-def steps_of(arm: Arm, steps: int) -> int:
-    """How many steps cost as many FLOPs as `steps` of the llama of full depth."""
-    whole = LLAMA.flops(ARMS[JUDGE].config, LENGTH)
-    return round(steps * whole / arm.family.flops(arm.config, LENGTH))
+def own_steps(arm: Arm, steps: int) -> int:
+    """Number of steps that cost as many FLOPs as `steps` of the llama of full depth."""
+    return steps_of(arm, steps, reference=ARMS[JUDGE])  # type: ignore[arg-type]
 
 
 def fit(arm: Arm, corpus: Corpus, *, seed: int, steps: int) -> Trained:
     source = batches(corpus.train, seed=seed)
     return train(
-        arm.family, arm.config, source, steps=steps_of(arm, steps), lr=LR, seed=seed,
+        arm.family, arm.config, source, steps=own_steps(arm, steps), lr=LR, seed=seed,
         frozen=lambda name: arm.frozen in name,
     )  # fmt: skip
 
@@ -209,7 +217,7 @@ def _likelihoods(
         name,
         f"{arm.family.num_parameters(arm.config):,}",
         f"{arm.family.flops(arm.config, LENGTH) / 1e6:.2f}",
-        f"{steps_of(arm, steps) * ROWS * LENGTH:,}",
+        f"{own_steps(arm, steps) * ROWS * LENGTH:,}",
         over_seeds(exact),
         bound,
         plan,

@@ -9,7 +9,7 @@ forward FLOPs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,15 +102,15 @@ def batches(text: Tensor, *, seed: int) -> Iterator[Batch]:
         yield rows_at(text, torch.randint(len(text) - LENGTH, (ROWS,), generator=generator))
 
 
-def steps_of(arm: Arm, steps: int) -> int:
-    """How many steps cost as many FLOPs as `steps` of a Daria-Former."""
-    ratio = DARIA_FORMER.flops(ARMS["daria_former"].config, LENGTH)
+def steps_of(arm: Arm, steps: int, *, reference: Arm = ARMS["daria_former"]) -> int:
+    """Number of steps that cost as many FLOPs as `steps` of the reference."""
+    ratio = reference.family.flops(reference.config, LENGTH)
     return round(steps * ratio / arm.family.flops(arm.config, LENGTH))
 
 
 def fit(arm: Arm, corpus: Corpus, *, lr: float, seed: int, steps: int) -> Trained:
     source = batches(corpus.train, seed=seed)
-    return train(arm.family, arm.config, source, steps=steps_of(arm, steps), lr=lr, seed=seed)
+    return train(arm.family, arm.config, source, steps=steps, lr=lr, seed=seed)
 
 
 @torch.no_grad()
@@ -125,12 +125,19 @@ def bits_per_byte(trained: Trained, arm: Arm, text: Tensor, *, rows: int = TEST_
     return total / (rows * LENGTH * math.log(2))
 
 
-def best_rate(arm: Arm, corpus: Corpus, *, steps: int) -> float:
-    """The learning rate of RATES that does best on the text for tuning, with a seed of its own."""
+def best_rate(
+    arm: Arm,
+    corpus: Corpus,
+    *,
+    steps: int,
+    rates: Sequence[float] = RATES,
+    rows: int = TEST_ROWS,
+) -> float:
+    """The learning rate that does best on the text for tuning, with a seed of its own."""
     scores = {}
-    for lr in RATES:
+    for lr in rates:
         trained = fit(arm, corpus, lr=lr, seed=SWEEP_SEED, steps=steps)
-        scores[lr] = bits_per_byte(trained, arm, corpus.tuning)
+        scores[lr] = bits_per_byte(trained, arm, corpus.tuning, rows=rows)
     print(f"learning rates, {arm.family.name}: {scores}", flush=True)
     return min(scores, key=scores.__getitem__)
 
@@ -139,12 +146,14 @@ def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
     """Bits per byte of every arm over seeds, then the mean gates of the Daria-Former's."""
     corpus = Corpus.of_the_library()
     rates = {
-        name: best_rate(ARMS[name], corpus, steps=steps // 2) for name in ("llama", "daria_former")
+        name: best_rate(ARMS[name], corpus, steps=steps_of(ARMS[name], steps // 2))
+        for name in ("llama", "daria_former")
     }
     rows, gates = [], []
     for name, arm in ARMS.items():
         lr = rates[arm.family.name]
-        fitted = [fit(arm, corpus, lr=lr, seed=seed, steps=steps) for seed in range(num_seeds)]
+        own = steps_of(arm, steps)
+        fitted = [fit(arm, corpus, lr=lr, seed=seed, steps=own) for seed in range(num_seeds)]
         scores = [bits_per_byte(trained, arm, corpus.test) for trained in fitted]
         print(f"{name}: {scores}", flush=True)
         sample = rows_at(corpus.test, torch.tensor([0, 1000])).tokens
@@ -154,7 +163,7 @@ def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
                 name,
                 f"{arm.family.num_parameters(arm.config):,}",
                 f"{arm.family.flops(arm.config, LENGTH) / 1e6:.2f}",
-                f"{steps_of(arm, steps) * ROWS * LENGTH:,}",
+                f"{own * ROWS * LENGTH:,}",
                 f"{lr:g}",
                 over_seeds(scores),
                 f"{max(leaks):g}",

@@ -22,21 +22,22 @@ from transformers import LlamaForCausalLM
 from models.amrpa import AMRPAConfig, get_amrpa_metrics, inject_amrpa
 from models.amrpa.config import AMRPALlamaConfig
 from models.amrpa.model import FAMILY as AMRPA
-from models.base import ModelFamily
 from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from tests.benchmarks.timing import Table
 from tests.evidence.language import (
     LENGTH,
-    SWEEP_SEED,
     VOCAB,
+    Arm,
     Corpus,
     batches,
+    best_rate,
     bits_per_byte,
+    fit,
     rows_at,
+    steps_of,
 )
-from tests.evidence.training import Batch, Trained, future_leak, optimizer_of, over_seeds, schedule
-from tests.evidence.training import train as train_family
+from tests.evidence.training import Batch, future_leak, optimizer_of, over_seeds, schedule
 
 STEPS, RATES = 200, (4e-3, 8e-3)
 BASE_STEPS, TUNING_STEPS, BASE_LR, TUNING_LR = 150, 60, 4e-3, 2e-3
@@ -50,11 +51,6 @@ _SHAPE: dict[str, Any] = {
 }
 _HEADS: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "num_kv_heads": 4}
 _MEMORY: dict[str, Any] = {"target_layers": "last_2", "alpha_mlp_hidden": 32}
-
-
-class Arm(NamedTuple):
-    family: ModelFamily
-    config: Any
 
 
 SCRATCH = {
@@ -71,16 +67,9 @@ SCRATCH = {
 INJECTED = ("memory alone", "layers with memory", "everything", "everything, no memory")
 
 
-def steps_of(arm: Arm, steps: int) -> int:
-    """How many steps cost as many FLOPs as `steps` of the llama."""
-    whole = LLAMA.flops(SCRATCH["llama"].config, LENGTH)
-    return round(steps * whole / arm.family.flops(arm.config, LENGTH))
-
-
-def fit(arm: Arm, corpus: Corpus, *, lr: float, seed: int, steps: int) -> Trained:
-    source = batches(corpus.train, seed=seed)
-    steps = steps_of(arm, steps)
-    return train_family(arm.family, arm.config, source, steps=steps, lr=lr, seed=seed)
+def own_steps(arm: Arm, steps: int) -> int:
+    """Number of steps that cost as many FLOPs as `steps` of the llama."""
+    return steps_of(arm, steps, reference=SCRATCH["llama"])
 
 
 def train(model: nn.Module, source: Iterator[Batch], *, steps: int, lr: float) -> None:
@@ -196,14 +185,11 @@ def _injected_table(corpus: Corpus, num_seeds: int) -> Table:
 def _scratch_table(corpus: Corpus, num_seeds: int, steps: int) -> Table:
     rows = []
     for name, arm in SCRATCH.items():
-        scores = {}
-        for lr in RATES:
-            trained = fit(arm, corpus, lr=lr, seed=SWEEP_SEED, steps=steps // 2)
-            scores[lr] = bits_per_byte(trained, arm, corpus.tuning, rows=TEST_ROWS)
-        lr = min(scores, key=scores.__getitem__)
-        fitted = [fit(arm, corpus, lr=lr, seed=seed, steps=steps) for seed in range(num_seeds)]
+        half, own = own_steps(arm, steps // 2), own_steps(arm, steps)
+        lr = best_rate(arm, corpus, steps=half, rates=RATES, rows=TEST_ROWS)
+        fitted = [fit(arm, corpus, lr=lr, seed=seed, steps=own) for seed in range(num_seeds)]
         bits = [bits_per_byte(each, arm, corpus.test, rows=TEST_ROWS) for each in fitted]
-        print(f"{name}: learning rates {scores}, {bits}", flush=True)
+        print(f"{name}: {bits}", flush=True)
         sample = rows_at(corpus.test, torch.tensor([0, 1000])).tokens
         leaks = [future_leak(each.model, sample, vocab_size=VOCAB) for each in fitted]
         rows.append(
@@ -211,7 +197,7 @@ def _scratch_table(corpus: Corpus, num_seeds: int, steps: int) -> Table:
                 name,
                 f"{arm.family.num_parameters(arm.config):,}",
                 f"{arm.family.flops(arm.config, LENGTH) / 1e6:.2f}",
-                f"{steps_of(arm, steps):,}",
+                f"{own:,}",
                 f"{lr:g}",
                 over_seeds(bits),
                 over_seeds([each.terms["gate_impact"] for each in fitted])

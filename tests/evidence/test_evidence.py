@@ -94,8 +94,8 @@ def test_future_leak_sees_one():
 def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
     corpus = _random_corpus()
     arm = depth.ARMS["mod, gamma 0.25"]
-    assert depth.steps_of(depth.ARMS[depth.REFERENCE], 10) == 10 < depth.steps_of(arm, 10)
-    found = depth.score(depth.fit(arm, corpus, lr=1e-3, seed=0, steps=2), arm, corpus, rows=16)
+    assert depth.own_steps(depth.ARMS[depth.REFERENCE], 10) == 10 < depth.own_steps(arm, 10)
+    found = depth.score(language.fit(arm, corpus, lr=1e-3, seed=0, steps=2), arm, corpus, rows=16)
     assert found.leak == 0.0 < found.oracle_leak
     assert 0.0 < found.share < 1.0
     assert 7.0 < found.causal < 9.0
@@ -104,7 +104,7 @@ def test_depth_scores_by_the_causal_rule_and_shows_the_oracle_beside_it():
 def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     corpus = _random_corpus()
     ours = hybrid.ARMS["dual, blocks of 8"]
-    assert hybrid.steps_of(ours, 100) < 100 < hybrid.steps_of(hybrid.ARMS["llama, 2 layers"], 100)
+    assert hybrid.own_steps(ours, 100) < 100 < hybrid.own_steps(hybrid.ARMS["llama, 2 layers"], 100)
     trained = hybrid.fit(ours, corpus, seed=0, steps=1)
     prompt = torch.zeros(1, hybrid.PROMPT, dtype=torch.long)
     written = hybrid.written(trained, ours, prompt, "speculative")
@@ -186,12 +186,12 @@ def test_zeroing_the_memory_of_a_fine_tuned_model_leaves_out_what_it_adds_alone(
 def test_memory_from_scratch_is_compared_at_equal_flops():
     corpus = _random_corpus()
     llama, *ours = layer_memory.SCRATCH.values()
-    assert layer_memory.steps_of(llama, 200) == 200
+    assert layer_memory.own_steps(llama, 200) == 200
     for arm in ours:
-        steps = layer_memory.steps_of(arm, 200)
+        steps = layer_memory.own_steps(arm, 200)
         spent = steps * arm.family.flops(arm.config, language.LENGTH)
         assert spent == pytest.approx(
             200 * llama.family.flops(llama.config, language.LENGTH), rel=0.01
         )
-    trained = layer_memory.fit(ours[0], corpus, lr=1e-3, seed=0, steps=2)
+    trained = language.fit(ours[0], corpus, lr=1e-3, seed=0, steps=2)
     assert 7.0 < language.bits_per_byte(trained, ours[0], corpus.test, rows=16) < 9.0

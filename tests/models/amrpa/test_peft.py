@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import models.amrpa as amrpa
 from models.amrpa import get_amrpa_metrics, inject_amrpa
-from tests.missing import cannot_run
 from tests.models.amrpa.tiny import inputs, plain
 from tests.refusals import assert_refused
 from tests.tolerance import FP64
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}
-
-
-@pytest.fixture(autouse=True)
-def _needs_peft():
-    if find_spec("peft") is None:
-        cannot_run("no peft here", needs="peft")
 
 
 def _fresh(name: str):
@@ -30,8 +23,6 @@ def _fresh(name: str):
 
 
 def _adapted(name: str):
-    from peft import LoraConfig, get_peft_model
-
     lora = LoraConfig(target_modules=TARGETS[name], modules_to_save=["amrpa"])
     return get_peft_model(_fresh(name), lora).eval()
 
@@ -57,8 +48,6 @@ def _train(model, name: str, *, steps: int) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_adapters_and_memory_train_are_saved_merged_and_loaded(name, tmp_path):
-    from peft import PeftModel
-
     model = _adapted(name)
     with torch.no_grad():
         assert torch.equal(_logits(model, name), _logits(plain(name).double(), name))
@@ -88,8 +77,6 @@ def test_adapters_and_memory_train_are_saved_merged_and_loaded(name, tmp_path):
 
 
 def test_linear_layers_are_adapted_and_the_memory_is_not():
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(_fresh("llama"), LoraConfig(target_modules="all-linear"))
     names = [n for n, _ in model.named_parameters() if ".amrpa." in n]
     assert names
@@ -97,8 +84,6 @@ def test_linear_layers_are_adapted_and_the_memory_is_not():
 
 
 def test_an_adapted_model_is_refused():
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(plain("t5"), LoraConfig(target_modules=["q"]))
     with assert_refused(
         "model", value="PeftModel", constraint="PreTrainedModel", remedy=("first", "adapters")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from models import convert
 from models.checkpoint import load_model, open_checkpoint
 from tests.models.checkpoints import config, edit_json, write_checkpoint
+from tests.models.hf.base_models import rewrite_tensors
 from tests.refusals import error_line
 
 
@@ -30,17 +31,6 @@ def _refusal(model: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return error_line(capsys)
 
 
-def _rewrite(model: Path, change) -> None:
-    """Apply `change` to the tensors and store them in one file."""
-    tensors = {}
-    for file in model.glob("*.safetensors"):
-        tensors |= load_file(file)
-        file.unlink()
-    (model / "model.safetensors.index.json").unlink()
-    change(tensors)
-    save_file(tensors, model / "model.safetensors")
-
-
 NORM = "model.norm.weight"
 BAD_TENSORS = {
     "lacks model.norm.weight": lambda t: t.pop(NORM),
@@ -54,7 +44,7 @@ BAD_TENSORS = {
 @pytest.mark.parametrize("message", BAD_TENSORS)
 def test_a_model_with_bad_tensors_is_refused(message, tmp_path, capsys):
     model = _exported(tmp_path)
-    _rewrite(model, BAD_TENSORS[message])
+    rewrite_tensors(model, BAD_TENSORS[message])
     assert message in _refusal(model, capsys)
 
 
@@ -78,7 +68,7 @@ def _same_weights(directory: Path, expected: Path) -> None:
 )
 def test_frequencies_that_old_files_hold_are_ignored(name, tmp_path):
     model = _exported(tmp_path)
-    _rewrite(model, lambda tensors: tensors.update({name: torch.ones(4)}))
+    rewrite_tensors(model, lambda tensors: tensors.update({name: torch.ones(4)}))
     convert.from_hf(model, tmp_path / "back")
     _same_weights(tmp_path / "back", tmp_path / "step_5")
 
@@ -96,7 +86,9 @@ def test_a_model_that_was_saved_without_its_head_is_read(tmp_path):
 
 def test_weights_of_fp64_are_rounded_when_a_dtype_is_given(tmp_path, capsys):
     model = _exported(tmp_path)
-    _rewrite(model, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()}))
+    rewrite_tensors(
+        model, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items()})
+    )
     assert "the weights are F64, which checkpoints do not have; give --dtype" in _refusal(
         model, capsys
     )

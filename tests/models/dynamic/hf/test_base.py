@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from models import convert
@@ -24,6 +24,7 @@ from parallel.context import ParallelContext
 from tests.models.checkpoints import write_checkpoint
 from tests.models.dynamic.settled import settled
 from tests.models.families import CASES
+from tests.models.hf.base_models import rewrite_tensors
 from tests.refusals import assert_refused
 
 CLASSES = {"mod": MoDForCausalLM, "dtf": DTFForCausalLM}
@@ -186,13 +187,7 @@ def test_a_command_that_cannot_be_carried_out_says_why(arguments, message, qwen,
 def _changed(qwen: Path, directory: Path, change) -> Path:
     """The same model in one file, after `change` of its tensors."""
     shutil.copytree(qwen, directory)
-    tensors = {}
-    for file in directory.glob("*.safetensors"):
-        tensors |= load_file(file)
-        file.unlink()
-    (directory / "model.safetensors.index.json").unlink()
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    rewrite_tensors(directory, change)
     return directory
 
 
