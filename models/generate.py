@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.base import TokenInputs, logits_of
+from models.common.sampling import check_sampling
 from parallel.carry import SequentialModel
 from parallel.layers import gather_logits
 
@@ -130,25 +131,10 @@ def _check_sampling(
         raise ValueError(f"tokens of shape {list(tokens.shape)} are empty; give a prompt")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more; raise it")
-    check_temperature(temperature)
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be 1 or more; leave it out to keep every token")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(
-            f"top_p={top_p} must be above 0 and at most 1; leave it out to keep every token"
-        )
+    check_sampling(temperature, top_k=top_k, top_p=top_p)
     if temperature == 0.0 and (top_k is not None or top_p is not None):
         raise ValueError(
             f"top_k={top_k} and top_p={top_p} have no effect at temperature=0; set a temperature"
-        )
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError: it is negative or not finite."""
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature={temperature} must be finite and not negative; use 0 for the most "
-            "probable token"
         )
 
 

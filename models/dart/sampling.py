@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.common.sampling import check_sampling
+
 
 class Sampling(NamedTuple):
     """How a token is chosen from logits; temperature 0 is the most probable one."""
@@ -22,17 +24,7 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError: a setting is out of its range."""
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be finite and not negative; use 0 for the "
-                "most probable token"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be 1 or more; use None to keep every token")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(
-                f"top_p={self.top_p} must be above 0 and at most 1; use None to keep every token"
-            )
+        check_sampling(self.temperature, top_k=self.top_k, top_p=self.top_p)
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise ValueError(
                 f"repetition_penalty={self.repetition_penalty} must be finite and above 0; use 1 "

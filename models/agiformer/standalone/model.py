@@ -15,7 +15,8 @@ from torch import Tensor
 from models.agiformer.carry import AUX, AgiformerCarry
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY, set_plasticity
-from models.generate import check_temperature, sample
+from models.common.sampling import check_sampling
+from models.generate import sample
 from models.standalone.model import StandaloneModel, check_tokens
 from models.standalone.settings_file import checked_settings
 
@@ -80,7 +81,7 @@ class AGIFORMER(StandaloneModel):
         x = self._checked(x, "x")
         projected = self._projected(x)  # [N, P, B, m]
         if target_bytes is None:
-            check_temperature(temperature)
+            check_sampling(temperature)
             return self._drawn(projected, temperature)
         target = self._checked(target_bytes, "target_bytes")
         if target.shape != x.shape:
