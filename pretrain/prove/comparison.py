@@ -250,12 +250,14 @@ def _weight_measure(truth: TrueStep, training: TrainingConfig, bound: float) -> 
 
     With `u = m / (sqrt(v) + eps)`, both moments unbiased, a gradient that is off by d moves m by
     c1 d and sqrt(v), which is a norm, by at most c2 d, so u by `(c1 + c2 |u|) d / (sqrt(v) + eps)`,
-    and never by more than 2: where a gradient is near zero its rounding decides the sign of u.
+    and never by more than twice the largest u: where a gradient is near zero its rounding decides
+    the sign of u.
     """
     state, norm = truth.state, truth.norm * truth.scale
     (beta1, beta2), step = training.betas, state.step
     c1 = (1 - beta1) / (1 - beta1**step)
     c2 = math.sqrt((1 - beta2) / (1 - beta2**step))
+    most = largest_update(training.betas, step)
 
     def measure(name: str, found: Tensor, true: Tensor) -> Tensor:
         gradient = truth.gradients[name] * truth.scale
@@ -263,10 +265,23 @@ def _weight_measure(truth: TrueStep, training: TrainingConfig, bound: float) -> 
         root = (state.exp_avg_sq[name] / (1 - beta2**step)).sqrt() + training.eps
         update = state.exp_avg[name] / (1 - beta1**step) / root
         moved = (c1 + c2 * update.abs()) * size.clamp(min=FLOOR * norm) / root
-        scale = true.abs().max() + truth.rates[name] * moved.clamp(max=2 / bound)
+        scale = true.abs().max() + truth.rates[name] * moved.clamp(max=2 * most / bound)
         return (found - true).abs() / scale
 
     return measure
+
+
+def largest_update(betas: tuple[float, float], step: int) -> float:
+    """The largest `m / sqrt(v)` of Adam at a step, both moments unbiased, for any gradients.
+
+    With m = sum a_i g_i and v = sum b_i g_i^2 it is `sqrt(sum a_i^2 / b_i)` (Cauchy-Schwarz): about
+    1, but `1 / sqrt(1 - beta2)` after many steps with beta1 = 0.
+    """
+    a, b = (
+        [(1 - beta) * beta ** (step - i) / (1 - beta**step) for i in range(1, step + 1)]
+        for beta in betas
+    )
+    return math.sqrt(sum(x * x / y if y else math.inf for x, y in zip(a, b, strict=True) if x))
 
 
 def _tensor_errors(saved: Saved, found: Tensors, true: Tensors, measure: Measure) -> list[Error]:

@@ -14,6 +14,7 @@ from pretrain.prove.comparison import (
     Row,
     choice_rows,
     gradient_row,
+    largest_update,
     number_rows,
     state_rows,
     sum_rows,
@@ -207,3 +208,28 @@ def test_the_learning_rate_follows_the_documented_schedule(step, settings, share
     changes = {f"training__{name}": value for name, value in settings.items()}
     training = parse_config(run_values(**changes)).training
     assert learning_rate(step, training) == pytest.approx(share * training.lr)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.95), (0.9, 0.999), (0.99, 0.9)])
+def test_the_largest_update_is_that_of_the_worst_gradients(betas, step):
+    """Of torch's AdamW in fp64: gradients in proportion to a_i / b_i, and no others."""
+
+    def update(gradients: torch.Tensor) -> float:
+        weight = torch.zeros(1, dtype=torch.float64)
+        options = {"betas": betas, "eps": 0.0, "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW([weight], lr=1.0, **options)
+        for gradient in gradients:
+            before, weight.grad = weight.clone(), gradient.view(1)
+            optimizer.step()
+        return abs(float(weight - before))
+
+    beta1, beta2 = betas
+    places = torch.arange(step, dtype=torch.float64)
+    worst = beta1 ** (step - 1 - places) / beta2 ** (step - 1 - places)
+    most = largest_update(betas, step)
+    # Gradients of 0 would leave 0 / 0 in the steps before the last.
+    assert update(worst.clamp(min=1e-9)) == pytest.approx(most, rel=1e-6)
+    draw = torch.Generator().manual_seed(0)
+    for gradients in torch.randn(200, step, dtype=torch.float64, generator=draw):
+        assert update(gradients) <= most * (1 + 1e-12)
