@@ -4,7 +4,8 @@ Text, split and optimizer are those of `language`, with one learning rate for al
 byte of the causal stream, all blocks hidden. `bound`: those of the diffusion stream over draws of
 the noise, an upper bound with its standard error. `plan`: what the causal stream loses where its
 plans are set to 0 after training. Samples continue 32 bytes of held-out text to 96; a judge, the
-llama of full depth, says how well, in nats per byte.
+llama of full depth, says how well, in nats per byte. Gradient norms are over draws of the noise for
+the same text: the weight of a block grows as 1/t where few of its bytes are hidden.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.base import ModelFamily, TokenInputs
+from models.base import LossOutput, ModelFamily, TokenInputs
 from models.dart.config import DARTConfig
 from models.dart.generation import Generated
 from models.dart.model import FAMILY as DART
@@ -43,6 +44,7 @@ from tests.evidence.training import Trained, future_leak, over_seeds, train
 STEPS, LR, NUM_LAYERS = 32, 8e-3, 4
 DRAWS, BOUND_ROWS, TEST_ROWS = 6, 16, 48
 PROMPT, TOTAL, SAMPLES, DECODED, ROUNDS = 32, 96, 8, 2, 3
+NORM_DRAWS, NORM_ROWS = 200, 8
 JUDGE = "llama, 4 layers"
 
 _SHAPE: dict[str, Any] = {
@@ -101,24 +103,40 @@ class Bound(NamedTuple):
     error: float
 
 
-@torch.no_grad()
-def bound_of(trained: Trained, arm: Arm, text: Tensor) -> Bound:
-    """The bound of the diffusion stream, without the last byte of every row."""
+def losses_of(
+    trained: Trained, arm: Arm, text: Tensor, *, rows: int, draws: int
+) -> Iterator[LossOutput]:
+    """The loss of training for every draw of the noise, without the last byte of every row."""
     model = trained.model.train()
-    batch = rows_at(text, torch.linspace(0, len(text) - LENGTH - 1, BOUND_ROWS).long())
+    batch = rows_at(text, torch.linspace(0, len(text) - LENGTH - 1, rows).long())
     labels = batch.labels.clone()
     labels[:, -1] = -100
-    draws = []
-    for draw in range(DRAWS):
+    for draw in range(draws):
         # Other noise for every row, also where rows begin alike.
-        salts = 1 + draw * BOUND_ROWS + torch.arange(BOUND_ROWS)
+        salts = 1 + draw * rows + torch.arange(rows)
         model.get_submodule("embedding").salt = salts.unsqueeze(1)  # type: ignore[assignment]
         output = model(TokenInputs(batch.tokens))
-        terms = arm.family.loss(output, labels, config=arm.config, ctx=model.ctx).terms
-        draws.append(float(terms["diffusion_loss"]) / math.log(2))
+        yield arm.family.loss(output, labels, config=arm.config, ctx=model.ctx)
     model.get_submodule("embedding").salt = 0  # type: ignore[assignment]
     model.eval()
+
+
+@torch.no_grad()
+def bound_of(trained: Trained, arm: Arm, text: Tensor) -> Bound:
+    """Of the diffusion stream."""
+    losses = losses_of(trained, arm, text, rows=BOUND_ROWS, draws=DRAWS)
+    draws = [float(loss.terms["diffusion_loss"]) / math.log(2) for loss in losses]
     return Bound(statistics.fmean(draws), statistics.stdev(draws) / math.sqrt(DRAWS))
+
+
+def gradient_norms(trained: Trained, arm: Arm, text: Tensor, *, draws: int) -> list[float]:
+    """One for every draw of the noise, in ascending order."""
+    parameters = [p for p in trained.model.parameters() if p.requires_grad]
+    norms = []
+    for loss in losses_of(trained, arm, text, rows=NORM_ROWS, draws=draws):
+        gradients = torch.autograd.grad(loss.total, parameters, allow_unused=True)
+        norms.append(float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None])))
+    return sorted(norms)
 
 
 @torch.no_grad()
@@ -169,7 +187,7 @@ def _speed(trained: Trained, arm: Arm, prompts: Tensor) -> tuple[str, ...]:
 
 
 def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
-    """Likelihoods of every arm, then speculative decoding, then samples by diffusion."""
+    """Likelihoods of every arm, speculative decoding, samples by diffusion, gradient norms."""
     corpus = Corpus.of_the_library()
     fitted: dict[str, list[Trained]] = {}
     rows = []
@@ -191,6 +209,11 @@ def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
         "Samples by diffusion under the judge, nats per byte",
         ("", "bytes per denoising pass", "judge"),
         _samples(fitted, starts),
+    )
+    yield Table(
+        f"Gradient norms of the loss over {NORM_DRAWS} draws of the noise, seed 0",
+        ("", "10 %", "median", "90 %", "99 %", "largest"),
+        [(name, *_spread(fitted[name][0], ARMS[name], corpus.test)) for name in drafted],
     )
 
 
@@ -223,6 +246,11 @@ def _likelihoods(
         plan,
         f"{max(leaks):g}",
     )
+
+
+def _spread(trained: Trained, arm: Arm, text: Tensor) -> list[str]:
+    norms = gradient_norms(trained, arm, text, draws=NORM_DRAWS)
+    return [f"{norms[math.ceil(share * len(norms)) - 1]:.3f}" for share in (0.1, 0.5, 0.9, 0.99, 1)]
 
 
 def _samples(fitted: dict[str, list[Trained]], starts: Tensor) -> list[tuple[str, ...]]:

@@ -110,6 +110,8 @@ def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     written = hybrid.written(trained, ours, prompt, "speculative")
     assert written.tokens.shape == (1, hybrid.TOTAL)
     assert 0 < written.num_passes <= 2 * (hybrid.TOTAL - hybrid.PROMPT)
+    norms = hybrid.gradient_norms(trained, ours, corpus.test, draws=3)
+    assert 0 < norms[0] < norms[1] < norms[2]
 
 
 def test_drafts_are_timed_and_decoded_with():
