@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -78,7 +79,7 @@ def prove(
         RunFailedError: a rank of the program, or the truth, failed.
     """
     config = small.config
-    tokens = _num_tokens(config, small.data_size)
+    tokens = corpus_tokens(config, small.data_size)
     data = make_corpus(
         config.data, folder / "data", vocab_size=config.model.vocab_size, num_tokens=tokens
     )
@@ -238,11 +239,12 @@ def _checkpoint(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
 
 
-def _num_tokens(config: RunConfig, data_size: int) -> int:
-    """Tokens of all sources: half of what the run reads, so that step 4 is in a second epoch."""
+def corpus_tokens(config: RunConfig, data_size: int) -> int:
+    """Tokens of all sources: half of what the run reads, so that step 4 is in a second epoch, and
+    in no third one if its batch is doubled: no step that is compared reads a sample twice."""
     training = config.training
     sequences = training.batch_size * training.gradient_accumulation_steps * data_size
-    return sequences * STEPS // 2 * config.data.sequence_length
+    return math.ceil(sequences * STEPS / 2) * config.data.sequence_length
 
 
 def _case(

@@ -13,6 +13,7 @@ from pretrain.config.compose import compose_config
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS
 from pretrain.prove.machine import check_fits
+from pretrain.prove.proof import SAVED, corpus_tokens
 from pretrain.prove.sizes import halve
 from pretrain.prove.small_run import STEPS, SmallRun, shrink
 from tests.pretrain.run_values import run_values
@@ -91,6 +92,16 @@ def test_stages_of_a_curriculum_all_get_steps():
     small = shrunk(f"data.stages={stages}")
     assert [stage.until_step for stage in small.config.data.stages] == [2, 3, None]
     assert small.config.data.stages[0].sequence_length < small.config.data.sequence_length
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_step_that_is_compared_reads_no_sample_twice(data_size, factor):
+    """Gradients of one sample and of the same again sum up in the bits of one."""
+    config = shrunk("training.batch_size=1", "training.gradient_accumulation_steps=1").config
+    epoch = corpus_tokens(config, data_size) // config.data.sequence_length
+    before = SAVED * data_size  # samples of the steps before, some of them in the first epoch
+    assert before // epoch == (before + factor * data_size - 1) // epoch == 1
 
 
 def test_every_change_is_listed_old_and_new():
