@@ -7,6 +7,7 @@ size, K patch kernel, W window, M thinking steps, m head channels, V vocabulary.
 from __future__ import annotations
 
 from models.agiformer.config import AgiformerConfig
+from models.common.decoder_counts import mean_keys
 
 
 def num_parameters(config: AgiformerConfig) -> int:
@@ -52,7 +53,7 @@ def forward_flops_per_token(config: AgiformerConfig, seq_length: int) -> float:
     patches = config.num_patches(seq_length)
     encoder = config.patch_kernel * config.byte_size * h
     block = _block_matrices(config)
-    heads = _mean_keys(patches, config.window_size) * h
+    heads = mean_keys(patches, window=config.window_size) * h
     if config.has_memory:
         block += h  # the gate
         heads += h * (config.head_dim + 1)
@@ -62,9 +63,3 @@ def forward_flops_per_token(config: AgiformerConfig, seq_length: int) -> float:
     linear = encoder + config.num_layers * block + reasoning + project
     per_patch = 2.0 * linear + 4.0 * config.num_layers * heads
     return per_patch * patches / seq_length + 2.0 * (m * m + config.vocab_size * m)
-
-
-def _mean_keys(patches: int, window: int) -> float:
-    """Keys that a patch sees on average."""
-    growing = min(patches, window)
-    return (growing * (growing + 1) / 2 + (patches - growing) * window) / patches

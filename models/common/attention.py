@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.common.cache import KVCache
+from models.common.decoder_counts import mean_keys
+from models.common.norms import HeadNorm
 from models.common.rope import RotaryTable, Rotation, rotate
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
@@ -213,7 +215,8 @@ class CausalSelfAttention(nn.Module):
 
     Input and output [s, b, h] ([s/t, b, h] under sequence parallelism). Tensor ranks share the
     heads: each computes n/t query heads with g/t key and value heads. Scores are divided by
-    sqrt(d).
+    sqrt(d). `qk_norm_eps`: queries and keys are normalised per head before they are rotated, with
+    this eps. `window`: a query sees that many positions, its own included.
 
     Raises:
         ValueError: the tensor size does not divide the heads or the key and value heads.
@@ -231,11 +234,13 @@ class CausalSelfAttention(nn.Module):
         init: Normal,
         output_init: Normal,
         qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         check_heads(ctx, num_heads=num_heads, num_kv_heads=num_kv_heads)
         self.ctx = ctx
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_heads, self.head_dim, self.window = num_heads, head_dim, window
         self.rotary = rotary
         rotary.on(ctx.device)
 
@@ -245,6 +250,10 @@ class CausalSelfAttention(nn.Module):
         self.query = column(num_heads * head_dim)
         self.key = column(num_kv_heads * head_dim)
         self.value = column(num_kv_heads * head_dim)
+        self.query_norm = self.key_norm = None
+        if qk_norm_eps is not None:
+            self.query_norm = HeadNorm(head_dim, eps=qk_norm_eps, ctx=ctx)
+            self.key_norm = HeadNorm(head_dim, eps=qk_norm_eps, ctx=ctx)
         self.output = RowParallelLinear(
             num_heads * head_dim, hidden_size, ctx=ctx, init=output_init
         )
@@ -259,9 +268,10 @@ class CausalSelfAttention(nn.Module):
         return KVCache(max_length)
 
     def flops_per_token(self, seq_length: int) -> float:
-        """FLOPs of scores and weighted values, without projections: `4 n d (s + 1) / 2`, since a
-        causal query sees (s + 1) / 2 keys on average. Masked work of a kernel is not counted."""
-        return 4.0 * self.num_heads * self.head_dim * (seq_length + 1) / 2
+        """FLOPs of scores and weighted values, without projections: `4 n d` for each key that a
+        query sees on average. Masked work of a kernel is not counted."""
+        keys = mean_keys(seq_length, window=self.window)
+        return 4.0 * self.num_heads * self.head_dim * keys
 
     def forward(
         self,
@@ -283,12 +293,19 @@ class CausalSelfAttention(nn.Module):
             return self.project_output(gathered.attend(q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.project_output(attention(q, k, v, None if cache is not None else positions))
+        packed = None if cache is not None else positions
+        if self.window is not None:
+            mixed = windowed_attention(q, k, v, window=self.window, positions=packed)
+        else:
+            mixed = attention(q, k, v, packed)
+        return self.project_output(mixed)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b, n/t, s, d], keys and values [b, g/t, s, d], before rotation."""
         projected = project_together(x, self.query, self.key, self.value)
         q, k, v = (self._split_heads(each) for each in projected)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
     def rotation(self, q: Tensor, positions: Tensor | None, cache: KVCache | None) -> Rotation:

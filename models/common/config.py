@@ -13,12 +13,49 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class RopeScaling(BaseModel):
-    """Scaling of rotary frequencies for contexts longer than in the original pretraining.
+class LinearScaling(BaseModel):
+    """Rotary frequencies divided by `factor`, so that longer contexts have the angles of shorter
+    ones. Source: arXiv 2306.15595."""
 
-    `type: llama3` divides the frequencies of wavelengths longer than
-    `original_max_position_embeddings / low_freq_factor` by `factor`, keeps those shorter than
-    `original_max_position_embeddings / high_freq_factor`, and interpolates between.
+    model_config = STRICT
+
+    type: Literal["linear"]
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+
+
+class YarnScaling(BaseModel):
+    """Frequencies that turn fewer than `beta_slow` times in `original_max_position_embeddings` are
+    divided by `factor`, those that turn more than `beta_fast` times are kept, with a linear ramp
+    over the dimensions between, whose ends are rounded to whole ones with `truncate`.
+
+    Rotated queries and keys are multiplied by `attention_factor`, `0.1 ln(factor) + 1` unless it is
+    set. Source: YaRN (arXiv 2309.00071).
+    """
+
+    model_config = STRICT
+
+    type: Literal["yarn"]
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    original_max_position_embeddings: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast={self.beta_fast} must be larger than beta_slow={self.beta_slow}; "
+                "YaRN uses 32 and 1"
+            )
+        return self
+
+
+class Llama3Scaling(BaseModel):
+    """Frequencies of wavelengths longer than `original_max_position_embeddings / low_freq_factor`
+    are divided by `factor`, those shorter than `original_max_position_embeddings /
+    high_freq_factor` kept, and those between interpolated.
     Source: Llama 3.1 (arXiv 2407.21783, section 3.2).
     """
 
@@ -31,13 +68,17 @@ class RopeScaling(BaseModel):
     original_max_position_embeddings: PositiveInt
 
     @model_validator(mode="after")
-    def _check_factors(self) -> RopeScaling:
+    def _check_factors(self) -> Self:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor={self.high_freq_factor} must be larger than "
                 f"low_freq_factor={self.low_freq_factor}; Llama 3.1 uses 4 and 1"
             )
         return self
+
+
+# Scaling of rotary frequencies for contexts longer than in the original pretraining.
+RopeScaling = Annotated[LinearScaling | YarnScaling | Llama3Scaling, Field(discriminator="type")]
 
 
 class DecoderConfig(BaseModel):

@@ -97,7 +97,12 @@ def decoder_norm(config: DecoderConfig, *, ctx: ParallelContext) -> RMSNorm:
 
 
 def decoder_attention(
-    config: DecoderConfig, *, rotary: RotaryTable, ctx: ParallelContext
+    config: DecoderConfig,
+    *,
+    rotary: RotaryTable,
+    ctx: ParallelContext,
+    qk_norm: bool = False,
+    window: int | None = None,
 ) -> CausalSelfAttention:
     """Grouped-query attention whose output projection adds to the residual stream."""
     return CausalSelfAttention(
@@ -110,6 +115,8 @@ def decoder_attention(
         init=Normal(config.init_std),
         output_init=residual_output(config.init_std, num_layers=config.num_layers),
         qkv_bias=config.qkv_bias,
+        qk_norm_eps=config.rms_norm_eps if qk_norm else None,
+        window=window,
     )
 
 

@@ -33,6 +33,12 @@ def block_vectors(config: DecoderConfig) -> int:
     return 2 * config.hidden_size + biases * config.qkv_bias
 
 
+def mean_keys(length: int, *, window: int | None = None) -> float:
+    """Keys that a causal query of a sequence sees on average; with a window at most that many."""
+    growing = length if window is None else min(length, window)
+    return (growing * (growing + 1) / 2 + (length - growing) * growing) / length
+
+
 def forward_flops(config: DecoderConfig, *, matrices: float, keys: float) -> float:
     """Forward FLOPs per token, two per multiply-add.
 

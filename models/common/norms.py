@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
-from parallel.sharding import Constant, declare_replicated
+from parallel.sharding import Constant, Sharding, declare, declare_replicated
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +24,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size, device=ctx.device))
         declare_replicated(self.weight, Constant(1.0), ctx=ctx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class HeadNorm(nn.Module):
+    """`RMSNorm` over the dimensions of each head, with one gain [d] for all heads.
+
+    Tensor ranks hold different heads, so that each has a part of the gradient.
+    Source: arXiv 2010.04245, with a gain as in Qwen3 (arXiv 2505.09388).
+    """
+
+    def __init__(self, head_dim: int, *, eps: float, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(head_dim, device=ctx.device))
+        declare(self.weight, Sharding(partial_gradient=True), Constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, eps=self.eps)

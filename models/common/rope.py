@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.common.config import RopeScaling
+from models.common.config import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 
 class Rotation(NamedTuple):
@@ -28,7 +28,8 @@ class Rotation(NamedTuple):
 class RotaryTable:
     """cos and sin of every position up to `max_positions`, one object for all layers of a model.
 
-    Angle of position p in dimension i (and i + d/2): `p * theta^(-2i/d)`, computed in fp32. A plain
+    Angle of position p in dimension i (and i + d/2): `p * theta^(-2i/d)`, computed in fp32; see
+    the classes of `RopeScaling` for how `scaling` changes the frequencies, and YaRN both. A plain
     object: DeepSpeed casts the buffers of modules to bf16, which cannot tell position 256 from 257.
     """
 
@@ -93,11 +94,13 @@ class RotaryTable:
     def _compute(self, device: torch.device) -> Rotation:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
+        gain = 1.0
         if self.scaling is not None:
-            frequencies = stretch(frequencies, self.scaling)
+            frequencies = stretch(frequencies, self.scaling, theta=self.theta)
+            gain = attention_factor(self.scaling)
         positions = torch.arange(self.max_positions, dtype=torch.float32, device=device)
         angles = positions[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = gain * angles.cos(), gain * angles.sin()
         return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
@@ -131,8 +134,41 @@ class _Rotate(torch.autograd.Function):
         )
 
 
-def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Rescale frequencies for a longer context, as described in `RopeScaling`."""
+def stretch(frequencies: Tensor, scaling: RopeScaling, *, theta: float) -> Tensor:
+    """Rescale frequencies [d/2] for a longer context, as described in the class of `scaling`."""
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, YarnScaling):
+        kept = 1 - _ramp(len(frequencies), scaling, theta).to(frequencies)
+        return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    return _stretch_by_wavelength(frequencies, scaling)
+
+
+def attention_factor(scaling: RopeScaling) -> float:
+    """What rotated queries and keys are multiplied by."""
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+
+
+def _ramp(size: int, scaling: YarnScaling, theta: float) -> Tensor:
+    """fp32 [d/2] over the frequencies from fast to slow: 0 where they are kept, 1 where divided."""
+
+    def dimension(turns: float) -> float:
+        """The index of the frequency that turns so often in the original context."""
+        original = scaling.original_max_position_embeddings
+        return size * math.log(original / (2 * math.pi * turns)) / math.log(theta)
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * size - 1)
+    # A step where both ends meet.
+    slope = 1 / (high - low if high != low else 1e-3)
+    return ((torch.arange(size, dtype=torch.float32) - low) * slope).clamp(0, 1)
+
+
+def _stretch_by_wavelength(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     wavelengths = 2 * math.pi / frequencies
     original = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -1,12 +1,19 @@
-"""Decoders of Llama, Qwen2 and Mistral shape in Hugging Face's names, for the families with one."""
+"""Decoders of Llama's shape in Hugging Face's names, for the families with one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from models.common.config import DecoderConfig, RopeScaling
+from models.common.config import (
+    DecoderConfig,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
 
 # Paths in our model -> their names.
 EMBEDDING_NAME = ("embedding.tokens.weight", "model.embed_tokens.weight")
@@ -29,6 +36,10 @@ BLOCK_BIAS_NAMES = {
     "attention.key.bias": "self_attn.k_proj.bias",
     "attention.value.bias": "self_attn.v_proj.bias",
 }
+HEAD_NORM_NAMES = {
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+}
 # Their buffers, which hold nothing learned.
 DERIVED_NAMES = (
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\."
@@ -47,7 +58,11 @@ SETTING_NAMES = {
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SCALINGS: dict[str, type[LinearScaling] | type[YarnScaling] | type[Llama3Scaling]] = {
+    "linear": LinearScaling,
+    "yarn": YarnScaling,
+    "llama3": Llama3Scaling,
+}
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -70,12 +85,15 @@ FIXED_SETTINGS = {
 _SILU = ("silu", "swish")
 
 
-def decoder_names(config: DecoderConfig, *, block: str = "block_{}") -> dict[str, str]:
+def decoder_names(
+    config: DecoderConfig, *, block: str = "block_{}", qk_norm: bool = False
+) -> dict[str, str]:
     """Our parameter name -> theirs, in the order of the layers; a tied head has none of its own.
 
-    `block`: the path of a block in our model, by its number.
+    `block`: the path of a block in our model, by its number. `qk_norm`: heads have norms.
     """
     in_block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
+    in_block |= HEAD_NORM_NAMES if qk_norm else {}
     names = dict([EMBEDDING_NAME])
     for i in range(config.num_layers):
         names |= {
@@ -94,7 +112,7 @@ def tied_names(config: DecoderConfig) -> dict[str, str]:
 def decoder_contents(
     config: DecoderConfig, *, model_type: str, architecture: str
 ) -> dict[str, Any]:
-    """The contents of config.json for this decoder as a transformers Llama or Qwen2 model."""
+    """The contents of config.json for this decoder, without windows, as a model of transformers."""
     contents: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
     contents |= {theirs: getattr(config, ours) for ours, theirs in SETTING_NAMES.items()}
     contents |= {"head_dim": config.head_size, "hidden_act": "silu", "attention_dropout": 0.0}
@@ -113,13 +131,18 @@ def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     """Settings of one model type only, written out because defaults may change."""
     if model_type == "llama":
         return {"attention_bias": False, "mlp_bias": False}
+    if model_type == "mistral":
+        return {"sliding_window": None}
     layers = config.num_layers
-    return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
+    own = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
+    return own | ({"attention_bias": False} if model_type == "qwen3" else {})
 
 
-def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, Any]:
-    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama, Qwen2 or
-    Mistral.
+def decoder_settings(
+    contents: Mapping[str, Any], *, family: str, windows: bool = False
+) -> dict[str, Any]:
+    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama, Qwen2, Qwen3
+    or Mistral; with `windows` also `sliding_window` and `layer_types`.
 
     Raises:
         ValueError: a setting that our decoders do not have; `family` is named.
@@ -129,11 +152,20 @@ def decoder_settings(contents: Mapping[str, Any], *, family: str) -> dict[str, A
     settings = {k: v for k, v in contents.items() if k != "model_type"}
     theirs = AutoConfig.for_model(contents["model_type"], **settings)
     _check_function(theirs, family=family)
+    window, layer_types = _windows(theirs)
+    if window is not None and not windows:
+        raise ValueError(
+            f"config.json: sliding_window={window} with max_position_embeddings="
+            f"{theirs.max_position_embeddings}, the {family} family has no windows; such a model "
+            "cannot be imported"
+        )
     values = {ours: getattr(theirs, name) for ours, name in SETTING_NAMES.items()}
     head_dim = getattr(theirs, "head_dim", None)
     if head_dim is not None and head_dim * theirs.num_attention_heads != theirs.hidden_size:
         values["head_dim"] = head_dim
     rope = theirs.rope_parameters
+    if windows:
+        values |= {"sliding_window": window, "layer_types": layer_types}
     return values | {
         "qkv_bias": contents["model_type"] == "qwen2",
         "rope_theta": rope["rope_theta"],
@@ -160,13 +192,20 @@ def _check_function(theirs: Any, *, family: str) -> None:
                 f"config.json: {name}={value!r}, the {family} family only has "
                 f"{FIXED_SETTINGS[name]!r}; {remedy}"
             )
-    window, longest = getattr(theirs, "sliding_window", None), theirs.max_position_embeddings
+
+
+def _windows(theirs: Any) -> tuple[int | None, list[str] | None]:
+    """The window that any layer has, and the types of layers if not all have it.
+
+    A window as long as the longest sequence hides nothing.
+    """
+    window = getattr(theirs, "sliding_window", None)
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"]
-    if window is not None and window < longest and "sliding_attention" in kinds:
-        raise ValueError(
-            f"config.json: sliding_window={window} with max_position_embeddings={longest}, the "
-            f"{family} family has no windows; such a model cannot be imported"
-        )
+    if window is None or window >= theirs.max_position_embeddings:
+        return None, None
+    if "sliding_attention" not in kinds:
+        return None, None
+    return window, list(kinds) if len(set(kinds)) > 1 else None
 
 
 def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
@@ -174,7 +213,8 @@ def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
-        rope = {"rope_type": scaling.type} | {name: getattr(scaling, name) for name in _SCALING}
+        own = scaling.model_dump(exclude={"type"}, exclude_none=True)
+        rope = {"rope_type": scaling.type} | own
     return rope | {"rope_theta": config.rope_theta}
 
 
@@ -187,14 +227,30 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
     kind = rope.get("rope_type", "default")
     if kind == "linear" and rope.get("factor") == 1.0:  # which divides positions by 1
         kind = "default"
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+    if kind == "default" and whole:
+        return None
+    # The frequencies of `dynamic` depend on the longest sequence that a model has seen so far.
+    if kind not in _SCALINGS or not whole:
         raise ValueError(
             f"config.json: rope_parameters={dict(rope)!r}, the {family} family only has the types "
-            "default and llama3 over whole heads; such a model cannot be imported"
+            f"default, {', '.join(_SCALINGS)} over whole heads; such a model cannot be imported"
         )
-    if kind == "default":
-        return None
-    return RopeScaling(type="llama3", **{name: rope[name] for name in _SCALING})
+    scaling = _SCALINGS[kind]
+    given = {n: rope[n] for n in scaling.model_fields if rope.get(n) is not None}
+    if kind == "yarn" and "attention_factor" not in given and rope.get("mscale_all_dim"):
+        given |= _attention_factor(rope)
+    return scaling(type=kind, **given)
+
+
+def _attention_factor(rope: Mapping[str, Any]) -> dict[str, float]:
+    """YaRN's factor in DeepSeek's spelling, `mscale` and `mscale_all_dim` (both, or neither)."""
+    if not rope.get("mscale"):
+        return {}
+    above, below = (
+        0.1 * rope[n] * math.log(rope["factor"]) + 1 for n in ("mscale", "mscale_all_dim")
+    )
+    return {"attention_factor": above / below}
 
 
 def check_sizes(ours: DecoderConfig, theirs: DecoderConfig, source: str) -> None:

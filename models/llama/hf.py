@@ -1,5 +1,4 @@
-"""The llama family in Hugging Face's names: transformers' Llama and Qwen2, read and written, and
-Mistral without a window, read."""
+"""The llama family in Hugging Face's names: transformers' Llama, Mistral, Qwen2 and Qwen3."""
 
 from __future__ import annotations
 
@@ -18,13 +17,30 @@ from models.llama.config import LlamaConfig
 
 
 def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
-    """The contents of config.json: Qwen2 with `qkv_bias`, Llama without.
+    """The contents of config.json: Qwen3 with `qk_norm`, Qwen2 with `qkv_bias`, Mistral with a
+    window in all layers, else Llama.
 
     Raises:
         ValueError: transformers has no model of this shape.
     """
+    if config.qk_norm and config.qkv_bias:
+        raise ValueError(
+            "qk_norm=True with qkv_bias=True: transformers' Qwen3 has biases in all projections or "
+            "in none, so it cannot be exported; set one of them to false"
+        )
+    if config.qk_norm:
+        return _with_windows(config, "qwen3", "Qwen3ForCausalLM")
     if config.qkv_bias:
-        return decoder_contents(config, model_type="qwen2", architecture="Qwen2ForCausalLM")
+        return _with_windows(config, "qwen2", "Qwen2ForCausalLM")
+    if config.layer_types is not None:
+        raise ValueError(
+            f"layer_types={config.layer_types} without qk_norm and qkv_bias: transformers' Mistral "
+            "has its window in all layers, so it cannot be exported; leave layer_types out, or set "
+            "qk_norm (Qwen3) or qkv_bias (Qwen2)"
+        )
+    if config.sliding_window is not None:
+        contents = decoder_contents(config, model_type="mistral", architecture="MistralForCausalLM")
+        return contents | {"sliding_window": config.sliding_window}
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"hidden_size={config.hidden_size} is not a multiple of num_heads={config.num_heads}, "
@@ -34,20 +50,42 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
     return decoder_contents(config, model_type="llama", architecture="LlamaForCausalLM")
 
 
+def _with_windows(config: LlamaConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    contents = decoder_contents(config, model_type=model_type, architecture=architecture)
+    windows = [config.window_of(layer) for layer in range(config.num_layers)]
+    kinds = ["full_attention" if each is None else "sliding_attention" for each in windows]
+    contents |= {"layer_types": kinds}
+    if config.sliding_window is None:
+        return contents
+    # Older versions read no layer_types: there the first so many layers have no window.
+    full = next(i for i, each in enumerate(windows) if each is not None)
+    return contents | {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": full,
+    }
+
+
 def from_hf_config(contents: Mapping[str, Any]) -> LlamaConfig:
     """Our configuration from the contents of a config.json of one of `HF.model_types`.
 
     Raises:
         ValueError: a setting that the family does not have.
     """
-    return LlamaConfig(**decoder_settings(contents, family="llama"))
+    settings = decoder_settings(contents, family="llama", windows=True)
+    return LlamaConfig(**settings, qk_norm=contents["model_type"] == "qwen3")
+
+
+def parameter_names(config: LlamaConfig) -> dict[str, str]:
+    """Our parameter name -> theirs."""
+    return decoder_names(config, qk_norm=config.qk_norm)
 
 
 HF = HFMapping(
-    model_types=("llama", "qwen2", "mistral"),
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
     to_config=to_hf_config,
     from_config=from_hf_config,
-    names=decoder_names,
+    names=parameter_names,
     tied=tied_names,
     derived=DERIVED_NAMES,
 )

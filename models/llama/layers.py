@@ -16,12 +16,24 @@ from parallel.context import ParallelContext
 
 
 class LlamaBlock(nn.Module):
-    """`x = x + attention(norm(x))`, then `x = x + mlp(norm(x))`."""
+    """`x = x + attention(norm(x))`, then `x = x + mlp(norm(x))`.
 
-    def __init__(self, config: LlamaConfig, *, rotary: RotaryTable, ctx: ParallelContext) -> None:
+    `window`: the positions that attention sees, None for all.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rotary: RotaryTable,
+        window: int | None = None,
+        ctx: ParallelContext,
+    ) -> None:
         super().__init__()
         self.attention_norm = decoder_norm(config, ctx=ctx)
-        self.attention = decoder_attention(config, rotary=rotary, ctx=ctx)
+        self.attention = decoder_attention(
+            config, rotary=rotary, ctx=ctx, qk_norm=config.qk_norm, window=window
+        )
         self.mlp_norm = decoder_norm(config, ctx=ctx)
         self.mlp = decoder_mlp(config, ctx=ctx)
 

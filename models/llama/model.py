@@ -14,7 +14,10 @@ from parallel.carry import LayerSpec
 def layer_specs(config: LlamaConfig, *, segmented: bool = False) -> list[LayerSpec]:
     """`embedding`, `block_0` ... `block_{L-1}`, `head`."""
     kwargs = {"config": config, "rotary": decoder_rotary(config)}
-    blocks = [LayerSpec(f"block_{i}", LlamaBlock, kwargs) for i in range(config.num_layers)]
+    blocks = [
+        LayerSpec(f"block_{i}", LlamaBlock, kwargs | {"window": config.window_of(i)})
+        for i in range(config.num_layers)
+    ]
     return decoder_specs(config, blocks, segmented=segmented, tied=config.tie_embeddings)
 
 

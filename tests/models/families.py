@@ -156,6 +156,15 @@ CASES = {
     "llama_qwen2_shape": case(
         "llama", **_LLAMA, qkv_bias=True, tie_embeddings=True, rope_theta=1e6
     ),
+    "llama_qwen3_shape": case(
+        "llama",
+        **_LLAMA,
+        qk_norm=True,
+        head_dim=12,
+        sliding_window=5,
+        layer_types=["sliding_attention", *["full_attention"] * (_LLAMA["num_layers"] - 1)],
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    ),
     "mod": case("mod", **_DYNAMIC),
     "mod_variant": case(
         "mod",

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from models.common.config import RopeScaling
+from models.common.config import Llama3Scaling, YarnScaling
 from models.common.rope import RotaryTable, positions_in_segments, rotate, stretch
 
 CPU = torch.device("cpu")
-LLAMA3 = RopeScaling(
+LLAMA3 = Llama3Scaling(
     type="llama3",
     factor=8.0,
     low_freq_factor=1.0,
@@ -65,9 +67,27 @@ def test_the_gradient_is_the_inverse_rotation():
     torch.testing.assert_close(rotate(x.grad, rotation), upstream)
 
 
+def test_yarn_keeps_what_turns_often_and_divides_what_turns_less_than_once():
+    yarn = YarnScaling(type="yarn", factor=4.0, original_max_position_embeddings=4096)
+    frequencies = 1.0 / 10_000.0 ** (torch.arange(0, 128, 2) / 128)
+    stretched = stretch(frequencies, yarn, theta=10_000.0)
+    turns = 4096 * frequencies / (2 * torch.pi)
+    # Ends are rounded to whole dimensions, one of which is a factor of 1.15 here.
+    assert torch.equal(stretched[turns > 37], frequencies[turns > 37])
+    torch.testing.assert_close(stretched[turns < 0.86], frequencies[turns < 0.86] / 4)
+    between = (turns < 31) & (turns > 1)
+    assert (stretched[between] < frequencies[between]).all()
+    assert (stretched[between] > frequencies[between] / 4).all()
+    # Rotated queries and keys grow with the length of the context.
+    table = RotaryTable(128, 8, theta=10_000.0, scaling=yarn)
+    x = torch.randn(1, 1, 8, 128)
+    grown = rotate(x, table.at(CPU, start=0, length=8)).norm() / x.norm()
+    assert grown == pytest.approx(0.1 * math.log(4) + 1)
+
+
 def test_llama3_scaling_divides_long_wavelengths_and_keeps_short_ones():
     frequencies = 1.0 / 500_000.0 ** (torch.arange(0, 128, 2) / 128)
-    stretched = stretch(frequencies, LLAMA3)
+    stretched = stretch(frequencies, LLAMA3, theta=500_000.0)
     wavelengths = 2 * torch.pi / frequencies
     long, short = wavelengths > 8192, wavelengths < 2048
     assert torch.equal(stretched[long], frequencies[long] / 8)

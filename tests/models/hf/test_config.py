@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel
 
-from models.common.config import STRICT, DecoderConfig, RopeScaling
+from models.common.config import STRICT, DecoderConfig, Llama3Scaling
 from models.hf.config import FamilyPreTrainedConfig
 from models.hf.decoder_config import DecoderPreTrainedConfig
 from tests.refusals import assert_refused
@@ -53,7 +53,7 @@ def test_a_name_that_transformers_asks_for_and_nothing_has_is_refused():
 @pytest.mark.parametrize("head_dim", [None, 16])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_decoder_has_its_sizes_under_the_names_of_llama(head_dim, scaled):
-    scaling = RopeScaling(
+    scaling = Llama3Scaling(
         type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=64,
     )  # fmt: skip

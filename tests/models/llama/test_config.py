@@ -22,6 +22,7 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def test_head_dim_is_the_share_of_the_hidden_size_unless_it_is_set():
@@ -51,6 +52,23 @@ def test_no_size_has_a_default(size):
             {"rope_scaling": SCALING | {"high_freq_factor": 1.0}},
             ("high_freq_factor", 1.0, "low_freq_factor=1.0", "4 and 1"),
         ),
+        (
+            {"rope_scaling": YARN | {"beta_fast": 1.0}},
+            ("beta_fast", 1.0, "beta_slow=1.0", "32 and 1"),
+        ),
+        ({"sliding_window": 128}, ("sliding_window", 128, "embeddings=128", "smaller")),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention"]},
+            ("layer_types", 1, "num_layers=2", "every layer"),
+        ),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
+            ("sliding_window", 8, "which have not", "leave layer_types out"),
+        ),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            ("sliding_window", None, "which have not", "leave layer_types out"),
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(change, parts):
@@ -66,7 +84,9 @@ def test_what_cannot_be_built_is_refused(change, parts):
         ({"num_layers": 2.5}, "num_layers\n  Input should be a valid integer"),
         ({"rope_theta": float("inf")}, "rope_theta\n  Input should be a finite number"),
         ({"n_layers": 3}, "n_layers\n  Extra inputs are not permitted"),
-        ({"rope_scaling": SCALING | {"type": "yarn"}}, "type\n  Input should be 'llama3'"),
+        ({"rope_scaling": SCALING | {"type": "ntk"}}, "rope_scaling\n  Input tag 'ntk' found"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "factor\n  Input should be greater"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types.0\n  Input should be 'full_att"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused(change, message):

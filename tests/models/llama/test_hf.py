@@ -1,20 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import partial
 
 import pytest
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.base import TokenInputs
 from models.checkpoint import parameter_table
+from models.hf.llama_names import decoder_settings
 from models.llama.config import LlamaConfig
 from models.llama.hf import HF
 from models.llama.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.models.llama.test_config import SCALING, SIZES
+from tests.models.llama.test_config import SCALING, SIZES, YARN
 from tests.refusals import assert_refused
 
 SHAPES = {
@@ -25,7 +26,23 @@ SHAPES = {
     "llama3_scaling": {"rope_theta": 5e5, "rope_scaling": SCALING},
     "qwen2": {"qkv_bias": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     "qwen2_tied": {"qkv_bias": True, "tie_embeddings": True, "head_dim": 12},
-}
+    "qwen2_window": {
+        "qkv_bias": True, "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "qwen3": {"qk_norm": True, "head_dim": 20, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
+    "qwen3_window": {
+        "qk_norm": True, "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mistral_window": {"sliding_window": 16, "head_dim": 12},
+    "linear_scaling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": YARN},
+    "qwen3_yarn": {
+        "qk_norm": True, "rope_theta": 1e6,
+        "rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 8.0, "truncate": False},
+    },
+}  # fmt: skip
 
 
 def _config(shape: str) -> LlamaConfig:
@@ -71,6 +88,25 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(shape):
         )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["llama3_scaling", "yarn", "linear_scaling", "qwen3_window"])
+def test_greedy_text_goes_on_like_that_of_transformers_beyond_the_original_context(shape):
+    config = _config(shape).model_copy(update={"max_position_embeddings": 256})
+    theirs = _theirs(config).double()
+    ours = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).double().eval()
+    names, parameters = HF.names(config), dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        parameter.copy_(parameters[names[name]])
+    prompt = torch.randint(0, config.vocab_size, (1, 20))
+    expected = theirs.generate(prompt, do_sample=False, max_new_tokens=200, eos_token_id=None)
+    text, cache, new = prompt, ours.new_cache(1, 220), prompt
+    for _ in range(200):
+        new = ours(TokenInputs(new), cache)[-1].argmax(-1, keepdim=True)
+        text = torch.cat((text, new), dim=1)
+    assert len(text.unique()) > 10
+    assert torch.equal(text, expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_cover_every_parameter_once(shape):
     config = _config(shape)
@@ -104,9 +140,9 @@ def test_config_json_of_older_transformers_is_read():
         ({"mlp_bias": True}, True, "False"),
         ({"attention_dropout": 0.1}, 0.1, "0.0"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "'linear'",
-            ("default", "llama3"),
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "'dynamic'",
+            ("default", "linear", "yarn", "llama3"),
         ),
     ],
 )
@@ -121,20 +157,32 @@ def test_a_setting_that_the_family_lacks_is_refused(change, value, allowed):
 WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 
 
-def test_sliding_windows_are_refused():
-    contents = HF.to_config(_config("qwen2")) | WINDOW
-    refused = partial(
-        assert_refused,
+@pytest.mark.parametrize("shape", ["qwen2_window", "qwen3_window", "mistral_window"])
+def test_sliding_windows_are_refused_for_families_without_them(shape):
+    with assert_refused(
         "sliding_window",
-        value=16,
-        constraint="max_position_embeddings=128",
+        value=SHAPES[shape]["sliding_window"],
+        constraint=("max_position_embeddings=128", "mod"),
         remedy="cannot be imported",
-    )
-    with refused():
-        HF.from_config(contents)
-    mistral = HF.to_config(_config("llama")) | {"model_type": "mistral", "sliding_window": 16}
-    with refused():
-        HF.from_config(mistral)
+    ):
+        decoder_settings(HF.to_config(_config(shape)), family="mod")
+
+
+def test_windows_of_the_last_layers_are_read_from_older_files():
+    contents = HF.to_config(_config("qwen2_window"))
+    del contents["layer_types"]
+    assert HF.from_config(contents) == _config("qwen2_window")
+
+
+def test_yarn_in_the_spelling_of_deepseek_is_read():
+    contents = HF.to_config(_config("yarn"))
+    spelled = {"mscale": 1.0, "mscale_all_dim": 0.5}
+    del contents["rope_scaling"]
+    contents["rope_parameters"] = contents["rope_parameters"] | spelled
+    scaling = HF.from_config(contents).rope_scaling
+    theirs = transformers.AutoConfig.for_model(**contents)
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    assert scaling.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
 LINEAR = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
@@ -186,6 +234,21 @@ def test_config_json_says_whatever_transformers_has_a_default_for(shape):
     # The tokens are those of the exported tokenizer; the others change nothing that is computed.
     elsewhere = {"bos_token_id", "eos_token_id", "pad_token_id"}
     assert own - set(contents) - elsewhere <= {"use_cache", "pretraining_tp", "layer_types"}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"qk_norm": True, "qkv_bias": True}, ("qk_norm", True, "Qwen3", "false")),
+        (
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            ("layer_types", ["sliding_attention", "full_attention"], "Mistral", "qk_norm (Qwen3)"),
+        ),
+    ],
+)
+def test_a_shape_that_transformers_has_no_model_for_cannot_be_exported(change, parts):
+    with assert_refused(*parts):
+        HF.to_config(LlamaConfig(**(SIZES | change)))
 
 
 def test_a_shape_that_transformers_refuses_cannot_be_exported():

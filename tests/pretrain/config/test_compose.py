@@ -115,6 +115,9 @@ def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
         ("70b", 69000),
         ("qwen2_0b5", 494),
         ("qwen2_7b", 7620),
+        ("qwen3_0b6", 596),
+        ("qwen3_8b", 8190),
+        ("mistral_7b", 7240),
     ],
 )
 def test_a_size_file_has_as_many_parameters_as_its_comment_says(size: str, millions: float) -> None:
