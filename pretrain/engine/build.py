@@ -15,7 +15,12 @@ from parallel.context import ParallelContext
 from parallel.sharding import sharding_table, sum_partial_gradients
 from pretrain.engine.deepspeed_moe import patched_moe_detection, register_experts
 from pretrain.engine.engine import Engine, PlainEngine, StageEngine
-from pretrain.engine.optimizers import build_optimizer, fuse_group_norms, patched_muon_check
+from pretrain.engine.optimizers import (
+    allow_empty_norms,
+    build_optimizer,
+    fuse_group_norms,
+    patched_muon_check,
+)
 from pretrain.engine.partitions import clear_padding
 from pretrain.engine.topology import DeepSpeedTopology
 from pretrain.engine.train_spec import TrainSpec
@@ -120,6 +125,7 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
         )
     if spec.ctx.pipeline.size > 1:
         fuse_group_norms(engine.optimizer)
+        allow_empty_norms(engine.optimizer)
     return engine
 
 

@@ -117,6 +117,25 @@ def fuse_group_norms(optimizer: Any) -> None:
     optimizer.scaled_global_norm = scaled_global_norm
 
 
+def allow_empty_norms(optimizer: Any) -> None:
+    """Let a rank whose gradients all count elsewhere take part in the norm, in bf16.
+
+    Such as a second tensor rank of a stage that holds only norms and a tied matrix: BF16_Optimizer
+    (DeepSpeed 0.19.8, `step`) stacks the norms of no tensors, which raises.
+    """
+    if type(optimizer).__name__ != "BF16_Optimizer":
+        return
+    gradients_of = optimizer.get_grads_for_norm
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        found = gradients_of(for_clipping)
+        if not for_clipping and not found[0]:
+            found[0].append(optimizer.fp32_groups_flat_partition[0].new_zeros(1))
+        return found
+
+    optimizer.get_grads_for_norm = get_grads_for_norm
+
+
 @contextmanager
 def patched_muon_check() -> Iterator[None]:
     """Context in which new engines accept Muon in bf16 under pipelines and on stacked matrices.

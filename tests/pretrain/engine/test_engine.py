@@ -20,7 +20,7 @@ from pretrain.engine.lr_schedule import learning_rate
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import final_weights, metrics, tiny_run
-from tests.tolerance import BF16_LOSS, FP32_LOSS, FP32_NORM
+from tests.tolerance import BF16_LOSS, BF16_NORM, FP32_LOSS, FP32_NORM
 
 STEPS = 4
 
@@ -154,6 +154,23 @@ def test_bf16_follows_fp32_as_far_as_bf16_allows(
 ):
     trained, _ = metrics(_train(data, tmp_path, world_size, stage, **BF16, **changes))
     assert [r["loss"] for r in trained] == pytest.approx(reference[0], rel=BF16_LOSS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_whose_gradients_all_count_elsewhere_trains_alike(precision, data, tmp_path):
+    """The last stage is a norm and a tied matrix, which its second tensor rank does not count."""
+    common = {
+        "model__num_layers": 2,
+        "model__vocab_size": 2000,  # so that the head costs more than both blocks
+        "model__tie_embeddings": True,
+        "training__precision": precision,
+    }
+    whole, _ = metrics(_train(data, tmp_path / "whole", 1, 1, **common))
+    cuts = {"parallel__pipeline": 2, "parallel__tensor": 2}
+    cut, _ = metrics(_train(data, tmp_path / "cut", 4, 1, **common, **cuts))
+    bounds = (BF16_LOSS, BF16_NORM) if precision == "bf16" else (FP32_LOSS, FP32_NORM)
+    for name, bound in zip(("loss", "grad_norm"), bounds, strict=True):
+        assert [r[name] for r in cut] == pytest.approx([r[name] for r in whole], rel=bound)
 
 
 def test_muon_trains_where_deepspeed_clips_it_rightly(data, tmp_path):
