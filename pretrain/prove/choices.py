@@ -149,8 +149,8 @@ def _whole(choices: Choices, leaf: int, own: Tensor) -> Tensor:
     """A tensor of the whole step, of the shape of `own`: [s, b, ...] or [b, s].
 
     Rows are joined along the last dimension in which a part is smaller. What is smaller in the
-    first dimension, too, is each tensor rank's share of the sequence; otherwise all tensor ranks
-    have chosen the same.
+    first dimension, too, is each tensor rank's share of the sequence, whose end is padding where
+    they do not divide it; otherwise all tensor ranks have chosen the same.
 
     Raises:
         ValueError: the parts do not make up that shape, or tensor ranks have chosen otherwise.
@@ -163,6 +163,8 @@ def _whole(choices: Choices, leaf: int, own: Tensor) -> Tensor:
     rows = [torch.cat(parts, (smaller or [0])[-1]) if parts[1:] else parts[0] for parts in ranks]
     if rows[0].shape != own.shape:
         whole = torch.cat(rows, 0)
+        if own.shape[0] < whole.shape[0] < own.shape[0] + len(rows):
+            whole = whole[: own.shape[0]]
     elif all(torch.equal(each, rows[0]) for each in rows):
         whole = rows[0]
     else:

@@ -9,7 +9,7 @@ import torch
 
 from parallel.decisions import error_of_largest, observed, observed_decisions
 from pretrain.prove.bounds import Bounds
-from pretrain.prove.choices import Choices, Giver, read_choices, recorded
+from pretrain.prove.choices import Choices, Given, Giver, read_choices, recorded
 
 SCORES = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 BOUNDS = {name: Bounds.of(name, num_layers=4).choice.value for name in ("fp32", "bf16")}
@@ -84,6 +84,17 @@ def test_a_fault_of_the_router_is_not_explained_by_rounding(wrong):
 )
 def test_choices_that_do_not_fit_are_infinitely_wrong(parts):
     assert given(parts) == math.inf
+
+
+def test_shares_of_a_sequence_end_in_padding():
+    """Five places on two tensor ranks are three and three, the last of them padding."""
+    chosen = SCORES[:5] > 0
+    shares = torch.cat((chosen, torch.ones_like(chosen[:1]))).split(3)
+    giver = Giver([Choices([[[part] for part in share.split(4, dim=1)] for share in shares])])
+    with observed_decisions(giver):
+        taken = observed(chosen, lambda other: (torch.tensor(0.0), torch.tensor(1.0)))
+    assert torch.equal(taken, chosen)
+    assert giver.finish() == [Given("", 0, 0.0, 1.0)]
 
 
 def test_decisions_of_one_side_alone_are_infinitely_wrong():
