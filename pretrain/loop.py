@@ -112,7 +112,9 @@ class TrainLoop:
         self.watchdog.progress(f"restoring step {checkpoint.step}")
         self.ranks.run_on_all_ranks(lambda: load_states(self.owners, checkpoint.trainer))
         samples = self.state.curriculum.start.samples
-        self.engine.restore(checkpoint, samples=samples, ranks=self.ranks)
+        self.engine.restore(
+            checkpoint, samples=samples, ranks=self.ranks, progress=self.watchdog.advance
+        )
         if checkpoint.layout.grid == self.layout.grid:
             restore_rng_state(checkpoint.rng_path(self.ranks.rank))
         else:

@@ -19,7 +19,7 @@ from parallel.checkpoint.manifest import (
     verify_content,
     verify_listing,
 )
-from pretrain.checkpointing.optimizer_shards import FOLDER as OPTIMIZER_FOLDER
+from pretrain.checkpointing.index import FOLDER as OPTIMIZER_FOLDER
 from pretrain.config import RunConfig, resolved
 from pretrain.config.resume_rules import (
     Difference,

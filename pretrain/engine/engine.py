@@ -29,6 +29,7 @@ from parallel.layer_state import (
     update_layer_states,
 )
 from parallel.sharding import all_experts
+from pretrain.checkpointing.index import INDEX_NAME, parse_index, read_index
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint
 from pretrain.distributed.consensus import RankGroup
@@ -111,10 +112,19 @@ class Engine(ABC):
         """Let DeepSpeed write its own files below `directory`; see `save_engine_state`."""
         return save_engine_state(self._deepspeed, directory)
 
-    def restore(self, checkpoint: Checkpoint, *, samples: int, ranks: RankGroup) -> None:
+    def restore(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        samples: int,
+        ranks: RankGroup,
+        progress: Callable[[str], object],
+    ) -> None:
         """Restore weights, optimizer state and step counts (collective over `ranks`).
 
-        `samples`: taken by the run so far, over all ranks.
+        Args:
+            samples: taken by the run so far, over all ranks.
+            progress: called with the name of each file before this rank reads it.
 
         Raises:
             CheckpointError, AgreedError: the checkpoint does not fit the model.
@@ -123,7 +133,13 @@ class Engine(ABC):
         if not checkpoint.any_layout:
             load_engine_state(engine, path)
             return
-        ranks.run_on_all_ranks(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+        raw = ranks.run_on_rank0(lambda: read_index(path))
+
+        def restore() -> None:
+            index = parse_index(raw, source=path / INDEX_NAME)
+            restore_optimizer_state(engine, path, index, ctx=self.ctx, progress=progress)
+
+        ranks.run_on_all_ranks(restore)
         publish_weights(engine)
         engine.global_steps, engine.global_samples = checkpoint.step, samples
 

@@ -138,9 +138,18 @@ class Watchdog:
     def progress(self, activity: str, *, is_step: bool = False) -> None:
         """Report that the main thread begins `activity`, such as "step 12"."""
         number = self._reported.num_activities + 1
-        self._reported = self._reported._replace(num_activities=number, activity=activity)
+        self._reported = self._reported._replace(num_activities=number, activity=activity, part="")
         self._last_progress, self._in_step = time.monotonic(), is_step
         self._steps += is_step
+
+    def advance(self, part: str) -> None:
+        """Report that the main thread begins `part` of its activity, such as "block_3".
+
+        An activity that takes long with a large model is told in parts, each of which has
+        `timeout`. Ranks may differ in the number of theirs, so parts do not count in comparisons.
+        """
+        self._reported = self._reported._replace(part=part)
+        self._last_progress = time.monotonic()
 
     def on_exit(
         self,
@@ -308,7 +317,7 @@ class Watchdog:
         return self._lost_peer() if over else None
 
     def _declare_hang(self, waited: float, *, answers: bool) -> Ending | None:
-        what = f"no progress in {self._own.activity} for {waited:.0f} s"
+        what = f"no progress in {self._own.where} for {waited:.0f} s"
         what += f" (watchdog.timeout is {self._timeout:g}): "
         if self._record is None:
             where = f"{self._own.function}; there is no other rank"
