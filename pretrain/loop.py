@@ -225,7 +225,9 @@ class TrainLoop:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
         self.watchdog.progress(f"evaluating after step {self.state.step}")
-        scores = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
+        scores = self.engine.evaluate(
+            self.evaluation, num_batches=len(self.evaluation), progress=self.watchdog.advance
+        )
         writers.write(
             evaluation_record(
                 step=self.state.step,

@@ -60,6 +60,10 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
 logger = logging.getLogger(__name__)
 
 
+def _ignore(part: str) -> None:
+    """Progress that nobody watches."""
+
+
 class CheckpointContents(NamedTuple):
     """One rank's contribution to a checkpoint.
 
@@ -135,19 +139,34 @@ class CheckpointStore:
         if self._lock is not None:
             self._lock.release()
 
-    def find(self, resume: Resume) -> Checkpoint | None:
+    def find(
+        self, resume: Resume, *, progress: Callable[[str], object] = _ignore
+    ) -> Checkpoint | None:
         """See `selection.find_checkpoint`."""
-        found = find_checkpoint(self.run_dir, resume, identity=self.identity, ranks=self._ranks)
+        found = find_checkpoint(
+            self.run_dir,
+            resume,
+            identity=self.identity,
+            ranks=self._ranks,
+            progress=progress,
+        )
         if found is not None:
             self._trusted.add(found.step)
         return found
 
     def save(
-        self, contents: CheckpointContents, *, written: Callable[[], object] = lambda: None
+        self,
+        contents: CheckpointContents,
+        *,
+        written: Callable[[], object] = lambda: None,
+        progress: Callable[[str], object] = _ignore,
     ) -> Path:
         """Write and publish a checkpoint, then delete those beyond retention.
 
-        `written` is called once this rank has written its part and waits for the others.
+        Args:
+            written: called once this rank has written its part and waits for the others.
+            progress: called with each file that it begins to read back, and before that with each
+                group of files that it begins to write.
 
         Raises:
             CheckpointError: a rank failed; nothing was published and nothing deleted.
@@ -156,7 +175,7 @@ class CheckpointStore:
         if contents.step in self._trusted:
             return path
         temporary = self._ranks.run_on_rank0(lambda: self._begin(contents))
-        report, failure = self._write(temporary, contents)
+        report, failure = self._write(temporary, contents, progress)
         written()
         reports = self._ranks.gather(report)
         failure = self._ranks.first_error(failure)
@@ -205,7 +224,7 @@ class CheckpointStore:
         return temporary
 
     def _write(
-        self, directory: Path, contents: CheckpointContents
+        self, directory: Path, contents: CheckpointContents, progress: Callable[[str], object]
     ) -> tuple[_Written | None, str | None]:
         """Write, flush and checksum this rank's files, on every rank.
 
@@ -214,7 +233,12 @@ class CheckpointStore:
         not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
         parts: list[_Part] = []
         failure: str | None = None
-        for write in (self._write_optimizer, self._write_weights, self._write_state):
+        for what, write in (
+            ("optimizer", self._write_optimizer),
+            ("weights", self._write_weights),
+            ("state", self._write_state),
+        ):
+            progress(f"writing {what}")
             try:
                 parts.append(write(directory, contents))
             except (OSError, RuntimeError, ValueError) as error:
@@ -223,8 +247,12 @@ class CheckpointStore:
             return None, failure
         optimizer, weights, _ = parts
         paths = [path for part in parts for path in part.paths]
+        files = {}
         try:
-            files = {p.relative_to(directory).as_posix(): self._entry(p) for p in paths}
+            for path in paths:
+                name = path.relative_to(directory).as_posix()
+                progress(f"reading back {name}")
+                files[name] = self._entry(path)
         except OSError as error:
             return None, f"{not_saved}: {one_line(error)}"
         return _Written(files, optimizer.header, dict(weights.places)), None
