@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pretrain.supervision.progress import Progress
 
 STORE_TIMEOUT = 1.5  # seconds until the store counts as hung
+_READ_SECONDS = 1 / 256  # more for each rank that is read
 _MAX_DISTANCE = 16  # ranks before and after this one that may share its machine
 _UNKNOWN = Progress("an unknown host", 0)
 T = TypeVar("T")
@@ -46,9 +47,9 @@ class RunRecord:
 
     def read(self, ranks: range | None = None) -> dict[int, Progress]:
         """Progress of `ranks`, by default of all; a blank for ranks that have not reported."""
-        return with_timeout(
-            STORE_TIMEOUT, partial(self._read, range(self._size) if ranks is None else ranks)
-        )
+        ranks = range(self._size) if ranks is None else ranks
+        seconds = STORE_TIMEOUT + _READ_SECONDS * len(ranks)
+        return with_timeout(seconds, partial(self._read, ranks))
 
     def get_flag(self, key: str) -> str | None:
         """The value of a flag; None while it is unset."""
@@ -56,8 +57,12 @@ class RunRecord:
 
     def set_flag_once(self, key: str, text: str) -> bool:
         """Set a flag unless another rank has; returns whether this rank set it."""
-        first = with_timeout(STORE_TIMEOUT, lambda: self._store.compare_set(key, "", text).decode())
-        return first == text
+        return self.change_flag(key, "", text)
+
+    def change_flag(self, key: str, old: str, new: str) -> bool:
+        """Change a flag from `old` ("": unset) to `new`; returns whether it is `new` now."""
+        found = with_timeout(STORE_TIMEOUT, lambda: self._store.compare_set(key, old, new).decode())
+        return found == new
 
     def _read(self, ranks: range) -> dict[int, Progress]:
         keys = {rank: _key(rank) for rank in ranks}
