@@ -128,12 +128,13 @@ class WeightSlices:
         if dim is None:
             return self._part(stored, stored.rank, wanted)
         low, high = wanted[dim]
+        if low == high:  # padding alone
+            return self._part(stored, stored.rank, [*wanted[:dim], (0, 0), *wanted[dim + 1 :]])
         parts = []
-        for rank in range(self._table.tensor_size):
+        for rank in range(low // width, -(-high // width)):
             start, stop = (min(max(index - rank * width, 0), width) for index in (low, high))
-            if start < stop or (low == high and rank == stored.rank):
-                ranges = [*wanted[:dim], (start, stop), *wanted[dim + 1 :]]
-                parts.append(self._part(stored, rank, ranges))
+            ranges = [*wanted[:dim], (start, stop), *wanted[dim + 1 :]]
+            parts.append(self._part(stored, rank, ranges))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
     def _part(self, stored: _Stored, rank: int, ranges: list[tuple[int, int]]) -> Tensor:

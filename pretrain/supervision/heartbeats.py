@@ -57,12 +57,8 @@ class RunRecord:
 
     def set_flag_once(self, key: str, text: str) -> bool:
         """Set a flag unless another rank has; returns whether this rank set it."""
-        return self.change_flag(key, "", text)
-
-    def change_flag(self, key: str, old: str, new: str) -> bool:
-        """Change a flag from `old` ("": unset) to `new`; returns whether it is `new` now."""
-        found = with_timeout(STORE_TIMEOUT, lambda: self._store.compare_set(key, old, new).decode())
-        return found == new
+        first = with_timeout(STORE_TIMEOUT, lambda: self._store.compare_set(key, "", text).decode())
+        return first == text
 
     def _read(self, ranks: range) -> dict[int, Progress]:
         keys = {rank: _key(rank) for rank in ranks}

@@ -38,7 +38,7 @@ class Progress(NamedTuple):
     `collective`: the one in which it waits for other ranks, "" if none. Both are empty while the
     rank makes progress. `pid_namespace`: in which `pid` is valid. `window`, `busy`: see
     `stragglers.BusyTimer`. `memory_gib`: resident on the host. `part`: of a long activity, the
-    latest that has begun; "" if none. `idle`: seconds since the last report of the main thread.
+    latest that has begun; "" if none.
     """
 
     host: str
@@ -55,7 +55,6 @@ class Progress(NamedTuple):
     busy: float = 0.0
     memory_gib: float = 0.0
     part: str = ""
-    idle: float = 0.0
 
     @property
     def where(self) -> str:
@@ -190,19 +189,6 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     if odd:
         return _list(odd, f"while others are in {usual}")
     return f"all ranks are equally far and in {usual}; see their stacks"
-
-
-def seconds_left(everyone: Mapping[int, Progress], *, timeout: float) -> float | None:
-    """Time that ranks which still work have to report again; None: the run hangs.
-
-    A run does not hang while all ranks without progress for `timeout` seconds only wait, in a
-    collective, for ranks that make progress: rank 0 reads what all need, or a stage is larger.
-    """
-    overdue = [progress for progress in everyone.values() if progress.idle >= timeout]
-    working = [progress.idle for progress in everyone.values() if progress.idle < timeout]
-    if not working or not all(progress.collective for progress in overdue):
-        return None
-    return timeout - min(working)
 
 
 def silent_ranks(

@@ -3,8 +3,9 @@
 A collective waits for its last rank, for half an hour or for ever. Here every rank has a watchdog
 thread that reports the progress of its main thread through the store of the rendezvous. The first
 watchdog whose main thread makes no progress for `timeout` seconds compares all ranks and publishes
-a verdict, for which the others wait (`judge.py`). All ranks then write their stacks to the run
-directory and exit, so that the launcher ends the job and a scheduler can restart it.
+a verdict. The others wait for it: a thousand that compared at once would be more than the store
+answers. All ranks then write their stacks to the run directory and exit, so that the launcher ends
+the job and a scheduler can restart it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,12 @@ import torch.distributed as dist
 from parallel.checkpoint.errors import AgreedError, one_line
 from pretrain.errors import EXIT_HUNG, EXIT_LOST_RANK, ConfigError, LostRankError
 from pretrain.supervision.heartbeats import LocalPeers, RunRecord
-from pretrain.supervision.judge import Turns
 from pretrain.supervision.progress import (
     Progress,
     blame,
     describe_silent,
     is_waiting,
     locate_thread,
-    seconds_left,
     silent_ranks,
 )
 from pretrain.supervision.stragglers import (
@@ -48,7 +47,8 @@ _OBSERVATION_SECONDS = 1.0  # between two snapshots of all heartbeats
 _DRAIN_SECONDS = 2.0  # a rank outlives its verdict, so that others can read it and act
 _PEER_EXIT_SECONDS = 3.0  # for ranks to exit by themselves after a peer has
 _UNWIND_SECONDS = 20.0  # for an error to unwind the main thread
-_VERDICT, _FAILURE = "verdict", "failure"
+_JUDGING_SECONDS = 10.0  # until another rank judges in the place of one that does not
+_VERDICT, _FAILURE, _JUDGE = "verdict", "failure", "judge"
 # Parts of gloo's and NCCL's messages when a peer is gone; both raise plain RuntimeErrors.
 _CONNECTION_ERRORS = (
     "gloo",
@@ -105,7 +105,8 @@ class Watchdog:
         self._peer_lost_at: float | None = None  # when the exit of another rank was noticed
         self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
         self._comparisons_left = 0
-        self._turns = None if self._record is None else Turns(self._record, rank=rank)
+        self._num_absent_judges = 0
+        self._judge_seen_at: float | None = None
         self._stragglers: StragglerDetector | None = None
         if slow_ratio is not None and self._record is not None:
             self._stragglers = StragglerDetector(slow_ratio)
@@ -289,8 +290,6 @@ class Watchdog:
         limit = max(self._timeout, _UNWIND_SECONDS) if self._exiting else self._timeout
         if found is None and waited > limit:
             found = self._declare_hang(waited, answers=answers)
-        elif self._turns is not None:
-            self._turns.forget()
         return found or self._check_peers()
 
     def _sample_position(self, *, is_stuck: bool) -> None:
@@ -301,7 +300,6 @@ class Watchdog:
             "function": function,
             "collective": collective,
             "memory_gib": _resident_gib(),
-            "idle": time.monotonic() - self._last_progress,
         }
 
     def _exchange(self) -> Ending | None:
@@ -325,22 +323,17 @@ class Watchdog:
     def _declare_hang(self, waited: float, *, answers: bool) -> Ending | None:
         what = f"no progress in {self._own.where} for {waited:.0f} s"
         what += f" (watchdog.timeout is {self._timeout:g}): "
-        if self._record is None or self._turns is None:
+        if self._record is None:
             where = f"{self._own.function}; there is no other rank"
             return Ending(EXIT_HUNG, f"{what}the main thread is in {where}")
         try:
             if not answers:
                 raise TimeoutError
-            if not self._turns.take():
-                return None  # `_exchange` will find the verdict of the rank that judges
+            if not self._is_judge():
+                return None  # `_exchange` will find the verdict of the rank that is
             before = self._record.read()
             self._observe_heartbeats()
-            after = self._record.read()
-            left = seconds_left(after, timeout=self._timeout or 0.0)
-            if left is not None and not silent_ranks(before, after, own_rank=self._rank):
-                self._turns.pass_on(after=left)
-                return None
-            culprit = blame(before, after, own_rank=self._rank)
+            culprit = blame(before, self._record.read(), own_rank=self._rank)
             is_first = self._record.set_flag_once(_VERDICT, f"rank {self._rank}: {what}{culprit}")
             return Ending(EXIT_HUNG, f"{what}{culprit}" if is_first else None)
         except (RuntimeError, TimeoutError):
@@ -350,6 +343,17 @@ class Watchdog:
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._record.set_flag_once(_VERDICT, message)
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
+
+    def _is_judge(self) -> bool:
+        """Whether this rank is the one that compares all ranks; the first to ask is."""
+        assert self._record is not None
+        if self._record.set_flag_once(f"{_JUDGE}_{self._num_absent_judges}", str(self._rank)):
+            return True
+        now = time.monotonic()
+        self._judge_seen_at = self._judge_seen_at or now
+        if now > self._judge_seen_at + _JUDGING_SECONDS:
+            self._num_absent_judges, self._judge_seen_at = self._num_absent_judges + 1, None
+        return False
 
     def _observe_heartbeats(self) -> None:
         """Wait for another heartbeat of all ranks, sending this rank's own meanwhile."""

@@ -255,7 +255,7 @@ def a_name_that_is_too_long(folder: Path) -> None:
 
 
 def a_file_system_that_is_already_full(folder: Path) -> None:
-    with small_file_system(folder, size=1 << 16):
+    with small_file_system(folder, size=1 << 17):
         begun(folder / "run")
         free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
         (folder / "other").write_bytes(b"x" * free)

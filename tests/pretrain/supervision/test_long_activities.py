@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
@@ -21,10 +19,9 @@ from pretrain.engine.build import build_engine
 from pretrain.engine.train_spec import TrainSpec, build_context, build_precision
 from pretrain.errors import EXIT_COMPLETED, EXIT_HUNG
 from pretrain.run_data import open_held_out_data
-from pretrain.supervision import judge
-from pretrain.supervision import watchdog as watchdog_module
+from pretrain.supervision import watchdog
 from pretrain.supervision.heartbeats import RunRecord
-from pretrain.supervision.progress import Progress, seconds_left
+from pretrain.supervision.progress import Progress
 from pretrain.supervision.watchdog import Ending, Watchdog
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
@@ -56,9 +53,9 @@ def slow_evaluation(config: RunConfig, folder: Path) -> tuple[int, list[Ending]]
                 time.sleep(2.5 * PATIENCE / len(held_out))
                 yield batch
 
-        with watch(folder, endings) as watchdog:
-            watchdog.progress("evaluating")
-            engine.evaluate(slowly(), num_batches=len(held_out), progress=watchdog.advance)
+        with watch(folder, endings) as watching:
+            watching.progress("evaluating")
+            engine.evaluate(slowly(), num_batches=len(held_out), progress=watching.advance)
     return len(held_out), endings
 
 
@@ -111,43 +108,6 @@ def test_long_activities_of_a_run_are_reported_in_parts(tmp_path):
     assert of(second, "restoring step 2") == ["rank_00000.safetensors"]
 
 
-def wait_for_a_slow_rank(folder: Path) -> list[Ending]:
-    """Rank 0 waits in a collective for longer than its patience, while rank 1 gets on."""
-    endings: list[Ending] = []
-    with watch(folder, endings) as watchdog:
-        watchdog.progress("building the model")
-        if dist.get_rank() == 1:
-            for number in range(12):
-                time.sleep(0.25)
-                watchdog.advance(f"after block_{number}")
-        dist.all_reduce(torch.ones(1))
-    return endings
-
-
-def test_a_rank_that_waits_for_one_that_gets_on_does_not_end_the_run(tmp_path):
-    assert run_ranks(wait_for_a_slow_rank, 2, tmp_path) == [[], []]
-
-
-ALL_REDUCE = "all_reduce of all ranks"
-
-
-def standing(idle: float, collective: str = "") -> Progress:
-    return Progress("host", 1, idle=idle, collective=collective)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "left"),
-    [
-        ([standing(70, ALL_REDUCE), standing(10), standing(40)], 50),
-        ([standing(70, ALL_REDUCE), standing(61)], None),  # none gets on
-        ([standing(70), standing(10)], None),  # the first does not wait for anybody
-        ([standing(70), standing(65, ALL_REDUCE), standing(10)], None),
-    ],
-)
-def test_who_waits_for_ranks_that_get_on_has_not_hung(ranks, left):
-    assert seconds_left(dict(enumerate(ranks)), timeout=60) == left
-
-
 def judge_together(folder: Path, *, dead_judge: bool) -> tuple[int, list[Ending]]:
     """All ranks stand still; how often this one read what all ranks had reported."""
     endings: list[Ending] = []
@@ -159,13 +119,13 @@ def judge_together(folder: Path, *, dead_judge: bool) -> tuple[int, list[Ending]
         return read(self, ranks)
 
     RunRecord.read = counting
-    with watch(folder, endings) as watchdog:
+    with watch(folder, endings) as watching:
         if dead_judge:
-            judge._JUDGING_SECONDS, watchdog_module._OBSERVATION_SECONDS = 3.0, 0.2
+            watchdog._JUDGING_SECONDS, watchdog._OBSERVATION_SECONDS = 3.0, 0.2
             RunRecord(distributed_c10d._get_default_store(), rank=0, size=4).set_flag_once(
                 "judge_0", "a rank that is gone"
             )
-        watchdog.progress("step 1")
+        watching.progress("step 1")
         end = time.monotonic() + 20
         while not endings and time.monotonic() < end:
             time.sleep(0.1)
