@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from pretrain import run
 from pretrain.config import RunConfig
+from pretrain.engine.build import build_engine
 from pretrain.engine.deepspeed_optimizer import OptimizerView
+from pretrain.engine.initial_weights import InitialWeights
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
-from pretrain.run import build_engine
 from tests.benchmarks.timing import Table
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
@@ -145,14 +147,15 @@ def _restored(config: RunConfig) -> Reads:
 
 
 def _begun(config: RunConfig) -> Reads:
-    """Build a model with the weights of another run."""
-    import pretrain.run
-
+    """Build a model with the weights of another run, which rank 0 has checked before."""
     reads: list[Reads] = []
+    counter, init = _Counter(), InitialWeights.__init__
+
+    def counted_init(self: InitialWeights, *arguments: Any) -> None:
+        counter.install()
+        init(self, *arguments)
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        counter = _Counter()
-        counter.install()
         begin = time.perf_counter()
         engine = build_engine(*arguments, **options)
         seconds = time.perf_counter() - begin
@@ -160,7 +163,8 @@ def _begun(config: RunConfig) -> Reads:
         reads.append(Reads(counter.opens, counter.headers, counter.tensors, needed, seconds))
         return engine
 
-    pretrain.run.build_engine = counted
+    InitialWeights.__init__ = counted_init  # type: ignore[method-assign, assignment]
+    run.build_engine = counted  # type: ignore[assignment]
     TrainLoop.run = lambda self, stop: EXIT_COMPLETED  # type: ignore[method-assign]
     run_training(config, "configs/ds/zero1.json")
     return reads[0]
