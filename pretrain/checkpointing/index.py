@@ -13,7 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from safetensors import SafetensorError
 
 from parallel.checkpoint.errors import RESTORE, CheckpointError
@@ -46,6 +53,9 @@ class FlatRange(_Record):
     start: NonNegativeInt
     length: NonNegativeInt
     step: NonNegativeInt
+
+
+_HEADER = TypeAdapter(dict[str, FlatRange])
 
 
 class ParameterEntry(_Record):
@@ -153,7 +163,7 @@ def _read_header(path: Path) -> dict[str, FlatRange]:
             return parse_header(file.metadata[HEADER])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
-    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} has no valid header {HEADER!r}, so it was not written by manyformer; "
             f"{RESTORE}"
@@ -162,8 +172,7 @@ def _read_header(path: Path) -> dict[str, FlatRange]:
 
 def parse_header(text: str) -> dict[str, FlatRange]:
     """What a rank's file holds: parameter -> its elements."""
-    table = json.loads(text)
-    return {name: FlatRange.model_validate_json(json.dumps(span)) for name, span in table.items()}
+    return _HEADER.validate_json(text)
 
 
 def join_headers(

@@ -343,7 +343,12 @@ class CheckpointStore:
             raise CheckpointError(f"step_{contents.step} was not saved: {error}") from error
         places: dict[str, WeightPlace] = {}
         for report in reports:
-            places |= report.places
+            for name, place in report.places.items():
+                if places.setdefault(name, place) != place:
+                    raise CheckpointError(
+                        f"step_{contents.step} was not saved: weight {name!r} was written as "
+                        f"{place} and {places[name]}, expected one; report this"
+                    )
         _, pipeline_size, _, tensor_size = contents.position
         index = CheckpointIndex(optimizer, WeightsTable(pipeline_size, tensor_size, places))
         path = temporary / INDEX_NAME

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.weights import Weight
+from parallel.checkpoint.weights import ShardPosition, Weight
 from parallel.sharding import Sharding
 from pretrain.checkpointing import CheckpointContents
 from pretrain.checkpointing.index import (
@@ -47,10 +47,13 @@ def whole_contents(rank: int, *, missing: int = 0) -> CheckpointContents:
     )
 
 
-def save(run_dir: Path, *, missing: int = 0) -> str | None:
+def save(run_dir: Path, *, missing: int = 0, as_stages: bool = False) -> str | None:
     ranks = ranks_of_world()
+    written = whole_contents(ranks.rank, missing=missing)
+    if as_stages:
+        written = written._replace(position=ShardPosition(ranks.rank, ranks.size))
     try:
-        open_store(run_dir, ranks=ranks).save(whole_contents(ranks.rank, missing=missing))
+        open_store(run_dir, ranks=ranks).save(written)
     except CheckpointError as error:
         return str(error)
     return None
@@ -85,6 +88,13 @@ def test_a_save_that_lacks_elements_is_not_published(tmp_path: Path) -> None:
     assert messages[0] == messages[1]
     assert "step_1 was not saved: parameter 'w', slice 0: " in messages[0]
     assert "elements 9 to 10 is missing" in messages[0]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_weight_that_two_stages_write_is_not_published(tmp_path: Path) -> None:
+    messages = run_ranks(save, 2, tmp_path, as_stages=True)
+    assert messages[0] == messages[1]
+    assert "step_1 was not saved: weight 'w' " in messages[0]
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
