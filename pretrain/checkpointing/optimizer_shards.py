@@ -196,14 +196,19 @@ class StoredOptimizer:
 
         `progress` is called with the name of each file before it is read.
         """
-        copies: dict[int, list[_Copy]] = {}
-        for each in wanted:
-            for rank, copy in self._copies(each, tensor):
-                copies.setdefault(rank, []).append(copy)
+        copies = self.plan(wanted, tensor=tensor)
         for rank in sorted(copies):
             path = self.directory / shard_name(rank)
             progress(path.name)
             _read_file(path, copies[rank])
+
+    def plan(self, wanted: Sequence[Wanted], *, tensor: Axis) -> dict[int, list[_Copy]]:
+        """What to copy from the file of each rank; padding is zeroed here."""
+        copies: dict[int, list[_Copy]] = {}
+        for each in wanted:
+            for rank, copy in self._copies(each, tensor):
+                copies.setdefault(rank, []).append(copy)
+        return copies
 
     def full(self) -> dict[str, dict[str, Tensor]]:
         """Every parameter, merged: key -> name -> the full tensor."""
