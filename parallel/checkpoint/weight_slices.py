@@ -106,20 +106,21 @@ class WeightSlices:
                 f"no weight {name!r} in {str(self.directory)!r}: it is of another model; use a "
                 "checkpoint of this one"
             )
-        if place.dim is None or place.full_size is None:
+        if place.dim is None:
             rank = self._tensor.rank % num_slices
             return _Stored(name, place, self._shape(name, place.stage, rank), 0, rank)
-        usual = max(1, -(-place.full_size // num_slices))
+        size = place.full_size or 0
+        usual = max(1, -(-size // num_slices))
         rank = min(near // usual, num_slices - 1)
         shape = list(self._shape(name, place.stage, rank))
         width = shape[place.dim] if place.dim < len(shape) else 0
-        if width * num_slices < place.full_size:
+        if not 0 < size <= width * num_slices:
             raise WeightsError(
                 f"{str(self.directory)!r}: weight {name!r} has slices of shape {shape} on "
                 f"{num_slices} tensor ranks, expected {place.full_size} along dimension "
                 f"{place.dim}; {RESTORE}"
             )
-        shape[place.dim] = place.full_size
+        shape[place.dim] = size
         return _Stored(name, place, tuple(shape), width, rank)
 
     def _read(self, stored: _Stored, wanted: list[tuple[int, int]]) -> Tensor:

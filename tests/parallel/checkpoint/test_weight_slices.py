@@ -123,9 +123,12 @@ def test_what_does_not_fit_the_table_or_the_model_is_refused(tmp_path: Path) -> 
         read(table, rows, name="nothing")
     with _refused(name, value=[8, 3], constraint="9 along dimension 0", remedy="checkpoint"):
         read(table, Sharding(dim=0, full_size=9))
-    longer = table._replace(places={name: WeightPlace(0, 0, 9)})
-    with _refused(name, value=[4, 3], constraint="9 along dimension 0", remedy="copy"):
-        read(longer, rows)
+    for dim, size in ((0, 9), (0, None), (5, 8)):
+        other = table._replace(places={name: WeightPlace(0, dim, size)})
+        with _refused(
+            name, value=[4, 3], constraint=f"{size} along dimension {dim}", remedy="copy"
+        ):
+            read(other, rows)
     elsewhere = table._replace(places={name: WeightPlace(1, 0, 8)})
     with _refused("pp_01_tp_00", value=name, constraint="cannot be read", remedy="copy"):
         read(elsewhere, rows)
