@@ -113,6 +113,7 @@ def run(settings: ResolvedRun) -> int:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
+        watchdog.progress("writing config.yaml")
         # Only now: a failed start must not leave its settings behind.
         ranks.run_on_rank0(lambda: _write_config(config, groups or ""))
         stop.started()
