@@ -112,7 +112,9 @@ class TrainLoop:
         self.watchdog.progress(f"restoring step {checkpoint.step}")
         self.ranks.run_on_all_ranks(lambda: load_states(self.owners, checkpoint.trainer))
         samples = self.state.curriculum.start.samples
-        self.engine.restore(checkpoint, samples=samples, ranks=self.ranks)
+        self.engine.restore(
+            checkpoint, samples=samples, ranks=self.ranks, progress=self.watchdog.advance
+        )
         if checkpoint.layout.grid == self.layout.grid:
             restore_rng_state(checkpoint.rng_path(self.ranks.rank))
         else:
@@ -223,7 +225,9 @@ class TrainLoop:
             return
         self.engine.set_sequence_length(self.config.data.sequence_length)
         self.watchdog.progress(f"evaluating after step {self.state.step}")
-        scores = self.engine.evaluate(self.evaluation, num_batches=len(self.evaluation))
+        scores = self.engine.evaluate(
+            self.evaluation, num_batches=len(self.evaluation), progress=self.watchdog.advance
+        )
         writers.write(
             evaluation_record(
                 step=self.state.step,

@@ -88,7 +88,7 @@ def run(settings: ResolvedRun) -> int:
         state = TrainState(config, data.loader, data_size=layout.data)
         watchdog.progress("searching for a checkpoint")
         store = _open_store(config, _identity(config, layout, ds_config, data), ranks, stack)
-        checkpoint = store.find(config.resume)
+        checkpoint = store.find(config.resume, progress=watchdog.advance)
         ranks.run_on_rank0(lambda: clear_markers(Path(config.run_dir)))
         if checkpoint is not None:
             _plan_resume(checkpoint, config, layout, state, ranks)
@@ -97,10 +97,13 @@ def run(settings: ResolvedRun) -> int:
                 return EXIT_COMPLETED
         ranks.run_on_rank0(lambda: _warn_about_data(config, data))
         watchdog.progress("building the model")
-        engine = _build_engine(spec, ranks, is_fresh=checkpoint is None)
+        engine = _build_engine(spec, ranks, watchdog, is_fresh=checkpoint is None)
         checkpointer = stack.enter_context(
             Checkpointer(
-                store, asynchronous=config.checkpoint.asynchronous, progress=watchdog.progress
+                store,
+                asynchronous=config.checkpoint.asynchronous,
+                progress=watchdog.progress,
+                advance=watchdog.advance,
             )
         )
         loop = TrainLoop(
@@ -110,6 +113,7 @@ def run(settings: ResolvedRun) -> int:
             loop.restore(checkpoint)
         else:
             seed_rng(seed=config.training.seed, step=0, rank=ranks.rank)
+        watchdog.progress("writing config.yaml")
         # Only now: a failed start must not leave its settings behind.
         ranks.run_on_rank0(lambda: _write_config(config, groups or ""))
         stop.started()
@@ -185,10 +189,13 @@ def _open_store(
     return store
 
 
-def _build_engine(spec: TrainSpec, ranks: RankGroup, *, is_fresh: bool) -> Engine:
+def _build_engine(
+    spec: TrainSpec, ranks: RankGroup, watchdog: Watchdog, *, is_fresh: bool
+) -> Engine:
     """Build the engine; in a fresh run it takes the weights of training.init_from."""
     weights = initial_weights(spec.config, spec.ctx, ranks) if is_fresh else None
-    engine = build_engine(spec, load_layer=None if weights is None else weights.load)
+    load = None if weights is None else weights.load
+    engine = build_engine(spec, load_layer=load, progress=watchdog.advance)
     limit_groups(spec.config.watchdog.timeout)
     return engine
 

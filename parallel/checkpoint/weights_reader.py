@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from parallel.checkpoint.errors import RESTORE
@@ -21,6 +21,8 @@ from parallel.checkpoint.manifest import (
     newest_checkpoint,
     verify_content,
 )
+from parallel.checkpoint.tensor_file import TensorFile
+from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from parallel.checkpoint.weights import LAYOUT_KEY, ShardPosition, WeightsError
 from parallel.sharding import Sharding, merge
 
@@ -28,11 +30,13 @@ _SHARD_NAME = re.compile(r"pp_(\d{2,4})_tp_(\d{2,4})\.safetensors")
 
 
 class _Shard(NamedTuple):
-    path: Path
-    file: Any
+    file: TensorFile
     position: ShardPosition
     shardings: dict[str, Sharding]
-    metadata: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
 
 class ShardedWeightsReader:
@@ -55,7 +59,7 @@ class ShardedWeightsReader:
         except BaseException:
             self._open_files.close()
             raise
-        self.metadata = {k: v for k, v in shards[0].metadata.items() if k != LAYOUT_KEY}
+        self.metadata = {k: v for k, v in shards[0].file.metadata.items() if k != LAYOUT_KEY}
 
     def __enter__(self) -> ShardedWeightsReader:
         return self
@@ -73,7 +77,7 @@ class ShardedWeightsReader:
     def shape(self, name: str) -> torch.Size:
         """The shape of the full tensor, from the header alone."""
         shard = self._shards[self._stage(name)][0]
-        shape = list(shard.file.get_slice(name).get_shape())
+        shape = list(shard.file.shape(name))
         sharding = shard.shardings[name]
         if sharding.dim is not None:
             shape[sharding.dim] = sharding.extent
@@ -88,10 +92,18 @@ class ShardedWeightsReader:
         shards = self._shards[self._stage(name)]
         sharding = self.sharding(name)
         if sharding.dim is None:
-            return shards[0].file.get_tensor(name)
-        slices = [shard.file.get_tensor(name) for shard in shards]
+            return shards[0].file.read(name)
+        slices = [shard.file.read(name) for shard in shards]
         _check_slices(name, slices, sharding, shards)
         return merge(slices, sharding)
+
+    def table(self) -> WeightsTable:
+        """Which files hold which weight, for `WeightSlices` on other ranks."""
+        places = {}
+        for name, stage in self._stage_of.items():
+            sharding = self.sharding(name)
+            places[name] = WeightPlace(stage, sharding.dim, sharding.full_size)
+        return WeightsTable(len(self._shards), len(self._shards[0]), places)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names():
@@ -104,9 +116,8 @@ class ShardedWeightsReader:
 
     def _open(self, path: Path) -> _Shard:
         try:
-            file = self._open_files.enter_context(safe_open(path, framework="pt"))
-            metadata = file.metadata() or {}
-            layout = json.loads(metadata[LAYOUT_KEY])
+            file = self._open_files.enter_context(TensorFile(path))
+            layout = json.loads(file.metadata[LAYOUT_KEY])
             position = ShardPosition(*map(_count, layout["position"]))
             shardings = {
                 name: Sharding(
@@ -124,11 +135,11 @@ class ShardedWeightsReader:
                 f"{str(path)!r} was not written by manyformer: it records no valid layout; import "
                 "a Hugging Face directory with python -m models.convert from-hf"
             ) from error
-        if path.name != position.file_name or set(file.keys()) != set(shardings):
+        if path.name != position.file_name or set(file.names()) != set(shardings):
             raise WeightsError(
                 f"{str(path)!r} does not hold what its header says, {position}; {RESTORE}"
             )
-        return _Shard(path, file, position, shardings, metadata)
+        return _Shard(file, position, shardings)
 
 
 def find_weights(path: Path) -> Path:

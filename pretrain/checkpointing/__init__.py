@@ -5,10 +5,12 @@
         weights/    pp_00_tp_00.safetensors ...: weights only, for generate and convert
         rng/        rank_00000.safetensors ...: states of the random generators
         trainer.json    state of the loop: steps, tokens, position in the data
+        index.json      which of these files holds which elements of which parameter
         manifest.json   written last: size and sha256 of every file above, layout, configuration
     RUN/checkpoints/latest    a hint for people; resuming looks at the directories
 
-Any layout reads what it needs from these files, without conversion. Where only DeepSpeed can
+Any layout reads what it needs from these files, without conversion: rank 0 reads the index for all,
+and a rank opens the files that hold something of it, once each. Where only DeepSpeed can
 restore the optimizer (`config.deepspeed.layout_bound_by`), `engine/` holds its own pickled files
 instead of `optimizer/`, and the run resumes at the layout that wrote them.
 

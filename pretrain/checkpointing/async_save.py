@@ -42,12 +42,19 @@ class Checkpointer:
         store: asynchronous saves need one whose ranks have a process group of their own, because
             its collectives run concurrently with those of the main thread.
         progress: called with each activity that this rank begins (`Watchdog.progress`).
+        advance: called with the parts of these activities (`Watchdog.advance`).
     """
 
     def __init__(
-        self, store: CheckpointStore, *, asynchronous: bool, progress: Callable[[str], object]
+        self,
+        store: CheckpointStore,
+        *,
+        asynchronous: bool,
+        progress: Callable[[str], object],
+        advance: Callable[[str], object] = lambda part: None,
     ) -> None:
-        self._store, self._asynchronous, self._progress = store, asynchronous, progress
+        self._store, self._asynchronous = store, asynchronous
+        self._progress, self._advance = progress, advance
         self._buffers = HostBuffers()
         self._running: _BackgroundSave | None = None
 
@@ -58,7 +65,8 @@ class Checkpointer:
     def find(self, resume: Resume) -> Checkpoint | None:
         """See `CheckpointStore.find`; a save in flight is published first."""
         self.wait()
-        return self._store.find(resume)
+        self._progress("searching for a checkpoint")
+        return self._store.find(resume, progress=self._advance)
 
     def save(self, contents: CheckpointContents) -> None:
         """Write and publish now, or wait for the previous save, copy, and do so in the background.
@@ -69,7 +77,8 @@ class Checkpointer:
         if not self._asynchronous:
             self._progress(f"saving step {contents.step}")
             published = f"publishing step {contents.step}"
-            self._store.save(contents, written=partial(self._progress, published))
+            written = partial(self._progress, published)
+            self._store.save(contents, written=written, progress=self._advance)
             return
         self.wait()
         self._progress(f"copying step {contents.step} to host memory")

@@ -2,61 +2,41 @@
 
 `optimizer/rank_00000.safetensors` ... hold, for the elements of each parameter that the rank
 updates, `NAME/master`, `NAME/exp_avg` and `NAME/exp_avg_sq` as fp32 vectors. The header records
-which elements of which tensor rank's slice they are, and their step count.
+which elements of which tensor rank's slice they are, and their step count; the index of the
+checkpoint (`index.py`) says the same of all files.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from parallel.checkpoint.errors import RESTORE, CheckpointError
+from parallel.checkpoint.tensor_file import TensorFile
 from parallel.checkpoint.weights import Weight
 from parallel.context import Axis
-from parallel.sharding import Sharding, merge, split
+from parallel.sharding import Sharding
+from pretrain.checkpointing.index import (
+    HEADER,
+    FlatRange,
+    ParameterEntry,
+    collect_optimizer,
+    shard_name,
+)
 
-FOLDER = "optimizer"
-HEADER = "manyformer_optimizer"
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_FILES_KEPT_OPEN = 16
-
-
-def shard_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-class FlatRange(BaseModel):
-    """Elements [start, start + length) of the slice `shard` of `num_shards`, flattened."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    shape: tuple[int, ...]
-    dim: int | None
-    full_size: int | None
-    shard: int
-    num_shards: int
-    start: int
-    length: int
-    step: int
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """The fields that are equal in all ranges of a parameter."""
-        return self.shape, self.dim, self.full_size, self.num_shards
 
 
 class OptimizerShard(NamedTuple):
-    """One rank's part of the optimizer state: its elements, and the header that names them.
+    """One rank's part of the optimizer state: its elements, and by parameter which ones they are.
 
     `weights`: the elements as forward reads them, by parameter, if that tensor is not the master
     itself. Not written; `check_masters` compares them.
@@ -64,7 +44,13 @@ class OptimizerShard(NamedTuple):
 
     elements: Sequence[Weight]
     weights: Sequence[Weight]
-    metadata: Mapping[str, str]
+    ranges: Mapping[str, FlatRange]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header of its file."""
+        ranges = {name: span.model_dump(mode="json") for name, span in self.ranges.items()}
+        return {HEADER: json.dumps(ranges)}
 
 
 def check_masters(shard: OptimizerShard) -> None:
@@ -88,56 +74,101 @@ def check_masters(shard: OptimizerShard) -> None:
             )
 
 
-_OpenFile = Callable[[Path], Any]  # -> safetensors' handle
+class Piece(NamedTuple):
+    """Elements [start, start + length) of slice `shard`, flattened, in the file of `rank`."""
 
-
-class _Piece(NamedTuple):
-    path: Path
-    span: FlatRange
+    rank: int
+    shard: int
+    start: int
+    length: int
+    step: int
 
     @property
     def stop(self) -> int:
-        return self.span.start + self.span.length
+        return self.start + self.length
 
 
 class StoredParameter(NamedTuple):
-    """One parameter of a checkpoint: its slices, each a list of pieces."""
+    """One parameter of a checkpoint: its slices, each a list of pieces in order."""
 
     name: str
     sharding: Sharding
     shard_shape: tuple[int, ...]
-    shards: list[list[_Piece]]
-    open_file: _OpenFile
+    shards: list[list[Piece]]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the full tensor."""
-        shape = list(self.shard_shape)
-        if self.sharding.dim is not None:
-            shape[self.sharding.dim] = self.sharding.extent
-        return tuple(shape)
+        return _with_size(self.shard_shape, self.sharding, self.sharding.full_size)
+
+    def slice_shape(self, num_slices: int) -> tuple[int, ...]:
+        """Shape of each of `num_slices` slices, the last of them with padding."""
+        size = -(-(self.sharding.full_size or 0) // num_slices)
+        return _with_size(self.shard_shape, self.sharding, size)
+
+
+def _with_size(shape: tuple[int, ...], sharding: Sharding, size: int | None) -> tuple[int, ...]:
+    if sharding.dim is None or size is None:
+        return shape
+    return (*shape[: sharding.dim], size, *shape[sharding.dim + 1 :])
+
+
+class Wanted(NamedTuple):
+    """Elements from `start` on of this tensor rank's slice of a parameter, flattened.
+
+    `into`: key (`MASTER`, ...) -> the vector that they are read into; elements of padding are zero.
+    """
+
+    name: str
+    start: int
+    into: Mapping[str, Tensor]
+
+    @property
+    def stop(self) -> int:
+        return self.start + next(iter(self.into.values())).numel()
+
+
+class _Copy(NamedTuple):
+    """A block of equal rows: where it begins in a stored vector and in the one it is read into,
+    and how far apart its rows are in each."""
+
+    tensor: str
+    length: int
+    source: int
+    source_stride: int
+    target: int
+    target_stride: int
+    rows: int
+    columns: int
+    into: Tensor
 
 
 class StoredOptimizer:
-    """The optimizer state of a checkpoint; a rank reads only the elements it will update.
+    """The optimizer state of a checkpoint; a rank opens only the files that it needs, once each.
+
+    Args:
+        directory: `optimizer/` of the checkpoint.
+        entries: the optimizer section of its index; None: collected from the header of every file.
 
     Raises:
-        CheckpointError: a foreign file, or a parameter with missing or duplicate elements; the
-            message names it.
+        CheckpointError: here and in every method: a foreign file, or a parameter with missing or
+            duplicate elements; the message names it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, entries: Mapping[str, ParameterEntry] | None = None
+    ) -> None:
         self.directory = directory
-        # Opening a file parses its header, which names every tensor: files are kept open.
-        open_file = lru_cache(_FILES_KEPT_OPEN)(partial(safe_open, framework="pt"))
-        pieces: dict[str, list[_Piece]] = {}
-        for path in sorted(directory.iterdir()):
-            for name, span in _read_ranges(path).items():
-                pieces.setdefault(name, []).append(_Piece(path, span))
-        self._parameters = {name: _assemble(name, each, open_file) for name, each in pieces.items()}
+        self._entries = collect_optimizer(directory) if entries is None else entries
+        self._parameters: dict[str, StoredParameter] = {}
 
     def names(self) -> set[str]:
-        return set(self._parameters)
+        return set(self._entries)
+
+    def check(self) -> None:
+        """Check that the pieces of every parameter hold each element once."""
+        for name in self._entries:
+            self.parameter(name)
 
     def parameter(self, name: str) -> StoredParameter:
         """The stored slices of a parameter.
@@ -145,150 +176,187 @@ class StoredOptimizer:
         Raises:
             CheckpointError: there are none.
         """
-        if name not in self._parameters:
+        if name not in self._entries:
             raise CheckpointError(
                 f"{str(self.directory)!r} has no state of parameter {name!r}: the checkpoint is of "
                 "another model; resume with the configuration that wrote it"
             )
+        if name not in self._parameters:
+            self._parameters[name] = _assemble(name, self._entries[name], self.directory)
         return self._parameters[name]
 
     def steps(self, name: str) -> set[int]:
         """Step counts of the elements of a parameter: one, unless something went wrong."""
-        shards = self.parameter(name).shards
-        return {piece.span.step for shard in shards for piece in shard}
+        return {piece.step for shard in self.parameter(name).shards for piece in shard}
 
-    def read(self, name: str, key: str, *, start: int, length: int, tensor: Axis) -> Tensor:
-        """Elements [start, start + length) of the slice that `tensor.rank` of `tensor.size` holds.
+    def read(
+        self, wanted: Sequence[Wanted], *, tensor: Axis, progress: Callable[[str], object]
+    ) -> None:
+        """Read elements of the slices that `tensor.rank` of `tensor.size` holds, file by file.
 
-        The slice is flattened; elements of padding rows are zero. Only the rows of the full tensor
-        that these elements lie in are read.
+        `progress` is called with the name of each file before it is read.
         """
-        stored = self.parameter(name)
-        width = _row_width(_slice_shape(stored, tensor))
-        first, last = start // width, -(-(start + length) // width)
-        rows = _slice_rows(stored, key, first, last, tensor)
-        return rows.reshape(-1).narrow(0, start - first * width, length)
+        copies = self.plan(wanted, tensor=tensor)
+        for rank in sorted(copies):
+            path = self.directory / shard_name(rank)
+            progress(path.name)
+            _read_file(path, copies[rank])
+
+    def plan(self, wanted: Sequence[Wanted], *, tensor: Axis) -> dict[int, list[_Copy]]:
+        """What to copy from the file of each rank; padding is zeroed here."""
+        copies: dict[int, list[_Copy]] = {}
+        for each in wanted:
+            for rank, copy in self._copies(each, tensor):
+                copies.setdefault(rank, []).append(copy)
+        return copies
+
+    def full(self) -> dict[str, dict[str, Tensor]]:
+        """Every parameter, merged: key -> name -> the full tensor."""
+        found: dict[str, dict[str, Tensor]] = {key: {} for key in (MASTER, *MOMENTS)}
+        wanted = []
+        for name in sorted(self.names()):
+            shape = self.parameter(name).shape
+            for key in found:
+                found[key][name] = torch.empty(shape)
+            wanted.append(Wanted(name, 0, {key: found[key][name].view(-1) for key in found}))
+        self.read(wanted, tensor=Axis(), progress=str)
+        return found
+
+    def _copies(self, wanted: Wanted, tensor: Axis) -> Iterator[tuple[int, _Copy]]:
+        stored = self.parameter(wanted.name)
+        new = _grid(stored.slice_shape(tensor.size), stored.sharding, tensor.rank)
+        limit = _grid(stored.shape, stored.sharding, 0).width
+        if new.end > limit:  # padding, which is in no file
+            for vector in wanted.into.values():
+                vector.zero_()
+        for shard, pieces in enumerate(stored.shards):
+            old = _grid(stored.shard_shape, stored.sharding, shard)
+            low, high = max(old.first, new.first), min(old.end, new.end, limit)
+            for piece in pieces if low < high else ():
+                spans = (old, piece.start, piece.stop), (new, wanted.start, wanted.stop)
+                for row, rows, first, last in _blocks(*spans, low=low, high=high):
+                    for key, vector in wanted.into.items():
+                        copy = _Copy(
+                            tensor=f"{wanted.name}/{key}",
+                            length=piece.length,
+                            source=row * old.width + first - old.first - piece.start,
+                            source_stride=old.width,
+                            target=row * new.width + first - new.first - wanted.start,
+                            target_stride=new.width,
+                            rows=rows,
+                            columns=last - first,
+                            into=vector,
+                        )
+                        yield piece.rank, copy
 
 
-def _slice_shape(stored: StoredParameter, tensor: Axis) -> tuple[int, ...]:
-    shape = list(stored.shape)
-    if stored.sharding.dim is not None:
-        shape[stored.sharding.dim] = -(-stored.sharding.extent // tensor.size)
-    return tuple(shape)
+class _Grid(NamedTuple):
+    """A flattened slice as rows of `width` elements, cut so that slices lie side by side: a row
+    holds elements [first, first + width) of a row of the full tensor."""
+
+    width: int
+    first: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.width
 
 
-def _slice_rows(stored: StoredParameter, key: str, first: int, last: int, tensor: Axis) -> Tensor:
-    """Rows [first, last) of a tensor rank's slice; a row is an index of the first dimension."""
-    sharding = stored.sharding
-    if sharding.dim != 0:
-        rows = _full_rows(stored, key, first, last)
-        return split(rows, sharding, size=tensor.size, rank=tensor.rank)
-    before = tensor.rank * _slice_shape(stored, tensor)[0]
-    start, stop = (min(before + row, sharding.extent) for row in (first, last))
-    rows = _full_rows(stored, key, start, stop)
-    padding = rows.new_zeros((last - first) - (stop - start), *rows.shape[1:])
-    return torch.cat([rows, padding])
-
-
-def _full_rows(stored: StoredParameter, key: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of the full tensor, from the slices that hold a part of them."""
-    sharding, shape = stored.sharding, stored.shard_shape
-    width = _row_width(shape)
-
-    def rows(shard: int, low: int, high: int) -> Tensor:
-        elements = _elements(stored, key, shard, low * width, high * width)
-        return elements.view(high - low, *shape[1:])
-
+def _grid(shape: tuple[int, ...], sharding: Sharding, shard: int) -> _Grid:
     if sharding.dim is None:
-        return rows(0, start, stop)
-    if sharding.dim > 0:
-        return merge([rows(i, start, stop) for i in range(len(stored.shards))], sharding)
-    parts = [torch.empty(0, *shape[1:])]
-    for i in range(len(stored.shards)):
-        low, high = (min(max(row - i * shape[0], 0), shape[0]) for row in (start, stop))
-        parts.append(rows(i, low, high))
-    return torch.cat(parts)
+        return _Grid(math.prod(shape), 0)
+    width = math.prod(shape[sharding.dim :])
+    return _Grid(width, shard * width)
 
 
-def _elements(stored: StoredParameter, key: str, shard: int, start: int, stop: int) -> Tensor:
-    """Elements of one slice, flattened, from the pieces that overlap them."""
-    parts = [torch.empty(0)]
-    for piece in stored.shards[shard]:
-        low, high = max(start, piece.span.start), min(stop, piece.stop)
-        if low < high:
-            tensor = f"{stored.name}/{key}"
-            low, high = low - piece.span.start, high - piece.span.start
-            parts.append(_read_piece(stored.open_file, piece, tensor, low, high))
-    return torch.cat(parts)
+_Span = tuple[_Grid, int, int]  # elements [start, stop) of a flattened slice
 
 
-def _read_piece(open_file: _OpenFile, piece: _Piece, tensor: str, low: int, high: int) -> Tensor:
+def _blocks(*spans: _Span, low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
+    """What the spans have in common of the columns [low, high) of the full tensor's rows.
+
+    Yields (first row, number of rows, first column, end of the columns). A span may begin and end
+    within a row, so the first and the last row are blocks of their own.
+    """
+    if any(start >= stop for _, start, stop in spans):
+        return
+    top = max(start // grid.width for grid, start, _ in spans)
+    bottom = min((stop - 1) // grid.width for grid, _, stop in spans)
+    for row, end in ((top, top + 1), (top + 1, bottom), (max(bottom, top + 1), bottom + 1)):
+        first = max(low, *(grid.first + start - row * grid.width for grid, start, _ in spans))
+        last = min(high, *(grid.first + stop - row * grid.width for grid, _, stop in spans))
+        if row < end <= bottom + 1 and first < last:
+            yield row, end - row, first, last
+
+
+def _read_file(path: Path, copies: Sequence[_Copy]) -> None:
     try:
-        view = open_file(piece.path).get_slice(tensor)
-        if view.get_shape() == [piece.span.length] and view.get_dtype() == "F32":
-            elements: Tensor = view[low:high]
-            return elements
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{str(piece.path)!r}, {tensor}: cannot be read ({error}); {RESTORE}"
-        ) from error
-    raise CheckpointError(
-        f"{str(piece.path)!r}, {tensor}: {view.get_dtype()} {view.get_shape()}, expected "
-        f"F32 [{piece.span.length}], so the file was not written by manyformer; {RESTORE}"
-    )
-
-
-def _row_width(shape: Sequence[int]) -> int:
-    return math.prod(shape[1:])
-
-
-def _read_ranges(path: Path) -> dict[str, FlatRange]:
-    """Read the header of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            table = json.loads((file.metadata() or {})[HEADER])
-        return {
-            name: FlatRange.model_validate_json(json.dumps(span)) for name, span in table.items()
-        }
+        with TensorFile(path) as file:
+            for copy in copies:
+                _read(file, copy)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
-    except (KeyError, ValueError, AttributeError, ValidationError) as error:
+
+
+def _read(file: TensorFile, copy: _Copy) -> None:
+    shape, dtype = file.shape(copy.tensor), file.dtype(copy.tensor)
+    if (shape, dtype) != ((copy.length,), "F32"):
         raise CheckpointError(
-            f"{str(path)!r} has no valid header {HEADER!r}, so it was not written by manyformer; "
-            f"{RESTORE}"
-        ) from error
+            f"{str(file.path)!r}, {copy.tensor}: {dtype} {list(shape)}, expected "
+            f"F32 [{copy.length}], so the file was not written by manyformer; {RESTORE}"
+        )
+    end = copy.source + (copy.rows - 1) * copy.source_stride + copy.columns
+    found, size = file.read(copy.tensor, (copy.source, end)), (copy.rows, copy.columns)
+    place = copy.into.storage_offset() + copy.target
+    into = copy.into.as_strided(size, (copy.target_stride, 1), place)
+    into.copy_(found.as_strided(size, (copy.source_stride, 1), found.storage_offset()))
 
 
-def _assemble(name: str, pieces: Iterable[_Piece], open_file: _OpenFile) -> StoredParameter:
+def _assemble(name: str, entry: ParameterEntry, directory: Path) -> StoredParameter:
     """Order the pieces of a parameter and check that every element exists exactly once.
 
     Raises:
         CheckpointError: names the parameter and the file where a gap or an overlap begins.
     """
-    pieces = sorted(pieces, key=lambda piece: (piece.span.shard, piece.span.start))
-    first = pieces[0].span
-    sharding = Sharding(dim=first.dim, full_size=first.full_size)
-    num_shards = first.num_shards if sharding.dim is not None else 1
-    shards: list[list[_Piece]] = [[] for _ in range(num_shards)]
+    sharding = Sharding(entry.dim, entry.full_size)
+    num_shards, numel = entry.num_shards if entry.dim is not None else 1, math.prod(entry.shape)
+    pieces = sorted((Piece(*piece) for piece in entry.pieces), key=lambda p: (p.shard, p.start))
+    if pieces and pieces[-1].shard >= num_shards:
+        raise CheckpointError(
+            f"{str(directory / shard_name(pieces[-1].rank))!r}: parameter {name!r} has slice "
+            f"{pieces[-1].shard}, numbered from 0, of {num_shards}; keep the files of one "
+            "checkpoint only"
+        )
+    if sharding.dim is not None and not _is_cut(entry):
+        raise CheckpointError(
+            f"{str(directory)!r}: parameter {name!r} has {num_shards} slices of shape "
+            f"{list(entry.shape)}, expected {entry.full_size} along dimension {entry.dim}; "
+            f"{RESTORE}"
+        )
+    by_shard: dict[int, list[Piece]] = {}
     for piece in pieces:
-        if piece.span.layout != first.layout or piece.span.shard >= num_shards:
-            raise CheckpointError(
-                f"{str(piece.path)!r}: parameter {name!r} is {piece.span.layout}, "
-                f"{first.layout} in {str(pieces[0].path)!r}; keep the files of one checkpoint only"
-            )
-        shards[piece.span.shard].append(piece)
-    for number, shard in enumerate(shards):
-        _check_tiling(name, number, shard, math.prod(first.shape))
-    return StoredParameter(name, sharding, first.shape, shards, open_file)
+        by_shard.setdefault(piece.shard, []).append(piece)
+    for number in range(num_shards):  # the first that is missing ends it, however many there are
+        _check_tiling(name, number, by_shard.get(number, []), numel, directory)
+    return StoredParameter(name, sharding, entry.shape, [by_shard[n] for n in range(num_shards)])
 
 
-def _check_tiling(name: str, number: int, shard: list[_Piece], numel: int) -> None:
+def _is_cut(entry: ParameterEntry) -> bool:
+    """Whether the slices add up to the full tensor."""
+    dim, size = entry.dim or 0, entry.full_size
+    return size is not None and dim < len(entry.shape) and (
+        entry.shape[dim] * entry.num_shards >= size
+    )  # fmt: skip
+
+
+def _check_tiling(
+    name: str, number: int, shard: Sequence[Piece], numel: int, directory: Path
+) -> None:
     position = 0
-    for start, stop, path in [
-        *((p.span.start, p.stop, str(p.path)) for p in shard),
-        (numel, 0, ""),
-    ]:
-        if start != position:
+    files = [str(directory / shard_name(piece.rank)) for piece in shard]
+    spans = [(piece.start, piece.stop) for piece in shard]
+    for (start, stop), path in zip([*spans, (numel, 0)], [*files, ""], strict=True):
+        if start != position or not shard:
             where = f" before {path!r}" if path else ""
             raise CheckpointError(
                 f"parameter {name!r}, slice {number}: optimizer state of elements {position} to "

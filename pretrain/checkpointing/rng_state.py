@@ -10,10 +10,11 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from parallel.checkpoint.errors import RESTORE, CheckpointError
+from parallel.checkpoint.tensor_file import TensorFile
 
 
 def rng_states() -> dict[str, Tensor]:
@@ -50,7 +51,8 @@ def restore_rng_state(path: Path) -> None:
     """
     expected = set(rng_states())
     try:
-        states = load_file(path)
+        with TensorFile(path) as file:
+            states = {name: file.read(name).clone() for name in file.names()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
     if set(states) != expected:

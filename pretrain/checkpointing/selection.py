@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,7 @@ from parallel.checkpoint.manifest import (
     verify_content,
     verify_listing,
 )
-from pretrain.checkpointing.optimizer_shards import FOLDER as OPTIMIZER_FOLDER
+from pretrain.checkpointing.index import FOLDER as OPTIMIZER_FOLDER
 from pretrain.config import RunConfig, resolved
 from pretrain.config.resume_rules import (
     Difference,
@@ -76,12 +77,18 @@ def rng_file_name(rank: int) -> str:
 
 
 def find_checkpoint(
-    run_dir: Path, resume: Resume, *, identity: RunIdentity, ranks: RankGroup
+    run_dir: Path,
+    resume: Resume,
+    *,
+    identity: RunIdentity,
+    ranks: RankGroup,
+    progress: Callable[[str], object],
 ) -> Checkpoint | None:
     """Find the newest undamaged checkpoint; None if the run has to start from the beginning.
 
     Collective. Every rank verifies the files that it wrote; a damaged checkpoint is skipped with
-    one warning that names the file and its fault.
+    one warning that names the file and its fault. `progress` is called with each file that this
+    rank begins to verify.
 
     Raises:
         CheckpointError: `must` and there is none; `never` and there is one; only damaged ones; the
@@ -90,7 +97,7 @@ def find_checkpoint(
     problems: list[str] = []
     for step in ranks.run_on_rank0(lambda: _candidates(run_dir, resume)):
         directory = run_dir / "checkpoints" / f"step_{step}"
-        manifest, problem = _verify(directory, ranks)
+        manifest, problem = _verify(directory, ranks, progress)
         if manifest is not None and problem is None:
             return ranks.run_on_rank0(partial(_checked, directory, manifest, identity))
         problems.append(str(problem))
@@ -147,7 +154,9 @@ def _read_latest(directory: Path) -> str | None:
         return f"({error.strerror})"
 
 
-def _verify(directory: Path, ranks: RankGroup) -> tuple[Manifest | None, str | None]:
+def _verify(
+    directory: Path, ranks: RankGroup, progress: Callable[[str], object]
+) -> tuple[Manifest | None, str | None]:
     """Verify a checkpoint; returns rank 0's manifest and the first problem found by any rank."""
     manifest: Manifest | None = None
     problem: str | None = None
@@ -160,7 +169,13 @@ def _verify(directory: Path, ranks: RankGroup) -> tuple[Manifest | None, str | N
     manifest, problem = ranks.broadcast((manifest, problem))
     if manifest is None or problem is not None:
         return manifest, problem
-    mine = [name for name, e in manifest.files.items() if e.rank % ranks.size == ranks.rank]
+
+    def reported(names: Iterable[str]) -> Iterator[str]:
+        for name in names:
+            progress(f"{directory.name}/{name}")
+            yield name
+
+    mine = reported(n for n, e in manifest.files.items() if e.rank % ranks.size == ranks.rank)
     return manifest, ranks.first_error(verify_content(directory, manifest, mine))
 
 

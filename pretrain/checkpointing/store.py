@@ -29,13 +29,18 @@ from parallel.checkpoint.manifest import (
     Manifest,
 )
 from parallel.checkpoint.storage import Storage, fault_hook
+from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
-from pretrain.checkpointing.optimizer_shards import (
+from pretrain.checkpointing.index import (
     FOLDER,
-    OptimizerShard,
-    check_masters,
+    HEADER,
+    INDEX_NAME,
+    CheckpointIndex,
+    join_headers,
+    parse_header,
     shard_name,
 )
+from pretrain.checkpointing.optimizer_shards import OptimizerShard, StoredOptimizer, check_masters
 from pretrain.checkpointing.retention import delete, surplus
 from pretrain.checkpointing.rng_state import write_rng_state
 from pretrain.checkpointing.selection import (
@@ -53,6 +58,10 @@ from pretrain.distributed.consensus import RankGroup
 _TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
 logger = logging.getLogger(__name__)
+
+
+def _ignore(part: str) -> None:
+    """Progress that nobody watches."""
 
 
 class CheckpointContents(NamedTuple):
@@ -76,9 +85,21 @@ class CheckpointContents(NamedTuple):
     weights_metadata: Mapping[str, str] = {}
 
 
+class _Part(NamedTuple):
+    """Files that a rank has written, and what the index says of them: the header of its optimizer
+    file, the places of its weights."""
+
+    paths: Sequence[Path] = ()
+    header: str = "{}"
+    places: Mapping[str, WeightPlace] = {}
+
+
 class _Written(NamedTuple):
+    """What a rank reports to rank 0, which writes index and manifest."""
+
     files: dict[str, FileEntry]
-    sharding: dict[str, tuple[int | None, int | None]]
+    header: str
+    places: dict[str, WeightPlace]
 
 
 class CheckpointStore:
@@ -118,19 +139,34 @@ class CheckpointStore:
         if self._lock is not None:
             self._lock.release()
 
-    def find(self, resume: Resume) -> Checkpoint | None:
+    def find(
+        self, resume: Resume, *, progress: Callable[[str], object] = _ignore
+    ) -> Checkpoint | None:
         """See `selection.find_checkpoint`."""
-        found = find_checkpoint(self.run_dir, resume, identity=self.identity, ranks=self._ranks)
+        found = find_checkpoint(
+            self.run_dir,
+            resume,
+            identity=self.identity,
+            ranks=self._ranks,
+            progress=progress,
+        )
         if found is not None:
             self._trusted.add(found.step)
         return found
 
     def save(
-        self, contents: CheckpointContents, *, written: Callable[[], object] = lambda: None
+        self,
+        contents: CheckpointContents,
+        *,
+        written: Callable[[], object] = lambda: None,
+        progress: Callable[[str], object] = _ignore,
     ) -> Path:
         """Write and publish a checkpoint, then delete those beyond retention.
 
-        `written` is called once this rank has written its part and waits for the others.
+        Args:
+            written: called once this rank has written its part and waits for the others.
+            progress: called with each file that it begins to read back, and before that with each
+                group of files that it begins to write.
 
         Raises:
             CheckpointError: a rank failed; nothing was published and nothing deleted.
@@ -139,11 +175,11 @@ class CheckpointStore:
         if contents.step in self._trusted:
             return path
         temporary = self._ranks.run_on_rank0(lambda: self._begin(contents))
-        report, failure = self._write(temporary, contents)
+        report, failure = self._write(temporary, contents, progress)
         written()
         reports = self._ranks.gather(report)
         failure = self._ranks.first_error(failure)
-        self._ranks.run_on_rank0(lambda: self._publish(contents.step, temporary, reports, failure))
+        self._ranks.run_on_rank0(lambda: self._publish(contents, temporary, reports, failure))
         self._trusted.add(contents.step)
         self._ranks.run_on_rank0(lambda: self._retain(contents.step))
         return path
@@ -188,81 +224,98 @@ class CheckpointStore:
         return temporary
 
     def _write(
-        self, directory: Path, contents: CheckpointContents
+        self, directory: Path, contents: CheckpointContents, progress: Callable[[str], object]
     ) -> tuple[_Written | None, str | None]:
         """Write, flush and checksum this rank's files, on every rank.
 
         After a failed part the rank still takes part in the next ones: they are collective.
         """
         not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
-        paths: list[Path] = []
+        parts: list[_Part] = []
         failure: str | None = None
-        for write in (self._write_optimizer, self._write_weights, self._write_state):
+        for what, write in (
+            ("optimizer", self._write_optimizer),
+            ("weights", self._write_weights),
+            ("state", self._write_state),
+        ):
+            progress(f"writing {what}")
             try:
-                paths += write(directory, contents)
+                parts.append(write(directory, contents))
             except (OSError, RuntimeError, ValueError) as error:
                 failure = failure or f"{not_saved}: {one_line(error)}"
         if failure is not None:
             return None, failure
+        optimizer, weights, _ = parts
+        paths = [path for part in parts for path in part.paths]
+        files = {}
         try:
-            files = {p.relative_to(directory).as_posix(): self._entry(p) for p in paths}
+            for path in paths:
+                name = path.relative_to(directory).as_posix()
+                progress(f"reading back {name}")
+                files[name] = self._entry(path)
         except OSError as error:
             return None, f"{not_saved}: {one_line(error)}"
-        table = {w.name: (w.sharding.dim, w.sharding.full_size) for w in contents.weights}
-        return _Written(files, table if contents.writes_weights else {}), None
+        return _Written(files, optimizer.header, dict(weights.places)), None
 
     def _entry(self, path: Path) -> FileEntry:
         size, sha256 = self._storage.record(path)
         return FileEntry(size=size, sha256=sha256, rank=self._ranks.rank)
 
-    def _write_optimizer(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+    def _write_optimizer(self, directory: Path, contents: CheckpointContents) -> _Part:
         paths: list[Path] = []
         if contents.write_engine is not None:
             self._storage.point("engine", directory)
             paths += contents.write_engine(directory)
             for path in paths:
                 self._storage.sync(path)
-        if contents.optimizer is not None:
-            shard, path = contents.optimizer(), directory / FOLDER / shard_name(self._ranks.rank)
-            check_masters(shard)
-            with self._storage.create(path) as file:
-                write_shard(
-                    file, shard.elements, position=contents.position, metadata=shard.metadata
-                )
-            paths.append(path)
-        return paths
+        if contents.optimizer is None:
+            return _Part(paths)
+        shard, path = contents.optimizer(), directory / FOLDER / shard_name(self._ranks.rank)
+        check_masters(shard)
+        metadata = shard.metadata
+        with self._storage.create(path) as file:
+            write_shard(file, shard.elements, position=contents.position, metadata=metadata)
+        return _Part([*paths, path], header=metadata[HEADER])
 
-    def _write_weights(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+    def _write_weights(self, directory: Path, contents: CheckpointContents) -> _Part:
         write = partial(write_shard, position=contents.position, metadata=contents.weights_metadata)
         if not contents.writes_weights:
             write(None, contents.weights)
-            return []
+            return _Part()
         path = directory / "weights" / contents.position.file_name
         with self._storage.create(path) as file:
             write(file, contents.weights)
-        return [path]
+        stage = contents.position.pipeline_rank
+        places = {
+            weight.name: WeightPlace(stage, weight.sharding.dim, weight.sharding.full_size)
+            for weight in contents.weights
+        }
+        return _Part([path], places=places)
 
-    def _write_state(self, directory: Path, contents: CheckpointContents) -> list[Path]:
+    def _write_state(self, directory: Path, contents: CheckpointContents) -> _Part:
         paths = [directory / "rng" / rng_file_name(self._ranks.rank)]
         with self._storage.create(paths[0]) as file:
             write_rng_state(file, contents.rng)
         if self._ranks.is_rank0:
             paths.append(directory / TRAINER_NAME)
             self._storage.write(paths[1], _json_bytes(contents.trainer))
-        return paths
+        return _Part(paths)
 
     def _publish(
         self,
-        step: int,
+        contents: CheckpointContents,
         temporary: Path,
         reports: list[_Written | None] | None,
         failure: str | None,
     ) -> None:
         """Rank 0: rename the directory to its final name, or remove it if any rank failed."""
+        step = contents.step
         try:
             if failure is not None:
                 raise CheckpointError(failure)
-            manifest = self._manifest(step, temporary, [r for r in reports or [] if r is not None])
+            written = [report for report in reports or [] if report is not None]
+            index = self._write_index(contents, temporary, written)
+            manifest = self._manifest(step, temporary, [*written, index])
             self._storage.write(temporary / MANIFEST_NAME, manifest.to_bytes())
             for directory in sorted({(temporary / name).parent for name in manifest.files}):
                 self._storage.sync(directory)
@@ -278,12 +331,36 @@ class CheckpointStore:
         self._storage.sync(self.directory)
         self._point_latest_to(step)
 
+    def _write_index(
+        self, contents: CheckpointContents, temporary: Path, reports: Sequence[_Written]
+    ) -> _Written:
+        """Rank 0: write which file holds what, once no element is found missing or twice."""
+        headers = ((rank, parse_header(report.header)) for rank, report in enumerate(reports))
+        try:
+            optimizer = join_headers(headers, directory=temporary / FOLDER)
+            StoredOptimizer(temporary / FOLDER, optimizer).check()
+        except CheckpointError as error:
+            raise CheckpointError(f"step_{contents.step} was not saved: {error}") from error
+        places: dict[str, WeightPlace] = {}
+        for report in reports:
+            for name, place in report.places.items():
+                if places.setdefault(name, place) != place:
+                    raise CheckpointError(
+                        f"step_{contents.step} was not saved: weight {name!r} was written as "
+                        f"{place} and {places[name]}, expected one; report this"
+                    )
+        _, pipeline_size, _, tensor_size = contents.position
+        index = CheckpointIndex(optimizer, WeightsTable(pipeline_size, tensor_size, places))
+        path = temporary / INDEX_NAME
+        self._storage.write(path, index.to_bytes())
+        return _Written({INDEX_NAME: self._entry(path)}, "{}", {})
+
     def _manifest(self, step: int, temporary: Path, reports: Sequence[_Written]) -> Manifest:
         files: dict[str, FileEntry] = {}
         sharding: dict[str, tuple[int | None, int | None]] = {}
         for report in reports:
             files |= report.files
-            sharding |= report.sharding
+            sharding |= {name: (dim, size) for name, (_, dim, size) in report.places.items()}
         for path in sorted(temporary.rglob("*")):  # files that DeepSpeed copies past its writer
             if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
                 self._storage.sync(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,15 +27,29 @@ from pretrain.engine.topology import DeepSpeedTopology
 from pretrain.engine.train_spec import TrainSpec
 
 
-def build_engine(spec: TrainSpec, *, load_layer: AfterEach | None = None) -> Engine:
+def build_engine(
+    spec: TrainSpec,
+    *,
+    load_layer: AfterEach | None = None,
+    progress: Callable[[str], object] = lambda part: None,
+) -> Engine:
     """Build this rank's part of a model that `check_model` has accepted (collective).
 
-    `load_layer` may overwrite the initial weights of each layer.
+    Args:
+        load_layer: may overwrite the initial weights of each layer.
+        progress: called after each layer, with its name, and before DeepSpeed takes over.
     """
     training, ctx = spec.config.training, spec.ctx
     torch.manual_seed(training.seed)
     build = _build_stage if ctx.pipeline.size > 1 else _build_whole
-    module = build(spec, _after_each(spec, load_layer))
+    finish = _after_each(spec, load_layer)
+
+    def finish_and_report(layer_spec: LayerSpec, layer: nn.Module) -> None:
+        finish(layer_spec, layer)
+        progress(f"after {layer_spec.name}")
+
+    module = build(spec, finish_and_report)
+    progress("DeepSpeed's part")
     sharding_table(module)
     register_experts(module, ctx)
     sum_partial_gradients(module, ctx)

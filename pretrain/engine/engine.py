@@ -8,6 +8,7 @@ same losses, terms and gradient norms. Nothing outside this folder touches DeepS
 from __future__ import annotations
 
 import contextlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from parallel.layer_state import (
     update_layer_states,
 )
 from parallel.sharding import all_experts
+from pretrain.checkpointing.index import INDEX_NAME, parse_index, read_index
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.selection import Checkpoint
 from pretrain.distributed.consensus import RankGroup
@@ -95,9 +97,11 @@ class Engine(ABC):
         """Take one optimizer step over `num_micro_batches` batches of this data rank."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> Scores:
+    def evaluate(
+        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
+    ) -> Scores:
         """The losses of every scored token in `num_batches` batches of all data ranks; all ranks
-        call it alike."""
+        call it alike. `progress` is called with each batch that this rank begins."""
 
     @abstractmethod
     def weights(self) -> list[Weight]:
@@ -111,10 +115,19 @@ class Engine(ABC):
         """Let DeepSpeed write its own files below `directory`; see `save_engine_state`."""
         return save_engine_state(self._deepspeed, directory)
 
-    def restore(self, checkpoint: Checkpoint, *, samples: int, ranks: RankGroup) -> None:
+    def restore(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        samples: int,
+        ranks: RankGroup,
+        progress: Callable[[str], object],
+    ) -> None:
         """Restore weights, optimizer state and step counts (collective over `ranks`).
 
-        `samples`: taken by the run so far, over all ranks.
+        Args:
+            samples: taken by the run so far, over all ranks.
+            progress: called with the name of each file before this rank reads it.
 
         Raises:
             CheckpointError, AgreedError: the checkpoint does not fit the model.
@@ -123,7 +136,13 @@ class Engine(ABC):
         if not checkpoint.any_layout:
             load_engine_state(engine, path)
             return
-        ranks.run_on_all_ranks(lambda: restore_optimizer_state(engine, path, ctx=self.ctx))
+        raw = ranks.run_on_rank0(lambda: read_index(path))
+
+        def restore() -> None:
+            index = parse_index(raw, source=path / INDEX_NAME)
+            restore_optimizer_state(engine, path, index, ctx=self.ctx, progress=progress)
+
+        ranks.run_on_all_ranks(restore)
         publish_weights(engine)
         engine.global_steps, engine.global_samples = checkpoint.step, samples
 
@@ -190,11 +209,14 @@ class PlainEngine(Engine):
         return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm, applied)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> Scores:
+    def evaluate(
+        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
+    ) -> Scores:
         self._deepspeed.eval()
         score = Scoring(self.spec)
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            progress(f"batch {number} of {num_batches}")
             inputs, labels = _to_device(batch, self.ctx.device)
             total += score(self._deepspeed(inputs), Targets(labels))[0].double()
         dist.all_reduce(total, group=self.ctx.data.group)
@@ -239,9 +261,16 @@ class StageEngine(Engine):
         terms = dict(engine.agg_additional_losses)
         return StepResult(loss, terms, engine.get_global_grad_norm(), applied)
 
-    def evaluate(self, batches: Iterable[Batch], *, num_batches: int) -> Scores:
+    def evaluate(
+        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
+    ) -> Scores:
         score = Scoring(self.spec)
-        with self._objective(score):
+        numbers = itertools.count(1)
+        # DeepSpeed runs all batches in one call, and every stage calls its module once for each.
+        hook = self.module.register_forward_pre_hook(
+            lambda *_: progress(f"batch {next(numbers)} of {num_batches}")
+        )
+        with self._objective(score), hook:
             mean = self._deepspeed.eval_batch(
                 self._pairs(iter(batches)), num_micro_batches=num_batches
             )

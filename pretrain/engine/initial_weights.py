@@ -23,10 +23,11 @@ from models.checkpoint import (
 from models.registry import get_family
 from parallel.carry import LayerSpec
 from parallel.checkpoint.manifest import find_manifest, load_manifest
-from parallel.checkpoint.weights_reader import ShardedWeightsReader
+from parallel.checkpoint.weight_slices import WeightSlices, WeightsTable
+from parallel.checkpoint.weights_reader import ShardedWeightsReader, find_weights
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
-from parallel.sharding import split
+from parallel.sharding import Sharding
 from pretrain.config import ConfigError, RunConfig
 from pretrain.config.errors import nearest, show
 from pretrain.distributed.consensus import RankGroup
@@ -39,13 +40,15 @@ logger = logging.getLogger(__name__)
 class InitialWeights:
     """Fills layer after layer with this rank's slices of stored weights.
 
-    Unlike resuming, optimizer, step and data position start afresh.
+    Unlike resuming, optimizer, step and data position start afresh. A rank opens only the files
+    that hold a part of its slices; `stored`: which those are.
     """
 
-    def __init__(self, path: Path, table: Table, ctx: ParallelContext) -> None:
-        self._reader = ShardedWeightsReader(path)
+    def __init__(
+        self, path: Path, stored: WeightsTable, table: Table, ctx: ParallelContext
+    ) -> None:
+        self._slices = WeightSlices(find_weights(path), stored, tensor=ctx.tensor)
         self._table = table
-        self._tensor = ctx.tensor
         self._expert = ctx.expert
 
     @torch.no_grad()
@@ -56,11 +59,9 @@ class InitialWeights:
                 continue  # an earlier layer's, already loaded and partitioned by ZeRO-3
             name = spec.tied.get(path, f"{spec.name}.{path}")
             sharding = self._table[name].sharding
-            full = self._reader.full(name)
-            place = {"size": self._tensor.size, "rank": self._tensor.rank}
-            parameter.copy_(split(full, sharding, **place, expert=self._expert))
+            parameter.copy_(self._slices.read(name, sharding, expert=self._expert))
         for path, buffer in persistent_buffers(layer).items():
-            buffer.copy_(self._reader.full(f"{spec.name}.{path}"))
+            buffer.copy_(self._slices.read(f"{spec.name}.{path}", Sharding()))
 
 
 def initial_weights(
@@ -75,12 +76,15 @@ def initial_weights(
         return None
     path = Path(config.training.init_from)
     table = parameter_table(get_family(config.model.family), config.model)
-    ranks.run_on_rank0(lambda: _check(path, config, table))
-    return InitialWeights(path, table, ctx)
+    stored = ranks.run_on_rank0(lambda: _check(path, config, table))
+    return InitialWeights(path, stored, table, ctx)
 
 
-def _check(path: Path, config: RunConfig, table: Table) -> None:
-    """Compare checksums, family, names, shapes and function, reading no tensor into memory."""
+def _check(path: Path, config: RunConfig, table: Table) -> WeightsTable:
+    """Compare checksums, family, names, shapes and function, reading no tensor into memory.
+
+    Returns which file holds which weight.
+    """
     try:
         stored = open_checkpoint(path)
     except ValueError as error:
@@ -94,7 +98,9 @@ def _check(path: Path, config: RunConfig, table: Table) -> None:
         check_names(reader.names(), table, source=path)
         for name, info in table.items():
             check_shape(name, reader.shape(name), info.shape, source=path)
+        files = reader.table()
     _check_function(path, config, stored)
+    return files
 
 
 def _check_function(path: Path, config: RunConfig, stored: StoredModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ from torch import Tensor, nn
 
 from parallel.carry import canonical_names
 from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.weight_slices import WeightSlices
 from parallel.checkpoint.weights import Weight
-from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
-from parallel.sharding import Sharding, local_shape, sharding_of, split
+from parallel.sharding import Sharding, local_shape, sharding_of
+from pretrain.checkpointing.index import FOLDER, CheckpointIndex, FlatRange
 from pretrain.checkpointing.optimizer_shards import (
-    FOLDER,
-    HEADER,
     MASTER,
     MOMENTS,
-    FlatRange,
     OptimizerShard,
     StoredOptimizer,
+    Wanted,
 )
 from pretrain.engine.deepspeed_optimizer import (
     Fragment,
@@ -41,21 +40,21 @@ def optimizer_shard(engine: Any, *, ctx: ParallelContext) -> OptimizerShard:
     Replicas are written by one of the ranks that hold them.
     """
     live = OptimizerView(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
-    ranges: dict[str, dict[str, Any]] = {}
+    ranges: dict[str, FlatRange] = {}
     elements: list[Weight] = []
     weights: list[Weight] = []
     for index, fragment in enumerate(live.fragments):
         if not _is_writer(fragment, index, ctx):
             continue
         name, shape, location = fragment.name, (fragment.length,), fragment.location
-        ranges[name] = _flat_range(fragment, live.step(fragment), ctx).model_dump(mode="json")
+        ranges[name] = _flat_range(fragment, live.step(fragment), ctx)
         for key in (MASTER, *MOMENTS):
             load = partial(live.value, fragment, key)
             elements.append(Weight(f"{name}/{key}", shape, torch.float32, Sharding(), load))
         if location.weight.data_ptr() != location.master.data_ptr():
             load = partial(_weight, location)
             weights.append(Weight(name, shape, location.weight.dtype, Sharding(), load))
-    return OptimizerShard(elements, weights, {HEADER: json.dumps(ranges)})
+    return OptimizerShard(elements, weights, ranges)
 
 
 def _weight(location: ShardLocation) -> Tensor:
@@ -84,32 +83,45 @@ def _flat_range(fragment: Fragment, step: int, ctx: ParallelContext) -> FlatRang
 
 
 @torch.no_grad()
-def restore_optimizer_state(engine: Any, directory: Path, *, ctx: ParallelContext) -> None:
+def restore_optimizer_state(
+    engine: Any,
+    directory: Path,
+    index: CheckpointIndex,
+    *,
+    ctx: ParallelContext,
+    progress: Callable[[str], object],
+) -> None:
     """Fill this rank's weights, masters, moments and step counts from a checkpoint of any layout.
 
-    Not collective; `publish_weights` follows once every rank has succeeded.
+    Opens each file that holds something of it once; at the layout that wrote them these are its own
+    and, for what is replicated, that of the rank that wrote it for all. Not collective;
+    `publish_weights` follows once every rank has succeeded.
+
+    Args:
+        progress: called with the name of each file before it is read.
 
     Raises:
-        CheckpointError: a parameter is missing, incomplete or of another shape.
+        CheckpointError, WeightsError: a parameter is missing, incomplete or of another shape.
     """
     live = OptimizerView(engine, data_size=ctx.data.size, expert_rank=ctx.expert.rank)
-    stored = StoredOptimizer(directory / FOLDER)
+    stored = StoredOptimizer(directory / FOLDER, index.optimizer)
     for slices in live.slices.values():
         for each in slices:
             _check_slice(each, stored)
     _init_states(live, stored)
-    for fragment in live.fragments:
-        read = partial(
-            stored.read,
+    wanted = [
+        Wanted(
             fragment.name,
-            start=fragment.location.start,
-            length=fragment.length,
-            tensor=ctx.tensor,
+            fragment.location.start,
+            {key: live.value(fragment, key) for key in (MASTER, *MOMENTS)},
         )
-        for key in (MASTER, *MOMENTS):
-            live.value(fragment, key).copy_(read(key))
+        for fragment in live.fragments
+    ]
+    stored.read(wanted, tensor=ctx.tensor, progress=progress)
+    for fragment in live.fragments:
         fragment.location.weight.copy_(fragment.location.master)
-    _restore_untrained(engine.module, directory, ctx)
+    with WeightSlices(directory / "weights", index.weights, tensor=ctx.tensor) as weights:
+        _restore_untrained(engine.module, weights, ctx)
 
 
 def _check_slice(each: ParamSlice, stored: StoredOptimizer) -> None:
@@ -142,28 +154,20 @@ def _init_states(live: OptimizerView, stored: StoredOptimizer) -> None:
         live.init_state(flat, step)
 
 
-def _restore_untrained(module: nn.Module, directory: Path, ctx: ParallelContext) -> None:
+def _restore_untrained(module: nn.Module, weights: WeightSlices, ctx: ParallelContext) -> None:
     """Restore buffers and frozen parameters, which no optimizer holds, from the weights."""
     names = canonical_names(module.specs)  # type: ignore[arg-type]
     frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
-    tensors = {**persistent_buffers(module), **frozen}
-    if not tensors:
-        return
-    with ShardedWeightsReader(directory) as reader:
-        for name, tensor in tensors.items():
-            _copy_weight(names.get(name, name), tensor, reader, ctx)
+    for name, tensor in {**persistent_buffers(module), **frozen}.items():
+        _copy_weight(names.get(name, name), tensor, weights, ctx)
 
 
-def _copy_weight(
-    name: str, tensor: Tensor, reader: ShardedWeightsReader, ctx: ParallelContext
-) -> None:
+def _copy_weight(name: str, tensor: Tensor, weights: WeightSlices, ctx: ParallelContext) -> None:
     sharding = sharding_of(name, tensor) if isinstance(tensor, nn.Parameter) else Sharding()
-    full = reader.full(name)
-    shard = {"size": ctx.tensor.size, "rank": ctx.tensor.rank}
-    local = split(full, sharding, **shard, expert=ctx.expert)
+    local = weights.read(name, sharding, expert=ctx.expert)
     if tuple(local.shape) != local_shape(tensor) or local.dtype != tensor.dtype:
         raise CheckpointError(
-            f"{str(reader.directory)!r}: {name!r} is {local.dtype} {list(local.shape)}, the model "
+            f"{str(weights.directory)!r}: {name!r} is {local.dtype} {list(local.shape)}, the model "
             f"has {tensor.dtype} {list(local_shape(tensor))}: it is of another model; resume with "
             "the configuration that wrote it"
         )

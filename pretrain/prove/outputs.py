@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
-from parallel.context import Axis
 from parallel.sharding import Sharding
-from pretrain.checkpointing.optimizer_shards import FOLDER, MASTER, MOMENTS, StoredOptimizer
+from pretrain.checkpointing.index import FOLDER
+from pretrain.checkpointing.optimizer_shards import MASTER, MOMENTS, StoredOptimizer
 from pretrain.prove.truth.oracle import State
 
 
@@ -56,10 +56,9 @@ class Owners(NamedTuple):
         stored = self.optimizer.parameter(name)
         shard, at = _in_shard([int(x) for x in place], stored.sharding, stored.shard_shape)
         for piece in stored.shards[shard]:
-            if piece.span.start <= at < piece.stop:
-                return f"rank {int(piece.path.stem.removeprefix('rank_'))}" + (
-                    f" (tensor {shard})" * (stored.sharding.dim is not None)
-                )
+            if piece.start <= at < piece.stop:
+                tensor_rank = f" (tensor {shard})" * (stored.sharding.dim is not None)
+                return f"rank {piece.rank}{tensor_rank}"
         return ""
 
 
@@ -86,8 +85,9 @@ def read_checkpoint(run_dir: Path, step: int) -> Saved:
     stored = StoredOptimizer(path / FOLDER)
     names = sorted(stored.names(), key=_numbered)
     steps = {step for name in names for step in stored.steps(name)}
+    full = stored.full()
     masters, first, second = (
-        _stacked({name: _whole(stored, name, key) for name in names}, weights)
+        _stacked({name: full[key][name].double() for name in names}, weights)
         for key in (MASTER, *MOMENTS)
     )
     buffers = {name: tensor for name, tensor in weights.items() if name not in masters}
@@ -97,12 +97,6 @@ def read_checkpoint(run_dir: Path, step: int) -> Saved:
 def _numbered(name: str) -> tuple[str, int]:
     head, _, tail = name.rpartition(".")
     return (head, int(tail)) if tail.isdecimal() else (name, -1)
-
-
-def _whole(stored: StoredOptimizer, name: str, key: str) -> Tensor:
-    shape = stored.parameter(name).shape
-    numel = torch.Size(shape).numel()
-    return stored.read(name, key, start=0, length=numel, tensor=Axis()).view(shape).double()
 
 
 def _stacked(parts: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pretrain.supervision.progress import Progress
 
 STORE_TIMEOUT = 1.5  # seconds until the store counts as hung
+_READ_SECONDS = 1 / 256  # more for each rank that is read
 _MAX_DISTANCE = 16  # ranks before and after this one that may share its machine
 _UNKNOWN = Progress("an unknown host", 0)
 T = TypeVar("T")
@@ -46,9 +47,9 @@ class RunRecord:
 
     def read(self, ranks: range | None = None) -> dict[int, Progress]:
         """Progress of `ranks`, by default of all; a blank for ranks that have not reported."""
-        return with_timeout(
-            STORE_TIMEOUT, partial(self._read, range(self._size) if ranks is None else ranks)
-        )
+        ranks = range(self._size) if ranks is None else ranks
+        seconds = STORE_TIMEOUT + _READ_SECONDS * len(ranks)
+        return with_timeout(seconds, partial(self._read, ranks))
 
     def get_flag(self, key: str) -> str | None:
         """The value of a flag; None while it is unset."""

@@ -37,7 +37,8 @@ class Progress(NamedTuple):
     `place`: position in the layout. `function`: innermost function of ours in the main thread.
     `collective`: the one in which it waits for other ranks, "" if none. Both are empty while the
     rank makes progress. `pid_namespace`: in which `pid` is valid. `window`, `busy`: see
-    `stragglers.BusyTimer`. `memory_gib`: resident on the host.
+    `stragglers.BusyTimer`. `memory_gib`: resident on the host. `part`: of a long activity, the
+    latest that has begun; "" if none.
     """
 
     host: str
@@ -53,15 +54,21 @@ class Progress(NamedTuple):
     window: int = 0
     busy: float = 0.0
     memory_gib: float = 0.0
+    part: str = ""
+
+    @property
+    def where(self) -> str:
+        """The activity and its part."""
+        return f"{self.activity}, {self.part}" if self.part else self.activity
 
     @property
     def summary(self) -> str:
-        return self._describe(f"in {self.activity}")
+        return self._describe(f"in {self.where}")
 
     @property
     def last_known(self) -> str:
         """Summary of a rank that no longer reports."""
-        return self._describe(f"last heard of in {self.activity}")
+        return self._describe(f"last heard of in {self.where}")
 
     def _describe(self, where: str) -> str:
         place = f", {self.place}" if self.place else ""

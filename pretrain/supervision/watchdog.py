@@ -3,8 +3,9 @@
 A collective waits for its last rank, for half an hour or for ever. Here every rank has a watchdog
 thread that reports the progress of its main thread through the store of the rendezvous. The first
 watchdog whose main thread makes no progress for `timeout` seconds compares all ranks and publishes
-a verdict. All ranks then write their stacks to the run directory and exit, so that the launcher
-ends the job and a scheduler can restart it.
+a verdict. The others wait for it: a thousand that compared at once would be more than the store
+answers. All ranks then write their stacks to the run directory and exit, so that the launcher ends
+the job and a scheduler can restart it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _OBSERVATION_SECONDS = 1.0  # between two snapshots of all heartbeats
 _DRAIN_SECONDS = 2.0  # a rank outlives its verdict, so that others can read it and act
 _PEER_EXIT_SECONDS = 3.0  # for ranks to exit by themselves after a peer has
 _UNWIND_SECONDS = 20.0  # for an error to unwind the main thread
-_VERDICT, _FAILURE = "verdict", "failure"
+_JUDGING_SECONDS = 10.0  # until another rank judges in the place of one that does not
+_VERDICT, _FAILURE, _JUDGE = "verdict", "failure", "judge"
 # Parts of gloo's and NCCL's messages when a peer is gone; both raise plain RuntimeErrors.
 _CONNECTION_ERRORS = (
     "gloo",
@@ -103,6 +105,8 @@ class Watchdog:
         self._peer_lost_at: float | None = None  # when the exit of another rank was noticed
         self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
         self._comparisons_left = 0
+        self._num_absent_judges = 0
+        self._judge_seen_at: float | None = None
         self._stragglers: StragglerDetector | None = None
         if slow_ratio is not None and self._record is not None:
             self._stragglers = StragglerDetector(slow_ratio)
@@ -138,9 +142,18 @@ class Watchdog:
     def progress(self, activity: str, *, is_step: bool = False) -> None:
         """Report that the main thread begins `activity`, such as "step 12"."""
         number = self._reported.num_activities + 1
-        self._reported = self._reported._replace(num_activities=number, activity=activity)
+        self._reported = self._reported._replace(num_activities=number, activity=activity, part="")
         self._last_progress, self._in_step = time.monotonic(), is_step
         self._steps += is_step
+
+    def advance(self, part: str) -> None:
+        """Report that the main thread begins `part` of its activity, such as "block_3".
+
+        An activity that takes long with a large model is told in parts, each of which has
+        `timeout`. Ranks may differ in the number of theirs, so parts do not count in comparisons.
+        """
+        self._reported = self._reported._replace(part=part)
+        self._last_progress = time.monotonic()
 
     def on_exit(
         self,
@@ -308,7 +321,7 @@ class Watchdog:
         return self._lost_peer() if over else None
 
     def _declare_hang(self, waited: float, *, answers: bool) -> Ending | None:
-        what = f"no progress in {self._own.activity} for {waited:.0f} s"
+        what = f"no progress in {self._own.where} for {waited:.0f} s"
         what += f" (watchdog.timeout is {self._timeout:g}): "
         if self._record is None:
             where = f"{self._own.function}; there is no other rank"
@@ -316,6 +329,8 @@ class Watchdog:
         try:
             if not answers:
                 raise TimeoutError
+            if not self._is_judge():
+                return None  # `_exchange` will find the verdict of the rank that is
             before = self._record.read()
             self._observe_heartbeats()
             culprit = blame(before, self._record.read(), own_rank=self._rank)
@@ -328,6 +343,17 @@ class Watchdog:
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._record.set_flag_once(_VERDICT, message)
             return Ending(EXIT_HUNG, message if self._rank <= 1 else None)
+
+    def _is_judge(self) -> bool:
+        """Whether this rank is the one that compares all ranks; the first to ask is."""
+        assert self._record is not None
+        if self._record.set_flag_once(f"{_JUDGE}_{self._num_absent_judges}", str(self._rank)):
+            return True
+        now = time.monotonic()
+        self._judge_seen_at = self._judge_seen_at or now
+        if now > self._judge_seen_at + _JUDGING_SECONDS:
+            self._num_absent_judges, self._judge_seen_at = self._num_absent_judges + 1, None
+        return False
 
     def _observe_heartbeats(self) -> None:
         """Wait for another heartbeat of all ranks, sending this rank's own meanwhile."""

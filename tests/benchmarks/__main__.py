@@ -19,6 +19,7 @@ NAMES = (
     "tokenization",
     "wire",
     "saving",
+    "restoring",
     "shared_cores",
 )
 

@@ -28,7 +28,14 @@ from tests.faults.damage import Damage, Tally, damages
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
-KINDS = {"optimizer": 0.3, "weights": 0.2, "rng": 0.2, "trainer.json": 0.1, "manifest.json": 0.2}
+KINDS = {
+    "optimizer": 0.3,
+    "weights": 0.2,
+    "rng": 0.1,
+    "trainer.json": 0.1,
+    "index.json": 0.1,
+    "manifest.json": 0.2,
+}
 
 
 @pytest.fixture(scope="module")

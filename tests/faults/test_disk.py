@@ -24,6 +24,7 @@ from parallel.checkpoint.storage import Storage
 from parallel.checkpoint.weights import Weight
 from parallel.sharding import Sharding
 from pretrain.checkpointing import CheckpointContents
+from pretrain.checkpointing.index import INDEX_NAME, FlatRange
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from tests.distributed import run_ranks
 from tests.faults.deepspeed_alone import small_files
@@ -31,7 +32,7 @@ from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_s
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
-KINDS = ("optimizer", "weights", "rng", "trainer.json", MANIFEST_NAME)
+KINDS = ("optimizer", "weights", "rng", "trainer.json", INDEX_NAME, MANIFEST_NAME)
 NOBODY = 65534
 
 
@@ -39,7 +40,10 @@ def whole_contents(step: int) -> CheckpointContents:
     """A file of every kind, the optimizer's of more than a page."""
     elements = torch.full((4096,), float(step))
     element = Weight("w/master", (4096,), torch.float32, Sharding(), lambda: elements)
-    return contents(step)._replace(optimizer=lambda: OptimizerShard([element], [], {}))
+    span = FlatRange(
+        shape=(4096,), dim=None, full_size=None, shard=0, num_shards=1, start=0, length=4096, step=1
+    )
+    return contents(step)._replace(optimizer=lambda: OptimizerShard([element], [], {"w": span}))
 
 
 class Fault(NamedTuple):
@@ -251,7 +255,7 @@ def a_name_that_is_too_long(folder: Path) -> None:
 
 
 def a_file_system_that_is_already_full(folder: Path) -> None:
-    with small_file_system(folder, size=1 << 16):
+    with small_file_system(folder, size=1 << 17):
         begun(folder / "run")
         free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
         (folder / "other").write_bytes(b"x" * free)

@@ -83,9 +83,10 @@ RESUMING = {
         ),
         Mutant(
             "pretrain.engine.optimizer_state:restore_optimizer_state",
-            "live.value(fragment, key).copy_(read(key))",
-            "live.value(fragment, key).copy_(\n"
-            "    read(key) if key == MASTER else read(key).roll(min(fragment.location.start, 1)))",
+            "fragment.location.weight.copy_(fragment.location.master)",
+            "fragment.location.weight.copy_(fragment.location.master)\n"
+            "for moment in (live.value(fragment, key) for key in MOMENTS):\n"
+            "    moment.copy_(moment.roll(min(fragment.location.start, 1)))",
             (f"{_LAYOUTS}[llama fp32 ZeRO-3 DP2 to ZeRO-1 DP2]",),
         ),
         proof_of("llama/demo"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from parallel.checkpoint.errors import CheckpointError
 from parallel.context import Axis
 from parallel.sharding import Sharding, split
-from pretrain.checkpointing.optimizer_shards import HEADER, StoredOptimizer
+from pretrain.checkpointing.index import HEADER, FlatRange, join_headers
+from pretrain.checkpointing.optimizer_shards import StoredOptimizer, Wanted
 from tests.refusals import assert_refused
 
 _refused = partial(assert_refused, error=CheckpointError)
@@ -79,14 +82,66 @@ def test_any_elements_of_any_slice_are_those_of_the_full_tensor(kind, old, new, 
     assert stored.parameter("w").shape == shape
     assert stored.steps("w") == {4}
     for rank in range(new):
-        tensor = Axis(size=new, rank=rank)
-        for offset, key in enumerate(KEYS):
-            # Padding rows hold zero, not key: they are cut off the one and added to the other.
-            expected = split(full + offset, sharding, size=new, rank=rank).reshape(-1)
-            for start in range(expected.numel()):
-                for length in range(1, expected.numel() - start + 1, 2):
-                    found = stored.read("w", key, start=start, length=length, tensor=tensor)
-                    assert torch.equal(found, expected[start : start + length])
+        # Padding rows hold zero, not key: they are cut off the one and added to the other.
+        expected = {
+            key: split(full + i, sharding, size=new, rank=rank).reshape(-1)
+            for i, key in enumerate(KEYS)
+        }
+        wanted = [
+            Wanted("w", start, {key: torch.full((length,), torch.nan) for key in KEYS})
+            for start in range(0, expected["master"].numel(), 1 + full.numel() // 24)
+            for length in {1, 4, 9, expected["master"].numel() - start}
+            if start + length <= expected["master"].numel()
+        ]
+        stored.read(wanted, tensor=Axis(size=new, rank=rank), progress=str)
+        for each in wanted:
+            for key, found in each.into.items():
+                assert torch.equal(found, expected[key][each.start : each.stop])
+    merged = stored.full()
+    assert all(torch.equal(merged[key]["w"], full + i) for i, key in enumerate(KEYS))
+
+
+def headers_of(
+    pipeline: int, tensor: int, data: int
+) -> tuple[dict[int, dict[str, FlatRange]], dict[int, list[Wanted]]]:
+    """What each rank of a run with ZeRO-1 writes, and what it wants back: a block of each stage,
+    half of it cut along dimension 1, flattened and cut into equal parts over data ranks."""
+    shapes = {"up": ((64, 16), 0), "down": ((16, 64), 1), "norm": ((16,), None)}
+    headers: dict[int, dict[str, FlatRange]] = {}
+    wanted: dict[int, list[Wanted]] = {}
+    for stage, shard in itertools.product(range(pipeline), range(tensor)):
+        position, part = 0, -(-(2 * 1024 // tensor + 16) // data)
+        for name, (full, dim) in shapes.items():
+            shape = [n // tensor if d == dim else n for d, n in enumerate(full)]
+            end, begin = position + math.prod(shape), position
+            while position < end:
+                owner, stop = position // part, min(end, (position // part + 1) * part)
+                rank, start = (stage * data + owner) * tensor + shard, position - begin
+                span = FlatRange(
+                    shape=tuple(shape), dim=dim, full_size=None if dim is None else full[dim],
+                    shard=shard, num_shards=tensor, start=start, length=stop - position, step=1,
+                )  # fmt: skip
+                own = {"master": torch.empty(span.length, device="meta")}
+                wanted.setdefault(rank, []).append(Wanted(f"{stage}.{name}", start, own))
+                written = headers.setdefault(rank, {})
+                if dim is not None or shard == 0:
+                    written[f"{stage}.{name}"] = span
+                position = stop
+    return headers, wanted
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "data"), [(2, 2, 2), (8, 8, 16)])
+def test_a_rank_opens_no_more_files_in_a_larger_run(pipeline, tensor, data, tmp_path) -> None:
+    headers, wanted = headers_of(pipeline, tensor, data)
+    stored = StoredOptimizer(tmp_path, join_headers(headers.items(), directory=tmp_path))
+    stored.check()
+    for rank, own in wanted.items():
+        first = rank - rank % tensor  # it wrote what all tensor ranks hold
+        files = stored.plan(own, tensor=Axis(size=tensor, rank=rank % tensor))
+        assert set(files) <= {first, rank}
+        elements = sum(copy.rows * copy.columns for copies in files.values() for copy in copies)
+        assert elements == sum(each.stop - each.start for each in own)
+    assert len(wanted) == pipeline * tensor * data
 
 
 @pytest.fixture
@@ -149,14 +204,20 @@ def test_what_is_not_complete_is_refused_by_name(damage, directory) -> None:
     change, message = DAMAGES[damage]
     change(directory)
     with pytest.raises(CheckpointError, match=message):
-        StoredOptimizer(directory)
+        StoredOptimizer(directory).check()
+
+
+def read(directory: Path, name: str, key: str) -> None:
+    """Read the first elements of slice 1 of 2."""
+    wanted = Wanted(name, 0, {key: torch.empty(2)})
+    StoredOptimizer(directory).read([wanted], tensor=Axis(size=2, rank=1), progress=str)
 
 
 def test_a_moment_that_is_missing_is_refused(directory) -> None:
     with _refused(
         "rank_00002.safetensors", value="w/momentum", constraint="cannot be read", remedy="copy"
     ):
-        StoredOptimizer(directory).read("w", "momentum", start=6, length=2, tensor=Axis())
+        read(directory, "w", "momentum")
 
 
 @pytest.mark.parametrize("other", [torch.ones(6).bfloat16(), torch.ones(99)])
@@ -166,11 +227,11 @@ def test_a_moment_of_another_kind_is_refused(other, directory) -> None:
         runs = json.loads(file.metadata()[HEADER])
     write_rank(directory, 2, runs, {**load_file(path), "w/exp_avg": other})
     with _refused(path.name, value="w/exp_avg", constraint="expected F32 [", remedy="copy"):
-        StoredOptimizer(directory).read("w", "exp_avg", start=6, length=6, tensor=Axis())
+        read(directory, "w", "exp_avg")
 
 
 def test_a_parameter_that_the_checkpoint_does_not_have_is_refused(directory) -> None:
     with assert_refused(
         "optimizer", value="'v'", constraint="model", remedy="configuration", error=CheckpointError
     ):
-        StoredOptimizer(directory).read("v", "master", start=0, length=1, tensor=Axis())
+        read(directory, "v", "master")

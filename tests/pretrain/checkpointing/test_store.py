@@ -143,8 +143,8 @@ def test_command_line_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFi
     assert main(["verify", str(run_dir / "checkpoints")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step_9", "step_10"] * 2
-    assert "complete, 4 files" in lines[0]
-    assert "verified, 4 files" in lines[2]
+    assert "complete, 5 files" in lines[0]
+    assert "verified, 5 files" in lines[2]
 
     directory = run_dir / "checkpoints" / "step_9"
     weights = next(path for path in files_of(directory) if path.suffix == ".safetensors")

@@ -15,13 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_tools.loading.batch import Batch
 from parallel.checkpoint.weights import ShardPosition, write_shard
-from parallel.context import Axis, ParallelContext
-from pretrain.checkpointing.optimizer_shards import (
-    FOLDER,
-    MASTER,
-    StoredOptimizer,
-    shard_name,
-)
+from parallel.context import ParallelContext
+from pretrain.checkpointing.index import FOLDER, shard_name
+from pretrain.checkpointing.optimizer_shards import MASTER, StoredOptimizer
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import layout_bound_by, resolve_ds_config
 from pretrain.distributed.process_groups import process_group
@@ -181,17 +177,7 @@ class Trained(NamedTuple):
 
     def masters(self) -> dict[str, torch.Tensor]:
         assert self.folder is not None
-        stored = StoredOptimizer(self.folder / FOLDER)
-        return {
-            name: stored.read(
-                name,
-                MASTER,
-                start=0,
-                length=torch.Size(stored.parameter(name).shape).numel(),
-                tensor=Axis(),
-            )
-            for name in stored.names()
-        }
+        return StoredOptimizer(self.folder / FOLDER).full()[MASTER]
 
 
 def train(

@@ -12,16 +12,12 @@ import torch
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from parallel.checkpoint.tensor_file import TensorFile
 from parallel.checkpoint.weights import ShardPosition, write_shard
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
-from parallel.context import Axis
-from pretrain.checkpointing.optimizer_shards import (
-    FOLDER,
-    MASTER,
-    MOMENTS,
-    StoredOptimizer,
-    shard_name,
-)
+from pretrain.checkpointing.index import FOLDER, shard_name
+from pretrain.checkpointing.optimizer_shards import StoredOptimizer
+from pretrain.engine.deepspeed_optimizer import OptimizerView
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
 from tests.distributed import run_ranks
@@ -134,19 +130,58 @@ def saved_again(config, ds_config_path: str) -> int:
     return run_training(config, ds_config_path)
 
 
+class Reads(NamedTuple):
+    """What a rank opened while it restored, file by file, and what it read of tensors.
+
+    `updated`: bytes of masters and moments that it updates.
+    """
+
+    opened: list[str]
+    optimizer_bytes: int
+    weight_bytes: int
+    updated: int
+
+
+def restored_and_counted(config, ds_config_path: str) -> Reads:
+    """`saved_again` that ends before the first step and returns what restoring has read."""
+    opened: list[str] = []
+    read: dict[str, int] = {"optimizer": 0, "weights": 0}
+    init, read_tensor, updated = TensorFile.__init__, TensorFile.read, []
+
+    def counting_init(self, path):
+        opened.append(str(path.relative_to(path.parents[1])))
+        init(self, path)
+
+    def counting_read(self, name, *ranges):
+        tensor = read_tensor(self, name, *ranges)
+        folder = self.path.parent.name
+        read[folder] = read.get(folder, 0) + tensor.numel() * tensor.element_size()
+        return tensor
+
+    def restore(self, checkpoint):
+        TensorFile.__init__, TensorFile.read = counting_init, counting_read
+        original(self, checkpoint)
+        TensorFile.__init__, TensorFile.read = init, read_tensor
+        view = OptimizerView(self.engine._deepspeed, data_size=self.ctx.data.size)
+        updated.append(3 * 4 * sum(fragment.length for fragment in view.fragments))
+
+    original = TrainLoop.restore
+    TrainLoop.restore = restore
+    TrainLoop.run = lambda self, stop: EXIT_COMPLETED
+    assert saved_again(config, ds_config_path) == EXIT_COMPLETED
+    return Reads(opened, read["optimizer"], read["weights"], *updated)
+
+
 def state(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight, buffer, master, moment and step count of a checkpoint, merged."""
     with ShardedWeightsReader(directory / "weights") as reader:
         yield from reader.items()
     stored = StoredOptimizer(directory / "optimizer")
     for name in sorted(stored.names()):
-        numel = torch.Size(stored.parameter(name).shape).numel()
         yield f"{name} steps", torch.tensor(sorted(stored.steps(name)))
-        for key in (MASTER, *MOMENTS):
-            yield (
-                f"{name} {key}",
-                stored.read(name, key, start=0, length=numel, tensor=Axis()),
-            )
+    for key, tensors in stored.full().items():
+        for name, tensor in tensors.items():
+            yield f"{name} {key}", tensor
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

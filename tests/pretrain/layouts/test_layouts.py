@@ -12,20 +12,27 @@ import pytest
 import torch
 
 import pretrain.engine.build
+from parallel.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
+from tests.distributed import run_ranks
 from tests.pretrain.layouts.layout_runs import (
     LAYOUTS,
     SAVED,
     Origin,
+    Reads,
     Runs,
     assert_same_state,
     begin_at_checkpoint,
+    restored_and_counted,
     saved_again,
     tail,
     train,
     weights,
 )
 from tests.tolerance import BF16_LOSS, BF16_NORM, FP32_LOSS, FP32_NORM
+
+THRESHOLDS = 2 * 4  # bytes of the buffers of the one routed layer in each half of mod
+PADDING = 12 * 32  # bytes of the row that a vocabulary of 61 lacks on the second tensor rank
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,59 @@ def all_pairs() -> Iterator[Pair]:
 @pytest.mark.parametrize("pair", all_pairs(), ids=str)
 def test_a_run_goes_on_at_every_other_layout(pair, runs, tmp_path):
     assert_continues(runs, tmp_path, pair)
+
+
+def restored(runs: Runs, run_dir: Path, new: str, *, with_index: bool = True) -> list[Reads]:
+    """What every rank reads when the run of PP2 TP2 goes on at `new`; its state is that saved."""
+    begin_at_checkpoint(runs.origin("mod", "fp32", "PP2 TP2"), run_dir)
+    checkpoint = run_dir / "checkpoints" / f"step_{SAVED}"
+    if not with_index:  # as an earlier version wrote it
+        (checkpoint / "index.json").unlink()
+        manifest = read_manifest(checkpoint)
+        files = {n: entry for n, entry in manifest.files.items() if n != "index.json"}
+        manifest = manifest.model_copy(update={"files": files})
+        (checkpoint / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    config, place = runs.config("mod", "fp32", new, run_dir), LAYOUTS[new]
+    json_file = f"configs/ds/zero{place.stage}.json"
+    reads = run_ranks(restored_and_counted, 4, config, json_file, init=False)
+    assert_same_state(run_dir / "copy", checkpoint)
+    return reads
+
+
+def test_a_rank_reads_its_own_elements_from_its_own_files(runs, tmp_path):
+    """Elements that all tensor ranks hold are in the file of the first alone."""
+    reads = restored(runs, tmp_path, "PP2 TP2")
+    for rank, read in enumerate(reads):
+        stage, tensor_rank = divmod(rank, 2)
+        optimizer = [f"optimizer/rank_0000{owner}.safetensors" for owner in {2 * stage, rank}]
+        weights = f"weights/pp_0{stage}_tp_0{tensor_rank}.safetensors"
+        rng = f"rng/rank_0000{rank}.safetensors"
+        assert read.opened == [*sorted(optimizer), weights, rng]
+        assert read.optimizer_bytes == read.updated - PADDING * tensor_rank
+        assert read.weight_bytes == THRESHOLDS
+
+
+def test_at_another_layout_a_rank_opens_what_it_needs_once(runs, tmp_path):
+    """Two data ranks update half of a stage each, in both of its files; a weight that all tensor
+    ranks hold is in either."""
+    for rank, read in enumerate(restored(runs, tmp_path, "PP2 DP2")):
+        stage = rank // 2
+        optimizer = [f"optimizer/rank_0000{2 * stage + i}.safetensors" for i in range(2)]
+        assert read.opened == [*optimizer, f"weights/pp_0{stage}_tp_00.safetensors"]
+        assert read.optimizer_bytes == read.updated
+        assert read.weight_bytes == THRESHOLDS
+
+
+def test_a_checkpoint_without_an_index_is_listed_by_rank_0_alone(runs, tmp_path):
+    with_index = restored(runs, tmp_path / "with", "PP2 TP2")
+    first, *others = restored(runs, tmp_path / "without", "PP2 TP2", with_index=False)
+    assert others == with_index[1:]
+    listed = first.opened[: -len(with_index[0].opened)]
+    assert sorted(listed) == [
+        *(f"optimizer/rank_0000{rank}.safetensors" for rank in range(4)),
+        *(f"weights/pp_0{stage}_tp_0{rank}.safetensors" for stage in (0, 1) for rank in (0, 1)),
+    ]
+    assert first._replace(opened=first.opened[8:]) == with_index[0]
 
 
 def frozen(factor: float):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.checkpointing import optimizer_shards
+from parallel.checkpoint.tensor_file import TensorFile
 from pretrain.checkpointing.async_save import Checkpointer
-from pretrain.checkpointing.optimizer_shards import StoredOptimizer
+from pretrain.checkpointing.index import parse_index
+from pretrain.engine import engine
 from tests.distributed import run_ranks
 from tests.pretrain.layout import Layout
 from tests.pretrain.layouts.layout_runs import (
@@ -55,7 +56,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def killed_while_restoring(config, ds_config_path: str) -> int:
     """`run`, of which every rank is killed when half of the state is in place."""
-    read, count = StoredOptimizer.read, 0
+    read, count = TensorFile.read, 0
 
     def read_or_die(self, *args, **kwargs):
         nonlocal count
@@ -64,7 +65,7 @@ def killed_while_restoring(config, ds_config_path: str) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, *args, **kwargs)
 
-    StoredOptimizer.read = read_or_die
+    TensorFile.read = read_or_die
     return run_training(config, ds_config_path)
 
 
@@ -85,34 +86,35 @@ def test_a_kill_while_restoring_changes_nothing_in_the_checkpoint(runs, tmp_path
 def test_a_parameter_that_is_missing_at_the_new_layout_stops_every_rank(runs, tmp_path):
     begin_at_checkpoint(runs.origin("llama", "fp32", "PP2 TP2"), tmp_path)
     config = runs.config("llama", "fp32", "PP4", tmp_path)
-    message = run_ranks(without_a_file, 4, config, "configs/ds/zero1.json", init=False)
+    message = run_ranks(without_a_stage, 4, config, "configs/ds/zero1.json", init=False)
     assert len(set(message)) == 1
     assert "has no state of parameter" in message[0]
 
 
-def without_a_file(config, ds_config_path: str) -> str:
+def without_a_stage(config, ds_config_path: str) -> str:
     """The checkpoint as a writer would have left it that forgot what the last stage holds."""
-    read = optimizer_shards._read_ranges
+    read = engine.read_index
 
-    def forgetful(path):
-        return {n: r for n, r in read(path).items() if not n.startswith("block_3")}
+    def forgetful(checkpoint):
+        index = parse_index(read(checkpoint), source=checkpoint)
+        left = {n: e for n, e in index.optimizer.items() if not n.startswith("block_3")}
+        return index._replace(optimizer=left).to_bytes()
 
-    optimizer_shards._read_ranges = forgetful
+    engine.read_index = forgetful
     return _refused(config, ds_config_path)
 
 
 def with_one_step_less(config, ds_config_path: str) -> str:
     """The checkpoint as ZeRO-0 writes it when a parameter got no gradient in one of its steps."""
-    read = optimizer_shards._read_ranges
+    read = engine.read_index
 
-    def changed(path):
-        runs = read(path)
-        name = "head.norm.weight"
-        if name in runs:
-            runs[name] = runs[name].model_copy(update={"step": SAVED - 1})
-        return runs
+    def changed(checkpoint):
+        index = parse_index(read(checkpoint), source=checkpoint)
+        entry = index.optimizer["head.norm.weight"]
+        entry.pieces[:] = [(*piece[:4], SAVED - 1) for piece in entry.pieces]
+        return index.to_bytes()
 
-    optimizer_shards._read_ranges = changed
+    engine.read_index = changed
     return _refused(config, ds_config_path)
 
 

@@ -85,7 +85,7 @@ MORE_CASES = {
         1, "stopped", StageEngine, "evaluate", "evaluating after step 2", 1, PIPELINE
     ),
     "groups": Case(1, "stopped", run, "build_context", "creating process groups"),
-    "engine": Case(1, "stopped", run, "build_engine", "step 1", 1, TENSOR),
+    "engine": Case(1, "stopped", run, "build_engine", "writing config.yaml", 1, TENSOR),
     "search": Case(1, "asleep", CheckpointStore, "find", "searching for a checkpoint"),
     "restoration": Case(1, "stopped", engine, "restore_optimizer_state", "restoring step 2"),
 }
