@@ -147,9 +147,8 @@ def check_model(spec: TrainSpec) -> SequentialModel:
         segments = tokens.int() if spec.segmented else None
         schema = spec.schema(single, seq_length=length)
         inputs = TokenInputs(tokens, segments)
-        if precision.is_fp8:
-            _check_fp8_rows(whole, inputs, schema)
-        carry = check_layers(whole, inputs, schema)
+        check = _check_fp8_rows if precision.is_fp8 else check_layers
+        carry = check(whole, inputs, schema)
         if spec.config.training.z_loss:
             _check_z_loss(spec, whole.layers[-1](carry))
     return whole
@@ -176,9 +175,12 @@ def _check_fp8_sizes(spec: TrainSpec) -> Precision:
     return precision
 
 
-def _check_fp8_rows(whole: SequentialModel, inputs: TokenInputs, schema: Any) -> None:
+def _check_fp8_rows(whole: SequentialModel, inputs: TokenInputs, schema: Any) -> Any:
+    """`check_layers`, the last layer included, of a model whose products are in FP8."""
     try:
-        whole.layers[-1](check_layers(whole, inputs, schema))
+        carry = check_layers(whole, inputs, schema)
+        whole.layers[-1](carry)
+        return carry
     except ValueError as error:
         batch_size, length = inputs.tokens.shape
         raise ConfigError(
