@@ -49,6 +49,19 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_below(lowest: int, options: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below `lowest`; None is an option that was not given.
+
+    Raises:
+        DataError: names the first such option.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(f"{option} {value} must be {lowest} or more; raise it")
+
+
 def usable_cpus() -> int:
     """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.cli import run_command, usable_cpus
+from data_tools.cli import refuse_below, run_command, usable_cpus
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
@@ -207,6 +207,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N")
     options = parser.parse_args(arguments)
+    refuse_below(1, options, "vocab_size")
     build_demo_corpus(
         Path(options.output),
         vocab_size=options.vocab_size,

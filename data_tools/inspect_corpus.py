@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.arrays import IntArray
-from data_tools.cli import run_command
+from data_tools.cli import refuse_below, run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.corpus.origin import find_tokenizer
@@ -232,6 +232,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise DataError(
             f"{given[0]} {of_corpus[given[0]]} has no effect with --run {options.run}; remove it"
         )
+    refuse_below(1, options, "max_documents")
+    refuse_below(0, options, "samples", "seed")
 
 
 def _step_range(text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import add_text_arguments, run_command, usable_cpus
+from data_tools.cli import add_text_arguments, refuse_below, run_command, usable_cpus
 from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.errors import DataError
 from data_tools.preprocessing.documents import MAX_DOCUMENT_BYTES
@@ -189,10 +189,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check_options(options: argparse.Namespace, settings: EncodingSettings) -> None:
-    for name in ("workers", "shard_megabytes", "vocab_size", "max_document_megabytes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value} must be 1 or more; raise it")
+    refuse_below(1, options, "workers", "shard_megabytes", "vocab_size", "max_document_megabytes")
     if options.eod is not None and not options.append_eod:
         raise DataError(f"--eod {options.eod} has no effect with --no-append-eod; remove one")
     if options.vocab_size is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import add_text_arguments, run_command
+from data_tools.cli import add_text_arguments, refuse_below, run_command
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.preprocessing.documents import BadDocumentError, DocumentReader, extract_text
@@ -122,6 +122,7 @@ def _lines(
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     options = _parser().parse_args(arguments)
+    refuse_below(1, options, "vocab_size", "max_megabytes")
     tokenizer = train_tokenizer(
         options.input,
         options.output,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.cli import run_command
+from data_tools.cli import refuse_below, run_command
 from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.corpus.indexed import Chunk, IndexedDataset
 from data_tools.corpus.jsonl_cache import verify_caches
@@ -162,6 +162,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if not options.prefixes and options.cache_dir is None:
         parser.error("nothing to check: pass a PREFIX or --cache-dir")
+    refuse_below(1, options, "vocab_size")
     for prefix in options.prefixes:
         for line in verify(prefix, vocab_size=options.vocab_size):
             print(f"{prefix}: {line}")

@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.command == "prune") != (options.keep is not None):
         parser.error("--keep N belongs to prune, and prune needs it")
+    if options.command != "prune" and options.keep_every is not None:
+        parser.error("--keep-every STEPS belongs to prune; remove it")
     if options.command == "prune":
         return _prune(options.directory, keep=options.keep, keep_every=options.keep_every)
     directory: Path = options.directory.resolve()

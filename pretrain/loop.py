@@ -90,7 +90,7 @@ class TrainLoop:
             ("stability", self.steps),
             ("stability", self.rollback),
         ]
-        self._last_save = time.monotonic()  # or the start
+        self._last_save = time.monotonic()  # its end, or the start
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
@@ -248,9 +248,10 @@ class TrainLoop:
         return time.monotonic() - self._last_save >= 60 * minutes
 
     def _save(self) -> None:
-        self._last_save = time.monotonic()
         check_finite(self.engine.module, self.ranks, step=self.state.step)
         self.checkpointer.save(self._contents())
+        # Afterwards: saves longer than the interval would follow each other at every step.
+        self._last_save = time.monotonic()
 
     def _contents(self) -> CheckpointContents:
         engine = self.engine

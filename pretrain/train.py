@@ -7,6 +7,7 @@ start of a job.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -76,6 +77,17 @@ def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

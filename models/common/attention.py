@@ -176,12 +176,12 @@ def is_aligned(x: Tensor) -> bool:
     Columns of a joined projection may begin elsewhere. Rows that are expanded over the batch have
     stride 0, with which kernels have been wrong (pytorch issue 191937).
     """
-    return (
-        all(
-            size == 1 or (stride > 0 and stride % _ALIGNMENT == 0)
-            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-        )
-        and not x.storage_offset() % _ALIGNMENT
+    # Dynamo breaks the graph at storage_offset (torch 2.13). Columns that begin elsewhere are then
+    # told by their strides: their projection is as wide as all of them.
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
+    return not offset % _ALIGNMENT and all(
+        size == 1 or (stride > 0 and stride % _ALIGNMENT == 0)
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
     )
 
 

@@ -48,7 +48,10 @@ SCALINGS = {
 
 
 def rounded(x: Tensor, dtype: torch.dtype, block: Block | None, *, power_of_two: bool) -> Tensor:
-    """`fp8(c x) / c` in fp32 with one scale c for each block of x [m, k]; zero blocks stay zero."""
+    """`fp8(c x) / c` in fp32 with one scale c for each block of x [m, k]; zero blocks stay zero.
+
+    A block with an entry that is not finite becomes NaN, so that the step is found to be bad.
+    """
     x = x.float()
     largest = torch.finfo(dtype).max
     entries = _largest_entries(x.abs(), block)
@@ -56,6 +59,7 @@ def rounded(x: Tensor, dtype: torch.dtype, block: Block | None, *, power_of_two:
     scale = torch.where(entries > 0, scale, 1.0)
     if power_of_two:
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
+    scale = torch.where(entries.isfinite(), scale, torch.nan)
     # A conversion to float8_e4m3fn gives NaN beyond its range; rounding of the scale may reach it.
     return (x * scale).clamp(-largest, largest).to(dtype).float() / scale
 

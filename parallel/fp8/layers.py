@@ -44,7 +44,7 @@ def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelCo
         raise ValueError(
             f"FP8 linear of {shape[1]} x {shape[0]} (per tensor rank): with fp8_recipe="
             f"{ctx.precision.fp8_recipe} both must be multiples of {multiple}; change the model's "
-            "sizes or use precision=bf16"
+            "sizes or parallel.tensor, or use training.precision=bf16"
         )
     emulated = ctx.precision.fp8_backend == "emulated"
     kind = _EmulatedLinear if emulated else _transformer_engine_linear()
@@ -90,7 +90,8 @@ class _Fp8Linear(nn.Module, ABC):
             raise ValueError(
                 f"FP8 product of {rows} rows ({' x '.join(map(str, x.shape[:-1]))}): with "
                 f"fp8_recipe={self.ctx.precision.fp8_recipe} a multiple of {multiple} is needed; "
-                "change batch_size, the sequence length or the capacity, or use precision=bf16"
+                "change training.batch_size, the sequence length or the model's capacity, or use "
+                "training.precision=bf16"
             )
 
 

@@ -41,6 +41,8 @@ def prune(run_dir: Path, *, keep: int, keep_every: int | None) -> list[int]:
     """
     if keep < 1:
         raise CheckpointError(f"--keep {keep} would keep nothing: give 1 or more")
+    if keep_every is not None and keep_every < 1:
+        raise CheckpointError(f"--keep-every {keep_every} is no number of steps: give 1 or more")
     lock = RunLock(run_dir)
     try:
         directory = run_dir / "checkpoints"

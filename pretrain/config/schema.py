@@ -396,6 +396,11 @@ def _check_numerics(training: TrainingConfig) -> None:
             f"training.fp8_backend={training.fp8_backend} has no effect with training.precision="
             f"{training.precision}; remove it or set training.precision=fp8"
         )
+    if training.fp8_recipe == "delayed" and training.fp8_backend == "emulated":
+        raise ValueError(
+            "training.fp8_recipe=delayed with training.fp8_backend=emulated: the emulation keeps "
+            "no history of largest entries; use tensorwise, blockwise or mxfp8"
+        )
     if training.fp8_recipe == "delayed" and training.activation_recomputation != "none":
         raise ValueError(
             "training.fp8_recipe=delayed with training.activation_recomputation="

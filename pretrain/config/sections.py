@@ -18,7 +18,7 @@ class CheckpointConfig(BaseModel):
     interval_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="Also save after so many minutes without a checkpoint, whatever a step takes",
+        description="Also save once so many minutes have passed since the last save",
     )
     keep: int = Field(default=3, gt=0, description="Number of newest checkpoints to keep")
     keep_every: int | None = Field(

@@ -22,7 +22,13 @@ from pretrain.doctor.network import check_network
 from pretrain.doctor.shared_folder import Task, check_shared_folder
 from pretrain.errors import EXIT_USER_ERROR
 from pretrain.files import ROOT
-from pretrain.train import CommandError, OneLineParser, add_run_arguments, positive_int
+from pretrain.train import (
+    CommandError,
+    OneLineParser,
+    add_run_arguments,
+    positive_int,
+    positive_number,
+)
 
 _SECTIONS = (
     "settings",
@@ -171,7 +177,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks-per-node", type=positive_int, metavar="M", help="GPUs of a node")
     parser.add_argument(
         "--patience",
-        type=float,
+        type=positive_number,
         default=30.0,
         metavar="SECONDS",
         help="under srun: how long to wait for the files of other nodes (default: 30)",

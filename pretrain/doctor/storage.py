@@ -120,7 +120,9 @@ def num_checkpoints(config: RunConfig, *, total_steps: int | None) -> int:
     settings = config.checkpoint
     kept = settings.keep + 1  # a new one is complete before the oldest is deleted
     if total_steps is not None:
-        kept = min(kept, -(-total_steps // settings.interval))
+        # By time a run may save after every step.
+        interval = settings.interval if settings.interval_minutes is None else 1
+        kept = min(kept, -(-total_steps // interval))
         if settings.keep_every is not None:
             kept += total_steps // settings.keep_every
     return kept

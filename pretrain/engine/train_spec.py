@@ -14,7 +14,7 @@ from data_tools.loading.batch import IGNORED_LABEL, Batch
 from models.base import ModelFamily, TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, SequentialModel, check_layers
-from parallel.context import ParallelContext
+from parallel.context import Axis, ParallelContext
 from parallel.cross_entropy import vocab_parallel_z_losses
 from parallel.precision import Precision
 from pretrain.config import RunConfig
@@ -137,8 +137,9 @@ def check_model(spec: TrainSpec) -> SequentialModel:
         from parallel.pipeline import check_num_stages
 
         check_num_stages(len(spec.layer_specs()), spec.ctx.pipeline.size)
-    single = ParallelContext.single(device="meta")
-    whole = SequentialModel(spec.layer_specs(), single)
+    precision = _check_fp8_sizes(spec) if spec.ctx.precision.is_fp8 else Precision()
+    single = ParallelContext.single(device="meta", precision=precision)
+    whole = SequentialModel(spec.layer_specs(), single).to(precision.dtype)
     check_multipliers(whole, spec.config.training.lr_multipliers)
     for length in spec.config.data.sequence_lengths:
         shape = (spec.config.training.batch_size, length)
@@ -146,10 +147,45 @@ def check_model(spec: TrainSpec) -> SequentialModel:
         segments = tokens.int() if spec.segmented else None
         schema = spec.schema(single, seq_length=length)
         inputs = TokenInputs(tokens, segments)
-        carry = check_layers(whole, inputs, schema)
+        check = _check_fp8_rows if precision.is_fp8 else check_layers
+        carry = check(whole, inputs, schema)
         if spec.config.training.z_loss:
             _check_z_loss(spec, whole.layers[-1](carry))
     return whole
+
+
+def _check_fp8_sizes(spec: TrainSpec) -> Precision:
+    """Refuse shards that FP8 products cannot have; returns a precision for checks of their rows.
+
+    It is the emulated one, which refuses the same numbers and needs no device.
+    """
+    precision = Precision("fp8", spec.ctx.precision.fp8_recipe, "emulated")
+    ctx = ParallelContext(
+        tensor=Axis(spec.ctx.tensor.size), precision=precision, device=torch.device("meta")
+    )
+    checked: list[tuple[type, Any]] = []
+    for layer in spec.layer_specs():
+        if (layer.module, layer.kwargs) in checked:
+            continue
+        checked.append((layer.module, layer.kwargs))
+        try:
+            layer.module(ctx=ctx, **layer.kwargs)
+        except ValueError as error:
+            raise ConfigError(f"{layer.name}: {error}") from error
+    return precision
+
+
+def _check_fp8_rows(whole: SequentialModel, inputs: TokenInputs, schema: Any) -> Any:
+    """`check_layers`, the last layer included, of a model whose products are in FP8."""
+    try:
+        carry = check_layers(whole, inputs, schema)
+        whole.layers[-1](carry)
+        return carry
+    except ValueError as error:
+        batch_size, length = inputs.tokens.shape
+        raise ConfigError(
+            f"training.batch_size={batch_size} with sequences of {length}: {error}"
+        ) from error
 
 
 def _check_z_loss(spec: TrainSpec, output: Any) -> None:

@@ -18,7 +18,13 @@ from pretrain.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from pretrain.prove.errors import RunFailedError
 from pretrain.prove.machine import check_fits
 from pretrain.prove.small_run import SmallRun, shrink
-from pretrain.train import CommandError, OneLineParser, add_run_arguments, positive_int
+from pretrain.train import (
+    CommandError,
+    OneLineParser,
+    add_run_arguments,
+    positive_int,
+    positive_number,
+)
 
 EXIT_PROVEN, EXIT_DIFFERENT = 0, 1
 _RANKS = 4
@@ -101,7 +107,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--random", type=positive_int, metavar="N", help="prove N runs drawn at random instead"
     )
     parser.add_argument("--seed", type=int, help="of the draws (default: 0)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="end the draws after M minutes")
+    parser.add_argument(
+        "--minutes", type=positive_number, metavar="M", help="end the draws after M minutes"
+    )
     parser.add_argument("--family", metavar="NAME", help="draw runs of one family")
     parser.add_argument(
         "--ranks", type=positive_int, metavar="N", help="most ranks to start here (default: 4)"

@@ -152,6 +152,7 @@ def _leave_out(values: dict[str, Any]) -> list[str]:
     training, unproven = values["training"], ["NCCL: ranks meet over gloo"]
     if training["precision"] == "fp8":
         training |= {"precision": "bf16", "fp8_recipe": None}
+        training.pop("fp8_backend")
         unproven.append("FP8 kernels: the linear layers run in bf16")
     if training["optimizer"] in _NOT_HERE:
         unproven.append(f"{_NOT_HERE[training['optimizer']]}: torch's AdamW takes its place")

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from models.base import TokenInputs
+from models.common.attention import is_aligned
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from pretrain.engine.build import compile_layers
@@ -64,6 +65,18 @@ def _step(
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     sums = [m.take_sums() for m in model.modules() if hasattr(m, "take_sums")]
     return {"loss": total.detach(), **terms}, gradients, sums
+
+
+def test_operands_of_kernels_on_cuda_are_told_apart_within_the_graph():
+    """Columns of a joined projection: aligned in one of 32 columns, not in one of 27."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return torch.ones(()) if is_aligned(x) else torch.zeros(())
+
+    for width, expected in ((32, 1), (27, 0)):
+        columns = torch.zeros(4, 2, width)[..., :16]
+        assert compiled(columns) == expected == is_aligned(columns)
 
 
 _ORDINARY = ("llama", "mod", "dtf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import pytest
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
 from data_tools.loading import builders
+from pretrain import loop
+from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.errors import EXIT_COMPLETED
+from pretrain.loop import TrainLoop
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
@@ -84,3 +88,35 @@ def test_a_run_saves_by_the_time_of_its_first_rank(minutes, saved, data: Path, t
     assert codes == [EXIT_COMPLETED] * 2
     folders = (Path(config.run_dir) / "checkpoints").glob("step_*")
     assert sorted(int(folder.name.removeprefix("step_")) for folder in folders) == saved
+
+
+def _with_slow_saves(config, ds_config_path: str) -> int:
+    """Run by a clock of which a step takes 30 minutes and a save 100."""
+    minutes = 0.0
+
+    def taking(duration: float, action):
+        def timed(*args: Any, **kwargs: Any):
+            nonlocal minutes
+            minutes += duration
+            return action(*args, **kwargs)
+
+        return timed
+
+    loop.time = SimpleNamespace(monotonic=lambda: 60 * minutes)
+    TrainLoop._train = taking(30, TrainLoop._train)
+    Checkpointer.save = taking(100, Checkpointer.save)
+    return run_training(config, ds_config_path)
+
+
+def test_a_save_longer_than_the_interval_is_not_followed_by_the_next_one(data, tmp_path):
+    config = tiny_run(
+        data,
+        run_dir=str(tmp_path / "run"),
+        training__max_steps=6,
+        checkpoint__interval=1000,
+        checkpoint__interval_minutes=50,
+        checkpoint__keep=6,
+    )
+    run_ranks(_with_slow_saves, 1, config, "configs/ds/zero1.json", init=False)
+    folders = (Path(config.run_dir) / "checkpoints").glob("step_*")
+    assert {folder.name for folder in folders} == {"step_2", "step_4", "step_6"}

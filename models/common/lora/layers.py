@@ -101,7 +101,8 @@ class LoRALinear(nn.Module):
     input is gathered once for all products, and a row-parallel sum is reduced once.
 
     Raises:
-        ValueError: the layer is no nn.Linear, such as those of Transformer Engine under FP8.
+        ValueError: the layer multiplies in FP8, which adapters would take out of it, or is no
+            nn.Linear.
     """
 
     weight: Tensor
@@ -109,14 +110,19 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
+        self.ctx: ParallelContext = getattr(base, "ctx", None) or ParallelContext.single()
+        if self.ctx.precision.is_fp8:
+            raise ValueError(
+                f"lora_rank={rank} with precision=fp8: adapters are beside products of torch, and "
+                "the adapted layers would multiply in bf16; set lora_rank=0 or use precision=bf16"
+            )
         if not isinstance(base, nn.Linear):
             raise ValueError(
                 f"LoRA around a {type(base).__module__}.{type(base).__name__} is not possible, "
-                "only around torch's linear layers; with precision=fp8 use lora_rank=0"
+                "only around torch's linear layers; name other layers as targets"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"LoRA dropout={dropout} must be at least 0 and less than 1")
-        self.ctx: ParallelContext = getattr(base, "ctx", None) or ParallelContext.single()
         self.is_row = _sharding(base.weight).dim == 1
         self.dropout = dropout
         self.register_parameter("weight", base.get_parameter("weight"))

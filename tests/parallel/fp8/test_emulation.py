@@ -99,6 +99,19 @@ def test_the_three_products_round_along_the_dimension_that_they_sum_over(recipe)
         assert_close(found.double(), exact, rounding(torch.float32, depth=1, length=150))
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_not_finite_reaches_results_and_both_gradients(recipe, value):
+    x, weight = torch.ones(32, 64), torch.ones(64, 64)
+    broken = x.clone()
+    broken[3, 5] = value
+    assert not fp8_product(broken, weight, recipe).isfinite().all()
+    x.requires_grad_(), weight.requires_grad_()
+    fp8_product(x, weight, recipe).backward(broken)
+    assert not x.grad.isfinite().all()
+    assert not weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nothing_but_zeros_stays_zero_and_no_entry_becomes_infinite(recipe):
     scaling = SCALINGS[recipe]

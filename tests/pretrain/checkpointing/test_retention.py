@@ -97,7 +97,10 @@ def test_a_run_in_progress_is_not_pruned(run_dir: Path, capsys: pytest.CaptureFi
     [
         (["prune", "DIR"], "prune needs it"),
         (["list", "DIR", "--keep", "1"], "belongs to prune"),
+        (["list", "DIR", "--keep-every", "5"], "belongs to prune"),
         (["prune", "DIR", "--keep", "0"], "would keep nothing"),
+        (["prune", "DIR", "--keep", "1", "--keep-every", "0"], "--keep-every 0"),
+        (["prune", "DIR", "--keep", "1", "--keep-every", "-2"], "--keep-every -2"),
         (["prune", "DIR/checkpoints", "--keep", "1"], "has no checkpoints: give a run directory"),
     ],
 )

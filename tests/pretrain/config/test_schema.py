@@ -165,6 +165,10 @@ def test_an_unusable_value_is_refused_with_key_value_and_constraint(
             DELAYED | {"training__activation_recomputation": "full"},
             ["training.fp8_recipe=delayed", "activation_recomputation=full", "use tensorwise"],
         ),
+        (
+            DELAYED | {"training__fp8_backend": "emulated"},
+            ["training.fp8_recipe=delayed", "training.fp8_backend=emulated", "use tensorwise"],
+        ),
         ({"parallel__sequence_parallel": True}, ["no effect", "parallel.tensor=1"]),
         ({"logging__wandb": {"project": "p"}}, ["logging.wandb.project='p'", "no effect"]),
         ({"logging__wandb": {"mode": "online"}}, ["logging.wandb.mode=online", "project"]),

@@ -235,6 +235,20 @@ def test_checkpoints_that_do_not_fit_are_found(tmp_path):
     assert (finding.severity, "10000000 checkpoints" in finding.what) == ("warning", True)
 
 
+@pytest.mark.parametrize(("minutes", "most"), [("null", 1), ("30", 3)])
+def test_a_run_that_saves_by_time_needs_room_for_all_it_keeps(minutes, most, tmp_path):
+    config = compose_config(
+        "demo",
+        overrides=[
+            f"run_dir={tmp_path}",
+            "checkpoint.interval=1000",
+            f"checkpoint.interval_minutes={minutes}",
+            "checkpoint.keep=2",
+        ],
+    )
+    assert f"{most} checkpoints" in check_space(config, tmp_path, total_steps=500).what
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_size_of_a_checkpoint_is_that_of_a_real_one(precision, tmp_path):
     write_data(tmp_path)

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
+from parallel.context import Axis, ParallelContext
 from pretrain.config import RunConfig
+from pretrain.config.deepspeed import resolve_ds_config
+from pretrain.engine.train_spec import TrainSpec, build_precision, check_model
+from pretrain.errors import ConfigError
 from tests.models.families import CASES
 from tests.pretrain.layout import Layout
 from tests.pretrain.layouts.layout_runs import (
@@ -21,6 +25,7 @@ from tests.pretrain.layouts.layout_runs import (
     train,
 )
 from tests.pretrain.tiny_run import tiny_run, write_data
+from tests.refusals import assert_refused
 from tests.tolerance import BF16_LOSS, BF16_NORM
 
 # Shards of two tensor ranks are whole blocks of mxfp8.
@@ -73,6 +78,41 @@ def test_a_run_goes_on_alone_with_the_same_state_and_losses(origin):
         assert found["loss"] == pytest.approx(expected["loss"], rel=BF16_LOSS)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=BF16_NORM)
     assert evaluation == pytest.approx(origin.evaluation, rel=BF16_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "refusal"),
+    [
+        (
+            {"model": MODEL.model_dump() | {"intermediate_size": 160}},
+            2,
+            ("FP8 linear", 128, ("80", "mxfp8", "32"), "parallel.tensor"),
+        ),
+        (
+            {"training__batch_size": 3, "data__sequence_length": 17},
+            1,
+            ("training.batch_size", 3, ("17", "51 rows", "32"), "training.batch_size"),
+        ),
+        (
+            {
+                "model": CASES["daria_former_lora"].config.model_dump(),
+                "training__fp8_recipe": "tensorwise",
+            },
+            1,
+            ("lora_rank", 3, "precision=fp8", "lora_rank=0"),
+        ),
+    ],
+)
+def test_what_fp8_cannot_multiply_is_refused_before_a_rank_builds_it(
+    changes, tensor, refusal, tmp_path
+):
+    config = tiny_run(
+        tmp_path, parallel__tensor=tensor, **{"model": MODEL.model_dump()} | FP8 | changes
+    )
+    ctx = ParallelContext(tensor=Axis(size=tensor), precision=build_precision(config))
+    spec = TrainSpec.of(config, resolve_ds_config(None, config, data_size=1), ctx)
+    with assert_refused(*refusal, error=ConfigError):
+        check_model(spec)
 
 
 def test_eight_bits_are_seen_in_the_loss(origin):

@@ -32,6 +32,9 @@ def folder(tmp_path, monkeypatch):
         (["--timeout", "0"], "positive"),
         (["--full", "parallel.tensor=2", "parallel.pipeline=4"], "--ranks"),
         (["--seed", "1"], "--seed has no effect without --random"),
+        (["--random", "2", "--minutes", "0"], "above 0"),
+        (["--random", "2", "--minutes", "nan"], "above 0"),
+        (["--random", "2", "--minutes", "soon"], "above 0"),
     ],
 )
 def test_settings_that_cannot_be_used_are_one_line(arguments, message, folder, capsys):

@@ -119,6 +119,14 @@ def test_an_optimizer_that_is_not_proven_is_named(optimizer):
     assert len(small.unproven) == 2
 
 
+@pytest.mark.parametrize("backend", ["transformer_engine", "emulated"])
+def test_fp8_is_not_proven_and_named(backend):
+    changes = {"precision": "fp8", "fp8_recipe": "mxfp8", "fp8_backend": backend}
+    small = shrunk(*(f"training.{name}={value}" for name, value in changes.items()))
+    assert (small.config.training.precision, small.config.training.fp8_recipe) == ("bf16", None)
+    assert any("FP8" in text for text in small.unproven)
+
+
 def test_deepspeed_settings_of_the_file_stay_and_its_sizes_shrink():
     text = """{"train_micro_batch_size_per_gpu": 16, "zero_optimization": {"stage": 3,
         "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e8}}"""
