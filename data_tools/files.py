@@ -7,7 +7,8 @@ import glob
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -15,12 +16,39 @@ from typing import IO, BinaryIO
 from data_tools.errors import DataError, NoSuchFileError, cwd_hint
 
 PARTIAL_SUFFIX = ".partial"
+_HASHED_APART = 1 << 18  # bytes from which on a second thread is worth its start
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Digest:
+    """SHA-256 of blocks, which takes as long as writing them and is computed meanwhile."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)  # started by the first large block
+
+    def update(self, data: memoryview | bytes) -> None:
+        self._digest.update(data)
+
+    def update_while(self, data: memoryview, use: Callable[[memoryview], object]) -> None:
+        """Hash `data` while `use` writes it."""
+        if len(data) < _HASHED_APART:
+            self._digest.update(data)
+            use(data)
+            return
+        hashed = self._thread.submit(self._digest.update, data)
+        try:
+            use(data)
+        finally:
+            hashed.result()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def partial_path(path: Path) -> Path:

@@ -1,0 +1,178 @@
+"""One conversion: blocks of the sources, checked, into a sink that is published at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from data_tools.arrays import bytes_of
+from data_tools.errors import DataError
+from data_tools.formats.blocks import Block, Boundary, ReadOptions, Sink, Source, WriteOptions
+from data_tools.formats.checks import Documents, Fit, Tally, output_dtype
+from data_tools.formats.kinds import KINDS, Kind
+from data_tools.formats.manifest import Manifest
+from data_tools.progress import progress_bar
+
+
+class Copy(NamedTuple):
+    """What to convert, from the command line."""
+
+    source_kind: str
+    target_kind: str
+    inputs: Sequence[str]
+    output: str
+    read: ReadOptions = ReadOptions()
+    write: WriteOptions = WriteOptions()
+    vocab_size: int | None = None
+    drop_empty: bool = False
+    command: str = ""
+
+
+class Copied(NamedTuple):
+    """What was written."""
+
+    manifest: Manifest
+    num_empty: int
+    """Empty documents left out."""
+
+
+def copy_corpus(copy: Copy) -> Copied:
+    """Convert a corpus; documents, ids and their order are kept, or it is refused.
+
+    Memory does not depend on the size of the corpus.
+
+    Raises:
+        DataError: an option is missing or has no effect, an input is damaged, of another kind or
+            does not fit the output, or the output exists.
+    """
+    source_kind, target_kind = KINDS[copy.source_kind], KINDS[copy.target_kind]
+    _check_options(copy, source_kind, target_kind)
+    paths = [_resolve(path, source_kind) for path in copy.inputs]
+    sources = source_kind.open(paths, copy.read)
+    for source in sources:
+        if source.dtype != sources[0].dtype:
+            raise DataError(
+                f"{source.name}: {source.dtype.name} ids found, {sources[0].dtype.name} expected "
+                f"as in {sources[0].name}; convert files of two tokenizers apart"
+            )
+    boundary = _boundary(copy, sources)
+    _check_boundary(copy, source_kind, target_kind, boundary)
+    dtype = output_dtype(sources[0].dtype, target_kind.dtypes)
+    documents = Documents(
+        boundary,
+        only_there=not (target_kind.has_boundaries or copy.read.no_boundaries),
+        last_may_lack_it=not source_kind.has_boundaries,
+        drop_empty=copy.drop_empty,
+        keep_empty=target_kind.has_empty,
+    )
+    fit = Fit(sources[0].dtype, dtype, copy.vocab_size)
+    total = sum(source.num_bytes for source in sources)
+    output = Tally()
+    with (
+        closing(target_kind.create(Path(copy.output), dtype, copy.write)) as sink,
+        progress_bar("converting", total) as report,
+    ):
+        for source in sources:
+            before = Tally()
+            for block in source.blocks(boundary):
+                before.count(block)
+                _add(source, before, fit.convert(documents.check(block)), output, sink, block)
+                report(output.num_documents, output.num_tokens * sources[0].dtype.itemsize)
+            if source.recorded is not None:
+                before.compare(source.name, source.recorded)
+        if output.num_documents == 0:
+            raise DataError(f"{sources[0].name}: it holds 0 documents; pass a corpus with text")
+        manifest = Manifest(
+            kind=copy.target_kind,
+            dtype=dtype.name,
+            num_documents=output.num_documents,
+            num_tokens=output.num_tokens,
+            ids_sha256=output.ids.hexdigest(),
+            ends_sha256=output.ends_sha256,
+            eod_id=boundary.eod if documents.all_end or not target_kind.has_boundaries else None,
+            bos_id=boundary.bos,
+            command=copy.command,
+            info=sources[0].recorded.info if len(sources) == 1 and sources[0].recorded else None,
+        )
+        sink.finish(manifest)
+    return Copied(manifest, documents.num_empty)
+
+
+def _add(
+    source: Source, before: Tally, block: Block, output: Tally, sink: Sink, original: Block
+) -> None:
+    """Write a block, and meanwhile hash what is read and what is written."""
+    output.count(block)
+
+    def write(view: memoryview) -> None:
+        output.ids.update_while(bytes_of(block.ids), lambda _: sink.add(block))
+
+    if source.recorded is None:
+        write(memoryview(b""))
+    else:
+        ids = original.ids.astype(source.dtype, copy=False)
+        before.ids.update_while(bytes_of(ids), write)
+
+
+def _resolve(path: str, kind: Kind) -> Path:
+    given = Path(path)
+    with_suffix = given.with_name(given.name + kind.suffix)
+    return with_suffix if not given.exists() and with_suffix.exists() else given
+
+
+def _boundary(copy: Copy, sources: Sequence[Source]) -> Boundary:
+    """Return the tokens of the command line, else those that are recorded."""
+    read = copy.read
+    if read.eod is not None or read.bos is not None or read.no_boundaries:
+        return Boundary(read.eod, read.bos)
+    all_recorded = [source.recorded for source in sources]
+    found = {Boundary() if r is None else Boundary(r.eod_id, r.bos_id) for r in all_recorded}
+    if len(found) > 1:
+        tokens = " and ".join(sorted(f"({each.eod}, {each.bos})" for each in found))
+        raise DataError(
+            f"{sources[0].name}: end and begin tokens {tokens} are recorded beside the inputs, one "
+            "pair expected; convert them apart, or pass --eod"
+        )
+    return found.pop()
+
+
+def _check_boundary(copy: Copy, source: Kind, target: Kind, boundary: Boundary) -> None:
+    """Where documents are not recorded, a token must show them, or they are lost on purpose."""
+    without = [
+        f"--{side} {name}"
+        for side, name, kind in (
+            ("from", copy.source_kind, source),
+            ("to", copy.target_kind, target),
+        )
+        if not kind.has_boundaries
+    ]
+    if without and boundary == Boundary() and not copy.read.no_boundaries:
+        raise DataError(
+            f"{without[0]} records no document boundaries; pass --eod ID or --bos ID, the id that "
+            "ends or begins every document, or --no-boundaries to make one document of all"
+        )
+    for name, given in (("--bos", copy.read.bos), ("--no-boundaries", copy.read.no_boundaries)):
+        if not without and given not in (None, False):
+            raise DataError(
+                f"{name} has no effect: --from {copy.source_kind} and --to {copy.target_kind} "
+                "record document boundaries; remove it"
+            )
+
+
+def _check_options(copy: Copy, source: Kind, target: Kind) -> None:
+    read, write = copy.read, copy.write
+    if (read.eod is not None) + (read.bos is not None) + read.no_boundaries > 1:
+        raise DataError(
+            "--eod, --bos and --no-boundaries: 2 or more given, one expected; keep the one that "
+            "says where documents end"
+        )
+    for option, given, used, side in (
+        ("dtype", read.dtype, source.reads, f"--from {copy.source_kind}"),
+        ("column", read.column, source.reads | target.writes, "--from and --to"),
+        ("shard_tokens", write.shard_tokens, target.writes, f"--to {copy.target_kind}"),
+    ):
+        if given is not None and option not in used:
+            name = option.replace("_", "-")
+            raise DataError(f"--{name} {given} has no effect with {side}; remove it")
