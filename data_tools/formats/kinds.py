@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.formats import llmc, megatron, nanogpt
+from data_tools.formats import datatrove, llmc, megatron, nanogpt, olmo
 from data_tools.formats.blocks import ReadOptions, Sink, Source, WriteOptions
 
 
@@ -47,5 +47,11 @@ KINDS: dict[str, Kind] = {
         llmc.DTYPES,
         writes=frozenset({"shard_tokens"}),
         has_boundaries=False,
+    ),
+    "olmo": Kind(
+        olmo.open_olmo, olmo.OlmoWriter, olmo.DTYPES, suffix=".npy", reads=frozenset({"dtype"})
+    ),
+    "datatrove": Kind(
+        datatrove.open_datatrove, datatrove.DatatroveWriter, datatrove.DTYPES, suffix=".ds"
     ),
 }
