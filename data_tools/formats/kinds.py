@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.formats import datatrove, llmc, megatron, nanogpt, olmo
+from data_tools.formats import arrow, datatrove, llmc, megatron, nanogpt, olmo
 from data_tools.formats.blocks import ReadOptions, Sink, Source, WriteOptions
 
 
@@ -53,5 +53,22 @@ KINDS: dict[str, Kind] = {
     ),
     "datatrove": Kind(
         datatrove.open_datatrove, datatrove.DatatroveWriter, datatrove.DTYPES, suffix=".ds"
+    ),
+    "parquet": Kind(
+        arrow.open_parquet,
+        arrow.ParquetWriter,
+        arrow.DTYPES,
+        suffix=".parquet",
+        reads=frozenset({"column"}),
+        writes=frozenset({"column"}),
+        has_empty=True,
+    ),
+    "arrow": Kind(
+        arrow.open_arrow,
+        arrow.ArrowWriter,
+        arrow.DTYPES,
+        reads=frozenset({"column"}),
+        writes=frozenset({"column"}),
+        has_empty=True,
     ),
 }
