@@ -13,6 +13,7 @@ from data_tools.formats.blocks import ReadOptions, WriteOptions
 from data_tools.formats.copying import Copied, Copy, copy_corpus
 from data_tools.formats.kinds import KINDS
 
+RAW_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")
 _EXAMPLE = """example:
   python -m data_tools.convert --from nanogpt --to megatron owt/train.bin --eod 50256 --output train
   python -m data_tools.convert --from megatron --to llmc data/train --output shards
@@ -81,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read or write a format that records no documents as one document",
     )
-    parser.add_argument(
-        "--dtype", choices=("uint8", "uint16", "uint32", "uint64"), help="of ids in raw files"
-    )
+    parser.add_argument("--dtype", choices=RAW_DTYPES, help="of ids in raw bytes")
     parser.add_argument("--column", metavar="NAME", help="column with the ids (default: input_ids)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below N")
     parser.add_argument("--drop-empty", action="store_true", help="leave out empty documents")

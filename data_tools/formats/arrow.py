@@ -29,7 +29,7 @@ from data_tools.formats.blocks import (
     WriteOptions,
 )
 from data_tools.formats.manifest import Manifest, read_manifest
-from data_tools.formats.raw_files import PartialFiles, PartialFolder, file_size
+from data_tools.formats.raw_files import PartialFiles, PartialFolder, file_size, listed_file
 from data_tools.formats.whole_documents import WholeDocuments
 from data_tools.preprocessing.arrow_files import readable
 
@@ -110,11 +110,12 @@ def _files_of(path: Path) -> list[Path]:
     if not state.is_file():
         return expand_paths(str(path), suffixes=(".arrow",))
     try:
-        files = [path / each["filename"] for each in json.loads(state.read_bytes())["_data_files"]]
+        names = [each["filename"] for each in json.loads(state.read_bytes())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{state}: _data_files {error} cannot be read; save the data set again"
         ) from error
+    files = [listed_file(path, name, index=state.name) for name in names]
     for file in files:
         if not file.is_file():
             raise NoSuchFileError(f"{file}: no such file, but {state.name} lists it; copy it too")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.formats import arrow, datatrove, llmc, megatron, nanogpt, olmo
+from data_tools.formats import arrow, datatrove, litdata, llmc, mds, megatron, nanogpt, olmo
 from data_tools.formats.blocks import ReadOptions, Sink, Source, WriteOptions
 
 
@@ -63,6 +63,14 @@ KINDS: dict[str, Kind] = {
         writes=frozenset({"column"}),
         has_empty=True,
     ),
+    "mds": Kind(
+        mds.open_mds,
+        mds.MdsWriter,
+        mds.DTYPES,
+        reads=frozenset({"column", "dtype"}),
+        writes=frozenset({"column"}),
+    ),
+    "litdata": Kind(litdata.open_litdata, litdata.LitdataWriter, litdata.DTYPES),
     "arrow": Kind(
         arrow.open_arrow,
         arrow.ArrowWriter,

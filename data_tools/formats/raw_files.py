@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -182,3 +183,39 @@ class PartialFolder:
 
 def _exists(path: Path) -> DataError:
     return DataError(f"{path} exists; choose another --output or pass --overwrite to replace it")
+
+
+def read_index(folder: Path, *, of: str) -> dict[str, Any]:
+    """Read the index.json of a folder of shards.
+
+    Raises:
+        DataError: it is missing, so that the folder is incomplete, or no JSON object.
+    """
+    path = folder / "index.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise NoSuchFileError(
+            f"{path}: no such file{cwd_hint(path)}; it lists the shards of {of}: pass the folder "
+            "that holds both"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}; it is damaged: copy it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: {type(content).__name__} found, dict expected; copy it again")
+    return content
+
+
+def listed_file(folder: Path, name: object, *, index: str) -> Path:
+    """Return the path of a file that an index lists, which must lie in the folder of the index.
+
+    Raises:
+        DataError: it does not.
+    """
+    path = folder / str(name)
+    if not isinstance(name, str) or not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{folder / index}: file {name!r} is listed, which is not in {folder}; copy all files "
+            "into one folder"
+        )
+    return path
