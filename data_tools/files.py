@@ -7,8 +7,8 @@ import glob
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -26,28 +26,29 @@ def sha256_of(path: Path) -> str:
 
 
 class Digest:
-    """SHA-256 of blocks, which takes as long as writing them and is computed meanwhile."""
+    """SHA-256 of blocks, which takes longer than writing them and is computed meanwhile."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)  # started by the first large block
+        self._pending: Future[None] | None = None
 
     def update(self, data: memoryview | bytes) -> None:
-        self._digest.update(data)
-
-    def update_while(self, data: memoryview, use: Callable[[memoryview], object]) -> None:
-        """Hash `data` while `use` writes it."""
+        """Hash `data`, which must not change before `wait` or the next call."""
+        self.wait()
         if len(data) < _HASHED_APART:
             self._digest.update(data)
-            use(data)
-            return
-        hashed = self._thread.submit(self._digest.update, data)
-        try:
-            use(data)
-        finally:
-            hashed.result()
+        else:
+            self._pending = self._thread.submit(self._digest.update, data)
+
+    def wait(self) -> None:
+        """Wait until all that was given is hashed."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def hexdigest(self) -> str:
+        self.wait()
         return self._digest.hexdigest()
 
 

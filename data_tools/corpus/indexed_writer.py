@@ -64,8 +64,14 @@ class IndexedDatasetWriter:
     """
 
     def __init__(
-        self, prefix: str | os.PathLike[str], *, vocab_size: int, overwrite: bool = False
+        self,
+        prefix: str | os.PathLike[str],
+        *,
+        vocab_size: int,
+        overwrite: bool = False,
+        with_info: bool = True,
     ) -> None:
+        """`with_info=False`: `finish_without_info` will be called, which needs no checksum."""
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
         self.dtype = smallest_dtype(vocab_size)
@@ -77,6 +83,7 @@ class IndexedDatasetWriter:
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
         self._bin_digest = Digest()
+        self._with_info = with_info
         self._num_tokens = 0
         self._open_tokens = 0  # of the document that goes on
         self.num_documents = 0
@@ -97,11 +104,12 @@ class IndexedDatasetWriter:
         if int(lengths.sum()) != len(tokens):
             raise ValueError(f"lengths add up to {lengths.sum()}, but there are {len(tokens)} ids")
         self.add_block(tokens, np.cumsum(lengths[lengths > 0]))
+        self._bin_digest.wait()  # the caller's array may change
 
     def add_block(self, tokens: npt.NDArray[Any], ends: IntArray) -> None:
         """Append ids among which documents end at `ends`, ascending; none of them is empty.
 
-        A document may go on in the next call.
+        A document may go on in the next call. `tokens` must not be changed afterwards.
 
         Raises:
             DataError: an id is outside [0, vocab_size) or a document has 2**31 tokens or more.
@@ -117,15 +125,16 @@ class IndexedDatasetWriter:
                 f"{self.prefix}: document {self.num_documents + index} has {longest} tokens or "
                 f"more; at most {_MAX_DOCUMENT_TOKENS} fit: split it"
             )
-        self._check_ids(tokens, ends)
+        largest = self._check_ids(tokens, ends)
         data = bytes_of(np.ascontiguousarray(tokens, self.dtype))
-        self._bin_digest.update_while(data, self._bin.write)
+        if self._with_info:
+            self._bin_digest.update(data)
+        self._bin.write(data)
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._num_tokens += len(tokens)
         self.num_documents += len(lengths)
         self._open_tokens = rest
-        if len(tokens):
-            self._max_token_id = max(self._max_token_id, int(tokens.max()))
+        self._max_token_id = max(self._max_token_id, largest)
 
     def finish(
         self,
@@ -147,6 +156,7 @@ class IndexedDatasetWriter:
             DataError: no document was added.
         """
         self._check_not_empty()
+        assert self._with_info, "else nothing was hashed"
         info = CorpusInfo(
             tokenizer=tokenizer,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -186,13 +196,16 @@ class IndexedDatasetWriter:
                 "pass an input with text"
             )
 
-    def _check_ids(self, tokens: npt.NDArray[np.integer], ends: IntArray) -> None:
+    def _check_ids(self, tokens: npt.NDArray[np.integer], ends: IntArray) -> int:
+        """Return the largest id."""
         if not np.issubdtype(tokens.dtype, np.integer):
             raise DataError(
                 f"{self.prefix}: token ids are {tokens.dtype}, integers expected; convert them"
             )
-        if tokens.min(initial=0) >= 0 and tokens.max(initial=0) < self.vocab_size:
-            return
+        largest = int(tokens.max()) if len(tokens) else -1
+        is_unsigned = np.issubdtype(tokens.dtype, np.unsignedinteger)
+        if largest < self.vocab_size and (is_unsigned or tokens.min(initial=0) >= 0):
+            return largest
         position = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
         document = int(np.searchsorted(ends, position, side="right"))
         begin = int(ends[document - 1]) if document else -self._open_tokens

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data_tools.arrays import IntArray, TokenArray
+from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.formats.manifest import Manifest
 
 BLOCK_BYTES = 8 << 20  # of ids held at once
@@ -53,6 +55,8 @@ class WriteOptions(NamedTuple):
     overwrite: bool = False
     column: str | None = None
     shard_tokens: int | None = None
+    info: CorpusInfo | None = None
+    """The .json that the corpus had as Megatron's, and gets again."""
 
 
 class Source(NamedTuple):
@@ -79,6 +83,15 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Remove what is not published."""
+
+
+def read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Yield blocks, of which the next is read in a thread while one is written."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, blocks, None)
+        while (block := pending.result()) is not None:
+            pending = thread.submit(next, blocks, None)
+            yield block
 
 
 def cut_at_ends(

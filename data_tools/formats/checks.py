@@ -16,7 +16,8 @@ from data_tools.formats.manifest import Manifest
 class Tally:
     """Counts and checksums of the blocks that pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, hashes_ids: bool = True) -> None:
+        self.hashes_ids = hashes_ids
         self.ids = Digest()
         self._ends = Digest()
         self.num_documents = self.num_tokens = 0

@@ -7,9 +7,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data_tools.arrays import bytes_of
 from data_tools.errors import DataError
-from data_tools.formats.blocks import Block, Boundary, ReadOptions, Sink, Source, WriteOptions
+from data_tools.formats.blocks import (
+    Block,
+    Boundary,
+    ReadOptions,
+    Sink,
+    Source,
+    WriteOptions,
+    read_ahead,
+)
 from data_tools.formats.checks import Documents, Fit, Tally, output_dtype
 from data_tools.formats.kinds import KINDS, Kind
 from data_tools.formats.manifest import Manifest
@@ -49,14 +59,8 @@ def copy_corpus(copy: Copy) -> Copied:
     """
     source_kind, target_kind = KINDS[copy.source_kind], KINDS[copy.target_kind]
     _check_options(copy, source_kind, target_kind)
-    paths = [_resolve(path, source_kind) for path in copy.inputs]
-    sources = source_kind.open(paths, copy.read)
-    for source in sources:
-        if source.dtype != sources[0].dtype:
-            raise DataError(
-                f"{source.name}: {source.dtype.name} ids found, {sources[0].dtype.name} expected "
-                f"as in {sources[0].name}; convert files of two tokenizers apart"
-            )
+    sources = source_kind.open([_resolve(path, source_kind) for path in copy.inputs], copy.read)
+    _check_one_dtype(sources)
     boundary = _boundary(copy, sources)
     _check_boundary(copy, source_kind, target_kind, boundary)
     dtype = output_dtype(sources[0].dtype, target_kind.dtypes)
@@ -68,36 +72,57 @@ def copy_corpus(copy: Copy) -> Copied:
         keep_empty=target_kind.has_empty,
     )
     fit = Fit(sources[0].dtype, dtype, copy.vocab_size)
-    total = sum(source.num_bytes for source in sources)
-    output = Tally()
-    with (
-        closing(target_kind.create(Path(copy.output), dtype, copy.write)) as sink,
-        progress_bar("converting", total) as report,
-    ):
-        for source in sources:
-            before = Tally()
-            for block in source.blocks(boundary):
-                before.count(block)
-                _add(source, before, fit.convert(documents.check(block)), output, sink, block)
-                report(output.num_documents, output.num_tokens * sources[0].dtype.itemsize)
-            if source.recorded is not None:
-                before.compare(source.name, source.recorded)
-        if output.num_documents == 0:
-            raise DataError(f"{sources[0].name}: it holds 0 documents; pass a corpus with text")
+    recorded = sources[0].recorded if len(sources) == 1 else None
+    info = None if recorded is None else recorded.info
+    output = Tally(hashes_ids=not target_kind.hashes_ids)
+    writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
+    with closing(writer) as sink:
+        _copy_blocks(sources, boundary, documents, fit, output, sink)
         manifest = Manifest(
             kind=copy.target_kind,
             dtype=dtype.name,
             num_documents=output.num_documents,
             num_tokens=output.num_tokens,
-            ids_sha256=output.ids.hexdigest(),
+            ids_sha256=output.ids.hexdigest() if output.hashes_ids else None,
             ends_sha256=output.ends_sha256,
             eod_id=boundary.eod if documents.all_end or not target_kind.has_boundaries else None,
             bos_id=boundary.bos,
             command=copy.command,
-            info=sources[0].recorded.info if len(sources) == 1 and sources[0].recorded else None,
+            info=info,
         )
         sink.finish(manifest)
     return Copied(manifest, documents.num_empty)
+
+
+def _check_one_dtype(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if source.dtype != sources[0].dtype:
+            raise DataError(
+                f"{source.name}: {source.dtype.name} ids found, {sources[0].dtype.name} expected "
+                f"as in {sources[0].name}; convert files of two tokenizers apart"
+            )
+
+
+def _copy_blocks(
+    sources: Sequence[Source],
+    boundary: Boundary,
+    documents: Documents,
+    fit: Fit,
+    output: Tally,
+    sink: Sink,
+) -> None:
+    """Check all blocks and give them to the sink; compare what was read with what is recorded."""
+    with progress_bar("converting", sum(source.num_bytes for source in sources)) as report:
+        for source in sources:
+            before = Tally()
+            for block in read_ahead(source.blocks(boundary)):
+                before.count(block)
+                _add(source, before, fit.convert(documents.check(block)), output, sink, block)
+                report(output.num_documents, output.num_tokens * source.dtype.itemsize)
+            if source.recorded is not None:
+                before.compare(source.name, source.recorded)
+    if output.num_documents == 0:
+        raise DataError(f"{sources[0].name}: it holds 0 documents; pass a corpus with text")
 
 
 def _add(
@@ -105,15 +130,11 @@ def _add(
 ) -> None:
     """Write a block, and meanwhile hash what is read and what is written."""
     output.count(block)
-
-    def write(view: memoryview) -> None:
-        output.ids.update_while(bytes_of(block.ids), lambda _: sink.add(block))
-
-    if source.recorded is None:
-        write(memoryview(b""))
-    else:
-        ids = original.ids.astype(source.dtype, copy=False)
-        before.ids.update_while(bytes_of(ids), write)
+    if output.hashes_ids:
+        output.ids.update(bytes_of(block.ids))
+    if source.recorded is not None:
+        before.ids.update(bytes_of(np.ascontiguousarray(original.ids, source.dtype)))
+    sink.add(block)
 
 
 def _resolve(path: str, kind: Kind) -> Path:

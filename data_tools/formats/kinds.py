@@ -30,9 +30,14 @@ class Kind(NamedTuple):
     has_empty: bool = False
     """Whether documents of no tokens can be recorded."""
 
+    hashes_ids: bool = False
+    """Whether its writer computes the checksum of the ids itself."""
+
 
 KINDS: dict[str, Kind] = {
-    "megatron": Kind(megatron.open_megatron, megatron.MegatronWriter, megatron.DTYPES),
+    "megatron": Kind(
+        megatron.open_megatron, megatron.MegatronWriter, megatron.DTYPES, hashes_ids=True
+    ),
     "nanogpt": Kind(
         nanogpt.open_nanogpt,
         nanogpt.NanoGptWriter,

@@ -26,8 +26,9 @@ class Manifest(BaseModel):
     dtype: str
     num_documents: int
     num_tokens: int
-    ids_sha256: str
-    """SHA-256 of all ids, little-endian in `dtype`: that of a file which holds nothing else."""
+    ids_sha256: str | None
+    """SHA-256 of all ids, little-endian in `dtype`: that of a file which holds nothing else.
+    None in memory alone, for a Megatron corpus, whose writer computes its own."""
     ends_sha256: str | None
     """SHA-256 of all document ends in tokens, as little-endian int64; None: not recorded."""
     eod_id: int | None = None

@@ -82,7 +82,10 @@ class MegatronWriter:
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         self._writer = IndexedDatasetWriter(
-            output, vocab_size=vocab_size_of(dtype), overwrite=options.overwrite
+            output,
+            vocab_size=vocab_size_of(dtype),
+            overwrite=options.overwrite,
+            with_info=options.info is not None,
         )
 
     def add(self, block: Block) -> None:

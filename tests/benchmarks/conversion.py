@@ -1,8 +1,7 @@
 """`data_tools.convert` between two formats of 1 GB against `cp` of the ids, and its memory.
 
 `cp` copies the file with the ids alone, into a new file that is removed before the next round. Ours
-also checks every id where the dtypes differ, finds the documents, hashes what is written and flushes
-it to the disk, which `cp` does not.
+also finds the documents, hashes what is written and flushes it to the disk, which `cp` does not.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _speed(folder: Path) -> Table:
         output = folder / f"from_{source}_{target}"
         copied = folder / "copied"
         job = Copy(source, target, [str(_input(folder, source))], str(output))
-        if source == "nanogpt":
+        if not {"nanogpt", "llmc"}.isdisjoint((source, target)):
             job = job._replace(read=job.read._replace(eod=EOD))
         contestants: dict[str, Callable[[], object]] = {
             "convert": partial(_convert, job, output),
