@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
                 shard_tokens=options.shard_tokens,
             ),
             vocab_size=options.vocab_size,
+            tokenizer=options.tokenizer,
             drop_empty=options.drop_empty,
             command=shlex.join(["python", "-m", "data_tools.convert", *arguments]),
         )
@@ -85,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=RAW_DTYPES, help="of ids in raw bytes")
     parser.add_argument("--column", metavar="NAME", help="column with the ids (default: input_ids)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below N")
+    parser.add_argument(
+        "--tokenizer", metavar="SPEC", help="what made the ids; --to megatron then writes a .json"
+    )
     parser.add_argument("--drop-empty", action="store_true", help="leave out empty documents")
     parser.add_argument(
         "--shard-tokens", type=int, metavar="N", help="tokens of a file, where there are several"

@@ -196,7 +196,8 @@ class Fit:
         position = int(np.flatnonzero((ids < 0) | (ids >= self._limit))[0])
         index, offset = place(block, position, self._num_documents, self._open)
         byte = "" if block.offset is None else f", byte {block.offset + position * ids.itemsize},"
-        why, remedy = "of --vocab-size", "pass that of its tokenizer, or the right --dtype"
+        why = "the vocabulary of --vocab-size or --tokenizer"
+        remedy = "pass that of its tokenizer, or the right --dtype"
         if self._narrower:
             why = f"which {self._target.name} of the output can hold"
             remedy = "choose another --to, or check the dtype and ids of the input"

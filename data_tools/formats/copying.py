@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.arrays import bytes_of
+from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.errors import DataError
 from data_tools.formats.blocks import (
     Block,
@@ -23,7 +24,9 @@ from data_tools.formats.blocks import (
 from data_tools.formats.checks import Documents, Fit, Tally, output_dtype
 from data_tools.formats.kinds import KINDS, Kind
 from data_tools.formats.manifest import Manifest
+from data_tools.formats.megatron import add_info
 from data_tools.progress import progress_bar
+from data_tools.tokenization.tokenizers import load_tokenizer
 
 
 class Copy(NamedTuple):
@@ -36,6 +39,8 @@ class Copy(NamedTuple):
     read: ReadOptions = ReadOptions()
     write: WriteOptions = WriteOptions()
     vocab_size: int | None = None
+    tokenizer: str | None = None
+    """What made the ids; a Megatron corpus then gets a .json."""
     drop_empty: bool = False
     command: str = ""
 
@@ -71,9 +76,9 @@ def copy_corpus(copy: Copy) -> Copied:
         drop_empty=copy.drop_empty,
         keep_empty=target_kind.has_empty,
     )
-    fit = Fit(sources[0].dtype, dtype, copy.vocab_size)
     recorded = sources[0].recorded if len(sources) == 1 else None
     info = None if recorded is None else recorded.info
+    fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
     output = Tally(hashes_ids=not target_kind.hashes_ids)
     writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
     with closing(writer) as sink:
@@ -91,7 +96,23 @@ def copy_corpus(copy: Copy) -> Copied:
             info=info,
         )
         sink.finish(manifest)
+    if copy.tokenizer is not None:
+        prefix, eod_id = Path(copy.output), manifest.eod_id
+        add_info(prefix, copy.tokenizer, eod_id=eod_id, command=copy.command)
     return Copied(manifest, documents.num_empty)
+
+
+def _vocab_size(copy: Copy, info: CorpusInfo | None) -> int | None:
+    """Return the number of ids that may occur; a tokenizer is loaded before anything is written."""
+    if copy.tokenizer is None:
+        return copy.vocab_size
+    if copy.target_kind != "megatron" or info is not None:
+        has = "writes no .json" if info is None else f"gets the .json of {info.tokenizer}"
+        raise DataError(
+            f"--tokenizer {copy.tokenizer} has no effect: --to {copy.target_kind} {has}; remove it"
+        )
+    size = load_tokenizer(copy.tokenizer).vocab_size
+    return size if copy.vocab_size is None else min(size, copy.vocab_size)
 
 
 def _check_one_dtype(sources: Sequence[Source]) -> None:

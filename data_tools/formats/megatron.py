@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from data_tools.arrays import IntArray
+from data_tools.corpus.corpus_info import CorpusInfo, info_path
 from data_tools.corpus.indexed import IndexedDataset
-from data_tools.corpus.indexed_writer import IndexedDatasetWriter, smallest_dtype, vocab_size_of
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
+from data_tools.corpus.origin import count_text_bytes, origin_of, require_tokenizer
+from data_tools.files import replace_atomically, sha256_of
 from data_tools.formats.blocks import (
     Block,
     Boundary,
@@ -22,6 +25,7 @@ from data_tools.formats.blocks import (
 )
 from data_tools.formats.manifest import Manifest
 from data_tools.formats.raw_files import raw_file
+from data_tools.progress import progress_bar
 
 DTYPES = ("uint8", "uint16", "int32", "int64")
 _DOCUMENTS = 1 << 16  # whose ends are read at once
@@ -73,6 +77,42 @@ def _recorded(dataset: IndexedDataset) -> Manifest | None:
     )
 
 
+def add_info(prefix: Path, tokenizer: str, *, eod_id: int | None, command: str) -> CorpusInfo:
+    """Write the .json of a corpus that has none; its bytes of text are counted by decoding.
+
+    `eod_id`: the token that ends every document; None: that of the tokenizer, if it does.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded.
+    """
+    dataset = IndexedDataset(prefix)
+    origin = origin_of(dataset, tokenizer=tokenizer)
+    assert origin is not None, "a tokenizer is given"
+    text = origin.text if eod_id is None else origin.text._replace(eod_id=eod_id)
+    decoder = require_tokenizer(dataset, tokenizer)
+    with progress_bar(f"decoding {prefix}", dataset.tokens.nbytes) as report:
+        num_bytes = count_text_bytes(dataset, decoder, text, report)
+    info = CorpusInfo(
+        tokenizer=origin.tokenizer,
+        tokenizer_fingerprint=origin.tokenizer_fingerprint,
+        vocab_size=origin.vocab_size,
+        eod_id=text.eod_id,
+        bos_ids=text.bos_ids or (),
+        special_tokens=text.special_tokens or "parse",
+        dtype=dataset.dtype.name,
+        num_tokens=dataset.num_tokens,
+        num_documents=dataset.num_documents,
+        num_bytes=num_bytes,
+        max_token_id=max(int(chunk.ids.max()) for chunk in dataset.chunks()),
+        bin_sha256=sha256_of(dataset.paths.bin),
+        idx_sha256=sha256_of(dataset.paths.idx),
+        command=command,
+    )
+    with replace_atomically(info_path(prefix)) as file:
+        file.write(info.to_bytes())
+    return info
+
+
 class MegatronWriter:
     """Writes OUTPUT.bin and OUTPUT.idx, and OUTPUT.json if the corpus once had one.
 
@@ -93,7 +133,7 @@ class MegatronWriter:
 
     def finish(self, manifest: Manifest) -> None:
         info = manifest.info
-        if info is None or smallest_dtype(info.vocab_size) != self._writer.dtype:
+        if info is None:
             self._writer.finish_without_info()
             return
         self._writer.vocab_size = info.vocab_size

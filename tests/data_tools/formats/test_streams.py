@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from data_tools.corpus.indexed import IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 from data_tools.errors import DataError
 from data_tools.formats import raw_files
-from data_tools.formats.blocks import Boundary, cut_by_token
+from data_tools.formats.blocks import NO_ENDS, Block, Boundary, cut_by_token, read_ahead
+from data_tools.verify import verify
 from tests.data_tools.formats.conversions import (
     DOCUMENTS,
     EOD,
@@ -251,6 +253,45 @@ def test_an_output_is_replaced_only_on_demand(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_tokenizer_gives_the_corpus_its_sidecar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = [*b"caf\xc3\xa9", 256, *b"no", 256]
+    (tmp_path / "train.bin").write_bytes(struct.pack(f"<{len(stream)}H", *stream))
+    options = ["--eod", 256, "--tokenizer", "bytes"]
+    back = megatron(tmp_path, "nanogpt", tmp_path / "train.bin", options=options)
+    info = IndexedDataset(back).info
+    assert info is not None
+    assert (info.eod_id, info.num_bytes, info.vocab_size, info.max_token_id) == (256, 7, 257, 256)
+    assert any("checksums equal" in line for line in verify(str(back)))
+    convert("--from", "megatron", "--to", "llmc", back, "--output", tmp_path / "shards")
+    with _refused("--tokenizer", "bytes", "bytes", "remove"):
+        megatron(tmp_path, "llmc", tmp_path / "shards", options=["--tokenizer", "bytes"])
+    with _refused("--tokenizer", "bytes", "llmc", "remove"):
+        convert(
+            *("--from", "nanogpt", "--to", "llmc", tmp_path / "train.bin", *options),
+            *("--output", tmp_path / "no"),
+        )
+    (tmp_path / "train.bin").write_bytes(struct.pack("<2H", 300, 256))
+    with _refused("train.bin", "300", ("token 0", "257", "--tokenizer"), "tokenizer"):
+        megatron(tmp_path, "nanogpt", tmp_path / "train.bin", options=[*options, "--overwrite"])
+    assert documents(back) == [stream[:6], stream[6:]]
+
+
+def test_what_a_killed_conversion_left_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    ours = corpus(tmp_path)
+    (tmp_path / "shards.partial").mkdir()
+    (tmp_path / "shards.partial" / "000007.bin").write_bytes(_shard([1]))
+    (tmp_path / "train.bin.partial").write_bytes(b"\1\0" * 99)
+    for kind, name in (("llmc", "shards"), ("nanogpt", "train")):
+        with _refused(name, "such", "", "check"):
+            megatron(tmp_path, kind, tmp_path / name, options=["--eod", EOD])
+        convert("--from", "megatron", "--to", kind, ours, "--output", tmp_path / name)
+        back = megatron(tmp_path, kind, tmp_path / name, options=["--overwrite"])
+        assert documents(back) == DOCUMENTS
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_a_writer_takes_a_document_in_pieces(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "a", vocab_size=100) as writer:
         writer.add_block(np.array([1, 2]), np.array([], int))
@@ -260,6 +301,19 @@ def test_a_writer_takes_a_document_in_pieces(tmp_path: Path) -> None:
             writer.add_block(np.array([7, 200]), np.array([2]))
         writer.finish_without_info()
     assert documents(tmp_path / "a") == [[1, 2, 3], [4], [5, 6]]
+
+
+def test_no_more_than_two_blocks_are_read_ahead() -> None:
+    read = 0
+
+    def blocks() -> Iterator[Block]:
+        nonlocal read
+        for read in range(1, 9):
+            yield Block(np.zeros(1, int), NO_ENDS, Path("a"))
+
+    for written, _ in enumerate(read_ahead(blocks())):
+        assert written < read <= written + 2
+    assert read == 8
 
 
 def test_an_end_between_two_blocks_is_the_first_ones() -> None:
