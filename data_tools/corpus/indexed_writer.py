@@ -103,11 +103,11 @@ class IndexedDatasetWriter:
         tokens = np.asarray(ids)
         if int(lengths.sum()) != len(tokens):
             raise ValueError(f"lengths add up to {lengths.sum()}, but there are {len(tokens)} ids")
-        self.add_block(tokens, np.cumsum(lengths[lengths > 0]))
+        self.add_block(tokens, np.cumsum(lengths))
         self._bin_digest.wait()  # the caller's array may change
 
     def add_block(self, tokens: npt.NDArray[Any], ends: IntArray) -> None:
-        """Append ids among which documents end at `ends`, ascending; none of them is empty.
+        """Append ids among which documents end at `ends`, ascending; empty ones are dropped.
 
         A document may go on in the next call. `tokens` must not be changed afterwards.
 
@@ -130,6 +130,7 @@ class IndexedDatasetWriter:
         if self._with_info:
             self._bin_digest.update(data)
         self._bin.write(data)
+        lengths = lengths[lengths > 0]
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._num_tokens += len(tokens)
         self.num_documents += len(lengths)
