@@ -203,7 +203,11 @@ class ParquetWriter:
         self._files = PartialFiles(output, [path], overwrite=options.overwrite)
         schema = _schema(dtype, options)
         self._writer = pyarrow.parquet.ParquetWriter(
-            self._files[0], schema, write_page_checksum=True
+            self._files[0],
+            schema,
+            compression="zstd",  # Parquet stores ids of 16 bits in 32
+            use_dictionary=False,
+            write_page_checksum=True,
         )
         self._documents = WholeDocuments(partial(self._write, schema), group_bytes=_GROUP_BYTES)
         self.add = self._documents.add

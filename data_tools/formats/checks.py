@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -10,16 +10,24 @@ from data_tools.arrays import IntArray, TokenArray
 from data_tools.errors import DataError
 from data_tools.files import Digest
 from data_tools.formats.blocks import Block, Boundary
-from data_tools.formats.manifest import Manifest
+from data_tools.formats.manifest import HASH, Manifest
+
+Algorithm = Literal["sha256", "xxh3_128"]
+
+
+def algorithm_of(recorded: Manifest) -> Algorithm:
+    """Return how the ids of a corpus were hashed."""
+    return "sha256" if (recorded.ids_hash or "").startswith("sha256:") else HASH
 
 
 class Tally:
     """Counts and checksums of the blocks that pass."""
 
-    def __init__(self, *, hashes_ids: bool = True) -> None:
-        self.hashes_ids = hashes_ids
-        self.ids = Digest()
-        self._ends = Digest()
+    def __init__(self, algorithm: Algorithm | None) -> None:
+        """`algorithm`: that of the checksum of ids; None: they are not hashed."""
+        self._algorithm = algorithm
+        self.ids = None if algorithm is None else Digest(algorithm)
+        self._ends = Digest(HASH)
         self.num_documents = self.num_tokens = 0
 
     def count(self, block: Block) -> None:
@@ -30,8 +38,12 @@ class Tally:
         self.num_tokens += len(block.ids)
 
     @property
-    def ends_sha256(self) -> str:
-        return self._ends.hexdigest()
+    def ids_hash(self) -> str | None:
+        return None if self.ids is None else f"{self._algorithm}:{self.ids.hexdigest()}"
+
+    @property
+    def ends_hash(self) -> str:
+        return f"{HASH}:{self._ends.hexdigest()}"
 
     def compare(self, name: str, recorded: Manifest) -> None:
         """Compare with what is recorded beside the corpus.
@@ -45,8 +57,8 @@ class Tally:
         for what, found, expected in (
             ("tokens", self.num_tokens, recorded.num_tokens),
             ("documents", self.num_documents, recorded.num_documents),
-            ("SHA-256 of the ids", self.ids.hexdigest(), recorded.ids_sha256),
-            ("SHA-256 of the document ends", self.ends_sha256, recorded.ends_sha256),
+            ("checksum of the ids", self.ids_hash, recorded.ids_hash),
+            ("checksum of the document ends", self.ends_hash, recorded.ends_hash),
         ):
             if expected is not None and found != expected:
                 raise DataError(f"{name}: {what} {found} found, {expected} expected; {remedy}")

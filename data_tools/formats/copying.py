@@ -21,9 +21,9 @@ from data_tools.formats.blocks import (
     WriteOptions,
     read_ahead,
 )
-from data_tools.formats.checks import Documents, Fit, Tally, output_dtype
+from data_tools.formats.checks import Documents, Fit, Tally, algorithm_of, output_dtype
 from data_tools.formats.kinds import KINDS, Kind
-from data_tools.formats.manifest import Manifest
+from data_tools.formats.manifest import HASH, Manifest
 from data_tools.formats.megatron import add_info
 from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import load_tokenizer
@@ -79,7 +79,7 @@ def copy_corpus(copy: Copy) -> Copied:
     recorded = sources[0].recorded if len(sources) == 1 else None
     info = None if recorded is None else recorded.info
     fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
-    output = Tally(hashes_ids=not target_kind.hashes_ids)
+    output = Tally(None if target_kind.hashes_ids else HASH)
     writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
     with closing(writer) as sink:
         _copy_blocks(sources, boundary, documents, fit, output, sink)
@@ -88,8 +88,8 @@ def copy_corpus(copy: Copy) -> Copied:
             dtype=dtype.name,
             num_documents=output.num_documents,
             num_tokens=output.num_tokens,
-            ids_sha256=output.ids.hexdigest() if output.hashes_ids else None,
-            ends_sha256=output.ends_sha256,
+            ids_hash=output.ids_hash,
+            ends_hash=output.ends_hash,
             eod_id=boundary.eod if documents.all_end or not target_kind.has_boundaries else None,
             bos_id=boundary.bos,
             command=copy.command,
@@ -135,7 +135,7 @@ def _copy_blocks(
     """Check all blocks and give them to the sink; compare what was read with what is recorded."""
     with progress_bar("converting", sum(source.num_bytes for source in sources)) as report:
         for source in sources:
-            before = Tally()
+            before = Tally(None if source.recorded is None else algorithm_of(source.recorded))
             for block in read_ahead(source.blocks(boundary)):
                 before.count(block)
                 _add(source, before, fit.convert(documents.check(block)), output, sink, block)
@@ -151,9 +151,9 @@ def _add(
 ) -> None:
     """Write a block, and meanwhile hash what is read and what is written."""
     output.count(block)
-    if output.hashes_ids:
+    if output.ids is not None:
         output.ids.update(bytes_of(block.ids))
-    if source.recorded is not None:
+    if before.ids is not None:
         before.ids.update(bytes_of(np.ascontiguousarray(original.ids, source.dtype)))
     sink.add(block)
 

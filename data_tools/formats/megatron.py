@@ -70,8 +70,8 @@ def _recorded(dataset: IndexedDataset) -> Manifest | None:
         dtype=info.dtype,
         num_documents=info.num_documents,
         num_tokens=info.num_tokens,
-        ids_sha256=info.bin_sha256,
-        ends_sha256=None,
+        ids_hash=f"sha256:{info.bin_sha256}",
+        ends_hash=None,
         eod_id=info.eod_id,
         info=info,
     )

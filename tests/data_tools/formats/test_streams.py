@@ -219,7 +219,7 @@ def test_a_changed_file_is_found_by_its_checksum(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "train.bin").read_bytes())
     content[0] ^= 4
     (tmp_path / "train.bin").write_bytes(content)
-    with _refused("train.bin", "SHA-256", "expected", "copy"):
+    with _refused("train.bin", "checksum", "expected", "copy"):
         megatron(tmp_path, "nanogpt", tmp_path / "train")
     assert not list(tmp_path.glob("back*"))
 
