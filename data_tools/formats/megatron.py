@@ -11,9 +11,10 @@ import numpy as np
 
 from data_tools.arrays import IntArray
 from data_tools.corpus.corpus_info import CorpusInfo, info_path
-from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.indexed import HEADER, IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
 from data_tools.corpus.origin import count_text_bytes, origin_of, require_tokenizer
+from data_tools.errors import DataError
 from data_tools.files import replace_atomically, sha256_of
 from data_tools.formats.blocks import (
     Block,
@@ -42,6 +43,12 @@ def open_megatron(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
 
 def _open(prefix: Path) -> Source:
     dataset = IndexedDataset(prefix)
+    plain = HEADER.size + 12 * dataset.num_sequences + 8 * (dataset.num_documents + 1)
+    if (size := dataset.paths.idx.stat().st_size) != plain:
+        raise DataError(
+            f"{dataset.paths.idx}: {size} bytes found, {plain} expected without modes; it is "
+            "multimodal, and no output can hold the modes: convert its text alone"
+        )
     return Source(
         name=str(dataset.paths.bin),
         dtype=dataset.dtype,

@@ -98,6 +98,17 @@ def test_the_dtype_is_that_of_its_table(
     assert IndexedDataset(back).dtype.name == dtype
 
 
+def test_a_chunk_whose_first_document_is_empty_counts_no_tokens(tmp_path: Path) -> None:
+    chunk = {"chunk_bytes": 24, "chunk_size": 2, "dim": None, "filename": "chunk-0-0.bin"}
+    folder = _write(tmp_path / "in", [(2, 1, _chunk([[], [5, EOD]]))])
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "chunks": [chunk]}))
+    with _refused("chunk-0-0.bin", "0", "0 tokens", "--drop-empty"):
+        megatron(tmp_path, "litdata", folder)
+    back = megatron(tmp_path, "litdata", folder, options=["--drop-empty"])
+    assert documents(back) == [[5, EOD]]
+
+
 @pytest.mark.parametrize(
     ("config", "value", "constraint", "remedy"),
     [

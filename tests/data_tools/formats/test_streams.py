@@ -224,6 +224,35 @@ def test_a_changed_file_is_found_by_its_checksum(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("back*"))
 
 
+def test_modes_of_a_multimodal_corpus_are_not_lost(tmp_path: Path) -> None:
+    ours = corpus(tmp_path)
+    with open(tmp_path / "ours.idx", "ab") as index:
+        index.write(b"\0" * len(DOCUMENTS))
+    size = (tmp_path / "ours.idx").stat().st_size
+    with _refused("ours.idx", size, (str(size - 4), "modes"), "text"):
+        convert("--from", "megatron", "--to", "olmo", ours, "--output", tmp_path / "out")
+
+
+def test_a_manifest_that_is_damaged_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+    ours = corpus(tmp_path)
+    convert("--from", "megatron", "--to", "nanogpt", ours, "--output", tmp_path / "train")
+    path = tmp_path / "train.corpus.json"
+    content = path.read_text()
+    for old, new, value, constraint, remedy in (
+        ('"kind": "nanogpt"', '"kind": "olmo"', "olmo", "nanogpt expected", "--from olmo"),
+        ('"version": 1', '"version": 2', "2", "1 and", "delete"),
+        ("xxh3_128:", "crc32:", "ids_hash", "xxh3_128", "delete"),
+        ("{", "", "file", "JSON", "delete"),
+    ):
+        assert old in content
+        path.write_text(content.replace(old, new, 1))
+        with _refused("train.corpus.json", value, constraint, remedy):
+            megatron(tmp_path, "nanogpt", tmp_path / "train")
+    path.write_text(content.replace('"num_documents": 4', '"num_documents": 5'))
+    with _refused("train.bin", "documents", ("4 found", "5 expected"), "copy"):
+        megatron(tmp_path, "nanogpt", tmp_path / "train")
+
+
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     ours, out = corpus(tmp_path), tmp_path / "out"
     for options, name, value in (
