@@ -30,12 +30,12 @@ from data_tools.formats.blocks import (
 )
 from data_tools.formats.manifest import Manifest, read_manifest
 from data_tools.formats.raw_files import PartialFiles, PartialFolder, file_size, listed_file
-from data_tools.formats.whole_documents import WholeDocuments
+from data_tools.formats.whole_documents import WholeDocuments, joined
 from data_tools.preprocessing.arrow_files import readable
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 DEFAULT_COLUMN = "input_ids"
-_GROUP_BYTES = 32 << 20  # of ids in a row group or record batch that is written
+_GROUP_BYTES = 32 << 20  # of ids in a row group that is written
 _MAX_ROWS = 1 << 16
 _FEATHER_MAGIC = b"ARROW1"
 _DATA_FILE = "data-00000-of-00001.arrow"
@@ -212,8 +212,8 @@ class ParquetWriter:
         self._documents = WholeDocuments(partial(self._write, schema), group_bytes=_GROUP_BYTES)
         self.add = self._documents.add
 
-    def _write(self, schema: Any, ids: TokenArray, lengths: IntArray) -> None:
-        self._writer.write_batch(_batch(schema, ids, lengths), row_group_size=len(lengths))
+    def _write(self, schema: Any, parts: list[TokenArray], lengths: IntArray) -> None:
+        self._writer.write_batch(_batch(schema, parts, lengths), row_group_size=len(lengths))
 
     def finish(self, manifest: Manifest) -> None:
         self._documents.flush()
@@ -239,11 +239,11 @@ class ArrowWriter:
         self._schema = schema
         self._file = open(self._folder.path / _DATA_FILE, "xb")  # noqa: SIM115
         self._writer = pyarrow.ipc.new_stream(self._file, schema)
-        self._documents = WholeDocuments(self._write, group_bytes=_GROUP_BYTES)
+        self._documents = WholeDocuments(self._write, group_bytes=BLOCK_BYTES)
         self.add = self._documents.add
 
-    def _write(self, ids: TokenArray, lengths: IntArray) -> None:
-        self._writer.write_batch(_batch(self._schema, ids, lengths))
+    def _write(self, parts: list[TokenArray], lengths: IntArray) -> None:
+        self._writer.write_batch(_batch(self._schema, parts, lengths))
 
     def finish(self, manifest: Manifest) -> None:
         self._documents.flush()
@@ -269,12 +269,19 @@ def _schema(dtype: np.dtype[Any], options: WriteOptions) -> Any:
     return pyarrow.schema([(options.column or DEFAULT_COLUMN, ids)])
 
 
-def _batch(schema: Any, ids: TokenArray, lengths: IntArray) -> Any:
+def _batch(schema: Any, parts: list[TokenArray], lengths: IntArray) -> Any:
     import pyarrow
 
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    lists = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(ids))
+    lists = pyarrow.ListArray.from_arrays(offsets, _values(schema, parts))
     return pyarrow.record_batch([lists.cast(schema.field(0).type)], schema)
+
+
+def _values(schema: Any, parts: list[TokenArray]) -> Any:
+    import pyarrow
+
+    # A group of empty documents has no parts.
+    return pyarrow.array(joined(parts) if parts else [], schema.field(0).type.value_type)
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -162,15 +162,20 @@ class LitdataWriter:
         self._documents = WholeDocuments(self._write, group_bytes=_CHUNK_BYTES)
         self.add = self._documents.add
 
-    def _write(self, ids: TokenArray, lengths: IntArray) -> None:
+    def _write(self, parts: list[TokenArray], lengths: IntArray) -> None:
         begin = 4 * (len(lengths) + 2)
-        offsets = begin + np.concatenate(([0], np.cumsum(lengths * ids.itemsize)))
+        offsets = begin + np.concatenate(([0], np.cumsum(lengths * parts[0].itemsize)))
         name = f"chunk-0-{len(self._chunks)}.bin"
         with open(self._folder.path / name, "xb") as file:
             file.write(struct.pack("<I", len(lengths)))
             file.write(offsets.astype("<u4").tobytes())
-            file.write(bytes_of(ids))
-        size = {"chunk_bytes": int(offsets[-1]), "chunk_size": len(lengths), "dim": len(ids)}
+            for part in parts:
+                file.write(bytes_of(part))
+        size = {
+            "chunk_bytes": int(offsets[-1]),
+            "chunk_size": len(lengths),
+            "dim": int(lengths.sum()),
+        }
         self._chunks.append({**size, "filename": name})
 
     def finish(self, manifest: Manifest) -> None:

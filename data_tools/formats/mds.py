@@ -37,7 +37,7 @@ from data_tools.formats.blocks import (
 )
 from data_tools.formats.manifest import Manifest, read_manifest
 from data_tools.formats.raw_files import PartialFolder, listed_file, read_index
-from data_tools.formats.whole_documents import WholeDocuments
+from data_tools.formats.whole_documents import WholeDocuments, joined
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 DEFAULT_COLUMN = "tokens"
@@ -368,7 +368,8 @@ class MdsWriter:
         self._documents = WholeDocuments(self._write, group_bytes=_SHARD_BYTES)
         self.add = self._documents.add
 
-    def _write(self, ids: TokenArray, lengths: IntArray) -> None:
+    def _write(self, parts: list[TokenArray], lengths: IntArray) -> None:
+        ids = joined(parts)
         heads = [_head(length, ids.itemsize) for length in lengths.tolist()]
         sizes = lengths * ids.itemsize + np.array([len(head) for head in heads])
         config = json.dumps(self._config, sort_keys=True).encode()
@@ -381,12 +382,15 @@ class MdsWriter:
             file.write(struct.pack("<I", len(lengths)))
             file.write(samples.astype("<u4").tobytes())
             file.write(config)
-            begin = 0
-            parts: list[bytes | memoryview] = []
+            begin, limit = 0, BLOCK_BYTES
+            pieces: list[bytes | memoryview] = []
             for head, end in zip(heads, ends, strict=True):
-                parts += (head, view[begin:end])
+                pieces += (head, view[begin:end])
                 begin = end
-            file.write(b"".join(parts))
+                if end >= limit:
+                    file.write(b"".join(pieces))
+                    pieces, limit = [], end + BLOCK_BYTES
+            file.write(b"".join(pieces))
         raw = {"basename": name, "bytes": int(samples[-1]), "hashes": {}}
         shard = {"raw_data": raw, "samples": len(lengths), "zip_data": None}
         self._shards.append({**self._config, **shard})

@@ -11,8 +11,13 @@ from data_tools.errors import DataError
 from data_tools.formats.blocks import Block
 
 MAX_BYTES = 1 << 30  # of a document: Arrow counts in int32, MDS and litdata in uint32
-Write = Callable[[TokenArray, IntArray], None]
-"""Takes concatenated ids of documents and their lengths."""
+Write = Callable[[list[TokenArray], IntArray], None]
+"""Takes the ids of documents, in parts that may end within one, and the lengths of documents."""
+
+
+def joined(parts: list[TokenArray]) -> TokenArray:
+    """Return the parts as one array, without a copy if there is one part."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class WholeDocuments:
@@ -60,5 +65,5 @@ class WholeDocuments:
         """Hand on the documents that are held; none may be incomplete."""
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64)
         if len(lengths):
-            self._write(np.concatenate(self._parts), lengths)
+            self._write([part for part in self._parts if len(part)], lengths)
         self._parts, self._lengths, self._held, self._open = [], [], 0, 0
