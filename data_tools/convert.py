@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         help="read or write a format that records no documents as one document",
     )
     parser.add_argument("--dtype", choices=RAW_DTYPES, help="of ids in raw bytes")
-    parser.add_argument("--column", metavar="NAME", help="column with the ids (default: input_ids)")
+    parser.add_argument(
+        "--column", metavar="NAME", help="column with the ids (default: input_ids, in MDS tokens)"
+    )
     parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below N")
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="what made the ids; --to megatron then writes a .json"
