@@ -26,12 +26,13 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((cores < 8 ? cores + 1 : 8)))
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test reordered soak check format bench gpu-check clean
+.PHONY: help setup demo test formats reordered soak check format bench gpu-check clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo       set-up, corpus, training through the deepspeed launcher, curve, sample"
 	@echo "make test       set-up, all tests that need no GPU"
+	@echo "make formats    corpora of other projects, with their packages in $(FORMATS)"
 	@echo "make reordered  tests of models and layouts, with sums in another order"
 	@echo "make soak       the slow tests: kills, failing nodes, hostile files, every launcher"
 	@echo "make check      format, lint, types"
@@ -77,6 +78,20 @@ demo: $(STAMP)
 test: $(COMPILED)
 	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
 
+# The packages of other corpora, in an environment of their own that also sees $(VENV): some of them
+# pin an older NumPy than ours, so that pip is given an exact list and resolves nothing.
+FORMATS := .venv-formats
+LIST := tests/data_tools/formats/requirements.txt
+formats: $(COMPILED) $(FORMATS)/.installed
+	REQUIRE_FORMATS=1 $(TEST_ENV) $(FORMATS)/bin/python -m pytest tests/data_tools/formats -k we_read_its
+
+$(FORMATS)/.installed: $(STAMP) $(LIST)
+	@$(BIN)/python -m venv $(FORMATS)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(FORMATS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth"
+	@$(FORMATS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $(LIST)
+	@touch $@
+
 # Tests of text, commands and threads, which compare no floating-point numbers of this process.
 WITHOUT_SUMS := models/hf/test_tokenizer.py models/test_convert_tokens.py models/test_contributing.py \
 	models/daria_former/standalone/test_cli.py models/test_registry.py models/test_prompting.py parallel/cpu
@@ -106,4 +121,4 @@ gpu-check:
 	$(PYTHON) -m tests.gpu.benchmark
 
 clean:
-	rm -rf runs data .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs data $(FORMATS) .mypy_cache .ruff_cache .pytest_cache

@@ -11,6 +11,11 @@ IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.integer]  # in the dtype of the file
 
 
+def bytes_of(values: npt.NDArray[Any]) -> memoryview:
+    """Return the bytes of a contiguous array, without a copy."""
+    return values.view(np.uint8).data
+
+
 def bisect_right(values: npt.NDArray[Any], keys: IntArray) -> IntArray:
     """Compute `np.searchsorted(values, keys, side="right")` from log2(n) values per key."""
     low = np.zeros(len(keys), dtype=np.int64)

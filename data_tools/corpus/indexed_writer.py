@@ -13,11 +13,11 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.arrays import IntArray
+from data_tools.arrays import IntArray, bytes_of
 from data_tools.corpus.corpus_info import CorpusInfo, SourceInfo, info_path
 from data_tools.corpus.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, IndexPaths
 from data_tools.errors import DataError
-from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
+from data_tools.files import Digest, flush_to_disk, open_partial, partial_path, sync_folder
 from data_tools.progress import ReportProgress
 from data_tools.tokenization.special_tokens import SpecialTokens
 
@@ -64,8 +64,14 @@ class IndexedDatasetWriter:
     """
 
     def __init__(
-        self, prefix: str | os.PathLike[str], *, vocab_size: int, overwrite: bool = False
+        self,
+        prefix: str | os.PathLike[str],
+        *,
+        vocab_size: int,
+        overwrite: bool = False,
+        with_info: bool = True,
     ) -> None:
+        """`with_info=False`: `finish_without_info` will be called, which needs no checksum."""
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
         self.dtype = smallest_dtype(vocab_size)
@@ -76,8 +82,10 @@ class IndexedDatasetWriter:
         self._bin = open_partial(self.paths.bin)
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
-        self._bin_digest = hashlib.sha256()
+        self._bin_digest = Digest()
+        self._with_info = with_info
         self._num_tokens = 0
+        self._open_tokens = 0  # of the document that goes on
         self.num_documents = 0
         self._max_token_id = -1
 
@@ -95,22 +103,39 @@ class IndexedDatasetWriter:
         tokens = np.asarray(ids)
         if int(lengths.sum()) != len(tokens):
             raise ValueError(f"lengths add up to {lengths.sum()}, but there are {len(tokens)} ids")
-        if len(tokens) == 0:
+        self.add_block(tokens, np.cumsum(lengths))
+        self._bin_digest.wait()  # the caller's array may change
+
+    def add_block(self, tokens: npt.NDArray[Any], ends: IntArray) -> None:
+        """Append ids among which documents end at `ends`, ascending; empty ones are dropped.
+
+        A document may go on in the next call. `tokens` must not be changed afterwards.
+
+        Raises:
+            DataError: an id is outside [0, vocab_size) or a document has 2**31 tokens or more.
+        """
+        if len(tokens) == 0 and len(ends) == 0:
             return
-        if int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
+        lengths = np.diff(ends, prepend=-self._open_tokens)
+        rest = len(tokens) - int(ends[-1]) if len(ends) else self._open_tokens + len(tokens)
+        longest = max(int(lengths.max(initial=0)), rest)
+        if longest > _MAX_DOCUMENT_TOKENS:
+            index = int(np.argmax(lengths)) if rest < longest else len(lengths)
             raise DataError(
-                f"{self.prefix}: document {self.num_documents + int(np.argmax(lengths))} has "
-                f"{lengths.max()} tokens; at most {_MAX_DOCUMENT_TOKENS} fit: split it"
+                f"{self.prefix}: document {self.num_documents + index} has {longest} tokens or "
+                f"more; at most {_MAX_DOCUMENT_TOKENS} fit: split it"
             )
-        self._check_ids(tokens, lengths)
-        lengths = lengths[lengths > 0]
-        data = tokens.astype(self.dtype).tobytes()
+        largest = self._check_ids(tokens, ends)
+        data = bytes_of(np.ascontiguousarray(tokens, self.dtype))
+        if self._with_info:
+            self._bin_digest.update(data)
         self._bin.write(data)
-        self._bin_digest.update(data)
+        lengths = lengths[lengths > 0]
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._num_tokens += len(tokens)
         self.num_documents += len(lengths)
-        self._max_token_id = max(self._max_token_id, int(tokens.max()))
+        self._open_tokens = rest
+        self._max_token_id = max(self._max_token_id, largest)
 
     def finish(
         self,
@@ -132,6 +157,7 @@ class IndexedDatasetWriter:
             DataError: no document was added.
         """
         self._check_not_empty()
+        assert self._with_info, "else nothing was hashed"
         info = CorpusInfo(
             tokenizer=tokenizer,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -171,19 +197,21 @@ class IndexedDatasetWriter:
                 "pass an input with text"
             )
 
-    def _check_ids(self, tokens: npt.NDArray[np.integer], lengths: IntArray) -> None:
+    def _check_ids(self, tokens: npt.NDArray[np.integer], ends: IntArray) -> int:
+        """Return the largest id."""
         if not np.issubdtype(tokens.dtype, np.integer):
             raise DataError(
                 f"{self.prefix}: token ids are {tokens.dtype}, integers expected; convert them"
             )
-        if tokens.min() >= 0 and tokens.max() < self.vocab_size:
-            return
+        largest = int(tokens.max()) if len(tokens) else -1
+        is_unsigned = np.issubdtype(tokens.dtype, np.unsignedinteger)
+        if largest < self.vocab_size and (is_unsigned or tokens.min(initial=0) >= 0):
+            return largest
         position = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
-        ends = np.cumsum(lengths)
         document = int(np.searchsorted(ends, position, side="right"))
-        offset = position - int(ends[document] - lengths[document])
+        begin = int(ends[document - 1]) if document else -self._open_tokens
         raise DataError(
-            f"{self.prefix}: token id {tokens[position]} at token {offset} of document "
+            f"{self.prefix}: token id {tokens[position]} at token {position - begin} of document "
             f"{self.num_documents + document} is outside [0, {self.vocab_size}); use the "
             "vocabulary size of the tokenizer that made it"
         )

@@ -28,7 +28,7 @@ def row_groups(path: Path, kind: str, column: str) -> list[RowGroup]:
     Raises:
         DataError: the file is damaged, or has no such text column.
     """
-    with _readable(path):
+    with readable(path):
         if kind == "parquet":
             import pyarrow.parquet
 
@@ -51,7 +51,7 @@ def read_rows(
     """
     import pyarrow
 
-    with _readable(path):
+    with readable(path):
         batches = _parquet_batches if kind == "parquet" else _arrow_batches
         for values in batches(path, column, begin, end):
             if pyarrow.types.is_dictionary(values.type):
@@ -144,7 +144,8 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Raise the errors of pyarrow as a DataError that names the file."""
     import pyarrow
 
     try:

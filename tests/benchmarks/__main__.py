@@ -17,6 +17,7 @@ NAMES = (
     "loader",
     "byte_path",
     "tokenization",
+    "conversion",
     "wire",
     "saving",
     "restoring",

@@ -1,0 +1,140 @@
+"""What every format is read as and written from: blocks of ids, with the ends of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from data_tools.arrays import IntArray, TokenArray
+from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.formats.manifest import Manifest
+
+BLOCK_BYTES = 8 << 20  # of ids held at once
+NO_ENDS: IntArray = np.zeros(0, np.int64)
+
+
+class Block(NamedTuple):
+    """Consecutive ids of a corpus and where documents end among them.
+
+    A document may go on in the next block, so that its length does not bound the memory.
+    """
+
+    ids: TokenArray
+    ends: IntArray
+    """Ascending, in (0, len(ids)]: an end between two blocks is the first one's. An empty document
+    repeats the end before it, which may be that of the block before, 0."""
+    path: Path
+    offset: int | None = None
+    """Byte of the file where the ids begin; None where they are not stored one after another."""
+
+
+class Boundary(NamedTuple):
+    """The tokens that end and begin every document, as far as they are known."""
+
+    eod: int | None = None
+    bos: int | None = None
+
+
+class ReadOptions(NamedTuple):
+    """What the command line says about the input."""
+
+    eod: int | None = None
+    bos: int | None = None
+    dtype: str | None = None
+    column: str | None = None
+    no_boundaries: bool = False
+
+
+class WriteOptions(NamedTuple):
+    """What the command line says about the output."""
+
+    overwrite: bool = False
+    column: str | None = None
+    shard_tokens: int | None = None
+    info: CorpusInfo | None = None
+    """The .json that the corpus had as Megatron's, and gets again."""
+
+
+class Source(NamedTuple):
+    """An opened corpus, whose files were found and whose headers are valid."""
+
+    name: str
+    dtype: np.dtype[Any]
+    num_bytes: int
+    """Bytes of ids, for progress; approximate where they are compressed."""
+    blocks: Callable[[Boundary], Iterator[Block]]
+    """Its documents; where none are recorded, they are cut at the boundary."""
+    recorded: Manifest | None = None
+    """Counts, checksums and origin recorded beside the corpus."""
+
+
+class Sink(Protocol):
+    """A corpus that is being written; nothing of it can be read before `finish`."""
+
+    def add(self, block: Block) -> None:
+        """Append ids, in the dtype of the sink, and document ends."""
+
+    def finish(self, manifest: Manifest) -> None:
+        """Publish the corpus."""
+
+    def close(self) -> None:
+        """Remove what is not published."""
+
+
+def read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Yield blocks, of which the next is read in a thread while one is written."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, blocks, None)
+        while (block := pending.result()) is not None:
+            pending = thread.submit(next, blocks, None)
+            yield block
+
+
+def cut_at_ends(
+    parts: Iterable[tuple[TokenArray, int]], ends: Iterator[IntArray], path: Path
+) -> Iterator[Block]:
+    """Yield the parts of a file (ids and the byte where they begin) with its ascending `ends`.
+
+    `ends` come in arrays, in tokens from the begin of the file.
+    """
+    pending, exhausted, begin = NO_ENDS, False, 0
+    for ids, offset in parts:
+        while not exhausted and (len(pending) == 0 or pending[-1] <= begin + len(ids)):
+            more = next(ends, None)
+            exhausted = more is None
+            pending = pending if more is None else np.concatenate((pending, more))
+        count = int(np.searchsorted(pending, begin + len(ids), side="right"))
+        yield Block(ids, pending[:count] - begin, path, offset)
+        pending, begin = pending[count:], begin + len(ids)
+
+
+def cut_by_token(
+    parts: Iterable[tuple[TokenArray, int, Path]], boundary: Boundary
+) -> Iterator[Block]:
+    """Yield parts of one stream, cut before every `bos`, else after every `eod`, else not at all.
+
+    Ids after the last `eod` are the last document.
+    """
+    eod, bos = boundary
+    last: Block | None = None
+    for ids, offset, path in parts:
+        if bos is not None:
+            ends = np.flatnonzero(ids == bos)
+            if len(ends) and ends[0] == 0:
+                ends = ends[1:]
+                if last is not None:
+                    last = last._replace(ends=np.append(last.ends, len(last.ids)))
+        else:
+            ends = NO_ENDS if eod is None else np.flatnonzero(ids == eod) + 1
+        if last is not None:
+            yield last
+        last = Block(ids, ends, path, offset)
+    if last is not None:
+        size = len(last.ids)
+        if len(last.ends) == 0 or last.ends[-1] < size:
+            last = last._replace(ends=np.append(last.ends, size))
+        yield last

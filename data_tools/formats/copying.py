@@ -1,0 +1,220 @@
+"""One conversion: blocks of the sources, checked, into a sink that is published at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.arrays import bytes_of
+from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.errors import DataError
+from data_tools.formats.blocks import (
+    Block,
+    Boundary,
+    ReadOptions,
+    Sink,
+    Source,
+    WriteOptions,
+    read_ahead,
+)
+from data_tools.formats.checks import Documents, Fit, Tally, algorithm_of, output_dtype
+from data_tools.formats.kinds import KINDS, Kind
+from data_tools.formats.manifest import HASH, Manifest
+from data_tools.formats.megatron import add_info
+from data_tools.progress import progress_bar
+from data_tools.tokenization.tokenizers import load_tokenizer
+
+
+class Copy(NamedTuple):
+    """What to convert, from the command line."""
+
+    source_kind: str
+    target_kind: str
+    inputs: Sequence[str]
+    output: str
+    read: ReadOptions = ReadOptions()
+    write: WriteOptions = WriteOptions()
+    vocab_size: int | None = None
+    tokenizer: str | None = None
+    """What made the ids; a Megatron corpus then gets a .json."""
+    drop_empty: bool = False
+    command: str = ""
+
+
+class Copied(NamedTuple):
+    """What was written."""
+
+    manifest: Manifest
+    num_empty: int
+    """Empty documents left out."""
+
+
+def copy_corpus(copy: Copy) -> Copied:
+    """Convert a corpus; documents, ids and their order are kept, or it is refused.
+
+    Memory does not depend on the size of the corpus.
+
+    Raises:
+        DataError: an option is missing or has no effect, an input is damaged, of another kind or
+            does not fit the output, or the output exists.
+    """
+    source_kind, target_kind = KINDS[copy.source_kind], KINDS[copy.target_kind]
+    _check_options(copy, source_kind, target_kind)
+    sources = source_kind.open([_resolve(path, source_kind) for path in copy.inputs], copy.read)
+    _check_one_dtype(sources)
+    boundary = _boundary(copy, sources)
+    _check_boundary(copy, source_kind, target_kind, boundary)
+    dtype = output_dtype(sources[0].dtype, target_kind.dtypes)
+    documents = Documents(
+        boundary,
+        only_there=not (target_kind.has_boundaries or copy.read.no_boundaries),
+        last_may_lack_it=not source_kind.has_boundaries,
+        drop_empty=copy.drop_empty,
+        keep_empty=target_kind.has_empty,
+    )
+    recorded = sources[0].recorded if len(sources) == 1 else None
+    info = None if recorded is None else recorded.info
+    fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
+    output = Tally(None if target_kind.hashes_ids else HASH)
+    writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
+    with closing(writer) as sink:
+        _copy_blocks(sources, boundary, documents, fit, output, sink)
+        manifest = Manifest(
+            kind=copy.target_kind,
+            dtype=dtype.name,
+            num_documents=output.num_documents,
+            num_tokens=output.num_tokens,
+            ids_hash=output.ids_hash,
+            ends_hash=output.ends_hash,
+            eod_id=boundary.eod if documents.all_end or not target_kind.has_boundaries else None,
+            bos_id=boundary.bos,
+            command=copy.command,
+            info=info,
+        )
+        sink.finish(manifest)
+    if copy.tokenizer is not None:
+        prefix, eod_id = Path(copy.output), manifest.eod_id
+        add_info(prefix, copy.tokenizer, eod_id=eod_id, command=copy.command)
+    return Copied(manifest, documents.num_empty)
+
+
+def _vocab_size(copy: Copy, info: CorpusInfo | None) -> int | None:
+    """Return the number of ids that may occur; a tokenizer is loaded before anything is written."""
+    if copy.tokenizer is None:
+        return copy.vocab_size
+    if copy.target_kind != "megatron" or info is not None:
+        has = "writes no .json" if info is None else f"gets the .json of {info.tokenizer}"
+        raise DataError(
+            f"--tokenizer {copy.tokenizer} has no effect: --to {copy.target_kind} {has}; remove it"
+        )
+    size = load_tokenizer(copy.tokenizer).vocab_size
+    return size if copy.vocab_size is None else min(size, copy.vocab_size)
+
+
+def _check_one_dtype(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if source.dtype != sources[0].dtype:
+            raise DataError(
+                f"{source.name}: {source.dtype.name} ids found, {sources[0].dtype.name} expected "
+                f"as in {sources[0].name}; convert files of two tokenizers apart"
+            )
+
+
+def _copy_blocks(
+    sources: Sequence[Source],
+    boundary: Boundary,
+    documents: Documents,
+    fit: Fit,
+    output: Tally,
+    sink: Sink,
+) -> None:
+    """Check all blocks and give them to the sink; compare what was read with what is recorded."""
+    with progress_bar("converting", sum(source.num_bytes for source in sources)) as report:
+        for source in sources:
+            before = Tally(None if source.recorded is None else algorithm_of(source.recorded))
+            for block in read_ahead(source.blocks(boundary)):
+                before.count(block)
+                _add(source, before, fit.convert(documents.check(block)), output, sink, block)
+                report(output.num_documents, output.num_tokens * source.dtype.itemsize)
+            if source.recorded is not None:
+                before.compare(source.name, source.recorded)
+    if output.num_documents == 0:
+        raise DataError(f"{sources[0].name}: it holds 0 documents; pass a corpus with text")
+
+
+def _add(
+    source: Source, before: Tally, block: Block, output: Tally, sink: Sink, original: Block
+) -> None:
+    """Write a block, and meanwhile hash what is read and what is written."""
+    output.count(block)
+    if output.ids is not None:
+        output.ids.update(bytes_of(block.ids))
+    if before.ids is not None:
+        before.ids.update(bytes_of(np.ascontiguousarray(original.ids, source.dtype)))
+    sink.add(block)
+
+
+def _resolve(path: str, kind: Kind) -> Path:
+    given = Path(path)
+    with_suffix = given.with_name(given.name + kind.suffix)
+    return with_suffix if not given.exists() and with_suffix.exists() else given
+
+
+def _boundary(copy: Copy, sources: Sequence[Source]) -> Boundary:
+    """Return the tokens of the command line, else those that are recorded."""
+    read = copy.read
+    if read.eod is not None or read.bos is not None or read.no_boundaries:
+        return Boundary(read.eod, read.bos)
+    all_recorded = [source.recorded for source in sources]
+    found = {Boundary() if r is None else Boundary(r.eod_id, r.bos_id) for r in all_recorded}
+    if len(found) > 1:
+        tokens = " and ".join(sorted(f"({each.eod}, {each.bos})" for each in found))
+        raise DataError(
+            f"{sources[0].name}: end and begin tokens {tokens} are recorded beside the inputs, one "
+            "pair expected; convert them apart, or pass --eod"
+        )
+    return found.pop()
+
+
+def _check_boundary(copy: Copy, source: Kind, target: Kind, boundary: Boundary) -> None:
+    """Where documents are not recorded, a token must show them, or they are lost on purpose."""
+    without = [
+        f"--{side} {name}"
+        for side, name, kind in (
+            ("from", copy.source_kind, source),
+            ("to", copy.target_kind, target),
+        )
+        if not kind.has_boundaries
+    ]
+    if without and boundary == Boundary() and not copy.read.no_boundaries:
+        raise DataError(
+            f"{without[0]} records no document boundaries; pass --eod ID or --bos ID, the id that "
+            "ends or begins every document, or --no-boundaries to make one document of all"
+        )
+    for name, given in (("--bos", copy.read.bos), ("--no-boundaries", copy.read.no_boundaries)):
+        if not without and given not in (None, False):
+            raise DataError(
+                f"{name} has no effect: --from {copy.source_kind} and --to {copy.target_kind} "
+                "record document boundaries; remove it"
+            )
+
+
+def _check_options(copy: Copy, source: Kind, target: Kind) -> None:
+    read, write = copy.read, copy.write
+    if (read.eod is not None) + (read.bos is not None) + read.no_boundaries > 1:
+        raise DataError(
+            "--eod, --bos and --no-boundaries: 2 or more given, one expected; keep the one that "
+            "says where documents end"
+        )
+    for option, given, used, side in (
+        ("dtype", read.dtype, source.reads, f"--from {copy.source_kind}"),
+        ("column", read.column, source.reads | target.writes, "--from and --to"),
+        ("shard_tokens", write.shard_tokens, target.writes, f"--to {copy.target_kind}"),
+    ):
+        if given is not None and option not in used:
+            name = option.replace("_", "-")
+            raise DataError(f"--{name} {given} has no effect with {side}; remove it")

@@ -1,0 +1,221 @@
+"""Files of ids read in blocks, and outputs under partial names until they are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from data_tools.arrays import TokenArray, bytes_of
+from data_tools.errors import DataError, NoSuchFileError, cwd_hint
+from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
+from data_tools.formats.blocks import BLOCK_BYTES
+from data_tools.formats.manifest import Manifest, manifest_path
+
+
+class RawFile(NamedTuple):
+    """Ids in [begin, size of the file) of a file."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    begin: int
+    num_tokens: int
+
+    def parts(self) -> Iterator[tuple[TokenArray, int]]:
+        """Yield the ids in blocks, each with the byte where it begins.
+
+        Raises:
+            DataError: the file has become shorter since it was opened.
+        """
+        per_block = BLOCK_BYTES // self.dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.begin)
+            for first in range(0, self.num_tokens, per_block):
+                ids = np.empty(min(per_block, self.num_tokens - first), self.dtype)
+                offset = self.begin + first * self.dtype.itemsize
+                _fill(file, ids, self.path, offset)
+                yield ids, offset
+
+
+def _fill(file: Any, ids: TokenArray, path: Path, offset: int) -> None:
+    view = bytes_of(ids)
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise DataError(
+                f"{path}: it ends at byte {offset + done}, {len(view) - done} bytes too early; it "
+                "was cut while it was read: wait until it is written"
+            )
+        done += count
+
+
+def file_size(path: Path, *, remedy: str = "check the path") -> int:
+    """Return the size of a file that must not be empty.
+
+    Raises:
+        DataError: it is missing, no file or empty.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise NoSuchFileError(f"{path}: no such file{cwd_hint(path)}; {remedy}") from error
+    if path.is_dir():
+        raise DataError(f"{path}: it is a folder, a file expected; pass the files in it")
+    if size == 0:
+        raise DataError(f"{path}: 0 bytes found; it holds no ids: write it again")
+    return size
+
+
+def raw_file(path: Path, dtype: np.dtype[Any], *, begin: int = 0) -> RawFile:
+    """Open a file that holds ids from `begin` on.
+
+    Raises:
+        DataError: it is missing or empty, or its size is no multiple of the dtype's.
+    """
+    size = file_size(path)
+    if (size - begin) % dtype.itemsize:
+        raise DataError(
+            f"{path}: {size} bytes found, which are not whole ids of {dtype.itemsize} bytes "
+            f"({dtype.name}) from byte {begin} on; it is truncated or of another dtype: copy it "
+            "again or pass --dtype"
+        )
+    return RawFile(path, dtype, begin, (size - begin) // dtype.itemsize)
+
+
+class PartialFiles:
+    """The files of one output and its manifest, under partial names until `publish`.
+
+    The last one is renamed last and, if it exists, removed first: an output that has it is
+    complete.
+
+    Raises:
+        DataError: one exists and `overwrite` is false, or another process is writing it.
+    """
+
+    def __init__(self, output: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
+        self._paths = [manifest_path(output), *paths]
+        existing = [path for path in self._paths if path.exists()]
+        if existing and not overwrite:
+            raise _exists(existing[0])
+        self._files: list[BinaryIO] = []
+        try:
+            # The last one first: its lock protects the others.
+            for path in reversed(self._paths):
+                self._files.insert(0, open_partial(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, index: int) -> BinaryIO:
+        """Return the open file of the path at `index`."""
+        return self._files[1:][index]
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest, and rename all files to their own names."""
+        self._files[0].write(manifest.to_bytes())
+        for file in self._files:
+            flush_to_disk(file)
+        self._paths[-1].unlink(missing_ok=True)
+        for path in self._paths:
+            os.replace(partial_path(path), path)
+        sync_folder(self._paths[-1].parent)
+        self.close()
+
+    def close(self) -> None:
+        """Remove what is not published."""
+        for file, path in zip(reversed(self._files), reversed(self._paths), strict=False):
+            with suppress(OSError):  # a full disk
+                file.close()
+            partial_path(path).unlink(missing_ok=True)
+        self._files = []
+
+
+class PartialFolder:
+    """A folder of files, under a partial name until `publish` renames it as a whole.
+
+    Raises:
+        DataError: it exists and `overwrite` is false, or another process is writing it.
+    """
+
+    def __init__(self, output: Path, *, overwrite: bool) -> None:
+        self._output = output
+        self.path = partial_path(output)
+        for path in (output, manifest_path(output)):
+            if path.exists() and not overwrite:
+                raise _exists(path)
+        self._lock_path = output.with_name(output.name + ".lock")
+        self._lock = open_partial(self._lock_path)
+        shutil.rmtree(self.path, ignore_errors=True)  # of a killed writer
+        self.path.mkdir()
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest beside the folder, and rename the folder to its own name."""
+        for path in self.path.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(self.path)
+        if self._output.is_dir():
+            shutil.rmtree(self._output)
+        else:
+            self._output.unlink(missing_ok=True)
+        with open_partial(manifest_path(self._output)) as file:
+            file.write(manifest.to_bytes())
+            flush_to_disk(file)
+            os.replace(partial_path(manifest_path(self._output)), manifest_path(self._output))
+        os.rename(self.path, self._output)
+        sync_folder(self._output.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Remove what is not published."""
+        if not self._lock.closed:
+            shutil.rmtree(self.path, ignore_errors=True)
+            partial_path(self._lock_path).unlink(missing_ok=True)
+            self._lock.close()
+
+
+def _exists(path: Path) -> DataError:
+    return DataError(f"{path} exists; choose another --output or pass --overwrite to replace it")
+
+
+def read_index(folder: Path, *, of: str) -> dict[str, Any]:
+    """Read the index.json of a folder of shards.
+
+    Raises:
+        DataError: it is missing, so that the folder is incomplete, or no JSON object.
+    """
+    path = folder / "index.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise NoSuchFileError(
+            f"{path}: no such file{cwd_hint(path)}; it lists the shards of {of}: pass the folder "
+            "that holds both"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}; it is damaged: copy it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: {type(content).__name__} found, dict expected; copy it again")
+    return content
+
+
+def listed_file(folder: Path, name: object, *, index: str) -> Path:
+    """Return the path of a file that an index lists, which must lie in the folder of the index.
+
+    Raises:
+        DataError: it does not.
+    """
+    path = folder / str(name)
+    if not isinstance(name, str) or not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{folder / index}: file {name!r} is listed, which is not in {folder}; copy all files "
+            "into one folder"
+        )
+    return path
