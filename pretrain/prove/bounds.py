@@ -7,7 +7,9 @@ what cancels leaves the rounding of its terms.
 bf16: every activation is rounded to 8 bits, one process in fp64 rounds none. A rounding is off by
 at most u = 2^-8 of the value, by u / sqrt(3) in the mean square, and n of them in a row, which have
 either sign, by sqrt(n / 3) u (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.,
-sections 2.8 and 3.1). Four times that is allowed. Errors are relative to the norm of a tensor.
+sections 2.8 and 3.1). Four times that is allowed. How many follow one another is counted while the
+model runs (`truth/roundings.py`): twice as many again in backward. Errors are relative to the norm
+of a tensor.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from typing import NamedTuple
 FP32 = 1e-5
 FLOOR = 1e-2
 _U_BF16 = 2.0**-8
-_ROUNDINGS_FORWARD = 12  # results of a block
-_ROUNDINGS_PER_LAYER = 3 * _ROUNDINGS_FORWARD  # twice as many in backward
 
 
 class Bound(NamedTuple):
@@ -47,19 +47,20 @@ class Bounds(NamedTuple):
     rate: Bound
 
     @classmethod
-    def of(cls, precision: str, *, num_layers: int) -> Bounds:
+    def of(cls, precision: str, *, roundings: int = 0) -> Bounds:
+        """`roundings`: in a row in the forward pass of the model; what bounds in bf16 come from."""
         rate = Bound(1e-12, "the same formula in double precision")
         if precision == "fp32":
             order = Bound(FP32, f"order of fp32 sums; |g| above {FLOOR:g} of the norm")
             same = Bound(FP32, "order of fp32 sums")
             return cls(same, order, same, rate)
-        number = _ROUNDINGS_PER_LAYER * (num_layers + 2)
-        gradient = Bound(
-            4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
-        )
-        number = _ROUNDINGS_FORWARD * (num_layers + 2)
-        choice = Bound(
-            4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
-        )
+        gradient, choice = (_after(number) for number in (3 * roundings, roundings))
         loss = Bound(4 * _U_BF16, "4 roundings to 2^-8, averaged over tokens")
         return cls(loss, gradient, choice, rate)
+
+
+def _after(number: int) -> Bound:
+    """The bound after so many roundings in a row."""
+    return Bound(
+        4 * math.sqrt(number / 3) * _U_BF16, f"4 sqrt({number} / 3) 2^-8, {number} roundings"
+    )

@@ -57,11 +57,6 @@ class Case(NamedTuple):
     there: Leg
     timeout: float
 
-    @property
-    def bounds(self) -> Bounds:
-        config = self.here.config
-        return Bounds.of(config.training.precision, num_layers=config.model.num_layers)
-
 
 class Section(NamedTuple):
     """Rows of one leg, under a title."""
@@ -197,7 +192,8 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
     """Compare every leg with the run in one process, by induction over its steps."""
     config = case.here.config
     oracle = OneProcess(config)
-    untrained = oracle.untrained()
+    untrained, precision = oracle.untrained(), config.training.precision
+    bounds = Bounds.of(precision, roundings=oracle.roundings() if precision == "bf16" else 0)
     sections = []
     for leg in legs:
         rows = []
@@ -215,10 +211,10 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
             before, after = (read_checkpoint(leg.run_dir, n) for n in (step - 1, step))
             clip = leg.leg.config.training.grad_clip
             truth = oracle.step(step, before.state(), grad_clip=clip, choices=choices[step])
-            found = choice_rows(truth, case.bounds)
-            found += number_rows(step, metrics, truth, case.bounds)
-            found.append(gradient_row(after, truth, before.state(), config.training, case.bounds))
-            found += state_rows(after, truth, config.training, case.bounds)
+            found = choice_rows(truth, bounds)
+            found += number_rows(step, metrics, truth, bounds)
+            found.append(gradient_row(after, truth, before.state(), config.training, bounds))
+            found += state_rows(after, truth, config.training, bounds)
             rounds = leg.plan[step - 1].sequences // per_round
             found += sum_rows(after, truth, before.state(), config.training, rounds)
             found.append(update_row(after, truth, before.state(), config.training))

@@ -28,6 +28,7 @@ from parallel.layer_state import ChangedByStages, UpdatedAfterStep
 from pretrain.config import RunConfig, TrainingConfig
 from pretrain.prove.choices import Choices, Given, Giver
 from pretrain.prove.truth.reader import IGNORED, Sample, Step, held_out_rows, samples_of_steps
+from pretrain.prove.truth.roundings import roundings_in_a_row
 
 Tensors = dict[str, Tensor]
 
@@ -79,6 +80,13 @@ class OneProcess:
         reset = self.config.data.reset_at_documents
         rows = samples_of_steps(self.config.data, plan, seed=self.config.training.seed)
         self.batches = [_batch(each, reset) for each in rows]
+
+    def roundings(self) -> int:
+        """Roundings in a row in the forward pass of a sequence in bf16."""
+        data = self.config.data
+        tokens = torch.arange(data.sequence_length).unsqueeze(0) % self.config.model.vocab_size
+        segments = torch.zeros_like(tokens).int() if data.reset_at_documents else None
+        return roundings_in_a_row(self.model, TokenInputs(tokens, segments))
 
     def initial(self) -> State:
         """The state before the first step. In bf16 master weights begin as rounded weights."""

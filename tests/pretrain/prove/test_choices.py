@@ -12,7 +12,7 @@ from pretrain.prove.bounds import Bounds
 from pretrain.prove.choices import Choices, Given, Giver, read_choices, recorded
 
 SCORES = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-BOUNDS = {name: Bounds.of(name, num_layers=4).choice.value for name in ("fp32", "bf16")}
+BOUNDS = {name: Bounds.of(name, roundings=54).choice.value for name in ("fp32", "bf16")}
 
 
 def largest(scores: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def saved(truth: TrueStep, **changes) -> Saved:
 
 def rows(found: Saved, truth: TrueStep) -> dict[str, Row]:
     before = State({}, {n: torch.zeros(3, 4) for n in "ab"}, {}, {}, 0)
-    bounds = Bounds.of("fp32", num_layers=2)
+    bounds = Bounds.of("fp32")
     all_rows = state_rows(found, truth, TRAINING, bounds)
     all_rows.append(gradient_row(found, truth, before, TRAINING, bounds))
     return {each.check: each for each in all_rows}
@@ -135,7 +135,7 @@ def test_step_counts_and_forward_weights_are_exact(truth):
 
 def test_numbers_of_a_step_are_compared_and_missing_ones_fail(truth):
     record = {"loss": 2.0, "grad_norm": truth.norm, "lr": 1e-3, "eval_loss": 3.0}
-    bounds = Bounds.of("fp32", num_layers=2)
+    bounds = Bounds.of("fp32")
     found = number_rows(1, {1: record}, truth, bounds)
     assert [row.check for row in found] == [
         "loss", "gradient norm", "learning rate", "held-out loss"
@@ -168,7 +168,7 @@ def test_sums_in_bf16_have_no_more_bits_than_their_terms(in_bf16):
 
 
 def test_a_threshold_is_measured_by_the_scores_that_it_follows(truth):
-    bounds = Bounds.of("fp32", num_layers=2)
+    bounds = Bounds.of("fp32")
     near_zero = {"layer_1.tau": torch.tensor([1e-6]).double()}
     state = truth.state._replace(buffers=near_zero)
     for given, passed in (((Given("layer_1", 0, 0.0, 1.0),), True), ((), False)):
@@ -179,7 +179,7 @@ def test_a_threshold_is_measured_by_the_scores_that_it_follows(truth):
 
 
 def test_choices_that_rounding_does_not_explain_fail_by_layer(truth):
-    bounds = Bounds.of("fp32", num_layers=2)
+    bounds = Bounds.of("fp32")
     assert choice_rows(truth, bounds) == []
     for error, passed in ((0.0, True), (FP32, True), (2 * FP32, False), (math.nan, False)):
         given = [Given("layer_1", 0, 0.0), Given("layer_3", 2, error)]
@@ -189,7 +189,7 @@ def test_choices_that_rounding_does_not_explain_fail_by_layer(truth):
 
 
 def test_bounds_of_bf16_grow_with_the_root_of_the_depth():
-    shallow, deep = (Bounds.of("bf16", num_layers=n).gradient.value for n in (2, 14))
+    shallow, deep = (Bounds.of("bf16", roundings=n).gradient.value for n in (50, 200))
     assert deep == pytest.approx(2 * shallow)
     assert shallow < 0.2
 
