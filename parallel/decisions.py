@@ -1,9 +1,10 @@
 """Discrete decisions of layers, observed or replaced where two runs are compared.
 
-Which tokens a layer computes, which experts a token has, whether a loop ends: two runs whose scores
-differ by rounding may decide otherwise, and then differ by more than rounding, without either being
-wrong. So whoever compares them observes the decisions of one, gives them to the other, and asks how
-far scores would have to be off to explain each. Without an observer this costs nothing.
+Which tokens a layer computes, which experts a token has, which slots of memory it reads, whether a
+loop ends: two runs whose scores differ by rounding may decide otherwise, and then differ by more
+than rounding, without either being wrong. So whoever compares them observes the decisions of one,
+gives them to the other, and asks how far scores would have to be off to explain each. Without an
+observer this costs nothing.
 """
 
 from __future__ import annotations

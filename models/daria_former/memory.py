@@ -15,6 +15,7 @@ c segments, K = top_k.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.daria_former.cache import MemoryCache, Retrieved, Slots, cut
+from parallel.decisions import ScoreError, error_of_largest
 from parallel.precision import at_least_fp32
+from parallel.recompute import replay_decision
 
 # Maximum number of scores in memory while slots are selected.
 _SCORES_AT_A_TIME = 1 << 24
@@ -71,10 +74,12 @@ def memory_attention(
     initial_query: Tensor,
     layout: MemoryLayout,
     cache: MemoryCache | None = None,
+    training: bool = False,
 ) -> Tensor:
     """The readout [b, n, s, d] of rows that are one document; with `cache` they continue it.
 
     `fixed`: the persistent slots. `initial_query` [g, d]: the query of the first segment.
+    `training`: see `retrieve`.
     """
     segment, length = layout.segment_len, tokens.keys.shape[2]
     start = 0 if cache is None else cache.length
@@ -93,7 +98,7 @@ def memory_attention(
         visible = _visible(known, first, num_segments, first + num_closed, layout)
         slots = concatenated([*known.levels, fixed])
         visible = F.pad(visible, (0, fixed.keys.shape[2]), value=True)
-        retrieved = retrieve(queries, slots, visible, top_k=layout.top_k)
+        retrieved = retrieve(queries, slots, visible, top_k=layout.top_k, training=training)
         if cache is not None:
             last = num_segments - 1
             cache.retrieved, cache.retrieved_for = retrieved.segments(last, last + 1), first + last
@@ -113,6 +118,7 @@ def packed_memory_attention(
     fixed: Slots,
     initial_query: Tensor,
     layout: MemoryLayout,
+    training: bool = False,
 ) -> Tensor:
     """The readout [b, n, s, d] of rows that hold several documents, each with its own memory.
 
@@ -123,7 +129,8 @@ def packed_memory_attention(
     segment = layout.segment_len
     opening = initial_query.expand(batch, -1, -1).unsqueeze(2)
     always = positions.new_ones((1, fixed.keys.shape[2]), dtype=torch.bool)
-    in_first = read(tokens.queries, retrieve(opening, fixed, always, top_k=layout.top_k))
+    for_first = retrieve(opening, fixed, always, top_k=layout.top_k, training=training)
+    in_first = read(tokens.queries, for_first)
     if length <= segment:
         return in_first
     complete = _CompleteRuns.of(positions, segment)
@@ -138,7 +145,7 @@ def packed_memory_attention(
     everything = concatenated([*levels, fixed])
     visible.append(always.expand(batch, complete.ends.shape[1], -1))
     seen = torch.cat(visible, dim=-1).unsqueeze(1)
-    retrieved = retrieve(queries, everything, seen, top_k=layout.top_k)
+    retrieved = retrieve(queries, everything, seen, top_k=layout.top_k, training=training)
     # The block after each complete segment; the part beyond its document is discarded.
     following = (blocks + segment).clamp(max=length - 1)
     after = read(_take(tokens.queries, following), retrieved)
@@ -160,14 +167,19 @@ def pool(tokens: Tokens, stride: int) -> Slots:
     )
 
 
-def retrieve(queries: Tensor, slots: Slots, visible: Tensor, *, top_k: int) -> Retrieved:
+def retrieve(
+    queries: Tensor, slots: Slots, visible: Tensor, *, top_k: int, training: bool = False
+) -> Retrieved:
     """The `top_k` visible slots for each query: [b, g, c, d] and `visible` [c, m] or [b, 1, c, m].
 
     A slot's logit gets `max(-30, rho - max rho)`, rho = q k / sqrt(d), which is how the query
     learns what to retrieve. Selection is in fp32, so that it is the same at any precision of k.
+    With `training` it is a decision that two runs may compare (parallel.decisions).
     """
     scale = 1.0 / math.sqrt(queries.shape[-1])
-    indices, found = _select(queries, slots.keys, visible, top_k)
+    error_for = partial(_error_for, queries, slots.keys, visible) if training else None
+    chosen = replay_decision(lambda: _select(queries, slots.keys, visible, top_k), error_for)
+    indices, found = (each.transpose(0, 1) for each in chosen)
     keys, values = (_gather_slots(x, indices) for x in slots)
     if indices.shape[-1] == 0:
         bias = at_least_fp32(queries).new_zeros(indices.shape)
@@ -255,9 +267,16 @@ def concatenated(levels: list[Slots]) -> Slots:
     return Slots(*(torch.cat([x.expand(batch, -1, -1, -1) for x in part], dim=2) for part in parts))
 
 
+class _Chosen(NamedTuple):
+    """Slot numbers int64 [g, b, c, K], and whether each is visible. Heads come first: tensor ranks
+    have parts of them, and decisions of ranks are put together along the first dimension."""
+
+    indices: Tensor
+    found: Tensor
+
+
 @torch.no_grad()
-def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Slot numbers int64 [b, g, c, K], and whether each is visible."""
+def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> _Chosen:
     batch, groups, num_segments, _ = queries.shape
     num_slots = keys.shape[2]
     keys = at_least_fp32(keys).mT
@@ -270,7 +289,19 @@ def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> tuple
         best = scores.topk(min(top_k, num_slots), dim=-1)
         chosen.append(best.indices)
         found.append(best.values > -torch.inf)
-    return torch.cat(chosen, dim=2), torch.cat(found, dim=2)
+    indices, seen = torch.cat(chosen, dim=2), torch.cat(found, dim=2)
+    return _Chosen(indices.transpose(0, 1), seen.transpose(0, 1))
+
+
+@torch.no_grad()
+def _error_for(queries: Tensor, keys: Tensor, visible: Tensor, other: _Chosen) -> ScoreError:
+    """The error of the scores with which `other` is selected (parallel.decisions)."""
+    scores = torch.matmul(at_least_fp32(queries), at_least_fp32(keys).mT)
+    if not scores.shape[-1]:
+        return ScoreError(scores.new_zeros(()), scores.new_ones(()))
+    indices, found = (each.transpose(0, 1) for each in other)
+    marks = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, found)
+    return error_of_largest(scores.masked_fill(~visible, -torch.inf), marks, dim=-1)
 
 
 def _gather_slots(x: Tensor, indices: Tensor) -> Tensor:

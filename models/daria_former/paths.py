@@ -243,6 +243,7 @@ class MemoryPath(ContextPath):
                 fixed=self.persistent_slots(sources),
                 initial_query=initial,
                 layout=self.layout,
+                training=self.training,
             )
         return memory_attention(
             tokens,
@@ -250,6 +251,7 @@ class MemoryPath(ContextPath):
             initial_query=initial,
             layout=self.layout,
             cache=None if cache is None else cache.memory,
+            training=self.training,
         )
 
     def persistent_slots(self, sources: Sources) -> Slots:

@@ -21,6 +21,7 @@ from models.daria_former.memory import (
 from models.daria_former.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.decisions import observed_decisions
 from tests.models.daria_former.cases import config_of, tokens_of
 
 LAYOUT = MemoryLayout(
@@ -65,6 +66,36 @@ def test_the_best_visible_slots_are_retrieved_with_their_distance_to_the_best(
                 assert (own[2][count:4] == -torch.inf).all()
                 assert all((x[-1] == 0).all() for x in own)  # the empty slot
     assert (found.bias == -30).any()  # far slots are read all the same
+
+
+def test_retrieved_slots_are_a_decision_that_another_run_may_give():
+    torch.manual_seed(0)
+    queries, keys = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 9, 8)
+    visible = torch.ones(3, 9, dtype=torch.bool)
+    made, errors = [], []
+
+    def give_the_worst(decision, error_for):
+        made.append(decision)
+        worst = (queries @ -keys.mT).topk(4, dim=-1).indices.transpose(0, 1)
+        other = decision._replace(indices=worst)
+        errors.extend(float(error_for(each).error) for each in (decision, other))
+        return other
+
+    common = {"slots": Slots(keys, -keys), "visible": visible, "top_k": 4}
+    with observed_decisions(give_the_worst):
+        own = retrieve(queries, **common)
+        assert not made, "evaluation decides for itself"
+        given = retrieve(queries, **common, training=True)
+    assert made[0].indices.shape == (2, 2, 3, 4)  # heads, which tensor ranks share, come first
+    assert errors[0] == 0 < errors[1]
+    best, worst = own.keys[:, :, :, :4], given.keys[:, :, :, :4]
+    assert (
+        (queries.unsqueeze(-2) * best)
+        .sum(-1)
+        .min(-1)
+        .values.gt((queries.unsqueeze(-2) * worst).sum(-1).max(-1).values)
+        .all()
+    )
 
 
 def test_pooling_weighs_the_tokens_of_a_stride_by_their_anchors():
