@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from models.checkpoint import parameter_table
+from models.common.config import DecoderConfig
 from models.dynamic.counts import capacity_of, forward_flops_per_token, num_parameters
 from models.dynamic.token_router import capacity
 from models.llama.config import LlamaConfig
@@ -22,7 +23,7 @@ def _config(path: Path):
 
 
 def _dense(config) -> LlamaConfig:
-    names = set(LlamaConfig.model_fields) - {"family"}
+    names = set(DecoderConfig.model_fields) - {"family"}
     return LlamaConfig(**{name: getattr(config, name) for name in names})
 
 

@@ -63,20 +63,19 @@ class References:
             spec = TrainSpec.of(config, None, ParallelContext.single())
             model = SequentialModel(spec.layer_specs(), spec.ctx, seed=config.training.seed)
             begun = {name: p.detach() for name, p in model.named_parameters()}
-            moved = {
-                name: master - _part(begun, name) for name, master in trained.masters().items()
-            }
+            masters = trained.masters()
+            moved = {name: master - _part(begun, name) for name, master in masters.items()}
             assert max(trained.norms) > config.training.grad_clip, "the clipping must bite"
             self._kept[key] = trained, moved
         return self._kept[key]
 
 
 def _part(begun: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A parameter, or one of its stacked experts, flattened."""
+    """A parameter, or one of its stacked experts."""
     if name in begun:
-        return begun[name].flatten()
+        return begun[name]
     stacked, _, index = name.rpartition(".")
-    return begun[stacked][int(index)].flatten()
+    return begun[stacked][int(index)]
 
 
 @pytest.fixture(scope="module")

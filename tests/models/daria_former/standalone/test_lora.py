@@ -312,7 +312,7 @@ def test_what_cannot_be_adapted_is_refused():
     ):
         DariaFormerConfig(lora_rank=2, lora_targets=["gate_proj"], ffn_activation="gelu")
     with assert_refused(
-        "LoRA", value="torch.nn.modules.linear.Bilinear", constraint="linear", remedy="lora_rank=0"
+        "LoRA", value="torch.nn.modules.linear.Bilinear", constraint="linear", remedy="targets"
     ):
         wrap(nn.ModuleDict({"q_proj": nn.Bilinear(2, 2, 2)}), LORA_TARGETS, **_SMALL)
     with assert_refused(
