@@ -76,14 +76,14 @@ demo: $(STAMP)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo $(DATA) parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(COMPILED)
-	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow"
+	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not formats"
 
 # The packages of other corpora, in an environment of their own that also sees $(VENV): some of them
 # pin an older NumPy than ours, so that pip is given an exact list and resolves nothing.
 FORMATS := .venv-formats
 LIST := tests/data_tools/formats/requirements.txt
 formats: $(COMPILED) $(FORMATS)/.installed
-	REQUIRE_FORMATS=1 $(TEST_ENV) $(FORMATS)/bin/python -m pytest tests/data_tools/formats -k we_read_its
+	$(TEST_ENV) $(FORMATS)/bin/python -m pytest tests/data_tools/formats -m formats
 
 $(FORMATS)/.installed: $(STAMP) $(LIST)
 	@$(BIN)/python -m venv $(FORMATS)

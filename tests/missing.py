@@ -8,13 +8,12 @@ from typing import NoReturn
 import pytest
 
 
-def cannot_run(lacks: str, *, needs: str, required_by: str = "REQUIRE_SLURM") -> NoReturn:
+def cannot_run(lacks: str, *, needs: str) -> NoReturn:
     """Skip the test, such as one that `needs` "Slurm" because there is "no sbatch here".
 
     With REQUIRE_SLURM=1, which says that all packages of `.ci/run` are installed, it fails: a test
-    that is left out there would go unseen. So it does with REQUIRE_FORMATS=1 (`required_by`) for
-    the packages of the extra `formats`, which only `make formats` installs.
+    that is left out there would go unseen.
     """
-    if os.environ.get(required_by) == "1":
-        pytest.fail(f"{required_by}=1 and {lacks}")
+    if os.environ.get("REQUIRE_SLURM") == "1":
+        pytest.fail(f"REQUIRE_SLURM=1 and {lacks}")
     pytest.skip(f"needs {needs}: {lacks}")

@@ -16,6 +16,7 @@ from data_tools.formats import litdata
 from tests.data_tools.formats.conversions import (
     DOCUMENTS,
     EOD,
+    assert_same_files,
     convert,
     corpus,
     documents,
@@ -61,8 +62,7 @@ def test_our_folder_is_a_chunk_and_its_index(tmp_path: Path) -> None:
     assert index["chunks"] == [{**size, "filename": "chunk-0-0.bin"}]
     assert index["config"]["data_format"] == ["no_header_numpy:5"]
     back = megatron(tmp_path, "litdata", output)
-    for suffix in (".bin", ".idx"):
-        assert back.with_suffix(suffix).read_bytes() == ours.with_suffix(suffix).read_bytes()
+    assert_same_files(back, ours)
 
 
 @pytest.mark.parametrize("size", [1, 9, 1000])
@@ -164,6 +164,7 @@ def test_chunks_must_be_there_and_listed(tmp_path: Path) -> None:
         megatron(tmp_path, "litdata", folder)
 
 
+@pytest.mark.formats
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_litdata_reads_ours_and_we_read_its_chunks(

@@ -22,6 +22,7 @@ from data_tools.formats import mds
 from tests.data_tools.formats.conversions import (
     DOCUMENTS,
     EOD,
+    assert_same_files,
     convert,
     corpus,
     documents,
@@ -92,8 +93,7 @@ def test_our_folder_is_a_shard_and_its_index(tmp_path: Path) -> None:
     assert index[0] == index[1]
     for folder, given in ((output, []), (theirs, ["--overwrite"])):
         back = megatron(tmp_path, "mds", folder, options=given)
-        for suffix in (".bin", ".idx"):
-            assert back.with_suffix(suffix).read_bytes() == ours.with_suffix(suffix).read_bytes()
+        assert_same_files(back, ours)
 
 
 @pytest.mark.parametrize("size", [1, 5, 20])
@@ -259,14 +259,15 @@ def _streaming() -> ModuleType:
     """`streaming.base`: the package itself also imports data sets of images, and torchvision."""
     if "streaming" not in sys.modules:
         spec = importlib.util.find_spec("streaming")
-        if spec is None or spec.submodule_search_locations is None:
-            return package("streaming")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
         module = ModuleType("streaming")
         module.__path__ = list(spec.submodule_search_locations)
         sys.modules["streaming"] = module
     return package("streaming.base")
 
 
+@pytest.mark.formats
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
 def test_streaming_reads_ours_and_we_read_its_shards(tmp_path: Path) -> None:
     streaming = _streaming()
