@@ -138,9 +138,9 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
             config=spec.ds_config.values,
             mpu=None if spec.ctx.pipeline.size > 1 else _mpu(spec.ctx),
         )
+    allow_empty_norms(engine.optimizer)
     if spec.ctx.pipeline.size > 1:
         fuse_group_norms(engine.optimizer)
-        allow_empty_norms(engine.optimizer)
     return engine
 
 

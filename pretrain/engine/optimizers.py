@@ -118,12 +118,12 @@ def fuse_group_norms(optimizer: Any) -> None:
 
 
 def allow_empty_norms(optimizer: Any) -> None:
-    """Let a rank whose gradients all count elsewhere take part in the norm, in bf16.
+    """Let a rank whose gradients all count on other ranks take part in the norm, in bf16.
 
     Such as a second tensor rank of a stage that holds only norms and a tied matrix: BF16_Optimizer
     (DeepSpeed 0.19.8, `step`) stacks the norms of no tensors, which raises.
     """
-    if type(optimizer).__name__ != "BF16_Optimizer":
+    if not hasattr(optimizer, "get_grads_for_norm"):  # BF16_Optimizer alone has it
         return
     gradients_of = optimizer.get_grads_for_norm
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operations whose results are elements of their arguments, beside those that are views.
-_MOVING = {
+# Operations that round nothing, beside those whose results are views.
+_EXACT = {
     *("_unsafe_view", "cat", "clone", "constant_pad_nd", "copy_", "embedding", "flip", "gather"),
     *("index", "index_put", "index_put_", "index_select", "masked_fill", "masked_fill_"),
     *("masked_select", "repeat", "roll", "scatter", "scatter_", "sort", "stack", "topk", "where"),
@@ -51,20 +51,24 @@ class _Chains(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         results = operation(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = _tensors((args, kwargs))
         before = max((self._lengths.get(_memory(x), 0) for x in given), default=0)
-        moves = operation.is_view or operation.overloadpacket.__name__ in _MOVING
+        is_exact = operation.is_view or operation.overloadpacket.__name__ in _EXACT
         widens = operation.overloadpacket.__name__ == "_to_copy" and not any(
             x.dtype in (torch.float32, torch.float64) for x in given
         )
-        for result in tree_leaves(results):
-            if isinstance(result, Tensor):
-                rounds = result.dtype == torch.bfloat16 and not (moves or widens)
-                length = max(before + rounds, self._lengths.get(_memory(result), 0))
-                self._lengths[_memory(result)] = length
-                self._kept.append(result)
-                self.longest = max(self.longest, length)
+        for result in _tensors(results):
+            rounds = result.dtype == torch.bfloat16 and not (is_exact or widens)
+            length = max(before + rounds, self._lengths.get(_memory(result), 0))
+            self._lengths[_memory(result)] = length
+            self._kept.append(result)
+            self.longest = max(self.longest, length)
         return results
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those that have memory."""
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.numel()]
 
 
 def _memory(tensor: Tensor) -> int:
