@@ -83,7 +83,15 @@ class Documents:
         self._drop_empty, self._keep_empty = drop_empty, keep_empty
         self._open = 0  # tokens of the document that goes on
         self._without_end: Block | None = None
+        self._begins_without = False
         self.num_documents = self.num_empty = 0
+
+    @property
+    def token_found(self) -> bool:
+        """Whether a token that cuts documents stands anywhere."""
+        if self.num_documents != 1:
+            return True
+        return not self._begins_without if self._eod is None else self._without_end is None
 
     @property
     def all_end(self) -> bool:
@@ -113,9 +121,12 @@ class Documents:
         if self._keep_empty and self._eod is None and self._bos is None:
             return block
         if not self._drop_empty:
+            why = "which the output cannot hold"
+            if self._keep_empty:
+                why = f"but every document ends with id {self._eod} of --eod or of the .json"
             raise DataError(
-                f"{block.path}: document {first} has 0 tokens, which the output cannot hold; pass "
-                "--drop-empty to leave out empty documents"
+                f"{block.path}: document {first} has 0 tokens, {why}; pass --drop-empty to leave "
+                "out empty documents"
             )
         self.num_empty += int((lengths == 0).sum())
         return block._replace(ends=block.ends[lengths > 0])
@@ -143,6 +154,7 @@ class Documents:
         wrong = block.ids[begins] != bos
         if wrong.any():
             index = self.num_documents + int(np.argmax(wrong)) + (self._open > 0)
+            self._begins_without = index == 0
             if index > 0:  # before the first begin token there may be a piece of a document
                 raise DataError(
                     f"{block.path}: document {index} begins with id "
