@@ -88,13 +88,14 @@ def copy_corpus(copy: Copy) -> Copied:
         writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
     with closing(writer) as sink:
         _copy_blocks(copy, sources, boundary, documents, fit, output, sink)
+        are_lost = copy.read.no_boundaries and not target_kind.has_boundaries
         manifest = Manifest(
             kind=copy.target_kind,
             dtype=dtype.name,
-            num_documents=output.num_documents,
+            num_documents=1 if are_lost else output.num_documents,
             num_tokens=output.num_tokens,
             ids_hash=output.ids_hash,
-            ends_hash=output.ends_hash,
+            ends_hash=None if are_lost else output.ends_hash,
             eod_id=boundary.eod if documents.all_end or not target_kind.has_boundaries else None,
             bos_id=boundary.bos,
             command=copy.command,
@@ -200,7 +201,12 @@ def _copy_blocks(
                     _add(source, before, converted, output, sink, block)
                 report(output.num_documents, output.num_tokens * source.dtype.itemsize)
             if source.recorded is not None:
-                before.compare(source.name, source.recorded)
+                recorded = Boundary(source.recorded.eod_id, source.recorded.bos_id)
+                as_recorded = boundary == recorded and not copy.read.no_boundaries
+                has_boundaries = KINDS[copy.source_kind].has_boundaries
+                before.compare(
+                    source.name, source.recorded, with_documents=has_boundaries or as_recorded
+                )
     if output.num_documents == 0:
         raise DataError(f"{sources[0].name}: it holds 0 documents; pass a corpus with text")
     given = copy.read.bos if copy.read.eod is None else copy.read.eod

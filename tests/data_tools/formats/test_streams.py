@@ -77,6 +77,29 @@ def test_one_document_is_made_only_on_demand(tmp_path: Path) -> None:
     assert documents(back) == [[1, EOD, 3]]
 
 
+@pytest.mark.parametrize("kind", ["nanogpt", "llmc"])
+def test_what_is_recorded_beside_a_stream_does_not_hinder_another_cut(
+    tmp_path: Path, kind: str
+) -> None:
+    ours, out = corpus(tmp_path), tmp_path / "out"
+    to = ("--from", "megatron", "--to", kind, ours, "--output", out, "--overwrite")
+    convert(*to, "--no-boundaries")
+    whole = megatron(tmp_path, kind, out, options=["--no-boundaries"])
+    assert documents(whole) == [FLAT]
+    assert documents(megatron(tmp_path, kind, out, options=["--eod", EOD, "--overwrite"])) == (
+        DOCUMENTS
+    )
+    convert(*to)
+    for options, expected in (
+        ([], DOCUMENTS),
+        (["--no-boundaries"], [FLAT]),
+        (["--eod", 4], [[1, 2, 3, EOD, 4], FLAT[5:]]),
+        (["--bos", 4], [[1, 2, 3, EOD], FLAT[4:]]),
+    ):
+        back = megatron(tmp_path, kind, out, options=[*options, "--overwrite"])
+        assert documents(back) == expected
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_stream_is_cut_alike_at_any_block_size(
