@@ -156,8 +156,14 @@ def map_file(path: Path) -> mmap.mmap:
     return mapped
 
 
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name.endswith(PARTIAL_SUFFIX)
+
+
 def expand_paths(pattern: str, *, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """Return the sorted files of a path, a directory (recursive, no hidden files) or a glob.
+    """Return the sorted files of a path, a directory (recursive) or a glob.
+
+    In directories hidden files and what is not yet completely written are left out.
 
     Args:
         suffixes: Suffixes of the files to take from directories; empty: all.
@@ -173,7 +179,7 @@ def expand_paths(pattern: str, *, suffixes: tuple[str, ...] = ()) -> list[Path]:
             file
             for file in path.rglob("*")
             if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and not any(map(_is_left_out, file.relative_to(path).parts))
             and (not suffixes or file.name.endswith(suffixes))
         ]
     else:

@@ -36,7 +36,7 @@ def verify(prefix: str, *, vocab_size: int | None = None) -> list[str]:
     """
     dataset = IndexedDataset(prefix)
     info = dataset.info
-    _check_index(dataset)
+    check_index(dataset)
     limit = vocab_size if info is None else min(info.vocab_size, vocab_size or info.vocab_size)
     with progress_bar(f"verifying {prefix}", dataset.tokens.nbytes) as report:
         bin_sha256, max_token_id = _read_tokens(dataset, limit, report)
@@ -82,7 +82,12 @@ def _sha256(path: Path) -> str:
         raise DataError(f"{path}: {error.strerror}; preprocess the corpus again") from error
 
 
-def _check_index(dataset: IndexedDataset) -> None:
+def check_index(dataset: IndexedDataset) -> None:
+    """Check that sequences lie one after another, and documents too.
+
+    Raises:
+        DataError: names the first that does not.
+    """
     itemsize = np.int64(dataset.dtype.itemsize)
     offset = 0
     for begin in range(0, dataset.num_sequences, _BLOCK):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from data_tools.formats.blocks import (
 from data_tools.formats.manifest import Manifest, read_manifest
 from data_tools.formats.raw_files import PartialFiles, PartialFolder, file_size, listed_file
 from data_tools.formats.whole_documents import WholeDocuments, joined
-from data_tools.preprocessing.arrow_files import readable
+from data_tools.preprocessing.arrow_files import check_stream_end, readable
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 DEFAULT_COLUMN = "input_ids"
@@ -93,6 +93,7 @@ def _source(
         name=str(path),
         dtype=dtype,
         num_bytes=path.stat().st_size,
+        paths=[path],
         blocks=partial(_blocks, path, batches),
         recorded=read_manifest(prefix, kind=kind),
     )
@@ -125,10 +126,10 @@ def _files_of(path: Path) -> list[Path]:
 def _dtype(path: Path, schema: Any, column: str) -> np.dtype[Any]:
     import pyarrow
 
-    if column not in schema.names:
+    if (count := schema.names.count(column)) != 1:
         raise DataError(
-            f"{path}: no column {column!r} (columns: {', '.join(schema.names[:8])}); choose one "
-            "with --column"
+            f"{path}: {count or 'no'} columns {column!r} found, one expected (columns: "
+            f"{', '.join(schema.names[:8])}); choose another with --column"
         )
     kind = schema.field(column).type
     lists = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
@@ -164,6 +165,8 @@ def _open_arrow(path: Path, stack: ExitStack) -> Any:
     source = stack.enter_context(pyarrow.memory_map(str(path)))
     is_feather = source.read(len(_FEATHER_MAGIC)) == _FEATHER_MAGIC
     source.seek(0)
+    if not is_feather:
+        check_stream_end(path)
     opened = pyarrow.ipc.open_file if is_feather else pyarrow.ipc.open_stream
     return stack.enter_context(opened(source))
 
@@ -221,6 +224,10 @@ class ParquetWriter:
         self._files.publish(manifest)
 
     def close(self) -> None:
+        # Else it would be closed when it is deleted, which prints a traceback on a full disk.
+        with suppress(OSError):
+            self._writer.close()
+        self._writer.is_open = False
         self._files.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -66,6 +66,8 @@ class Source(NamedTuple):
     dtype: np.dtype[Any]
     num_bytes: int
     """Bytes of ids, for progress; approximate where they are compressed."""
+    paths: Sequence[Path]
+    """Its files, or the folder of all of them."""
     blocks: Callable[[Boundary], Iterator[Block]]
     """Its documents; where none are recorded, they are cut at the boundary."""
     recorded: Manifest | None = None

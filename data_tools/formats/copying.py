@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from data_tools.arrays import bytes_of
 from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.corpus.indexed import IndexPaths
 from data_tools.errors import DataError
 from data_tools.formats.blocks import (
     Block,
@@ -64,7 +65,10 @@ def copy_corpus(copy: Copy) -> Copied:
     """
     source_kind, target_kind = KINDS[copy.source_kind], KINDS[copy.target_kind]
     _check_options(copy, source_kind, target_kind)
-    sources = source_kind.open([_resolve(path, source_kind) for path in copy.inputs], copy.read)
+    inputs = [_resolve(path, source_kind) for path in copy.inputs]
+    with _one_line(copy.inputs[0], "check the path and its permissions"):
+        sources = source_kind.open(inputs, copy.read)
+    _check_paths(copy, target_kind, sources)
     _check_one_dtype(sources)
     boundary = _boundary(copy, sources)
     _check_boundary(copy, source_kind, target_kind, boundary)
@@ -80,26 +84,79 @@ def copy_corpus(copy: Copy) -> Copied:
     info = None if recorded is None else recorded.info
     fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
     output = Tally(None if target_kind.hashes_ids else HASH)
-    writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
+    with _writing(copy):
+        writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
     with closing(writer) as sink:
-        _copy_blocks(sources, boundary, documents, fit, output, sink)
+        _copy_blocks(copy, sources, boundary, documents, fit, output, sink)
+        are_lost = copy.read.no_boundaries and not target_kind.has_boundaries
         manifest = Manifest(
             kind=copy.target_kind,
             dtype=dtype.name,
-            num_documents=output.num_documents,
+            num_documents=1 if are_lost else output.num_documents,
             num_tokens=output.num_tokens,
             ids_hash=output.ids_hash,
-            ends_hash=output.ends_hash,
+            ends_hash=None if are_lost else output.ends_hash,
             eod_id=boundary.eod if documents.all_end or not target_kind.has_boundaries else None,
             bos_id=boundary.bos,
             command=copy.command,
             info=info,
         )
-        sink.finish(manifest)
+        with _writing(copy):
+            sink.finish(manifest)
     if copy.tokenizer is not None:
-        prefix, eod_id = Path(copy.output), manifest.eod_id
-        add_info(prefix, copy.tokenizer, eod_id=eod_id, command=copy.command)
+        _add_info(copy, copy.tokenizer, manifest.eod_id)
     return Copied(manifest, documents.num_empty)
+
+
+@contextmanager
+def _one_line(name: str, remedy: str) -> Iterator[None]:
+    """Name the file and a remedy in errors of the system: those of a full disk name nothing."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or name
+        raise DataError(f"{path}: {error.strerror or error}; {remedy}") from error
+
+
+def _writing(copy: Copy) -> AbstractContextManager[None]:
+    return _one_line(copy.output, "free space there, or choose another --output")
+
+
+def _add_info(copy: Copy, tokenizer: str, eod_id: int | None) -> None:
+    prefix = Path(copy.output)
+    try:
+        with _writing(copy):
+            add_info(prefix, tokenizer, eod_id=eod_id, command=copy.command)
+    except BaseException:  # whole, with the .json that was asked for, or not there
+        paths = IndexPaths.of(prefix)
+        paths.idx.unlink(missing_ok=True)
+        paths.bin.unlink(missing_ok=True)
+        raise
+
+
+def _check_paths(copy: Copy, target: Kind, sources: Sequence[Source]) -> None:
+    """Refuse an output without a name, an input given twice, and one that would be replaced."""
+    if not sources:
+        raise DataError(f"{copy.inputs[0]}: it lists 0 files; pass a corpus with text")
+    output = Path(copy.output)
+    if output.name in ("", ".."):
+        raise DataError(
+            f"--output {copy.output!r} is a folder, a new name in it expected; pass "
+            f"{output / 'corpus'}"
+        )
+    suffix = ".bin" if copy.target_kind == "megatron" else target.suffix
+    written = output.with_name(output.name + suffix).resolve()
+    seen = set()
+    for path in (path for source in sources for path in source.paths):
+        found = path.resolve()
+        if found in seen:
+            raise DataError(f"{path} is given twice; remove one")
+        seen.add(found)
+        if found.is_relative_to(written):
+            raise DataError(
+                f"{path}: it is an input, and --output {copy.output} would replace it; choose "
+                "another --output"
+            )
 
 
 def _vocab_size(copy: Copy, info: CorpusInfo | None) -> int | None:
@@ -125,6 +182,7 @@ def _check_one_dtype(sources: Sequence[Source]) -> None:
 
 
 def _copy_blocks(
+    copy: Copy,
     sources: Sequence[Source],
     boundary: Boundary,
     documents: Documents,
@@ -138,12 +196,31 @@ def _copy_blocks(
             before = Tally(None if source.recorded is None else algorithm_of(source.recorded))
             for block in read_ahead(source.blocks(boundary)):
                 before.count(block)
-                _add(source, before, fit.convert(documents.check(block)), output, sink, block)
+                converted = fit.convert(documents.check(block))
+                with _writing(copy):
+                    _add(source, before, converted, output, sink, block)
                 report(output.num_documents, output.num_tokens * source.dtype.itemsize)
             if source.recorded is not None:
-                before.compare(source.name, source.recorded)
+                recorded = Boundary(source.recorded.eod_id, source.recorded.bos_id)
+                as_recorded = boundary == recorded and not copy.read.no_boundaries
+                has_boundaries = KINDS[copy.source_kind].has_boundaries
+                before.compare(
+                    source.name, source.recorded, with_documents=has_boundaries or as_recorded
+                )
     if output.num_documents == 0:
         raise DataError(f"{sources[0].name}: it holds 0 documents; pass a corpus with text")
+    given = copy.read.bos if copy.read.eod is None else copy.read.eod
+    if given is not None and not KINDS[copy.source_kind].has_boundaries:
+        _check_token_found(documents, sources[0].name, given)
+
+
+def _check_token_found(documents: Documents, name: str, token: int) -> None:
+    """A wrong token would make one document of all, which is made on demand alone."""
+    if not documents.token_found:
+        raise DataError(
+            f"{name}: id {token} of --eod or --bos stands nowhere in it, so that it would be one "
+            "document; pass the id between its documents, or --no-boundaries for one document"
+        )
 
 
 def _add(
@@ -160,6 +237,12 @@ def _add(
 
 def _resolve(path: str, kind: Kind) -> Path:
     given = Path(path)
+    if not path:
+        raise DataError("INPUT '' is empty, a path expected; pass a file, a folder or a prefix")
+    if given.name in ("", ".."):
+        given = given.resolve()  # `.` has no name, by which files beside it are found
+    if not given.name:
+        raise DataError(f"INPUT {path} has no name, a corpus expected; pass a folder in it")
     with_suffix = given.with_name(given.name + kind.suffix)
     return with_suffix if not given.exists() and with_suffix.exists() else given
 
@@ -210,6 +293,8 @@ def _check_options(copy: Copy, source: Kind, target: Kind) -> None:
             "--eod, --bos and --no-boundaries: 2 or more given, one expected; keep the one that "
             "says where documents end"
         )
+    if copy.vocab_size is not None and copy.vocab_size < 1:
+        raise DataError(f"--vocab-size {copy.vocab_size} must be 1 or more; raise it")
     for option, given, used, side in (
         ("dtype", read.dtype, source.reads, f"--from {copy.source_kind}"),
         ("column", read.column, source.reads | target.writes, "--from and --to"),

@@ -83,6 +83,7 @@ def _open(path: Path) -> Source:
         name=str(path),
         dtype=raw.dtype,
         num_bytes=size,
+        paths=[path],
         blocks=partial(_blocks, raw, index),
         recorded=read_manifest(path.with_suffix(""), kind="datatrove"),
     )

@@ -85,6 +85,7 @@ def _open(folder: Path) -> Source:
         name=str(folder),
         dtype=dtype,
         num_bytes=sum(file.num_tokens for file in files) * dtype.itemsize,
+        paths=[folder],
         blocks=partial(_blocks, files),
         recorded=read_manifest(folder, kind="litdata"),
     )

@@ -62,6 +62,7 @@ def open_llmc(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
             name=str(paths[0]),
             dtype=files[0].dtype,
             num_bytes=sum(file.num_tokens for file in files) * files[0].dtype.itemsize,
+            paths=shards,
             blocks=partial(stream_blocks, files),
             recorded=recorded,
         )
@@ -113,7 +114,8 @@ class LlmcWriter:
     """
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
-        self._per_shard = options.shard_tokens or SHARD_TOKENS
+        given = options.shard_tokens
+        self._per_shard = SHARD_TOKENS if given is None else given
         if not 0 < self._per_shard <= _MAX_TOKENS:
             raise DataError(
                 f"--shard-tokens {self._per_shard} must be in [1, {_MAX_TOKENS}], which the header "

@@ -99,6 +99,7 @@ def _open(folder: Path, options: ReadOptions) -> Source:
         name=str(folder),
         dtype=dtype,
         num_bytes=sum(shard["raw_data"]["bytes"] for shard in filled),
+        paths=[folder],
         blocks=partial(_blocks, folder, filled, columns[0], dtype),
         recorded=read_manifest(folder, kind="mds"),
     )
@@ -111,9 +112,15 @@ def _column(folder: Path, shard: dict[str, Any], options: ReadOptions) -> _Colum
         names, encodings = shard["column_names"], shard["column_encodings"]
         sizes, kind = shard["column_sizes"], shard["format"]
         numbers = [shard["samples"], shard["raw_data"]["bytes"], *(s or 0 for s in sizes)]
-        if not all(isinstance(n, int) for n in numbers) or not len(names) == len(encodings):
+        if not all(isinstance(n, int) for n in numbers):
             raise TypeError(f"{numbers} for sizes")
+        if not all(isinstance(each, str) for each in (*names, *encodings)):
+            raise TypeError(f"{names} with {encodings}")
+        if not isinstance(sizes, list) or not len(names) == len(encodings) == len(sizes):
+            raise TypeError(f"{names} with {encodings} and {sizes}")
         shard["raw_data"]["basename"]
+        if not isinstance(hashes := shard["raw_data"].get("hashes", {}), dict):
+            raise TypeError(f"{hashes} for hashes")
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: shard {str(error)[:60]} cannot be read; it is damaged: copy it again"
@@ -132,6 +139,11 @@ def _column(folder: Path, shard: dict[str, Any], options: ReadOptions) -> _Colum
         raise DataError(
             f"{path}: column {name!r} is bytes, which do not say of which dtype their ids are; "
             "pass --dtype, int64 for those of LLM Foundry"
+        )
+    if encoding != "bytes" and options.dtype is not None:
+        raise DataError(
+            f"--dtype {options.dtype} has no effect: column {name!r} of {path} is "
+            f"{encodings[number]}, which says its own; remove it"
         )
     if encoding not in ("bytes", "ndarray") or len(shape) > 1 or dtype not in (*DTYPES, None):
         raise DataError(

@@ -27,6 +27,7 @@ from data_tools.formats.blocks import (
 from data_tools.formats.manifest import Manifest
 from data_tools.formats.raw_files import raw_file
 from data_tools.progress import progress_bar
+from data_tools.verify import check_index
 
 DTYPES = ("uint8", "uint16", "int32", "int64")
 _DOCUMENTS = 1 << 16  # whose ends are read at once
@@ -42,6 +43,11 @@ def open_megatron(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
 
 
 def _open(prefix: Path) -> Source:
+    if prefix.suffix in (".bin", ".idx") and prefix.is_file():
+        raise DataError(
+            f"{prefix}: it is a file, the prefix of a .bin and an .idx expected; pass "
+            f"{prefix.with_suffix('')}"
+        )
     dataset = IndexedDataset(prefix)
     plain = HEADER.size + 12 * dataset.num_sequences + 8 * (dataset.num_documents + 1)
     if (size := dataset.paths.idx.stat().st_size) != plain:
@@ -49,10 +55,19 @@ def _open(prefix: Path) -> Source:
             f"{dataset.paths.idx}: {size} bytes found, {plain} expected without modes; it is "
             "multimodal, and no output can hold the modes: convert its text alone"
         )
+    check_index(dataset)
+    if dataset.info is not None and (found := sha256_of(dataset.paths.idx)) != (
+        expected := dataset.info.idx_sha256
+    ):
+        raise DataError(
+            f"{dataset.paths.idx}: SHA-256 {found} found, {expected} expected by the .json; it is "
+            "damaged: copy it again, or delete the .json to convert it without its checks"
+        )
     return Source(
         name=str(dataset.paths.bin),
         dtype=dataset.dtype,
         num_bytes=dataset.tokens.nbytes,
+        paths=[dataset.paths.bin],
         blocks=partial(_blocks, dataset),
         recorded=_recorded(dataset),
     )

@@ -41,6 +41,7 @@ def open_nanogpt(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
             name=str(paths[0]),
             dtype=dtype,
             num_bytes=sum(file.num_tokens for file in files) * dtype.itemsize,
+            paths=paths,
             blocks=partial(stream_blocks, files),
             recorded=recorded,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -66,6 +67,12 @@ def _open(path: Path, options: ReadOptions) -> Source:
             f"{path}: no {metadata.name} with its documents beside it; pass --eod ID, the id that "
             "ends every document, and --dtype"
         )
+    elif options.eod is None:
+        given = "--no-boundaries" if options.bos is None else f"--bos {options.bos}"
+        raise DataError(
+            f"{path}: no {metadata.name} beside it, and {given} found, --eod expected; pass --eod "
+            f"ID, or --from nanogpt --dtype DTYPE with {given}"
+        )
     elif options.dtype is None:
         raise DataError(
             f"{path}: no {metadata.name} beside it, and a raw file does not say of which dtype its "
@@ -78,6 +85,7 @@ def _open(path: Path, options: ReadOptions) -> Source:
         name=str(path),
         dtype=dtype,
         num_bytes=raw.num_tokens * dtype.itemsize,
+        paths=[path],
         blocks=partial(_blocks, raw, metadata if metadata.exists() else None),
         recorded=recorded,
     )
@@ -186,4 +194,6 @@ class OlmoWriter:
         self._files.publish(manifest)
 
     def close(self) -> None:
+        with suppress(OSError):  # a full disk
+            self._metadata.close()
         self._files.close()

@@ -101,9 +101,13 @@ class PartialFiles:
 
     def __init__(self, output: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
         self._paths = [manifest_path(output), *paths]
-        existing = [path for path in self._paths if path.exists()]
-        if existing and not overwrite:
-            raise _exists(existing[0])
+        _check_absent(self._paths, overwrite=overwrite)
+        for path in paths:
+            if path.is_dir():
+                raise DataError(
+                    f"{path}: it is a folder, which a file of the output cannot replace; choose "
+                    "another --output"
+                )
         self._files: list[BinaryIO] = []
         try:
             # The last one first: its lock protects the others.
@@ -145,15 +149,25 @@ class PartialFolder:
     """
 
     def __init__(self, output: Path, *, overwrite: bool) -> None:
-        self._output = output
+        self._output, self._manifest_path = output, manifest_path(output)
         self.path = partial_path(output)
-        for path in (output, manifest_path(output)):
-            if path.exists() and not overwrite:
-                raise _exists(path)
-        self._lock_path = output.with_name(output.name + ".lock")
-        self._lock = open_partial(self._lock_path)
-        shutil.rmtree(self.path, ignore_errors=True)  # of a killed writer
-        self.path.mkdir()
+        self._replaced = partial_path(output.with_name(output.name + ".replaced"))
+        _check_absent([output, self._manifest_path], overwrite=overwrite)
+        if output.is_dir() and not self._manifest_path.exists() and any(output.iterdir()):
+            raise DataError(
+                f"{output}: it has no {self._manifest_path.name} beside it, so that no conversion "
+                "wrote it, and --overwrite does not delete it; choose another --output, or delete "
+                "it yourself"
+            )
+        # Its lock protects the folder as well, and files of the same prefix in other formats.
+        self._manifest = open_partial(self._manifest_path)
+        try:
+            for path in (self.path, self._replaced):  # of a killed writer
+                _remove(path)
+            self.path.mkdir()
+        except BaseException:
+            self.close()
+            raise
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest beside the folder, and rename the folder to its own name."""
@@ -161,28 +175,40 @@ class PartialFolder:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(self.path)
-        if self._output.is_dir():
-            shutil.rmtree(self._output)
-        else:
-            self._output.unlink(missing_ok=True)
-        with open_partial(manifest_path(self._output)) as file:
-            file.write(manifest.to_bytes())
-            flush_to_disk(file)
-            os.replace(partial_path(manifest_path(self._output)), manifest_path(self._output))
+        self._manifest.write(manifest.to_bytes())
+        flush_to_disk(self._manifest)
+        # Moved and not deleted: a folder without some of its shards must not have that name.
+        if os.path.lexists(self._output):
+            os.rename(self._output, self._replaced)
+        os.replace(partial_path(self._manifest_path), self._manifest_path)
         os.rename(self.path, self._output)
         sync_folder(self._output.parent)
+        _remove(self._replaced)
         self.close()
 
     def close(self) -> None:
         """Remove what is not published."""
-        if not self._lock.closed:
+        if not self._manifest.closed:
             shutil.rmtree(self.path, ignore_errors=True)
-            partial_path(self._lock_path).unlink(missing_ok=True)
-            self._lock.close()
+            partial_path(self._manifest_path).unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk
+                self._manifest.close()
 
 
-def _exists(path: Path) -> DataError:
-    return DataError(f"{path} exists; choose another --output or pass --overwrite to replace it")
+def _check_absent(paths: Sequence[Path], *, overwrite: bool) -> None:
+    existing = [path for path in paths if os.path.lexists(path)]
+    if existing and not overwrite:
+        raise DataError(
+            f"{existing[0]} exists; choose another --output or pass --overwrite to replace it"
+        )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_index(folder: Path, *, of: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ pyarrow and `datasets` are imported only when such a file is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from data_tools.errors import DataError
 
 _BATCH_ROWS = 256  # rows converted to Python objects at once
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class RowGroup(NamedTuple):
@@ -120,8 +122,24 @@ def _arrow_batches(path: Path, column: str, begin: int, end: int) -> Iterator[An
 def _open_arrow(path: Path) -> Iterator[Any]:
     import pyarrow
 
+    check_stream_end(path)
     with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as reader:
         yield reader
+
+
+def check_stream_end(path: Path) -> None:
+    """Check that a stream has its end marker: pyarrow takes what a killed writer left as whole.
+
+    Raises:
+        ArrowInvalid: it does not end with one.
+    """
+    import pyarrow
+
+    with open(path, "rb") as file:
+        file.seek(-min(len(_STREAM_END), path.stat().st_size), os.SEEK_END)
+        found = file.read()
+    if found != _STREAM_END:
+        raise pyarrow.ArrowInvalid(f"the end marker {_STREAM_END.hex()} expected, {found.hex()}")
 
 
 def _check_column(path: Path, schema: Any, column: str) -> None:

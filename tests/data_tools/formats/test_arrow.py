@@ -112,6 +112,8 @@ def test_empty_rows_are_kept_where_they_can_be(tmp_path: Path, kind: str) -> Non
         assert _read(output, target) == rows
     with _refused(f"theirs.{kind}", "0", "0 tokens", "--drop-empty"):
         megatron(tmp_path, kind, path)
+    with _refused(f"theirs.{kind}", "0", ("0 tokens", "9 of --eod"), "--drop-empty"):
+        convert("--from", kind, "--to", kind, path, "--output", tmp_path / "no", "--eod", EOD)
     assert documents(megatron(tmp_path, kind, path, options=["--drop-empty"])) == [[1, 2], [3]]
 
 
@@ -142,6 +144,9 @@ def test_a_saved_data_set_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
     with _refused("data-00001-of-00003.arrow", "file", "state.json", "copy"):
         megatron(tmp_path, "arrow", tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": []}')
+    with _refused("saved", "0", "files", "pass"):
+        megatron(tmp_path, "arrow", tmp_path / "saved")
     (tmp_path / "saved" / "state.json").write_text("{}")
     with _refused("state.json", "_data_files", "read", "again"):
         megatron(tmp_path, "arrow", tmp_path / "saved")
@@ -152,6 +157,20 @@ def test_both_formats_that_are_called_arrow_are_read(tmp_path: Path) -> None:
     with pa.ipc.new_file(tmp_path / "feather.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=3)
     assert documents(megatron(tmp_path, "arrow", tmp_path / "feather.arrow")) == DOCUMENTS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, kind: str) -> None:
+    ids = pa.array(DOCUMENTS)
+    table = pa.table([ids, ids], names=["input_ids", "input_ids"])
+    path = tmp_path / f"theirs.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with _refused(f"theirs.{kind}", "2", ("'input_ids'", "one"), "--column"):
+        megatron(tmp_path, kind, path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

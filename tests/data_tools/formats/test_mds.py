@@ -137,6 +137,8 @@ def test_other_columns_and_encodings_are_read(tmp_path: Path) -> None:
     back = megatron(tmp_path, "mds", folder, options=raw_options)
     assert documents(back) == DOCUMENTS
     assert IndexedDataset(back).dtype == np.int64
+    with _refused("--dtype", "int64", ("no effect", "ndarray"), "remove"):
+        megatron(tmp_path, "mds", folder, options=["--column", "ids", "--dtype", "int64"])
     for name, value, constraint in (
         ("tokens", "'tokens'", "ids, n, text, z"),
         ("text", "str", "integers"),
@@ -242,6 +244,16 @@ def test_a_damaged_index_is_refused(
     folder = _write(tmp_path / "in", THEIRS)
     (folder / "index.json").write_text(index)
     with _refused("index.json", value, constraint, remedy):
+        megatron(tmp_path, "mds", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("column_names", [7]), ("column_encodings", [7]), ("column_sizes", {}), ("column_sizes", [])],
+)
+def test_an_index_of_other_types_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    folder = _change(_write(tmp_path / "in", THEIRS), **{name: value})
+    with _refused("index.json", "shard", "", "copy"):
         megatron(tmp_path, "mds", folder)
 
 

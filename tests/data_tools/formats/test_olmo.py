@@ -87,6 +87,9 @@ def test_without_metadata_the_dtype_and_end_token_must_be_given(tmp_path: Path) 
         megatron(tmp_path, "olmo", path)
     with _refused("part.npy", "part.csv.gz", "dtype", "--dtype"):
         megatron(tmp_path, "olmo", path, options=["--eod", EOD])
+    for given in (["--bos", EOD], ["--no-boundaries"]):
+        with _refused("part.npy", given[0], ("part.csv.gz", "--eod"), ("nanogpt", str(given[0]))):
+            megatron(tmp_path, "olmo", path, options=[*given, "--dtype", "uint16"])
     options = ["--eod", EOD, "--dtype", "uint16"]
     assert documents(megatron(tmp_path, "olmo", path, options=options)) == DOCUMENTS
 

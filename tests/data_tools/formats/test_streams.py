@@ -77,6 +77,29 @@ def test_one_document_is_made_only_on_demand(tmp_path: Path) -> None:
     assert documents(back) == [[1, EOD, 3]]
 
 
+@pytest.mark.parametrize("kind", ["nanogpt", "llmc"])
+def test_what_is_recorded_beside_a_stream_does_not_hinder_another_cut(
+    tmp_path: Path, kind: str
+) -> None:
+    ours, out = corpus(tmp_path), tmp_path / "out"
+    to = ("--from", "megatron", "--to", kind, ours, "--output", out, "--overwrite")
+    convert(*to, "--no-boundaries")
+    whole = megatron(tmp_path, kind, out, options=["--no-boundaries"])
+    assert documents(whole) == [FLAT]
+    assert documents(megatron(tmp_path, kind, out, options=["--eod", EOD, "--overwrite"])) == (
+        DOCUMENTS
+    )
+    convert(*to)
+    for options, expected in (
+        ([], DOCUMENTS),
+        (["--no-boundaries"], [FLAT]),
+        (["--eod", 4], [[1, 2, 3, EOD, 4], FLAT[5:]]),
+        (["--bos", 4], [[1, 2, 3, EOD], FLAT[4:]]),
+    ):
+        back = megatron(tmp_path, kind, out, options=[*options, "--overwrite"])
+        assert documents(back) == expected
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_stream_is_cut_alike_at_any_block_size(
@@ -142,6 +165,21 @@ def test_the_first_id_that_does_not_fit_is_named(tmp_path: Path) -> None:
             *("--from", "megatron", "--to", "llmc", ours, "--output", tmp_path / "out"),
             *("--vocab-size", 65_536),
         )
+
+
+@pytest.mark.parametrize("option", ["--eod", "--bos"])
+@pytest.mark.parametrize("token", [8, -1, 70_000])
+def test_a_token_that_cuts_nothing_is_refused(tmp_path: Path, option: str, token: int) -> None:
+    (tmp_path / "train.bin").write_bytes(struct.pack("<4H", 1, EOD, 3, 4))
+    with _refused("train.bin", token, option, "--no-boundaries"):
+        megatron(tmp_path, "nanogpt", tmp_path / "train.bin", options=[option, token])
+    assert not list(tmp_path.glob("back*"))
+    for stream in ([1, EOD], [EOD, 1], [EOD]):  # one document with its token
+        (tmp_path / "train.bin").write_bytes(struct.pack(f"<{len(stream)}H", *stream))
+        if (stream[0] if option == "--bos" else stream[-1]) == EOD:
+            options = [option, EOD, "--overwrite"]
+            back = megatron(tmp_path, "nanogpt", tmp_path / "train.bin", options=options)
+            assert documents(back) == [stream]
 
 
 def test_half_an_id_and_files_that_are_missing_or_empty_are_refused(tmp_path: Path) -> None:
@@ -266,8 +304,12 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
             convert("--from", "megatron", ours, "--output", out, *options)
     with _refused("--eod", "2", "one", "keep"):
         convert("--from", "megatron", "--to", "llmc", ours, "--output", out, "--eod", 9, "--bos", 9)
-    with _refused("--shard-tokens", "-1", "2147483647", "leave"):
-        convert("--from", "megatron", "--to", "llmc", ours, "--output", out, "--shard-tokens", -1)
+    llmc = ("--from", "megatron", "--to", "llmc", ours, "--output", out)
+    for number in (0, -1):
+        with _refused("--shard-tokens", number, "2147483647", "leave"):
+            convert(*llmc, "--shard-tokens", number)
+        with _refused("--vocab-size", number, "1 or more", "raise"):
+            convert(*llmc, "--vocab-size", number)
 
 
 def test_an_output_is_replaced_only_on_demand(tmp_path: Path) -> None:
