@@ -124,6 +124,15 @@ class DecoderConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_theta(self) -> Self:
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(
+                f"rope_theta={self.rope_theta} with rope_scaling of type yarn must be larger than "
+                "1, so that frequencies decrease; the usual one is 10000"
+            )
+        return self
+
     @property
     def head_size(self) -> int:
         """`head_dim` as the model uses it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _PREFIX = "model."
+_LONGEST_REASON = 300  # characters
 _MOST_LAYERS = 10_000  # each is listed before a tensor is read, which takes memory
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 _WEIGHTS_NAME = re.compile(_SHARD_NAME.pattern + r"(\.index\.json)?")
@@ -101,8 +103,22 @@ def converted(convert: Callable[..., Any], *arguments: Any, path: Path) -> Any:
     try:
         return convert(*arguments)
     except Exception as error:  # transformers' validation raises errors of many types
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(_reason(error).split())
+        if len(reason) > _LONGEST_REASON:  # what is wrong comes first, the remedy last
+            reason = f"{reason[:150]} ... {reason[-140:]}"
         raise ValueError(f"{path} cannot be imported: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error, of a setting that pydantic refuses with its name and value."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "value_error":  # of a check of ours, which says all of it
+        return first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] == "missing" else f"={first['input']!r}"
+    return f"{name}{value}: {first['msg']}; correct it"
 
 
 def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | None) -> None:

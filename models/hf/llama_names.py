@@ -81,6 +81,8 @@ FIXED_SETTINGS = {
     "mlp_bias": False,
     "use_sliding_window": False,
 }
+# Their types of layers that our decoders have.
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 # Their names of the activation silu.
 _SILU = ("silu", "swish")
 
@@ -152,7 +154,7 @@ def decoder_settings(
     settings = {k: v for k, v in contents.items() if k != "model_type"}
     theirs = AutoConfig.for_model(contents["model_type"], **settings)
     _check_function(theirs, family=family)
-    window, layer_types = _windows(theirs)
+    window, layer_types = _windows(theirs, family=family)
     if window is not None and not windows:
         raise ValueError(
             f"config.json: sliding_window={window} with max_position_embeddings="
@@ -178,7 +180,7 @@ def _check_function(theirs: Any, *, family: str) -> None:
 
     Only what its class reads counts: a Qwen2 model with the key `attention_bias` is a Qwen2 model.
     """
-    read = {field.name for field in fields(theirs)}
+    read = _read_settings(theirs)
     given = {name: getattr(theirs, name) for name in FIXED_SETTINGS if name in read}
     if given["hidden_act"] in _SILU:
         given["hidden_act"] = "silu"
@@ -194,18 +196,39 @@ def _check_function(theirs: Any, *, family: str) -> None:
             )
 
 
-def _windows(theirs: Any) -> tuple[int | None, list[str] | None]:
+def _read_settings(theirs: Any) -> set[str]:
+    """The settings that the class of a configuration reads; it keeps any other key, too."""
+    return {field.name for field in fields(theirs)}
+
+
+def _windows(theirs: Any, *, family: str) -> tuple[int | None, list[str] | None]:
     """The window that any layer has, and the types of layers if not all have it.
 
-    A window as long as the longest sequence hides nothing.
+    A window as long as the longest sequence hides nothing. Only what the class reads counts:
+    Mistral has its window in all layers whatever `layer_types` says, and Llama never has one.
+
+    Raises:
+        ValueError: a layer is of another type, or lacks the window that its type needs.
     """
-    window = getattr(theirs, "sliding_window", None)
-    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"]
+    read = _read_settings(theirs)
+    window = theirs.sliding_window if "sliding_window" in read else None
+    kinds = list(theirs.layer_types if "layer_types" in read else [])
+    for kind in kinds:
+        if kind not in _LAYER_TYPES:
+            raise ValueError(
+                f"config.json: layer_types names {kind!r}, the {family} family only has "
+                f"{' and '.join(_LAYER_TYPES)}; such a model cannot be imported"
+            )
+    if window is None and _LAYER_TYPES[1] in kinds:
+        raise ValueError(
+            f"config.json: layer_types names {_LAYER_TYPES[1]!r}, but there is no window "
+            "(use_sliding_window, sliding_window); set both there, or leave layer_types out"
+        )
     if window is None or window >= theirs.max_position_embeddings:
         return None, None
-    if "sliding_attention" not in kinds:
+    if kinds and _LAYER_TYPES[1] not in kinds:
         return None, None
-    return window, list(kinds) if len(set(kinds)) > 1 else None
+    return window, kinds if len(set(kinds)) > 1 else None
 
 
 def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
@@ -233,11 +256,15 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
     # The frequencies of `dynamic` depend on the longest sequence that a model has seen so far.
     if kind not in _SCALINGS or not whole:
         raise ValueError(
-            f"config.json: rope_parameters={dict(rope)!r}, the {family} family only has the types "
+            f"config.json: rope_parameters with rope_type={kind!r} and partial_rotary_factor="
+            f"{rope.get('partial_rotary_factor', 1.0)}, the {family} family only has the types "
             f"default, {', '.join(_SCALINGS)} over whole heads; such a model cannot be imported"
         )
     scaling = _SCALINGS[kind]
-    given = {n: rope[n] for n in scaling.model_fields if rope.get(n) is not None}
+    # Files of older versions, Qwen2.5's with YaRN among them, say `type`, which is kept beside
+    # `rope_type`.
+    own = set(scaling.model_fields) - {"type"}
+    given = {name: rope[name] for name in own if rope.get(name) is not None}
     if kind == "yarn" and "attention_factor" not in given and rope.get("mscale_all_dim"):
         given |= _attention_factor(rope)
     return scaling(type=kind, **given)

@@ -201,6 +201,14 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}, "rope_parameters": None},
+            "factor=0.5: Input should be greater than 1; correct it",
+        ),
+        (  # the remedy, at the end, is never cut off
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+            "over whole heads; such a model cannot be imported\n",
+        ),
     ],
 )
 def test_a_foreign_configuration_is_refused(contents, message, tmp_path, capsys):

@@ -56,6 +56,10 @@ def test_no_size_has_a_default(size):
             {"rope_scaling": YARN | {"beta_fast": 1.0}},
             ("beta_fast", 1.0, "beta_slow=1.0", "32 and 1"),
         ),
+        (
+            {"rope_scaling": YARN, "rope_theta": 1.0},
+            ("rope_theta", 1.0, "larger than 1", "10000"),
+        ),
         ({"sliding_window": 128}, ("sliding_window", 128, "embeddings=128", "smaller")),
         (
             {"sliding_window": 8, "layer_types": ["full_attention"]},

@@ -144,6 +144,11 @@ def test_config_json_of_older_transformers_is_read():
             "'dynamic'",
             ("default", "linear", "yarn", "llama3"),
         ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            0.5,
+            "whole heads",
+        ),
     ],
 )
 def test_a_setting_that_the_family_lacks_is_refused(change, value, allowed):
@@ -151,6 +156,19 @@ def test_a_setting_that_the_family_lacks_is_refused(change, value, allowed):
     (setting,) = change
     remedy = "train on without it" if setting == "attention_dropout" else "cannot be imported"
     with assert_refused(setting, value=value, constraint=allowed, remedy=remedy):
+        HF.from_config(contents)
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "constraint", "remedy"),
+    [
+        ({"layer_types": ["chunked_attention"] * 2}, "'chunked_attention'", "llama", "imported"),
+        ({"layer_types": ["sliding_attention"] * 2}, "'sliding_attention'", "sliding_window", "or"),
+    ],
+)
+def test_a_type_of_layer_that_cannot_be_built_is_refused(change, value, constraint, remedy):
+    contents = HF.to_config(_config("qwen3")) | change
+    with assert_refused("layer_types", value=value, constraint=constraint, remedy=remedy):
         HF.from_config(contents)
 
 
@@ -186,6 +204,13 @@ def test_yarn_in_the_spelling_of_deepseek_is_read():
 
 
 LINEAR = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+
+
+def _older(**scaling: object) -> dict[str, object]:
+    """Scaling as files of transformers 4 write it, those of Qwen2.5 among them."""
+    return {"rope_parameters": None, "rope_scaling": scaling}
+
+
 # What transformers computes as the same function: a shape, and what its config.json says otherwise.
 SPELLINGS = {
     "swish": ("llama", {"hidden_act": "swish"}),
@@ -193,6 +218,16 @@ SPELLINGS = {
     "a bias that Qwen2 does not ask for": ("qwen2", {"attention_bias": True, "mlp_bias": True}),
     "a window in no layer": ("qwen2", WINDOW | {"max_window_layers": 2}),
     "a window over everything": ("qwen2", WINDOW | {"sliding_window": 256}),
+    "YaRN by type": ("yarn", _older(type="yarn", factor=4, original_max_position_embeddings=32)),
+    "linear by type": ("linear_scaling", _older(type="linear", factor=4)),
+    "Llama with a window that it does not read": (
+        "llama",
+        {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "Mistral with types of layers that it does not read": (
+        "mistral_window",
+        {"layer_types": ["full_attention"] * 2},
+    ),
     "Mistral": ("llama", {"model_type": "mistral", "sliding_window": None}),
     "Mistral with a window over everything": (
         "head_dim",
