@@ -31,10 +31,10 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo       set-up, corpus, training through the deepspeed launcher, curve, sample"
-	@echo "make test       set-up, all tests that need no GPU"
+	@echo "make test       set-up, all tests that need no GPU, at the layouts that combine most"
 	@echo "make formats    corpora of other projects, with their packages in $(FORMATS)"
 	@echo "make reordered  tests of models and layouts, with sums in another order"
-	@echo "make soak       the slow tests: kills, failing nodes, hostile files, every launcher"
+	@echo "make soak       the slow tests: every layout and launcher, kills, failing nodes, hostile files"
 	@echo "make check      format, lint, types"
 	@echo "make bench      every benchmark, as ratios (tests/benchmarks)"
 	@echo "make gpu-check  correctness and speed on one CUDA device (tests/gpu)"

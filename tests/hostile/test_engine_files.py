@@ -18,6 +18,7 @@ from tests.hostile.commands import Outcome, fault_of_refusal, train
 from tests.hostile.payloads import payloads
 from tests.hostile.surfaces import vouch_for
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.tiers import tiered
 
 # Whatever DeepSpeed pickles beside tensors is different at each of these.
 LAYOUTS = {
@@ -75,10 +76,7 @@ def _save_and_load(directory: Path, config: dict[str, Any]) -> tuple[list[float]
     return expected, [_step(engine) for _ in range(2)]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [n if n in ORDINARY else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", tiered(LAYOUTS, ORDINARY))
 def test_what_deepspeed_writes_is_read_without_unpickling_anything_else(
     tmp_path: Path, layout: str
 ) -> None:

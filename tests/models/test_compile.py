@@ -14,6 +14,7 @@ from parallel.context import ParallelContext
 from pretrain.engine.build import compile_layers
 from tests.equivalence import build
 from tests.models.families import CASES
+from tests.tiers import tiered
 from tests.tolerance import FP64
 
 SEQ, DEPTH = 16, 10
@@ -82,10 +83,7 @@ def test_operands_of_kernels_on_cuda_are_told_apart_within_the_graph():
 _ORDINARY = ("llama", "mod", "dtf")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in _ORDINARY else [pytest.mark.slow]) for n in COMPILED],
-)
+@pytest.mark.parametrize("name", tiered(COMPILED, _ORDINARY))
 def test_compiled_layers_are_whole_graphs_and_equal_eager_ones(name):
     """With noise drawn, decisions taken once and counted once although the pass is repeated."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -27,6 +27,7 @@ from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import SEQ, VOCAB, metrics, stopped_after, tiny_run
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 
 RAMP = [
     {"until_tokens": 384, "sequences_per_step": 4},
@@ -123,7 +124,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", tiered(LAYOUTS, ["one process, ZeRO-0", "data 2, ZeRO-3", "pipeline 2 x data 2"])
+)
 def test_a_ramp_trains_at_any_layout_like_a_plain_loop(layout, data, ramped, tmp_path):
     world_size, stage, changes = LAYOUTS[layout]
     config = _config(data, tmp_path / "run", **changes)
@@ -134,8 +137,10 @@ def test_a_ramp_trains_at_any_layout_like_a_plain_loop(layout, data, ramped, tmp
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [(2, {"training__batch_size": 2}), (2, {"parallel__pipeline": 2})],
-    ids=["data 2", "pipeline 2"],
+    [
+        pytest.param(2, {"training__batch_size": 2}, id="data 2", marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__pipeline": 2}, id="pipeline 2"),
+    ],
 )
 def test_a_run_continues_inside_a_ramp_bit_for_bit(world_size, changes, data, tmp_path):
     undisturbed = _config(data, tmp_path / "a", **changes)
@@ -159,8 +164,11 @@ def test_steps_that_are_left_out_have_the_size_of_their_place_in_the_ramp(data, 
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [(1, {}), (2, {"training__batch_size": 2}), (2, {"parallel__pipeline": 2})],
-    ids=["one process", "data 2", "pipeline 2"],
+    [
+        pytest.param(1, {}, id="one process"),
+        pytest.param(2, {"training__batch_size": 2}, id="data 2", marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__pipeline": 2}, id="pipeline 2"),
+    ],
 )
 def test_a_batch_changed_at_a_resume_trains_on_like_a_plain_loop(
     world_size, changes, data, tmp_path

@@ -19,6 +19,7 @@ from pretrain.train import main
 from tests.distributed import free_port, run_ranks
 from tests.missing import cannot_run
 from tests.pretrain.tiny_run import metrics, tiny_run, write_data
+from tests.tiers import tiered
 from tests.tolerance import FP32_LOSS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,13 +86,7 @@ LAUNCHERS = {
 }
 
 
-_ORDINARY = ("deepspeed, pipeline 2", "torchrun, data 2", "mpirun, data 2")
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    [pytest.param(n, marks=[] if n in _ORDINARY else [pytest.mark.slow]) for n in LAUNCHERS],
-)
+@pytest.mark.parametrize("launcher", tiered(LAUNCHERS, ["deepspeed, pipeline 2", "mpirun, data 2"]))
 def test_every_launcher_trains_to_the_losses_of_one_process(
     launcher, configs, one_process, tmp_path
 ):

@@ -28,6 +28,7 @@ from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import metrics, stopped_after, tiny_run, write_data
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 from tests.tolerance import FP32_LOSS
 
 _refused = partial(assert_refused, error=ConfigError)
@@ -118,7 +119,17 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    tiered(
+        LAYOUTS,
+        [
+            "one process",
+            "pipeline 4, evaluated in every stage",
+            "pipeline 2 x tensor 2, sequence parallel",
+        ],
+    ),
+)
 def test_stages_train_at_any_layout_like_a_plain_torch_loop(layout, data, reference, tmp_path):
     world_size, changes = LAYOUTS[layout]
     config = _config(data, tmp_path / "run", data__stages=STAGES, **changes)
@@ -128,7 +139,9 @@ def test_stages_train_at_any_layout_like_a_plain_torch_loop(layout, data, refere
     assert [r["tokens"] for r in trained] == [64, 128, 256, 384, 512, 768, 1024]
 
 
-@pytest.mark.parametrize(("pipeline", "stops"), [(1, (1, 2, 4, 6)), (2, (2, 4))])
+@pytest.mark.parametrize(
+    ("pipeline", "stops"), tiered([(1, (1, 2, 4, 6)), (2, (2, 4))], [(2, (2, 4))])
+)
 def test_a_run_continues_inside_any_stage_bit_for_bit(pipeline, stops, data, tmp_path):
     changes = {"data__stages": STAGES, "parallel__pipeline": pipeline}
     undisturbed = _config(data, tmp_path / "a", **changes)

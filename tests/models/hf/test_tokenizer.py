@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.hf.tokenizer_check import Loaded, Sample, Training, difference, samp
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.hf.tokenizer_files import hugging_face_file, sentencepiece_file
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 
 FRAGMENTS = ["<sep>", "<user>", "<s>", "</s>", "<unk>", "<0x0A>", "\u2581", " ", "  ", "\n", "S"]
 FRAGMENTS += ["ome", "words", "\u00e9", "e\u0301", "\u65e5", "\U0001f600", "\x00", "1234"]
@@ -46,8 +48,13 @@ def _assert_same(directory: Path, source: Path | str) -> None:
         assert exported.decode(ids, skip_special_tokens=True) == training.decode(ids), text
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("symbols", [[], ["<sep>", "<user>"], ["\n", "  ", "<s"], ["S", "So"]])
+SYMBOLS = ([], ["<sep>", "<user>"], ["\n", "  ", "<s"], ["S", "So"])
+ORDINARY = list(zip(SYMBOLS, itertools.cycle([True, False]), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "prefix"), tiered(itertools.product(SYMBOLS, [True, False]), ORDINARY)
+)
 def test_user_defined_symbols_are_found_where_sentencepiece_finds_them(symbols, prefix, tmp_path):
     source = sentencepiece_file(
         tmp_path / "t.model", user_defined_symbols=symbols, add_dummy_prefix=prefix

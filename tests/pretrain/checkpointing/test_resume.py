@@ -16,6 +16,7 @@ from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import curve, final_weights, tiny_run
+from tests.tiers import tiered
 
 STEPS = 6
 
@@ -67,7 +68,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    tiered(CASES, ["ZeRO-0", "bf16", "data 2, ZeRO-3", "pipeline 2", "documents apart"]),
+)
 def test_a_killed_run_continues_with_the_losses_of_an_undisturbed_one(case, data, tmp_path):
     world_size, stage, changes = CASES[case]
     undisturbed = _config(data, tmp_path / "a", **changes)

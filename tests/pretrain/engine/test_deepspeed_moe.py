@@ -26,6 +26,7 @@ from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 from tests.tolerance import FP32_LOSS
 
 _refused = partial(assert_refused, error=ConfigError)
@@ -111,7 +112,16 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+ORDINARY = [
+    "expert 2, ZeRO-2",
+    "expert 1 of data 2, ZeRO-3, capacity",
+    "expert 2 of data 4, recomputed",
+    "expert 4, ZeRO-2",
+    "tensor 2 x expert 2",
+]
+
+
+@pytest.mark.parametrize("layout", tiered(LAYOUTS, ORDINARY))
 def test_a_run_at_any_expert_size_equals_one_process(layout, data, reference, tmp_path):
     world_size, stage, factor, changes = LAYOUTS[layout]
     config = _config(data, tmp_path / "run", factor=factor, **EXPERT_2 | changes)
@@ -144,11 +154,11 @@ def test_bf16_follows_fp32_in_loss_and_norm_as_far_as_bf16_allows(
 @pytest.mark.parametrize(
     ("world_size", "zero", "changes"),
     [
-        (2, {"stage": 1}, BF16),
-        (4, {"stage": 1}, {"parallel__pipeline": 2}),
-        (2, {"stage": 2, "round_robin_gradients": True}, {}),  # in DeepSpeed's own files
+        pytest.param(2, {"stage": 1}, BF16, id="bf16", marks=pytest.mark.slow),
+        pytest.param(4, {"stage": 1}, {"parallel__pipeline": 2}, id="pipeline 2"),
+        # In DeepSpeed's own files.
+        pytest.param(2, {"stage": 2, "round_robin_gradients": True}, {}, id="round robin"),
     ],
-    ids=["bf16", "pipeline 2", "round robin"],
 )
 def test_a_continued_run_equals_an_undisturbed_one_bit_for_bit(
     world_size, zero, changes, data, tmp_path
@@ -173,11 +183,14 @@ PLACES = {
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [
-        ("expert 2 of data 2", "one process"),
-        ("one process", "tensor 2 x expert 2"),
-        ("tensor 2 x expert 2", "expert 2 of data 2"),
-    ],
+    tiered(
+        [
+            ("expert 2 of data 2", "one process"),
+            ("one process", "tensor 2 x expert 2"),
+            ("tensor 2 x expert 2", "expert 2 of data 2"),
+        ],
+        [("tensor 2 x expert 2", "expert 2 of data 2")],
+    ),
 )
 def test_a_run_continues_at_another_expert_size(first, second, data, tmp_path):
     # Against the first layout to its end: a choice of experts that rounding has turned would stay.

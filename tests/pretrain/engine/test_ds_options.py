@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tests.pretrain.engine.ds_options import (
 from tests.pretrain.layout import Layout
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import write_data
+from tests.tiers import tiered
 
 
 def test_every_key_that_is_accepted_is_in_the_table():
@@ -111,19 +113,18 @@ def _settings(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 _ORDINARY = {
-    ("ZeRO-1 DP2", "bf16"),
     ("ZeRO-2 DP2", "fp32"),
     ("ZeRO-3", "bf16"),
     ("PP2 offload", "bf16"),
 }
 _CASES = [
-    pytest.param(*case, marks=[] if case in _ORDINARY else [pytest.mark.slow])
-    for case in ((name, precision) for precision in ("fp32", "bf16") for name in LAYOUTS)
-    if case != ("ZeRO-0 DP2", "bf16")  # refused: bf16 needs ZeRO
+    (name, precision)
+    for precision, name in itertools.product(("fp32", "bf16"), LAYOUTS)
+    if (name, precision) != ("ZeRO-0 DP2", "bf16")  # refused: bf16 needs ZeRO
 ]
 
 
-@pytest.mark.parametrize(("name", "precision"), _CASES)
+@pytest.mark.parametrize(("name", "precision"), tiered(_CASES, _ORDINARY))
 def test_every_option_trains_as_one_process_or_is_refused(name, precision, references, tmp_path):
     layout = LAYOUTS[name]
     experts = layout.expert > 1

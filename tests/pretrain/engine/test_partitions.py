@@ -19,6 +19,7 @@ from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import curve, final_weights, offloading, tiny_run, zero_file
+from tests.tiers import tiered
 
 
 def _run(config, ds_config_path: str, fill: bool) -> tuple[int, int]:
@@ -73,13 +74,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         2, _stage(1), {"model": CASES["daria_former"].config.model_dump(), "parallel__tensor": 2},
     ),
 }  # fmt: skip
-_ORDINARY = ("bf16 ZeRO-3 DP3", "bf16 ZeRO-2 DP3")
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(n, marks=[] if n in _ORDINARY else [pytest.mark.slow]) for n in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", tiered(LAYOUTS, ["bf16 ZeRO-3 DP3"]))
 def test_a_run_in_memory_full_of_nan_is_the_same_run(layout, data, tmp_path):
     world_size, zero, changes = LAYOUTS[layout]
     settings = {"training__max_steps": 3, "watchdog__replica_interval": 1, **changes}

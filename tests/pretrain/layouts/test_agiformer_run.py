@@ -19,6 +19,7 @@ from tests.models.agiformer.cases import THINKING, config_of
 from tests.pretrain.layouts.equal_runs import assert_equal_runs
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
+from tests.tiers import tiered
 from tests.tolerance import FP32_NORM
 
 CONFIG = config_of(**THINKING, init_std=0.1)
@@ -68,7 +69,9 @@ def reference(data, tmp_path_factory):
     return trained, evaluated
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", tiered(LAYOUTS, ["tensor 2, sequence parallel", "pipeline 4, recomputed"])
+)
 def test_a_run_is_the_same_at_any_layout(layout, data, reference, tmp_path):
     world_size, zero, changes = LAYOUTS[layout]
     run = _train(data, tmp_path, world_size, zero, **changes)

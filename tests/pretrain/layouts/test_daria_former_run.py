@@ -19,6 +19,7 @@ from tests.distributed import run_ranks
 from tests.models.families import CASES
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
+from tests.tiers import tiered
 from tests.tolerance import BF16_LOSS, FP32_LOSS, FP32_NORM, FP64
 
 # All slots of memory are retrieved: a choice among them that is close may fall differently at
@@ -51,7 +52,9 @@ def reference(data, tmp_path_factory):
     return _train(data, tmp_path_factory.mktemp("reference"), 1, 0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", tiered(LAYOUTS, ["data 2, ZeRO-3", "pipeline 2 x tensor 2 x data 2"])
+)
 def test_a_run_is_the_same_at_any_layout(layout, data, reference, tmp_path):
     world_size, stage, changes = LAYOUTS[layout]
     trained, evaluated = _train(data, tmp_path, world_size, stage, **changes)

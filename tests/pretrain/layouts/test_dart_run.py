@@ -14,6 +14,7 @@ from tests.models.dart.cases import config_of
 from tests.pretrain.layouts.equal_runs import assert_equal_runs
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, tiny_run
+from tests.tiers import tiered
 from tests.tolerance import FP32_NORM
 
 CONFIG = config_of(p_uncond=0.1, init_std=0.1)
@@ -47,7 +48,7 @@ def reference(data, tmp_path_factory):
     return trained, evaluated
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiered(LAYOUTS, ["tensor 2", "pipeline 4"]))
 def test_a_run_has_the_same_noise_and_losses_at_any_layout(layout, data, reference, tmp_path):
     world_size, zero, changes = LAYOUTS[layout]
     run = _train(data, tmp_path, world_size, zero, **changes)

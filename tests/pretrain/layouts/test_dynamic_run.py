@@ -23,6 +23,7 @@ from tests.pretrain.layouts.equal_runs import assert_equal_runs
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, metrics, tiny_run
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 from tests.tolerance import FP32_NORM
 
 LAYOUTS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
@@ -73,7 +74,9 @@ def references(data, tmp_path_factory) -> dict[str, Reference]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", tiered(LAYOUTS, ["data 2, ZeRO-3", "pipeline 2 x tensor 2 x data 2"])
+)
 def test_a_run_is_the_same_at_any_layout_and_so_are_its_thresholds(
     layout, data, references, tmp_path
 ):

@@ -23,6 +23,7 @@ from tests.models.families import CASES
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import final_weights, metrics, offloading, tiny_run, zero_file
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 
 STEPS, BAD = 5, 3
 Zero = int | dict[str, Any]  # a ZeRO stage, or a section of its own
@@ -156,11 +157,8 @@ LAYOUTS: dict[str, tuple[int, Zero, dict[str, Any]]] = {
 
 ORDINARY = {
     ("ZeRO-0", "activation"),
-    ("ZeRO-1 DP2", "loss"),
     ("ZeRO-3 DP2", "gradient"),
     ("bf16 ZeRO-2 DP2", "activation"),
-    ("TP2", "activation"),
-    ("PP2", "loss"),
     ("mod", "gradient"),
     ("bf16 offload", "activation"),
     ("bf16 offload PP2", "loss"),
@@ -169,12 +167,10 @@ ORDINARY = {
 }
 
 
-def _cases():
-    for case in itertools.product(LAYOUTS, ["loss", "activation", "gradient"]):
-        yield pytest.param(*case, marks=[] if case in ORDINARY else [pytest.mark.slow])
+CASES_OF_FAULTS = itertools.product(LAYOUTS, ["loss", "activation", "gradient"])
 
 
-@pytest.mark.parametrize(("layout", "where"), _cases())
+@pytest.mark.parametrize(("layout", "where"), tiered(CASES_OF_FAULTS, ORDINARY))
 def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
     layout, where, data, tmp_path
 ):

@@ -136,6 +136,7 @@ def test_a_checkpoint_of_the_trainer_is_exported_in_half_precision(by_trainer, f
     assert (model.float()(tokens).logits - expected).norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_text_that_the_first_one_tokenizes(folder):
     tokenizer = _tokenizer(folder / "t.json", " ".join(f"w{i}" for i in range(300)))
     run = folder / "tokens"
