@@ -26,13 +26,13 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((cores < 8 ? cores + 1 : 8)))
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test formats reordered soak check format bench gpu-check clean
+.PHONY: help setup demo test ecosystem reordered soak check format bench gpu-check clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the pinned packages"
 	@echo "make demo       set-up, corpus, training through the deepspeed launcher, curve, sample"
 	@echo "make test       set-up, all tests that need no GPU, at the layouts that combine most"
-	@echo "make formats    corpora of other projects, with their packages in $(FORMATS)"
+	@echo "make ecosystem  what is exchanged with other projects, with their packages in $(ECOSYSTEM)"
 	@echo "make reordered  tests of models and layouts, with sums in another order"
 	@echo "make soak       the slow tests: every layout and launcher, kills, failing nodes, hostile files"
 	@echo "make check      format, lint, types"
@@ -76,20 +76,20 @@ demo: $(STAMP)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo $(DATA) parallel.tensor=2 run_dir=$(RUN)_tp2"
 
 test: $(COMPILED)
-	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not formats"
+	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not ecosystem"
 
-# The packages of other corpora, in an environment of their own that also sees $(VENV): some of them
+# The packages of other projects, in an environment of their own that also sees $(VENV): some of them
 # pin an older NumPy than ours, so that pip is given an exact list and resolves nothing.
-FORMATS := .venv-formats
-LIST := tests/data_tools/formats/requirements.txt
-formats: $(COMPILED) $(FORMATS)/.installed
-	$(TEST_ENV) $(FORMATS)/bin/python -m pytest tests/data_tools/formats -m formats
+ECOSYSTEM := .venv-ecosystem
+LIST := tests/ecosystem.txt
+ecosystem: $(COMPILED) $(ECOSYSTEM)/.installed
+	$(TEST_ENV) $(ECOSYSTEM)/bin/python -m pytest tests -m ecosystem
 
-$(FORMATS)/.installed: $(STAMP) $(LIST)
-	@$(BIN)/python -m venv $(FORMATS)
+$(ECOSYSTEM)/.installed: $(STAMP) $(LIST)
+	@$(BIN)/python -m venv $(ECOSYSTEM)
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$($(FORMATS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth"
-	@$(FORMATS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $(LIST)
+		> "$$($(ECOSYSTEM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth"
+	@$(ECOSYSTEM)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $(LIST)
 	@touch $@
 
 # Tests of text, commands and threads, which compare no floating-point numbers of this process.
@@ -121,4 +121,4 @@ gpu-check:
 	$(PYTHON) -m tests.gpu.benchmark
 
 clean:
-	rm -rf runs data $(FORMATS) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs data $(ECOSYSTEM) .mypy_cache .ruff_cache .pytest_cache

@@ -140,7 +140,7 @@ def test_one_million_wide_ids_do_not_fit(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.formats
+@pytest.mark.ecosystem
 @pytest.mark.parametrize("token_size", [2, 4])
 def test_datatrove_reads_ours_and_we_read_its_files(tmp_path: Path, token_size: int) -> None:
     package("datatrove")

@@ -164,7 +164,7 @@ def test_chunks_must_be_there_and_listed(tmp_path: Path) -> None:
         megatron(tmp_path, "litdata", folder)
 
 
-@pytest.mark.formats
+@pytest.mark.ecosystem
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_litdata_reads_ours_and_we_read_its_chunks(

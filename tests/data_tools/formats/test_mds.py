@@ -279,7 +279,7 @@ def _streaming() -> ModuleType:
     return package("streaming.base")
 
 
-@pytest.mark.formats
+@pytest.mark.ecosystem
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
 def test_streaming_reads_ours_and_we_read_its_shards(tmp_path: Path) -> None:
     streaming = _streaming()

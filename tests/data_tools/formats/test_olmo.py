@@ -141,7 +141,7 @@ def test_ids_of_a_signed_dtype_are_kept(tmp_path: Path) -> None:
     assert documents(megatron(tmp_path, "olmo", tmp_path / "part")) == [[70_000, EOD], [2, EOD]]
 
 
-@pytest.mark.formats
+@pytest.mark.ecosystem
 def test_olmo_core_reads_ours_and_we_read_its_files(tmp_path: Path) -> None:
     package("olmo_core.data")
     utils = package("olmo_core.data.utils")
