@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.distributed as dist
-
 from data_tools.corpus.corpus_info import TextRules
 from data_tools.loading.builders import data_warnings
 from data_tools.loading.evaluation import EvalBatches
@@ -31,7 +29,7 @@ from pretrain.config.layout import RunLayout
 from pretrain.config.resolve import ResolvedRun
 from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.process_groups import (
-    group_timeout,
+    build_rank_group,
     limit_groups,
     prepare,
     process_group,
@@ -148,7 +146,7 @@ def init_run(
     stack.push(watchdog.on_exit)  # for an error while groups are created
     device = stack.enter_context(group)
     stack.push(watchdog.on_exit)  # for any later one, before the group is destroyed
-    ranks = _build_rank_group(limit)
+    ranks = build_rank_group(limit)
     ctx = build_context(config, precision=precision, device=device)
     axes = {"tensor": ctx.tensor, "pipeline": ctx.pipeline, "data": ctx.data}
     watchdog.set_layout(
@@ -156,11 +154,6 @@ def init_run(
         stage=ctx.pipeline.rank,
     )
     return _RunContext(stop, watchdog, ctx, ranks)
-
-
-def _build_rank_group(timeout: float | None) -> RankGroup:
-    """A gloo group of all ranks, over which they agree on small things (collective)."""
-    return RankGroup.of_group(dist.new_group(backend="gloo", timeout=group_timeout(timeout)))
 
 
 def _open_data(
@@ -177,7 +170,7 @@ def _open_store(
 ) -> CheckpointStore:
     if config.checkpoint.asynchronous:
         # Collectives of a save in the background must not interleave with the main thread's.
-        ranks = _build_rank_group(config.watchdog.timeout)
+        ranks = build_rank_group(config.watchdog.timeout)
     store = CheckpointStore(
         Path(config.run_dir),
         identity=identity,

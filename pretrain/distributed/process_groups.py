@@ -18,6 +18,7 @@ from parallel.cpu.compat import (
     prepare_deepspeed,
     prepare_environment,
 )
+from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.rendezvous import World, rendezvous
 from pretrain.errors import ConfigError
 
@@ -27,6 +28,8 @@ _AFTER_WATCHDOG = 30.0  # seconds
 def prepare() -> None:
     """Import DeepSpeed and set the environment of a training process; call it first."""
     prepare_environment()
+    # Gloo connects two ranks when they first exchange something, not every rank with every other.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     _silence_import_warnings()
     import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
 
@@ -64,13 +67,14 @@ def process_group(
     # Split-K GEMMs of cuBLAS, such as those of weight gradients, would reduce their partial sums in
     # bf16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # Without a device_id, with which every rank takes part in making every group of any ranks:
+    # hundreds of them at 1,024 ranks. Communicators are made by their members, when first used.
     dist.init_process_group(
         distributed_backend(),
         store=rendezvous(world, purpose="", timeout=timeout) if store is None else store,
         rank=world.rank,
         world_size=world.size,
         timeout=group_timeout(timeout),
-        device_id=device if device.type == "cuda" else None,
     )
     try:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed requires it
@@ -79,6 +83,11 @@ def process_group(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def build_rank_group(timeout: float | None) -> RankGroup:
+    """A gloo group of all ranks, over which they agree on small things (collective)."""
+    return RankGroup.of_group(dist.new_group(backend="gloo", timeout=group_timeout(timeout)))
 
 
 def device_index(local_rank: int, num_devices: int, *, in_task: bool) -> int:

@@ -1,0 +1,48 @@
+"""What a rank has to do with the others does not grow with their number."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.scale.simulation import Layout, narrow, plan_restores, start, start_ranks
+
+LAYOUT = Layout(tensor=2, pipeline=2)
+
+
+def small(world_size: int):
+    config = narrow("llama_350m", LAYOUT, world_size)
+    # No vocabulary that needs padding, which is in no file.
+    model = config.model.model_copy(update={"num_layers": 4, "vocab_size": 128})
+    return config.model_copy(update={"model": model})
+
+
+@pytest.fixture(scope="module")
+def first_stages():
+    """By number of ranks, those of the first stage."""
+    sizes = (8, 16)
+    return {size: start_ranks(small(size), LAYOUT.ranks_of_stage(0, size), size) for size in sizes}
+
+
+def test_a_simulated_rank_is_the_real_one(first_stages):
+    real = run_ranks(start, 8, small(8), init=False)
+    for rank, simulated in first_stages[8].items():
+        assert simulated == real[rank]
+        assert simulated.ranges
+
+
+def test_a_rank_is_in_as_many_groups_of_a_larger_run(first_stages):
+    few, many = (stage[0].groups for stage in first_stages.values())
+    assert few.joined.total() == many.joined.total()
+    assert many.made.total() <= 2 * few.made.total()
+    [rank] = start_ranks(small(512), [511], 512).values()
+    assert rank.groups.joined.total() == few.joined.total()
+    assert rank.groups.made.total() <= 512 / 8 * few.made.total()
+
+
+def test_a_rank_reads_its_own_elements_from_as_many_files_of_a_larger_run(first_stages):
+    for stage in first_stages.values():
+        restores = plan_restores(stage, tensor=LAYOUT.tensor)
+        assert min(each.num_read for each in restores.values()) > 0
+        assert all(each.num_read == each.num_owned for each in restores.values())
+        assert max(each.num_files for each in restores.values()) <= 2
