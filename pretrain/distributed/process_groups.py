@@ -21,6 +21,7 @@ from parallel.cpu.compat import (
 from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.rendezvous import World, rendezvous
 from pretrain.errors import ConfigError
+from pretrain.supervision.flight_recorder import keep_records
 
 _AFTER_WATCHDOG = 30.0  # seconds
 
@@ -28,8 +29,7 @@ _AFTER_WATCHDOG = 30.0  # seconds
 def prepare() -> None:
     """Import DeepSpeed and set the environment of a training process; call it first."""
     prepare_environment()
-    # Gloo connects two ranks when they first exchange something, not every rank with every other.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    keep_records()
     _silence_import_warnings()
     import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
 
@@ -86,8 +86,8 @@ def process_group(
 
 
 def build_rank_group(timeout: float | None) -> RankGroup:
-    """A gloo group of all ranks, over which they agree on small things (collective)."""
-    return RankGroup.of_group(dist.new_group(backend="gloo", timeout=group_timeout(timeout)))
+    """Gloo groups of all ranks, over which they agree on small things (collective)."""
+    return RankGroup.of_world(group_timeout(timeout))
 
 
 def device_index(local_rank: int, num_devices: int, *, in_task: bool) -> int:

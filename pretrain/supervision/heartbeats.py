@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
+from pretrain.supervision.flight_recorder import Call
 from pretrain.supervision.progress import Progress
 
 STORE_TIMEOUT = 1.5  # seconds until the store counts as hung
@@ -66,10 +67,15 @@ class RunRecord:
             found = dict(zip(keys, self._store.multi_get(list(keys.values())), strict=True))
         else:
             found = {r: self._store.get(k) for r, k in keys.items() if self._store.check([k])}
-        return {r: Progress(*json.loads(found[r])) if r in found else _UNKNOWN for r in ranks}
+        return {r: _parse(found[r]) if r in found else _UNKNOWN for r in ranks}
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def _parse(text: bytes) -> Progress:
+    progress = Progress(*json.loads(text))
+    return progress._replace(calls=tuple(Call(*call) for call in progress.calls))
 
 
 class LocalPeers:

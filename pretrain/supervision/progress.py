@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from pretrain.supervision.flight_recorder import Call, find_holdup
+
 _PROJECT = Path(__file__).resolve().parents[2]
 _PACKAGES = tuple(
     f"{_PROJECT}/{name}/" for name in ("data_tools", "models", "parallel", "pretrain")
@@ -38,7 +40,8 @@ class Progress(NamedTuple):
     `collective`: the one in which it waits for other ranks, "" if none. Both are empty while the
     rank makes progress. `pid_namespace`: in which `pid` is valid. `window`, `busy`: see
     `stragglers.BusyTimer`. `memory_gib`: resident on the host. `part`: of a long activity, the
-    latest that has begun; "" if none.
+    latest that has begun; "" if none. `calls`: the latest collectives, empty while the rank makes
+    progress.
     """
 
     host: str
@@ -55,6 +58,7 @@ class Progress(NamedTuple):
     busy: float = 0.0
     memory_gib: float = 0.0
     part: str = ""
+    calls: tuple[Call, ...] = ()
 
     @property
     def where(self) -> str:
@@ -174,6 +178,9 @@ def blame(before: Mapping[int, Progress], after: Mapping[int, Progress], *, own_
     silent = silent_ranks(before, after, own_rank=own_rank)
     if silent:
         return describe_silent(silent)
+    holdup = find_holdup({rank: progress.calls for rank, progress in after.items()})
+    if holdup is not None:
+        return _list({rank: after[rank] for rank in sorted(holdup.ranks)}, holdup.what)
     waiting = {rank: progress for rank, progress in after.items() if progress.collective}
     absent = {rank: progress for rank, progress in after.items() if rank not in waiting}
     if waiting and absent:

