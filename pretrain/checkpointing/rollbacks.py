@@ -24,8 +24,8 @@ from pretrain.checkpointing.directory import point_latest_to, set_aside, steps_i
 ROLLBACKS_NAME = "rollbacks.json"
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
 _RESTORE = (
-    "restore it; without that file data that were skipped would be read again, unless a later "
-    "checkpoint was saved"
+    "restore it, or delete it where a checkpoint was saved since the last rollback, which also "
+    "knows what to skip"
 )
 logger = logging.getLogger(__name__)
 
