@@ -140,10 +140,10 @@ class Rollback:
                 f"({held[0]} to {held[-1]})"
             )
         message += f"; the data of steps {first} to {last} are skipped"
-        if changed := [each.key for each in checkpoint.differences if _decides_order(each.key)]:
+        if changed := _changed_order(checkpoint):
             message += (
-                f"; {', '.join(changed)} changed after step {checkpoint.step}, so these are other "
-                "data than those around the spike"
+                f"; {' and '.join(changed)} changed after step {checkpoint.step}, so these are "
+                "other data than those around the spike"
             )
         return message
 
@@ -196,6 +196,7 @@ def _by_fitness(steps: list[int], *, spike: Spike, skip_before: int) -> list[int
     return clean + before[: len(before) - len(clean)][::-1]
 
 
-def _decides_order(key: str) -> bool:
-    """Whether a setting decides which data a sample of the run is."""
-    return key.startswith("data.") and change_of(key) == "training"
+def _changed_order(checkpoint: Checkpoint) -> list[str]:
+    """The settings that decide which data a sample is, and have changed since `checkpoint`."""
+    keys = [each.key for each in checkpoint.differences if each.key.startswith("data.")]
+    return sorted({".".join(k.split(".")[:2]) for k in keys if change_of(k) == "training"})
