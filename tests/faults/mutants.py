@@ -107,12 +107,6 @@ MUTANTS = {
         "",
         (f"{_ROLLBACKS}a_kill_at_any_point_of_a_rollback_leaves_the_run_before_or_after_it",),
     ),
-    "a rollback is flushed": Mutant(
-        f"{ROLLBACKS}:_write",
-        "storage.sync(directory)",
-        "",
-        (f"{_ROLLBACKS}a_power_loss_at_any_point_of_a_rollback_leaves_the_run_before_or_after_it",),
-    ),
     "steps are written anew after a rollback": Mutant(
         f"{STORE}:CheckpointStore.return_to",
         "self._trusted = {each for each in self._trusted if each <= step}",
