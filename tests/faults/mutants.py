@@ -120,9 +120,9 @@ MUTANTS = {
         (f"{_SPIKES}each_of_several_spikes_leaves_no_trace",),
     ),
     "a restarted run still skips": Mutant(
-        f"{LOOP}:TrainLoop.restore",
-        "self.rollback.remember(checkpoint.skipped)",
-        "",
+        f"{STORE}:CheckpointStore.find",
+        "return found._replace(skipped=skipped)",
+        "return found",
         (f"{_SPIKES}a_run_that_is_killed_after_its_rollback_still_skips_the_data",),
     ),
     "retention leaves what a rollback needs": Mutant(
