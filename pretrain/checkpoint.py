@@ -11,8 +11,9 @@ from pathlib import Path
 from data_tools.loading.loader_state import LoaderState
 from parallel.checkpoint.errors import CheckpointError, one_line
 from parallel.checkpoint.manifest import read_manifest, step_of_name, verify_content, verify_listing
+from pretrain.checkpointing.directory import steps_in
 from pretrain.checkpointing.retention import prune
-from pretrain.checkpointing.selection import TRAINER_NAME, steps_in
+from pretrain.checkpointing.selection import TRAINER_NAME
 from pretrain.errors import EXIT_USER_ERROR
 
 EXIT_DAMAGED = 3

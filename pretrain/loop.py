@@ -83,7 +83,7 @@ class TrainLoop:
             ranks,
             max_skipped=config.stability.max_skipped_steps,
         )
-        self.rollback = Rollback(config.stability, ranks)
+        self.rollback = Rollback(config.stability, state, ranks)
         # Owners of the state in trainer.json, by section.
         self.owners: list[Owner] = [
             (None, self.state),
@@ -111,6 +111,7 @@ class TrainLoop:
         """
         self.watchdog.progress(f"restoring step {checkpoint.step}")
         self.ranks.run_on_all_ranks(lambda: load_states(self.owners, checkpoint.trainer))
+        self.rollback.remember(checkpoint.skipped)
         samples = self.state.curriculum.start.samples
         self.engine.restore(
             checkpoint, samples=samples, ranks=self.ranks, progress=self.watchdog.advance
@@ -135,9 +136,7 @@ class TrainLoop:
             if not isinstance(end, Spike):
                 return end
             seen = self.state.step
-            self._warn(
-                self.rollback.roll_back(end, self.checkpointer, self.restore, step=self.state.step)
-            )
+            self._warn(self.rollback.roll_back(end, self.checkpointer, self.restore))
 
     def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         state, training = self.state, self.config.training
@@ -285,7 +284,7 @@ class TrainLoop:
             order = self.state.loader.order_record(
                 self.config.data,
                 seen_step=seen,
-                skipped_steps=[*self.config.stability.skip_steps, *self.rollback.skipped],
+                skipped_steps=self.rollback.skipped_steps,
             )
             add_record(Path(self.config.run_dir), order)
 

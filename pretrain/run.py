@@ -176,6 +176,7 @@ def _open_store(
         identity=identity,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
+        skip_before=None if config.stability.spike is None else config.stability.spike.skip_before,
         ranks=ranks,
     )
     stack.callback(store.close)

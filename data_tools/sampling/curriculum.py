@@ -71,6 +71,16 @@ class Curriculum:
         """Return the tokens consumed by the first `steps` steps."""
         return self.position_after(steps).tokens
 
+    def step_of(self, sample: int) -> int:
+        """Return the number of the step that takes a sample of the run, from `start` on."""
+        if sample < self.start.samples:
+            raise ValueError(
+                f"sample {sample} is before the plan, which begins at {self.start.samples}"
+            )
+        index = bisect_right(self._first_samples, sample) - 1
+        stage, first = self.stages[index], self._first_samples[index]
+        return stage.first_step + (sample - first) // stage.sequences_per_step + 1
+
     def samples_in_whole_steps(self, first_sample: int, samples: int) -> int:
         """Round `samples` down to whole steps, counted from `first_sample`."""
         index = bisect_right(self._first_samples, samples) - 1

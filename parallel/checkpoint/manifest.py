@@ -195,18 +195,28 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _parse(raw: bytes, path: Path) -> Manifest:
+def decode_manifest(raw: bytes, path: Path, *, remedy: str = RESTORE) -> dict[str, Any]:
+    """Decode what `encode_manifest` has encoded; `path` and `remedy` are for messages.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
-        content = json.loads(raw.decode("ascii"))
-        version = content.get("format_version")
+        content: dict[str, Any] = json.loads(raw.decode("ascii"))
         checksum = content.pop("checksum", None)
         expected = _checksum(content)  # ValueError: a number that JSON does not have
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: not a JSON object; {RESTORE}") from error
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: not a JSON object; {remedy}") from error
     if checksum != expected or raw != _dump({**content, "checksum": checksum}):
         raise CheckpointError(
-            f"{str(path)!r} is damaged: its checksum does not match its content; {RESTORE}"
+            f"{str(path)!r} is damaged: its checksum does not match its content; {remedy}"
         )
+    return content
+
+
+def _parse(raw: bytes, path: Path) -> Manifest:
+    content = decode_manifest(raw, path)
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{str(path)!r} has format version {version}, this program reads {FORMAT_VERSION}: "

@@ -8,6 +8,7 @@
         index.json      which of these files holds which elements of which parameter
         manifest.json   written last: size and sha256 of every file above, layout, configuration
     RUN/checkpoints/latest    a hint for people; resuming looks at the directories
+    RUN/checkpoints/rollbacks.json    data that the run skips since a loss spike; after one
 
 Any layout reads what it needs from these files, without conversion: rank 0 reads the index for all,
 and a rank opens the files that hold something of it, once each. Where only DeepSpeed can

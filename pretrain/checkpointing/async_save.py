@@ -24,6 +24,7 @@ from torch import Tensor
 from parallel.checkpoint.errors import AgreedError, one_line
 from parallel.checkpoint.weights import Weight
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
+from pretrain.checkpointing.rollbacks import SkippedData
 from pretrain.checkpointing.selection import Checkpoint, Resume, RunIdentity
 from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
 
@@ -62,11 +63,19 @@ class Checkpointer:
     def identity(self) -> RunIdentity:
         return self._store.identity
 
-    def find(self, resume: Resume) -> Checkpoint | None:
+    def find(
+        self, resume: Resume, *, order: Callable[[list[int]], list[int]] = list
+    ) -> Checkpoint | None:
         """See `CheckpointStore.find`; a save in flight is published first."""
         self.wait()
         self._progress("searching for a checkpoint")
-        return self._store.find(resume, progress=self._advance)
+        return self._store.find(resume, progress=self._advance, order=order)
+
+    def return_to(self, checkpoint: Checkpoint, skipped: Sequence[SkippedData]) -> Checkpoint:
+        """See `CheckpointStore.return_to`; a save in flight is published first."""
+        self.wait()
+        self._progress(f"deleting checkpoints after step {checkpoint.step}")
+        return self._store.return_to(checkpoint, skipped)
 
     def save(self, contents: CheckpointContents) -> None:
         """Write and publish now, or wait for the previous save, copy, and do so in the background.

@@ -1,8 +1,7 @@
-"""Retention: selection and deletion of old checkpoints."""
+"""Retention: which old checkpoints are deleted."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,30 +9,37 @@ from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.lock import RunLock
 from parallel.checkpoint.manifest import read_manifest, verify_listing
 from parallel.checkpoint.storage import Storage
-from pretrain.checkpointing.selection import steps_in
+from pretrain.checkpointing.directory import delete, steps_in
+from pretrain.checkpointing.rollbacks import complete_interrupted
 
 
-def surplus(steps: Sequence[int], *, keep: int, keep_every: int | None) -> list[int]:
-    """Steps to delete: neither among the newest `keep` nor multiples of `keep_every`.
+def surplus(
+    steps: Sequence[int], *, keep: int, keep_every: int | None, skip_before: int | None = None
+) -> list[int]:
+    """Steps to delete: neither among the newest `keep`, nor multiples of `keep_every`, nor needed
+    by a rollback.
+
+    A loss spike in the next step returns to a checkpoint at least `skip_before` steps before the
+    newest, so one such is kept. It is replaced by the oldest of the later ones, which is kept for
+    that and becomes old enough in time: of those among the newest `keep` none might. None: there
+    are no rollbacks.
 
     `steps`: newest first.
     """
-    older = steps[keep:]
-    return [step for step in older if keep_every is None or step % keep_every]
-
-
-def delete(directory: Path, step: int, storage: Storage) -> None:
-    """Delete the checkpoint of a step."""
-    doomed = directory / f".delete-step_{step}-{os.urandom(4).hex()}"
-    # Renamed first: an interrupted deletion must not look like a checkpoint.
-    storage.rename(directory / f"step_{step}", doomed)
-    storage.remove_tree(doomed)
+    kept = set(steps[:keep])
+    if skip_before is not None:
+        later = [step for step in steps if step > steps[0] - skip_before]
+        kept.update(steps[len(later) :][:1], later[-1:])
+    return [
+        step for step in steps if step not in kept and (keep_every is None or step % keep_every)
+    ]
 
 
 def prune(run_dir: Path, *, keep: int, keep_every: int | None) -> list[int]:
     """Delete surplus checkpoints of a run that no job is training; returns their steps.
 
-    Damaged ones are not counted and are kept for inspection.
+    Damaged ones are not counted and are kept for inspection. An interrupted rollback is completed
+    first.
 
     Raises:
         CheckpointError: another job uses the run directory, or nothing would be kept.
@@ -46,6 +52,7 @@ def prune(run_dir: Path, *, keep: int, keep_every: int | None) -> list[int]:
     lock = RunLock(run_dir)
     try:
         directory = run_dir / "checkpoints"
+        complete_interrupted(directory, Storage())  # or the checkpoint returned to might go
         complete = [
             step for step in steps_in(directory) if _is_complete(directory / f"step_{step}")
         ]

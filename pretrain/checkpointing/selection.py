@@ -16,11 +16,12 @@ from parallel.checkpoint.manifest import (
     Manifest,
     TextRecord,
     read_manifest,
-    step_of_name,
     verify_content,
     verify_listing,
 )
+from pretrain.checkpointing.directory import LATEST_NAME, steps_in
 from pretrain.checkpointing.index import FOLDER as OPTIMIZER_FOLDER
+from pretrain.checkpointing.rollbacks import SkippedData
 from pretrain.config import RunConfig, resolved
 from pretrain.config.resume_rules import (
     Difference,
@@ -33,7 +34,6 @@ from pretrain.config.resume_rules import (
 from pretrain.distributed.consensus import RankGroup
 
 Resume = Literal["auto", "must", "never"]
-LATEST_NAME = "latest"
 TRAINER_NAME = "trainer.json"
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class Checkpoint(NamedTuple):
     """A verified checkpoint of this run, and the layout that wrote it.
 
     `any_layout`: its optimizer state is ours, in `optimizer/`; otherwise DeepSpeed's, in `engine/`.
-    `differences`: settings that legitimately differ from the run that wrote it.
+    `differences`: settings that legitimately differ from the run that wrote it. `skipped`: data
+    that the run skips since a rollback, perhaps a later one than the checkpoint.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Checkpoint(NamedTuple):
     layout: Layout
     any_layout: bool
     differences: tuple[Difference, ...] = ()
+    skipped: tuple[SkippedData, ...] = ()
 
     def rng_path(self, rank: int) -> Path:
         return self.path / "rng" / rng_file_name(rank)
@@ -83,19 +85,21 @@ def find_checkpoint(
     identity: RunIdentity,
     ranks: RankGroup,
     progress: Callable[[str], object],
+    order: Callable[[list[int]], list[int]] = list,
 ) -> Checkpoint | None:
     """Find the newest undamaged checkpoint; None if the run has to start from the beginning.
 
     Collective. Every rank verifies the files that it wrote; a damaged checkpoint is skipped with
     one warning that names the file and its fault. `progress` is called with each file that this
-    rank begins to verify.
+    rank begins to verify. `order`: from the steps of all checkpoints, newest first, to those that
+    are tried.
 
     Raises:
         CheckpointError: `must` and there is none; `never` and there is one; only damaged ones; the
             newest undamaged one is of another run, layout or data.
     """
     problems: list[str] = []
-    for step in ranks.run_on_rank0(lambda: _candidates(run_dir, resume)):
+    for step in ranks.run_on_rank0(lambda: order(_candidates(run_dir, resume))):
         directory = run_dir / "checkpoints" / f"step_{step}"
         manifest, problem = _verify(directory, ranks, progress)
         if manifest is not None and problem is None:
@@ -109,14 +113,6 @@ def find_checkpoint(
             f"the newest: {problems[0]}; restore one or start in another run_dir"
         )
     return None
-
-
-def steps_in(directory: Path) -> list[int]:
-    """The N of all entries `step_N`, newest first; symbolic links are ignored."""
-    if not directory.is_dir():
-        return []
-    steps = ((step_of_name(entry.name), entry) for entry in directory.iterdir())
-    return sorted((n for n, e in steps if n is not None and not e.is_symlink()), reverse=True)
 
 
 def _candidates(run_dir: Path, resume: Resume) -> list[int]:

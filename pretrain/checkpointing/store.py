@@ -31,6 +31,7 @@ from parallel.checkpoint.manifest import (
 from parallel.checkpoint.storage import Storage, fault_hook
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
+from pretrain.checkpointing.directory import delete, point_latest_to, steps_in
 from pretrain.checkpointing.index import (
     FOLDER,
     HEADER,
@@ -41,21 +42,28 @@ from pretrain.checkpointing.index import (
     shard_name,
 )
 from pretrain.checkpointing.optimizer_shards import OptimizerShard, StoredOptimizer, check_masters
-from pretrain.checkpointing.retention import delete, surplus
+from pretrain.checkpointing.retention import surplus
 from pretrain.checkpointing.rng_state import write_rng_state
+from pretrain.checkpointing.rollbacks import (
+    Rollbacks,
+    SkippedData,
+    complete_interrupted,
+    forget,
+    roll_back,
+)
 from pretrain.checkpointing.selection import (
-    LATEST_NAME,
     TRAINER_NAME,
     Checkpoint,
     Resume,
     RunIdentity,
     find_checkpoint,
     rng_file_name,
-    steps_in,
 )
 from pretrain.distributed.consensus import RankGroup
 
-_TEMPORARY = re.compile(r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.latest-[0-9a-f]+")
+_TEMPORARY = re.compile(
+    r"\.(tmp|delete)-step_[0-9]+-[0-9a-f]+|\.(latest|rollbacks\.json)-[0-9a-f]+"
+)
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "safetensors", "numpy")
 logger = logging.getLogger(__name__)
 
@@ -108,6 +116,8 @@ class CheckpointStore:
     Args:
         keep: number of newest checkpoints to keep, at least 1.
         keep_every: also keep those of steps that are multiples of it.
+        skip_before: also keep what a rollback needs that skips so many steps before a loss spike
+            (`retention.surplus`); None: there are no rollbacks.
 
     Raises:
         CheckpointError: another job uses the run directory, or it cannot be written.
@@ -120,6 +130,7 @@ class CheckpointStore:
         identity: RunIdentity,
         keep: int,
         keep_every: int | None = None,
+        skip_before: int | None = None,
         ranks: RankGroup = RankGroup(),  # noqa: B008 - immutable
         storage: Storage | None = None,
     ) -> None:
@@ -128,11 +139,12 @@ class CheckpointStore:
         self.run_dir = run_dir
         self.directory = run_dir / "checkpoints"
         self.identity = identity
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._skip_before = keep, keep_every, skip_before
         self._ranks = ranks
         self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
         self._trusted: set[int] = set()  # verified by `find` or written by `save`
         self._lock: RunLock | None = None
+        self._rollbacks: Rollbacks | None = None  # on rank 0
         self._ranks.run_on_rank0(self._open)
 
     def close(self) -> None:
@@ -140,7 +152,11 @@ class CheckpointStore:
             self._lock.release()
 
     def find(
-        self, resume: Resume, *, progress: Callable[[str], object] = _ignore
+        self,
+        resume: Resume,
+        *,
+        progress: Callable[[str], object] = _ignore,
+        order: Callable[[list[int]], list[int]] = list,
     ) -> Checkpoint | None:
         """See `selection.find_checkpoint`."""
         found = find_checkpoint(
@@ -149,10 +165,28 @@ class CheckpointStore:
             identity=self.identity,
             ranks=self._ranks,
             progress=progress,
+            order=order,
         )
-        if found is not None:
-            self._trusted.add(found.step)
-        return found
+        skipped = self._ranks.run_on_rank0(self._skipped)
+        if found is None:
+            return None
+        self._trusted.add(found.step)
+        return found._replace(skipped=skipped)
+
+    def return_to(self, checkpoint: Checkpoint, skipped: Sequence[SkippedData]) -> Checkpoint:
+        """Make a checkpoint that `find` has returned the newest again, by deleting newer ones.
+
+        `skipped`: data that the run skips from there on, those of earlier rollbacks included; they
+        outlive the process. See `checkpointing.rollbacks` for what an interruption leaves.
+
+        Raises:
+            CheckpointError: on every rank; this process must not go on.
+        """
+        step, skipped = checkpoint.step, tuple(skipped)
+        self._ranks.run_on_rank0(lambda: self._return_to(step, skipped))
+        # The steps after it will be saved anew.
+        self._trusted = {each for each in self._trusted if each <= step}
+        return checkpoint._replace(skipped=skipped)
 
     def save(
         self,
@@ -187,8 +221,27 @@ class CheckpointStore:
     def _path(self, step: int) -> Path:
         return self.directory / f"step_{step}"
 
+    def _skipped(self) -> tuple[SkippedData, ...]:
+        """Rank 0: the data that rollbacks skip; none in a run that starts from the beginning."""
+        if self._rollbacks is not None and not steps_in(self.directory):
+            forget(self.directory, self._storage)
+            self._rollbacks = None
+        return () if self._rollbacks is None else self._rollbacks.skipped
+
+    def _return_to(self, step: int, skipped: tuple[SkippedData, ...]) -> None:
+        self._check_lock(f"the run has not returned to step_{step}")
+        self._rollbacks = roll_back(self.directory, step, skipped, self._storage)
+
+    def _check_lock(self, consequence: str) -> None:
+        if self._lock is None or not self._lock.is_held():
+            raise CheckpointError(
+                f"{consequence}: the lock of {str(self.run_dir)!r} was taken away; "
+                "let only one job use a run_dir"
+            )
+
     def _open(self) -> None:
-        """Rank 0: take the lock, probe that saves can be written, remove interrupted saves."""
+        """Rank 0: take the lock, probe that saves can be written, complete an interrupted rollback,
+        remove interrupted saves."""
         self._lock = RunLock(self.run_dir)
         try:
             self.directory.mkdir(exist_ok=True)
@@ -202,6 +255,11 @@ class CheckpointStore:
                 f"{str(self.directory)!r} cannot be written ({error.strerror}): choose another "
                 "run_dir or free space"
             ) from error
+        try:
+            self._rollbacks = complete_interrupted(self.directory, self._storage)
+        except (CheckpointError, OSError):
+            self.close()
+            raise
         for entry in sorted(self.directory.iterdir()):
             if _TEMPORARY.fullmatch(entry.name):
                 logger.warning("removing %s, left by an interrupted save", entry)
@@ -319,11 +377,7 @@ class CheckpointStore:
             self._storage.write(temporary / MANIFEST_NAME, manifest.to_bytes())
             for directory in sorted({(temporary / name).parent for name in manifest.files}):
                 self._storage.sync(directory)
-            if self._lock is None or not self._lock.is_held():
-                raise CheckpointError(
-                    f"step_{step} was not saved: the lock of {str(self.run_dir)!r} was taken away; "
-                    "let only one job use a run_dir"
-                )
+            self._check_lock(f"step_{step} was not saved")
             self._storage.rename(temporary, self._path(step))
         except (OSError, ValueError) as error:
             self._remove_quietly(temporary)
@@ -380,15 +434,17 @@ class CheckpointStore:
 
     def _point_latest_to(self, step: int) -> None:
         try:
-            self._storage.replace_file(self.directory / LATEST_NAME, f"step_{step}\n".encode())
-            self._storage.sync(self.directory)
+            point_latest_to(self.directory, step, self._storage)
         except OSError as error:  # only a hint: the checkpoint itself is published
             logger.warning("step_%d is saved, but latest could not be written: %s", step, error)
 
     def _retain(self, newest: int) -> None:
         """Rank 0: apply retention, counting back from the checkpoint just written."""
         steps = [step for step in steps_in(self.directory) if step <= newest]
-        for step in surplus(steps, keep=self._keep, keep_every=self._keep_every):
+        doomed = surplus(
+            steps, keep=self._keep, keep_every=self._keep_every, skip_before=self._skip_before
+        )
+        for step in doomed:
             try:
                 delete(self.directory, step, self._storage)
             except OSError as error:

@@ -97,8 +97,8 @@ class TrainState:
             "data": self.loader.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, with the steps that remain under the current settings.
+    def plan_from(self, state: Mapping[str, Any]) -> Curriculum:
+        """Plan the steps after those of `state`, under the current settings.
 
         Raises:
             CheckpointError, ConfigError, DataError: the run cannot continue there.
@@ -111,9 +111,18 @@ class TrainState:
             start=position,
         )
         self._check_end(curriculum, position)
+        return curriculum
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, with the steps that remain under the current settings.
+
+        Raises:
+            CheckpointError, ConfigError, DataError: the run cannot continue there.
+        """
+        curriculum = self.plan_from(state)
         self.loader.load_state_dict(state["data"], curriculum=curriculum)
         check_epochs(self._config.data, curriculum, self.loader)
-        self.step, self.learning_rate = position.steps, last_rate(state)
+        self.step, self.learning_rate = curriculum.start.steps, last_rate(state)
 
     def _check_end(self, curriculum: Curriculum, position: Position) -> None:
         if curriculum.total_steps >= position.steps:

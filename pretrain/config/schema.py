@@ -240,6 +240,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         _check_stages(self)
+        _check_rollbacks(self)
         if self.training.optimizer == "muon" and self.parallel.tensor > 1:
             raise ValueError(
                 f"training.optimizer=muon with parallel.tensor={self.parallel.tensor}: Muon "
@@ -314,6 +315,25 @@ def _pair(value: Any) -> Any:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers such as [0.9, 0.95]")
     return tuple(value)
+
+
+def _check_rollbacks(config: RunConfig) -> None:
+    """Refuse rollbacks that the run ends too early for; by time it may save after any step."""
+    spike, steps = config.stability.spike, config.training.max_steps
+    if spike is None or steps is None:
+        return
+    if spike.window >= steps:
+        raise ValueError(
+            f"stability.spike.window={spike.window} has no effect with training.max_steps={steps}: "
+            "no loss is compared before the window is full; lower it or set stability.spike=null"
+        )
+    checkpoint = config.checkpoint
+    if checkpoint.interval_minutes is None and checkpoint.interval + spike.skip_before >= steps:
+        raise ValueError(
+            f"stability.spike.skip_before={spike.skip_before} with checkpoint.interval="
+            f"{checkpoint.interval} and training.max_steps={steps}: no checkpoint would be old "
+            "enough to return to; lower one of the first two or set stability.spike=null"
+        )
 
 
 def _check_stages(config: RunConfig) -> None:

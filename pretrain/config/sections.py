@@ -20,7 +20,12 @@ class CheckpointConfig(BaseModel):
         gt=0,
         description="Also save once so many minutes have passed since the last save",
     )
-    keep: int = Field(default=3, gt=0, description="Number of newest checkpoints to keep")
+    keep: int = Field(
+        default=3,
+        gt=0,
+        description="Number of newest checkpoints to keep; with stability.spike up to two older "
+        "ones are kept besides, which a rollback needs",
+    )
     keep_every: int | None = Field(
         default=None, gt=0, description="Also keep checkpoints of steps that are multiples of it"
     )
@@ -65,7 +70,12 @@ class WatchdogConfig(BaseModel):
 
 
 class SpikeConfig(BaseModel):
-    """Roll back to the checkpoint before a loss spike, and skip the data around it."""
+    """Roll back to a checkpoint before a loss spike, and skip the data around it.
+
+    The run returns to the newest checkpoint without any of the skipped data: at or before `spike -
+    skip_before - 1`. Later checkpoints are deleted. If there is none that early, it returns to the
+    oldest one, and the log says how many of the steps stay in.
+    """
 
     model_config = STRICT
 
@@ -76,7 +86,10 @@ class SpikeConfig(BaseModel):
         default=100, ge=2, description="Steps over which mean and deviation are taken"
     )
     skip_before: int = Field(
-        default=10, ge=0, description="Steps before the spike whose data are also skipped"
+        default=10,
+        ge=0,
+        description="Steps before the spike whose data are also skipped; the run returns to a "
+        "checkpoint before them",
     )
     max_rollbacks: int = Field(default=3, gt=0, description="Rollbacks after which the run ends")
 

@@ -91,10 +91,11 @@ def check_space(config: RunConfig, folder: Path, *, total_steps: int | None) -> 
     present = _bytes_below(Path(config.run_dir, "checkpoints"))
     free = shutil.disk_usage(folder).free
     needed = max(size * count - present, 0)
+    for_rollbacks = "" if config.stability.spike is None else ", two that a rollback may need"
     what = (
-        f"{count} checkpoints of {_gigabytes(size)} (checkpoint.keep={config.checkpoint.keep}, and "
-        f"the one being written) need {_gigabytes(needed)} more, and {folder} has "
-        f"{_gigabytes(free)} free"
+        f"{count} checkpoints of {_gigabytes(size)} (checkpoint.keep={config.checkpoint.keep}"
+        f"{for_rollbacks}, and the one being written) need {_gigabytes(needed)} more, and "
+        f"{folder} has {_gigabytes(free)} free"
     )
     if needed <= free:
         return Finding(SECTION, "ok", what)
@@ -119,6 +120,8 @@ def num_checkpoints(config: RunConfig, *, total_steps: int | None) -> int:
     """Most checkpoints that lie in the run directory at a time."""
     settings = config.checkpoint
     kept = settings.keep + 1  # a new one is complete before the oldest is deleted
+    if config.stability.spike is not None:
+        kept += 2  # see checkpointing.retention.surplus
     if total_steps is not None:
         # By time a run may save after every step.
         interval = settings.interval if settings.interval_minutes is None else 1

@@ -256,7 +256,8 @@ def _shorten(values: dict[str, Any], data_size: int) -> None:
     values["checkpoint"] |= {"interval": 1, "keep": STEPS, "keep_every": None}
     if values["data"]["validation"]:
         values["evaluation"] = {"interval": 1, "max_windows": _WINDOWS}
-    values["stability"]["skip_steps"] = [[SKIPPED, SKIPPED]]
+    # A spike stands out from many more steps.
+    values["stability"] |= {"skip_steps": [[SKIPPED, SKIPPED]], "spike": None}
     if values["watchdog"]["replica_interval"] is not None:
         values["watchdog"]["replica_interval"] = 1
 

@@ -25,10 +25,13 @@ from tests.faults.mutation import Mutant
 
 STORE, STORAGE = "pretrain.checkpointing.store", "parallel.checkpoint.storage"
 SELECTION, MANIFEST = "pretrain.checkpointing.selection", "parallel.checkpoint.manifest"
+ROLLBACKS = "pretrain.checkpointing.rollbacks"
 LOOP, SAVES = "pretrain.loop", "pretrain.checkpointing.async_save"
 _STORE = "tests/pretrain/checkpointing/test_store.py::test_"
 _SELECTION = "tests/pretrain/checkpointing/test_selection.py::test_"
 _SAVES = "tests/pretrain/checkpointing/test_async_save.py::test_"
+_ROLLBACKS = "tests/pretrain/checkpointing/test_rollbacks.py::test_"
+_SPIKES = "tests/pretrain/stability/test_loss_spikes.py::test_"
 _FAULTS = "tests/pretrain/checkpointing/test_store_faults.py::test_"
 POWER_LOSS = (f"{_FAULTS}a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
 KILLED_SAVE = (f"{_FAULTS}a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint",)
@@ -81,10 +84,52 @@ MUTANTS = {
         KILLED_SAVE,
     ),
     "a deletion begins with a rename": Mutant(
-        "pretrain.checkpointing.retention:delete",
-        'storage.rename(directory / f"step_{step}", doomed); storage.remove_tree(doomed)',
+        "pretrain.checkpointing.directory:delete",
+        "storage.remove_tree(set_aside(directory, step, storage))",
         'storage.remove_tree(directory / f"step_{step}")',
         KILLED_SAVE,
+    ),
+    "a rollback is written down first": Mutant(
+        f"{ROLLBACKS}:roll_back",
+        "_write(directory, rollbacks, storage)",
+        "",
+        (f"{_ROLLBACKS}a_kill_at_any_point_of_a_rollback_leaves_the_run_before_or_after_it",),
+    ),
+    "an interrupted rollback is completed": Mutant(
+        f"{ROLLBACKS}:complete_interrupted",
+        "rollbacks is None or rollbacks.is_complete",
+        "True",
+        (f"{_ROLLBACKS}a_kill_while_a_rollback_is_completed_leaves_it_to_the_next_start",),
+    ),
+    "latest moves before what it names is deleted": Mutant(
+        f"{ROLLBACKS}:_complete",
+        "point_latest_to(directory, step, storage)",
+        "",
+        (f"{_ROLLBACKS}a_kill_at_any_point_of_a_rollback_leaves_the_run_before_or_after_it",),
+    ),
+    "steps are written anew after a rollback": Mutant(
+        f"{STORE}:CheckpointStore.return_to",
+        "self._trusted = {each for each in self._trusted if each <= step}",
+        "",
+        (f"{_ROLLBACKS}steps_after_the_one_returned_to_are_written_anew",),
+    ),
+    "a rollback leads to before the data around the spike": Mutant(
+        "pretrain.stability.rollback:_by_fitness",
+        "step < spike.step - skip_before",
+        "step < spike.step",
+        (f"{_SPIKES}each_of_several_spikes_leaves_no_trace",),
+    ),
+    "a restarted run still skips": Mutant(
+        f"{STORE}:CheckpointStore.find",
+        "return found._replace(skipped=skipped)",
+        "return found",
+        (f"{_SPIKES}a_run_that_is_killed_after_its_rollback_still_skips_the_data",),
+    ),
+    "retention leaves what a rollback needs": Mutant(
+        f"{STORE}:CheckpointStore._retain",
+        "self._skip_before",
+        "None",
+        (f"{_SPIKES}retention_leaves_what_a_rollback_needs",),
     ),
     "contents are hashed": Mutant(
         f"{SELECTION}:_verify",
@@ -96,7 +141,7 @@ MUTANTS = {
         ),
     ),
     "the manifest has a checksum": Mutant(
-        f"{MANIFEST}:_parse", "checksum != expected", "False", BIT_FLIPS
+        f"{MANIFEST}:decode_manifest", "checksum != expected", "False", BIT_FLIPS
     ),
     "sizes are compared": Mutant(
         f"{MANIFEST}:verify_listing",
@@ -129,13 +174,13 @@ MUTANTS = {
         (f"{_STORE}a_second_job_in_the_same_directory_is_refused",),
     ),
     "the lock is looked at before a checkpoint is published": Mutant(
-        f"{STORE}:CheckpointStore._publish",
+        f"{STORE}:CheckpointStore._check_lock",
         "self._lock.is_held()",
         "True",
         (f"{_STORE}a_job_that_lost_its_lock_publishes_nothing",),
     ),
     "the newest checkpoint comes first": Mutant(
-        f"{SELECTION}:steps_in",
+        "pretrain.checkpointing.directory:steps_in",
         "True",
         "False",
         (f"{_SELECTION}the_newest_checkpoint_is_found_with_its_contents",),

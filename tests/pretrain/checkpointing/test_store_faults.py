@@ -122,7 +122,8 @@ class VolatileStorage(Storage):
             inode = path.stat().st_ino
             if inode in self._contents:
                 path.write_bytes(b"")
-            if inode in self._entries and path.name != "latest":
+            # What replaces a file is there or not, but the name is.
+            if inode in self._entries and path.name not in {"latest", "rollbacks.json"}:
                 path.unlink()
         for old, new, replaced in reversed(self._renames if undo_renames else []):
             if new.exists():

@@ -235,8 +235,10 @@ def test_checkpoints_that_do_not_fit_are_found(tmp_path):
     assert (finding.severity, "10000000 checkpoints" in finding.what) == ("warning", True)
 
 
-@pytest.mark.parametrize(("minutes", "most"), [("null", 1), ("30", 3)])
-def test_a_run_that_saves_by_time_needs_room_for_all_it_keeps(minutes, most, tmp_path):
+@pytest.mark.parametrize(
+    ("minutes", "spike", "most"), [("null", "null", 1), ("30", "null", 3), ("30", "{sigma: 6}", 5)]
+)
+def test_a_run_that_saves_by_time_needs_room_for_all_it_keeps(minutes, spike, most, tmp_path):
     config = compose_config(
         "demo",
         overrides=[
@@ -244,6 +246,7 @@ def test_a_run_that_saves_by_time_needs_room_for_all_it_keeps(minutes, most, tmp
             "checkpoint.interval=1000",
             f"checkpoint.interval_minutes={minutes}",
             "checkpoint.keep=2",
+            f"stability.spike={spike}",
         ],
     )
     assert f"{most} checkpoints" in check_space(config, tmp_path, total_steps=500).what
