@@ -71,6 +71,19 @@ class ParameterEntry(_Record):
         tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
     ]
 
+    def span(self, shard: int, start: int, length: int, step: int) -> FlatRange:
+        """A piece as the header of its file says it."""
+        return FlatRange(
+            shape=self.shape,
+            dim=self.dim,
+            full_size=self.full_size,
+            shard=shard,
+            num_shards=self.num_shards,
+            start=start,
+            length=length,
+            step=step,
+        )
+
 
 class _Weights(_Record):
     pipeline_size: PositiveInt
@@ -153,20 +166,26 @@ def collect_optimizer(directory: Path) -> dict[str, ParameterEntry]:
                 f"{str(path)!r} was not written by manyformer, whose files here are called "
                 f"{shard_name(0)} and so on; move it away"
             )
-        headers[int(match[1])] = _read_header(path)
+        try:
+            with TensorFile(path) as file:
+                headers[int(match[1])] = file_header(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
     return join_headers(headers.items(), directory=directory)
 
 
-def _read_header(path: Path) -> dict[str, FlatRange]:
+def file_header(file: TensorFile) -> dict[str, FlatRange]:
+    """What an open file says that it holds.
+
+    Raises:
+        CheckpointError: it says nothing of the kind.
+    """
     try:
-        with TensorFile(path) as file:
-            return parse_header(file.metadata[HEADER])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
+        return parse_header(file.metadata[HEADER])
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{str(path)!r} has no valid header {HEADER!r}, so it was not written by manyformer; "
-            f"{RESTORE}"
+            f"{str(file.path)!r} has no valid header {HEADER!r}, so it was not written by "
+            f"manyformer; {RESTORE}"
         ) from error
 
 
