@@ -128,7 +128,12 @@ def parse_index(raw: bytes, *, source: Path) -> CheckpointIndex:
         content = _Content.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"]) or "all of it"
+        if first["type"] == "extra_forbidden":
+            raise CheckpointError(
+                f"{str(source)!r} has {place}, which this version of manyformer does not know; use "
+                "the version that wrote the checkpoint, or another checkpoint"
+            ) from error
         raise CheckpointError(
             f"{str(source)!r} is not the index of a checkpoint: {place}: {first['msg']}; {RESTORE}"
         ) from error

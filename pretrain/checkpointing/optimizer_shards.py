@@ -237,7 +237,7 @@ class StoredOptimizer:
         """Check that a file says of itself what the index says of it: files may be in each other's
         places, or the index be another checkpoint's."""
         header = file_header(file)
-        for name, piece in {(copy.name, copy.piece) for copy in copies}:
+        for name, piece in dict.fromkeys((copy.name, copy.piece) for copy in copies):
             expected = self._entries[name].span(*piece[1:])
             if header.get(name) != expected:
                 raise CheckpointError(
@@ -373,7 +373,7 @@ def _check_tiling(
     spans = [(piece.start, piece.stop) for piece in shard]
     for (start, stop), path in zip([*spans, (numel, 0)], [*files, ""], strict=True):
         if start != position or not shard:
-            where = f" before {path!r}" if path else ""
+            where = f" before {path!r}" if path else f" in {str(directory)!r}"
             raise CheckpointError(
                 f"parameter {name!r}, slice {number}: optimizer state of elements {position} to "
                 f"{start} is missing or duplicate{where}, expected 0 to {numel} once each; "

@@ -161,3 +161,9 @@ def test_an_index_that_a_file_contradicts_is_refused(pieces, file, checkpoint) -
 def test_an_index_that_is_something_else_is_refused(raw, place, tmp_path) -> None:
     with _refused(INDEX_NAME, value=place, constraint="is not the index", remedy="copy"):
         parse_index(raw, source=tmp_path / INDEX_NAME)
+
+
+def test_an_index_of_a_later_version_is_refused_as_such(checkpoint: Path) -> None:
+    content = json.loads(read_index(checkpoint)) | {"version": 2}
+    with _refused(INDEX_NAME, value="version", constraint="not know", remedy="version that wrote"):
+        parse_index(json.dumps(content).encode(), source=checkpoint / INDEX_NAME)
