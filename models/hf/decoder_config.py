@@ -55,10 +55,8 @@ class DecoderPreTrainedConfig(FamilyPreTrainedConfig):
                     f"{required!r}; leave it out"
                 )
         rope, older = (given.pop(name, None) for name in ("rope_parameters", "rope_scaling"))
-        if rope and given.setdefault("rope_theta", rope.get("rope_theta")) is None:
-            del given["rope_theta"]
         theta = (rope or {}).get("rope_theta")
-        if theta is not None and given["rope_theta"] != theta:
+        if theta is not None and given.setdefault("rope_theta", theta) != theta:
             raise ValueError(
                 f"rope_theta={given['rope_theta']} is not that of rope_parameters={dict(rope)};"
                 " change rope_parameters"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,7 @@ from parallel.checkpoint.tensor_file import TensorFile
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 
+T = TypeVar("T")
 INDEX_NAME = "index.json"
 FOLDER = "optimizer"
 HEADER = "manyformer_optimizer"
@@ -173,21 +174,21 @@ def collect_optimizer(directory: Path) -> dict[str, ParameterEntry]:
             )
         try:
             with TensorFile(path) as file:
-                headers[int(match[1])] = file_header(file)
+                headers[int(match[1])] = file_header(file, parse_header)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
     return join_headers(headers.items(), directory=directory)
 
 
-def file_header(file: TensorFile) -> dict[str, FlatRange]:
+def file_header(file: TensorFile, parse: Callable[[str], T]) -> T:
     """What an open file says that it holds.
 
     Raises:
-        CheckpointError: it says nothing of the kind.
+        CheckpointError: it says nothing, or nothing that `parse` can read.
     """
     try:
-        return parse_header(file.metadata[HEADER])
-    except (KeyError, ValueError) as error:
+        return parse(file.metadata[HEADER])
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{str(file.path)!r} has no valid header {HEADER!r}, so it was not written by "
             f"manyformer; {RESTORE}"

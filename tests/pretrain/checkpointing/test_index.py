@@ -139,7 +139,7 @@ def test_an_index_that_a_file_contradicts_is_refused(pieces, file, checkpoint) -
         (files / f"{file}.safetensors").write_bytes((files / "rank_00000.safetensors").read_bytes())
     stored = StoredOptimizer(checkpoint / "optimizer", index.optimizer)
     stored.check()
-    with _refused(file, value="'w'", constraint="start=", remedy="restore"):
+    with _refused(file, value="'w'", constraint="'start'", remedy="restore"):
         stored.full()
 
 
