@@ -212,12 +212,14 @@ def sum_partial_gradients(module: nn.Module, ctx: ParallelContext) -> None:
     """Register hooks that sum the gradients declared `partial_gradient` over tensor ranks.
 
     Megatron-Core does this in its own training loop at the end of a step, DeepSpeed not at all, so
-    a hook on each parameter does it as soon as the gradient of a micro-batch exists.
+    a hook on each parameter does it as soon as the gradient of a micro-batch exists. A frozen
+    parameter has none.
     """
     if ctx.tensor.size == 1:
         return
     for parameter in module.parameters():
-        if getattr(parameter, "sharding", Sharding()).partial_gradient:
+        sharding = getattr(parameter, "sharding", Sharding())
+        if sharding.partial_gradient and parameter.requires_grad:
             parameter.register_hook(lambda gradient: _all_reduced(gradient, ctx.tensor.group))
 
 

@@ -139,8 +139,12 @@ def stretch(frequencies: Tensor, scaling: RopeScaling, *, theta: float) -> Tenso
     if isinstance(scaling, LinearScaling):
         return frequencies / scaling.factor
     if isinstance(scaling, YarnScaling):
+        # In transformers' order of operations: what fp32 rounds otherwise in a frequency is at
+        # position 100,000 a hundredth of a turn.
+        exponents = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32)
+        powers = theta ** (exponents.to(frequencies) / (2 * len(frequencies)))
         kept = 1 - _ramp(len(frequencies), scaling, theta).to(frequencies)
-        return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+        return 1.0 / (scaling.factor * powers) * (1 - kept) + frequencies * kept
     return _stretch_by_wavelength(frequencies, scaling)
 
 
@@ -157,15 +161,15 @@ def _ramp(size: int, scaling: YarnScaling, theta: float) -> Tensor:
     def dimension(turns: float) -> float:
         """The index of the frequency that turns so often in the original context."""
         original = scaling.original_max_position_embeddings
-        return size * math.log(original / (2 * math.pi * turns)) / math.log(theta)
+        return 2 * size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * size - 1)
-    # A step where both ends meet.
-    slope = 1 / (high - low if high != low else 1e-3)
-    return ((torch.arange(size, dtype=torch.float32) - low) * slope).clamp(0, 1)
+    if low == high:
+        high += 0.001  # a step
+    return ((torch.arange(size, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
 def _stretch_by_wavelength(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -28,7 +28,7 @@ class DecoderPreTrainedConfig(FamilyPreTrainedConfig):
     @classmethod
     def attribute_names(cls) -> list[str]:
         names = [SETTING_NAMES.get(n, n) for n in super().attribute_names() if n not in _ROPE]
-        return [*names, *_ROPE[:2], *FIXED_SETTINGS]
+        return [*names, *_ROPE, *FIXED_SETTINGS]
 
     @classmethod
     def attributes(cls, settings: BaseModel) -> dict[str, Any]:
@@ -41,7 +41,8 @@ class DecoderPreTrainedConfig(FamilyPreTrainedConfig):
 
     @classmethod
     def values(cls, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings from attributes; `rope_parameters` may be given as `rope_theta` alone.
+        """Settings from attributes; `rope_parameters` may be given as `rope_theta` and, like the
+        family's own setting and files of transformers 4, as `rope_scaling`.
 
         Raises:
             ValueError: a setting of Llama or Qwen2 that the family does not have.
@@ -53,14 +54,21 @@ class DecoderPreTrainedConfig(FamilyPreTrainedConfig):
                     f"{name}={attributes[name]!r}: the {cls.model_type} family only has "
                     f"{required!r}; leave it out"
                 )
-        rope = given.pop("rope_parameters", None)
-        if rope is not None:
-            if given.setdefault("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
-                raise ValueError(
-                    f"rope_theta={given['rope_theta']} is not that of rope_parameters={dict(rope)};"
-                    " change rope_parameters"
-                )
-            given["rope_scaling"] = rope_scaling(rope, family=cls.model_type)
+        rope, older = (given.pop(name, None) for name in ("rope_parameters", "rope_scaling"))
+        theta = (rope or {}).get("rope_theta")
+        if theta is not None and given.setdefault("rope_theta", theta) != theta:
+            raise ValueError(
+                f"rope_theta={given['rope_theta']} is not that of rope_parameters={dict(rope)};"
+                " change rope_parameters"
+            )
+        scalings = [rope_scaling(each, family=cls.model_type) for each in (rope, older) if each]
+        if len(set(map(str, scalings))) > 1:
+            raise ValueError(
+                f"rope_scaling={dict(older)} is not that of rope_parameters={dict(rope)}; leave "
+                "rope_scaling out"
+            )
+        if scalings:
+            given["rope_scaling"] = scalings[0]
         ours = {theirs: ours for ours, theirs in SETTING_NAMES.items()}
         return {ours.get(name, name): value for name, value in given.items()}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from pydantic import ValidationError
+
 from models.common.config import (
     DecoderConfig,
     LinearScaling,
@@ -80,7 +82,10 @@ FIXED_SETTINGS = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
+    "is_causal": True,
 }
+# Of these, what transformers' attention reads of every configuration, a field of its class or not.
+_ALWAYS_READ = {"is_causal"}
 # Their types of layers that our decoders have.
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Their names of the activation silu.
@@ -133,7 +138,7 @@ def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     """Settings of one model type only, written out because defaults may change."""
     if model_type == "llama":
         return {"attention_bias": False, "mlp_bias": False}
-    if model_type == "mistral":
+    if model_type in ("mistral", "ministral"):
         return {"sliding_window": None}
     layers = config.num_layers
     own = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
@@ -143,16 +148,21 @@ def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 def decoder_settings(
     contents: Mapping[str, Any], *, family: str, windows: bool = False
 ) -> dict[str, Any]:
-    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama, Qwen2, Qwen3
-    or Mistral; with `windows` also `sliding_window` and `layer_types`.
+    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama, Qwen2,
+    Qwen3, Mistral or Ministral; with `windows` also `sliding_window` and `layer_types`.
 
     Raises:
         ValueError: a setting that our decoders do not have; `family` is named.
     """
     from transformers import AutoConfig
 
-    settings = {k: v for k, v in contents.items() if k != "model_type"}
-    theirs = AutoConfig.for_model(contents["model_type"], **settings)
+    model_type, settings = contents["model_type"], dict(contents)
+    del settings["model_type"]
+    if model_type == "mistral" and "layer_types" in contents:  # as their Auto classes read it
+        model_type = "ministral"
+    theirs = AutoConfig.for_model(model_type, **settings)
+    # As its layers do: a length beside the parameters replaces that in them.
+    theirs.standardize_rope_params()
     _check_function(theirs, family=family)
     window, layer_types = _windows(theirs, family=family)
     if window is not None and not windows:
@@ -180,7 +190,7 @@ def _check_function(theirs: Any, *, family: str) -> None:
 
     Only what its class reads counts: a Qwen2 model with the key `attention_bias` is a Qwen2 model.
     """
-    read = _read_settings(theirs)
+    read = _read_settings(theirs) | {name for name in _ALWAYS_READ if hasattr(theirs, name)}
     given = {name: getattr(theirs, name) for name in FIXED_SETTINGS if name in read}
     if given["hidden_act"] in _SILU:
         given["hidden_act"] = "silu"
@@ -205,7 +215,7 @@ def _windows(theirs: Any, *, family: str) -> tuple[int | None, list[str] | None]
     """The window that any layer has, and the types of layers if not all have it.
 
     A window as long as the longest sequence hides nothing. Only what the class reads counts:
-    Mistral has its window in all layers whatever `layer_types` says, and Llama never has one.
+    Llama never has a window, whatever `layer_types` says.
 
     Raises:
         ValueError: a layer is of another type, or lacks the window that its type needs.
@@ -245,9 +255,9 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
     """The inverse of `rope_parameters`, without `rope_theta`.
 
     Raises:
-        ValueError: a type that our decoders do not have.
+        ValueError: a type that our decoders do not have, or a value that it cannot have.
     """
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "linear" and rope.get("factor") == 1.0:  # which divides positions by 1
         kind = "default"
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0
@@ -267,7 +277,17 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
     given = {name: rope[name] for name in own if rope.get(name) is not None}
     if kind == "yarn" and "attention_factor" not in given and rope.get("mscale_all_dim"):
         given |= _attention_factor(rope)
-    return scaling(type=kind, **given)
+    if kind == "yarn" and rope.get("truncate", True) is None:
+        given["truncate"] = False  # as transformers reads it
+    try:
+        return scaling(type=kind, **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        value = given.get(str(first["loc"][0])) if first["loc"] else given
+        raise ValueError(
+            f"config.json: rope_parameters with rope_type={kind!r}: "
+            f"{'.'.join(map(str, first['loc']))}={value!r}: {first['msg']}; correct it there"
+        ) from None
 
 
 def _attention_factor(rope: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ AttentionType = Literal["full_attention", "sliding_attention"]
 
 class LlamaConfig(DecoderConfig):
     """A dense decoder: Llama shape by default; `qkv_bias: true` gives Qwen2 shape, `qk_norm: true`
-    that of Qwen3 and `sliding_window` that of Mistral.
+    that of Qwen3 and `sliding_window` that of Mistral, with `layer_types` of Ministral.
 
     `qk_norm`: queries and keys are normalised over the dimensions of a head, with learned gains,
     before they are rotated. `sliding_window`: a query sees that many positions, its own included.

@@ -1,4 +1,5 @@
-"""The llama family in Hugging Face's names: transformers' Llama, Mistral, Qwen2 and Qwen3."""
+"""The llama family in Hugging Face's names: transformers' Llama, Mistral, Ministral, Qwen2 and
+Qwen3."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from models.llama.config import LlamaConfig
 
 
 def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
-    """The contents of config.json: Qwen3 with `qk_norm`, Qwen2 with `qkv_bias`, Mistral with a
-    window in all layers, else Llama.
+    """The contents of config.json: Qwen3 with `qk_norm`, Qwen2 with `qkv_bias`, Ministral with a
+    window in some layers, Mistral with one in all or heads that LlamaConfig refuses, else Llama.
 
     Raises:
         ValueError: transformers has no model of this shape.
@@ -33,20 +34,12 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
     if config.qkv_bias:
         return _with_windows(config, "qwen2", "Qwen2ForCausalLM")
     if config.layer_types is not None:
-        raise ValueError(
-            f"layer_types={config.layer_types} without qk_norm and qkv_bias: transformers' Mistral "
-            "has its window in all layers, so it cannot be exported; leave layer_types out, or set "
-            "qk_norm (Qwen3) or qkv_bias (Qwen2)"
-        )
-    if config.sliding_window is not None:
+        own = {"sliding_window": config.sliding_window, "layer_types": config.layer_types}
+        kind = {"model_type": "ministral", "architecture": "MinistralForCausalLM"}
+        return decoder_contents(config, **kind) | own
+    if config.sliding_window is not None or config.hidden_size % config.num_heads:
         contents = decoder_contents(config, model_type="mistral", architecture="MistralForCausalLM")
         return contents | {"sliding_window": config.sliding_window}
-    if config.hidden_size % config.num_heads:
-        raise ValueError(
-            f"hidden_size={config.hidden_size} is not a multiple of num_heads={config.num_heads}, "
-            "which transformers' LlamaConfig demands, so it cannot be exported; choose a "
-            "num_heads that divides hidden_size"
-        )
     return decoder_contents(config, model_type="llama", architecture="LlamaForCausalLM")
 
 
@@ -82,7 +75,7 @@ def parameter_names(config: LlamaConfig) -> dict[str, str]:
 
 
 HF = HFMapping(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    model_types=("llama", "ministral", "mistral", "qwen2", "qwen3"),
     to_config=to_hf_config,
     from_config=from_hf_config,
     names=parameter_names,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parallel.checkpoint.errors import RESTORE
 from parallel.checkpoint.tensor_file import TensorFile
-from parallel.checkpoint.weights import ShardPosition, WeightsError
+from parallel.checkpoint.weights import LAYOUT_KEY, ShardPosition, WeightsError, parse_layout
 from parallel.context import Axis
 from parallel.sharding import Sharding, local_extent
 
@@ -47,7 +47,7 @@ class WeightSlices:
     def __init__(self, directory: Path, table: WeightsTable, *, tensor: Axis) -> None:
         self.directory = directory
         self._table, self._tensor = table, tensor
-        self._files: dict[tuple[int, int], TensorFile] = {}
+        self._files: dict[tuple[int, int], _File] = {}
         self._open_files = contextlib.ExitStack()
 
     def __enter__(self) -> WeightSlices:
@@ -108,11 +108,11 @@ class WeightSlices:
             )
         if place.dim is None:
             rank = self._tensor.rank % num_slices
-            return _Stored(name, place, self._shape(name, place.stage, rank), 0, rank)
+            return _Stored(name, place, self._shape(name, place, rank), 0, rank)
         size = place.full_size or 0
         usual = max(1, -(-size // num_slices))
         rank = min(near // usual, num_slices - 1)
-        shape = list(self._shape(name, place.stage, rank))
+        shape = list(self._shape(name, place, rank))
         width = shape[place.dim] if place.dim < len(shape) else 0
         if not 0 < size <= width * num_slices:
             raise WeightsError(
@@ -139,7 +139,7 @@ class WeightSlices:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
     def _part(self, stored: _Stored, rank: int, ranges: list[tuple[int, int]]) -> Tensor:
-        file = self._file(stored.name, stored.place.stage, rank)
+        file = self._file(stored.name, stored.place, rank)
         try:
             part = file.read(stored.name, *ranges)
         except (SafetensorError, OSError) as error:
@@ -151,25 +151,51 @@ class WeightSlices:
             )
         return part
 
-    def _shape(self, name: str, stage: int, rank: int) -> tuple[int, ...]:
-        file = self._file(name, stage, rank)
+    def _shape(self, name: str, place: WeightPlace, rank: int) -> tuple[int, ...]:
+        file = self._file(name, place, rank)
         try:
             return file.shape(name)
         except (SafetensorError, OSError) as error:
             raise _unreadable(file.path, name, error) from error
 
-    def _file(self, name: str, stage: int, rank: int) -> TensorFile:
-        if (stage, rank) not in self._files:
-            position = ShardPosition(
-                stage, self._table.pipeline_size, rank, self._table.tensor_size
+    def _file(self, name: str, place: WeightPlace, rank: int) -> TensorFile:
+        """The file that should hold a weight, checked that it says so itself."""
+        if (place.stage, rank) not in self._files:
+            self._files[place.stage, rank] = self._open(name, place.stage, rank)
+        file, shardings = self._files[place.stage, rank]
+        found = shardings.get(name, place)
+        if (found.dim, found.full_size) != (place.dim, place.full_size):
+            raise WeightsError(
+                f"{str(file.path)!r}: weight {name!r} has {found.full_size} along dimension "
+                f"{found.dim}, expected {place.full_size} along dimension {place.dim}; {RESTORE}"
             )
-            path = self.directory / position.file_name
-            try:
-                file = self._open_files.enter_context(TensorFile(path))
-            except (SafetensorError, OSError) as error:
-                raise _unreadable(path, name, error) from error
-            self._files[stage, rank] = file
-        return self._files[stage, rank]
+        return file
+
+    def _open(self, name: str, stage: int, rank: int) -> _File:
+        expected = ShardPosition(stage, self._table.pipeline_size, rank, self._table.tensor_size)
+        path = self.directory / expected.file_name
+        try:
+            file = self._open_files.enter_context(TensorFile(path))
+            position, shardings = parse_layout(file.metadata[LAYOUT_KEY])
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, name, error) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise WeightsError(
+                f"{str(path)!r} records no valid layout, so it was not written by manyformer; "
+                f"{RESTORE}"
+            ) from error
+        if position != expected:
+            raise WeightsError(
+                f"{str(path)!r} says that it is {position}, expected {expected}; {RESTORE}"
+            )
+        return _File(file, shardings)
+
+
+class _File(NamedTuple):
+    """An open file, and what it says of itself."""
+
+    file: TensorFile
+    shardings: dict[str, Sharding]
 
 
 class _Stored(NamedTuple):

@@ -146,6 +146,29 @@ def write_shard(
         raise failure
 
 
+def parse_layout(text: str) -> tuple[ShardPosition, dict[str, Sharding]]:
+    """Parse what a file says of itself under `LAYOUT_KEY`: its position, and its tensors' sharding.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, RecursionError: it was not written here.
+    """
+    layout = json.loads(text)
+    shardings = {
+        name: Sharding(
+            dim=None if dim is None else _count(dim),
+            full_size=None if full_size is None else _count(full_size),
+        )
+        for name, (dim, full_size) in layout["sharding"].items()
+    }
+    return ShardPosition(*map(_count, layout["position"])), shardings
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
 def _layout_text(weights: Sequence[Weight], position: ShardPosition) -> str:
     table = {w.name: [w.sharding.dim, w.sharding.full_size] for w in weights}
     return json.dumps({"position": list(position), "sharding": table})

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +22,7 @@ from parallel.checkpoint.manifest import (
 )
 from parallel.checkpoint.tensor_file import TensorFile
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
-from parallel.checkpoint.weights import LAYOUT_KEY, ShardPosition, WeightsError
+from parallel.checkpoint.weights import LAYOUT_KEY, ShardPosition, WeightsError, parse_layout
 from parallel.sharding import Sharding, merge
 
 _SHARD_NAME = re.compile(r"pp_(\d{2,4})_tp_(\d{2,4})\.safetensors")
@@ -117,15 +116,7 @@ class ShardedWeightsReader:
     def _open(self, path: Path) -> _Shard:
         try:
             file = self._open_files.enter_context(TensorFile(path))
-            layout = json.loads(file.metadata[LAYOUT_KEY])
-            position = ShardPosition(*map(_count, layout["position"]))
-            shardings = {
-                name: Sharding(
-                    dim=None if dim is None else _count(dim),
-                    full_size=None if full_size is None else _count(full_size),
-                )
-                for name, (dim, full_size) in layout["sharding"].items()
-            }
+            position, shardings = parse_layout(file.metadata[LAYOUT_KEY])
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{str(path)!r} is not a readable safetensors file ({error}); {RESTORE}"
@@ -176,12 +167,6 @@ def verify_weights(directory: Path) -> None:
         )
     if damage := verify_content(directory.parent, manifest, names):
         raise WeightsError(f"{damage}; {RESTORE}")
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is not a count")
-    return value
 
 
 def _entries(directory: Path) -> list[Path]:

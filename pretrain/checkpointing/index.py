@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,7 @@ from parallel.checkpoint.tensor_file import TensorFile
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 
+T = TypeVar("T")
 INDEX_NAME = "index.json"
 FOLDER = "optimizer"
 HEADER = "manyformer_optimizer"
@@ -70,6 +71,19 @@ class ParameterEntry(_Record):
     pieces: list[
         tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
     ]
+
+    def span(self, shard: int, start: int, length: int, step: int) -> FlatRange:
+        """A piece as the header of its file says it."""
+        return FlatRange(
+            shape=self.shape,
+            dim=self.dim,
+            full_size=self.full_size,
+            shard=shard,
+            num_shards=self.num_shards,
+            start=start,
+            length=length,
+            step=step,
+        )
 
 
 class _Weights(_Record):
@@ -115,7 +129,12 @@ def parse_index(raw: bytes, *, source: Path) -> CheckpointIndex:
         content = _Content.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"]) or "all of it"
+        if first["type"] == "extra_forbidden":
+            raise CheckpointError(
+                f"{str(source)!r} has {place}, which this version of manyformer does not know; use "
+                "the version that wrote the checkpoint, or another checkpoint"
+            ) from error
         raise CheckpointError(
             f"{str(source)!r} is not the index of a checkpoint: {place}: {first['msg']}; {RESTORE}"
         ) from error
@@ -153,20 +172,26 @@ def collect_optimizer(directory: Path) -> dict[str, ParameterEntry]:
                 f"{str(path)!r} was not written by manyformer, whose files here are called "
                 f"{shard_name(0)} and so on; move it away"
             )
-        headers[int(match[1])] = _read_header(path)
+        try:
+            with TensorFile(path) as file:
+                headers[int(match[1])] = file_header(file, parse_header)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
     return join_headers(headers.items(), directory=directory)
 
 
-def _read_header(path: Path) -> dict[str, FlatRange]:
+def file_header(file: TensorFile, parse: Callable[[str], T]) -> T:
+    """What an open file says that it holds.
+
+    Raises:
+        CheckpointError: it says nothing, or nothing that `parse` can read.
+    """
     try:
-        with TensorFile(path) as file:
-            return parse_header(file.metadata[HEADER])
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
-    except (KeyError, ValueError) as error:
+        return parse(file.metadata[HEADER])
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{str(path)!r} has no valid header {HEADER!r}, so it was not written by manyformer; "
-            f"{RESTORE}"
+            f"{str(file.path)!r} has no valid header {HEADER!r}, so it was not written by "
+            f"manyformer; {RESTORE}"
         ) from error
 
 

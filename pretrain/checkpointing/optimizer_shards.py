@@ -28,6 +28,7 @@ from pretrain.checkpointing.index import (
     FlatRange,
     ParameterEntry,
     collect_optimizer,
+    file_header,
     shard_name,
 )
 
@@ -132,8 +133,9 @@ class _Copy(NamedTuple):
     """A block of equal rows: where it begins in a stored vector and in the one it is read into,
     and how far apart its rows are in each."""
 
-    tensor: str
-    length: int
+    name: str
+    key: str
+    piece: Piece
     source: int
     source_stride: int
     target: int
@@ -200,7 +202,7 @@ class StoredOptimizer:
         for rank in sorted(copies):
             path = self.directory / shard_name(rank)
             progress(path.name)
-            _read_file(path, copies[rank])
+            self._read_file(path, copies[rank])
 
     def plan(self, wanted: Sequence[Wanted], *, tensor: Axis) -> dict[int, list[_Copy]]:
         """What to copy from the file of each rank; padding is zeroed here."""
@@ -222,6 +224,29 @@ class StoredOptimizer:
         self.read(wanted, tensor=Axis(), progress=str)
         return found
 
+    def _read_file(self, path: Path, copies: Sequence[_Copy]) -> None:
+        try:
+            with TensorFile(path) as file:
+                self._check_header(file, copies)
+                for copy in copies:
+                    _read(file, copy)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
+
+    def _check_header(self, file: TensorFile, copies: Sequence[_Copy]) -> None:
+        """Check that a file says of itself what the index says of it: files may be in each other's
+        places, or the index be another checkpoint's."""
+        # Not validated: the file of a rank with thousands of experts has as many entries.
+        header = file_header(file, json.loads)
+        for name, piece in dict.fromkeys((copy.name, copy.piece) for copy in copies):
+            expected = self._entries[name].span(*piece[1:]).model_dump(mode="json")
+            found = header.get(name) if isinstance(header, dict) else None
+            if found != expected:
+                raise CheckpointError(
+                    f"{str(file.path)!r} holds of parameter {name!r} {found or 'nothing'}, in the "
+                    f"index it is {expected}; {RESTORE}"
+                )
+
     def _copies(self, wanted: Wanted, tensor: Axis) -> Iterator[tuple[int, _Copy]]:
         stored = self.parameter(wanted.name)
         new = _grid(stored.slice_shape(tensor.size), stored.sharding, tensor.rank)
@@ -237,8 +262,9 @@ class StoredOptimizer:
                 for row, rows, first, last in _blocks(*spans, low=low, high=high):
                     for key, vector in wanted.into.items():
                         copy = _Copy(
-                            tensor=f"{wanted.name}/{key}",
-                            length=piece.length,
+                            name=wanted.name,
+                            key=key,
+                            piece=piece,
                             source=row * old.width + first - old.first - piece.start,
                             source_stride=old.width,
                             target=row * new.width + first - new.first - wanted.start,
@@ -289,24 +315,16 @@ def _blocks(*spans: _Span, low: int, high: int) -> Iterator[tuple[int, int, int,
             yield row, end - row, first, last
 
 
-def _read_file(path: Path, copies: Sequence[_Copy]) -> None:
-    try:
-        with TensorFile(path) as file:
-            for copy in copies:
-                _read(file, copy)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}); {RESTORE}") from error
-
-
 def _read(file: TensorFile, copy: _Copy) -> None:
-    shape, dtype = file.shape(copy.tensor), file.dtype(copy.tensor)
-    if (shape, dtype) != ((copy.length,), "F32"):
+    tensor, length = f"{copy.name}/{copy.key}", copy.piece.length
+    shape, dtype = file.shape(tensor), file.dtype(tensor)
+    if (shape, dtype) != ((length,), "F32"):
         raise CheckpointError(
-            f"{str(file.path)!r}, {copy.tensor}: {dtype} {list(shape)}, expected "
-            f"F32 [{copy.length}], so the file was not written by manyformer; {RESTORE}"
+            f"{str(file.path)!r}, {tensor}: {dtype} {list(shape)}, expected F32 [{length}], so the "
+            f"file was not written by manyformer; {RESTORE}"
         )
     end = copy.source + (copy.rows - 1) * copy.source_stride + copy.columns
-    found, size = file.read(copy.tensor, (copy.source, end)), (copy.rows, copy.columns)
+    found, size = file.read(tensor, (copy.source, end)), (copy.rows, copy.columns)
     place = copy.into.storage_offset() + copy.target
     into = copy.into.as_strided(size, (copy.target_stride, 1), place)
     into.copy_(found.as_strided(size, (copy.source_stride, 1), found.storage_offset()))
@@ -357,7 +375,7 @@ def _check_tiling(
     spans = [(piece.start, piece.stop) for piece in shard]
     for (start, stop), path in zip([*spans, (numel, 0)], [*files, ""], strict=True):
         if start != position or not shard:
-            where = f" before {path!r}" if path else ""
+            where = f" before {path!r}" if path else f" in {str(directory)!r}"
             raise CheckpointError(
                 f"parameter {name!r}, slice {number}: optimizer state of elements {position} to "
                 f"{start} is missing or duplicate{where}, expected 0 to {numel} once each; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard, get_args
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,6 +16,7 @@ _MOST_LISTED = 8
 
 _CONSTRAINTS = {
     "model_type": "must be a section of settings",
+    "model_attributes_type": "must be a section of settings",
     "dict_type": "must be a section of settings",
     "tuple_type": "must be a list",
     "string_type": "must be text",
@@ -63,7 +64,7 @@ def config_error(
     # A misspelt key also counts as a missing one; report the spelling first.
     details = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     message = _describe(details[0], schema, prefix)
-    first, *others = dict.fromkeys(_path(prefix, each["loc"]) for each in details)
+    first, *others = dict.fromkeys(_path(schema, each["loc"], prefix) for each in details)
     # Errors of sections that contain the first one only repeat it.
     others = [path for path in others if not first.startswith(f"{path}.")]
     if others:
@@ -72,11 +73,13 @@ def config_error(
 
 
 def _describe(details: Mapping[str, Any], schema: type[BaseModel], prefix: str) -> str:
-    path, value = _path(prefix, details["loc"]), details["input"]
+    path, value = _path(schema, details["loc"], prefix), details["input"]
     if details["type"] == "extra_forbidden":
         return _unknown_key(path, value, schema, details["loc"], prefix)
     if details["type"] == "missing":
         return f"{path} is missing; set it in the YAML file or with {path}=VALUE"
+    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_kind(path, details, schema)
     if details["type"] in ("value_error", "assertion_error"):
         return _own_words(str(details["ctx"]["error"]), path, value)
     constraint = _CONSTRAINTS.get(details["type"], details["msg"])
@@ -101,7 +104,7 @@ def _own_words(message: str, path: str, value: Any) -> str:
 def _unknown_key(
     path: str, value: Any, schema: type[BaseModel], loc: Sequence[int | str], prefix: str
 ) -> str:
-    siblings = list(_schema_at(schema, loc[:-1]).model_fields)
+    siblings = list(_locate(schema, loc[:-1]).section.model_fields)
     section, _, name = path.rpartition(".")
     guess = nearest(name, siblings)
     if guess is not None:
@@ -116,9 +119,26 @@ def _unknown_key(
     )
 
 
+def _wrong_kind(path: str, details: Mapping[str, Any], schema: type[BaseModel]) -> str:
+    """A section whose kind is missing or is none of those that there are."""
+    name = details["ctx"]["discriminator"].strip("'")
+    kinds = [
+        choice
+        for section in _locate(schema, details["loc"]).sections
+        for choice in _flat_args(section.model_fields[name].annotation)
+    ]
+    key, known = _join(path, name), f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    if details["type"] == "union_tag_not_found":
+        return f"{key} is missing; set it to {known}"
+    return f"{key}={show(details['ctx']['tag'])} must be {known}; change {key}"
+
+
 def _choices(schema: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    annotation = _schema_at(schema, loc[:-1]).model_fields[str(loc[-1])].annotation
-    return [choice for choice in _flat_args(annotation) if isinstance(choice, str)]
+    """The literals of a setting, or of the entries of a list of literals."""
+    *outer, name = [part for part in loc if isinstance(part, str)]
+    field = _locate(schema, outer).section.model_fields.get(name)
+    found = [] if field is None else _flat_args(field.annotation)
+    return [choice for choice in found if isinstance(choice, str)]
 
 
 def _flat_args(annotation: Any) -> list[Any]:
@@ -126,21 +146,46 @@ def _flat_args(annotation: Any) -> list[Any]:
     return [leaf for part in parts for leaf in _flat_args(part)] if parts else [annotation]
 
 
-def _schema_at(schema: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
-    """The schema of the section at `loc`; numbers are indices in a tuple of sections."""
+class _Located(NamedTuple):
+    """Where pydantic's `loc` leads: the names as they are typed, the section there, and all that
+    it might be of several kinds."""
+
+    names: list[int | str]
+    section: type[BaseModel]
+    sections: list[type[BaseModel]]
+
+
+def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> _Located:
+    """Follow `loc`: numbers are indices in lists, and of a section of several kinds (`Field` with
+    `discriminator`) pydantic also names the kind, which nobody types."""
+    names: list[int | str] = []
+    sections: list[type[BaseModel]] = []
     for part in loc:
+        if len(sections) > 1 and (kinds := [each for each in sections if _is_kind(each, part)]):
+            schema, sections = kinds[0], []
+            continue
+        names.append(part)
         if isinstance(part, str):
-            candidates = _flat_args(schema.model_fields[part].annotation)
-            schema = next(filter(_is_section, candidates), schema)
-    return schema
+            field = schema.model_fields.get(part)
+            sections = [] if field is None else _sections(field.annotation)
+            schema = sections[0] if sections else schema
+    return _Located(names, schema, sections)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    return [each for each in _flat_args(annotation) if _is_section(each)]
+
+
+def _is_kind(section: type[BaseModel], kind: object) -> bool:
+    return any(kind in _flat_args(field.annotation) for field in section.model_fields.values())
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _path(prefix: str, loc: Sequence[int | str]) -> str:
-    return f"{prefix}{'.'.join(str(part) for part in loc)}".rstrip(".")
+def _path(schema: type[BaseModel], loc: Sequence[int | str], prefix: str) -> str:
+    return f"{prefix}{'.'.join(map(str, _locate(schema, loc).names))}".rstrip(".")
 
 
 def _join(section: str, name: str) -> str:

@@ -24,7 +24,7 @@ from models.registry import get_family
 from parallel.carry import LayerSpec
 from parallel.checkpoint.manifest import find_manifest, load_manifest
 from parallel.checkpoint.weight_slices import WeightSlices, WeightsTable
-from parallel.checkpoint.weights_reader import ShardedWeightsReader, find_weights
+from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.sharding import Sharding
@@ -41,13 +41,13 @@ class InitialWeights:
     """Fills layer after layer with this rank's slices of stored weights.
 
     Unlike resuming, optimizer, step and data position start afresh. A rank opens only the files
-    that hold a part of its slices; `stored`: which those are.
+    that hold a part of its slices; `stored`: which those are in the weights directory.
     """
 
     def __init__(
-        self, path: Path, stored: WeightsTable, table: Table, ctx: ParallelContext
+        self, directory: Path, stored: WeightsTable, table: Table, ctx: ParallelContext
     ) -> None:
-        self._slices = WeightSlices(find_weights(path), stored, tensor=ctx.tensor)
+        self._slices = WeightSlices(directory, stored, tensor=ctx.tensor)
         self._table = table
         self._expert = ctx.expert
 
@@ -76,14 +76,15 @@ def initial_weights(
         return None
     path = Path(config.training.init_from)
     table = parameter_table(get_family(config.model.family), config.model)
-    stored = ranks.run_on_rank0(lambda: _check(path, config, table))
-    return InitialWeights(path, stored, table, ctx)
+    directory, stored = ranks.run_on_rank0(lambda: _check(path, config, table))
+    return InitialWeights(directory, stored, table, ctx)
 
 
-def _check(path: Path, config: RunConfig, table: Table) -> WeightsTable:
+def _check(path: Path, config: RunConfig, table: Table) -> tuple[Path, WeightsTable]:
     """Compare checksums, family, names, shapes and function, reading no tensor into memory.
 
-    Returns which file holds which weight.
+    Returns the weights directory, and which file of it holds which weight. `path` is looked up here
+    alone: the run in it may publish a newer checkpoint at any time.
     """
     try:
         stored = open_checkpoint(path)
@@ -94,13 +95,13 @@ def _check(path: Path, config: RunConfig, table: Table) -> WeightsTable:
             f"training.init_from={path} holds weights of family {stored.family.name}, the run "
             f"trains {config.model.family}; choose weights of the same family"
         )
-    with ShardedWeightsReader(path) as reader:
+    with ShardedWeightsReader(stored.weights) as reader:
         check_names(reader.names(), table, source=path)
         for name, info in table.items():
             check_shape(name, reader.shape(name), info.shape, source=path)
         files = reader.table()
     _check_function(path, config, stored)
-    return files
+    return stored.weights, files
 
 
 def _check_function(path: Path, config: RunConfig, stored: StoredModel) -> None:
@@ -140,7 +141,7 @@ def _tokenizers(path: Path, config: RunConfig, stored: StoredModel) -> str | Non
     """Describe how the tokenizers of the weights and of the data differ; None if they agree or
     one of them is unknown."""
     ours = corpus_tokenizer(config.data)
-    theirs = load_manifest(find_manifest(path)).fingerprints.get(TOKENIZER)
+    theirs = load_manifest(find_manifest(stored.weights)).fingerprints.get(TOKENIZER)
     if theirs is None and stored.tokenizer is not None:
         theirs = _fingerprint(stored)
     if theirs is None and stored.tokenizer is not None and ours is not None:

@@ -103,6 +103,13 @@ _AMRPA = _LLAMA | {
     "dropout": 0.1,
 }
 
+# Of contexts of 8 tokens, so that the 32 of a test are far beyond the original ones.
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+_LLAMA3 = {
+    "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+
 CASES = {
     "agiformer": case("agiformer", **_AGIFORMER),
     "agiformer_variant": case(
@@ -127,6 +134,8 @@ CASES = {
         alpha_mlp_layers=3,
         tie_embeddings=True,
         qkv_bias=True,
+        head_dim=12,
+        rope_scaling=_YARN | {"attention_factor": 1.3, "truncate": False},
     ),
     "daria_former": case("daria_former", **_DARIA_FORMER),
     "daria_former_variant": case(
@@ -163,7 +172,7 @@ CASES = {
         head_dim=12,
         sliding_window=5,
         layer_types=["sliding_attention", *["full_attention"] * (_LLAMA["num_layers"] - 1)],
-        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        rope_scaling=_YARN,
     ),
     "mod": case("mod", **_DYNAMIC),
     "mod_variant": case(
@@ -176,6 +185,8 @@ CASES = {
         force_first=True,
         tie_embeddings=True,
         qkv_bias=False,
+        head_dim=12,
+        rope_scaling=_YARN,
     ),
     "mod_experts": case(
         "mod", **_DYNAMIC | {"intermediate_size": 32}, num_experts=4, experts_per_token=2
@@ -190,6 +201,8 @@ CASES = {
         exchange_rank=3,
         tie_embeddings=True,
         qkv_bias=True,
+        head_dim=12,
+        rope_scaling=_LLAMA3,
     ),
     "dtf": case("dtf", **_DYNAMIC),
     "dtf_variant": case(
@@ -204,6 +217,7 @@ CASES = {
         ma_skip_first=False,
         force_first=False,
         tie_embeddings=True,
+        rope_scaling={"type": "linear", "factor": 4.0},
     ),
     "awkward": Case(awkward.FAMILY, awkward.AwkwardConfig(num_layers=4)),
     "mixture": Case(MIXTURE, MixtureConfig()),

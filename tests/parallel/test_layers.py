@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
-from parallel.context import ParallelContext
+from models.common.norms import HeadNorm
+from parallel.context import Axis, ParallelContext
 from parallel.cross_entropy import vocab_parallel_cross_entropy
 from parallel.layers import (
     ColumnParallelLinear,
@@ -105,6 +106,16 @@ def _parallel_run(tensor: int, sequence_parallel: bool, dtype: torch.dtype = tor
         dist.all_gather(shards, parameter.grad.contiguous())
         gradients[name] = merge(shards, sharding_of(name, parameter))
     return gather_logits(before, ctx=ctx)[..., :VOCAB], losses.detach(), gradients
+
+
+def test_a_frozen_parameter_has_no_gradient_to_sum_over_tensor_ranks():
+    ctx = ParallelContext(tensor=Axis(size=2))
+    norms = nn.ModuleList(HeadNorm(4, eps=1e-6, ctx=ctx) for _ in range(2))
+    norms[0].requires_grad_(False)
+    sum_partial_gradients(norms, ctx)
+    frozen, trained = (norm.weight for norm in norms)
+    assert not frozen._backward_hooks
+    assert len(trained._backward_hooks) == 1
 
 
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), MODES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from models.common.config import Llama3Scaling, YarnScaling
+from models.common.config import LinearScaling, Llama3Scaling, YarnScaling
 from models.common.rope import RotaryTable, positions_in_segments, rotate, stretch
 
 CPU = torch.device("cpu")
@@ -98,14 +98,28 @@ def test_llama3_scaling_divides_long_wavelengths_and_keeps_short_ones():
     assert (stretched[between] > frequencies[between] / 8).all()
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3])
+QWEN_YARN = YarnScaling(type="yarn", factor=4.0, original_max_position_embeddings=4096)
+# Ends of the ramp that are no whole dimensions, and beyond the first one.
+YARN_BETWEEN = YarnScaling(
+    type="yarn", factor=40.0, original_max_position_embeddings=1000,
+    beta_fast=200.0, attention_factor=1.3, truncate=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LLAMA3, LinearScaling(type="linear", factor=3.0), QWEN_YARN, YARN_BETWEEN],
+    ids=str,
+)
 def test_the_table_equals_that_of_transformers(scaling):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = {"rope_theta": 5e5, "rope_type": "default"}
     if scaling is not None:
-        rope |= scaling.model_dump(exclude={"type"}) | {"rope_type": "llama3"}
+        rope |= scaling.model_dump(exclude={"type"}, exclude_none=True) | {
+            "rope_type": scaling.type
+        }
     config = LlamaConfig(
         hidden_size=256,
         num_attention_heads=4,

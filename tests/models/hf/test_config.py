@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel
 
-from models.common.config import STRICT, DecoderConfig, Llama3Scaling
+from models.common.config import STRICT, DecoderConfig, Llama3Scaling, YarnScaling
 from models.hf.config import FamilyPreTrainedConfig
 from models.hf.decoder_config import DecoderPreTrainedConfig
 from tests.refusals import assert_refused
@@ -77,3 +77,37 @@ def test_a_decoder_has_its_sizes_under_the_names_of_llama(head_dim, scaled):
     assert theirs.rope_parameters["rope_theta"] == 5e5
     assert theirs.settings() == settings
     assert derived(**theirs.to_diff_dict()).settings() == settings
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_layers": 3,
+    "num_heads": 4, "num_kv_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "theta"),
+    [
+        ({"rope_parameters": YARN}, 1e4),
+        ({"rope_parameters": YARN, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": YARN | {"rope_theta": 5e5}}, 5e5),
+        ({"rope_scaling": YARN, "rope_theta": 5e5}, 5e5),
+        ({"rope_scaling": {**YARN, "type": "yarn"}, "rope_parameters": YARN}, 1e4),
+        ({"rope_scaling": {("type" if k == "rope_type" else k): v for k, v in YARN.items()}}, 1e4),
+    ],
+)
+def test_scaled_frequencies_may_be_given_as_transformers_takes_them(given, theta):
+    derived = DecoderPreTrainedConfig.of(StretchedConfig)
+    settings = derived(**SIZES, **given).settings()
+    assert settings.rope_theta == theta
+    assert settings.rope_scaling == YarnScaling(
+        type="yarn", factor=4.0, original_max_position_embeddings=32
+    )
+
+
+def test_two_scalings_are_refused():
+    derived = DecoderPreTrainedConfig.of(StretchedConfig)
+    other = {"type": "linear", "factor": 2.0}
+    with assert_refused("rope_scaling", value=other, constraint="rope_parameters", remedy="leave"):
+        derived(**SIZES, rope_parameters=YARN, rope_scaling=other)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -36,6 +37,10 @@ SHAPES = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "mistral_window": {"sliding_window": 16, "head_dim": 12},
+    "mistral_heads": {"num_heads": 6, "head_dim": 8},  # which LlamaConfig refuses
+    "ministral": {
+        "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"],
+    },
     "linear_scaling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "yarn": {"rope_scaling": YARN},
     "qwen3_yarn": {
@@ -139,6 +144,7 @@ def test_config_json_of_older_transformers_is_read():
         ({"attention_bias": True}, True, "False"),
         ({"mlp_bias": True}, True, "False"),
         ({"attention_dropout": 0.1}, 0.1, "0.0"),
+        ({"is_causal": False}, False, "True"),  # models that embed texts
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "'dynamic'",
@@ -175,7 +181,7 @@ def test_a_type_of_layer_that_cannot_be_built_is_refused(change, value, constrai
 WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 
 
-@pytest.mark.parametrize("shape", ["qwen2_window", "qwen3_window", "mistral_window"])
+@pytest.mark.parametrize("shape", ["qwen2_window", "qwen3_window", "mistral_window", "ministral"])
 def test_sliding_windows_are_refused_for_families_without_them(shape):
     with assert_refused(
         "sliding_window",
@@ -211,6 +217,12 @@ def _older(**scaling: object) -> dict[str, object]:
     return {"rope_parameters": None, "rope_scaling": scaling}
 
 
+_NULL = {"rope_type": "yarn"} | {
+    name: None if name == "truncate" else value
+    for name, value in SHAPES["qwen3_yarn"]["rope_scaling"].items()
+    if name != "type"
+}
+
 # What transformers computes as the same function: a shape, and what its config.json says otherwise.
 SPELLINGS = {
     "swish": ("llama", {"hidden_act": "swish"}),
@@ -224,9 +236,18 @@ SPELLINGS = {
         "llama",
         {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
     ),
-    "Mistral with types of layers that it does not read": (
-        "mistral_window",
-        {"layer_types": ["full_attention"] * 2},
+    "Mistral with types of layers, which is Ministral": ("ministral", {"model_type": "mistral"}),
+    "YaRN with the length beside it": (
+        "yarn",
+        {
+            "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+            "rope_scaling": None,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "YaRN with truncate: null, which is false": (
+        "qwen3_yarn",
+        {"rope_parameters": None, "rope_scaling": _NULL},
     ),
     "Mistral": ("llama", {"model_type": "mistral", "sliding_window": None}),
     "Mistral with a window over everything": (
@@ -238,18 +259,15 @@ SPELLINGS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_the_same_function_under_another_spelling_is_read(spelling):
+def test_the_same_function_under_another_spelling_is_read(spelling, tmp_path):
     shape, change = SPELLINGS[spelling]
     contents = HF.to_config(_config(shape)) | change
     contents.pop("architectures")
     assert HF.from_config(contents) == _config(shape)
-    kind, settings = (
-        contents["model_type"],
-        {k: v for k, v in contents.items() if k != "model_type"},
-    )
+    (tmp_path / "config.json").write_text(json.dumps(contents))
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(kind, **settings)
+        transformers.AutoConfig.from_pretrained(tmp_path)
     ).eval()
     ours = SequentialModel(FAMILY.layer_specs(_config(shape)), ParallelContext.single())
     names, parameters = HF.names(_config(shape)), dict(theirs.named_parameters())
@@ -271,24 +289,23 @@ def test_config_json_says_whatever_transformers_has_a_default_for(shape):
     assert own - set(contents) - elsewhere <= {"use_cache", "pretraining_tp", "layer_types"}
 
 
+def test_a_shape_that_transformers_has_no_model_for_cannot_be_exported():
+    config = LlamaConfig(**SIZES, qk_norm=True, qkv_bias=True)
+    with assert_refused("qk_norm", value=True, constraint="Qwen3", remedy="false"):
+        HF.to_config(config)
+
+
 @pytest.mark.parametrize(
-    ("change", "parts"),
+    ("change", "name", "value", "constraint"),
     [
-        ({"qk_norm": True, "qkv_bias": True}, ("qk_norm", True, "Qwen3", "false")),
-        (
-            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-            ("layer_types", ["sliding_attention", "full_attention"], "Mistral", "qk_norm (Qwen3)"),
-        ),
+        ({"factor": 1.0}, "factor", 1.0, "greater than 1"),
+        ({"beta_fast": 0.5}, "beta_fast", 0.5, "larger than beta_slow=1.0"),
+        ({"original_max_position_embeddings": 32.5}, "original_max", 32.5, "integer"),
     ],
 )
-def test_a_shape_that_transformers_has_no_model_for_cannot_be_exported(change, parts):
-    with assert_refused(*parts):
-        HF.to_config(LlamaConfig(**(SIZES | change)))
-
-
-def test_a_shape_that_transformers_refuses_cannot_be_exported():
-    config = LlamaConfig(**(SIZES | {"num_heads": 6}), head_dim=8)
-    with assert_refused(
-        "hidden_size", value=32, constraint=("num_heads=6", "LlamaConfig"), remedy="num_heads"
-    ):
-        HF.to_config(config)
+def test_a_value_that_a_scaling_cannot_have_is_refused_by_name(change, name, value, constraint):
+    contents = HF.to_config(_config("yarn")) | {"rope_scaling": None}
+    contents["rope_parameters"] = contents["rope_parameters"] | change
+    where = (constraint, "rope_parameters with rope_type='yarn'")
+    with assert_refused(name, value=value, constraint=where, remedy="there"):
+        HF.from_config(contents)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel.checkpoint.tensor_file import TensorFile
@@ -101,10 +102,10 @@ def test_stacked_experts_are_cut_over_expert_ranks_too(tmp_path: Path) -> None:
                 slices.read("w", more, expert=Axis(size=2, rank=1))
 
 
-def write_tensor(directory: Path, full: Tensor) -> None:
+def write_tensor(directory: Path, full: Tensor, sharding: Sharding = Sharding()) -> None:  # noqa: B008
     """A weight `w`, written by one rank."""
     directory.mkdir()
-    weight = Weight("w", tuple(full.shape), full.dtype, Sharding(), lambda: full)
+    weight = Weight("w", tuple(full.shape), full.dtype, sharding, lambda: full)
     with (directory / ShardPosition().file_name).open("wb") as file:
         write_shard(file, [weight], position=ShardPosition())
 
@@ -125,9 +126,8 @@ def test_what_does_not_fit_the_table_or_the_model_is_refused(tmp_path: Path) -> 
         read(table, Sharding(dim=0, full_size=9))
     for dim, size in ((0, 9), (0, None), (5, 8)):
         other = table._replace(places={name: WeightPlace(0, dim, size)})
-        with _refused(
-            name, value=[4, 3], constraint=f"{size} along dimension {dim}", remedy="copy"
-        ):
+        expected = f"{size} along dimension {dim}"
+        with _refused(name, value="8 along dimension 0", constraint=expected, remedy="copy"):
             read(other, rows)
     elsewhere = table._replace(places={name: WeightPlace(1, 0, 8)})
     with _refused("pp_01_tp_00", value=name, constraint="cannot be read", remedy="copy"):
@@ -135,3 +135,40 @@ def test_what_does_not_fit_the_table_or_the_model_is_refused(tmp_path: Path) -> 
     foreign = table._replace(places={"other": WeightPlace(0, 0, 8)})
     with _refused(file, value="other", constraint="cannot be read", remedy="copy"):
         read(foreign, rows, name="other")
+
+
+def test_files_in_each_other_s_places_are_refused(tmp_path: Path) -> None:
+    write_grid(tmp_path / "w", pipeline_size=1, tensor_size=2)
+    table = table_of(tmp_path / "w")
+    first, second = (tmp_path / "w" / f"pp_00_tp_0{rank}.safetensors" for rank in (0, 1))
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    with (
+        WeightSlices(tmp_path / "w", table, tensor=Axis(size=2)) as slices,
+        _refused(first.name, value="tensor_rank=1", constraint="tensor_rank=0", remedy="copy"),
+    ):
+        slices.read("block_0.up.weight", SHARDINGS["block_0.up.weight"])
+
+
+def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> None:
+    write_grid(tmp_path / "w", pipeline_size=1, tensor_size=1)
+    table = table_of(tmp_path / "w")
+    (file,) = (tmp_path / "w").iterdir()
+    save_file({"block_0.up.weight": torch.zeros(8, 3)}, file)
+    with (
+        WeightSlices(tmp_path / "w", table, tensor=Axis()) as slices,
+        _refused(file.name, value="no valid layout", constraint="manyformer", remedy="copy"),
+    ):
+        slices.read("block_0.up.weight", SHARDINGS["block_0.up.weight"])
+
+
+@pytest.mark.parametrize(("dim", "size"), [(0, 9), (0, 0), (5, 8)])
+def test_slices_that_cannot_make_what_is_declared_are_refused(dim, size, tmp_path: Path) -> None:
+    write_tensor(tmp_path / "w", torch.zeros(8, 3), Sharding(dim=dim, full_size=size))
+    table = WeightsTable(1, 1, {"w": WeightPlace(0, dim, size)})
+    with (
+        WeightSlices(tmp_path / "w", table, tensor=Axis()) as slices,
+        _refused("'w'", value=[8, 3], constraint=f"{size} along dimension {dim}", remedy="copy"),
+    ):
+        slices.read("w", Sharding(dim=0, full_size=8))

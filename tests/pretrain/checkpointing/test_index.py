@@ -123,6 +123,27 @@ def test_an_index_that_is_wrong_is_refused_by_parameter(changes, message, checkp
 
 
 @pytest.mark.parametrize(
+    ("pieces", "file"),
+    [
+        ([[0, 0, 0, 4, 9], [1, 0, 4, 6, 9]], "rank_00000"),  # of a later step
+        ([[1, 0, 0, 6, 3], [0, 0, 6, 4, 3]], "rank_00000"),  # the files in each other's places
+        ([[0, 0, 0, 4, 3], [2, 0, 4, 6, 3]], "rank_00002"),
+    ],
+    ids=["step", "order", "rank"],
+)
+def test_an_index_that_a_file_contradicts_is_refused(pieces, file, checkpoint) -> None:
+    """Whatever checksum it has: what a rank reads is what the files themselves say."""
+    index = parse_index(changed(read_index(checkpoint), pieces=pieces), source=checkpoint)
+    if file == "rank_00002":
+        files = checkpoint / "optimizer"
+        (files / f"{file}.safetensors").write_bytes((files / "rank_00000.safetensors").read_bytes())
+    stored = StoredOptimizer(checkpoint / "optimizer", index.optimizer)
+    stored.check()
+    with _refused(file, value="'w'", constraint="'start'", remedy="restore"):
+        stored.full()
+
+
+@pytest.mark.parametrize(
     ("raw", "place"),
     [
         (b"", "JSON"),
@@ -140,3 +161,9 @@ def test_an_index_that_is_wrong_is_refused_by_parameter(changes, message, checkp
 def test_an_index_that_is_something_else_is_refused(raw, place, tmp_path) -> None:
     with _refused(INDEX_NAME, value=place, constraint="is not the index", remedy="copy"):
         parse_index(raw, source=tmp_path / INDEX_NAME)
+
+
+def test_an_index_of_a_later_version_is_refused_as_such(checkpoint: Path) -> None:
+    content = json.loads(read_index(checkpoint)) | {"version": 2}
+    with _refused(INDEX_NAME, value="version", constraint="not know", remedy="version that wrote"):
+        parse_index(json.dumps(content).encode(), source=checkpoint / INDEX_NAME)

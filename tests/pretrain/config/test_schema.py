@@ -32,6 +32,8 @@ from tests.refusals import assert_refused
 
 _refused = partial(assert_refused, error=ConfigError)
 
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+
 
 def _error(**changes: Any) -> str:
     with pytest.raises(ConfigError) as raised:
@@ -99,6 +101,10 @@ DELAYED = {"training__precision": "fp8", "training__fp8_recipe": "delayed"}
         ({"training__zzz": 1}, ["unknown key training.zzz=1", "valid keys of training", "seed"]),
         ({"model__hidden": 3}, ["unknown key model.hidden=3", "model.hidden_size"]),
         ({"parallel__tp": 2}, ["unknown key parallel.tp=2", "parallel.tensor"]),
+        (
+            {"model__rope_scaling": _YARN | {"beta_fats": 3}},
+            ["unknown key model.rope_scaling.beta_fats=3", "mean model.rope_scaling.beta_fast?"],
+        ),
         ({"data__train": [{"path": "x", "wieght": 1.0}]}, ["data.train.0.wieght", "0.weight?"]),
     ],
 )
@@ -126,6 +132,28 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(
         ({"training": 5}, ["training=5", "section"]),
         ({"model": "llama"}, ["model='llama'", "section"]),
         ({"model__family": "lama"}, ["model.family='lama'", "did you mean 'llama'?"]),
+        (
+            {"model__layer_types": ["full_atention"]},
+            ["model.layer_types.0='full_atention'", "did you mean 'full_attention'?"],
+        ),
+        # A section of several kinds: names as they are typed, without pydantic's name of the kind.
+        (
+            {"model__rope_scaling": _YARN | {"factor": 1}},
+            ["model.rope_scaling.factor=1", "greater than 1", "change model.rope_scaling.factor "],
+        ),
+        (
+            {"model__rope_scaling": {"type": "yarn", "factor": 2}},
+            ["model.rope_scaling.original_max_position_embeddings is missing"],
+        ),
+        (
+            {"model__rope_scaling": {"factor": 2}},
+            ["model.rope_scaling.type is missing", "linear, yarn or llama3"],
+        ),
+        (
+            {"model__rope_scaling": {"type": "dynamic", "factor": 2}},
+            ["model.rope_scaling.type='dynamic'", "linear, yarn or llama3"],
+        ),
+        ({"model__rope_scaling": "yarn"}, ["model.rope_scaling='yarn'", "a section of settings"]),
         ({"model__num_heads": 3}, ["num_heads=3", "num_kv_heads=2"]),
         ({"parallel__context": 2}, ["parallel.context=2", "reserved", "set parallel.context=1"]),
         ({"resume": "yes"}, ["resume='yes'", "'auto', 'must' or 'never'"]),

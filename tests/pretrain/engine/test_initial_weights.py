@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from models.llama.config import LlamaConfig
+from models.llama.model import FAMILY
+from parallel.carry import SequentialModel
 from parallel.checkpoint.manifest import encode_manifest
 from parallel.context import ParallelContext
 from pretrain.config import ConfigError, RunConfig, parse_config
@@ -188,6 +191,29 @@ def test_a_tokenizer_that_was_moved_with_its_weights_is_found(data, tmp_path, ca
         remedy="data.tokenizer",
     ):
         _take(data, folder, model=_model())
+
+
+def test_a_checkpoint_that_is_published_meanwhile_changes_no_rank_s_weights(data, tmp_path):
+    """All ranks take the weights that rank 0 has checked, whatever is newer when they read."""
+    run, config = tmp_path / "other_run", LlamaConfig.model_validate(_model())
+    checked = write_checkpoint(run / "checkpoints" / "step_1", config, tokenizer=None)
+    newer = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single(), seed=1)
+
+    class Publishing(RankGroup):
+        def run_on_rank0(self, action):
+            found = super().run_on_rank0(action)
+            write_checkpoint(
+                run / "checkpoints" / "step_2", config, tokenizer=None, whole=newer.eval()
+            )
+            return found
+
+    settings = tiny_run(data, model=_model(), training__init_from=str(run))
+    weights = initial_weights(settings, ParallelContext.single(), Publishing())
+    assert weights is not None
+    for spec, layer in zip(newer.specs, newer.layers, strict=True):
+        weights.load(spec, layer)
+    for name, parameter in checked.named_parameters():
+        assert torch.equal(newer.get_parameter(name), parameter), name
 
 
 # model=checkpoint
