@@ -50,7 +50,7 @@ MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
 _EXAMPLE = """\
 example:
   deepspeed pretrain/train.py --config-name demo --ds_config configs/ds/zero1.json training.lr=1e-3
-  deepspeed --module pretrain.train ...    # an installed package; in one process: manyformer-train
+  deepspeed --module pretrain.train ...    # an installed package; in one process: manyformer train
 The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python.
 """
 
