@@ -331,7 +331,7 @@ class TrainLoop:
             f"{training.precision}, on {self.ranks.size} x {device}\n"
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{expert}, "
             f"{self.state.total_steps:,} steps, {start}\n"
-            f"{self.state.curriculum.describe()}\n"
+            f"{self.state.curriculum.describe(after=self.state.step)}\n"
             f"run directory {Path(self.config.run_dir).absolute()}"
         )
 

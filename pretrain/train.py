@@ -186,6 +186,7 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     from pretrain.config import to_yaml
     from pretrain.config.compose import compose_config
     from pretrain.config.resolve import resolve_run
+    from pretrain.missing_data import missing_data
 
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
@@ -199,6 +200,9 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     if arguments.print_run_dir:
         sys.stdout.write(f"{Path(config.run_dir).absolute()}\n")
         return None
+    if world_size == 1:  # several ranks agree on it in one line, once they have met
+        for missing in missing_data(config.data):
+            raise ConfigError(f"{missing.problem}; {missing.remedy}")
     return settings
 
 
