@@ -34,18 +34,19 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         help=".jsonl (one object per line) or .txt (one document per file), plain, .gz or .zst; "
-        ".parquet; directories and globs of these; hf:NAME[:CONFIG][@SPLIT] from the Hugging Face "
-        "Hub, or hf:DIRECTORY",
+        ".parquet; folders and globs of these; hf:NAME[:CONFIG][@SPLIT], hf:DIRECTORY",
     )
     parser.add_argument(
-        "--json-key", default="text", help="key of .jsonl objects, or table column, with the text"
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="of .jsonl objects, or table column, with the text (default: text)",
     )
     parser.add_argument(
         "--on-bad-line",
         choices=("error", "skip"),
         default="error",
-        help="what to do with a document that is not UTF-8, too large or not valid JSON with the "
-        "key",
+        help="a document that is not UTF-8, too large or no JSON with the key (default: error)",
     )
 
 

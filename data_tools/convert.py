@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             name, dest=dest, required=True, choices=KINDS, metavar="KIND", help=f"one of {kinds}"
         )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, a folder or a prefix")
-    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="a new corpus")
     parser.add_argument("--eod", type=int, metavar="ID", help="id that ends every document")
     parser.add_argument("--bos", type=int, metavar="ID", help="id that begins every document")
     parser.add_argument(

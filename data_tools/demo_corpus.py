@@ -204,8 +204,16 @@ def main(arguments: Sequence[str]) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a folder for corpora and tokenizer"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=VOCAB_SIZE,
+        metavar="N",
+        help="pieces of its tokenizer (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     refuse_below(1, options, "vocab_size")
     build_demo_corpus(

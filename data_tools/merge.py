@@ -147,8 +147,8 @@ def main(arguments: Sequence[str]) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX")
-    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="corpora, without .bin")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="a new corpus")
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="tokenizer of corpora without a .json, as Megatron's"
     )

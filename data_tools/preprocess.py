@@ -19,7 +19,13 @@ from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.errors import DataError
 from data_tools.preprocessing.documents import MAX_DOCUMENT_BYTES
 from data_tools.preprocessing.encoding import EncodingSettings
-from data_tools.preprocessing.inputs import Source, cut_pieces, find_inputs, total_size
+from data_tools.preprocessing.inputs import (
+    Source,
+    cut_pieces,
+    find_inputs,
+    total_size,
+    warn_of_unread,
+)
 from data_tools.preprocessing.join_shards import (
     MAX_LISTED,
     PreprocessJob,
@@ -183,6 +189,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     rendezvous_folder = ResumeFolder(Path(options.output)).path.joinpath
     communicator = find_communicator(rendezvous_folder)
+    if communicator.rank == 0:
+        warn_of_unread(job.inputs)
     report = preprocess_as_rank(communicator, job, num_workers=options.workers)
     if report is not None:
         _print_report(options.output, settings, report)
@@ -250,7 +258,8 @@ def _describe_boundary_tokens(settings: EncodingSettings, info: CorpusInfo) -> s
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.preprocess",
-        description="Tokenize text into a memory-mapped corpus in Megatron's .bin/.idx format. "
+        usage="%(prog)s --input PATH ... --output PREFIX --tokenizer SPEC [option ...]",
+        description="Tokenize text into a memory-mapped corpus in Megatron's .bin/.idx format.\n"
         "A killed run resumes when the same command is run again.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -259,27 +268,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin ...")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help=TOKENIZER_HELP)
     parser.add_argument(
-        "--workers", type=int, default=usable_cpus(), help="worker processes per rank"
+        "--workers",
+        type=int,
+        default=usable_cpus(),
+        metavar="N",
+        help="processes per rank (default: %(default)s, the cores)",
     )
     _add_token_arguments(parser)
     parser.add_argument(
         "--max-document-megabytes",
         type=int,
         metavar="N",
-        help="refuse longer documents, for which a tokenizer may need 130 times as much memory; "
-        "default: 16, and no limit with bytes",
+        help="refuse longer documents (default: 16, and no limit with bytes)",
     )
     parser.add_argument(
         "--license",
         "--licence",  # the spelling of earlier versions
         metavar="TEXT",
-        help="license of the text, recorded in PREFIX.json",
+        help="of the text, for PREFIX.json",
     )
     parser.add_argument(
         "--shard-megabytes",
         type=int,
         metavar="N",
-        help="input per shard: a kill loses at most one shard per worker",
+        help="input per shard, which a kill loses at most",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
@@ -290,27 +302,25 @@ def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="append the tokenizer's end token to every document (default: yes)",
+        help="end every document with the end token (default: yes)",
     )
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="end token, instead of the one declared in the tokenizer's files",
+        help="end token (default: the one that the tokenizer's files declare)",
     )
     parser.add_argument(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="prepend the tokenizer's begin token to every document; default: as transformers does "
-        "for plain text, that is if the post-processor of a tokenizer.json does, or add_bos_token "
-        "is set beside another file. Text that already begins with it, such as from a chat "
-        "template, needs --no-add-bos",
+        help="begin every document with the begin token (default: as transformers does with these "
+        "files); text that has one already, as from a chat template, needs --no-add-bos",
     )
     parser.add_argument(
         "--special-tokens",
         choices=("parse", "plain"),
-        help="treatment of text that spells a special token such as <|im_end|>: parse it as that "
-        "token, or encode it as plain text; default: parse, as transformers does, or plain if the "
-        "tokenizer's files set split_special_tokens. Choose plain for untrusted text",
+        help="what becomes of text that spells a special token such as <|im_end|>: that token, or "
+        "plain text, which is the choice for untrusted text (default: as transformers does with "
+        "these files, mostly parse)",
     )
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="refuse ids of N or more (model.vocab_size)"

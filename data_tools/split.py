@@ -278,9 +278,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefix", metavar="PREFIX")
+    parser.add_argument("prefix", metavar="PREFIX", help="the corpus, without .bin")
     for name in ("--train", "--validation", "--test"):
-        parser.add_argument(name, metavar="PREFIX")
+        parser.add_argument(name, metavar="PREFIX", help="write this part of it")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--share", type=float, help="share of documents held out, by their hash")
     choice.add_argument(

@@ -14,7 +14,7 @@ from data_tools.cli import add_text_arguments, refuse_below, run_command
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.preprocessing.documents import BadDocumentError, DocumentReader, extract_text
-from data_tools.preprocessing.inputs import cut_pieces, find_inputs, total_size
+from data_tools.preprocessing.inputs import cut_pieces, find_inputs, total_size, warn_of_unread
 from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import SentencePieceTokenizer
 
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     options = _parser().parse_args(arguments)
     refuse_below(1, options, "vocab_size", "max_megabytes")
+    warn_of_unread(options.input)
     tokenizer = train_tokenizer(
         options.input,
         options.output,
@@ -146,10 +147,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_text_arguments(parser)
-    parser.add_argument("--output", required=True, metavar="PREFIX.model")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    parser.add_argument("--output", required=True, metavar="PREFIX.model", help="a new file")
     parser.add_argument(
-        "--max-megabytes", type=int, default=200, metavar="N", help="most text to train on"
+        "--vocab-size", type=int, required=True, metavar="N", help="pieces, 300 or more"
+    )
+    parser.add_argument(
+        "--max-megabytes",
+        type=int,
+        default=200,
+        metavar="N",
+        help="most text to train on (default: 200)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser

@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prefixes", nargs="*", metavar="PREFIX")
+    parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="corpora, without .bin")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below N")
     parser.add_argument(
         "--cache-dir", metavar="DIR", help="check the cached text in DIR (data.cache_dir)"

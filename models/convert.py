@@ -26,42 +26,27 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from parallel.checkpoint.manifest import find_manifest
 
-from models.checkpoint import StoredModel, open_checkpoint, write_manifest
-from models.hf.base_model import import_base_weights, plain_model, read_base_config
-from models.hf.declared import (
-    GENERATION_CONFIG,
-    Declared,
-    OwnTokens,
-    declared_of,
-    generation_contents,
-    read_declared,
-    write_declared,
-)
-from models.hf.export_weights import export_configuration, export_weights, write_json
-from models.hf.import_weights import (
-    has_unread_index,
-    import_weights,
-    read_contents,
-    read_foreign_config,
-)
-from models.hf.tokenizer import (
-    Exported,
-    copy_tokenizer,
-    export_byte_tokenizer,
-    export_tokenizer_files,
-)
-from models.hf.tokenizer_check import Training
-from models.registry import model_type_owners
+# torch takes seconds, for which --help and a mistake do not wait: functions import what needs it.
+if TYPE_CHECKING:
+    import torch
+
+    from models.checkpoint import StoredModel
+    from models.hf.declared import Declared, OwnTokens
+    from models.hf.tokenizer import Exported
 
 _CODE_REMARK = (
     "the directory holds the model's code: load it with from_pretrained(..., "
     "trust_remote_code=True), which needs transformers, torch and pydantic"
 )
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_EXAMPLE = """example:
+  python -m models.convert to-hf --checkpoint runs/demo --output exported/
+  python -m models.convert from-hf --model Llama-3.2-1B/ --output imported/
+"""
 
 
 def to_hf(
@@ -85,6 +70,12 @@ def to_hf(
         ValueError: the checkpoint, the output or the tokenizer cannot be used, or the model has no
             plain form.
     """
+    from models.checkpoint import open_checkpoint
+    from models.hf.base_model import plain_model
+    from models.hf.declared import OwnTokens, declared_of
+    from models.hf.export_weights import export_configuration, export_weights
+    from models.registry import model_type_owners
+
     stored = open_checkpoint(checkpoint)
     family = stored.family
     model_type_owners()  # whatever is written can be read by one family alone
@@ -126,6 +117,16 @@ def from_hf(
     Raises:
         ValueError: the model type is not supported, or the model is damaged or not safetensors.
     """
+    from models.checkpoint import StoredModel, write_manifest
+    from models.hf.base_model import import_base_weights, read_base_config
+    from models.hf.declared import read_declared, write_declared
+    from models.hf.import_weights import (
+        has_unread_index,
+        import_weights,
+        read_contents,
+        read_foreign_config,
+    )
+
     remarks = []
     if family is None:
         foreign = read_foreign_config(model)
@@ -158,6 +159,10 @@ def from_hf(
 
 def _import_tokenizer(model: Path, folder: Path, declared: Declared) -> bool:
     """Copy the tokenizer files; False when the directory has none."""
+    from models.hf.declared import GENERATION_CONFIG, OwnTokens, generation_contents
+    from models.hf.export_weights import write_json
+    from models.hf.tokenizer import copy_tokenizer
+
     ends = generation_contents(declared, OwnTokens()).generation
     has_tokenizer = copy_tokenizer(model, folder)
     if has_tokenizer and ends:  # which may be alone in saying what ends a text
@@ -172,6 +177,8 @@ def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str |
         split_tiktoken_spec,
         tokenizer_file,
     )
+    from models.hf.tokenizer import export_byte_tokenizer, export_tokenizer_files
+    from models.hf.tokenizer_check import Training
 
     if split_tiktoken_spec(spec) is not None:
         raise ValueError(
@@ -207,6 +214,10 @@ def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str |
 
 def _write_declared(folder: Path, stored: StoredModel, declared: Declared, own: OwnTokens) -> None:
     """generation_config.json, and in config.json the tokens that begin, end and fill up texts."""
+    from models.hf.declared import GENERATION_CONFIG, OwnTokens, generation_contents
+    from models.hf.export_weights import write_json
+    from models.hf.import_weights import read_contents
+
     if stored.text.bos_ids is not None and len(stored.text.bos_ids) == 1:
         own = own._replace(begin=stored.text.bos_ids[0])
     known = (i if i is None or i < stored.config.vocab_size else None for i in own)
@@ -223,8 +234,7 @@ def _published(output: Path) -> Iterator[Path]:
     Raises:
         ValueError: `output` exists and is not an empty directory.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty; choose another --output")
+    _refuse_to_overwrite(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile.mkdtemp: who may read the model is up to the user's umask.
     folder = output.parent / f".{output.name}-{secrets.token_hex(8)}"
@@ -237,18 +247,29 @@ def _published(output: Path) -> Iterator[Path]:
         raise
 
 
+def _refuse_to_overwrite(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; choose another --output")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = _parse(argv)
-    dtype = None if arguments.dtype is None else _DTYPES[arguments.dtype]
     try:
+        if arguments.command == "to-hf":
+            find_manifest(arguments.checkpoint)
+        _refuse_to_overwrite(arguments.output)
+        changes = _changes(arguments) if arguments.command == "from-hf" else {}
+        import torch
+
+        dtype = None if arguments.dtype is None else getattr(torch, _DTYPES[arguments.dtype])
         if arguments.command == "from-hf":
             remarks = from_hf(
                 arguments.model,
                 arguments.output,
                 dtype=dtype,
                 family=arguments.family,
-                changes=_changes(arguments),
+                changes=changes,
                 from_scratch=arguments.from_scratch,
             )
         else:
@@ -288,12 +309,15 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m models.convert", description="Checkpoints to Hugging Face and back."
+        prog="python -m models.convert",
+        description="Checkpoints to Hugging Face and back; COMMAND --help lists the options.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("to-hf", help="write a directory that transformers loads")
     export.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run")
-    export.add_argument("--max-shard-size", default="5GB", help="of a weight file: 500MB, 5GB")
+    export.add_argument("--max-shard-size", default="5GB", help="of a weight file (default: 5GB)")
     choice = export.add_mutually_exclusive_group()
     choice.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     choice.add_argument("--no-tokenizer", action="store_true", help="write the model only")
@@ -306,7 +330,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load = commands.add_parser("from-hf", help="write a checkpoint from a Hugging Face directory")
     load.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
     load.add_argument("--family", help="a family that extends the model in the directory")
-    load.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    load.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of it"
+    )
     load.add_argument("--from-scratch", action="store_true", help="take no weights")
     for command in (export, load):
         command.add_argument("--output", type=Path, required=True, help="a new directory")

@@ -13,18 +13,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from models.base import TokenInputs, logits_of
 from models.common.sampling import check_sampling
-from parallel.carry import SequentialModel
-from parallel.layers import gather_logits
+from parallel.checkpoint.manifest import find_manifest
+
+# torch takes seconds, for which --help and a mistake do not wait.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from parallel.carry import SequentialModel
 
 # Chunk size of the prefill, in tokens.
 PREFILL_CHUNK = 512
+_EXAMPLE = """example:
+  python -m models.generate --checkpoint runs/demo --prompt "def main(" --temperature 0.7
+"""
 
 
 class ScoreProcessor(Protocol):
@@ -38,7 +45,6 @@ class ScoreProcessor(Protocol):
         ...
 
 
-@torch.inference_mode()
 def generate(
     model: SequentialModel,
     tokens: Tensor,
@@ -49,19 +55,53 @@ def generate(
     top_p: float | None = None,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
-    make_inputs: Callable[[Tensor], Any] = TokenInputs,
+    make_inputs: Callable[[Tensor], Any] | None = None,
     processor: ScoreProcessor | None = None,
 ) -> Tensor:
     """Continue every row of `tokens` int64 [b, p] by up to `max_new_tokens`: [b, p + new].
 
     Temperature 0 is greedy decoding. A row that has produced `eos_id` is filled with it; generation
     ends when all rows have. Under tensor parallelism every rank needs a generator in the same
-    state. `make_inputs`: builds the first layer's inputs from tokens.
+    state. `make_inputs`: builds the first layer's inputs from tokens; None: TokenInputs.
 
     Raises:
         ValueError: a setting out of its range or without effect, or an empty prompt.
     """
-    _check_sampling(tokens, max_new_tokens, temperature, top_k, top_p)
+    import torch
+
+    from models.base import TokenInputs
+
+    if tokens.numel() == 0:
+        raise ValueError(f"tokens of shape {list(tokens.shape)} are empty; give a prompt")
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    with torch.inference_mode():
+        return _generate(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            draw=draw,
+            make_inputs=make_inputs or TokenInputs,
+            processor=processor,
+        )
+
+
+def _generate(
+    model: SequentialModel,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    draw: Callable[[Tensor], Tensor],
+    make_inputs: Callable[[Tensor], Any],
+    processor: ScoreProcessor | None,
+) -> Tensor:
+    import torch
+
+    from models.base import logits_of
+    from parallel.layers import gather_logits
+
     batch_size, prompt_length = tokens.shape
     cache = model.new_cache(batch_size, prompt_length + max_new_tokens)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
@@ -78,9 +118,7 @@ def generate(
         scores = gather_logits(logits[-1], ctx=model.ctx)
         if processor is not None:
             scores = processor(tokens, scores)
-        token = sample(
-            scores, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        token = draw(scores)
         if eos_id is not None:
             token = token.masked_fill(ended, eos_id)
             ended |= token == eos_id
@@ -103,6 +141,8 @@ def sample(
     `top_k` keeps the k largest logits. `top_p` then keeps the smallest set of most probable tokens
     whose probabilities sum to at least p.
     """
+    import torch
+
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     ordered, ids = (logits.float() / temperature).sort(dim=-1, descending=True)
@@ -120,15 +160,9 @@ def sample(
     return ids.gather(-1, choice.minimum(last)).squeeze(-1)
 
 
-def _check_sampling(
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if tokens.numel() == 0:
-        raise ValueError(f"tokens of shape {list(tokens.shape)} are empty; give a prompt")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more; raise it")
     check_sampling(temperature, top_k=top_k, top_p=top_p)
@@ -150,9 +184,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _continue_text(arguments: argparse.Namespace) -> str:
+    _check_settings(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
+    )
+    find_manifest(Path(arguments.checkpoint))
+    import torch
+
     from models.checkpoint import load_model, open_checkpoint
     from models.prompting import load_prompting
+    from parallel.cpu.compat import device_type
 
+    device = arguments.device or device_type()
     stored = open_checkpoint(arguments.checkpoint)
     spec = arguments.tokenizer or stored.tokenizer
     if spec is None:
@@ -165,36 +207,47 @@ def _continue_text(arguments: argparse.Namespace) -> str:
         special_tokens=arguments.special_tokens,
     )
     ids = prompting.encode(arguments.prompt, vocab_size=stored.config.vocab_size)
-    model = load_model(stored, device=arguments.device)
+    model = load_model(stored, device=device)
     rows = generate(
         model,
-        torch.tensor([ids], device=arguments.device),
+        torch.tensor([ids], device=device),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         eos_id=prompting.eod_id,
-        generator=torch.Generator(arguments.device).manual_seed(arguments.seed),
+        generator=torch.Generator(device).manual_seed(arguments.seed),
     )
     return prompting.decode(rows[0].tolist())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from parallel.cpu.compat import device_type
-
     parser = argparse.ArgumentParser(
-        prog="python -m models.generate", description="Sample text from a checkpoint."
+        prog="python -m models.generate",
+        description="Sample text from a checkpoint.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="a checkpoint (step_N) or a run")
     parser.add_argument("--prompt", required=True, help="text to continue; may be empty")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the most probable token"
+        "--max-new-tokens",
+        type=int,
+        default=100,
+        metavar="N",
+        help="tokens to add at most (default: 100)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the most probable token (default: 0.8)",
     )
     parser.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="keep the most probable tokens up to this sum")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=device_type())
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     parser.add_argument(
         "--eod", metavar="TOKEN", help="stop at it; default: what ended the documents of training"

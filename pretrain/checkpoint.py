@@ -17,6 +17,10 @@ from pretrain.checkpointing.selection import TRAINER_NAME
 from pretrain.errors import EXIT_USER_ERROR
 
 EXIT_DAMAGED = 3
+_EXAMPLE = """example:
+  python -m pretrain.checkpoint verify runs/demo
+  python -m pretrain.checkpoint prune runs/demo --keep 2
+"""
 
 
 def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
@@ -66,8 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     `prune` deletes all but the newest ones that are complete; no job may be using the directory.
     """
-    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoint", description=main.__doc__)
-    parser.add_argument("command", choices=["list", "verify", "prune"])
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.checkpoint",
+        description=main.__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command",
+        choices=["list", "verify", "prune"],
+        help="list: sizes and layout; verify: every checksum, too; prune: delete old ones",
+    )
     parser.add_argument("directory", type=Path, help="a run directory, or one of its checkpoints")
     parser.add_argument("--keep", type=int, metavar="N", help="prune: newest ones to keep")
     parser.add_argument(

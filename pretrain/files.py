@@ -2,7 +2,7 @@
 
 They lie beside the packages, both in a clone and in an installed wheel:
 
-    cp -r "$(manyformer-files)/launchers" .
+    cp -r "$(manyformer files)/launchers" .
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ CONFIGS = ROOT / "configs"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the folder that holds configs/ and launchers/."""
-    argparse.ArgumentParser(prog="manyformer-files", description=main.__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="manyformer files",
+        description=main.__doc__,
+        epilog='example:\n  cp -r "$(manyformer files)/launchers" .',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(arguments)
     print(ROOT)
     return 0
 

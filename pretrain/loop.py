@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
@@ -29,6 +30,7 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.lr_schedule import learning_rate
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
 from pretrain.metrics.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.metrics.profile import StepProfiler
 from pretrain.metrics.records import Throughput, evaluation_record, training_record
 from pretrain.metrics.writers import Writers, build_writers
 from pretrain.stability.nonfinite_steps import SkipNonFinite, check_finite
@@ -95,6 +97,14 @@ class TrainLoop:
         peak = peak_flops(device_name(), config.training.precision)
         self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
         self.num_parameters = self.family.num_parameters(config.model)
+        self.profiler: StepProfiler | None = None
+        if config.logging.profile_steps:
+            self.profiler = StepProfiler(
+                config.logging,
+                Path(config.run_dir),
+                engine,
+                rank=ranks.rank,
+            )
         self.wait_policy: WaitPolicy | None = None
         if self.ctx.device.type == "cpu":
             self.wait_policy = WaitPolicy.of_this_process(
@@ -132,6 +142,7 @@ class TrainLoop:
             try:
                 end = self._steps(writers, stop)
             finally:
+                self._end_profile()
                 writers.close()
             if not isinstance(end, Spike):
                 return end
@@ -146,10 +157,14 @@ class TrainLoop:
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
             self.watchdog.progress(f"step {step}", is_step=True)
-            result = self._train(step, rate)
+            with contextlib.nullcontext() if self.profiler is None else self.profiler.step(step):
+                result = self._train(step, rate)
             state.step, state.learning_rate, last = step, rate, step == total
             # On any rank, so that all stop and save after the same step.
             stopping, due = self.ranks.any(stop.received is not None, self._is_save_due())
+            if self.profiler is not None and self.profiler.ends_at(step):
+                self.watchdog.progress("writing the profile")
+                self._end_profile()
             saving = last or stopping or due or step % self.config.checkpoint.interval == 0
             if saving or step == first or step % training.log_interval == 0:
                 spike = self.rollback.find_spike()
@@ -202,6 +217,19 @@ class TrainLoop:
             self.engine.change_settings(stage_settings(self.config, stage))
             flops = training_flops_per_token(self.family, self.config.model, stage.sequence_length)
             self.throughput.start(step=state.step, tokens=state.tokens, flops_per_token=flops)
+        if self.profiler is not None and self.profiler.starts_at(state.step + 1):
+            self.watchdog.progress("starting the profiler")
+            with self.throughput.paused():
+                self.profiler.start(state.step + 1)
+
+    def _end_profile(self) -> None:
+        """Write the profile of the steps so far, if one is being recorded."""
+        if self.profiler is None:
+            return
+        with self.throughput.paused():
+            summary = self.profiler.end()
+        if summary is not None:
+            self._print(summary)
 
     def _log(self, writers: Writers, values: Values, rate: float) -> None:
         speed = self.throughput.measure(step=self.state.step, tokens=self.state.tokens)
@@ -302,7 +330,7 @@ class TrainLoop:
             f"{training.precision}, on {self.ranks.size} x {device}\n"
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{expert}, "
             f"{self.state.total_steps:,} steps, {start}\n"
-            f"{self.state.curriculum.describe()}\n"
+            f"{self.state.curriculum.describe(after=self.state.step)}\n"
             f"run directory {Path(self.config.run_dir).absolute()}"
         )
 

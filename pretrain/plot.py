@@ -1,4 +1,4 @@
-"""Loss curve of a run as a picture: `python -m pretrain.plot RUN_DIR --output loss.png`."""
+"""Loss curve of a run as a picture: `python -m pretrain.plot RUN` writes RUN/loss.png."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 
 from pretrain.metrics.writers import METRICS_NAME, read_metrics
 
+_PICTURE = "loss.png"
+_EXAMPLE = """example:
+  python -m pretrain.plot runs/demo
+"""
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
 
@@ -71,16 +75,24 @@ def _draw(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw training and evaluation loss over tokens."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.plot", description=main.__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("loss.png"))
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.plot",
+        description=main.__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"the picture (default: RUN/{_PICTURE})"
+    )
     options = parser.parse_args(arguments)
+    output = options.output or options.run_dir / _PICTURE
     try:
-        plot_losses(options.run_dir, options.output)
+        plot_losses(options.run_dir, output)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output}")
+    print(f"wrote {output}")
     return 0
 
 

@@ -42,6 +42,7 @@ from pretrain.engine.parameter_groups import describe_groups
 from pretrain.engine.train_spec import TrainSpec, build_context, build_precision, check_model
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
+from pretrain.metrics.profile import check_profile
 from pretrain.run_data import open_held_out_data, open_training_data
 from pretrain.run_status import clear_markers, write_marker
 from pretrain.supervision.signals import GracefulStop
@@ -77,6 +78,7 @@ def run(settings: ResolvedRun) -> int:
     """
     config, layout, ds_config = settings
     precision = build_precision(config)
+    check_profile(config.logging)
     with ExitStack() as stack:
         stop, watchdog, ctx, ranks = init_run(config, layout, precision, stack)
         spec = TrainSpec.of(config, ds_config, ctx)

@@ -50,7 +50,7 @@ MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
 _EXAMPLE = """\
 example:
   deepspeed pretrain/train.py --config-name demo --ds_config configs/ds/zero1.json training.lr=1e-3
-  deepspeed --module pretrain.train ...    # an installed package; in one process: manyformer-train
+  deepspeed --module pretrain.train ...    # an installed package; in one process: manyformer train
 The same arguments work under torchrun, accelerate launch, srun, mpirun and plain python.
 """
 
@@ -186,6 +186,7 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     from pretrain.config import to_yaml
     from pretrain.config.compose import compose_config
     from pretrain.config.resolve import resolve_run
+    from pretrain.missing_data import missing_data
 
     config = compose_config(
         arguments.config_name, config_dir=arguments.config_dir, overrides=arguments.overrides
@@ -199,6 +200,9 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     if arguments.print_run_dir:
         sys.stdout.write(f"{Path(config.run_dir).absolute()}\n")
         return None
+    if world_size == 1:  # several ranks agree on it in one line, once they have met
+        for missing in missing_data(config.data):
+            raise ConfigError(f"{missing.problem}; {missing.remedy}")
     return settings
 
 

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.__main__ import COMMANDS
 from pretrain.files import ROOT
 
 FOLDERS = ("configs", "data_tools", "launchers", "models", "parallel", "pretrain")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# The commands of manyformer, and the scripts that single families have.
+ENTRIES = PROJECT["scripts"] | {name: command.entry for name, command in COMMANDS.items()}
 _BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 
 
@@ -139,7 +142,9 @@ def test_a_command_is_not_misled_by_folders_where_it_is_started(
     )
     _hostile_packages(tmp_path / "b", *FOLDERS)
     script = _run(
-        [str(installed / "bin/manyformer-train"), *arguments], cwd=tmp_path / "b", path=[installed]
+        [str(installed / "bin/manyformer"), "train", *arguments],
+        cwd=tmp_path / "b",
+        path=[installed],
     )
     for done in (module, script):
         assert done.returncode == 0, done.stderr
@@ -156,7 +161,7 @@ def test_a_folder_that_hides_a_package_is_named_with_the_remedy(
     )
     for command in (
         [sys.executable, "-m", "pretrain.train", "--print-config"],
-        [str(installed / "bin/manyformer-train"), "--print-config"],
+        [str(installed / "bin/manyformer"), "train", "--print-config"],
     ):
         done = _run(command, cwd=tmp_path.parent, path=path)
         assert (done.returncode, done.stdout) == (2, "")
@@ -167,7 +172,7 @@ def test_a_folder_that_hides_a_package_is_named_with_the_remedy(
 
 
 def test_job_scripts_of_the_wheel_use_its_code(installed: Path, tmp_path: Path) -> None:
-    launchers = _run([str(installed / "bin/manyformer-files")], cwd=tmp_path, path=[installed])
+    launchers = _run([str(installed / "bin/manyformer"), "files"], cwd=tmp_path, path=[installed])
     assert launchers.stdout == f"{installed}\n"
     shutil.copytree(installed / "launchers", tmp_path / "launchers")
     for folder in (installed, tmp_path):
@@ -180,20 +185,20 @@ def test_job_scripts_of_the_wheel_use_its_code(installed: Path, tmp_path: Path) 
     assert done.stdout == f"{tmp_path}/runs/demo\n", done.stderr
 
 
-@pytest.mark.parametrize("name", PROJECT["scripts"])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_command_is_a_function_without_arguments(name: str) -> None:
-    module, function = PROJECT["scripts"][name].split(":")
+    module, function = ENTRIES[name].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_every_module_that_is_a_command_has_a_script() -> None:
+def test_every_module_that_is_a_command_has_a_script_or_a_name_of_manyformer() -> None:
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for folder in ("data_tools", "models", "pretrain")
         for path in (ROOT / folder).rglob("*.py")
         if '\nif __name__ == "__main__":' in path.read_text()
     }
-    assert modules == {entry.partition(":")[0] for entry in PROJECT["scripts"].values()}
+    assert modules == {entry.partition(":")[0] for entry in ENTRIES.values()}
 
 
 def test_both_copies_of_the_check_of_siblings_are_the_same() -> None:

@@ -13,6 +13,8 @@ Pieces depend only on the files, so that all processes cut them alike.
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -71,6 +73,27 @@ def find_inputs(patterns: Sequence[str]) -> list[Source]:
         seen.update(files)
         sources.append(Source(pattern, files))
     return sources
+
+
+def unread_files(patterns: Sequence[str]) -> list[str]:
+    """One line for each directory that also holds files of other suffixes, which are not read."""
+    lines = []
+    for folder in filter(os.path.isdir, patterns):
+        files = expand_paths(folder)
+        suffixes = Counter(f.suffix or f.name for f in files if not f.name.endswith(SUFFIXES))
+        if suffixes:
+            counted = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common(5))
+            lines.append(
+                f"{folder}: {suffixes.total()} of {len(files)} files are not read, by suffix "
+                f"{counted}; name text files .txt to include them"
+            )
+    return lines
+
+
+def warn_of_unread(patterns: Sequence[str]) -> None:
+    """Print the lines of `unread_files` on standard error."""
+    for line in unread_files(patterns):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def cut_pieces(sources: Sequence[Source], *, piece_bytes: int, json_key: str) -> Iterator[Piece]:

@@ -110,14 +110,16 @@ class Curriculum:
                     f"continue from {first_sample}; plan the run from there on"
                 )
 
-    def describe(self) -> str:
-        """Return one line per stage: steps, tokens per step and mix."""
+    def describe(self, *, after: int = 0) -> str:
+        """Return one line per stage that has steps after step `after`: these steps, tokens per step
+        and mix."""
         ends = [*self._first_steps[1:], self.total_steps]
         return "\n".join(
-            f"steps {stage.first_step + 1:,} to {end:,}: "
+            f"steps {max(stage.first_step, after) + 1:,} to {end:,}: "
             f"{stage.sequences_per_step * stage.sequence_length:,} tokens a step, "
             f"{stage.sequences_per_step:,} x {stage.sequence_length:,}, {_shares(stage.weights)}"
             for stage, end in zip(self.stages, ends, strict=True)
+            if end > after
         )
 
     def _index(self, steps: int) -> int:

@@ -5,14 +5,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser whose errors are one line, like all others, and whose help gives an
+    example and every default."""
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    def __init__(
+        self, prog: str, description: str, *, example: str, usage: str | None = None
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            epilog=f"example:\n  {prog} {example}\n",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As usual, with the default at the end of the help unless it says "default" itself."""
+        text, default = settings.get("help", ""), settings.get("default")
+        if default not in (None, False, argparse.SUPPRESS) and "default" not in text:
+            settings["help"] = f"{text} (default: %(default)s)".strip()
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the options")
@@ -33,23 +50,21 @@ def add_train_options(parser: argparse.ArgumentParser, *, project: str) -> None:
     add = parser.add_argument
     add("--train_data", required=True, help="text file, directory or glob")
     add("--eval_data", help="held-out text")
-    add("--tokenizer", default="bytes", help="bytes, a path, or a name on the Hugging Face hub")
-    add(
-        "--seq_len", type=int, help="tokens per training sample; default: 1024, or the model's most"
-    )
-    add("--lr", type=float, default=1e-4)
-    add("--weight_decay", type=float, default=0.01)
-    add("--batch_size", type=int, default=4, help="samples per micro-batch and rank")
-    add("--max_steps", type=int, default=100_000)
-    add("--warmup_steps", type=int, default=1000)
+    add("--tokenizer", default="bytes", help="bytes, a path, or a name on the hub")
+    add("--seq_len", type=int, help="of a sample (default: 1024, or the model's most)")
+    add("--lr", type=float, default=1e-4, help="largest learning rate")
+    add("--weight_decay", type=float, default=0.01, help="of matrices")
+    add("--batch_size", type=int, default=4, help="of a rank")
+    add("--max_steps", type=int, default=100_000, metavar="N", help="steps of the run")
+    add("--warmup_steps", type=int, default=1000, metavar="N", help="of the rate")
     add("--grad_accum", type=int, default=1, help="micro-batches per step")
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--save_dir", default="checkpoints", help="directory of the run")
-    add("--save_every", type=int, default=1000)
-    add("--eval_every", type=int, default=1000)
-    add("--log_every", type=int, default=10)
+    add("--max_grad_norm", type=float, default=1.0, metavar="X", help="clipped at it")
+    add("--save_dir", default="checkpoints", help="the run")
+    add("--save_every", type=int, default=1000, metavar="N", help="steps")
+    add("--eval_every", type=int, default=1000, metavar="N", help="steps")
+    add("--log_every", type=int, default=10, metavar="N", help="steps")
     add("--use_amp", action=argparse.BooleanOptionalAction, default=False, help="bf16")
-    add("--no_amp", dest="use_amp", action="store_false", help="fp32")
+    add("--no_amp", dest="use_amp", action="store_false", help="fp32 (default)")
     add("--wandb", action="store_true", help="log to Weights & Biases")
     add("--wandb_project", help=f"default: {project}")
     add("--resume", help="--save_dir or its newest checkpoint: continue it, or fail")

@@ -24,8 +24,8 @@ def plan_run(
         start: steps, samples and tokens the run has already taken.
 
     Raises:
-        ConfigError: a stage has no steps, warmup and decay take the whole run, or a batch size is
-            impossible at this layout.
+        ConfigError: a stage has no steps, warmup and decay take the whole run, a batch size is
+            impossible at this layout, or steps to profile are not of the run.
     """
     training = config.training
     sequences_per_step = training.batch_size * training.gradient_accumulation_steps * data_size
@@ -50,7 +50,17 @@ def plan_run(
             f"the run has {curriculum.total_steps} steps, not more than training.warmup_steps + "
             f"training.decay_steps = {ramps}; shorten the ramps or train longer"
         )
+    _check_profile(config, curriculum.total_steps)
     return curriculum
+
+
+def _check_profile(config: RunConfig, total_steps: int) -> None:
+    for first, last in config.logging.profile_steps:
+        if last > total_steps:
+            raise ConfigError(
+                f"logging.profile_steps has [{first}, {last}], but the run has {total_steps} "
+                "steps; choose steps of the run"
+            )
 
 
 def check_length(config: RunConfig, *, data_size: int) -> None:

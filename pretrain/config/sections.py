@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+StepRanges = Annotated[tuple[tuple[int, int], ...], BeforeValidator(lambda value: _ranges(value))]
 
 
 class CheckpointConfig(BaseModel):
@@ -104,21 +108,16 @@ class StabilityConfig(BaseModel):
         ge=0,
         description="Consecutive steps that may be skipped because loss or gradient is not finite",
     )
-    skip_steps: Annotated[
-        tuple[tuple[int, int], ...], BeforeValidator(lambda value: _ranges(value))
-    ] = Field(default=(), description="[[first, last], ...]: steps whose data are skipped")
+    skip_steps: StepRanges = Field(
+        default=(), description="[[first, last], ...]: steps whose data are skipped"
+    )
     spike: SpikeConfig | None = Field(
         default=None, description="Reaction to a loss spike; null: none"
     )
 
     @model_validator(mode="after")
     def _check(self) -> StabilityConfig:
-        for first, last in self.skip_steps:
-            if not 1 <= first <= last:
-                raise ValueError(
-                    f"stability.skip_steps has [{first}, {last}]; write [first, last] with "
-                    "1 <= first <= last, such as [[120, 124]]"
-                )
+        _check_ranges("stability.skip_steps", self.skip_steps)
         return self
 
 
@@ -169,6 +168,39 @@ class LoggingConfig(BaseModel):
 
     tensorboard: bool = Field(default=False, description="Write events to RUN_DIR/tensorboard")
     wandb: WandbConfig = Field(default_factory=WandbConfig)
+    profile_steps: StepRanges = Field(
+        default=(),
+        description="[[first, last], ...]: steps that torch's profiler records, each range in a "
+        "folder of RUN_DIR/profile",
+    )
+    memory_snapshot: bool = Field(
+        default=False, description="Record the CUDA memory of the profiled steps, too"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LoggingConfig:
+        _check_ranges("logging.profile_steps", self.profile_steps)
+        for (_, last), (first, end) in itertools.pairwise(self.profile_steps):
+            if first <= last:
+                raise ValueError(
+                    f"logging.profile_steps has [{first}, {end}] after a range that ends at "
+                    f"{last}; sort the ranges, and join those that overlap"
+                )
+        if self.memory_snapshot and not self.profile_steps:
+            raise ValueError(
+                "logging.memory_snapshot=true has no effect without steps to record; set "
+                "logging.profile_steps=[[first,last]] or remove it"
+            )
+        return self
+
+
+def _check_ranges(name: str, ranges: Sequence[tuple[int, int]]) -> None:
+    for first, last in ranges:
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"{name} has [{first}, {last}]; write [first, last] with 1 <= first <= last, such "
+                "as [[120, 124]]"
+            )
 
 
 def _ranges(value: Any) -> Any:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,22 @@ from pretrain.engine.optimizers import (
 from pretrain.engine.scoring import Scores, Scoring
 from pretrain.engine.train_spec import Targets, TrainSpec, count_scored
 
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+# DeepSpeed's instructions of a pipeline schedule (0.19.8, runtime/pipe/schedule.py), by phase.
+_PHASES = {
+    "LoadMicroBatch": "data",
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "ReduceGrads": "reduction",
+    "ReduceTiedGrads": "reduction",
+    "OptimizerStep": "optimizer",
+    "SendActivation": "pipeline",
+    "RecvActivation": "pipeline",
+    "SendGrad": "pipeline",
+    "RecvGrad": "pipeline",
+}
+
 
 class StepResult(NamedTuple):
     """Result of one optimizer step: means over all its samples, and the norm before clipping.
@@ -69,6 +85,15 @@ class Engine(ABC):
         self._layer_states = layer_state_owners(self.module)
         self.spec = spec
         self.ctx = spec.ctx
+        self._phase: Phase = contextlib.nullcontext
+
+    def record_phases(self, phase: Phase | None) -> None:
+        """Enter `phase(name)` around each phase of the steps from here on; None: no longer.
+
+        Phases are data, forward, backward and optimizer, and in a pipeline reduction (of gradients,
+        otherwise a part of backward and optimizer) and pipeline (waiting for other stages).
+        """
+        self._phase = phase or contextlib.nullcontext
 
     @abstractmethod
     def set_sequence_length(self, length: int) -> None:
@@ -188,17 +213,24 @@ class PlainEngine(Engine):
         applied = True
         num_scored = None
         if self.spec.segmented:
-            batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
+            with self._phase("data"):
+                batches, num_scored = count_scored(batches, self.num_micro_batches, self.ctx)
         for _ in range(self.num_micro_batches):
-            inputs, labels = _to_device(next(batches), self.ctx.device)
-            total, terms = self.spec.objective(engine(inputs), Targets(labels, num_scored))
-            engine.backward(total)
+            with self._phase("data"):
+                inputs, labels = _to_device(next(batches), self.ctx.device)
+            with self._phase("forward"):
+                total, terms = self.spec.objective(engine(inputs), Targets(labels, num_scored))
+            with self._phase("backward"):
+                engine.backward(total)
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
             if clip_in_loop and engine.is_gradient_accumulation_boundary():
                 norm = clip_gradients(self.module, self.spec.config.training.grad_clip, self.ctx)
                 # Synchronises with the device, as DeepSpeed's own optimizers do.
                 applied = bool(norm.isfinite())
-            with contextlib.nullcontext() if applied else without_update(engine.optimizer):
+            with (
+                self._phase("optimizer"),
+                contextlib.nullcontext() if applied else without_update(engine.optimizer),
+            ):
                 engine.step()
         if not clip_in_loop:
             norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
@@ -235,6 +267,17 @@ class StageEngine(Engine):
     def __init__(self, deepspeed_engine: Any, spec: TrainSpec) -> None:
         super().__init__(deepspeed_engine, spec)
         self.sequence_length = spec.config.data.sequence_length
+
+    def record_phases(self, phase: Phase | None) -> None:
+        super().record_phases(phase)
+        engine = self._deepspeed
+        # The class's table, which an attribute of the object hides while phases are recorded.
+        engine.__dict__.pop("_INSTRUCTION_MAP", None)
+        if phase is not None:
+            engine._INSTRUCTION_MAP = {
+                instruction: _in_phase(phase, _PHASES[instruction.__name__], run)
+                for instruction, run in engine._INSTRUCTION_MAP.items()
+            }
 
     def set_sequence_length(self, length: int) -> None:
         """Replace the wires and the receive buffers, which DeepSpeed keeps from the first batch."""
@@ -298,6 +341,14 @@ class StageEngine(Engine):
             yield
         finally:
             stage.objective = usual
+
+
+def _in_phase(phase: Phase, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        with phase(name):
+            return run(*args, **kwargs)
+
+    return recorded
 
 
 def _gathered(parameter: Tensor) -> Tensor:

@@ -240,7 +240,11 @@ class WandbWriter:
 
 def _tagged(record: Record) -> dict[str, float]:
     kind = "eval" if "eval_loss" in record else "train"
-    return {f"{kind}/{name}": value for name, value in record.items() if name != "step"}
+    return {
+        f"{kind}/{name.removeprefix('eval_')}": value
+        for name, value in record.items()
+        if name != "step"
+    }
 
 
 def _stable_id(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from data_tools import train_tokenizer
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.preprocess import _resume_settings, main
@@ -48,6 +49,30 @@ def test_corpus_holds_every_text_and_an_end_token(tmp_path: Path) -> None:
     assert dataset.info.num_tokens == dataset.info.num_bytes + len(_TEXTS)
     assert (dataset.info.tokenizer_fingerprint, dataset.info.eod_id) == ("bytes", 256)
     assert dataset.info.command.startswith("python -m data_tools.preprocess --input ")
+
+
+@pytest.mark.parametrize("command", ["preprocess", "train_tokenizer"])
+def test_files_of_a_folder_that_are_not_read_are_counted_by_suffix(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.md", "b.md", "Makefile", "c.txt", "d.jsonl"):
+        (folder / name).write_text('{"text": "some text"}\n' * 200)
+    if command == "preprocess":
+        _preprocess(folder, tmp_path / "out")
+    else:
+        output = ["--output", str(tmp_path / "t.model"), "--vocab-size", "280"]
+        train_tokenizer.main(["--input", str(folder), *output])
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {folder}: 3 of 5 files are not read")
+    assert "2 .md, 1 Makefile" in warning
+    assert warning.count("\n") == 1
+    (folder / "a.md").unlink()
+    (folder / "b.md").unlink()
+    (folder / "Makefile").unlink()
+    _preprocess(folder, tmp_path / "again")
+    assert capsys.readouterr().err == ""
 
 
 def test_output_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from models.base import TokenInputs
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.config import RunConfig
+from pretrain.config import LoggingConfig, RunConfig
+from pretrain.metrics.profile import StepProfiler
 from tests.benchmarks.training import LEARNING_RATE, random_batch, run_config, start_engine
 
 STEPS, SEQ = 5, 64
@@ -100,3 +101,31 @@ def test_compiled_layers_train_to_the_losses_of_eager_ones(
     config = _run(precision=precision, compile=True)
     assert _losses(config, process_device, zero_stage=1) == pytest.approx(reference, rel=tolerance)
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+
+
+def test_a_profiled_step_has_the_same_loss_and_device_times(process_device, tmp_path):
+    """The snapshot of memory, too, which only CUDA has."""
+    on_cuda = process_device.type == "cuda"
+    losses = []
+    for name in ("plain", "profiled"):
+        engine = start_engine(_run(precision="fp32"), device=process_device)
+        profiler = StepProfiler(
+            LoggingConfig(profile_steps=((1, 1),), memory_snapshot=on_cuda),
+            tmp_path,
+            engine,
+            rank=0,
+        )
+        if name == "profiled":
+            profiler.start(1)
+        with profiler.step(1):
+            batches = iter([random_batch(engine.spec.config, seed=1)])
+            losses.append(engine.train_step(batches, learning_rate=LEARNING_RATE).loss.item())
+        summary = profiler.end()
+        assert (summary is None) == (name == "plain")
+        del engine
+        gc.collect()
+    assert losses[0] == losses[1]
+    kinds = ["json.gz", *(["memory.pickle"] if on_cuda else []), "txt"]
+    files = sorted((tmp_path / "profile" / "steps_1_1").iterdir())
+    assert [file.name for file in files] == [f"rank_0.{kind}" for kind in kinds]
+    assert all(f"{phase} " in files[-1].read_text() for phase in ("forward", "backward"))

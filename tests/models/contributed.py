@@ -1,10 +1,13 @@
-"""What tests/models/test_contributing.py runs in a copy of the project that has the guide's family.
+"""What tests/models/test_contributing.py runs in a copy of the project that has the guide's family:
+the commands of CONTRIBUTING.md, and those of docs/tutorial.md, small.
 
 Not collected by itself: in the project there is no such family.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +20,17 @@ from models.checkpoint import load_model, open_checkpoint
 from models.generate import generate
 from models.registry import get_family
 from parallel.context import ParallelContext
+from pretrain.__main__ import main
 from pretrain.config import RunConfig
 from pretrain.config.compose import compose_config
+from pretrain.config.resolve import resolve_run
 from pretrain.errors import EXIT_COMPLETED
 from tests.distributed import run_ranks
 from tests.equivalence import Measured, measure
 from tests.models.families import CASES
 from tests.models.hf.alone import computed_alone
 from tests.models.test_contract import BOUNDS
-from tests.models.test_contributing import commands
+from tests.models.test_contributing import commands, tutorial_commands
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import metrics, write_data
 from tests.tolerance import FP32_LOSS, FP32_NORM, FP64, assert_close
@@ -93,10 +98,34 @@ def test_scaled_has_the_loss_and_gradients_of_one_process_in_two_stages_of_two_r
             assert_close(cut.gradients[name], gradient, BOUNDS[torch.float32], name)
 
 
-def test_scaled_trains_in_two_stages_of_two_ranks_as_in_one_process(command, trained):
-    alone = [each for each in command if not each.startswith("parallel.")]
-    single = _config([*alone, "run_dir=runs/single"])
-    assert run_ranks(run_training, 1, single, ZERO, init=False) == [EXIT_COMPLETED]
+def _tutorial(name: str, **has: str) -> list[str]:
+    """The command `manyformer NAME` of the tutorial whose option `--config-name` is `has`."""
+    wanted = [part for key, value in has.items() for part in (f"--{key.replace('_', '-')}", value)]
+    [found] = [
+        line[1:]
+        for line in tutorial_commands()
+        if line[:2] == ["manyformer", name] and set(wanted) <= set(line)
+    ]
+    return found
+
+
+def _call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["manyformer", *arguments])
+    return main()
+
+
+@pytest.fixture(scope="module")
+def single(trained) -> RunConfig:
+    """The run that the tutorial trains in one process."""
+    _, option, name, *overrides = _tutorial("train")
+    assert (option, name) == ("--config-name", "demo")
+    config = _config(overrides)
+    assert run_ranks(run_training, 1, config, ZERO, init=False) == [EXIT_COMPLETED]
+    return config
+
+
+def test_scaled_trains_in_two_stages_of_two_ranks_as_in_one_process(command, trained, single):
+    assert [each for each in command if not each.startswith("parallel.")] == ["model=scaled/demo"]
     (found, found_evaluation), (expected, evaluation) = metrics(trained), metrics(single)
     assert len(found) == len(expected) == STEPS
     for ours, theirs in zip(found, expected, strict=True):
@@ -143,3 +172,45 @@ def test_the_model_of_scaled_is_known_to_transformers_here(trained, tmp_path):
     model.save_pretrained(tmp_path)
     for name in mapping.code:
         assert (tmp_path / name).read_bytes() == Path("exported", name).read_bytes()
+
+
+def test_the_run_of_the_tutorial_is_drawn_continued_as_text_and_exported(
+    single, monkeypatch, capsys
+):
+    assert _call(monkeypatch, *_tutorial("plot")) == 0
+    assert Path(single.run_dir, "loss.png").is_file()
+    # The corpus of this test has no tokenizer.
+    text = ("--tokenizer", "bytes", "--max-new-tokens", "3")
+    assert _call(monkeypatch, *_tutorial("generate"), *text) == 0
+    assert "def main(" in capsys.readouterr().out
+    assert _call(monkeypatch, *_tutorial("convert")) == 0
+    assert Path("exported_scaled", "config.json").is_file()
+
+
+def test_the_tutorial_proves_the_family_of_two_tensor_ranks(monkeypatch, capsys):
+    arguments = _tutorial("prove", config_name="demo")
+    assert "parallel.tensor=2" in arguments
+    assert _call(monkeypatch, *arguments) == 0
+
+
+def test_the_layout_of_the_tutorial_passes_the_doctor_but_for_the_corpus(monkeypatch, capsys):
+    """What is left to the machine of the job: its corpus, and its GPUs."""
+    _call(monkeypatch, *_tutorial("doctor"), "--json")
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    errors = [each for each in findings if each["severity"] == "error"]
+    assert {each["section"] for each in errors} == {"data"}, errors
+    assert all("data/corpus" in each["what"] for each in errors), errors
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "sbatch", "prove"])
+def test_the_run_of_eight_gpus_is_the_control_with_another_model(launcher):
+    [line] = [
+        each for each in tutorial_commands() if launcher in each[:2] and "model=scaled/125m" in each
+    ]
+    overrides = [each for each in line if "=" in each and not each.startswith("--")]
+    config = compose_config("llama_125m", overrides=overrides)
+    control = compose_config("llama_125m")
+    sizes = config.model.model_dump(exclude={"family"})
+    assert sizes == {name: getattr(control.model, name) for name in sizes}
+    assert (config.model.family, config.training) == ("scaled", control.training)
+    resolve_run(config, None, world_size=8)

@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md to the letter: its family joins a copy of the project and works there."""
+"""CONTRIBUTING.md and docs/tutorial.md to the letter: their family joins a copy of the project and
+works there."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from typing import NamedTuple
 
 import pytest
 
+from pretrain.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("configs", "data_tools", "launchers", "models", "parallel", "pretrain", "tests")
+PACKAGES = ("configs", "data_tools", "docs", "launchers", "models", "parallel", "pretrain", "tests")
 # Files of the project in which the guide adds a line, and the line after which.
 TABLES = {"models/registry.py": "_FAMILIES = {", "tests/models/families.py": "CASES = {"}
 _BLOCK = re.compile(r"^(?:`([^`\n]+)`\n\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -28,10 +31,22 @@ class Block(NamedTuple):
     text: str
 
 
+def _blocks(text: str) -> list[Block]:
+    return [Block(path or None, *rest) for path, *rest in _BLOCK.findall(text)]
+
+
 def guide() -> list[Block]:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = text.split("\n## Add a model family\n")[1].split("\n## ")[0]
-    return [Block(path or None, *rest) for path, *rest in _BLOCK.findall(section)]
+    return _blocks(text.split("\n## Add a model family\n")[1].split("\n## ")[0])
+
+
+def tutorial() -> list[Block]:
+    return _blocks((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+
+
+def tutorial_commands() -> list[list[str]]:
+    texts = [block.text for block in tutorial() if block.language == "sh"]
+    return [shlex.split(line) for text in texts for line in text.splitlines()]
 
 
 def commands() -> list[list[str]]:
@@ -47,7 +62,7 @@ def followed(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / package, copy / package)
     for name in ("CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
-    for path, _, text in guide():
+    for path, _, text in (*guide(), *tutorial()):
         if path is None:
             continue
         file = copy / path
@@ -70,6 +85,27 @@ def test_a_family_is_four_files_a_size_and_a_line_in_the_registry():
     assert written.keys() - family == {"configs/model/scaled/demo.yaml", *TABLES}
     for path in TABLES:
         assert len(written[path].splitlines()) == 1, path
+
+
+def test_the_tutorial_shows_the_layer_of_the_guide_and_adds_a_size() -> None:
+    [layers] = [block for block in guide() if block.path == "models/scaled/layers.py"]
+    [shown] = [block for block in tutorial() if block.language == "python"]
+    assert shown.text in layers.text
+    assert [block.path for block in tutorial() if block.path] == ["configs/model/scaled/125m.yaml"]
+
+
+def test_the_tutorial_names_commands_run_files_and_pages_that_exist() -> None:
+    for command in tutorial_commands():
+        program, *arguments = command
+        assert program in ("manyformer", "python", "deepspeed", "sbatch"), command
+        if program == "manyformer":
+            assert arguments[0] in COMMANDS, command
+        if program in ("deepspeed", "sbatch"):
+            [script] = [word for word in arguments if word.endswith((".py", ".slurm"))]
+            assert (ROOT / script).is_file()
+    for name in ("docs/tutorial.md", "README.md"):
+        for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", (ROOT / name).read_text()):
+            assert (ROOT / name).parent.joinpath(link).exists(), (name, link)
 
 
 def test_the_code_of_the_guide_passes_the_linter(followed):

@@ -153,8 +153,14 @@ def test_the_run_directory_is_printed_once_the_settings_fit_the_processes(
 
 @pytest.mark.parametrize(("reads_markers", "code"), [("1", 0), (None, 75)])
 def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
-    reads_markers: str | None, code: int, call: Call, monkeypatch: pytest.MonkeyPatch
+    reads_markers: str | None,
+    code: int,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    _touch_demo_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pretrain.run.run", lambda settings: EXIT_STOPPED)
     if reads_markers is not None:
         monkeypatch.setenv("MANYFORMER_READS_MARKERS", reads_markers)
@@ -162,6 +168,7 @@ def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
 
 
 def test_a_run_says_a_word_before_it_imports_torch(tmp_path: Path) -> None:
+    _touch_demo_data(tmp_path)
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
@@ -202,19 +209,46 @@ def test_a_mistake_is_found_before_torch_is_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "setting", "file", "remedy"),
     [
-        (["--config-name", "demo", "data.train=nothing"], "data.train: nothing.idx: no such file"),
+        (["--config-name", "demo"], "data.train", "data/demo/train.idx", "demo_corpus"),
+        (["--config-name", "demo", "data.train=a/b"], "data.train", "a/b.idx", "preprocess"),
+        (
+            ["--config-name", "demo", "data=bytes", "data.train=texts/*.txt"],
+            "data.train",
+            "texts/*.txt",
+            "text files",
+        ),
+        (["--config-name", "demo", "data.tokenizer=no.model"], "data.tokenizer", "no.model", "set"),
         # A run of epochs, whose number of steps is planned over the data.
-        ([], "data.train: data/wikitext/train.idx: no such file"),
+        ([], "data.train", "data/wikitext/train.idx", "preprocess"),
     ],
 )
-def test_a_mistake_in_the_data_is_one_line_too(
-    argv: list[str], message: str, tmp_path: Path
+def test_data_that_is_not_there_is_one_line_before_torch_is_imported(
+    argv: list[str],
+    setting: str,
+    file: str,
+    remedy: str,
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    outcome = _script(*argv, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert outcome.code == 2
-    [error] = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert error.startswith(f"error: {message}")
-    assert "preprocess it first" in error
-    assert "Traceback" not in outcome.err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pretrain.run.run", lambda settings: pytest.fail("the run has begun"))
+    if setting == "data.tokenizer":
+        _touch_demo_data(tmp_path)
+    outcome = call(*argv)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {setting}")
+    assert outcome.err.count("\n") == 1
+    problem, _, advice = outcome.err.partition("; ")
+    assert file in problem
+    assert remedy in advice
+
+
+def _touch_demo_data(directory: Path) -> None:
+    """Files by the names that the demonstration reads."""
+    folder = directory / "data" / "demo"
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer.model"):
+        (folder / name).touch()

@@ -12,7 +12,11 @@ from models.standalone.command_line import CommandParser, run_command
 
 def train_scaled(argv: Sequence[str] | None = None) -> int:
     """`train_scaled`: 50,000 steps of the 129M class."""
-    parser = CommandParser("train_scaled", "Train on train.txt and val.txt of a folder.")
+    parser = CommandParser(
+        "train_scaled",
+        "Train on train.txt and val.txt of a folder.",
+        example="--data_dir data --output runs/scaled",
+    )
     sizes = {"d_model": 768, "n_layers": 12, "num_heads": 12, "window_size": 256}
     times = {"max_steps": 50_000, "batch_size": 2, "accumulation": 4, "warmup": 500}
     _add(parser, **sizes, **times, eval_every=2000, lr=2e-4)
@@ -22,7 +26,9 @@ def train_scaled(argv: Sequence[str] | None = None) -> int:
 def train_curriculum(argv: Sequence[str] | None = None) -> int:
     """`train_curriculum`: 20,000 steps in three stages."""
     parser = CommandParser(
-        "train_curriculum", "Train on dictionary.txt, stories.txt, wiki.txt; val.txt is held out."
+        "train_curriculum",
+        "Train on dictionary.txt, stories.txt, wiki.txt; val.txt is held out.",
+        example="--data_dir data --output runs/curriculum",
     )
     sizes = {"d_model": 512, "n_layers": 6, "num_heads": 8, "window_size": 128}
     times = {"max_steps": 20_000, "batch_size": 4, "accumulation": 1, "warmup": 100}
@@ -33,18 +39,20 @@ def train_curriculum(argv: Sequence[str] | None = None) -> int:
 def generate(argv: Sequence[str] | None = None) -> int:
     """`generate CHECKPOINT`."""
     parser = _reader("generate", "Continue a text.")
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--prompt", default="The ", help="text to continue (default: 'The ')")
     parser.add_argument("--length", type=int, default=200, help="bytes to add")
     parser.add_argument("--temp", type=float, default=0.7, help="0: most probable bytes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     return _run("generate_text", lambda: _with_model(parser, argv))
 
 
 def overfit_test(argv: Sequence[str] | None = None) -> int:
     """`overfit_test`: exit status 1 where the pattern is not learned."""
-    parser = CommandParser("overfit_test", "Learn a repeated pattern by heart.")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--device", default="cpu")
+    parser = CommandParser(
+        "overfit_test", "Learn a repeated pattern by heart.", example="--steps 200"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps of training")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     return _run("overfit", lambda: parser.parse_args(argv))
 
 
@@ -59,7 +67,9 @@ def inspect_reasoning(argv: Sequence[str] | None = None) -> int:
     """`inspect_reasoning CHECKPOINT`: thinking steps of a text."""
     parser = _reader("inspect_reasoning", "Count the thinking steps of a text.")
     parser.add_argument(
-        "--prompt", default="The quick brown fox jumps over the lazy dog. 12 + 30 = 42"
+        "--prompt",
+        default="The quick brown fox jumps over the lazy dog. 12 + 30 = 42",
+        help="the text",
     )
     return _run("inspect_reasoning", lambda: _with_model(parser, argv))
 
@@ -88,24 +98,24 @@ def _run(name: str, parse: Callable[[], argparse.Namespace]) -> int:
 
 def _add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add = parser.add_argument
-    add("--data_dir", default="data")
+    add("--data_dir", default="data", help="folder of the texts")
     add("--output", default=".", help="folder of the models and metrics")
     for name, value in defaults.items():
         add(f"--{name}", type=type(value), default=value)
     add("--seq_len", type=int, default=1024, help="bytes of a sample")
-    add("--thinking_steps", type=int, default=3)
-    add("--dropout", type=float, default=0.1)
-    add("--log_every", type=int, default=10)
+    add("--thinking_steps", type=int, default=3, help="most of a byte")
+    add("--dropout", type=float, default=0.1, help="share of features")
+    add("--log_every", type=int, default=10, help="steps between two lines")
     add("--use_amp", action="store_true", help="bf16")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
+    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--device", default="cpu", help="cpu, cuda")
 
 
 def _reader(name: str, description: str) -> argparse.ArgumentParser:
-    parser = CommandParser(name, description)
+    parser = CommandParser(name, description, example="model.pth")
     parser.add_argument("checkpoint", nargs="?", help="a .pth file of a training command")
     parser.add_argument("--model", help="the same, as an option")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     return parser
 
 

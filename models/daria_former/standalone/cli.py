@@ -71,7 +71,12 @@ def read_config(given: str) -> DariaFormerConfig:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    parser = CommandParser("daria-train", "Pretrain a Daria-Former on text.")
+    parser = CommandParser(
+        "daria-train",
+        "Pretrain a Daria-Former on text.",
+        usage="%(prog)s --train_data PATH [option ...]",
+        example="--train_data corpus.txt --max_steps 1000",
+    )
     sizes = f"YAML of settings, or one of {', '.join(SIZES)}"
     parser.add_argument("--config", default="small", help=sizes)
     add_train_options(parser, project=PROJECT)
@@ -79,24 +84,32 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    parser = CommandParser("daria-generate", "Sample text from a Daria-Former.")
+    parser = CommandParser(
+        "daria-generate",
+        "Sample text from a Daria-Former.",
+        example="--checkpoint checkpoints --prompt 'Once upon a time'",
+    )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, a step_N of it, or checkpoint-N")
     add("--tokenizer", help="instead of the one that the checkpoint names")
-    add("--prompt", required=True)
-    add("--max_new_tokens", type=int, default=256)
-    add("--temperature", type=float, default=1.0)
+    add("--prompt", required=True, help="text to continue")
+    add("--max_new_tokens", type=int, default=256, help="tokens to add at most")
+    add("--temperature", type=float, default=1.0, help="of the distribution")
     add("--top_k", type=int, default=50, help="0: all")
-    add("--top_p", type=float, default=0.9)
+    add("--top_p", type=float, default=0.9, help="most probable tokens up to this sum")
     add("--greedy", action="store_true", help="the most probable token every time")
     add("--no_variability", action="store_true", help="no penalties for repetition")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
+    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--device", default="cpu", help="cpu, cuda")
     return parser
 
 
 def export_parser() -> argparse.ArgumentParser:
-    parser = CommandParser("daria-export", "Write a Hugging Face directory.")
+    parser = CommandParser(
+        "daria-export",
+        "Write a Hugging Face directory.",
+        example="--checkpoint checkpoints --output exported",
+    )
     add = parser.add_argument
     add("--checkpoint", required=True, help="as for daria-generate")
     add("--output", required=True, help="a new directory")

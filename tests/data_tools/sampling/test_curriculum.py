@@ -231,6 +231,15 @@ def test_a_ramp_and_stages_change_independently() -> None:
     assert curriculum.describe().count("\n") + 1 == len(curriculum.stages) >= 4
 
 
+def test_a_resumed_run_describes_the_steps_that_are_left() -> None:
+    curriculum = _ramped({"until_step": 3, "sequence_length": 16}, {}, max_steps=20, ramp=[])
+    everything = curriculum.describe().splitlines()
+    assert [line.partition(":")[0] for line in everything] == ["steps 1 to 3", "steps 4 to 20"]
+    assert curriculum.describe(after=3).splitlines() == everything[1:]
+    [left] = curriculum.describe(after=12).splitlines()
+    assert left == everything[1].replace("steps 4 to 20", "steps 13 to 20")
+
+
 def test_a_ramp_level_passed_by_the_previous_step_is_skipped() -> None:
     steep = [BatchStep(100, 8), BatchStep(110, 9)]
     assert [size for size, *_ in _walk(_ramped(max_steps=3, ramp=steep))] == [8, 10, 10]

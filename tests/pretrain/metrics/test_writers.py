@@ -158,7 +158,7 @@ def test_tensorboard_holds_the_scalars_and_a_resume_hides_the_steps_it_repeats(
     first = TensorBoardWriter(tmp_path / "tensorboard", resumed_step=0)
     for step in (1, 2, 3):
         first.write({"step": step, "loss": float(step)})
-    first.write(EVALUATION)
+    first.write(EVALUATION | {"step": 2})
     first.close()
     second = TensorBoardWriter(tmp_path / "tensorboard", resumed_step=2)
     second.write({"step": 3, "loss": 30.0})
@@ -166,6 +166,10 @@ def test_tensorboard_holds_the_scalars_and_a_resume_hides_the_steps_it_repeats(
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30)]
+    assert events.Scalars("eval/loss")[0].value == pytest.approx(EVALUATION["eval_loss"])
+    tags = events.Tags()["scalars"]
+    assert "eval/perplexity" in tags
+    assert not [tag for tag in tags if "eval_" in tag]
 
 
 def test_wandb_offline_writes_the_numbers_and_no_secret(
@@ -190,7 +194,7 @@ def test_wandb_offline_writes_the_numbers_and_no_secret(
 
 
 def test_plot_shows_both_curves_and_names_what_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with assert_refused("metrics.jsonl", value="exist", constraint="not", remedy="run_dir"):
         plot_losses(tmp_path, tmp_path / "loss.png")
@@ -206,5 +210,8 @@ def test_plot_shows_both_curves_and_names_what_is_missing(
     writer.close()
     assert plot_main([str(tmp_path), "--output", str(tmp_path / "deep" / "loss.png")]) == 0
     picture = (tmp_path / "deep" / "loss.png").read_bytes()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert plot_main([str(tmp_path)]) == 0
+    assert (tmp_path / "loss.png").read_bytes() == picture, "beside the metrics by default"
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000

@@ -1,0 +1,150 @@
+"""The command `manyformer`: every command line of the project by one name.
+
+`manyformer plot ARGUMENTS` is `python -m pretrain.plot ARGUMENTS`. Only the module of the chosen
+command is imported, and its exit code is passed on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pretrain.errors import EXIT_USER_ERROR
+
+
+class Command(NamedTuple):
+    """Where a command line is, as `module:function`, and what it does."""
+
+    entry: str
+    summary: str
+
+    @property
+    def module(self) -> str:
+        name = self.entry.partition(":")[0]
+        return name.removesuffix(".__main__").removesuffix(".command")
+
+
+# Section -> name -> command.
+SECTIONS: dict[str, dict[str, Command]] = {
+    "a run": {
+        "train": Command("pretrain.train:main", "pretrain a model, here in one process"),
+        "doctor": Command("pretrain.doctor.__main__:main", "find what would stop a job"),
+        "prove": Command("pretrain.prove.command:main", "show that it equals the one-process run"),
+        "plot": Command("pretrain.plot:main", "draw its loss curve"),
+        "checkpoint": Command("pretrain.checkpoint:main", "list, verify or prune its checkpoints"),
+    },
+    "a model": {
+        "generate": Command("models.generate:main", "sample text from a checkpoint"),
+        "convert": Command("models.convert:main", "to Hugging Face and back"),
+    },
+    "a corpus": {
+        "demo-corpus": Command("data_tools.demo_corpus:command", "make one of Python's source"),
+        "train-tokenizer": Command("data_tools.train_tokenizer:command", "learn a vocabulary"),
+        "preprocess": Command("data_tools.preprocess:command", "turn text into token ids"),
+        "convert-corpus": Command("data_tools.convert:command", "to or from other projects"),
+        "inspect-corpus": Command("data_tools.inspect_corpus:command", "statistics and samples"),
+        "merge": Command("data_tools.merge:command", "join corpora"),
+        "split": Command("data_tools.split:command", "hold out documents"),
+        "verify": Command("data_tools.verify:command", "check every offset, id and checksum"),
+    },
+    "this program": {
+        "files": Command("pretrain.files:main", "where configs/ and launchers/ are"),
+    },
+}
+COMMANDS = {name: command for section in SECTIONS.values() for name, command in section.items()}
+SHELLS = ("bash", "zsh")
+
+_EXAMPLE = """\
+example:
+  manyformer demo-corpus --output data/demo
+  manyformer train --config-name demo training.max_steps=50
+Several processes: a launcher starts a module or a file and not this command, as in
+`deepspeed --num_gpus 8 --module pretrain.train --config-name demo`.
+Completion: eval "$(manyformer completion bash)"    # or zsh, in ~/.bashrc or ~/.zshrc
+"""
+
+
+def main() -> int:
+    """Run the command that the first argument names; returns its exit code."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(describe())
+        return 0
+    if name == "completion":
+        return _print_completion(arguments)
+    if name not in COMMANDS:
+        return _refuse(f"{name!r} is no command of manyformer", name, [*COMMANDS, "completion"])
+    module, _, function = COMMANDS[name].entry.partition(":")
+    del sys.argv[1]
+    code: int = getattr(importlib.import_module(module), function)()
+    return code
+
+
+def describe() -> str:
+    """The text of `manyformer --help`."""
+    lines = ["usage: manyformer COMMAND [ARGUMENTS]    (COMMAND --help: its arguments)", ""]
+    for section, commands in SECTIONS.items():
+        lines.append(f"{section}:")
+        lines += [
+            f"  {name:<16} {command.summary:<40} python -m {command.module}"
+            for name, command in commands.items()
+        ]
+    lines.append(f"  {'completion':<16} print the completion of {' or '.join(SHELLS)}")
+    return "\n".join(lines) + "\n\n" + _EXAMPLE
+
+
+def _refuse(problem: str, given: str, names: Sequence[str]) -> int:
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}? " if near else ""
+    sys.stderr.write(f"error: {problem}; {remedy}manyformer --help lists all\n")
+    return EXIT_USER_ERROR
+
+
+def _print_completion(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        given = " ".join(arguments)
+        return _refuse(f"completion {given!r} is none of {', '.join(SHELLS)}", given, SHELLS)
+    sys.stdout.write(completion(arguments[0]))
+    return 0
+
+
+def completion(shell: str) -> str:
+    """A script that completes names of commands, then options, which --help knows, and files."""
+    names = " ".join([*COMMANDS, "completion"])
+    if shell == "zsh":
+        return _ZSH.format(names=names)
+    return _BASH.format(names=names)
+
+
+_BASH = r"""_manyformer() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" words=""
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{names}"
+    elif [ "${{word#-}}" != "$word" ]; then
+        words="$("${{COMP_WORDS[0]}}" "${{COMP_WORDS[1]}}" --help 2>/dev/null |
+            grep -oE -e '--[a-z][a-z_-]+' | sort -u)"
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _manyformer manyformer
+"""
+
+_ZSH = r"""_manyformer() {{
+    if (( CURRENT == 2 )); then
+        compadd -- {names}
+    elif [[ $PREFIX == -* ]]; then
+        compadd -- ${{(f)"$($words[1] $words[2] --help 2>/dev/null |
+            grep -oE -e '--[a-z][a-z_-]+' | sort -u)"}}
+    else
+        _files
+    fi
+}}
+compdef _manyformer manyformer
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

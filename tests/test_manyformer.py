@@ -1,0 +1,102 @@
+"""The command `manyformer`: one name for every command line, which imports the chosen one alone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from pretrain.__main__ import COMMANDS, SHELLS, completion, describe, main
+from pretrain.files import ROOT
+
+HELP_LINES = 50  # a screen
+
+
+def _call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/manyformer", *arguments])
+    return main()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("help",), ("-h",)])
+def test_the_help_is_a_screen_that_lists_every_command(arguments, monkeypatch, capsys):
+    assert _call(monkeypatch, *arguments) == 0
+    text = capsys.readouterr().out
+    assert text == describe()
+    assert len(text.splitlines()) <= HELP_LINES
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert "\nexample:\n  manyformer " in text
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [("trian", "'train'"), ("preproces", "'preprocess'"), ("inspect", "'inspect-corpus'")],
+)
+def test_an_unknown_command_gets_the_nearest_name(given, nearest, monkeypatch, capsys):
+    assert _call(monkeypatch, given) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert repr(given) in output.err
+    assert nearest in output.err
+    assert "manyformer --help" in output.err
+
+
+def test_a_command_gets_its_arguments_and_its_exit_code_is_passed_on(monkeypatch, capsys, tmp_path):
+    assert _call(monkeypatch, "files") == 0
+    assert capsys.readouterr().out == f"{ROOT}\n"
+    missing = str(tmp_path / "nowhere")
+    assert _call(monkeypatch, "plot", missing) == 2
+    assert missing in capsys.readouterr().err
+    monkeypatch.setattr("pretrain.files.main", lambda: 75)
+    assert _call(monkeypatch, "files") == 75
+    with pytest.raises(SystemExit) as ended:
+        _call(monkeypatch, "plot", "--no-such-option")
+    assert ended.value.code == 2
+
+
+def test_only_the_chosen_command_is_imported():
+    code = (
+        "import sys; sys.argv = ['manyformer', 'files']\n"
+        "from pretrain.__main__ import main; main()\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'matplotlib', 'pretrain.train'}\n"
+        "print(heavy & sys.modules.keys())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{ROOT}\nset()\n"
+
+
+def test_bash_completes_commands_then_options():
+    bash = shutil.which("bash")
+    assert bash is not None
+    script = completion("bash") + (
+        "manyformer() { printf -- 'usage: [--output OUTPUT] [--quick]\\n'; }\n"
+        "COMP_WORDS=(manyformer t); COMP_CWORD=1; _manyformer; echo ${COMPREPLY[@]}\n"
+        "COMP_WORDS=(manyformer plot --o); COMP_CWORD=2; _manyformer; echo ${COMPREPLY[@]}\n"
+        "COMP_WORDS=(manyformer plot ''); COMP_CWORD=2; _manyformer; echo ${#COMPREPLY[@]}\n"
+    )
+    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "train train-tokenizer\n--output\n0\n"
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_the_completion_of_zsh_is_a_valid_script():
+    done = subprocess.run(["zsh", "-n"], input=completion("zsh"), text=True, check=False)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_completion_knows_every_command(shell, monkeypatch, capsys):
+    assert _call(monkeypatch, "completion", shell) == 0
+    text = capsys.readouterr().out
+    assert all(f" {name} " in f" {text}".replace('"', " ") for name in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [(), ("fish",), ("bash", "zsh")])
+def test_a_completion_of_no_known_shell_is_refused(arguments, monkeypatch, capsys):
+    assert _call(monkeypatch, "completion", *arguments) == 2
+    assert "bash, zsh" in capsys.readouterr().err
