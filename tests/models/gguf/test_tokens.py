@@ -1,0 +1,102 @@
+"""The tokenizers of the files, as llama.cpp reads text with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
+from models.gguf.export import to_gguf
+from parallel.checkpoint.manifest import TextRecord
+from tests.models.checkpoints import config, write_checkpoint
+from tests.models.gguf.llama_cpp_runs import opened, tokenized
+from tests.models.gguf.tokenizer_kinds import KINDS
+from tests.models.hf.tokenizer_files import TEXT
+
+pytestmark = pytest.mark.ecosystem
+LINES = (
+    TEXT,
+    "The quick brown fox jumps over 12345 lazy dogs, don't they? I'LL SAY they'Ve.",
+    " leading and trailing ",
+    "def f(x):\n\n    return  x\t# tab\r\n\n\n  y",
+    "h\u00e9llo \u65e5\u672c \U0001f600 \u2581 \u00a0\u3000 x\u00b2 \u0663\u0664",
+    "a</s> <s> <|endoftext|> <|chat|> <unk> <0x0A>",
+    "word " * 200,
+)
+SEPARATORS = (
+    " ",
+    "  ",
+    "    ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "'",
+    "'s",
+    "1",
+    "1234",
+    "_",
+    "<",
+    "\u00e9",
+)
+
+
+def _texts() -> Iterator[str]:
+    yield from LINES
+    yield from (chr(i) for i in range(1, 256))
+    numbers = random.Random(5)
+    fragments = [*SEPARATORS, *TEXT.split(), *LINES[4].split(), "some", "Words", "\u65e5"]
+    for _ in range(1000):
+        yield "".join(numbers.choice(fragments) for _ in range(numbers.randint(2, 12)))
+
+
+def _exported(tmp_path: Path, spec: str, **text: Any) -> Path:
+    write_checkpoint(
+        tmp_path / "step_1", config(num_layers=1), tokenizer=spec, text=TextRecord(**text)
+    )
+    to_gguf(tmp_path / "step_1", tmp_path / "m.gguf")
+    return tmp_path / "m.gguf"
+
+
+def _compare(model: Any, tokenizer: Tokenizer) -> None:
+    ends = [
+        tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)
+    ]
+    for text in _texts():
+        expected = tokenizer.encode(text)
+        assert tokenized(model, text) == expected, repr(text)
+        back = model.detokenize(expected).decode("utf-8", errors="replace")
+        assert back == tokenizer.decode(expected), (repr(text), ends)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_reads_and_writes_text_as_the_training_tokenizer(kind, tmp_path):
+    path = KINDS[kind].write(tmp_path)
+    end = "</s>" if path.suffix == ".model" else "<|endoftext|>"
+    tokenizer = load_tokenizer(str(path), eod=end)
+    file = _exported(tmp_path, str(path), eod_id=tokenizer.eod_id)
+    with opened(file, vocabulary_only=True) as model:
+        assert model.metadata.get("tokenizer.ggml.pre") == KINDS[kind].pre
+        _compare(model, tokenizer)
+        assert model.token_eos() == tokenizer.eod_id
+        special = model.tokenize(end.encode(), add_bos=True, special=True)
+        assert special == [tokenizer.eod_id]
+
+
+def test_llama_cpp_reads_and_writes_bytes(tmp_path):
+    file = _exported(tmp_path, "bytes")
+    with opened(file, vocabulary_only=True) as model:
+        _compare(model, load_tokenizer("bytes"))
+        assert model.token_eos() == 256
+
+
+def test_a_text_begins_as_the_documents_of_training(tmp_path):
+    path = KINDS["prefix model"].write(tmp_path)
+    file = _exported(tmp_path, str(path), eod_id=2, bos_ids=(1,))
+    with opened(file, vocabulary_only=True) as model:
+        ids = load_tokenizer(str(path)).encode("some words")
+        assert model.tokenize(b"some words", add_bos=True) == [1, *ids]
