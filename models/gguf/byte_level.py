@@ -13,6 +13,7 @@ from models.gguf.vocabulary import (
     Vocabulary,
     check_user_defined,
     filled,
+    spelt_remark,
 )
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -69,9 +70,10 @@ def bpe_vocabulary(text: str, size: int, *, source: str) -> Vocabulary:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         known[token["id"]] = Token(token["content"], kind)
     found = (t.text for t in known.values() if t.type == TokenType.USER_DEFINED)
-    check_user_defined(found, source=source)
+    remarks = check_user_defined(found, source=source)
+    if model.get("ignore_merges"):
+        remarks += spelt_remark(_single_words(text, contents))
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    remarks = []
     if contents["normalizer"] is not None:
         remarks.append(
             "llama.cpp does not normalise text: give it text in NFC, as the tokenizer makes it"
@@ -154,6 +156,17 @@ def _check_flags(token: Mapping[str, Any], *, source: str) -> None:
                 f"tokenizer {source}: the added token {token['content']!r} has {flag}=True, "
                 f"llama.cpp has no such tokens; {INSTEAD}"
             )
+
+
+def _single_words(text: str, contents: Mapping[str, Any]) -> list[str]:
+    """Special tokens that are words which llama.cpp looks up among all tokens, the library only
+    among those of its model."""
+    from tokenizers import Tokenizer
+
+    split = Tokenizer.from_str(text).pre_tokenizer.pre_tokenize_str
+    added = (token["content"] for token in contents["added_tokens"] if token["special"])
+    others = (content for content in added if content not in contents["model"]["vocab"])
+    return [content for content in others if [word for word, _ in split(content)] == [content]]
 
 
 def _letters() -> list[str]:

@@ -13,6 +13,7 @@ from models.gguf.vocabulary import (
     Vocabulary,
     check_user_defined,
     filled,
+    spelt_remark,
 )
 
 _SPACE = "\u2581"
@@ -49,7 +50,7 @@ def piece_vocabulary(
         _add(known, text, token, path=path)
     source, prefix = str(path), proto.normalizer_spec.add_dummy_prefix
     user_defined = [t.text for t in known.values() if t.type == TokenType.USER_DEFINED]
-    check_user_defined(user_defined, source=source)
+    remarks = check_user_defined(user_defined, source=source)
     for text in user_defined:
         if prefix or _SPACE in text or " " in text:
             raise ValueError(
@@ -63,7 +64,7 @@ def piece_vocabulary(
         tokens,
         prefix=prefix,
         unknown=proto.trainer_spec.unk_id,
-        remarks=tuple(_merged_to_special(tokens)),
+        remarks=(*remarks, *spelt_remark(_merged_to_special(tokens))),
     )
 
 
@@ -108,8 +109,8 @@ def _check_kind(path: Path, proto: Any) -> None:
 
 
 def _merged_to_special(tokens: list[Token]) -> list[str]:
-    """Remarks on tokens that are never made of plain text, except by llama.cpp: it also merges to
-    a special token where two pieces make up its text."""
+    """Tokens that are never made of plain text, except by llama.cpp: it also merges to a special
+    token where two pieces make up its text."""
     texts = {token.text for token in tokens}
     found = []
     for token in tokens:
@@ -117,10 +118,4 @@ def _merged_to_special(tokens: list[Token]) -> list[str]:
         parts = ((token.text[:cut], token.text[cut:]) for cut in cuts)
         if any(all(len(part) == 1 or part in texts for part in pair) for pair in parts):
             found.append(token.text)
-    if not found:
-        return []
-    return [
-        f"llama.cpp also reads text that spells {', '.join(found[:5])}"
-        f"{f' and {len(found) - 5} more' if len(found) > 5 else ''} as the special token, since "
-        "other tokens make it up; keep it out of plain text"
-    ]
+    return found

@@ -80,8 +80,9 @@ def filled(known: Mapping[int, Token], size: int, *, source: str) -> list[Token]
     return tokens
 
 
-def check_user_defined(texts: Iterable[str], *, source: str) -> None:
-    """Check that tokens which are found in plain text are found in it by llama.cpp too.
+def check_user_defined(texts: Iterable[str], *, source: str) -> list[str]:
+    """Check that tokens which are found in plain text are found in it by llama.cpp too; returns
+    remarks on those that it takes for special ones.
 
     It looks for the longest token in the whole text, then for the next: tokens that can overlap
     would be found in another order than from left to right.
@@ -90,12 +91,6 @@ def check_user_defined(texts: Iterable[str], *, source: str) -> None:
         ValueError: they are not.
     """
     found = sorted(set(texts))
-    for text in found:
-        if text in _CONTROL_TEXTS.split():
-            raise ValueError(
-                f"tokenizer {source}: {text!r} is found in plain text, and llama.cpp takes a token "
-                f"of this text for a special one; {INSTEAD}"
-            )
     for first in found:
         for second in found:
             if first != second and _can_overlap(first, second):
@@ -103,6 +98,28 @@ def check_user_defined(texts: Iterable[str], *, source: str) -> None:
                     f"tokenizer {source}: the added tokens {first!r} and {second!r} can overlap in "
                     f"a text, where llama.cpp takes the longest and not the first; {INSTEAD}"
                 )
+    special = [text for text in found if text in _CONTROL_TEXTS.split()]
+    if not special:
+        return []
+    return [
+        f"llama.cpp takes {listed(special)} for special, by name: unlike in training, it finds "
+        "them only in text whose special tokens it parses"
+    ]
+
+
+def listed(texts: list[str]) -> str:
+    """The first few of some texts."""
+    return f"{', '.join(texts[:5])}{f' and {len(texts) - 5} more' if len(texts) > 5 else ''}"
+
+
+def spelt_remark(texts: list[str]) -> list[str]:
+    """A remark on special tokens that llama.cpp also makes of plain text."""
+    if not texts:
+        return []
+    return [
+        f"llama.cpp also reads plain text that spells {listed(texts)} as the special token; keep "
+        "it out of such text"
+    ]
 
 
 def _can_overlap(first: str, second: str) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
+from data_tools.tokenization.tokenizers import Tokenizer as TrainingTokenizer
+from data_tools.tokenization.tokenizers import load_tokenizer
 from models.gguf.export import to_gguf
 from parallel.checkpoint.manifest import TextRecord
 from tests.models.checkpoints import config, write_checkpoint
@@ -62,7 +64,7 @@ def _exported(tmp_path: Path, spec: str, **text: Any) -> Path:
     return tmp_path / "m.gguf"
 
 
-def _compare(model: Any, tokenizer: Tokenizer) -> None:
+def _compare(model: Any, tokenizer: TrainingTokenizer) -> None:
     # The pieces of a text show the space that the tokenizer put in front of it.
     prefix = " " if model.metadata.get("tokenizer.ggml.add_space_prefix") == "true" else ""
     for text in _texts():
@@ -102,7 +104,7 @@ def test_a_text_begins_as_the_documents_of_training(tmp_path):
 
 
 def test_a_remark_says_where_llama_cpp_reads_text_otherwise(tmp_path):
-    """Text that is not in NFC, and text that spells a special token of other tokens."""
+    """Text that is not in NFC, that spells a special token, or one that is known by name."""
     path = KINDS["qwen2 json"].write(tmp_path)
     tokenizer = load_tokenizer(str(path), eod="<|endoftext|>")
     file = _exported(tmp_path, str(path), eod_id=tokenizer.eod_id)
@@ -116,3 +118,18 @@ def test_a_remark_says_where_llama_cpp_reads_text_otherwise(tmp_path):
     with opened(tmp_path / "n.gguf", vocabulary_only=True) as model:
         assert 2 in tokenized(model, "a!?")
         assert 2 not in load_tokenizer(str(path)).encode("a!?")
+
+
+def test_a_special_token_that_is_a_word_is_remarked_on(tmp_path):
+    path = KINDS["llama3 json"].write(tmp_path)
+    added = Tokenizer.from_file(str(path))
+    added.add_special_tokens(["stop"])
+    added.add_tokens(["<|fim_prefix|>"])
+    added.save(str(path))
+    tokenizer = load_tokenizer(str(path), eod="<|endoftext|>")
+    write_checkpoint(tmp_path / "s", config(num_layers=1), tokenizer=str(path))
+    remarks = "\n".join(to_gguf(tmp_path / "s", tmp_path / "m.gguf", eod="<|endoftext|>"))
+    with opened(tmp_path / "m.gguf", vocabulary_only=True) as model:
+        for text in ("stop", "<|fim_prefix|>"):
+            assert text in remarks
+            assert tokenized(model, text) != tokenizer.encode(text)

@@ -91,7 +91,6 @@ def _of_model(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_of_model("merges", []), "[]", "merges"),
         (lambda contents: contents["model"]["vocab"].pop("A"), 1, "256 bytes"),
         (_added("<a>", lstrip=True, special=True), "'<a>'", "lstrip=True"),
-        (_added("<|im_end|>"), "'<|im_end|>'", "special one"),
         (_both(_added("ab"), _added("bcd")), "'ab'", ("'bcd'", "overlap")),
     ],
 )
@@ -103,6 +102,13 @@ def test_what_llama_cpp_does_otherwise_is_refused(change, value, constraint, tmp
 def test_runs_of_one_character_are_cut_alike_and_not_refused(tmp_path):
     found = _bpe(tmp_path, _both(_added("   "), _added("  ")), size=303)
     assert [t.type for t in found.tokens[288:290]] == [TokenType.USER_DEFINED] * 2
+
+
+def test_tokens_that_llama_cpp_knows_by_name_are_remarked_on(tmp_path):
+    """Those of Qwen2.5 among them, where they are found in plain text."""
+    (remark,) = _bpe(tmp_path, _both(_added("<|fim_prefix|>"), _added("<think>"))).remarks
+    assert "<|fim_prefix|>" in remark
+    assert "<think>" not in remark
 
 
 def test_only_tokens_that_text_never_has_may_be_beyond_the_model(tmp_path):
