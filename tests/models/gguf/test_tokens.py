@@ -16,7 +16,7 @@ from models.gguf.export import to_gguf
 from parallel.checkpoint.manifest import TextRecord
 from tests.models.checkpoints import config, write_checkpoint
 from tests.models.gguf.llama_cpp_runs import opened, tokenized
-from tests.models.gguf.tokenizer_kinds import KINDS
+from tests.models.gguf.tokenizer_kinds import KINDS, VOCAB_SIZE
 from tests.models.hf.tokenizer_files import TEXT, sentencepiece_file
 
 pytestmark = pytest.mark.ecosystem
@@ -58,7 +58,10 @@ def _texts() -> Iterator[str]:
 
 def _exported(tmp_path: Path, spec: str, **text: Any) -> Path:
     write_checkpoint(
-        tmp_path / "step_1", config(num_layers=1), tokenizer=spec, text=TextRecord(**text)
+        tmp_path / "step_1",
+        config(num_layers=1, vocab_size=VOCAB_SIZE),
+        tokenizer=spec,
+        text=TextRecord(**text),
     )
     to_gguf(tmp_path / "step_1", tmp_path / "m.gguf")
     return tmp_path / "m.gguf"
@@ -112,7 +115,9 @@ def test_a_remark_says_where_llama_cpp_reads_text_otherwise(tmp_path):
         assert tokenized(model, "e\u0301") != tokenizer.encode("e\u0301")
         assert tokenized(model, "\u00e9") == tokenizer.encode("e\u0301")
     path = sentencepiece_file(tmp_path / "t.model", eos_piece="!?")
-    write_checkpoint(tmp_path / "s", config(num_layers=1), tokenizer=str(path))
+    write_checkpoint(
+        tmp_path / "s", config(num_layers=1, vocab_size=VOCAB_SIZE), tokenizer=str(path)
+    )
     remarks = to_gguf(tmp_path / "s", tmp_path / "n.gguf")
     assert any("!?" in remark for remark in remarks)
     with opened(tmp_path / "n.gguf", vocabulary_only=True) as model:
@@ -127,7 +132,9 @@ def test_a_special_token_that_is_a_word_is_remarked_on(tmp_path):
     added.add_tokens(["<|fim_prefix|>"])
     added.save(str(path))
     tokenizer = load_tokenizer(str(path), eod="<|endoftext|>")
-    write_checkpoint(tmp_path / "s", config(num_layers=1), tokenizer=str(path))
+    write_checkpoint(
+        tmp_path / "s", config(num_layers=1, vocab_size=VOCAB_SIZE), tokenizer=str(path)
+    )
     remarks = "\n".join(to_gguf(tmp_path / "s", tmp_path / "m.gguf", eod="<|endoftext|>"))
     with opened(tmp_path / "m.gguf", vocabulary_only=True) as model:
         for text in ("stop", "<|fim_prefix|>"):

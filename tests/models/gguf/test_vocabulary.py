@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from models.gguf.byte_level import bpe_vocabulary, byte_vocabulary
 from models.gguf.pieces import Declared, piece_vocabulary
 from models.gguf.vocabulary import TokenType, Vocabulary
-from tests.models.gguf.tokenizer_kinds import KINDS
+from tests.models.gguf.tokenizer_kinds import KINDS, VOCAB_SIZE
 from tests.models.hf.tokenizer_files import hugging_face_file, sentencepiece_file
 from tests.refusals import assert_refused
 
@@ -39,7 +39,7 @@ def test_ids_that_the_tokenizer_lacks_are_unused(tmp_path):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.endswith("json")])
 def test_the_way_of_splitting_text_is_named(kind, tmp_path):
     path = KINDS[kind].write(tmp_path)
-    found = bpe_vocabulary(path.read_text(), 301, source=str(path))
+    found = bpe_vocabulary(path.read_text(), VOCAB_SIZE, source=str(path))
     assert found.pre == KINDS[kind].pre
     assert bool(found.remarks) == (KINDS[kind].pre == "qwen2")  # of its normalizer
 

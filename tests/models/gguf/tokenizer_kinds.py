@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
 
-from tests.models.hf.tokenizer_files import hugging_face_file, sentencepiece_file
+from tests.models.hf.tokenizer_files import sentencepiece_file
+
+VOCAB_SIZE = 4500  # more than any of them has
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,14 +28,28 @@ class Kind(NamedTuple):
     write: Callable[[Path], Path]
 
 
-def _byte_level(folder: Path, *, split: str | None, **model: Any) -> Path:
-    path = hugging_face_file(folder / "tokenizer.json", special=_ADDED, split=split)
-    contents = json.loads(path.read_text())
-    contents["model"] |= model
-    if split == _LLAMA3:
-        contents["normalizer"] = None
-    path.write_text(json.dumps(contents))
-    return path
+def _byte_level(folder: Path, *, split: str | None, nfc: bool = False, **model: Any) -> Path:
+    """A byte-level tokenizer.json that merges across every boundary where its text is not split:
+    each byte with a letter, a digit, a sign, a quote and white space on either side."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    around = ("a", "1", "!", "'", "s", "S", "\u0120", "\u010a")  # the last are space and line feed
+    ordered = [pair for x in around for y in letters for pair in ((x, y), (y, x))]
+    merges = list(dict.fromkeys(ordered))
+    vocabulary = [*letters, *("".join(pair) for pair in merges)]
+    numbers = {text: number for number, text in enumerate(vocabulary)}
+    tokenizer = Tokenizer(BPE(vocab=numbers, merges=merges, **model))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split is not None:
+        words = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(_ADDED))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
 
 
 def _digits(folder: Path) -> Path:
@@ -61,7 +77,7 @@ _OURS = {
 }
 KINDS = {
     "gpt2 json": Kind("gpt-2", partial(_byte_level, split=None)),
-    "qwen2 json": Kind("qwen2", partial(_byte_level, split=_QWEN2)),
+    "qwen2 json": Kind("qwen2", partial(_byte_level, split=_QWEN2, nfc=True)),
     "llama3 json": Kind("llama-bpe", partial(_byte_level, split=_LLAMA3, ignore_merges=True)),
     "merged llama3 json": Kind("smaug-bpe", partial(_byte_level, split=_LLAMA3)),
     "digits json": Kind("smollm", _digits),
