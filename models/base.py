@@ -101,6 +101,8 @@ class BaseModelMapping:
       ValueError for a parameter that neither the base model has nor the family adds.
     * `to_config(config)`: the contents of the base model's config.json for the shared part. Raises
       ValueError if that is a different function than our model with every token computed.
+    * `check_same_function(config)`: raises ValueError unless our model is the shared part alone,
+      computed for every token, so that it is a decoder of the base model's shape. None: never.
     """
 
     model_types: tuple[str, ...]
@@ -109,6 +111,7 @@ class BaseModelMapping:
     check_sizes: Callable[[Any, Any, str], None]
     names: Callable[[Any], dict[str, str]]
     to_config: Callable[[Any], dict[str, Any]]
+    check_same_function: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
-"""Checkpoints to Hugging Face directories and back. Safetensors only; nothing is unpickled.
+"""Checkpoints to Hugging Face directories and back, and to GGUF. Nothing is unpickled.
 
     python -m models.convert to-hf --checkpoint DIR --output DIR [--dtype bf16|fp32]
         [--max-shard-size 5GB] [--tokenizer SPEC | --no-tokenizer] [--eod TOKEN] [--plain]
     python -m models.convert from-hf --model DIR --output DIR [--dtype bf16|fp32]
         [--family NAME [--set KEY=VALUE ...] [--from-scratch]]
+    python -m models.convert to-gguf --checkpoint DIR --output FILE [--dtype f32|f16|bf16]
+        [--tokenizer SPEC | --no-tokenizer] [--eod TOKEN]
 
 `to-hf` reads a checkpoint (`step_N`) of any layout, or the newest one of a run directory, and
 writes a directory that transformers loads. `from-hf` writes a checkpoint from which training can
 start and text be generated. Both need memory for about one shard, and neither writes into a
 directory that holds anything. A model that transformers does not have is exported with its code;
-code that a directory brings is never run here.
+code that a directory brings is never run here. `to-gguf` writes one file for llama.cpp, of a model
+whose function one of llama.cpp's models computes.
 
 `--family`: import as a family that is initialised from the model in the directory, with its
 weights; `--set` changes settings (values as in JSON), and `--from-scratch` takes the settings only.
@@ -43,9 +46,11 @@ _CODE_REMARK = (
     "trust_remote_code=True), which needs transformers, torch and pydantic"
 )
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_GGUF_DTYPES = ("bf16", "f16", "f32")
 _EXAMPLE = """example:
   python -m models.convert to-hf --checkpoint runs/demo --output exported/
   python -m models.convert from-hf --model Llama-3.2-1B/ --output imported/
+  python -m models.convert to-gguf --checkpoint runs/demo_llama --output demo.gguf
 """
 
 
@@ -256,39 +261,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = _parse(argv)
     try:
-        if arguments.command == "to-hf":
+        if arguments.command != "from-hf":
             find_manifest(arguments.checkpoint)
         _refuse_to_overwrite(arguments.output)
         changes = _changes(arguments) if arguments.command == "from-hf" else {}
-        import torch
-
-        dtype = None if arguments.dtype is None else getattr(torch, _DTYPES[arguments.dtype])
-        if arguments.command == "from-hf":
-            remarks = from_hf(
-                arguments.model,
-                arguments.output,
-                dtype=dtype,
-                family=arguments.family,
-                changes=changes,
-                from_scratch=arguments.from_scratch,
-            )
-        else:
-            remarks = to_hf(
-                arguments.checkpoint,
-                arguments.output,
-                dtype=dtype,
-                max_shard_size=arguments.max_shard_size,
-                tokenizer=arguments.tokenizer,
-                with_tokenizer=not arguments.no_tokenizer,
-                eod=arguments.eod,
-                plain=arguments.plain,
-            )
+        remarks = _run(arguments, changes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in (*remarks, f"wrote {arguments.output}"):
         print(line)
     return 0
+
+
+def _run(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> list[str]:
+    """The conversion that is asked for; returns remarks for the user."""
+    if arguments.command == "to-gguf":
+        from models.gguf.export import to_gguf
+
+        return to_gguf(
+            arguments.checkpoint,
+            arguments.output,
+            dtype=arguments.dtype,
+            tokenizer=arguments.tokenizer,
+            with_tokenizer=not arguments.no_tokenizer,
+            eod=arguments.eod,
+        )
+    import torch
+
+    dtype = None if arguments.dtype is None else getattr(torch, _DTYPES[arguments.dtype])
+    if arguments.command == "from-hf":
+        return from_hf(
+            arguments.model,
+            arguments.output,
+            dtype=dtype,
+            family=arguments.family,
+            changes=changes,
+            from_scratch=arguments.from_scratch,
+        )
+    return to_hf(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=dtype,
+        max_shard_size=arguments.max_shard_size,
+        tokenizer=arguments.tokenizer,
+        with_tokenizer=not arguments.no_tokenizer,
+        eod=arguments.eod,
+        plain=arguments.plain,
+    )
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -310,23 +330,27 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m models.convert",
-        description="Checkpoints to Hugging Face and back; COMMAND --help lists the options.",
+        description="Checkpoints to Hugging Face and back, and to GGUF; COMMAND --help lists the options.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("to-hf", help="write a directory that transformers loads")
-    export.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run")
     export.add_argument("--max-shard-size", default="5GB", help="of a weight file (default: 5GB)")
-    choice = export.add_mutually_exclusive_group()
-    choice.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
-    choice.add_argument("--no-tokenizer", action="store_true", help="write the model only")
-    export.add_argument(
-        "--eod", metavar="TOKEN", help="end token; default: what ended the documents of training"
-    )
     export.add_argument(
         "--plain", action="store_true", help="as the base model that the family extends"
     )
+    single = commands.add_parser("to-gguf", help="write a file that llama.cpp loads")
+    for command in (export, single):
+        command.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run")
+        choice = command.add_mutually_exclusive_group()
+        choice.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
+        choice.add_argument("--no-tokenizer", action="store_true", help="write the model only")
+        command.add_argument(
+            "--eod",
+            metavar="TOKEN",
+            help="end token; default: what ended the documents of training",
+        )
     load = commands.add_parser("from-hf", help="write a checkpoint from a Hugging Face directory")
     load.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
     load.add_argument("--family", help="a family that extends the model in the directory")
@@ -334,9 +358,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of it"
     )
     load.add_argument("--from-scratch", action="store_true", help="take no weights")
-    for command in (export, load):
-        command.add_argument("--output", type=Path, required=True, help="a new directory")
-        command.add_argument("--dtype", choices=sorted(_DTYPES), help="default: as stored")
+    outputs = {
+        export: ("a new directory", _DTYPES),
+        load: ("a new directory", _DTYPES),
+        single: ("a new file", _GGUF_DTYPES),
+    }
+    for command, (what, dtypes) in outputs.items():
+        command.add_argument("--output", type=Path, required=True, help=what)
+        command.add_argument("--dtype", choices=sorted(dtypes), help="default: as stored")
     return parser.parse_args(argv)
 
 

@@ -28,8 +28,8 @@ def export_configuration(
         ValueError: transformers has no model of this shape, or the weights are not those of the
             configuration.
     """
-    with _reader(stored) as reader:
-        target = dtype or _first_dtype(reader, stored)
+    with open_weights(stored) as reader:
+        target = dtype or first_dtype(reader, stored)
     contents = hf.to_config(stored.config) | {"dtype": str(target).removeprefix("torch.")}
     write_json(output / "config.json", contents)
     write_files(hf.code, output)
@@ -52,27 +52,33 @@ def export_weights(
         ValueError: the weights are not those of the configuration, or are of several dtypes and
             `dtype` is None.
     """
-    with _reader(stored) as reader:
+    with open_weights(stored) as reader:
         _write_weights(
             reader,
             stored,
             output,
             hf.names(stored.config),
-            dtype or _first_dtype(reader, stored),
+            dtype or first_dtype(reader, stored),
             max_shard_size=max_shard_size,
             cast=dtype is not None,
         )
 
 
 @contextlib.contextmanager
-def _reader(stored: StoredModel) -> Iterator[ShardedWeightsReader]:
+def open_weights(stored: StoredModel) -> Iterator[ShardedWeightsReader]:
+    """Open the weights of a checkpoint.
+
+    Raises:
+        ValueError: they are not those of its configuration.
+    """
     with ShardedWeightsReader(stored.weights) as reader:
         table = parameter_table(stored.family, stored.config)
         check_names(reader.names(), table, source=stored.weights)
         yield reader
 
 
-def _first_dtype(reader: ShardedWeightsReader, stored: StoredModel) -> torch.dtype:
+def first_dtype(reader: ShardedWeightsReader, stored: StoredModel) -> torch.dtype:
+    """The dtype of the first tensor of a checkpoint."""
     return reader.full(next(iter(parameter_table(stored.family, stored.config)))).dtype
 
 

@@ -124,7 +124,7 @@ def _checked_export(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
-    beside = _declared_tokens(output)
+    beside = declared_tokens(output)
     sample = sample_of(tokenizer, [*marked, *beside])
     named = {token: number for token, number in beside.items() if number is not None}
     sample = sample._replace(special=sample.special | named)
@@ -144,10 +144,10 @@ def _checked_export(
     return Exported(remarks, OwnTokens(eod_id, loaded.bos_token_id, loaded.pad_token_id))
 
 
-def _declared_tokens(output: Path) -> dict[str, int | None]:
-    """Tokens named by the files beside tokenizer.json, with the ids of special ones if declared."""
-    config = _read_json(output / _CONFIG)
-    named = config | _read_json(output / "special_tokens_map.json")
+def declared_tokens(folder: Path) -> dict[str, int | None]:
+    """Tokens named by the files beside a tokenizer, with the ids of special ones if declared."""
+    config = _read_json(folder / _CONFIG)
+    named = config | _read_json(folder / "special_tokens_map.json")
     values = [value for name, value in named.items() if name.endswith("_token")]
     for name in _FURTHER_TOKENS:
         further = named.get(name) or []
@@ -155,7 +155,7 @@ def _declared_tokens(output: Path) -> dict[str, int | None]:
     contents = [value.get("content") if isinstance(value, dict) else value for value in values]
     # Settings such as add_bos_token are named like tokens and are none.
     found: dict[str, int | None] = dict.fromkeys(c for c in contents if c and isinstance(c, str))
-    found |= dict.fromkeys(_read_json(output / "added_tokens.json"))
+    found |= dict.fromkeys(_read_json(folder / "added_tokens.json"))
     for number, token in config.get("added_tokens_decoder", {}).items():
         found[token["content"]] = int(number) if token.get("special") else None
     return found
@@ -168,6 +168,15 @@ def _refusal(output: Path, loaded: Loaded, wrong: str) -> str:
         kind = _read_json(output / "config.json").get("model_type")
         text += f", a class that it takes for every model of type {kind}"
     return f"{text}; pass --no-tokenizer to export the model without it"
+
+
+def chat_template(folder: Path) -> str | None:
+    """The template of chats that the files beside a tokenizer declare, if it is one alone."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    declared = _read_json(folder / _CONFIG).get("chat_template")
+    return declared if isinstance(declared, str) else None
 
 
 def _take_generic_class(output: Path) -> bool:

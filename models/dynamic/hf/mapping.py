@@ -38,6 +38,7 @@ def _from_base(config_class: type[MoDConfig | DTFConfig], family: str) -> BaseMo
         check_sizes=check_sizes,
         names=names,
         to_config=plain_config,
+        check_same_function=check_unrouted,
     )
 
 
@@ -55,6 +56,25 @@ def plain_config(config: MoDConfig | DTFConfig) -> dict[str, Any]:
     if not config.qkv_bias:
         raise ValueError("qkv_bias=False: Qwen2 has biases, so this model has no plain form")
     return decoder_contents(config, model_type="qwen2", architecture="Qwen2ForCausalLM")
+
+
+def check_unrouted(config: MoDConfig | DTFConfig) -> None:
+    """Check that the model is the plain decoder of its shape.
+
+    Raises:
+        ValueError: it has routed layers or experts.
+    """
+    remedy = "export it with to-hf, which brings its code"
+    if config.is_routed:
+        raise ValueError(
+            f"capacity_gamma={config.capacity_gamma}: only at 1 is model.family={config.family} "
+            f"the plain decoder that other programs compute; {remedy}"
+        )
+    if config.num_experts is not None:
+        raise ValueError(
+            f"num_experts={config.num_experts}: a plain decoder has one feed-forward part in a "
+            f"layer; {remedy}"
+        )
 
 
 MOD_HF = own_code(
