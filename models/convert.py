@@ -330,7 +330,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m models.convert",
-        description="Checkpoints to Hugging Face and back, and to GGUF; COMMAND --help lists the options.",
+        description="Checkpoints to Hugging Face and back, and to GGUF; see COMMAND --help.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

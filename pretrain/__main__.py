@@ -38,7 +38,8 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "a model": {
         "generate": Command("models.generate:main", "sample text from a checkpoint"),
-        "convert": Command("models.convert:main", "to Hugging Face and back"),
+        "evaluate": Command("models.evaluate:main", "score it on tasks of lm_eval"),
+        "convert": Command("models.convert:main", "to Hugging Face and back, to GGUF"),
     },
     "a corpus": {
         "demo-corpus": Command("data_tools.demo_corpus:command", "make one of Python's source"),

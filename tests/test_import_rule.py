@@ -23,7 +23,7 @@ ALLOWED = {
     "launchers": ("pretrain.config",),
 }
 # Folders of models/ that all families share.
-SHARED = ("common", "gguf", "hf", "standalone")
+SHARED = ("common", "evaluation", "gguf", "hf", "standalone")
 MAX_FILES = 18  # in a folder that a reader still takes in at a glance
 # Command lines that need a little more.
 EXCEPTIONS = {

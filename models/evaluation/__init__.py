@@ -1,0 +1,1 @@
+"""What a checkpoint of any family scores and writes, for evaluation harnesses."""
