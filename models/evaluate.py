@@ -28,6 +28,10 @@ from models.evaluation.texts import load_texts
 
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 
+_EXAMPLE = """example:
+  python -m models.evaluate --checkpoint runs/demo --tasks hellaswag,arc_easy --output results.json
+"""
+
 
 def evaluate_checkpoint(
     checkpoint: Path,
@@ -191,7 +195,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from parallel.cpu.compat import device_type
 
     parser = argparse.ArgumentParser(
-        prog="python -m models.evaluate", description="Evaluate a checkpoint on tasks of lm_eval."
+        prog="python -m models.evaluate",
+        description="Evaluate a checkpoint on tasks of lm_eval.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a checkpoint (step_N) or a run"
@@ -202,7 +209,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="questions of each task, or below 1 a share")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
     parser.add_argument("--max-length", type=int, help="tokens; default: all that the model sees")
-    parser.add_argument("--device", default=device_type())
+    parser.add_argument("--device", default=device_type(), help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     parser.add_argument(

@@ -24,7 +24,7 @@ from models.common.config import (
 from models.common.rope import attention_factor, stretch
 
 # The model types of transformers whose function is that of a `DecoderConfig`.
-_DECODERS = {"llama", "mistral", "qwen2", "qwen3"}
+_DECODERS = {"llama", "ministral", "mistral", "qwen2", "qwen3"}
 _INSTEAD = "export it with to-hf, for programs that run models of transformers"
 
 Value = bool | int | float | str
