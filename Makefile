@@ -98,11 +98,11 @@ WITHOUT_SUMS := models/hf/test_tokenizer.py models/test_convert_tokens.py models
 
 reordered: $(COMPILED)
 	$(PYTEST) --reorder-sums tests/models tests/parallel tests/pretrain/layouts/test_daria_former_run.py \
-		tests/pretrain/engine/test_engine.py tests/pretrain/layouts/test_layouts.py -m "not slow" \
+		tests/pretrain/engine/test_engine.py tests/pretrain/layouts/test_layouts.py -m "not slow and not ecosystem" \
 		$(addprefix --ignore tests/,$(WITHOUT_SUMS))
 
 soak: $(COMPILED)
-	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/benchmarks -m "slow and not ecosystem"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
