@@ -20,8 +20,9 @@ instead of `optimizer/`, and the run resumes at the layout that wrote them.
 
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.manifest import Layout
+from pretrain.checkpointing.rank_files import CheckpointContents
 from pretrain.checkpointing.selection import Checkpoint, RunIdentity
-from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
+from pretrain.checkpointing.store import CheckpointStore
 
 __all__ = [
     "Checkpoint",

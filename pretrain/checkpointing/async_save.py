@@ -24,9 +24,10 @@ from torch import Tensor
 from parallel.checkpoint.errors import AgreedError, one_line
 from parallel.checkpoint.weights import Weight
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
+from pretrain.checkpointing.rank_files import CheckpointContents
 from pretrain.checkpointing.rollbacks import SkippedData
 from pretrain.checkpointing.selection import Checkpoint, Resume, RunIdentity
-from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
+from pretrain.checkpointing.store import CheckpointStore
 
 _DRAIN_SECONDS = 5.0  # for a running save to finish when this rank alone fails
 _NICENESS = 10

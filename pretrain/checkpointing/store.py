@@ -6,18 +6,14 @@ rank has reported success.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from parallel.checkpoint.errors import CheckpointError, one_line
 from parallel.checkpoint.file_modes import refuse_if_others_can_write
@@ -30,20 +26,17 @@ from parallel.checkpoint.manifest import (
 )
 from parallel.checkpoint.storage import Storage, fault_hook
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
-from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
 from pretrain.checkpointing.directory import delete, point_latest_to, steps_in
 from pretrain.checkpointing.index import (
     FOLDER,
-    HEADER,
     INDEX_NAME,
     CheckpointIndex,
     join_headers,
     parse_header,
-    shard_name,
 )
-from pretrain.checkpointing.optimizer_shards import OptimizerShard, StoredOptimizer, check_masters
+from pretrain.checkpointing.optimizer_shards import StoredOptimizer
+from pretrain.checkpointing.rank_files import CheckpointContents, RankFiles, Written
 from pretrain.checkpointing.retention import surplus
-from pretrain.checkpointing.rng_state import write_rng_state
 from pretrain.checkpointing.rollbacks import (
     Rollbacks,
     SkippedData,
@@ -52,12 +45,10 @@ from pretrain.checkpointing.rollbacks import (
     roll_back,
 )
 from pretrain.checkpointing.selection import (
-    TRAINER_NAME,
     Checkpoint,
     Resume,
     RunIdentity,
     find_checkpoint,
-    rng_file_name,
 )
 from pretrain.distributed.consensus import RankGroup
 
@@ -70,44 +61,6 @@ logger = logging.getLogger(__name__)
 
 def _ignore(part: str) -> None:
     """Progress that nobody watches."""
-
-
-class CheckpointContents(NamedTuple):
-    """One rank's contribution to a checkpoint.
-
-    `weights`: loaded by every rank, written by the one rank of each (pipeline, tensor) position
-    that has `writes_weights`. `rng`: states of this rank's generators. `trainer`: used from rank 0.
-    `optimizer`: returns this rank's optimizer state. Where only DeepSpeed can write that,
-    `write_engine` takes its place: it is collective and returns the files that this rank wrote
-    below the given directory (`save_engine_state`).
-    """
-
-    step: int
-    weights: Sequence[Weight]
-    rng: Mapping[str, Tensor]
-    trainer: Mapping[str, Any]
-    optimizer: Callable[[], OptimizerShard] | None = None
-    write_engine: Callable[[Path], Sequence[Path]] | None = None
-    position: ShardPosition = ShardPosition()
-    writes_weights: bool = True
-    weights_metadata: Mapping[str, str] = {}
-
-
-class _Part(NamedTuple):
-    """Files that a rank has written, and what the index says of them: the header of its optimizer
-    file, the places of its weights."""
-
-    paths: Sequence[Path] = ()
-    header: str = "{}"
-    places: Mapping[str, WeightPlace] = {}
-
-
-class _Written(NamedTuple):
-    """What a rank reports to rank 0, which writes index and manifest."""
-
-    files: dict[str, FileEntry]
-    header: str
-    places: dict[str, WeightPlace]
 
 
 class CheckpointStore:
@@ -142,6 +95,7 @@ class CheckpointStore:
         self._keep, self._keep_every, self._skip_before = keep, keep_every, skip_before
         self._ranks = ranks
         self._storage = storage or Storage(hook=fault_hook(os.environ, ranks.rank))
+        self._files = RankFiles(ranks.rank, self._storage)
         self._trusted: set[int] = set()  # verified by `find` or written by `save`
         self._lock: RunLock | None = None
         self._rollbacks: Rollbacks | None = None  # on rank 0
@@ -209,7 +163,7 @@ class CheckpointStore:
         if contents.step in self._trusted:
             return path
         temporary = self._ranks.run_on_rank0(lambda: self._begin(contents))
-        report, failure = self._write(temporary, contents, progress)
+        report, failure = self._files.write(temporary, contents, progress)
         written()
         reports = self._ranks.gather(report)
         failure = self._ranks.first_error(failure)
@@ -281,89 +235,11 @@ class CheckpointStore:
             self._storage.make_directory(directory)
         return temporary
 
-    def _write(
-        self, directory: Path, contents: CheckpointContents, progress: Callable[[str], object]
-    ) -> tuple[_Written | None, str | None]:
-        """Write, flush and checksum this rank's files, on every rank.
-
-        After a failed part the rank still takes part in the next ones: they are collective.
-        """
-        not_saved = f"step_{contents.step} was not saved, rank {self._ranks.rank}"
-        parts: list[_Part] = []
-        failure: str | None = None
-        for what, write in (
-            ("optimizer", self._write_optimizer),
-            ("weights", self._write_weights),
-            ("state", self._write_state),
-        ):
-            progress(f"writing {what}")
-            try:
-                parts.append(write(directory, contents))
-            except (OSError, RuntimeError, ValueError) as error:
-                failure = failure or f"{not_saved}: {one_line(error)}"
-        if failure is not None:
-            return None, failure
-        optimizer, weights, _ = parts
-        paths = [path for part in parts for path in part.paths]
-        files = {}
-        try:
-            for path in paths:
-                name = path.relative_to(directory).as_posix()
-                progress(f"reading back {name}")
-                files[name] = self._entry(path)
-        except OSError as error:
-            return None, f"{not_saved}: {one_line(error)}"
-        return _Written(files, optimizer.header, dict(weights.places)), None
-
-    def _entry(self, path: Path) -> FileEntry:
-        size, sha256 = self._storage.record(path)
-        return FileEntry(size=size, sha256=sha256, rank=self._ranks.rank)
-
-    def _write_optimizer(self, directory: Path, contents: CheckpointContents) -> _Part:
-        paths: list[Path] = []
-        if contents.write_engine is not None:
-            self._storage.point("engine", directory)
-            paths += contents.write_engine(directory)
-            for path in paths:
-                self._storage.sync(path)
-        if contents.optimizer is None:
-            return _Part(paths)
-        shard, path = contents.optimizer(), directory / FOLDER / shard_name(self._ranks.rank)
-        check_masters(shard)
-        metadata = shard.metadata
-        with self._storage.create(path) as file:
-            write_shard(file, shard.elements, position=contents.position, metadata=metadata)
-        return _Part([*paths, path], header=metadata[HEADER])
-
-    def _write_weights(self, directory: Path, contents: CheckpointContents) -> _Part:
-        write = partial(write_shard, position=contents.position, metadata=contents.weights_metadata)
-        if not contents.writes_weights:
-            write(None, contents.weights)
-            return _Part()
-        path = directory / "weights" / contents.position.file_name
-        with self._storage.create(path) as file:
-            write(file, contents.weights)
-        stage = contents.position.pipeline_rank
-        places = {
-            weight.name: WeightPlace(stage, weight.sharding.dim, weight.sharding.full_size)
-            for weight in contents.weights
-        }
-        return _Part([path], places=places)
-
-    def _write_state(self, directory: Path, contents: CheckpointContents) -> _Part:
-        paths = [directory / "rng" / rng_file_name(self._ranks.rank)]
-        with self._storage.create(paths[0]) as file:
-            write_rng_state(file, contents.rng)
-        if self._ranks.is_rank0:
-            paths.append(directory / TRAINER_NAME)
-            self._storage.write(paths[1], _json_bytes(contents.trainer))
-        return _Part(paths)
-
     def _publish(
         self,
         contents: CheckpointContents,
         temporary: Path,
-        reports: list[_Written | None] | None,
+        reports: list[Written | None] | None,
         failure: str | None,
     ) -> None:
         """Rank 0: rename the directory to its final name, or remove it if any rank failed."""
@@ -386,8 +262,8 @@ class CheckpointStore:
         self._point_latest_to(step)
 
     def _write_index(
-        self, contents: CheckpointContents, temporary: Path, reports: Sequence[_Written]
-    ) -> _Written:
+        self, contents: CheckpointContents, temporary: Path, reports: Sequence[Written]
+    ) -> Written:
         """Rank 0: write which file holds what, once no element is found missing or twice."""
         headers = ((rank, parse_header(report.header)) for rank, report in enumerate(reports))
         try:
@@ -407,9 +283,9 @@ class CheckpointStore:
         index = CheckpointIndex(optimizer, WeightsTable(pipeline_size, tensor_size, places))
         path = temporary / INDEX_NAME
         self._storage.write(path, index.to_bytes())
-        return _Written({INDEX_NAME: self._entry(path)}, "{}", {})
+        return Written({INDEX_NAME: self._files.entry(path)}, "{}", {})
 
-    def _manifest(self, step: int, temporary: Path, reports: Sequence[_Written]) -> Manifest:
+    def _manifest(self, step: int, temporary: Path, reports: Sequence[Written]) -> Manifest:
         files: dict[str, FileEntry] = {}
         sharding: dict[str, tuple[int | None, int | None]] = {}
         for report in reports:
@@ -418,7 +294,7 @@ class CheckpointStore:
         for path in sorted(temporary.rglob("*")):  # files that DeepSpeed copies past its writer
             if path.is_file() and (name := path.relative_to(temporary).as_posix()) not in files:
                 self._storage.sync(path)
-                files[name] = self._entry(path)
+                files[name] = self._files.entry(path)
         identity = self.identity
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -455,13 +331,6 @@ class CheckpointStore:
             self._storage.remove_tree(directory)
         except OSError as error:
             logger.warning("%s could not be removed: %s", directory, error)
-
-
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
-    try:
-        return (json.dumps(content, indent=1) + "\n").encode("ascii")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the trainer state is not JSON: {error}") from error
 
 
 @cache  # each lookup parses a metadata file

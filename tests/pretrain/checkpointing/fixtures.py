@@ -14,9 +14,10 @@ from parallel.checkpoint.storage import Storage
 from parallel.checkpoint.weights import ShardPosition, Weight
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.sharding import Sharding
+from pretrain.checkpointing.rank_files import CheckpointContents
 from pretrain.checkpointing.rng_state import rng_states
 from pretrain.checkpointing.selection import Checkpoint, RunIdentity
-from pretrain.checkpointing.store import CheckpointContents, CheckpointStore
+from pretrain.checkpointing.store import CheckpointStore
 from pretrain.distributed.consensus import RankGroup
 
 
