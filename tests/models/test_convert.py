@@ -16,7 +16,12 @@ from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
 from tests.forked_command import run_forked
 from tests.models.checkpoints import config, write_checkpoint
-from tests.models.hf.tokenizer_files import TEXT, hugging_face_file, sentencepiece_file
+from tests.models.hf.tokenizer_files import (
+    TEXT,
+    TRAINED_HERE,
+    hugging_face_file,
+    sentencepiece_file,
+)
 from tests.refusals import error_line
 
 TOKENS = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -99,15 +104,7 @@ def test_the_precision_can_be_chosen(tmp_path):
     "settings",
     [
         {"add_dummy_prefix": True},
-        # As python -m data_tools.train_tokenizer trains them.
-        {
-            "add_dummy_prefix": False,
-            "user_defined_symbols": ["\n"],
-            "allow_whitespace_only_pieces": True,
-            "split_digits": True,
-            "bos_id": -1,
-            "eos_id": 1,
-        },
+        TRAINED_HERE,
     ],
 )
 def test_a_sentencepiece_tokenizer_is_exported_as_the_same_fast_tokenizer(settings, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from tests.models.hf.tokenizer_files import sentencepiece_file
+from tests.models.hf.tokenizer_files import TRAINED_HERE, sentencepiece_file
 
 VOCAB_SIZE = 4500  # more than any of them has
 
@@ -66,15 +66,6 @@ def _pieces(folder: Path, **settings: Any) -> Path:
     return sentencepiece_file(folder / "tokenizer.model", **settings)
 
 
-# As python -m data_tools.train_tokenizer trains them.
-_OURS = {
-    "add_dummy_prefix": False,
-    "user_defined_symbols": ["\n"],
-    "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-    "bos_id": -1,
-    "eos_id": 1,
-}
 KINDS = {
     "gpt2 json": Kind("gpt-2", partial(_byte_level, split=None)),
     "qwen2 json": Kind("qwen2", partial(_byte_level, split=_QWEN2, nfc=True)),
@@ -82,5 +73,5 @@ KINDS = {
     "merged llama3 json": Kind("smaug-bpe", partial(_byte_level, split=_LLAMA3)),
     "digits json": Kind("smollm", _digits),
     "prefix model": Kind("default", partial(_pieces, add_dummy_prefix=True)),
-    "our model": Kind("default", partial(_pieces, **_OURS)),
+    "our model": Kind("default", partial(_pieces, **TRAINED_HERE)),
 }

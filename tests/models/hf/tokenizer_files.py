@@ -11,6 +11,15 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 
 TEXT = "Some words to learn from,\n\tand some more: 1234 \u00e9\n"
+# Settings of SentencePiece with which python -m data_tools.train_tokenizer trains.
+TRAINED_HERE = {
+    "add_dummy_prefix": False,
+    "user_defined_symbols": ["\n"],
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "bos_id": -1,
+    "eos_id": 1,
+}
 
 
 def sentencepiece_file(path: Path, **changes: object) -> Path:
