@@ -114,6 +114,10 @@ class BaseModelMapping:
     check_same_function: Callable[[Any], None] | None = None
 
 
+def _nothing_fused(config: Any) -> dict[str, tuple[str, ...]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class HFMapping:
     """The mapping between a family and its Hugging Face form, as data.
@@ -123,6 +127,7 @@ class HFMapping:
       Both raise ValueError for settings without an equivalent on the other side.
     * `names(config)`: our parameter name -> theirs, one to one.
     * `tied(config)`: their second name of a tied tensor -> the first one.
+    * `fused(config)`: their tensor -> those of `names` whose rows it holds, one after the other.
     * `derived`: regular expression of their tensors that are not learnt.
     * `code`: for a model without a class in transformers, the code files of an exported
       directory -> the sources that models.hf.code_bundle generates them from.
@@ -136,6 +141,7 @@ class HFMapping:
     names: Callable[[Any], dict[str, str]]
     tied: Callable[[Any], dict[str, str]]
     derived: str
+    fused: Callable[[Any], dict[str, tuple[str, ...]]] = _nothing_fused
     code: Mapping[str, CodeFile] = field(default_factory=dict)
     model_class: Callable[[], Any] | None = None
     base: BaseModelMapping | None = None

@@ -96,6 +96,18 @@ def sum_over_tensor_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     return megatron.reduce_from_tensor_region(own, group=ctx.tensor.group)
 
 
+def sum_for_tensor_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
+    """Sum the ranks' partial results for what each rank then does with its own heads or columns.
+
+    Forward and backward: an all-reduce, since the gradient of the sum has a part on every rank.
+    """
+    if ctx.tensor.size == 1:
+        return x
+    from parallel import megatron
+
+    return megatron.copy_to_tensor_region(sum_over_tensor_ranks(x, ctx=ctx), group=ctx.tensor.group)
+
+
 def sum_over_sequence_ranks(x: Tensor, *, ctx: ParallelContext) -> Tensor:
     """`sum_over_tensor_ranks` under sequence parallelism, where ranks hold different tokens."""
     return sum_over_tensor_ranks(x, ctx=ctx) if ctx.sequence_parallel else x

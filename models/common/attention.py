@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.common.cache import KVCache
 from models.common.decoder_counts import mean_keys
-from models.common.norms import HeadNorm
+from models.common.norms import AllHeadsNorm, HeadNorm
 from models.common.rope import RotaryTable, Rotation, rotate
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
@@ -215,8 +215,9 @@ class CausalSelfAttention(nn.Module):
 
     Input and output [s, b, h] ([s/t, b, h] under sequence parallelism). Tensor ranks share the
     heads: each computes n/t query heads with g/t key and value heads. Scores are divided by
-    sqrt(d). `qk_norm_eps`: queries and keys are normalised per head before they are rotated, with
-    this eps. `window`: a query sees that many positions, its own included.
+    sqrt(d). `qk_norm_eps`: queries and keys are normalised before they are rotated, with this eps:
+    per head, or all heads together with `norm_all_heads`. `window`: a query sees that many
+    positions, its own included.
 
     Raises:
         ValueError: the tensor size does not divide the heads or the key and value heads.
@@ -235,6 +236,7 @@ class CausalSelfAttention(nn.Module):
         output_init: Normal,
         qkv_bias: bool = False,
         qk_norm_eps: float | None = None,
+        norm_all_heads: bool = False,
         window: int | None = None,
     ) -> None:
         super().__init__()
@@ -251,7 +253,11 @@ class CausalSelfAttention(nn.Module):
         self.key = column(num_kv_heads * head_dim)
         self.value = column(num_kv_heads * head_dim)
         self.query_norm = self.key_norm = None
-        if qk_norm_eps is not None:
+        self.norm_all_heads = norm_all_heads
+        if qk_norm_eps is not None and norm_all_heads:
+            self.query_norm = AllHeadsNorm(num_heads, head_dim, eps=qk_norm_eps, ctx=ctx)
+            self.key_norm = AllHeadsNorm(num_kv_heads, head_dim, eps=qk_norm_eps, ctx=ctx)
+        elif qk_norm_eps is not None:
             self.query_norm = HeadNorm(head_dim, eps=qk_norm_eps, ctx=ctx)
             self.key_norm = HeadNorm(head_dim, eps=qk_norm_eps, ctx=ctx)
         self.output = RowParallelLinear(
@@ -302,11 +308,18 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b, n/t, s, d], keys and values [b, g/t, s, d], before rotation."""
-        projected = project_together(x, self.query, self.key, self.value)
-        q, k, v = (self._split_heads(each) for each in projected)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = project_together(x, self.query, self.key, self.value)
+        if self.norm_all_heads:
+            q, k = self._normalised(q, k)
+        q, k, v = (self._split_heads(each) for each in (q, k, v))
+        if not self.norm_all_heads:
+            q, k = self._normalised(q, k)
         return q, k, v
+
+    def _normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query_norm is None or self.key_norm is None:
+            return q, k
+        return self.query_norm(q), self.key_norm(k)
 
     def rotation(self, q: Tensor, positions: Tensor | None, cache: KVCache | None) -> Rotation:
         """The rotation of queries and keys [b, heads, s, d] that come after those of the cache."""

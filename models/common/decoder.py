@@ -102,6 +102,7 @@ def decoder_attention(
     rotary: RotaryTable,
     ctx: ParallelContext,
     qk_norm: bool = False,
+    norm_all_heads: bool = False,
     window: int | None = None,
 ) -> CausalSelfAttention:
     """Grouped-query attention whose output projection adds to the residual stream."""
@@ -116,13 +117,16 @@ def decoder_attention(
         output_init=residual_output(config.init_std, num_layers=config.num_layers),
         qkv_bias=config.qkv_bias,
         qk_norm_eps=config.rms_norm_eps if qk_norm else None,
+        norm_all_heads=norm_all_heads,
         window=window,
     )
 
 
-def decoder_mlp(config: DecoderConfig, *, ctx: ParallelContext) -> SwiGLU:
+def decoder_mlp(
+    config: DecoderConfig, *, ctx: ParallelContext, kind: type[SwiGLU] = SwiGLU
+) -> SwiGLU:
     """The feed-forward layer of a block; its last projection adds to the residual stream."""
-    return SwiGLU(
+    return kind(
         config.hidden_size,
         config.intermediate_size,
         ctx=ctx,

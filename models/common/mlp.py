@@ -33,4 +33,16 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project_together(x, self.gate, self.up)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
+
+    def activation(self, gate: Tensor) -> Tensor:
+        """The function of the gate, elementwise."""
+        return F.silu(gate)
+
+
+class GeGLU(SwiGLU):
+    """`y = W_down (gelu(W_gate x) * W_up x)` with the approximation of gelu by tanh, as in Gemma
+    (arXiv 2403.08295)."""
+
+    def activation(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")

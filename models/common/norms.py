@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from parallel.context import ParallelContext
+from parallel.regions import sum_for_tensor_ranks
 from parallel.sharding import Constant, Sharding, declare, declare_replicated
 
 
@@ -17,16 +18,30 @@ class RMSNorm(nn.Module):
     """`y = weight * x / sqrt(mean(x^2) + eps)` over the last dimension, in fp32 inside.
 
     Every tensor rank holds the whole weight. Source: arXiv 1910.07467.
+
+    `zero_centered_gamma`: the gain is `1 + weight`, and the weight starts at 0.
     """
 
-    def __init__(self, hidden_size: int, *, eps: float, ctx: ParallelContext) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float,
+        ctx: ParallelContext,
+        zero_centered_gamma: bool = False,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
         self.weight = nn.Parameter(torch.empty(hidden_size, device=ctx.device))
-        declare_replicated(self.weight, Constant(1.0), ctx=ctx)
+        declare_replicated(self.weight, Constant(0.0 if zero_centered_gamma else 1.0), ctx=ctx)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        if not self.zero_centered_gamma:
+            return rms_norm(x, self.weight, eps=self.eps)
+        gain = 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if gain.dtype == x.dtype:
+            return rms_norm(x, gain, eps=self.eps)
+        return (x * inverse_rms(x, eps=self.eps) * gain).to(x.dtype)
 
 
 class HeadNorm(nn.Module):
@@ -44,6 +59,28 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, eps=self.eps)
+
+
+class AllHeadsNorm(nn.Module):
+    """`RMSNorm` over the dimensions of all heads together, with a gain for each: [s, b, n d].
+
+    Tensor ranks hold n/t heads and their gains, and sum the squares of their heads. Source: OLMo 2
+    (arXiv 2501.00656).
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, eps: float, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.eps, self.ctx = eps, ctx
+        self.size = num_heads * head_dim
+        self.weight = nn.Parameter(torch.empty(self.size // ctx.tensor.size, device=ctx.device))
+        declare(self.weight, Sharding(dim=0, full_size=self.size), Constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ctx.tensor.size == 1:
+            return rms_norm(x, self.weight, eps=self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = sum_for_tensor_ranks(wide.square().sum(-1, keepdim=True), ctx=self.ctx)
+        return (wide * (squares / self.size + self.eps).rsqrt() * self.weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:

@@ -24,7 +24,14 @@ from models.common.config import (
 from models.common.rope import attention_factor, stretch
 
 # The model types of transformers whose function is that of a `DecoderConfig`.
-_DECODERS = {"llama", "ministral", "mistral", "qwen2", "qwen3"}
+_DECODERS = {"gemma", "llama", "ministral", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+# Settings of a decoder that its graphs of Llama, Qwen2 and Qwen3 have with one value.
+_FIXED = {
+    "norm_after": False,
+    "activation": "silu",
+    "zero_centered_gamma": False,
+    "scale_embeddings": False,
+}
 _INSTEAD = "export it with to-hf, for programs that run models of transformers"
 
 Value = bool | int | float | str
@@ -77,6 +84,14 @@ def architecture_of(config: DecoderConfig) -> Architecture:
             f"sliding_window={window}: in llama.cpp models of this shape see every earlier "
             f"position, so the file would hold another function; {_INSTEAD}"
         )
+    fixed = _FIXED | ({"qk_norm": True} if getattr(config, "qk_norm", False) else {})
+    for name, value in fixed.items():
+        given = getattr(config, name, value)
+        if given != value:
+            raise ValueError(
+                f"{name}={given}: a GGUF file is written for llama.cpp's llama, qwen2 and qwen3, "
+                f"which compute {name}={value}; {_INSTEAD}"
+            )
     whole_heads = config.head_size * config.num_heads == config.hidden_size
     if getattr(config, "qk_norm", False):
         if not _is_native(config):

@@ -57,7 +57,7 @@ def export_weights(
             reader,
             stored,
             output,
-            hf.names(stored.config),
+            _parts(hf, stored.config),
             dtype or first_dtype(reader, stored),
             max_shard_size=max_shard_size,
             cast=dtype is not None,
@@ -82,25 +82,38 @@ def first_dtype(reader: ShardedWeightsReader, stored: StoredModel) -> torch.dtyp
     return reader.full(next(iter(parameter_table(stored.family, stored.config)))).dtype
 
 
+def _parts(hf: HFMapping, config: Any) -> dict[str, tuple[str, ...]]:
+    """Their name of every tensor of the file -> our names of what its rows hold."""
+    ours = {theirs: name for name, theirs in hf.names(config).items()}
+    fused = hf.fused(config)
+    inside = {part for parts in fused.values() for part in parts}
+    single = {theirs: (name,) for theirs, name in ours.items() if theirs not in inside}
+    return single | {whole: tuple(ours[part] for part in parts) for whole, parts in fused.items()}
+
+
 def _write_weights(
     reader: ShardedWeightsReader,
     stored: StoredModel,
     output: Path,
-    names: Mapping[str, str],
+    parts: Mapping[str, tuple[str, ...]],
     dtype: torch.dtype,
     *,
     max_shard_size: str,
     cast: bool,
 ) -> None:
     table = parameter_table(stored.family, stored.config)
-    ours = {theirs: name for name, theirs in names.items()}
+
+    def placeholder(names: tuple[str, ...]) -> Tensor:
+        first = table[names[0]]
+        shape = (sum(table[name].shape[0] for name in names), *first.shape[1:])
+        return torch.empty(
+            shape if len(names) > 1 else first.shape,
+            dtype=first.buffer_dtype or dtype,
+            device="meta",
+        )
+
     plan = split_torch_state_dict_into_shards(
-        {
-            theirs: torch.empty(
-                table[name].shape, dtype=table[name].buffer_dtype or dtype, device="meta"
-            )
-            for name, theirs in names.items()
-        },
+        {theirs: placeholder(names) for theirs, names in parts.items()},
         max_shard_size=max_shard_size,
     )
 
@@ -116,7 +129,12 @@ def _write_weights(
         return full.to(dtype).contiguous()
 
     for file_name, tensors in plan.filename_to_tensors.items():
-        shard = {theirs: load(ours[theirs]) for theirs in tensors}
+        shard = {
+            theirs: torch.cat([load(name) for name in parts[theirs]])
+            if len(parts[theirs]) > 1
+            else load(*parts[theirs])
+            for theirs in tensors
+        }
         save_file(shard, output / file_name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

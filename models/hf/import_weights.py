@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,11 +129,15 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
     """
     names = model.hf.names(model.config)
     with open_foreign_weights(model.directory) as tensors:
-        tensors = with_prefix(tensors, names.values())
+        table = parameter_table(model.family, model.config)
+        rows = {names[name]: info.shape[0] for name, info in table.items()}
+        fused = model.hf.fused(model.config)
+        tensors = with_prefix(tensors, [*names.values(), *fused])
         tensors = without_copies(tensors, model.hf, model.config, source=model.directory)
+        tensors = split_fused(tensors, fused, rows, source=model.directory)
         check_names(tensors, names.values(), source=model.directory)
         weights = []
-        for name, info in parameter_table(model.family, model.config).items():
+        for name, info in table.items():
             foreign = tensors[names[name]]
             check_shape(names[name], foreign.shape, info.shape, source=model.directory)
             target = info.buffer_dtype or dtype or stored_dtype(foreign.dtype)
@@ -283,6 +287,38 @@ def without_copies(
                 )
             del kept[second]
     return kept
+
+
+def split_fused(
+    tensors: dict[str, ForeignTensor],
+    fused: Mapping[str, Sequence[str]],
+    rows: Mapping[str, int],
+    *,
+    source: Path,
+) -> dict[str, ForeignTensor]:
+    """Replace tensors by the parts whose rows they hold: `fused` their name -> those of the parts,
+    which have `rows`.
+
+    Raises:
+        ValueError: a fused tensor is missing, or of another shape.
+    """
+    check_names([name for name in tensors if name in fused], fused, source=source)
+    split = {name: tensor for name, tensor in tensors.items() if name not in fused}
+    for name, parts in fused.items():
+        whole, start = tensors[name], 0
+        expected = torch.Size((sum(rows[part] for part in parts), *whole.shape[1:]))
+        check_shape(name, whole.shape, expected, source=source)
+        for part in parts:
+            shape = torch.Size((rows[part], *whole.shape[1:]))
+            split[part] = ForeignTensor(
+                shape, whole.dtype, partial(_rows, whole, start, rows[part])
+            )
+            start += rows[part]
+    return split
+
+
+def _rows(whole: ForeignTensor, start: int, count: int) -> Tensor:
+    return whole.load().narrow(0, start, count)
 
 
 def not_finite(tensor: Tensor) -> Tensor:

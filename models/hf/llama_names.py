@@ -38,9 +38,19 @@ BLOCK_BIAS_NAMES = {
     "attention.key.bias": "self_attn.k_proj.bias",
     "attention.value.bias": "self_attn.v_proj.bias",
 }
-HEAD_NORM_NAMES = {
+QK_NORM_NAMES = {
     "attention.query_norm.weight": "self_attn.q_norm.weight",
     "attention.key_norm.weight": "self_attn.k_norm.weight",
+}
+# Of blocks that normalise what attention and feed-forward layer return.
+NORM_AFTER_NAMES = {
+    "attention_norm.weight": "post_attention_layernorm.weight",
+    "mlp_norm.weight": "post_feedforward_layernorm.weight",
+}
+# Their tensors in a layer that hold the rows of several others.
+FUSED_NAMES = {
+    "self_attn.qkv_proj.weight": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj.weight": ("gate_proj", "up_proj"),
 }
 # Their buffers, which hold nothing learned.
 DERIVED_NAMES = (
@@ -79,11 +89,18 @@ _SIZES = (
 FIXED_SETTINGS = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
+    "use_bidirectional_attention": None,
     "is_causal": True,
 }
+# Of these, what is another training, not another function.
+_DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
+# The activation of model types whose activation is another one.
+_ACTIVATIONS = {"gemma": "gelu_pytorch_tanh"}
 # Of these, what transformers' attention reads of every configuration, a field of its class or not.
 _ALWAYS_READ = {"is_causal"}
 # Their types of layers that our decoders have.
@@ -93,14 +110,20 @@ _SILU = ("silu", "swish")
 
 
 def decoder_names(
-    config: DecoderConfig, *, block: str = "block_{}", qk_norm: bool = False
+    config: DecoderConfig,
+    *,
+    block: str = "block_{}",
+    qk_norm: bool = False,
+    norm_after: bool = False,
 ) -> dict[str, str]:
     """Our parameter name -> theirs, in the order of the layers; a tied head has none of its own.
 
-    `block`: the path of a block in our model, by its number. `qk_norm`: heads have norms.
+    `block`: the path of a block in our model, by its number. `qk_norm`: queries and keys have
+    norms. `norm_after`: blocks normalise what attention and feed-forward layer return.
     """
     in_block = BLOCK_NAMES | (BLOCK_BIAS_NAMES if config.qkv_bias else {})
-    in_block |= HEAD_NORM_NAMES if qk_norm else {}
+    in_block |= QK_NORM_NAMES if qk_norm else {}
+    in_block |= NORM_AFTER_NAMES if norm_after else {}
     names = dict([EMBEDDING_NAME])
     for i in range(config.num_layers):
         names |= {
@@ -109,6 +132,17 @@ def decoder_names(
         }
     last = [FINAL_NORM_NAME] if config.tie_embeddings else [FINAL_NORM_NAME, HEAD_NAME]
     return names | dict(last)
+
+
+def fused_names(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """Their tensors that hold the rows of several others -> those, in a model like Phi-3."""
+    names = {}
+    for layer in range(config.num_layers):
+        for whole, parts in FUSED_NAMES.items():
+            prefix = f"model.layers.{layer}.{whole.partition('.')[0]}."
+            fused = f"model.layers.{layer}.{whole}"
+            names[fused] = tuple(f"{prefix}{part}.weight" for part in parts)
+    return names
 
 
 def tied_names(config: DecoderConfig) -> dict[str, str]:
@@ -122,7 +156,8 @@ def decoder_contents(
     """The contents of config.json for this decoder, without windows, as a model of transformers."""
     contents: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
     contents |= {theirs: getattr(config, ours) for ours, theirs in SETTING_NAMES.items()}
-    contents |= {"head_dim": config.head_size, "hidden_act": "silu", "attention_dropout": 0.0}
+    activation = _ACTIVATIONS.get(model_type, FIXED_SETTINGS["hidden_act"])
+    contents |= {"head_dim": config.head_size, "hidden_act": activation, "attention_dropout": 0.0}
     contents |= _own_contents(config, model_type)
     # transformers 5 reads rope_parameters; what reads the older format would use its default theta.
     rope = rope_parameters(config)
@@ -138,8 +173,18 @@ def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     """Settings of one model type only, written out because defaults may change."""
     if model_type == "llama":
         return {"attention_bias": False, "mlp_bias": False}
+    # Their defaults are tokens of the original vocabularies, of which padding has no gradient.
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if model_type == "olmo2":
+        return {"attention_bias": False} | no_tokens
+    if model_type == "gemma":
+        return {"attention_bias": False, "use_bidirectional_attention": None} | no_tokens
     if model_type in ("mistral", "ministral"):
         return {"sliding_window": None}
+    if model_type == "phi3":
+        own_length = {"original_max_position_embeddings": config.max_position_embeddings}
+        own = {"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        return own | own_length | no_tokens
     layers = config.num_layers
     own = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
     return own | ({"attention_bias": False} if model_type == "qwen3" else {})
@@ -148,8 +193,8 @@ def _own_contents(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 def decoder_settings(
     contents: Mapping[str, Any], *, family: str, windows: bool = False
 ) -> dict[str, Any]:
-    """Settings of a `DecoderConfig` from the contents of a config.json of their Llama, Qwen2,
-    Qwen3, Mistral or Ministral; with `windows` also `sliding_window` and `layer_types`.
+    """Settings of a `DecoderConfig` from the contents of a config.json of a model of Llama's shape;
+    with `windows` also `sliding_window` and `layer_types`.
 
     Raises:
         ValueError: a setting that our decoders do not have; `family` is named.
@@ -194,15 +239,19 @@ def _check_function(theirs: Any, *, family: str) -> None:
     given = {name: getattr(theirs, name) for name in FIXED_SETTINGS if name in read}
     if given["hidden_act"] in _SILU:
         given["hidden_act"] = "silu"
+    if given.get("use_bidirectional_attention") is False:
+        del given["use_bidirectional_attention"]
     given.pop("use_sliding_window", None)
+    activation = _ACTIVATIONS.get(theirs.model_type, FIXED_SETTINGS["hidden_act"])
     for name, value in given.items():
-        if value != FIXED_SETTINGS[name]:
+        allowed = activation if name == "hidden_act" else FIXED_SETTINGS[name]
+        if value != allowed:
             remedy = "such a model cannot be imported"
-            if name == "attention_dropout":  # another training, not another function
+            if name in _DROPOUTS:
                 remedy = "change that there to train on without it"
             raise ValueError(
-                f"config.json: {name}={value!r}, the {family} family only has "
-                f"{FIXED_SETTINGS[name]!r}; {remedy}"
+                f"config.json: {name}={value!r}, the {family} family only has {allowed!r}"
+                f"{'' if allowed == FIXED_SETTINGS[name] else f' in {theirs.model_type}'}; {remedy}"
             )
 
 

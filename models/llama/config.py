@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from models.common.config import DecoderConfig, PositiveInt
 
 AttentionType = Literal["full_attention", "sliding_attention"]
+# Model types of transformers that compute what another one with fewer settings computes, too.
+NamedType = Literal["mistral", "ministral", "phi3"]
 
 
 class LlamaConfig(DecoderConfig):
     """A dense decoder: Llama shape by default; `qkv_bias: true` gives Qwen2 shape, `qk_norm: true`
     that of Qwen3 and `sliding_window` that of Mistral, with `layer_types` of Ministral.
 
-    `qk_norm`: queries and keys are normalised over the dimensions of a head, with learned gains,
-    before they are rotated. `sliding_window`: a query sees that many positions, its own included.
-    `layer_types`: for every layer whether it has the window; None: all have it, if it is set.
+    `qk_norm`: queries and keys are normalised before they are rotated, with learned gains: over the
+    dimensions of a head, or with "all_heads" over those of all heads together. `sliding_window`: a
+    query sees that many positions, its own included. `layer_types`: for every layer whether it has
+    the window; None: all have it, if it is set.
+
+    `norm_after`: a block normalises what attention and feed-forward layer return instead of what
+    they are given; with "all_heads" the shape of OLMo 2. `activation` of the gate,
+    `zero_centered_gamma` (gains are `1 + weight`) and `scale_embeddings` (by `sqrt(hidden_size)`)
+    are together the shape of Gemma.
+
+    `hf_type`: the model type of transformers to export as where several compute this function; None
+    is the plainest of them.
     """
 
     family: Literal["llama"] = "llama"
-    qk_norm: bool = False
+    qk_norm: bool | Literal["all_heads"] = False
     sliding_window: PositiveInt | None = None
     layer_types: list[AttentionType] | None = None
+    norm_after: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    zero_centered_gamma: bool = False
+    scale_embeddings: bool = False
+    hf_type: NamedType | None = None
+
+    def function(self) -> dict[str, Any]:
+        """Without the name under which the same function is exported."""
+        settings = super().function()
+        del settings["hf_type"]
+        return settings
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:

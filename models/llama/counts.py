@@ -14,9 +14,12 @@ from models.llama.config import LlamaConfig
 
 
 def num_parameters(config: LlamaConfig) -> int:
-    """`V h (1 or 2) + L (block) + h`; a tied head counts once. Gains of `qk_norm`: `2 d`."""
+    """`V h (1 or 2) + L (block) + h`; a tied head counts once. Gains of `qk_norm`: `2 d`, over all
+    heads `(n + g) d`."""
     block = attention_matrices(config) + mlp_matrices(config) + block_vectors(config)
-    block += 2 * config.head_size * config.qk_norm
+    if config.qk_norm:
+        all_heads = config.num_heads + config.num_kv_heads
+        block += config.head_size * (all_heads if config.qk_norm == "all_heads" else 2)
     return outer_parameters(config) + config.num_layers * block
 
 

@@ -7,7 +7,7 @@ from models.common.decoder import decoder_carry_schema, decoder_rotary, decoder_
 from models.llama.config import LlamaConfig
 from models.llama.counts import forward_flops_per_token, num_parameters
 from models.llama.hf import HF
-from models.llama.layers import LlamaBlock
+from models.llama.layers import LlamaBlock, LlamaEmbedding, LlamaHead
 from parallel.carry import LayerSpec
 
 
@@ -18,7 +18,14 @@ def layer_specs(config: LlamaConfig, *, segmented: bool = False) -> list[LayerSp
         LayerSpec(f"block_{i}", LlamaBlock, kwargs | {"window": config.window_of(i)})
         for i in range(config.num_layers)
     ]
-    return decoder_specs(config, blocks, segmented=segmented, tied=config.tie_embeddings)
+    return decoder_specs(
+        config,
+        blocks,
+        segmented=segmented,
+        tied=config.tie_embeddings,
+        embedding=LlamaEmbedding,
+        head=LlamaHead,
+    )
 
 
 FAMILY = ModelFamily(

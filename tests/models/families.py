@@ -174,6 +174,15 @@ CASES = {
         layer_types=["sliding_attention", *["full_attention"] * (_LLAMA["num_layers"] - 1)],
         rope_scaling=_YARN,
     ),
+    "llama_olmo2_shape": case("llama", **_LLAMA, qk_norm="all_heads", norm_after=True, head_dim=12),
+    "llama_gemma_shape": case(
+        "llama",
+        **_LLAMA,
+        activation="gelu_tanh",
+        zero_centered_gamma=True,
+        scale_embeddings=True,
+        tie_embeddings=True,
+    ),
     "mod": case("mod", **_DYNAMIC),
     "mod_variant": case(
         "mod",

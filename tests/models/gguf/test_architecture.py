@@ -86,6 +86,11 @@ def test_what_llama_cpp_multiplies_by_itself_is_taken_out():
     ("changes", "setting", "value", "constraint"),
     [
         ({"sliding_window": 16}, "sliding_window", 16, "every earlier position"),
+        ({"qk_norm": "all_heads"}, "qk_norm", "all_heads", "qk_norm=True"),
+        ({"norm_after": True}, "norm_after", True, "norm_after=False"),
+        ({"activation": "gelu_tanh"}, "activation", "gelu_tanh", "silu"),
+        ({"zero_centered_gamma": True}, "zero_centered_gamma", True, "False"),
+        ({"scale_embeddings": True}, "scale_embeddings", True, "False"),
         ({"qk_norm": True, "rope_scaling": SCALING}, "rope_scaling", "llama3", "qwen3"),
         (
             {"qk_norm": True, "rope_scaling": YARN | {"beta_slow": 0.1}},

@@ -19,6 +19,10 @@ from parallel.context import ParallelContext
 from tests.models.llama.test_config import SCALING, SIZES, YARN
 from tests.refusals import assert_refused
 
+GEMMA = {
+    "activation": "gelu_tanh", "zero_centered_gamma": True, "scale_embeddings": True,
+    "tie_embeddings": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 SHAPES = {
     "llama": {},
     "tied": {"tie_embeddings": True},
@@ -41,6 +45,16 @@ SHAPES = {
     "ministral": {
         "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"],
     },
+    "mistral_named": {"hf_type": "mistral"},
+    "ministral_named": {"hf_type": "ministral", "sliding_window": 16, "head_dim": 12},
+    "phi3": {"hf_type": "phi3", "num_kv_heads": 1},
+    "phi3_window": {"hf_type": "phi3", "sliding_window": 16, "head_dim": 12},
+    "olmo2": {"norm_after": True, "qk_norm": "all_heads", "rope_theta": 5e5},
+    "olmo2_yarn": {
+        "norm_after": True, "qk_norm": "all_heads", "rope_scaling": YARN, "tie_embeddings": True,
+    },
+    "gemma": GEMMA | {"head_dim": 20, "num_kv_heads": 1},
+    "gemma_untied": GEMMA | {"tie_embeddings": False, "rope_scaling": SCALING},
     "linear_scaling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "yarn": {"rope_scaling": YARN},
     "qwen3_yarn": {
@@ -65,13 +79,24 @@ def _theirs(config: LlamaConfig) -> transformers.PreTrainedModel:
     return model
 
 
+def _parts(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """Tensors of theirs by name, those that hold the rows of several as one for each."""
+    parts = dict(tensors)
+    table = parameter_table(FAMILY, config)
+    rows = {theirs: table[ours].shape[0] for ours, theirs in HF.names(config).items()}
+    for whole, names in HF.fused(config).items():
+        split = parts.pop(whole).split([rows[name] for name in names])
+        parts |= dict(zip(names, split, strict=True))
+    return parts
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_equal_those_of_transformers(shape):
     config = _config(shape)
     theirs = _theirs(config)
     ours = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single())
     names = HF.names(config)
-    parameters = dict(theirs.named_parameters())
+    parameters = _parts(dict(theirs.named_parameters()), config)
     assert {name for name, _ in ours.named_parameters()} == set(names)
     assert set(parameters) == set(names.values())
     for name, parameter in ours.named_parameters():
@@ -87,19 +112,30 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(shape):
     torch.testing.assert_close(total, expected.loss, rtol=1e-6, atol=0.0)
     total.backward()
     expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    gradients = _parts(gradients, config)
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, parameters[names[name]].grad, rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(parameter.grad, gradients[names[name]], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", ["llama3_scaling", "yarn", "linear_scaling", "qwen3_window"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "llama3_scaling",
+        "yarn",
+        "linear_scaling",
+        "qwen3_window",
+        "olmo2_yarn",
+        "gemma_untied",
+        "phi3",
+    ],
+)
 def test_greedy_text_goes_on_like_that_of_transformers_beyond_the_original_context(shape):
     config = _config(shape).model_copy(update={"max_position_embeddings": 256})
     theirs = _theirs(config).double()
     ours = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).double().eval()
-    names, parameters = HF.names(config), dict(theirs.named_parameters())
+    names, parameters = HF.names(config), _parts(dict(theirs.named_parameters()), config)
     for name, parameter in ours.named_parameters():
         parameter.copy_(parameters[names[name]])
     prompt = torch.randint(0, config.vocab_size, (1, 20))
@@ -249,11 +285,9 @@ SPELLINGS = {
         "qwen3_yarn",
         {"rope_parameters": None, "rope_scaling": _NULL},
     ),
-    "Mistral": ("llama", {"model_type": "mistral", "sliding_window": None}),
-    "Mistral with a window over everything": (
-        "head_dim",
-        {"model_type": "mistral", "sliding_window": 256},
-    ),
+    "Mistral": ("mistral_named", {"sliding_window": None}),
+    "Mistral with a window over everything": ("mistral_named", {"sliding_window": 256}),
+    "Gemma that says that it is causal": ("gemma", {"use_bidirectional_attention": False}),
 }
 
 
@@ -270,7 +304,8 @@ def test_the_same_function_under_another_spelling_is_read(spelling, tmp_path):
         transformers.AutoConfig.from_pretrained(tmp_path)
     ).eval()
     ours = SequentialModel(FAMILY.layer_specs(_config(shape)), ParallelContext.single())
-    names, parameters = HF.names(_config(shape)), dict(theirs.named_parameters())
+    names = HF.names(_config(shape))
+    parameters = _parts(dict(theirs.named_parameters()), _config(shape))
     for name, parameter in ours.named_parameters():
         parameter.copy_(parameters[names[name]])
     tokens = torch.randint(0, 61, (2, 100))
@@ -291,7 +326,7 @@ def test_config_json_says_whatever_transformers_has_a_default_for(shape):
 
 def test_a_shape_that_transformers_has_no_model_for_cannot_be_exported():
     config = LlamaConfig(**SIZES, qk_norm=True, qkv_bias=True)
-    with assert_refused("qk_norm", value=True, constraint="Qwen3", remedy="false"):
+    with assert_refused("qk_norm", value=True, constraint="Qwen3", remedy="change"):
         HF.to_config(config)
 
 

@@ -118,6 +118,9 @@ def test_the_batch_of_a_run_file_is_the_one_that_its_first_line_states(
         ("qwen3_0b6", 596),
         ("qwen3_8b", 8190),
         ("mistral_7b", 7240),
+        ("phi3_mini", 3820),
+        ("olmo2_7b", 7300),
+        ("gemma_2b", 2510),
     ],
 )
 def test_a_size_file_has_as_many_parameters_as_its_comment_says(size: str, millions: float) -> None:
