@@ -252,7 +252,8 @@ class CausalSelfAttention(nn.Module):
         self.query = column(num_heads * head_dim)
         self.key = column(num_kv_heads * head_dim)
         self.value = column(num_kv_heads * head_dim)
-        self.query_norm = self.key_norm = None
+        self.query_norm: AllHeadsNorm | HeadNorm | None = None
+        self.key_norm: AllHeadsNorm | HeadNorm | None = None
         self.norm_all_heads = norm_all_heads
         if qk_norm_eps is not None and norm_all_heads:
             self.query_norm = AllHeadsNorm(num_heads, head_dim, eps=qk_norm_eps, ctx=ctx)
