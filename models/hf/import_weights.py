@@ -302,7 +302,8 @@ def split_fused(
     Raises:
         ValueError: a fused tensor is missing, or of another shape.
     """
-    check_names([name for name in tensors if name in fused], fused, source=source)
+    inside = {part for parts in fused.values() for part in parts}
+    check_names([name for name in tensors if name in fused or name in inside], fused, source=source)
     split = {name: tensor for name, tensor in tensors.items() if name not in fused}
     for name, parts in fused.items():
         whole, start = tensors[name], 0

@@ -222,3 +222,40 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys):
     assert "config.json does not exist; give a Hugging Face model" in _refusal(
         tmp_path / "hf", capsys
     )
+
+
+GEMMA = {"activation": "gelu_tanh", "zero_centered_gamma": True, "scale_embeddings": True}
+OLMO2 = {"qk_norm": "all_heads", "norm_after": True}
+
+
+@pytest.mark.parametrize("settings", [{"hf_type": "phi3"}, OLMO2, GEMMA, {"hf_type": "mistral"}])
+def test_a_model_comes_back_from_transformers_as_it_went(settings, tmp_path):
+    write_checkpoint(tmp_path / "step_5", config(**settings), tokenizer=None)
+    convert.to_hf(tmp_path / "step_5", tmp_path / "hf", max_shard_size="40KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "again")
+    convert.from_hf(tmp_path / "again", tmp_path / "back")
+    _same_weights(tmp_path / "back", tmp_path / "step_5")
+    assert open_checkpoint(tmp_path / "back").config == config(**settings)
+    convert.to_hf(tmp_path / "back", tmp_path / "hf2")
+    assert json.loads((tmp_path / "hf2" / "config.json").read_text()) == json.loads(
+        (tmp_path / "hf" / "config.json").read_text()
+    )
+
+
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+BAD_ROWS = {
+    f"lacks {QKV}": lambda t: t.pop(QKV),
+    f"{QKV} has shape [63, 32]": lambda t: t.update({QKV: t[QKV][1:].clone()}),
+    "has unexpected model.layers.0.self_attn.q_proj.weight": lambda t: t.update(
+        {"model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_tensor_that_does_not_hold_the_rows_of_its_parts_is_refused(message, tmp_path, capsys):
+    write_checkpoint(tmp_path / "step_5", config(hf_type="phi3"), tokenizer=None)
+    convert.to_hf(tmp_path / "step_5", tmp_path / "hf", max_shard_size="40KB")
+    rewrite_tensors(tmp_path / "hf", BAD_ROWS[message])
+    assert message in _refusal(tmp_path / "hf", capsys)
