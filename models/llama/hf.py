@@ -19,8 +19,8 @@ from models.llama.config import LlamaConfig
 
 # Model type -> the class that config.json names.
 _ARCHITECTURES = {
-    "gemma": "GemmaForCausalLM",
     "llama": "LlamaForCausalLM",
+    "gemma": "GemmaForCausalLM",
     "ministral": "MinistralForCausalLM",
     "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
