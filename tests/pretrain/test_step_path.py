@@ -16,7 +16,7 @@ from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 ROOT = Path(__file__).parents[2]
-MAX_FILES = 27  # of a step, nine of them the model's layers; a reader has to follow them all
+MAX_FILES = 22  # of a step, nine of them the model's layers; a reader has to follow them all
 _LOCATING = {f"data_tools/sampling/{name}.py" for name in ("mix", "blend", "permutation")}
 _QUIET = {
     "data__num_workers": 0,
