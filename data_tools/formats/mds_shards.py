@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.arrays import IntArray, bytes_of
-from data_tools.errors import DataError
+from data_tools.errors import DataError, brief
 from data_tools.formats.raw_files import listed_file
 
 Bytes = npt.NDArray[np.uint8]
@@ -86,7 +86,7 @@ def _decompressed(folder: Path, shard: dict[str, Any], raw: Path) -> tuple[Path,
         return path, np.frombuffer(decompress(content, shard["raw_data"]["bytes"]), np.uint8)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
-            f"{path}: cannot be decompressed ({' '.join(str(error).split())[:100]}); it is "
+            f"{path}: cannot be decompressed ({brief(error, most=100)}); it is "
             "truncated or damaged: copy it again"
         ) from error
 
