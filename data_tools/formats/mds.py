@@ -47,7 +47,7 @@ _SIZE_LIMIT = 1 << 26
 
 
 class _Column(NamedTuple):
-    """Where the ids of a sample are."""
+    """Location of the ids in a sample."""
 
     name: str
     encoding: str

@@ -159,7 +159,7 @@ def stretch(frequencies: Tensor, scaling: RopeScaling, *, theta: float) -> Tenso
 
 
 def attention_factor(scaling: RopeScaling) -> float:
-    """What rotated queries and keys are multiplied by."""
+    """The factor on rotated queries and keys."""
     if not isinstance(scaling, YarnScaling):
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0

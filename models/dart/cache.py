@@ -61,7 +61,7 @@ class PairCache:
 
 
 class HeadCache:
-    """Whose logits a call of generation is for: the causal stream's, or those of the block that is
+    """The stream whose logits a call of generation is for: the causal one, or the block that is
     denoised behind a prefix. Of a large vocabulary the others would be a large part of a pass."""
 
     def __init__(self, *, of_block: bool = False) -> None:
