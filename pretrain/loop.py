@@ -80,7 +80,7 @@ class TrainLoop:
         self.checkpointer = checkpointer
         self.ranks = ranks
         self.watchdog = watchdog
-        self.steps = SkipNonFinite(
+        self.nonfinite = SkipNonFinite(
             engine,
             state.loader,
             ranks,
@@ -90,7 +90,7 @@ class TrainLoop:
         # Owners of the state in trainer.json, by section.
         self.owners: list[Owner] = [
             (None, self.state),
-            ("stability", self.steps),
+            ("stability", self.nonfinite),
             ("stability", self.rollback),
         ]
         self._last_save = time.monotonic()  # its end, or the start
@@ -206,10 +206,10 @@ class TrainLoop:
             return None
         result = self.engine.train_step(loader, learning_rate=rate)
         if result.applied:
-            self.steps.in_a_row = 0
+            self.nonfinite.in_a_row = 0
             return result
         samples = self.state.samples_of(step)
-        result, message = self.steps.rerun(step, samples, result, learning_rate=rate)
+        result, message = self.nonfinite.rerun(step, samples, result, learning_rate=rate)
         self._warn(message)
         return result if result.applied else None
 
@@ -257,7 +257,7 @@ class TrainLoop:
                 grad_norm=values.grad_norm,
                 lr=rate,
                 tokens=self.state.tokens,
-                skipped_steps=self.steps.num_skipped,
+                skipped_steps=self.nonfinite.num_skipped,
                 rate=speed,
                 slowest_rank=self.watchdog.slowest_ratio,
             )
