@@ -89,7 +89,7 @@ def lm_loss(
 
 @dataclass(frozen=True)
 class BaseModelMapping:
-    """How a family is initialised from a pretrained transformers model that it contains.
+    """Initialisation of a family from a pretrained transformers model that it contains.
 
     * `model_types`: the supported base `model_type`s.
     * `from_config(contents, changes)`: the family's configuration for the contents of the base

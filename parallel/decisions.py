@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 
 class ScoreError(NamedTuple):
-    """How far scores must be off, in the same unit `scale`, their root mean square."""
+    """The error of scores that explains a choice; in its unit `scale`, their root mean square."""
 
     error: Tensor
     scale: Tensor

@@ -16,7 +16,7 @@ from pretrain.errors import EXIT_USER_ERROR
 
 
 class Command(NamedTuple):
-    """Where a command line is, as `module:function`, and what it does."""
+    """A command line: its place, as `module:function`, and what it does."""
 
     entry: str
     summary: str

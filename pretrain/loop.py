@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from data_tools.loading.evaluation import EvalBatches
 from data_tools.sampling.curriculum import Stage
@@ -79,7 +80,7 @@ class TrainLoop:
         self.checkpointer = checkpointer
         self.ranks = ranks
         self.watchdog = watchdog
-        self.steps = SkipNonFinite(
+        self.nonfinite = SkipNonFinite(
             engine,
             state.loader,
             ranks,
@@ -89,7 +90,7 @@ class TrainLoop:
         # Owners of the state in trainer.json, by section.
         self.owners: list[Owner] = [
             (None, self.state),
-            ("stability", self.steps),
+            ("stability", self.nonfinite),
             ("stability", self.rollback),
         ]
         self._last_save = time.monotonic()  # its end, or the start
@@ -105,6 +106,8 @@ class TrainLoop:
                 engine,
                 rank=ranks.rank,
             )
+        # Of the current stage: its sequence length and its last step.
+        self._sequence_length, self._stage_end = config.data.sequence_length, 0
         self.wait_policy: WaitPolicy | None = None
         if self.ctx.device.type == "cpu":
             self.wait_policy = WaitPolicy.of_this_process(
@@ -152,14 +155,18 @@ class TrainLoop:
     def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         state, training = self.state, self.config.training
         total, first, stopping = state.total_steps, state.step + 1, False
+        skipped = self.rollback.skipped_steps
+        losses: dict[int, Tensor] = {}  # by step, since they were last looked at; on the device
         gc.freeze()  # objects of the start-up live as long as the run
         for step in range(first, total + 1):
             self._prepare(first=step == first)
             rate = learning_rate(step, training, total_steps=total)
             self.watchdog.progress(f"step {step}", is_step=True)
             with contextlib.nullcontext() if self.profiler is None else self.profiler.step(step):
-                result = self._train(step, rate)
+                result = self._train(step, rate, skipped)
             state.step, state.learning_rate, last = step, rate, step == total
+            if result is not None:
+                losses[step] = result.loss
             # On any rank, so that all stop and save after the same step.
             stopping, due = self.ranks.any(stop.received is not None, self._is_save_due())
             if self.profiler is not None and self.profiler.ends_at(step):
@@ -167,9 +174,10 @@ class TrainLoop:
                 self._end_profile()
             saving = last or stopping or due or step % self.config.checkpoint.interval == 0
             if saving or step == first or step % training.log_interval == 0:
-                spike = self.rollback.find_spike()
+                spike = self.rollback.find_spike(losses)
                 if spike is not None:
                     return spike
+                losses.clear()
                 if result is not None:
                     self._log(writers, _read(result, step), rate)
             interval = self.config.watchdog.replica_interval
@@ -189,38 +197,46 @@ class TrainLoop:
                 return EXIT_STOPPED
         return EXIT_COMPLETED
 
-    def _train(self, step: int, rate: float) -> StepResult | None:
+    def _train(self, step: int, rate: float, skipped: list[tuple[int, int]]) -> StepResult | None:
         """Take a step; None if its data are skipped or it was not finite."""
-        samples = self.state.samples_of(step)
-        if self.rollback.skips(step):
+        loader = self.state.loader
+        if any(first <= step <= last for first, last in skipped):
             self._warn(f"step {step}: its data are skipped")
-            self.state.loader.skip_to(samples.stop)
+            loader.skip_to(self.state.samples_of(step).stop)
             return None
-        result, message = self.steps.train(step, samples, learning_rate=rate)
-        if message is not None:
-            self._warn(message)
-        if not result.applied:
-            return None
-        self.rollback.record(step, result.loss)
-        return result
+        result = self.engine.train_step(loader, learning_rate=rate)
+        if result.applied:
+            self.nonfinite.in_a_row = 0
+            return result
+        samples = self.state.samples_of(step)
+        result, message = self.nonfinite.rerun(step, samples, result, learning_rate=rate)
+        self._warn(message)
+        return result if result.applied else None
 
     def _prepare(self, *, first: bool) -> None:
-        """Set the engine up for the next step; restart the throughput window at a new stage."""
+        """Begin what the next step begins: a stage, or a range of steps to be profiled."""
         if self.wait_policy is not None and (remark := self.wait_policy.adapt()) is not None:
             self._warn(remark)
-        state = self.state
-        stage = state.curriculum.stage_after(state.step)
+        step = self.state.step
+        if first or step == self._stage_end:
+            self._begin_stage()
+        if self.profiler is not None and self.profiler.starts_at(step + 1):
+            self.watchdog.progress("starting the profiler")
+            with self.throughput.paused():
+                self.profiler.start(step + 1)
+
+    def _begin_stage(self) -> None:
+        """Set the engine up for the stage of the next step; restart the throughput window."""
+        state, curriculum = self.state, self.state.curriculum
+        stage = curriculum.stage_after(state.step)
+        self._sequence_length = stage.sequence_length
+        self._stage_end = curriculum.end_after(state.step)
         per_round = self.config.training.batch_size * self.layout.data
         self.engine.set_sequence_length(stage.sequence_length)
         self.engine.set_num_micro_batches(stage.sequences_per_step // per_round)
-        if first or stage.first_step == state.step:
-            self.engine.change_settings(stage_settings(self.config, stage))
-            flops = training_flops_per_token(self.family, self.config.model, stage.sequence_length)
-            self.throughput.start(step=state.step, tokens=state.tokens, flops_per_token=flops)
-        if self.profiler is not None and self.profiler.starts_at(state.step + 1):
-            self.watchdog.progress("starting the profiler")
-            with self.throughput.paused():
-                self.profiler.start(state.step + 1)
+        self.engine.change_settings(stage_settings(self.config, stage))
+        flops = training_flops_per_token(self.family, self.config.model, stage.sequence_length)
+        self.throughput.start(step=state.step, tokens=state.tokens, flops_per_token=flops)
 
     def _end_profile(self) -> None:
         """Write the profile of the steps so far, if one is being recorded."""
@@ -241,7 +257,7 @@ class TrainLoop:
                 grad_norm=values.grad_norm,
                 lr=rate,
                 tokens=self.state.tokens,
-                skipped_steps=self.steps.num_skipped,
+                skipped_steps=self.nonfinite.num_skipped,
                 rate=speed,
                 slowest_rank=self.watchdog.slowest_ratio,
             )
@@ -255,6 +271,7 @@ class TrainLoop:
         scores = self.engine.evaluate(
             self.evaluation, num_batches=len(self.evaluation), progress=self.watchdog.advance
         )
+        self.engine.set_sequence_length(self._sequence_length)
         writers.write(
             evaluation_record(
                 step=self.state.step,

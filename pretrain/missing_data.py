@@ -65,7 +65,7 @@ def _remedy(prefix: Path) -> str:
 
 
 def _demo_remedy(path: Path) -> str:
-    """How to make a file of the demonstration; "" for other files."""
+    """The remedy that makes a file of the demonstration; "" for other files."""
     if not path.is_relative_to(_DEMO):
         return ""
     return f"make it with python -m data_tools.demo_corpus --output {_DEMO}"

@@ -1,4 +1,5 @@
-"""`match=` pins names, values and messages of libraries; our own wording is for assert_refused."""
+"""`match=` pins names, values and messages of libraries; our own wording is for assert_refused.
+Docstrings begin with a noun phrase or a verb."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+PACKAGES = ("data_tools", "models", "parallel", "pretrain")
 THREE_WORDS = re.compile(r"\b[a-z]+(?:,? [a-z]+){2,}\b")
 # What pydantic, torch and Python say.
 LIBRARIES = re.compile(
@@ -109,3 +111,18 @@ def test(a, parametrized):
 def test_names_values_and_messages_of_libraries_may_be_matched(text):
     source = f'def test():\n    with pytest.raises(E, match="{text}"):\n        f()\n'
     assert list(wording(ast.parse(source))) == []
+
+
+NOUN_CLAUSE = re.compile(r"(What|Which|Where|How|Who|Whose|When) ")
+
+
+def test_no_docstring_begins_with_a_noun_clause():
+    """`Heartbeats of ranks` is read, `What ranks know of each other` has to be decoded."""
+    found = []
+    for path in (p for name in PACKAGES for p in sorted((TESTS.parent / name).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if NOUN_CLAUSE.match(text):
+                    found.append(f"{path.relative_to(TESTS.parent)}: {text.splitlines()[0]}")
+    assert found == []

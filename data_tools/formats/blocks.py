@@ -1,4 +1,4 @@
-"""What every format is read as and written from: blocks of ids, with the ends of documents."""
+"""The common form of all formats: blocks of ids, with the ends of documents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Boundary(NamedTuple):
 
 
 class ReadOptions(NamedTuple):
-    """What the command line says about the input."""
+    """Options of the command line about the input."""
 
     eod: int | None = None
     bos: int | None = None
@@ -50,7 +50,7 @@ class ReadOptions(NamedTuple):
 
 
 class WriteOptions(NamedTuple):
-    """What the command line says about the output."""
+    """Options of the command line about the output."""
 
     overwrite: bool = False
     column: str | None = None
@@ -101,7 +101,7 @@ def cut_at_ends(
 ) -> Iterator[Block]:
     """Yield the parts of a file (ids and the byte where they begin) with its ascending `ends`.
 
-    `ends` come in arrays, in tokens from the begin of the file.
+    `ends` come in arrays, in tokens from the beginning of the file.
     """
     pending, exhausted, begin = NO_ENDS, False, 0
     for ids, offset in parts:

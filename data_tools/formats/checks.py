@@ -1,4 +1,4 @@
-"""What is checked of every block on its way from one format to another."""
+"""Checks of every block on its way from one format to another."""
 
 from __future__ import annotations
 

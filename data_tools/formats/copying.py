@@ -31,7 +31,7 @@ from data_tools.tokenization.tokenizers import load_tokenizer
 
 
 class Copy(NamedTuple):
-    """What to convert, from the command line."""
+    """A conversion to do, from the command line."""
 
     source_kind: str
     target_kind: str
@@ -47,7 +47,7 @@ class Copy(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """What was written."""
+    """A conversion done."""
 
     manifest: Manifest
     num_empty: int
@@ -264,7 +264,7 @@ def _boundary(copy: Copy, sources: Sequence[Source]) -> Boundary:
 
 
 def _check_boundary(copy: Copy, source: Kind, target: Kind, boundary: Boundary) -> None:
-    """Where documents are not recorded, a token must show them, or they are lost on purpose."""
+    """Refuse documents that neither are recorded nor shown by a token, unless lost on purpose."""
     without = [
         f"--{side} {name}"
         for side, name, kind in (

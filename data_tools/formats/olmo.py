@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.arrays import IntArray, bytes_of
-from data_tools.errors import DataError
+from data_tools.errors import DataError, brief
 from data_tools.files import expand_paths
 from data_tools.formats.blocks import (
     Block,
@@ -153,7 +153,7 @@ def _ends(metadata: Path) -> Iterator[IntArray]:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{metadata}: cannot be read after line {line} ({' '.join(str(error).split())[:100]}); "
+            f"{metadata}: cannot be read after line {line} ({brief(error, most=100)}); "
             "it is truncated or no metadata of OLMo-core: copy it again, or pass --eod and --dtype "
             "without it"
         ) from error

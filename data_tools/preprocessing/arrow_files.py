@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, brief
 
 _BATCH_ROWS = 256  # rows converted to Python objects at once
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -80,7 +80,7 @@ def of_dataset(spec: str) -> list[Path]:
             found = datasets.load_dataset(name, config or None)
     except Exception as error:  # the library and the Hub raise dozens of types
         raise DataError(
-            f"--input hf:{spec}: {' '.join(str(error).split())[:200]}; pass hf:NAME[:CONFIG]"
+            f"--input hf:{spec}: {brief(error, most=200)}; pass hf:NAME[:CONFIG]"
             "[@SPLIT] of the Hub, or hf:DIRECTORY written by save_to_disk"
         ) from error
     if not isinstance(found, datasets.DatasetDict):
@@ -170,6 +170,6 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: cannot be read to its end ({' '.join(str(error).split())[:200]}); it is "
+            f"{path}: cannot be read to its end ({brief(error, most=200)}); it is "
             "truncated or damaged: replace the file"
         ) from error

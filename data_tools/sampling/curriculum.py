@@ -57,10 +57,15 @@ class Curriculum:
         for stage, end in zip(self.stages, self._first_steps[1:], strict=False):
             self._stage_starts.append(_advance(self._stage_starts[-1], stage, end))
         self._first_samples = [position.samples for position in self._stage_starts]
+        self._ends = [*self._first_steps[1:], total_steps]
 
     def stage_after(self, steps: int) -> Stage:
         """Return the stage of the step after the first `steps` steps, `steps >= start.steps`."""
         return self.stages[self._index(steps)]
+
+    def end_after(self, steps: int) -> int:
+        """Return the last step of the stage of the step after the first `steps` steps."""
+        return self._ends[self._index(steps)]
 
     def position_after(self, steps: int) -> Position:
         """Return the position after the first `steps` steps, `steps >= start.steps`."""
@@ -113,12 +118,11 @@ class Curriculum:
     def describe(self, *, after: int = 0) -> str:
         """Return one line per stage that has steps after step `after`: these steps, tokens per step
         and mix."""
-        ends = [*self._first_steps[1:], self.total_steps]
         return "\n".join(
             f"steps {max(stage.first_step, after) + 1:,} to {end:,}: "
             f"{stage.sequences_per_step * stage.sequence_length:,} tokens a step, "
             f"{stage.sequences_per_step:,} x {stage.sequence_length:,}, {_shares(stage.weights)}"
-            for stage, end in zip(self.stages, ends, strict=True)
+            for stage, end in zip(self.stages, self._ends, strict=True)
             if end > after
         )
 

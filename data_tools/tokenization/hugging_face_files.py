@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, brief
 from data_tools.files import sha256_of
 from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
 from data_tools.tokenization.byte_bpe import GPT2_PATTERN, QWEN2_PATTERN, FastByteBpe, byte_letters
@@ -246,7 +246,7 @@ def _spec_of_json(token: Mapping[str, Any]) -> TokenSpec:
 
 
 def _not_a_tokenizer(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120]
+    reason = brief(error)
     if path.name == VOCAB:
         return DataError(f"{path}: not a vocabulary with {MERGES} ({reason}); download both again")
     return DataError(f"{path}: not a tokenizer.json ({reason}); pass the path of one")

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, brief
 from data_tools.files import sha256_of
 from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
 from data_tools.tokenization.special_tokens import SpecialTokens, Splitter, TokenSpec
@@ -199,7 +199,7 @@ def _open(path: Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise DataError(
             f"{path}: not a SentencePiece model ({reason}); pass the path of one"
         ) from error

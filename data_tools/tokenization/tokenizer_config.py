@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, brief
 from data_tools.tokenization.special_tokens import TokenSpec
 
 CONFIG = "tokenizer_config.json"
@@ -190,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise DataError(f"{path}: not a JSON object ({reason}); repair it") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a JSON object; repair it")

@@ -30,7 +30,7 @@ from models.agiformer.memory.forms import (
     with_normalizer,
 )
 from models.agiformer.memory.fused import Kernel, fused_memory, load_kernel
-from models.common.attention import check_heads, windowed_attention
+from models.common.attention import check_heads, split_heads, windowed_attention
 from models.common.counter_rng import dropout, next_layer
 from models.common.init import replicated, replicated_linear, residual_output, row_sharded
 from models.common.mlp import SwiGLU
@@ -70,7 +70,7 @@ class SlidingWindowAttention(nn.Module):
         cache: BlockCache | None = None,
     ) -> Tensor:
         """q, k, v [p, b, h/t]; `positions` int32 [b, p] of packed rows."""
-        q, k, v = (_split_heads(x, self.config.head_dim) for x in (q, k, v))
+        q, k, v = (split_heads(x, self.config.head_dim) for x in (q, k, v))
         start = 0 if cache is None else cache.length
         index = torch.arange(start, start + q.shape[2], device=q.device)
         rotation = rotary_angles(
@@ -170,7 +170,7 @@ class HebbianMemory(nn.Module):
     ) -> MemoryInputs:
         """Features, values with their normaliser and log decays, in fp32 or wider."""
         size = self.config.head_dim
-        q, k, v = (at_least_fp32(_split_heads(x, size)) for x in (q, k, v))
+        q, k, v = (at_least_fp32(split_heads(x, size)) for x in (q, k, v))
         return MemoryInputs(
             positive_features(q) / math.sqrt(size),
             positive_features(k),
@@ -311,13 +311,6 @@ def rotary_angles(positions: Tensor, head_dim: int, *, theta: float) -> Rotation
 def _heads_of(config: AgiformerConfig, ctx: ParallelContext) -> nn.Module:
     init, hidden = Normal(config.init_std), config.hidden_size
     return ColumnParallelLinear(hidden, hidden, ctx=ctx, init=init)
-
-
-def _split_heads(x: Tensor, size: int) -> Tensor:
-    """[p, b, n * E] -> [b, n, p, E]."""
-    heads = x.unflatten(-1, (-1, size)).permute(1, 2, 0, 3)
-    # The kernels of the CPU are slower on strided heads, those of CUDA are not.
-    return heads.contiguous() if x.device.type == "cpu" else heads
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.agiformer.memory.forms import MemoryInputs, Remembered
-from models.common.history import History
+from models.common.history import History, RollbackLimit
 
 MAX_ROLLBACK = 64
 
@@ -23,19 +23,14 @@ class ByteCounter:
 
     def __init__(self) -> None:
         self.length = 0
-        self._most = 0
+        self._limit = RollbackLimit(MAX_ROLLBACK, f"{MAX_ROLLBACK} bytes")
 
     def advance(self, count: int) -> None:
         self.length += count
-        self._most = max(self._most, self.length)
 
     def rollback(self, length: int) -> None:
         """Raises ValueError: more than MAX_ROLLBACK bytes before the most that it has seen."""
-        if not max(0, self._most - MAX_ROLLBACK) <= length <= self.length:
-            raise ValueError(
-                f"cannot roll a cache of {self.length} bytes back to {length}; at most "
-                f"{MAX_ROLLBACK} bytes can be taken back, and it has held {self._most}"
-            )
+        self._limit.check(self.length, length)
         self.length = length
 
 

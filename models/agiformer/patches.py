@@ -1,4 +1,4 @@
-"""Where the patches of a row lie.
+"""Layout of the patches of a row.
 
 Byte t of a document, from 0, is the last one that latent t / P sees if P divides t. That latent
 predicts bytes t + 1 ... t + P, so that logits are those of the next byte, as in every family, and

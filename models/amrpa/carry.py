@@ -93,7 +93,7 @@ def carry_schema(
 def history_entry(
     config: AMRPALlamaConfig, ctx: ParallelContext, *, micro_batch_size: int, seq_length: int
 ) -> tuple[Field, ...]:
-    """What one remembered layer leaves in the history on this rank."""
+    """The entry of one remembered layer in the history on this rank."""
 
     def field(heads: int, size: int) -> Field:
         shape = (micro_batch_size, heads // ctx.tensor.size, seq_length, size)

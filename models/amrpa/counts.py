@@ -53,7 +53,7 @@ def forward_flops_per_token(config: AMRPALlamaConfig, seq_length: int) -> float:
 
 
 def windows(config: AMRPALlamaConfig) -> list[int]:
-    """How many layers each layer with memory reads."""
+    """The number of layers that each layer with memory reads."""
     plan = plan_layers(config, config.num_layers)
     return [len(reads) for reads in plan.reads.values()]
 

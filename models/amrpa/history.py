@@ -1,4 +1,4 @@
-"""What a layer takes from the history of earlier layers, and what it leaves there.
+"""The history of earlier layers: what a layer reads of it, and what it adds.
 
 Shapes: b batch, s queries, T keys up to the last query, n query heads, g key and value heads, d
 head dimension, w layers that are read. All heads are those of this tensor rank.
@@ -69,7 +69,7 @@ def left(
     mixed: Tensor,
     positions: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """What a layer leaves of its rotated queries and keys and the output of its attention."""
+    """The part that a layer leaves of its rotated queries and keys and its mixed values."""
     if config.detach_history:
         q, k, mixed = q.detach(), k.detach(), mixed.detach()
     if config.history_kind == "context":

@@ -194,7 +194,7 @@ class AMRPABlock(nn.Module):
     def _history(
         self, carry: AMRPACarry, q: Tensor, k: Tensor, mixed: Tensor
     ) -> tuple[Tensor, ...]:
-        """What later layers read, in the order of the layers that left it."""
+        """The history that later layers read, in the order of the layers that left it."""
         if self.part is None:
             return ()
         known = entries(carry.history, self.config.history_kind)

@@ -1,4 +1,4 @@
-"""Which layers use memory, and which earlier layers each of them reads. No torch."""
+"""Layers that use memory, and the earlier layers that each of them reads. No torch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def targets_by_stack(targets: str | Sequence[int], sizes: dict[str, int]) -> dic
 
 
 def window_size(layer: int, config: MemorySettings) -> int:
-    """How many earlier layers a layer, counted from 1, reads at most.
+    """The most earlier layers that a layer, counted from 1, reads.
 
     `min(l - 1, max_window_size, w(l))` with the adaptive w = 1 for l <= 2, floor(log2 l) + 1 for
     l <= 8, and 4 above.

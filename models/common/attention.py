@@ -189,6 +189,13 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
     return q.shape[1] != k.shape[1]
 
 
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[s, b, heads * d] -> [b, heads, s, d]."""
+    heads = x.unflatten(-1, (-1, head_dim)).permute(1, 2, 0, 3)
+    # The attention kernel of the CPU is 15 % slower on strided heads, those of CUDA are not.
+    return heads.contiguous() if x.device.type == "cpu" else heads
+
+
 class GatheredTokens(NamedTuple):
     """Positions and attention function for tokens gathered out of a sequence.
 
@@ -312,7 +319,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = project_together(x, self.query, self.key, self.value)
         if self.norm_all_heads:
             q, k = self._normalised(q, k)
-        q, k, v = (self._split_heads(each) for each in (q, k, v))
+        q, k, v = (split_heads(each, self.head_dim) for each in (q, k, v))
         if not self.norm_all_heads:
             q, k = self._normalised(q, k)
         return q, k, v
@@ -324,17 +331,8 @@ class CausalSelfAttention(nn.Module):
 
     def rotation(self, q: Tensor, positions: Tensor | None, cache: KVCache | None) -> Rotation:
         """The rotation of queries and keys [b, heads, s, d] that come after those of the cache."""
-        if positions is not None:
-            return self.rotary.gather(positions)
-        start = 0 if cache is None else cache.length
-        return self.rotary.at(q.device, start=start, length=q.shape[2])
+        return self.rotary.of(q, positions, start=0 if cache is None else cache.length)
 
     def project_output(self, mixed: Tensor) -> Tensor:
         """[b, n/t, s, d] -> [s, b, h], [s/t, b, h] under sequence parallelism."""
         return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """[s, b, heads * d] -> [b, heads, s, d]."""
-        heads = x.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3)
-        # The attention kernel of the CPU is 15 % slower on strided heads, those of CUDA are not.
-        return heads.contiguous() if x.device.type == "cpu" else heads

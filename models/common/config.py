@@ -81,6 +81,25 @@ class Llama3Scaling(BaseModel):
 RopeScaling = Annotated[LinearScaling | YarnScaling | Llama3Scaling, Field(discriminator="type")]
 
 
+def check_grouped_heads(config: Any, *, width: str) -> None:
+    """Check that key and value heads divide the heads, and heads, unless `head_dim` is set, the
+    setting `width`.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_heads={config.num_heads} is not a multiple of num_kv_heads="
+            f"{config.num_kv_heads}; choose a num_kv_heads that divides it"
+        )
+    if not config.head_dim and getattr(config, width) % config.num_heads:
+        raise ValueError(
+            f"{width}={getattr(config, width)} is not a multiple of num_heads={config.num_heads}; "
+            "change one of them or set head_dim"
+        )
+
+
 class DecoderConfig(BaseModel):
     """Sizes of a decoder with grouped-query attention, RoPE, RMSNorm and SwiGLU.
 
@@ -107,16 +126,7 @@ class DecoderConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of "
-                f"num_kv_heads={self.num_kv_heads}; choose a num_kv_heads that divides it"
-            )
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
-                "change one of them or set head_dim"
-            )
+        check_grouped_heads(self, width="hidden_size")
         if self.head_size % 2:
             raise ValueError(
                 f"head_dim={self.head_size} is odd, and rotary embeddings turn pairs of "

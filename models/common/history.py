@@ -90,3 +90,21 @@ class History:
     @property
     def num_bytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
+
+
+class RollbackLimit:
+    """The rollback limit of a cache: `most` entries from its maximum length so far, in any number
+    of steps; entries dropped for those cannot be restored. `name`: of the limit, in messages."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self.most, self.name = most, name
+        self._longest = 0
+
+    def check(self, current: int, length: int) -> None:
+        """Raise ValueError if a cache of length `current` cannot be rolled back to `length`."""
+        self._longest = max(self._longest, current)
+        if not max(0, self._longest - self.most) <= length <= current:
+            raise ValueError(
+                f"cannot roll a cache of length {current} back to {length}; at most {self.name} "
+                f"can be taken back, and it has held {self._longest}"
+            )

@@ -90,6 +90,16 @@ class RotaryTable:
             self.check(int(positions.max()) + 1)
         return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
 
+    def of(self, heads: Tensor, positions: Tensor | None = None, *, start: int = 0) -> Rotation:
+        """Rotation of heads [b, n, s, d]: at the given positions [b, s], else from `start` on.
+
+        Raises:
+            ValueError: a position is not in the table.
+        """
+        if positions is not None:
+            return self.gather(positions)
+        return self.at(heads.device, start=start, length=heads.shape[2])
+
     @torch.inference_mode(False)  # a table first computed in a generation also serves training
     def _compute(self, device: torch.device) -> Rotation:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
@@ -149,7 +159,7 @@ def stretch(frequencies: Tensor, scaling: RopeScaling, *, theta: float) -> Tenso
 
 
 def attention_factor(scaling: RopeScaling) -> float:
-    """What rotated queries and keys are multiplied by."""
+    """The factor on rotated queries and keys."""
     if not isinstance(scaling, YarnScaling):
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0

@@ -16,9 +16,9 @@ _MODULES = {
     "MemoryIntegrationSystem": "standalone.memory_api",
     "ReactionVariabilitySystem": "standalone.logits_processor",
     "FAMILY": "model",
-    "LoRALinear": "adapters",
+    "LoRALinear": "standalone.lora",
     "LoRAManager": "standalone.lora",
-    "merged_state_dict": "standalone.lora_state",
+    "merged_state_dict": "standalone.lora",
 }
 
 __all__ = list(_MODULES)

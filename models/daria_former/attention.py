@@ -24,7 +24,7 @@ from models.daria_former.paths import (
     PathReadout,
     Rotaries,
     Sources,
-    split_heads,
+    normed_heads,
 )
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
@@ -113,7 +113,7 @@ class MultiContextAttention(nn.Module):
         projected = iter(project_together(x, *linears, joined=True))
         if sources.priors is not None:
             sources = sources._replace(priors=copy_to_tensor_region(sources.priors, ctx=self.ctx))
-        queries = split_heads(next(projected), self.config)
+        queries = normed_heads(next(projected), self.config)
         if self.config.is_gated:
             gates = self._gates(next(projected), sources)
         else:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from models.common.cache import KVCache
-from models.common.history import History
+from models.common.history import History, RollbackLimit
 
 
 class Slots(NamedTuple):
@@ -84,24 +84,6 @@ class MemoryCache:
         yield self.summaries
 
 
-class _RollbackLimit:
-    """The rollback limit of a cache: `max_rollback` tokens from its maximum length so far, in any
-    number of steps. Entries dropped for those tokens cannot be restored."""
-
-    def __init__(self, max_rollback: int) -> None:
-        self.max_rollback = max_rollback
-        self._most = 0
-
-    def check(self, current: int, length: int) -> None:
-        """Raise ValueError if a cache of `current` tokens cannot be rolled back to `length`."""
-        self._most = max(self._most, current)
-        if not max(0, self._most - self.max_rollback) <= length <= current:
-            raise ValueError(
-                f"cannot roll a cache of length {current} back to {length}; at most segment_len="
-                f"{self.max_rollback} tokens can be taken back, and it has held {self._most}"
-            )
-
-
 class BlockCache:
     """The cache of one block; a member is None if the block has no such path or state."""
 
@@ -116,7 +98,7 @@ class BlockCache:
         num_sinks: int = 0,
     ) -> None:
         self.length = 0
-        self._limit = _RollbackLimit(max_rollback)
+        self._limit = RollbackLimit(max_rollback, f"segment_len={max_rollback} tokens")
         self.long, self.local, self.memory, self.emotion = long, local, memory, emotion
         # Keys and values of sources that do not grow, by path; computed in the first call.
         self.static: dict[str, Slots] = {}
@@ -156,7 +138,7 @@ class EmbeddingCache:
         self.emotion = History(max_rollback + 1)
         self.bank: Tensor | None = None
         self.modality: Tensor | None = None
-        self._limit = _RollbackLimit(max_rollback)
+        self._limit = RollbackLimit(max_rollback, f"segment_len={max_rollback} tokens")
         self._given: frozenset[str] | None = None  # beside tokens, with the first of them
 
     def check_given(self, names: frozenset[str]) -> None:

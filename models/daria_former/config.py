@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from models.common.config import PositiveFloat, PositiveInt
+from models.common.config import PositiveFloat, PositiveInt, check_grouped_heads
 
 PATHS = ("local", "long", "memory", "persona", "modality")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -282,16 +282,7 @@ _70B = _size(80, 8192, 64, 8, 26_624, 512) | _WIDE
 
 
 def _check_heads(config: DariaFormerConfig) -> None:
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_heads={config.num_heads} is not a multiple of num_kv_heads="
-            f"{config.num_kv_heads}; choose a num_kv_heads that divides it"
-        )
-    if not config.head_dim and config.hidden_dim % config.num_heads:
-        raise ValueError(
-            f"hidden_dim={config.hidden_dim} is not a multiple of num_heads={config.num_heads}; "
-            "change one of them or set head_dim"
-        )
+    check_grouped_heads(config, width="hidden_dim")
     if config.head_size % 2 or config.head_size < 4:
         raise ValueError(
             f"head_dim={config.head_size} must be even and at least 4, because rotary embeddings "

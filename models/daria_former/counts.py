@@ -5,6 +5,7 @@ H hidden, n heads, g key/value heads, d head dimension, K = g d, F feed-forward,
 
 from __future__ import annotations
 
+from models.common.decoder_counts import mean_keys
 from models.daria_former.config import DariaFormerConfig
 
 
@@ -116,10 +117,9 @@ def _attention(config: DariaFormerConfig, length: int) -> float:
     """Multiply-adds per token and layer: scores and weighted values of every path."""
     keys = 0.0  # visible to a token on average
     if config.has("long"):
-        keys += config.num_global_tokens + (length + 1) / 2
+        keys += config.num_global_tokens + mean_keys(length)
     if config.has("local"):
-        window = min(config.sliding_window_size, length)
-        keys += window - window * (window - 1) / (2 * length)
+        keys += mean_keys(length, window=config.sliding_window_size)
     if config.has("persona"):
         keys += config.persona_memory_slots + 1
     if config.has("modality"):

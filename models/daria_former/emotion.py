@@ -14,6 +14,7 @@ from models.common.history import History
 from models.common.init import replicated
 from models.common.norms import RMSNorm
 from models.common.scan import scan
+from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence
@@ -29,33 +30,28 @@ class EmotionExpressionLayer(nn.Module):
     A gated linear recurrence (minGRU, arXiv 2410.01201): the gates do not read e_{t-1}, so that all
     tokens are computed at once; they read the state of the previous site instead, which depends on
     it. |e| <= 1. The bias of z starts at -1 ... -5, lifetimes of e^1 ... e^5 tokens (chrono
-    initialisation, arXiv 1804.11188). With `mode="gru"` the site is a GRU cell, token after token.
+    initialisation, arXiv 1804.11188). With `esv_mode="gru"` the site is a GRU cell, token after
+    token. The first site, `is_first`, has no previous one to read.
 
     Under sequence parallelism the gates' inputs are gathered ([s, b, 2E], far less than the hidden
     state) and every rank computes the recurrence.
     """
 
     def __init__(
-        self,
-        hidden_dim: int,
-        emotion_dim: int,
-        *,
-        mode: str,
-        is_first: bool,
-        eps: float,
-        init: Normal,
-        ctx: ParallelContext,
+        self, config: DariaFormerConfig, *, is_first: bool = False, ctx: ParallelContext
     ) -> None:
         super().__init__()
-        self.ctx, self.mode = ctx, mode
-        gates = {"mingru": 2, "gru": 3}[mode]
-        self.norm = RMSNorm(hidden_dim, eps=eps, ctx=ctx)
+        self.ctx, self.mode = ctx, config.esv_mode
+        hidden_dim, emotion_dim = config.hidden_dim, config.emotion_dim
+        init = Normal(config.initializer_range)
+        gates = {"mingru": 2, "gru": 3}[self.mode]
+        self.norm = RMSNorm(hidden_dim, eps=config.norm_eps, ctx=ctx)
         self.input = replicated((gates * emotion_dim, hidden_dim), init, ctx)
         if not is_first:
             self.previous = replicated((gates * emotion_dim, emotion_dim), init, ctx)
         self.write_bias = replicated((emotion_dim,), _log_lifetimes, ctx)
         self.bias = replicated(((gates - 1) * emotion_dim,), Constant(0.0), ctx)
-        if mode == "gru":
+        if self.mode == "gru":
             self.recurrent = replicated((gates * emotion_dim, emotion_dim), init, ctx)
 
     def forward(

@@ -46,20 +46,6 @@ from parallel.regions import gather_sequence, local_sequence
 from parallel.sharding import Normal
 
 
-def _emotion_site(
-    config: DariaFormerConfig, ctx: ParallelContext, *, is_first: bool = False
-) -> EmotionExpressionLayer:
-    return EmotionExpressionLayer(
-        config.hidden_dim,
-        config.emotion_dim,
-        mode=config.esv_mode,
-        is_first=is_first,
-        eps=config.norm_eps,
-        init=Normal(config.initializer_range),
-        ctx=ctx,
-    )
-
-
 class ContextRouter(nn.Module):
     """Gate priors of every block's paths, and the segment logit, which weighs a token when it is
     pooled into memory: `W norm(x) + b` per token of the embedding.
@@ -96,7 +82,7 @@ class DariaEmbedding(nn.Module):
         hidden, init = config.hidden_dim, Normal(config.initializer_range)
         self.tokens = VocabParallelEmbedding(config.vocab_size, hidden, ctx=ctx, init=init)
         self.router = ContextRouter(config, ctx=ctx) if config.num_priors else None
-        self.emotion = _emotion_site(config, ctx, is_first=True)
+        self.emotion = EmotionExpressionLayer(config, is_first=True, ctx=ctx)
         if config.has("memory") and config.persistent_memory_slots:
             self.persistent = replicated((2 * config.persistent_memory_slots, hidden), init, ctx)
         if config.has("persona"):
@@ -212,7 +198,7 @@ class DACBlock(nn.Module):
         self.ffn = EmotionModulatedFFN(config, output_init=output_init, ctx=ctx)
         self.fusion = ResidualFusion(config, ctx=ctx)
         self.rhythm = RhythmGate(config, ctx=ctx)
-        self.emotion = _emotion_site(config, ctx) if updates_emotion else None
+        self.emotion = EmotionExpressionLayer(config, ctx=ctx) if updates_emotion else None
         self.lora = adapted_block(self) if config.lora_rank else None
 
     def new_cache(self, batch_size: int, max_length: int) -> BlockCache:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -30,11 +28,12 @@ from parallel.regions import local_seq_len
 
 def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[LayerSpec]:
     """`embedding`, `block_0` ... `block_{L-1}`, `head`."""
-    rotaries = Rotaries.of(config)
-    blocks = [
-        LayerSpec(f"block_{i}", DACBlock, _block_arguments(config, i, rotaries))
-        for i in range(config.num_layers)
-    ]
+    shared = {"config": config, "rotaries": Rotaries.of(config)}
+    blocks = []
+    for i in range(config.num_layers):
+        # Without the number of the layer, so that equal blocks have equal specs.
+        own = {"updates_emotion": config.has_update_site(i), "is_last": i + 1 == config.num_layers}
+        blocks.append(LayerSpec(f"block_{i}", DACBlock, shared | own))
     return decoder_specs(
         config,
         blocks,
@@ -43,16 +42,6 @@ def layer_specs(config: DariaFormerConfig, *, segmented: bool = False) -> list[L
         embedding=DariaEmbedding,
         head=DariaHead,
     )
-
-
-def _block_arguments(config: DariaFormerConfig, layer: int, rotaries: Rotaries) -> dict[str, Any]:
-    """Without the number of the layer, so that equal blocks have equal specs."""
-    return {
-        "config": config,
-        "updates_emotion": config.has_update_site(layer),
-        "is_last": layer + 1 == config.num_layers,
-        "rotaries": rotaries,
-    }
 
 
 def carry_schema(

@@ -18,6 +18,7 @@ from models.common.attention import (
     cached_attention,
     causal_attention,
     packed_attention,
+    split_heads,
     unmasked_attention,
     windowed_attention,
 )
@@ -26,7 +27,7 @@ from models.common.history import History
 from models.common.init import row_sharded
 from models.common.manual_backward import scaled_heads
 from models.common.norms import inverse_rms
-from models.common.rope import RotaryTable, Rotation, rotate
+from models.common.rope import RotaryTable, rotate
 from models.daria_former.cache import BlockCache, MemoryCache, Slots
 from models.daria_former.config import DariaFormerConfig
 from models.daria_former.memory import (
@@ -129,8 +130,8 @@ class ContextPath(nn.Module, ABC):
 
     def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Projected [s, b, g * d] each as keys, normalised and scaled, and values [b, g, s, d]."""
-        k = scaled_heads(split_heads(keys, self.config), self.key_gain)
-        return k, heads_first(values.unflatten(-1, (-1, self.config.head_size)))
+        k = scaled_heads(normed_heads(keys, self.config), self.key_gain)
+        return k, split_heads(values, self.config.head_size)
 
 
 class LocalPath(ContextPath):
@@ -144,7 +145,8 @@ class LocalPath(ContextPath):
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
         k, v = self.keys_values(*projected)
-        rotation = _rotation(self.rotaries.local, q, sources, cache)
+        start = 0 if cache is None else cache.length
+        rotation = self.rotaries.local.of(q, sources.positions, start=start)
         q, k = rotate(q, rotation), rotate(k, rotation)
         window = self.config.sliding_window_size
         if cache is not None and cache.local is not None:
@@ -174,7 +176,8 @@ class LongPath(ContextPath):
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
         k, v = self.keys_values(*projected)
-        rotation = _rotation(self.rotaries.long, q, sources, cache)
+        start = 0 if cache is None else cache.length
+        rotation = self.rotaries.long.of(q, sources.positions, start=start)
         q, k = rotate(q, rotation), rotate(k, rotation)
         long = None if cache is None else cache.long
         if self.sinks is not None and (long is None or long.length == 0):
@@ -315,27 +318,12 @@ PATH_CLASSES: dict[str, type[ContextPath]] = {
 }
 
 
-def split_heads(x: Tensor, config: DariaFormerConfig) -> Tensor:
+def normed_heads(x: Tensor, config: DariaFormerConfig) -> Tensor:
     """[s, b, heads * d] -> [s, b, heads, d], each normalised if `qk_norm` (arXiv 2010.04245)."""
     x = x.unflatten(-1, (-1, config.head_size))
     if not config.qk_norm:
         return x
     return x * inverse_rms(x, eps=config.norm_eps).to(x.dtype)
-
-
-def heads_first(x: Tensor) -> Tensor:
-    """[s, b, heads, d] -> [b, heads, s, d]."""
-    x = x.permute(1, 2, 0, 3)
-    # The attention kernel of the CPU is 15 % slower on strided heads, those of CUDA are not.
-    return x.contiguous() if x.device.type == "cpu" else x
-
-
-def _rotation(
-    table: RotaryTable, q: Tensor, sources: Sources, cache: BlockCache | None
-) -> Rotation:
-    if sources.positions is not None:
-        return table.gather(sources.positions)
-    return table.at(q.device, start=0 if cache is None else cache.length, length=q.shape[2])
 
 
 def _cached_slots(

@@ -32,7 +32,7 @@ from models.common.cache import KeysValues
 
 
 class Blocks(NamedTuple):
-    """Where the places of a call lie, counted in the row.
+    """Locations of the places of a call, counted in the row.
 
     `first`: the first place. `own_first`: that of the first own key. `starts`: int [1 or b, o],
     first place of every own key's block. `documents`: int [1 or b, o], the first visible place.
@@ -84,14 +84,15 @@ def reach(blocks: Blocks, start: int, stop: int) -> Reach:
 
 
 def context_mask(blocks: Blocks, start: int, stop: int, keys: tuple[int, int]) -> Tensor:
-    """Which context keys own places start ... stop - 1 see: bool [1 or b, stop - start, keys]."""
+    """Mask of the context keys that own places start ... stop - 1 see: bool
+    [1 or b, stop - start, keys]."""
     index = torch.arange(*keys, device=blocks.starts.device)
     documents, starts = (x[:, start:stop].unsqueeze(-1) for x in (blocks.documents, blocks.starts))
     return (index <= starts) & (index >= documents)
 
 
 def own_mask(blocks: Blocks, start: int, stop: int, keys: tuple[int, int]) -> Tensor:
-    """Which own keys own places start ... stop - 1 see: bool [b, stop - start, keys]."""
+    """Mask of the own keys that own places start ... stop - 1 see: bool [b, stop - start, keys]."""
     queries = torch.arange(start, stop, device=blocks.starts.device).unsqueeze(-1)
     index = torch.arange(*keys, device=blocks.starts.device)
     inside = blocks.starts[:, slice(*keys)].unsqueeze(1) == blocks.starts[:, start:stop, None]

@@ -53,8 +53,9 @@ def merged_block_attention(
 
 
 def parts_of(blocks: Blocks, start: int, stop: int) -> Iterator[Part]:
-    """What places start ... stop - 1 see. The cut does not depend on the text, so that neither do
-    the last bits of a place whose keys are the same; parts that nothing sees change none."""
+    """The keys that places start ... stop - 1 see, in parts. The cut does not depend on the text,
+    so that neither do the last bits of a place whose keys are the same; parts that nothing sees
+    change none."""
     seen, near = reach(blocks, start, stop)
     past = seen[0]
     if blocks.is_aligned:  # everything up to the first block's place

@@ -22,7 +22,7 @@ Mode = Literal["ar", "diffusion", "speculative"]
 
 
 class Request(NamedTuple):
-    """What to generate: rows of `length` tokens, the prompt included.
+    """A generation of rows of `length` tokens, the prompt included.
 
     ar: one token per pass. diffusion: blocks of `block_size` tokens in `num_steps` passes each,
     None being one per token. speculative: the law of ar, from drafts of the diffusion stream, row

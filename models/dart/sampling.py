@@ -14,7 +14,7 @@ from models.common.sampling import check_sampling
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen from logits; temperature 0 is the most probable one."""
+    """The choice of a token from logits; temperature 0 is the most probable one."""
 
     temperature: float = 1.0
     top_k: int | None = 50

@@ -16,7 +16,6 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 # Selection rules outside of training; topk looks at later tokens and is an oracle.
 Rule = Literal["threshold", "predictor", "aux", "topk"]
 
-SURPRISE_SCORES = ("vpr", "ce", "cu", "dst", "dch")
 
 _TRAINING = frozenset(
     {

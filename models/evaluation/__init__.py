@@ -1,1 +1,1 @@
-"""What a checkpoint of any family scores and writes, for evaluation harnesses."""
+"""Scores and continuations of a checkpoint of any family, for evaluation harnesses."""

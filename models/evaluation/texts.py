@@ -102,7 +102,7 @@ def _end_ids(stored: StoredModel, end: int | None) -> frozenset[int]:
 
 
 def _remarks(prompting: Prompting, prefix: int) -> tuple[str, ...]:
-    """How lm_eval's hf backend does the same with an export, where it would do otherwise."""
+    """Arguments with which lm_eval's hf backend does the same with an export, where needed."""
     theirs = prompting.tokenizer.boundary_tokens
     arguments = []
     if bool(prompting.bos_ids) != theirs.adds_bos:

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's models computes the function of a decoder, and the settings that it reads.
+"""The llama.cpp model that computes the function of a decoder, and the settings that it reads.
 
 A model of llama.cpp is a fixed graph; what it does not compute, such as a sliding window in `llama`
 or factors of single frequencies in `qwen3`, it leaves out of a file without a word. So each setting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +33,6 @@ class Exported(NamedTuple):
 
     remarks: list[str]
     tokens: OwnTokens
-
-
-def export_tokenizer(
-    source: Path, output: Path, *, eod_id: int | None, encode: Callable[[str], list[int]]
-) -> Exported:
-    """`export_tokenizer_files` for what encodes text and does nothing else."""
-    return export_tokenizer_files(source, output, Training(encode), eod_id=eod_id)
 
 
 def export_tokenizer_files(

@@ -25,7 +25,7 @@ from torch import Tensor
 from models.checkpoint import StoredModel, open_checkpoint, write_manifest
 from models.standalone.model import StandaloneModel
 from parallel.carry import ties
-from parallel.checkpoint.errors import RESTORE
+from parallel.checkpoint.errors import RESTORE, brief
 from parallel.checkpoint.manifest import (
     MANIFEST_NAME,
     load_manifest,
@@ -161,7 +161,7 @@ def load_into(
     try:
         (load or model.load_state_dict)(state)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = brief(error, most=300)
         raise ValueError(
             f"{source} does not fit the model ({reason}); it is damaged or of another model: build "
             "the model with the configuration and the adapters that it was saved with"

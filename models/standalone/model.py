@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.base import LossOutput, ModelFamily, TokenInputs
 from parallel.carry import SequentialModel
+from parallel.checkpoint.errors import brief
 from parallel.context import ParallelContext
 
 Cache = dict[str, Any]
@@ -109,5 +110,5 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise ValueError(f"--device {name} cannot be used ({reason}); try cpu") from error

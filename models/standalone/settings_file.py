@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from parallel.checkpoint.errors import brief
+
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -38,7 +40,7 @@ def read_settings(path: Path, config_class: type[Config]) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise ValueError(f"{path} is not a YAML file of settings: {reason}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no settings; write lines such as `num_layers: 12`")

@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 
 from data_tools.text_corpus import corpus_files, corpus_prefix, tokenize_text
 from data_tools.tokenization.tokenizers import load_tokenizer
+from parallel.checkpoint.errors import brief
 from parallel.checkpoint.weights_reader import find_weights
 
 # The files of a tokenizer on the hub, and the other files that may name the end token.
@@ -123,7 +124,7 @@ def local_tokenizer(given: str) -> str:
     try:
         return snapshot_download(given, allow_patterns=_TOKENIZER_PATTERNS)
     except Exception as error:  # of many types: no network, no such name, not allowed
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise ValueError(
             f"--tokenizer {given} is no path and cannot be had by its name ({reason}); give a "
             "tokenizer.json, a SentencePiece .model, or bytes"

@@ -20,3 +20,8 @@ def one_line(error: BaseException) -> str:
     ours = type(error).__module__.partition(".")[0] in _OURS
     text = str(error) if ours else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
+
+
+def brief(error: BaseException, *, most: int = 120) -> str:
+    """The message of a library's error on one line, its first `most` characters."""
+    return " ".join(str(error).split())[:most]

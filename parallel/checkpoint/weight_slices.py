@@ -18,7 +18,7 @@ from parallel.sharding import Sharding, local_extent
 
 
 class WeightPlace(NamedTuple):
-    """Where a weight is: its pipeline stage, and how tensor ranks of that stage share it."""
+    """The pipeline stage of a weight, and its sharding over the tensor ranks of that stage."""
 
     stage: int
     dim: int | None
@@ -26,7 +26,7 @@ class WeightPlace(NamedTuple):
 
 
 class WeightsTable(NamedTuple):
-    """Which files of a weights directory hold which weight."""
+    """The files of every weight in a weights directory."""
 
     pipeline_size: int
     tensor_size: int

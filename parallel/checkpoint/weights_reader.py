@@ -97,7 +97,7 @@ class ShardedWeightsReader:
         return merge(slices, sharding)
 
     def table(self) -> WeightsTable:
-        """Which files hold which weight, for `WeightSlices` on other ranks."""
+        """The files of every weight, for `WeightSlices` on other ranks."""
         places = {}
         for name, stage in self._stage_of.items():
             sharding = self.sharding(name)

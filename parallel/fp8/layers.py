@@ -23,7 +23,7 @@ from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from
 
 
 class _Multiples(NamedTuple):
-    """What the kernels ask of operands: tokens are rows, features are columns."""
+    """Multiples that the kernels ask of operands: tokens are rows, features are columns."""
 
     rows: int
     columns: int

@@ -181,7 +181,7 @@ def collect_optimizer(directory: Path) -> dict[str, ParameterEntry]:
 
 
 def file_header(file: TensorFile, parse: Callable[[str], T]) -> T:
-    """What an open file says that it holds.
+    """The content of an open file, by its own header.
 
     Raises:
         CheckpointError: it says nothing, or nothing that `parse` can read.
@@ -196,7 +196,7 @@ def file_header(file: TensorFile, parse: Callable[[str], T]) -> T:
 
 
 def parse_header(text: str) -> dict[str, FlatRange]:
-    """What a rank's file holds: parameter -> its elements."""
+    """The content of a rank's file: parameter -> its elements."""
     return _HEADER.validate_json(text)
 
 

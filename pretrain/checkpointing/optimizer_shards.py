@@ -205,7 +205,7 @@ class StoredOptimizer:
             self._read_file(path, copies[rank])
 
     def plan(self, wanted: Sequence[Wanted], *, tensor: Axis) -> dict[int, list[_Copy]]:
-        """What to copy from the file of each rank; padding is zeroed here."""
+        """The parts to copy from the file of each rank; padding is zeroed here."""
         copies: dict[int, list[_Copy]] = {}
         for each in wanted:
             for rank, copy in self._copies(each, tensor):
@@ -299,7 +299,7 @@ _Span = tuple[_Grid, int, int]  # elements [start, stop) of a flattened slice
 
 
 def _blocks(*spans: _Span, low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
-    """What the spans have in common of the columns [low, high) of the full tensor's rows.
+    """The common part of the spans in the columns [low, high) of the full tensor's rows.
 
     Yields (first row, number of rows, first column, end of the columns). A span may begin and end
     within a row, so the first and the last row are blocks of their own.

@@ -52,7 +52,7 @@ class _Part(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a rank reports to rank 0, which writes index and manifest."""
+    """The report of a rank to rank 0, which writes index and manifest."""
 
     files: dict[str, FileEntry]
     header: str

@@ -147,7 +147,7 @@ def _flat_args(annotation: Any) -> list[Any]:
 
 
 class _Located(NamedTuple):
-    """Where pydantic's `loc` leads: the names as they are typed, the section there, and all that
+    """The target of pydantic's `loc`: the names as they are typed, the section there, and all that
     it might be of several kinds."""
 
     names: list[int | str]

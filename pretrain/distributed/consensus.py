@@ -31,11 +31,6 @@ class RankGroup(NamedTuple):
     num_blocks: int = 1
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup) -> RankGroup:
-        """`group` must contain every process, in order, so that group rank 0 is global rank 0."""
-        return cls(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
-
-    @classmethod
     def of_world(cls, timeout: timedelta | None) -> RankGroup:
         """Build the gloo groups (collective).
 

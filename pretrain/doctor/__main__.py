@@ -108,7 +108,6 @@ def _of_run(settings: ResolvedRun, options: argparse.Namespace, ranks: int | Non
         "launcher and layout",
         lambda: list(
             check_layout_of_job(
-                config,
                 layout,
                 ranks=ranks,
                 ranks_per_node=options.ranks_per_node,

@@ -19,7 +19,6 @@ def smallest_world(config: RunConfig) -> int:
 
 
 def check_layout_of_job(
-    config: RunConfig,
     layout: RunLayout,
     *,
     ranks: int | None,

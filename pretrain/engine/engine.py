@@ -178,11 +178,11 @@ class Engine(ABC):
 
     def _finish_step(self, *, applied: bool) -> None:
         """Update layer states after a step; a skipped step must leave no trace."""
-        if applied:
-            update_layer_states(self._layer_states, ctx=self.ctx)
-        else:
+        if not applied:
             discard_layer_sums(self._layer_states)
             drop_averaged_gradients(self._deepspeed.optimizer)
+        elif self._layer_states:
+            update_layer_states(self._layer_states, ctx=self.ctx)
 
 
 class PlainEngine(Engine):

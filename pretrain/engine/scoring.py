@@ -1,4 +1,4 @@
-"""What an evaluation measures."""
+"""Measurements of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has chosen: tokens, experts, ends of loops; recorded, and given to the truth.
+"""Choices of a run (tokens, experts, ends of loops), recorded and given to the truth.
 
 Where two scores are within rounding of each other, two runs may choose otherwise, and all that
 follows differs. So the truth takes the choices of the program as given, and a check of their own
@@ -124,7 +124,7 @@ class Giver:
         return other
 
     def finish(self) -> list[Given]:
-        """What was given; a decision of the program that the truth never asked for is wrong."""
+        """All that was given; a decision of the program that the truth never asked for is wrong."""
         surplus = len(self._choices) - len(self.given)
         return self.given + [Given("no layer", 0, math.inf)] * surplus
 

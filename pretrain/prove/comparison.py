@@ -81,7 +81,7 @@ def number_rows(
 
 
 def choice_rows(truth: TrueStep, bounds: Bounds) -> list[Row]:
-    """What layers chose, against scores of the truth; no row where no layer chooses."""
+    """The choices of layers against scores of the truth; no row where no layer chooses."""
     errors = [
         Error(each.error, f"{each.layer} ({each.number} choices differ)") for each in truth.given
     ]

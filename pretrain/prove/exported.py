@@ -1,4 +1,4 @@
-"""What a fresh process does with an exported model: transformers alone, with the code beside it."""
+"""An exported model in a fresh process: transformers alone, with the code beside it."""
 
 from __future__ import annotations
 

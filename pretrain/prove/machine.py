@@ -1,4 +1,4 @@
-"""Whether this machine holds a run that is proven as it is (`--full`). No torch before it does."""
+"""Check that this machine holds a run that is proven as it is (`--full`), without torch."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ class Saved(NamedTuple):
     owners: Owners
 
     def state(self) -> State:
-        """What the next step begins with."""
+        """The state that the next step begins with."""
         return State(
             self.masters, self.exp_avg, self.exp_avg_sq, self.buffers, max(self.steps, default=0)
         )
 
 
 class Owners(NamedTuple):
-    """Which rank updates an element of a parameter."""
+    """The ranks that update the elements of parameters."""
 
     optimizer: StoredOptimizer | None
 

@@ -92,7 +92,7 @@ def train_leg(
 
 
 def choices_of(run_dir: Path, leg: Leg, sequences: Mapping[int, int]) -> dict[int, list[Choices]]:
-    """What the layers of a trained leg chose, by step. `sequences`: of every step that it trained.
+    """The choices of layers in a trained leg, by step. `sequences`: of every step that it trained.
 
     Raises:
         ValueError: ranks have not chosen equally often in every micro-batch.

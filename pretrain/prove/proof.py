@@ -42,7 +42,7 @@ _TAKEN = Bound(0.0, "equal bits: weights that were saved")
 
 
 class Depth(Enum):
-    """How much is proven: in fp32 the first step and one resume; the same in the run's own
+    """The extent of a proof: in fp32 the first step and one resume; the same in the run's own
     precision; or everything, in fp32 and in its own precision."""
 
     QUICK = "quick"
@@ -226,7 +226,7 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
 
 
 def _choices(leg: _Checked) -> dict[int, list[Choices]]:
-    """What the layers chose in every step that the leg has trained."""
+    """The choices of the layers in every step that the leg has trained."""
     trained = range(leg.steps.start, STEPS + 1)
     return choices_of(leg.run_dir, leg.leg, {n: leg.plan[n - 1].sequences for n in trained})
 

@@ -46,7 +46,7 @@ _IMPORTED_BY_RUNS = (
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code (negative: a signal; None: killed at the deadline)."""
+    """The end of a process: its exit code (negative: a signal; None: killed at the deadline)."""
 
     code: int | None
     log: Path

@@ -2,13 +2,13 @@
 
 DeepSpeed does not update the weights when the global gradient norm, which all ranks share, is not
 finite. `optimizers.propagate_nonfinite` extends this to the loss, so all ranks decide alike without
-communication. The step is then rerun with hooks on every layer: either it is finite now, and the
-fault is not in the data, or the hooks find where it began.
+communication. The loop then has the step rerun here, from data read again and with hooks on every
+layer: either it is finite now, and the fault is not in the data, or the hooks find where it began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from data_tools.loading.batch import Batch
 from data_tools.loading.loader import TrainLoader
 from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import Engine, StepResult
@@ -124,13 +123,14 @@ def check_finite(module: nn.Module, ranks: RankGroup, *, step: int) -> None:
 
 
 class SkipNonFinite:
-    """Train steps of a run; those that are not finite are skipped and change nothing.
+    """Reruns the steps of a run that are not finite; where one still is not, skips it.
 
     Args:
         max_skipped: most consecutive steps that may be skipped.
 
-    `num_skipped`: steps skipped so far, the last `in_a_row` of them consecutive. Both are part of a
-    checkpoint: otherwise a run that is restarted again and again would never reach the limit.
+    `num_skipped`: steps skipped so far, the last `in_a_row` of them consecutive; the loop sets
+    `in_a_row` to 0 at a finite step. Both are part of a checkpoint: otherwise a run that is
+    restarted again and again would never reach the limit.
     """
 
     def __init__(
@@ -154,30 +154,24 @@ class SkipNonFinite:
         self.num_skipped = state.get("num_skipped", 0)
         self.in_a_row = state.get("in_a_row", 0)
 
-    def train(
-        self, step: int, samples: range, *, learning_rate: float
-    ) -> tuple[StepResult, str | None]:
-        """Take step number `step`, counted from 1 (collective).
+    def rerun(
+        self, step: int, samples: range, failed: StepResult, *, learning_rate: float
+    ) -> tuple[StepResult, str]:
+        """Rerun step number `step`, counted from 1, which was not finite (collective).
 
-        Also returns a message to log, or None.
-
-        `samples`: their indices in the run, over all data ranks.
+        Also returns a message to log. `samples`: their indices in the run, over all data ranks.
 
         Raises:
             TrainingError: on every rank; more than `max_skipped` steps in a row were not finite, or
                 a weight is not.
         """
-        batches = _ReplayableBatches(self._loader)
-        result = self._engine.train_step(batches, learning_rate=learning_rate)
-        if result.applied:
-            self.in_a_row = 0
-            return result, None
-        before = _numbers(result)
+        before = _numbers(failed)
         # Random numbers of a model derive from seeds, names and the text: the rerun draws the same.
         pipeline = self._engine.ctx.pipeline
         watch = NonFiniteTracer(self._engine.module, stage=pipeline.rank, num_stages=pipeline.size)
+        self._loader.skip_to(samples.start)
         with watch as tracer:
-            result = self._engine.train_step(iter(batches.drawn), learning_rate=learning_rate)
+            result = self._engine.train_step(self._loader, learning_rate=learning_rate)
         self._engine.uncount_step()
         if result.applied:
             self.in_a_row = 0
@@ -241,19 +235,6 @@ class SkipNonFinite:
         places = self._loader.describe(samples[:_MAX_LISTED])
         more = f" and {len(samples) - _MAX_LISTED} more" if len(samples) > _MAX_LISTED else ""
         return f"samples {samples[0]} to {samples[-1]} of the run ({', '.join(places)}{more})"
-
-
-class _ReplayableBatches(Iterator[Batch]):
-    """Keeps the batches it yields, so that the step can be rerun."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.drawn: list[Batch] = []
-
-    def __next__(self) -> Batch:
-        batch = next(self._batches)
-        self.drawn.append(batch)
-        return batch
 
 
 def _all_finite(value: Any) -> bool:

@@ -40,7 +40,6 @@ class Rollback:
     def __init__(self, config: StabilityConfig, state: TrainState, ranks: RankGroup) -> None:
         self._config, self._state, self._ranks = config, state, ranks
         self._detector = None if config.spike is None else SpikeDetector(config.spike)
-        self._pending: list[tuple[int, Tensor]] = []  # losses that are still on the device
         self.skipped: list[SkippedData] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +59,6 @@ class Rollback:
             SkippedData(steps=tuple(each), samples=None if of is None else tuple(of))
             for each, of in zip(steps, samples, strict=True)
         ]
-        self._pending = []
         if self._detector is not None:
             self._detector.load_state_dict(state)
 
@@ -74,24 +72,15 @@ class Rollback:
         plan = self._state.curriculum
         return [*self._config.skip_steps, *(steps_of(each, plan) for each in self.skipped)]
 
-    def skips(self, step: int) -> bool:
-        """Whether the data of a step are skipped."""
-        return any(first <= step <= last for first, last in self.skipped_steps)
-
-    def record(self, step: int, loss: Tensor) -> None:
-        """Record the loss of a step; `find_spike` reads it from the device."""
-        if self._detector is not None:
-            self._pending.append((step, loss))
-
-    def find_spike(self) -> Spike | None:
-        """The first spike since the last call, as seen by rank 0 (collective)."""
-        if (detector := self._detector) is None or not self._pending:
+    def find_spike(self, losses: Mapping[int, Tensor]) -> Spike | None:
+        """The first spike among the losses of the steps since the last call, by step, as seen by
+        rank 0 (collective). They are read from the device here."""
+        if (detector := self._detector) is None or not losses:
             return None
-        pending, self._pending = self._pending, []
 
         def look() -> Spike | None:
-            losses = torch.stack([loss.detach().float().view(()) for _, loss in pending])
-            for (step, _), loss in zip(pending, losses.tolist(), strict=True):
+            numbers = torch.stack([loss.detach().float().view(()) for loss in losses.values()])
+            for step, loss in zip(losses, numbers.tolist(), strict=True):
                 if detector.observe(loss):
                     return Spike(step, loss, detector.limit)
             return None

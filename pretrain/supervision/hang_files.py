@@ -1,4 +1,4 @@
-"""What each rank leaves in the run directory when a run hangs."""
+"""Files that each rank leaves in the run directory when a run hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What four ranks open and read when a run goes on, or begins with the weights of another.
+"""Files and bytes that four ranks read when a run goes on, or begins with the weights of another.
 
 Counted where safetensors opens a file and returns a slice. "Needed" are the masters and moments
 that a rank updates, or its slices of the weights, so 1.00 is the least that can be read.

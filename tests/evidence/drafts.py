@@ -1,4 +1,4 @@
-"""What drafts of the diffusion stream save in decoding, at a size where a forward pass dominates.
+"""Savings of drafts of the diffusion stream in decoding, at a size where a forward pass dominates.
 
 First the passes, of models that are not trained: a cycle of speculative decoding is one pass that
 drafts a block and one that verifies it, so that it pays from `even` bytes a cycle on. Then models

@@ -1,4 +1,4 @@
-"""What tests/models/test_contributing.py runs in a copy of the project that has the guide's family:
+"""The steps of tests/models/test_contributing.py in a copy of the project with the guide's family:
 the commands of CONTRIBUTING.md, and those of docs/tutorial.md, small.
 
 Not collected by itself: in the project there is no such family.

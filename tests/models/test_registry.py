@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -22,6 +23,13 @@ def test_every_name_leads_to_a_family_and_its_configuration_class(name):
     assert isinstance(family, ModelFamily)
     assert family.name == name
     assert family.config_cls is get_config_class(name)
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_every_public_name_of_a_family_can_be_imported(name):
+    package = importlib.import_module(get_config_class(name).__module__.rpartition(".")[0])
+    for public in getattr(package, "__all__", ()):
+        assert hasattr(package, public), public
 
 
 def test_an_unknown_family_is_refused_with_the_nearest_name():

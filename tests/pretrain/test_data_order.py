@@ -13,7 +13,6 @@ import pytest
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
-import pretrain.stability.nonfinite_steps
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.inspect_corpus import main
@@ -21,6 +20,7 @@ from data_tools.loading.batch import IGNORED_LABEL
 from data_tools.loading.loader import TrainLoader
 from data_tools.sampling.order_record import ORDER_NAME
 from pretrain.config import RunConfig
+from pretrain.loop import TrainLoop
 from tests.data_tools.corpora import write_counting_corpus
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
@@ -67,13 +67,13 @@ def _recorded(config: RunConfig, ds_config_path: str) -> list[tuple[int, int, li
     """Train; returns (step, data rank, rows) of every batch that this rank was given."""
     found: list[tuple[int, int, list[Row]]] = []
     step_now = 0
-    train = pretrain.stability.nonfinite_steps.SkipNonFinite.train
+    train = TrainLoop._train
     draw = TrainLoader.__next__
 
-    def noted(self, step, samples, **kwargs):
+    def noted(self, step, *args):
         nonlocal step_now
         step_now = step
-        return train(self, step, samples, **kwargs)
+        return train(self, step, *args)
 
     def drawn(self):
         batch = draw(self)
@@ -81,7 +81,7 @@ def _recorded(config: RunConfig, ds_config_path: str) -> list[tuple[int, int, li
         found.append((step_now, self._data_rank, rows))
         return batch
 
-    pretrain.stability.nonfinite_steps.SkipNonFinite.train = noted
+    TrainLoop._train = noted  # type: ignore[method-assign]
     TrainLoader.__next__ = drawn  # type: ignore[method-assign]
     assert run_training(config, ds_config_path) == 0
     return found

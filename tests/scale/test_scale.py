@@ -1,4 +1,4 @@
-"""What a rank has to do with the others does not grow with their number."""
+"""The work that a rank has with the others does not grow with their number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the published commands do; models/agiformer/<command>.py are their entry points."""
+"""The published commands; models/agiformer/<command>.py are their entry points."""
 
 from __future__ import annotations
 

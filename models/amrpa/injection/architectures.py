@@ -1,4 +1,4 @@
-"""Where the transformers models that AMRPA reaches keep their attention."""
+"""Locations of attention in the transformers models that AMRPA reaches."""
 
 from __future__ import annotations
 

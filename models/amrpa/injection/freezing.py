@@ -1,4 +1,4 @@
-"""What injection freezes."""
+"""Freezing of parameters by an injection."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from models.amrpa.memory import Measured
 
 
 class AMRPAState:
-    """What an injected model knows of its memory.
+    """The state of an injected model's memory.
 
     `measured`: that of the last forward pass, by layer that read others; None before the first.
     `num_readers`: how many layers with memory the stacks of that pass have.

@@ -1,4 +1,4 @@
-"""What one pass through a stack remembers, and which layers of the stack take part.
+"""State of one pass through a stack, and the layers of the stack that take part.
 
 Nothing outlives a pass but its losses and measurements: history is made anew by every forward pass.
 """
@@ -19,7 +19,7 @@ from models.amrpa.targets import MemoryPlan
 
 
 class Remembered(NamedTuple):
-    """What a layer leaves behind: `query` after correction and rotation, `key`, and the arguments
+    """The entry of a layer: `query` after correction and rotation, `key`, and the arguments
     of their attention; or its `pattern` [b, n, s, t]; or its output `context` [b, n, s, d]."""
 
     query: Tensor | None = None
@@ -73,7 +73,7 @@ class StackState:
         return ended
 
     def depth(self, site: Site) -> int:
-        """Which layer a call of an attention is; shared attention is called once per depth."""
+        """The layer that a call of an attention is; shared attention is called once per depth."""
         if len(site.depths) == 1:
             return site.depths[0]
         number = self._calls[id(site)]

@@ -138,7 +138,7 @@ def draws(seed: int, *, family: str | None = None) -> Iterator[Draw]:
 
 
 def _required(settings: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
-    """What a drawn setting cannot be without."""
+    """Settings that a drawn one cannot be without."""
     needed: dict[str, Any] = {}
     if settings.get("training.schedule") == "wsd":
         needed["training.decay_steps"] = 1

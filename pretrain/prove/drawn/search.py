@@ -28,7 +28,7 @@ class Failure(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What a search has found. `refusals`: reason -> draws that the config layer refused."""
+    """The findings of a search. `refusals`: reason -> draws that the config layer refused."""
 
     proven: int
     failures: list[Failure]

@@ -34,8 +34,8 @@ Tensors = dict[str, Tensor]
 
 
 class State(NamedTuple):
-    """What a checkpoint holds, in fp64, by parameter name. `buffers`: learnt layer states; `step`:
-    optimizer steps taken."""
+    """The content of a checkpoint, in fp64, by parameter name. `buffers`: learnt layer states;
+    `step`: optimizer steps taken."""
 
     weights: Tensors
     exp_avg: Tensors

@@ -88,7 +88,7 @@ class Shuffled:
         self._windows = (len(corpus.ids) - 1) // length
 
     def begin(self, position: int) -> int:
-        """Where in the corpus the sample at a position of the order begins; both in tokens."""
+        """The begin in the corpus of the sample at a position of the order, both in tokens."""
         index, offset = divmod(position, self._length)
         epoch, index = divmod(index, self._windows)
         window = permuted(index, self._windows, key=(self._seed, epoch, self._name))
@@ -134,7 +134,7 @@ def interleaved(weights: Mapping[str, float]) -> list[str]:
 
 
 class Step(NamedTuple):
-    """What an optimizer step reads: sequences, their length, the mix of sources."""
+    """The data of an optimizer step: sequences, their length, the mix of sources."""
 
     sequences: int
     length: int

@@ -1,4 +1,4 @@
-"""How many roundings follow one another in the forward pass of a model in bf16."""
+"""Number of consecutive roundings in the forward pass of a model in bf16."""
 
 from __future__ import annotations
 

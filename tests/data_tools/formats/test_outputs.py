@@ -1,4 +1,4 @@
-"""What is read as an input and what becomes of an output, whatever the format."""
+"""Inputs and outputs of conversions, whatever the format."""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ def test_stages_end_after_the_steps_they_name() -> None:
     assert _firsts(curriculum) == [0, 3, 8]
     names = [next(iter(curriculum.stage_after(step).weights)) for step in range(20)]
     assert names == ["dictionary"] * 3 + ["stories"] * 5 + ["wiki"] * 12
+    assert [curriculum.end_after(steps) for steps in (0, 2, 3, 19)] == [3, 3, 8, 20]
     assert [curriculum.tokens_after(steps) for steps in (0, 1, 3, 4, 20)] == [
         0, 160, 480, 1120, 480 + 17 * 640,
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a generation keeps, and how it goes back."""
+"""Generation caches and their rollback."""
 
 from __future__ import annotations
 

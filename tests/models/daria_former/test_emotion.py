@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.daria_former.config import DariaFormerConfig
 from models.daria_former.emotion import EmotionExpressionLayer
 from parallel.context import ParallelContext
 from parallel.random import initialize
-from parallel.sharding import Normal
 
 H, E = 6, 4
 
 
 def _site(mode: str, *, is_first: bool = False) -> EmotionExpressionLayer:
-    site = EmotionExpressionLayer(
-        H, E, mode=mode, is_first=is_first, eps=1e-6, init=Normal(0.7), ctx=ParallelContext.single()
-    )
+    config = DariaFormerConfig(
+        hidden_dim=H, num_heads=1, num_kv_heads=1, emotion_dim=E, esv_mode=mode,
+        initializer_range=0.7,
+    )  # fmt: skip
+    site = EmotionExpressionLayer(config, is_first=is_first, ctx=ParallelContext.single())
     initialize(site, seed=2, prefix="site", tensor_rank=0)
     return site
 

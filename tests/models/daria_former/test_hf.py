@@ -1,4 +1,4 @@
-"""What is special to an exported Daria-Former; tests/models/hf/test_contract.py has the rest."""
+"""Peculiarities of an exported Daria-Former; tests/models/hf/test_contract.py has the rest."""
 
 from __future__ import annotations
 

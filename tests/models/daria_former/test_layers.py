@@ -1,4 +1,4 @@
-"""How the layers start, and what follows from it."""
+"""The layers at their start, and what follows from it."""
 
 from __future__ import annotations
 

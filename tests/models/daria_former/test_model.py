@@ -1,4 +1,4 @@
-"""What must hold of the whole model: no leak, no boundary, no growth, and images over the wire."""
+"""The whole model: no leak, no boundary, no growth, and images over the wire."""
 
 from __future__ import annotations
 

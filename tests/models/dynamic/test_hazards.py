@@ -1,4 +1,4 @@
-"""What goes wrong in models that route tokens, and that it does not here."""
+"""Known faults of models that route tokens, none of them here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command refuses, without the package `gguf`; test_file.py reads what it writes."""
+"""Refusals of the command, without the package `gguf`; test_file.py reads what it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What llama.cpp computes from the files, against our models."""
+"""Results of llama.cpp from the files, against our models."""
 
 from __future__ import annotations
 

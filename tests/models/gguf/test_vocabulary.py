@@ -1,4 +1,4 @@
-"""Which tokenizers llama.cpp holds, without llama.cpp; test_tokens.py runs them in it."""
+"""Tokenizers that llama.cpp holds, without llama.cpp; test_tokens.py runs them in it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert
-from models.hf.tokenizer import export_tokenizer, export_tokenizer_files
+from models.hf.tokenizer import export_tokenizer_files
 from models.hf.tokenizer_check import Loaded, Sample, Training, difference, sample_of
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.hf.tokenizer_files import hugging_face_file, sentencepiece_file
@@ -70,7 +70,9 @@ def test_a_class_that_builds_another_tokenizer_is_replaced(tmp_path):
     (tmp_path / "own").mkdir()
     source = sentencepiece_file(tmp_path / "t.model")
     training = load_tokenizer(str(source))
-    export_tokenizer(source, tmp_path / "own", eod_id=training.eod_id, encode=training.encode)
+    export_tokenizer_files(
+        source, tmp_path / "own", Training(training.encode), eod_id=training.eod_id
+    )
     declared = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "legacy": False}
     (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(declared))
     (remark,) = _exported(tmp_path / "own", tmp_path)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
@@ -167,14 +166,9 @@ def test_a_run_killed_during_a_background_save_continues_like_an_undisturbed_one
         assert path.parent.name == "rng" or last[path] == content, path
 
 
-def ranks_of_world() -> RankGroup:
-    assert dist.group.WORLD is not None
-    return RankGroup.of_group(dist.group.WORLD)
-
-
 def fails_on_the_second_rank(run_dir: Path) -> list[str]:
     """Save steps 1 to 4 of which rank 1 cannot write the second; what each call raised."""
-    ranks = ranks_of_world()
+    ranks = RankGroup.of_world(timeout=None)
 
     def hook(operation, path):
         if ranks.rank == 1 and operation == "open" and "step_2" in str(path):

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.storage import Storage, fault_hook
@@ -204,14 +203,8 @@ def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(
     assert refused > 20
 
 
-def ranks_of_world() -> RankGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return RankGroup.of_group(group)
-
-
 def save_on_ranks(run_dir: Path, steps: list[int], environment: dict[str, str]) -> str | None:
-    ranks = ranks_of_world()
+    ranks = RankGroup.of_world(timeout=None)
     storage = Storage(hook=fault_hook(environment, ranks.rank))
     store = open_store(run_dir, ranks=ranks, storage=storage)
     store.find("auto")
@@ -224,7 +217,7 @@ def save_on_ranks(run_dir: Path, steps: list[int], environment: dict[str, str]) 
 
 
 def find_on_ranks(run_dir: Path, step: int) -> None:
-    ranks = ranks_of_world()
+    ranks = RankGroup.of_world(timeout=None)
     assert_holds(open_store(run_dir, ranks=ranks).find("must"), step, num_ranks=ranks.size)
 
 
@@ -266,7 +259,7 @@ def test_a_rank_killed_during_a_save_leaves_the_old_checkpoint(
 
 
 def damaged_on_ranks(run_dir: Path) -> None:
-    store = open_store(run_dir, ranks=ranks_of_world())
+    store = open_store(run_dir, ranks=RankGroup.of_world(timeout=None))
     assert_holds(store.find("auto"), 1, num_ranks=2)
 
 

@@ -1,4 +1,4 @@
-"""What ranks agree on."""
+"""Agreement of ranks."""
 
 from __future__ import annotations
 

@@ -64,24 +64,20 @@ def _config(data: Path, run_dir: Path, **changes):
 def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
     """`run`, in which the loss of some steps is a hundred times as large as it should be."""
     import pretrain.engine.train_spec
-    import pretrain.stability.nonfinite_steps
 
     now = 0
-    train, objective = (
-        pretrain.stability.nonfinite_steps.SkipNonFinite.train,
-        pretrain.engine.train_spec.TrainSpec.objective,
-    )
+    train, objective = TrainLoop._train, pretrain.engine.train_spec.TrainSpec.objective
 
-    def noted(self, step, samples, **kwargs):
+    def noted(self, step, *args):
         nonlocal now
         now = step
-        return train(self, step, samples, **kwargs)
+        return train(self, step, *args)
 
     def multiplied(self, output, targets):
         total, terms = objective(self, output, targets)
         return (total * 100, terms) if now in steps else (total, terms)
 
-    pretrain.stability.nonfinite_steps.SkipNonFinite.train = noted
+    TrainLoop._train = noted
     pretrain.engine.train_spec.TrainSpec.objective = multiplied
     try:
         return run_training(config, ds_config_path)

@@ -47,8 +47,8 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
     import os
 
     import pretrain.engine.train_spec
+    import pretrain.loop
     import pretrain.run
-    import pretrain.stability.nonfinite_steps
 
     lines: list[str] = []
     handler = logging.Handler()
@@ -60,13 +60,13 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
         here = int(os.environ["RANK"]) == fault.rank and now["step"] in fault.steps
         return here and not (fault.once and now["times"] > 0)
 
-    original_train = pretrain.stability.nonfinite_steps.SkipNonFinite.train
+    original_train = pretrain.loop.TrainLoop._train
     original_objective = pretrain.engine.train_spec.TrainSpec.objective
     original_build = pretrain.run.build_engine
 
-    def train(self, step, samples, **kwargs):
+    def train(self, step, *args):
         now.update(step=step, times=0)
-        return original_train(self, step, samples, **kwargs)
+        return original_train(self, step, *args)
 
     def objective(self, output, targets):
         total, terms = original_objective(self, output, targets)
@@ -99,7 +99,7 @@ def _broken(config, ds_config_path, fault: Fault) -> tuple[int | str, str]:
             parameter.register_hook(lambda g: g * float("inf") if strikes() else None)
         return engine
 
-    pretrain.stability.nonfinite_steps.SkipNonFinite.train = train
+    pretrain.loop.TrainLoop._train = train
     pretrain.engine.train_spec.TrainSpec.objective = objective
     pretrain.run.build_engine = build_engine
     try:

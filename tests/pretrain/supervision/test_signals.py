@@ -5,7 +5,6 @@ import signal
 import time
 
 import pytest
-import torch.distributed as dist
 
 from pretrain.distributed.consensus import RankGroup
 from pretrain.supervision.signals import GracefulStop
@@ -46,9 +45,7 @@ def test_the_old_handlers_are_back_afterwards() -> None:
 
 
 def steps_until_stop(signalled_rank: int, signalled_step: int) -> int:
-    group = dist.group.WORLD
-    assert group is not None
-    ranks = RankGroup.of_group(group)
+    ranks = RankGroup.of_world(timeout=None)
     with GracefulStop() as stop:
         for step in range(1, 100):
             if (ranks.rank, step) == (signalled_rank, signalled_step):

@@ -46,7 +46,7 @@ def mixture():
 
 
 class Case(NamedTuple):
-    """A rank stands still where it calls a function for the `count`-th time."""
+    """A rank hangs where it calls a function for the `count`-th time."""
 
     rank: int
     how: str
@@ -92,7 +92,7 @@ MORE_CASES = {
 
 
 def _train(config: RunConfig, case: Case) -> None:
-    """Train; one rank, when it comes to its place, notes when and stands still."""
+    """Train; one rank, when it comes to its place, notes when and hangs."""
     if int(os.environ["RANK"]) == case.rank:
         original, calls = getattr(case.owner, case.function), []
 

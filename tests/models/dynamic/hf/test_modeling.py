@@ -1,4 +1,4 @@
-"""What is special to exports of `mod` and `dtf`; tests/models/hf/test_contract.py has the rest."""
+"""Peculiarities of exports of `mod` and `dtf`; tests/models/hf/test_contract.py has the rest."""
 
 from __future__ import annotations
 
