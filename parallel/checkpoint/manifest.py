@@ -127,31 +127,6 @@ def step_of_name(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint `step_N` with the highest step of a run; None if there is none."""
-    folder = run_dir / "checkpoints"
-    steps = [
-        (step, entry)
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if (step := step_of_name(entry.name)) is not None and (entry / MANIFEST_NAME).is_file()
-    ]
-    return max(steps)[1] if steps else None
-
-
-def find_manifest(path: Path) -> Path:
-    """Find the manifest of a checkpoint (`step_N`), its weights directory, or a run's newest one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for directory in (path, newest_checkpoint(path), path.parent):
-        if directory is not None and (directory / MANIFEST_NAME).is_file():
-            return directory / MANIFEST_NAME
-    raise CheckpointError(
-        f"{path.absolute()} is no checkpoint and no run that has one; give the path of one"
-    )
-
-
 def load_manifest(path: Path) -> Manifest:
     """Read a manifest file and verify its checksum.
 
