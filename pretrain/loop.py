@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from pretrain.metrics.writers import Writers, build_writers
 from pretrain.stability.nonfinite_steps import SkipNonFinite, check_finite
 from pretrain.stability.replica_check import check_replicas
 from pretrain.stability.rollback import Rollback, Spike
+from pretrain.supervision.pass_timer import PassTimer, pass_timer
 from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
 
@@ -105,6 +107,10 @@ class TrainLoop:
                 engine,
                 rank=ranks.rank,
             )
+        self.pass_timer: PassTimer | None = None
+        if watchdog.compares_ranks and engine.counted_passes:
+            self.pass_timer = pass_timer(self.ctx.device, engine.counted_passes)
+            engine.time_passes(self.pass_timer)
         self.wait_policy: WaitPolicy | None = None
         if self.ctx.device.type == "cpu":
             self.wait_policy = WaitPolicy.of_this_process(
@@ -196,13 +202,24 @@ class TrainLoop:
             self._warn(f"step {step}: its data are skipped")
             self.state.loader.skip_to(samples.stop)
             return None
-        result, message = self.steps.train(step, samples, learning_rate=rate)
+        with self._timed():
+            result, message = self.steps.train(step, samples, learning_rate=rate)
         if message is not None:
             self._warn(message)
         if not result.applied:
             return None
         self.rollback.record(step, result.loss)
         return result
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Around a step, whose passes the device's clock times while stragglers are looked for."""
+        if self.pass_timer is None:
+            yield
+            return
+        with self.pass_timer.step(self.engine.num_micro_batches):
+            yield
+        self.watchdog.add_device_seconds(self.pass_timer.read())
 
     def _prepare(self, *, first: bool) -> None:
         """Set the engine up for the next step; restart the throughput window at a new stage."""
