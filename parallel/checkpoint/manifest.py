@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from parallel.checkpoint.errors import RESTORE, CheckpointError
-from parallel.checkpoint.storage import file_record
+from parallel.checkpoint.file_hashes import hash_files
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -76,11 +77,6 @@ class FileEntry(_Record):
     size: int
     sha256: str
     rank: int
-
-    @classmethod
-    def of(cls, path: Path, *, rank: int) -> FileEntry:
-        size, sha256 = file_record(path)
-        return cls(size=size, sha256=sha256, rank=rank)
 
 
 class Manifest(_Record):
@@ -235,13 +231,16 @@ def verify_listing(directory: Path, manifest: Manifest) -> str | None:
 
 
 def verify_content(directory: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """Describe the first of `names` whose sha256 differs from the manifest's; None if none does."""
-    for name in names:
-        path, expected = directory / name, manifest.files[name].sha256
-        try:
-            actual = file_record(path).sha256
-        except OSError as error:
-            return f"{str(path)!r} cannot be read: {error.strerror}"
-        if actual != expected:
-            return f"{str(path)!r} is damaged: sha256 {actual}, expected {expected}"
+    """Describe the first of `names` whose sha256 differs from the manifest's; None if none does.
+
+    Several files are hashed at a time; each name is taken from `names` when its file is begun.
+    """
+    paths = (directory / name for name in names)
+    with contextlib.closing(hash_files(paths)) as hashed:
+        for path, record, error in hashed:
+            if record is None:
+                return f"{str(path)!r} cannot be read: {error.strerror if error else ''}"
+            expected = manifest.files[path.relative_to(directory).as_posix()].sha256
+            if record.sha256 != expected:
+                return f"{str(path)!r} is damaged: sha256 {record.sha256}, expected {expected}"
     return None
