@@ -18,6 +18,7 @@ from models.layer_counts import layers_without_memory
 from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
 from parallel.checkpoint.errors import RESTORE
+from parallel.checkpoint.file_hashes import hash_files
 from parallel.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -191,10 +192,16 @@ def write_manifest(directory: Path, stored: StoredModel, *, step: int = 0) -> No
         sharding={
             name: (info.sharding.dim, info.sharding.full_size) for name, info in table.items()
         },
-        files={
-            path.relative_to(directory).as_posix(): FileEntry.of(path, rank=0)
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
-        },
+        files=_entries(directory),
     )
     (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+
+
+def _entries(directory: Path) -> dict[str, FileEntry]:
+    entries = {}
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    for path, record, error in hash_files(paths):
+        if record is None:
+            raise error or OSError(f"{path} cannot be read")
+        entries[path.relative_to(directory).as_posix()] = FileEntry(**record._asdict(), rank=0)
+    return entries

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.manifest import find_manifest
+from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait: functions import what needs it.
 if TYPE_CHECKING:

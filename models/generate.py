@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.common.sampling import check_sampling
-from parallel.checkpoint.manifest import find_manifest
+from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait.
 if TYPE_CHECKING:

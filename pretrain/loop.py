@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from pretrain.metrics.writers import Writers, build_writers
 from pretrain.stability.nonfinite_steps import SkipNonFinite, check_finite
 from pretrain.stability.replica_check import check_replicas
 from pretrain.stability.rollback import Rollback, Spike
+from pretrain.supervision.pass_timer import PassTimer, pass_timer
 from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
 
@@ -108,6 +110,10 @@ class TrainLoop:
             )
         # Of the current stage: its sequence length and its last step.
         self._sequence_length, self._stage_end = config.data.sequence_length, 0
+        self.pass_timer: PassTimer | None = None
+        if watchdog.compares_ranks and engine.counted_passes:
+            self.pass_timer = pass_timer(self.ctx.device, engine.counted_passes)
+            engine.time_passes(self.pass_timer)
         self.wait_policy: WaitPolicy | None = None
         if self.ctx.device.type == "cpu":
             self.wait_policy = WaitPolicy.of_this_process(
@@ -204,7 +210,8 @@ class TrainLoop:
             self._warn(f"step {step}: its data are skipped")
             loader.skip_to(self.state.samples_of(step).stop)
             return None
-        result = self.engine.train_step(loader, learning_rate=rate)
+        with self._timed():
+            result = self.engine.train_step(loader, learning_rate=rate)
         if result.applied:
             self.nonfinite.in_a_row = 0
             return result
@@ -212,6 +219,16 @@ class TrainLoop:
         result, message = self.nonfinite.rerun(step, samples, result, learning_rate=rate)
         self._warn(message)
         return result if result.applied else None
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Around a step, whose passes the device's clock times while stragglers are looked for."""
+        if self.pass_timer is None:
+            yield
+            return
+        with self.pass_timer.step(self.engine.num_micro_batches):
+            yield
+        self.watchdog.add_device_seconds(self.pass_timer.read())
 
     def _prepare(self, *, first: bool) -> None:
         """Begin what the next step begins: a stage, or a range of steps to be profiled."""

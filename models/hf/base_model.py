@@ -28,7 +28,7 @@ from models.hf.import_weights import (
 )
 from models.registry import get_family
 from parallel.carry import LayerSpec
-from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
+from parallel.checkpoint.weights import Weight, write_files
 from parallel.context import ParallelContext
 from parallel.layer_state import persistent_buffers
 from parallel.random import initialize
@@ -148,9 +148,7 @@ def import_base_weights(
             if name in taken.names:
                 load = partial(taken.load, name, target)
             weights.append(Weight(name, tuple(info.shape), target, info.sharding, load))
-        position = ShardPosition()
-        with (output / position.file_name).open("wb") as file:
-            write_shard(file, weights, position=position)
+        write_files(output, weights)
     return taken.names
 
 

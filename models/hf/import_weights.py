@@ -18,7 +18,7 @@ from torch import Tensor
 from models.base import HFMapping, ModelFamily
 from models.checkpoint import check_names, check_shape, parameter_table
 from models.registry import model_type_owners
-from parallel.checkpoint.weights import ShardPosition, Weight, write_shard
+from parallel.checkpoint.weights import Weight, write_files
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str:
 
 
 def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | None) -> None:
-    """Write the weights as `output`/pp_00_tp_00.safetensors; `dtype` None keeps theirs.
+    """Write the weights as files in `output`; `dtype` None keeps theirs.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape, or not finite.
@@ -145,9 +145,7 @@ def import_weights(model: ForeignModel, output: Path, *, dtype: torch.dtype | No
             refuse = torch.isnan if info.buffer_dtype else not_finite
             load = partial(load_sound, names[name], foreign, target, refuse)
             weights.append(Weight(name, tuple(info.shape), target, info.sharding, load))
-        position = ShardPosition()
-        with (output / position.file_name).open("wb") as file:
-            write_shard(file, weights, position=position)
+        write_files(output, weights)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from parallel.checkpoint.errors import RESTORE, CheckpointError
-from parallel.checkpoint.storage import file_record
+from parallel.checkpoint.file_hashes import hash_files
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -77,11 +78,6 @@ class FileEntry(_Record):
     sha256: str
     rank: int
 
-    @classmethod
-    def of(cls, path: Path, *, rank: int) -> FileEntry:
-        size, sha256 = file_record(path)
-        return cls(size=size, sha256=sha256, rank=rank)
-
 
 class Manifest(_Record):
     """The contents of `manifest.json`; `config` is the run's, and `config["model"]` the model's."""
@@ -125,31 +121,6 @@ def step_of_name(name: str) -> int | None:
     """The N of a directory name `step_N`; None for any other name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint `step_N` with the highest step of a run; None if there is none."""
-    folder = run_dir / "checkpoints"
-    steps = [
-        (step, entry)
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if (step := step_of_name(entry.name)) is not None and (entry / MANIFEST_NAME).is_file()
-    ]
-    return max(steps)[1] if steps else None
-
-
-def find_manifest(path: Path) -> Path:
-    """Find the manifest of a checkpoint (`step_N`), its weights directory, or a run's newest one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for directory in (path, newest_checkpoint(path), path.parent):
-        if directory is not None and (directory / MANIFEST_NAME).is_file():
-            return directory / MANIFEST_NAME
-    raise CheckpointError(
-        f"{path.absolute()} is no checkpoint and no run that has one; give the path of one"
-    )
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -260,13 +231,16 @@ def verify_listing(directory: Path, manifest: Manifest) -> str | None:
 
 
 def verify_content(directory: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """Describe the first of `names` whose sha256 differs from the manifest's; None if none does."""
-    for name in names:
-        path, expected = directory / name, manifest.files[name].sha256
-        try:
-            actual = file_record(path).sha256
-        except OSError as error:
-            return f"{str(path)!r} cannot be read: {error.strerror}"
-        if actual != expected:
-            return f"{str(path)!r} is damaged: sha256 {actual}, expected {expected}"
+    """Describe the first of `names` whose sha256 differs from the manifest's; None if none does.
+
+    Several files are hashed at a time; each name is taken from `names` when its file is begun.
+    """
+    paths = (directory / name for name in names)
+    with contextlib.closing(hash_files(paths)) as hashed:
+        for path, record, error in hashed:
+            if record is None:
+                return f"{str(path)!r} cannot be read: {error.strerror if error else ''}"
+            expected = manifest.files[path.relative_to(directory).as_posix()].sha256
+            if record.sha256 != expected:
+                return f"{str(path)!r} is damaged: sha256 {record.sha256}, expected {expected}"
     return None

@@ -11,6 +11,8 @@ import json
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from parallel.context import ParallelContext
 from parallel.sharding import Sharding, local_shape, sharding_of
 
 LAYOUT_KEY = "manyformer_layout"
+FILE_BYTES = 4 * 1024**3  # of an imported model, unless a layer has more
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -144,6 +147,35 @@ def write_shard(
             failure = error
     if failure is not None:
         raise failure
+
+
+def write_files(directory: Path, weights: Sequence[Weight]) -> None:
+    """Write a whole model as files of about `FILE_BYTES`, cut between layers as for stages.
+
+    Several files are hashed, read and copied at a time, one is not.
+
+    Raises:
+        OSError, WeightsError: see `write_shard`.
+    """
+    files = _cut(weights)
+    for number, each in enumerate(files):
+        position = ShardPosition(number, len(files))
+        with (directory / position.file_name).open("wb") as file:
+            write_shard(file, each, position=position)
+
+
+def _cut(weights: Sequence[Weight]) -> list[list[Weight]]:
+    files: list[list[Weight]] = [[]]
+    size = 0
+    for _, layer in groupby(weights, key=lambda weight: weight.name.partition(".")[0]):
+        of_layer = list(layer)
+        more = sum(torch.Size(w.shape).numel() * w.dtype.itemsize for w in of_layer)
+        if files[-1] and size + more > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1] += of_layer
+        size += more
+    return files
 
 
 def parse_layout(text: str) -> tuple[ShardPosition, dict[str, Sharding]]:

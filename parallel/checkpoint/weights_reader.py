@@ -14,12 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from parallel.checkpoint.errors import RESTORE
-from parallel.checkpoint.manifest import (
-    MANIFEST_NAME,
-    load_manifest,
-    newest_checkpoint,
-    verify_content,
-)
+from parallel.checkpoint.manifest import MANIFEST_NAME, load_manifest, verify_content
+from parallel.checkpoint.newest import newest_checkpoint
 from parallel.checkpoint.tensor_file import TensorFile
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from parallel.checkpoint.weights import LAYOUT_KEY, ShardPosition, WeightsError, parse_layout
@@ -138,6 +134,7 @@ def find_weights(path: Path) -> Path:
 
     Raises:
         WeightsError: there is none.
+        CheckpointError: the run's record of rollbacks is damaged.
     """
     newest = newest_checkpoint(path)
     for candidate in [path, path / "weights", *([newest / "weights"] if newest else [])]:

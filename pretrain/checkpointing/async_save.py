@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.errors import AgreedError, one_line
+from parallel.checkpoint.rollback_record import SkippedData
 from parallel.checkpoint.weights import Weight
 from pretrain.checkpointing.optimizer_shards import OptimizerShard
 from pretrain.checkpointing.rank_files import CheckpointContents
-from pretrain.checkpointing.rollbacks import SkippedData
 from pretrain.checkpointing.selection import Checkpoint, Resume, RunIdentity
 from pretrain.checkpointing.store import CheckpointStore
 

@@ -3,80 +3,28 @@
 A rollback writes it before anything else, and that write decides. A run that is killed before it
 continues from its newest checkpoint and meets the spike again; after it, from the checkpoint that
 it names, without these data. Newer checkpoints hold the data. They are deleted next, and a deletion
-that is interrupted is completed before anything looks for a checkpoint.
+that is interrupted is completed before a run looks for a checkpoint; whatever else takes the newest
+one of a run (`parallel.checkpoint.newest`) passes over them from the write on.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from parallel.checkpoint.errors import CheckpointError
-from parallel.checkpoint.manifest import decode_manifest, encode_manifest
+from parallel.checkpoint.manifest import encode_manifest
+from parallel.checkpoint.rollback_record import (
+    ROLLBACKS_NAME,
+    Rollbacks,
+    SkippedData,
+    missing_checkpoint,
+    read_rollbacks,
+)
 from parallel.checkpoint.storage import Storage
 from pretrain.checkpointing.directory import point_latest_to, set_aside, steps_in
 
-ROLLBACKS_NAME = "rollbacks.json"
-_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
-_RESTORE = (
-    "restore it, or delete it where a checkpoint was saved since the last rollback, which also "
-    "knows what to skip"
-)
 logger = logging.getLogger(__name__)
-
-
-class SkippedData(BaseModel):
-    """Data that a rollback skips: [first, last] step, and the samples [first, end) of the run.
-
-    Steps are counted as when they were taken; a later change of the batch may put the samples in
-    other ones. `samples`: None in checkpoints of earlier versions.
-    """
-
-    model_config = _STRICT
-
-    steps: tuple[int, int]
-    samples: tuple[int, int] | None = None
-
-
-class Rollbacks(BaseModel):
-    """The content of the file.
-
-    `returned_to`: step of the checkpoint that the newest rollback returned to. `is_complete`: all
-    checkpoints that were newer then are deleted. `skipped`: by all rollbacks, in order.
-    """
-
-    model_config = _STRICT
-
-    format_version: Literal[1] = 1
-    returned_to: int
-    is_complete: bool
-    skipped: tuple[SkippedData, ...]
-
-
-def read_rollbacks(directory: Path) -> Rollbacks | None:
-    """Read the file in `checkpoints/`; None if there was no rollback.
-
-    Raises:
-        CheckpointError: it is damaged.
-        OSError: it cannot be read.
-    """
-    path = directory / ROLLBACKS_NAME
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    content = decode_manifest(raw, path, remedy=_RESTORE)
-    try:
-        return Rollbacks.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not a record of rollbacks ({error.errors()[0]['msg']}): {_RESTORE}"
-        ) from error
 
 
 def roll_back(
@@ -125,11 +73,7 @@ def _write(directory: Path, rollbacks: Rollbacks, storage: Storage) -> None:
 def _complete(directory: Path, rollbacks: Rollbacks, storage: Storage) -> Rollbacks:
     step = rollbacks.returned_to
     if step not in steps_in(directory):
-        raise CheckpointError(
-            f"{str(directory / ROLLBACKS_NAME)!r} is of a rollback to step_{step}, which is "
-            "missing: restore it, or delete that file to continue from another checkpoint, which "
-            "may hold the data to be skipped"
-        )
+        raise missing_checkpoint(directory, rollbacks)
     # Moved while the checkpoint that it names still exists.
     point_latest_to(directory, step, storage)
     newer = [each for each in steps_in(directory) if each > step]

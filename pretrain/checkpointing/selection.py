@@ -19,9 +19,9 @@ from parallel.checkpoint.manifest import (
     verify_content,
     verify_listing,
 )
+from parallel.checkpoint.rollback_record import SkippedData
 from pretrain.checkpointing.directory import LATEST_NAME, steps_in
 from pretrain.checkpointing.index import FOLDER as OPTIMIZER_FOLDER
-from pretrain.checkpointing.rollbacks import SkippedData
 from pretrain.config import RunConfig, resolved
 from pretrain.config.resume_rules import (
     Difference,

@@ -24,6 +24,7 @@ from parallel.checkpoint.manifest import (
     FileEntry,
     Manifest,
 )
+from parallel.checkpoint.rollback_record import Rollbacks, SkippedData
 from parallel.checkpoint.storage import Storage, fault_hook
 from parallel.checkpoint.weight_slices import WeightPlace, WeightsTable
 from pretrain.checkpointing.directory import delete, point_latest_to, steps_in
@@ -37,13 +38,7 @@ from pretrain.checkpointing.index import (
 from pretrain.checkpointing.optimizer_shards import StoredOptimizer
 from pretrain.checkpointing.rank_files import CheckpointContents, RankFiles, Written
 from pretrain.checkpointing.retention import surplus
-from pretrain.checkpointing.rollbacks import (
-    Rollbacks,
-    SkippedData,
-    complete_interrupted,
-    forget,
-    roll_back,
-)
+from pretrain.checkpointing.rollbacks import complete_interrupted, forget, roll_back
 from pretrain.checkpointing.selection import (
     Checkpoint,
     Resume,

@@ -149,11 +149,13 @@ def _owned(config: RunConfig, data_size: int) -> dict[str, _Owned]:
 
 # Defaults that replace harmful ones of DeepSpeed: it prints during steps, its throughput timer
 # synchronises with the device in every micro-batch, and in bf16 it would reduce the fp32 gradients
-# of data ranks in bf16.
+# of data ranks in bf16, and keep bf16 gradients beside their fp32 sums from one micro-batch to the
+# next.
 _DEFAULTS: dict[str, Any] = {
     "steps_per_print": _NEVER,
     "timers.throughput.enabled": False,
     "communication_data_type": "fp32",
+    "bf16.immediate_grad_update": True,
 }
 
 

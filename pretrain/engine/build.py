@@ -17,6 +17,7 @@ from parallel.sharding import sharding_table, sum_partial_gradients
 from pretrain.engine.deepspeed_moe import patched_moe_detection, register_experts
 from pretrain.engine.engine import Engine, PlainEngine, StageEngine
 from pretrain.engine.optimizers import (
+    add_gradients_in_place,
     allow_empty_norms,
     build_optimizer,
     fuse_group_norms,
@@ -138,6 +139,7 @@ def _initialize(module: nn.Module, spec: TrainSpec) -> Any:
             config=spec.ds_config.values,
             mpu=None if spec.ctx.pipeline.size > 1 else _mpu(spec.ctx),
         )
+    add_gradients_in_place(engine.optimizer)
     allow_empty_norms(engine.optimizer)
     if spec.ctx.pipeline.size > 1:
         fuse_group_norms(engine.optimizer)

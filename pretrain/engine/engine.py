@@ -45,6 +45,7 @@ from pretrain.engine.optimizers import (
 )
 from pretrain.engine.scoring import Scores, Scoring
 from pretrain.engine.train_spec import Targets, TrainSpec, count_scored
+from pretrain.supervision.pass_timer import CountedPasses
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -85,7 +86,31 @@ class Engine(ABC):
         self._layer_states = layer_state_owners(self.module)
         self.spec = spec
         self.ctx = spec.ctx
-        self._phase: Phase = contextlib.nullcontext
+        self._phases: dict[str, Phase] = {}  # by what enters them
+
+    def _phase(self, name: str) -> AbstractContextManager[Any]:
+        """Around a phase of a step."""
+        if not self._phases:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for phase in self._phases.values():
+            stack.enter_context(phase(name))
+        return stack
+
+    def _set_phase(self, purpose: str, phase: Phase | None) -> None:
+        if phase is None:
+            self._phases.pop(purpose, None)
+        else:
+            self._phases[purpose] = phase
+
+    @property
+    @abstractmethod
+    def counted_passes(self) -> CountedPasses:
+        """Passes that wait for other ranks in marked collectives alone."""
+
+    def time_passes(self, phase: Phase) -> None:
+        """Enter `phase(name)` around each phase of all steps, whatever `record_phases` enters."""
+        self._set_phase("time", phase)
 
     def record_phases(self, phase: Phase | None) -> None:
         """Enter `phase(name)` around each phase of the steps from here on; None: no longer.
@@ -93,7 +118,7 @@ class Engine(ABC):
         Phases are data, forward, backward and optimizer, and in a pipeline reduction (of gradients,
         otherwise a part of backward and optimizer) and pipeline (waiting for other stages).
         """
-        self._phase = phase or contextlib.nullcontext
+        self._set_phase("record", phase)
 
     @abstractmethod
     def set_sequence_length(self, length: int) -> None:
@@ -196,6 +221,13 @@ class PlainEngine(Engine):
             # gradients to a buffer and back. In other cases the call also partitions them.
             deepspeed_engine.enable_backward_allreduce = False
 
+    @property
+    def counted_passes(self) -> CountedPasses:
+        # Gradients are reduced in the last backward pass of a step, with ZeRO-2 in each, and with
+        # ZeRO-3 weights gathered in every pass: on streams of DeepSpeed's, for which ours waits.
+        stage = self.spec.ds_config.zero_stage
+        return CountedPasses(forward=stage < 3, backward=stage < 2, last_backward=False)
+
     def set_sequence_length(self, length: int) -> None:
         """Do nothing: no buffer depends on the sequence length."""
 
@@ -268,14 +300,18 @@ class StageEngine(Engine):
         super().__init__(deepspeed_engine, spec)
         self.sequence_length = spec.config.data.sequence_length
 
-    def record_phases(self, phase: Phase | None) -> None:
-        super().record_phases(phase)
+    @property
+    def counted_passes(self) -> CountedPasses:
+        return CountedPasses()
+
+    def _set_phase(self, purpose: str, phase: Phase | None) -> None:
+        super()._set_phase(purpose, phase)
         engine = self._deepspeed
-        # The class's table, which an attribute of the object hides while phases are recorded.
+        # The class's table, which an attribute of the object hides while phases are entered.
         engine.__dict__.pop("_INSTRUCTION_MAP", None)
-        if phase is not None:
+        if self._phases:
             engine._INSTRUCTION_MAP = {
-                instruction: _in_phase(phase, _PHASES[instruction.__name__], run)
+                instruction: _in_phase(self._phase, _PHASES[instruction.__name__], run)
                 for instruction, run in engine._INSTRUCTION_MAP.items()
             }
 

@@ -22,7 +22,8 @@ from models.checkpoint import (
 )
 from models.registry import get_family
 from parallel.carry import LayerSpec
-from parallel.checkpoint.manifest import find_manifest, load_manifest
+from parallel.checkpoint.manifest import load_manifest
+from parallel.checkpoint.newest import find_manifest
 from parallel.checkpoint.weight_slices import WeightSlices, WeightsTable
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 from parallel.context import ParallelContext

@@ -20,6 +20,7 @@ from pretrain.config import LoggingConfig, WandbConfig
 
 Record = Mapping[str, float]
 METRICS_NAME = "metrics.jsonl"
+_AXIS = "step"  # the run's step, in W&B
 logger = logging.getLogger(__name__)
 
 
@@ -212,7 +213,12 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases that a resume continues; its key stays in the environment."""
+    """A run of Weights & Biases that a resume continues; its key stays in the environment.
+
+    W&B ignores what is logged at a lower step than before, as all is after a rollback, or up to
+    where a killed run had come. So its own step only counts records, and never goes back: it is the
+    run's step as long as that is the larger one. Curves are drawn over the metric `step`.
+    """
 
     def __init__(
         self, config: WandbConfig, *, run_dir: Path, run_config: Mapping[str, Any]
@@ -229,13 +235,30 @@ class WandbWriter:
             dir=str(run_dir),
             config=dict(run_config),
         )
+        self._run.define_metric(_AXIS, hidden=True)
+        for kind in ("train", "eval"):
+            self._run.define_metric(f"{kind}/*", step_metric=_AXIS)
+        self._position_path = run_dir / ".wandb_step"
+        self._position = self._last_position()
+        self._step: int | None = None
 
     def write(self, record: Record) -> None:
-        self._run.log(_tagged(record), step=int(record["step"]))
+        step = int(record["step"])
+        if step != self._step:  # training and evaluation of a step are one row
+            self._step, self._position = step, max(self._position + 1, step)
+            self._position_path.write_text(str(self._position))
+        self._run.log({**_tagged(record), _AXIS: step}, step=self._position)
 
     def close(self) -> None:
         self._run.finish()
         self._teardown()  # `finish` may return before an offline run is on disk
+
+    def _last_position(self) -> int:
+        """The last step of W&B's, of this process or an earlier one."""
+        try:
+            return int(self._position_path.read_text())
+        except (OSError, ValueError):
+            return -1
 
 
 def _tagged(record: Record) -> dict[str, float]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data_tools.sampling.curriculum import Curriculum
+from parallel.checkpoint.rollback_record import SkippedData
 from pretrain.checkpointing import Checkpoint
 from pretrain.checkpointing.async_save import Checkpointer
-from pretrain.checkpointing.rollbacks import SkippedData
 from pretrain.checkpointing.train_state import TrainState
 from pretrain.config.resume_rules import change_of
 from pretrain.config.sections import SpikeConfig, StabilityConfig

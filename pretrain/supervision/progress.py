@@ -41,7 +41,7 @@ class Progress(NamedTuple):
     rank makes progress. `pid_namespace`: in which `pid` is valid. `window`, `busy`: see
     `stragglers.BusyTimer`. `memory_gib`: resident on the host. `part`: of a long activity, the
     latest that has begun; "" if none. `calls`: the latest collectives, empty while the rank makes
-    progress.
+    progress. `device`: its seconds per step in the window, 0 if unknown, see `pass_timer`.
     """
 
     host: str
@@ -59,6 +59,7 @@ class Progress(NamedTuple):
     memory_gib: float = 0.0
     part: str = ""
     calls: tuple[Call, ...] = ()
+    device: float = 0.0
 
     @property
     def where(self) -> str:

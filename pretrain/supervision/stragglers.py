@@ -2,9 +2,9 @@
 
 Ranks wait for each other in every step, so all of them take as long as the slowest. They differ in
 the time they do not wait. The watchdog thread samples the main thread fifty times a second: it is
-inside torch.distributed, or busy. The step itself does nothing for this and waits for no device.
-Sampling sees what keeps the host busy (data, Python, a CPU that is shared or throttled), but not a
-slow device, for which the hosts of all ranks wait alike.
+inside torch.distributed, or busy. Sampling sees what keeps the host busy (data, Python, a CPU that
+is shared or throttled), but not a slow device, for which the hosts of all ranks wait alike. That is
+seen by the time the device itself takes for forward and backward passes (`pass_timer`).
 """
 
 from __future__ import annotations
@@ -47,15 +47,22 @@ class BusyTimer:
 
 
 class Straggler(NamedTuple):
-    """A rank whose own work takes `ratio` times the median of its pipeline stage."""
+    """A rank whose own work, or whose device's, takes `ratio` times the median of its pipeline
+    stage."""
 
     rank: int
+    whose: str
+    seconds: float  # a step
+    usual: float
     ratio: float
-    usual: float  # seconds a step
+
+
+# Fields of Progress that are compared, and whose work they are.
+_MEASURES = {"busy": "its own", "device": "its device's own"}
 
 
 class StragglerDetector:
-    """Compares the busy time of all ranks within each pipeline stage; stages differ by nature.
+    """Compares the work of all ranks within each pipeline stage; stages differ by nature.
 
     A straggler exceeds `ratio` in two consecutive windows, and loses at least `_MIN_SHARE` of a
     step by it.
@@ -75,13 +82,10 @@ class StragglerDetector:
                 stages.setdefault(progress.stage, {})[rank] = progress
         slow, largest = [], 0.0
         for stage in stages.values():
-            # The lower median: of two ranks the slow one must not be the reference.
-            usual = median_low(progress.busy for progress in stage.values())
-            for rank, progress in stage.items():
-                each = Straggler(rank, progress.busy / max(usual, 1e-9), usual)
-                matters = progress.busy - usual >= _MIN_SHARE * seconds_per_step
-                largest = max(largest, each.ratio if matters else 1.0)
-                if self._is_slow(rank, progress.window, each.ratio >= self._ratio and matters):
+            worst = _slowest_measures(stage, lost=_MIN_SHARE * seconds_per_step)
+            for rank, each in worst.items():
+                largest = max(largest, each.ratio)
+                if self._is_slow(rank, stage[rank].window, each.ratio >= self._ratio):
                     slow.append(each)
         self.largest = largest or None
         return slow
@@ -96,3 +100,19 @@ class StragglerDetector:
             return False
         self._reported.add(rank)
         return True
+
+
+def _slowest_measures(stage: Mapping[int, Progress], *, lost: float) -> dict[int, Straggler]:
+    """Of each rank the measure in which it is slowest; its ratio is 1 unless it loses `lost` s."""
+    worst: dict[int, Straggler] = {}
+    for name, whose in _MEASURES.items():
+        taken = {rank: getattr(progress, name) for rank, progress in stage.items()}
+        if name == "device" and not all(taken.values()):  # not known of every rank
+            continue
+        # The lower median: of two ranks the slow one must not be the reference.
+        usual = median_low(taken.values())
+        for rank, seconds in taken.items():
+            ratio = seconds / max(usual, 1e-9) if seconds - usual >= lost else 1.0
+            if rank not in worst or ratio > worst[rank].ratio:
+                worst[rank] = Straggler(rank, whose, seconds, usual, ratio)
+    return worst

@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -105,6 +106,8 @@ class Watchdog:
         self._failure: str | None = None  # error of another rank, as that rank reported it
         self._peer_lost_at: float | None = None  # when the exit of another rank was noticed
         self._steps, self._in_step, self._busy_timer = 0, False, BusyTimer()
+        # Seconds per step, from the main thread to the watchdog's.
+        self._device_seconds: deque[float] = deque(maxlen=1000)
         self._comparisons_left = 0
         self._num_absent_judges = 0
         self._judge_seen_at: float | None = None
@@ -135,6 +138,15 @@ class Watchdog:
     def slowest_ratio(self) -> float | None:
         """Busy time of the slowest rank over the median of its stage; known on rank 0 only."""
         return None if self._stragglers is None else self._stragglers.largest
+
+    @property
+    def compares_ranks(self) -> bool:
+        """Whether stragglers are looked for."""
+        return self._stragglers is not None
+
+    def add_device_seconds(self, seconds: Iterable[float]) -> None:
+        """Report steps in which this rank's device worked for so long, each."""
+        self._device_seconds.extend(seconds)
 
     def set_layout(self, place: str, *, stage: int) -> None:
         """Set the position of this rank in the layout; ranks of one stage are compared."""
@@ -258,10 +270,16 @@ class Watchdog:
             **self._sampled,
             "window": self._busy_timer.window,
             "busy": self._busy_timer.busy,
+            "device": self._mean_device_seconds(),
         }
         self._comparisons_left = 2  # comparisons: the others report their window about now
         with contextlib.suppress(RuntimeError, TimeoutError):
             self._record.report(self._own)
+
+    def _mean_device_seconds(self) -> float:
+        """Per step, of the steps reported since the last call; 0 if there are none."""
+        reported = [self._device_seconds.popleft() for _ in range(len(self._device_seconds))]
+        return sum(reported) / max(len(reported), 1)
 
     def _compare(self) -> None:
         """Warn about stragglers, on rank 0."""
@@ -382,8 +400,9 @@ class Watchdog:
 
 def _warn(slow: Straggler, progress: Progress) -> None:
     sys.stderr.write(
-        f"warning: rank {slow.rank} {progress.summary} is slow: {progress.busy:.3g} s of own work "
-        f"per step, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual in its stage\n"
+        f"warning: rank {slow.rank} {progress.summary} is slow: {slow.seconds:.3g} s of "
+        f"{slow.whose} work per step, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual "
+        "in its stage\n"
     )
     sys.stderr.flush()
 

@@ -7,15 +7,17 @@ that a rank updates, or its slices of the weights, so 1.00 is the least that can
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import parallel.megatron
 import parallel.pipeline  # noqa: F401  imported once here, not in every forked rank
+from parallel.checkpoint.file_hashes import hash_files
 from pretrain import run
 from pretrain.config import RunConfig
 from pretrain.engine.build import build_engine
@@ -23,12 +25,13 @@ from pretrain.engine.deepspeed_optimizer import OptimizerView
 from pretrain.engine.initial_weights import InitialWeights
 from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
-from tests.benchmarks.timing import Table
+from tests.benchmarks.timing import Table, interleaved, ratio
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import SEQ, VOCAB, tiny_run, write_data
 
 RANKS, ROUNDS = 4, 3
+FILES, FILE_BYTES = 4, 100_000_000
 # A third of a block's weights is cut along dimension 1, as in the sizes of llama.
 MODEL = {
     "family": "llama",
@@ -188,6 +191,29 @@ def tables() -> Iterator[Table]:
         f"Files and bytes of a rank, of {RANKS}",
         ("", "opens, most", "MB of headers", "MB of tensors", "over those needed", "seconds"),
         rows,
+    )
+    yield _hashing()
+
+
+def _hashing() -> Table:
+    """A model imported into files of 4 GB, made small: verified file by file, and side by side."""
+    with tempfile.TemporaryDirectory() as name:
+        paths = [Path(name, f"{number}.bin") for number in range(FILES)]
+        for path in paths:
+            path.write_bytes(os.urandom(FILE_BYTES))
+        contestants = {
+            "one at a time": lambda: list(hash_files(paths, threads=1)),
+            "side by side": lambda: list(hash_files(paths)),
+        }
+        seconds = interleaved(contestants, rounds=ROUNDS, warmup=1)
+    size = FILES * FILE_BYTES / 1e6
+    return Table(
+        f"SHA-256 of {FILES} files, {size:.0f} MB together",
+        ("", "MB/s", "ratio"),
+        [
+            (each, f"{size / median(taken):.0f}", ratio(seconds, each, "one at a time"))
+            for each, taken in seconds.items()
+        ],
     )
 
 

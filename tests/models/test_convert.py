@@ -14,6 +14,7 @@ from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert, generate
 from models.base import TokenInputs
 from models.checkpoint import load_model, open_checkpoint
+from parallel.checkpoint import weights
 from tests.forked_command import run_forked
 from tests.models.checkpoints import config, write_checkpoint
 from tests.models.hf.tokenizer_files import (
@@ -62,12 +63,16 @@ def test_a_model_of_transformers_gives_the_same_logits_here(shape, tmp_path):
     torch.testing.assert_close(logits, theirs(TOKENS).logits, rtol=1e-4, atol=5e-5)
 
 
-def test_export_and_import_give_back_every_bit(tmp_path):
+@pytest.mark.parametrize("size", [None, 25_000])
+def test_export_and_import_give_back_every_bit(size, tmp_path, monkeypatch):
+    """From one file, or from several between layers, which are hashed side by side."""
+    monkeypatch.setattr(weights, "FILE_BYTES", size or weights.FILE_BYTES)
     of = config()
     whole = write_checkpoint(tmp_path / "step_5", of, pipeline=2, tensor=2, tokenizer=None)
     convert.to_hf(tmp_path / "step_5", tmp_path / "hf", max_shard_size="30KB")
     convert.from_hf(tmp_path / "hf", tmp_path / "back")
     stored = open_checkpoint(tmp_path / "back")
+    assert len(list(stored.weights.iterdir())) == (5 if size else 1)
     assert stored.config == of
     loaded = dict(load_model(stored, device="cpu").named_parameters())
     for name, parameter in whole.named_parameters():

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from parallel.checkpoint.manifest import find_manifest, load_manifest
+from parallel.checkpoint.manifest import load_manifest
+from parallel.checkpoint.newest import find_manifest
 from pretrain.config.errors import nearest, show
 from pretrain.errors import ConfigError
 from pretrain.files import CONFIGS

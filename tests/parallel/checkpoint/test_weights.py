@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parallel.checkpoint.file_hashes import hash_files
 from parallel.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Layout, Manifest
 from parallel.checkpoint.weights import (
     ShardPosition,
@@ -248,7 +249,8 @@ def test_verification_finds_a_flipped_bit_through_the_manifest(tmp_path: Path) -
     weights = tmp_path / "step_1" / "weights"
     write_grid(weights, pipeline_size=1, tensor_size=1)
     path = weights / "pp_00_tp_00.safetensors"
-    entry = FileEntry.of(path, rank=0)
+    [(_, record, _)] = hash_files([path])
+    entry = FileEntry(**record._asdict(), rank=0)
     assert entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = Manifest(
         format_version=FORMAT_VERSION,

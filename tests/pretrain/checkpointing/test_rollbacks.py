@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from parallel.checkpoint import newest
 from parallel.checkpoint.errors import CheckpointError
+from parallel.checkpoint.newest import find_manifest, newest_checkpoint
+from parallel.checkpoint.rollback_record import ROLLBACKS_NAME, SkippedData
 from parallel.checkpoint.storage import Storage, fault_hook
+from parallel.checkpoint.weights_reader import find_weights
 from pretrain.checkpoint import main
 from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.directory import steps_in
 from pretrain.checkpointing.retention import surplus
-from pretrain.checkpointing.rollbacks import ROLLBACKS_NAME, SkippedData
 from pretrain.checkpointing.store import CheckpointStore
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, flip_bit, open_store
@@ -67,14 +70,19 @@ def _interrupted(run_dir: Path) -> Path:
 
 
 def _found_after(run_dir: Path) -> tuple[int, tuple[SkippedData, ...]]:
-    """What the next start finds, whose next save succeeds; `latest` always names a checkpoint."""
+    """What the next start finds, whose next save succeeds; `latest` always names a checkpoint.
+
+    An export, say, that takes the newest checkpoint before that start takes the same one.
+    """
     directory = run_dir / "checkpoints"
+    exported = newest_checkpoint(run_dir)
     assert (directory / (directory / "latest").read_text().strip()).is_dir()
     assert main(["verify", str(run_dir)]) == 0
     store = open_store(run_dir, keep=9)
     found = store.find("must")
     assert found is not None
     assert_holds(found, found.step)
+    assert exported == found.path
     assert (directory / "latest").read_text() == f"step_{found.step}\n"
     steps = steps_in(directory)
     assert steps[0] == found.step
@@ -254,8 +262,9 @@ def test_a_damaged_record_of_rollbacks_is_refused(tmp_path):
     content = path.read_bytes()
     for position in range(len(content)):
         flip_bit(path, position)
-        with _refused(ROLLBACKS_NAME, value="damaged", constraint=(), remedy="restore"):
-            open_store(tmp_path)
+        for look in (open_store, newest_checkpoint):
+            with _refused(ROLLBACKS_NAME, value="damaged", constraint=(), remedy="restore"):
+                look(tmp_path)
         path.write_bytes(content)
     open_store(tmp_path).close()
 
@@ -263,13 +272,37 @@ def test_a_damaged_record_of_rollbacks_is_refused(tmp_path):
 def test_an_interrupted_rollback_to_a_checkpoint_that_is_gone_deletes_nothing(tmp_path):
     _interrupted(_run(tmp_path, 4, 6, 8))
     (tmp_path / "checkpoints" / "step_4").rename(tmp_path / "elsewhere")
-    with _refused(
-        ROLLBACKS_NAME, value="step_4", constraint="missing", remedy=("restore", "delete")
-    ):
-        open_store(tmp_path)
+    for look in (open_store, newest_checkpoint):
+        with _refused(
+            ROLLBACKS_NAME, value="step_4", constraint="missing", remedy=("restore", "delete")
+        ):
+            look(tmp_path)
     assert steps_in(tmp_path / "checkpoints") == [8, 6]
     (tmp_path / "elsewhere").rename(tmp_path / "checkpoints" / "step_4")
     assert _found_after(tmp_path) == (4, (FIRST, SECOND))
+
+
+def test_whoever_takes_the_newest_checkpoint_passes_over_those_that_a_rollback_discarded(tmp_path):
+    """By the same record as the run; only a checkpoint that is named itself is taken whatever it
+    is."""
+    step_4 = _interrupted(_run(tmp_path, 4, 6, 8)) / "checkpoints" / "step_4"
+    assert find_weights(tmp_path) == step_4 / "weights"
+    assert find_manifest(tmp_path) == step_4 / "manifest.json"
+    assert find_weights(step_4.with_name("step_8")) == step_4.with_name("step_8") / "weights"
+
+
+def test_a_rollback_recorded_while_checkpoints_are_listed_counts(tmp_path, monkeypatch):
+    _run(tmp_path, 4, 6, 8)
+    usual = newest._complete_steps
+
+    def listed_before_it(folder: Path) -> dict[int, Path]:
+        steps = usual(folder)
+        if not (folder / ROLLBACKS_NAME).exists():
+            _return(tmp_path, Storage())  # to its end: neither step 6 nor step 8 is there now
+        return steps
+
+    monkeypatch.setattr(newest, "_complete_steps", listed_before_it)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_4"
 
 
 def test_a_job_that_lost_its_lock_deletes_nothing(tmp_path):

@@ -34,7 +34,7 @@ _SMALL = 1000  # elements; every matrix of the model has more, and a bucket then
 
 # Key -> the settings that try it, each a file of its own.
 TRIED: dict[str, list[dict[str, Any]]] = {
-    "bf16.immediate_grad_update": [{"bf16.immediate_grad_update": True}],
+    "bf16.immediate_grad_update": [{"bf16.immediate_grad_update": False}],
     "wall_clock_breakdown": [{"wall_clock_breakdown": True}],
     "flops_profiler.enabled": [{"flops_profiler.enabled": True}],
     "communication_data_type": [{"communication_data_type": "bf16"}],

@@ -109,6 +109,7 @@ def test_a_profile_that_cannot_be_written_stops_nothing(data: Path, tmp_path: Pa
 
 def test_an_engine_records_phases_only_when_asked() -> None:
     engine = PlainEngine.__new__(PlainEngine)
+    engine._phases = {}
     names: list[str] = []
 
     def phase(name: str) -> Any:

@@ -4,8 +4,10 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,6 +193,56 @@ def test_wandb_offline_writes_the_numbers_and_no_secret(
     assert b"0.125" in log.read_bytes()
     for secret in (canary, "hf_canary", "argv_canary"):
         assert secret.encode() not in content
+
+
+def _wandb_records(run_dir: Path) -> Iterator[Any]:
+    """What the offline runs in a run directory hold, in the order in which they were begun.
+
+    Their files are logs in LevelDB's format: blocks of 32 kB, chunks with a checksum, a length and
+    a kind (whole, first, middle, last); each entry is a protocol buffer.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record as Entry
+
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=_made_at):
+        raw, entry, place = path.read_bytes(), b"", 7  # after the file's own header
+        while place + 7 <= len(raw):
+            if 32768 - place % 32768 < 7:  # no room for a chunk
+                place += 32768 - place % 32768
+                continue
+            length, kind = struct.unpack("<HB", raw[place + 4 : place + 7])
+            entry += raw[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):
+                yield Entry.FromString(entry)
+                entry = b""
+
+
+def _made_at(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def test_in_wandb_steps_that_go_back_are_kept_and_drawn_over_the_steps_of_the_run(
+    tmp_path: Path,
+) -> None:
+    """After a kill and after a rollback; W&B itself ignores what does not go on."""
+    config = WandbConfig(mode="offline", project="manyformer-test")
+    starts = [[1, 2, 3, 10], [3, 4], [2, 3, 20]]
+    for steps in starts:
+        writer = WandbWriter(config, run_dir=tmp_path, run_config={})
+        for step in steps:
+            writer.write({"step": step, "loss": float(step)})
+            writer.write({"step": step, "eval_loss": 1.0})
+        writer.close()
+
+    records = list(_wandb_records(tmp_path))
+    axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.HasField("metric")}
+    assert (axes["train/*"], axes["eval/*"]) == ("step", "step")
+    rows = [r.history for r in records if r.HasField("history")]
+    values = [{i.nested_key[0]: json.loads(i.value_json) for i in row.item} for row in rows]
+    assert [row["step"] for row in values] == [step for steps in starts for step in steps]
+    assert all(row["train/loss"] == row["step"] and row["eval/loss"] == 1.0 for row in values)
+    assert [row.step.num for row in rows] == [1, 2, 3, 10, 11, 12, 13, 14, 20]
+    assert len({r.run.run_id for r in records if r.HasField("run")}) == 1
 
 
 def test_plot_shows_both_curves_and_names_what_is_missing(

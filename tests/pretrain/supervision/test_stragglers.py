@@ -52,6 +52,27 @@ def test_a_hiccup_of_one_window_is_not_a_slow_rank():
     assert _found([[1, 1], [1, 5], [1, 1], [1, 5], [1, 1]], stages=[0, 0]) == [[]] * 5
 
 
+def _device_found(devices: list[float]) -> list[tuple[int, str]]:
+    """Ranks found, and whose work, when the hosts of all take a tenth of a second of each step."""
+    compared, found = StragglerDetector(RATIO), []
+    for window in (1, 2, 3):
+        ranks = {
+            rank: Progress("host", 1, window=window, busy=0.1, device=seconds)
+            for rank, seconds in enumerate(devices)
+        }
+        found += compared.compare(ranks, seconds_per_step=1.0)
+    return [(each.rank, each.whose) for each in found]
+
+
+def test_a_slow_device_is_found_where_all_hosts_wait_alike():
+    assert _device_found([0.3, 0.3, 0.9, 0.3]) == [(2, "its device's own")]
+    assert _device_found([0.3, 0.3, 0.4, 0.3]) == []
+
+
+def test_devices_are_compared_where_the_time_of_all_is_known():
+    assert _device_found([0.0, 0.3, 0.9, 0.3]) == []
+
+
 def test_noise_of_a_fifth_raises_no_alarm():
     assert _found([[1] * 8] * 1000, stages=[0] * 8, noise=0.2) == [[]] * 1000
 
