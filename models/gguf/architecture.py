@@ -25,6 +25,7 @@ from models.common.rope import attention_factor, stretch
 
 # The model types of transformers whose function is that of a `DecoderConfig`.
 _DECODERS = {"llama", "ministral", "mistral", "qwen2", "qwen3"}
+_MAX_LAYERS = 512  # of any of its models; a file with more ends the process that loads it
 _INSTEAD = "export it with to-hf, for programs that run models of transformers"
 
 Value = bool | int | float | str
@@ -71,6 +72,11 @@ def architecture_of(config: DecoderConfig) -> Architecture:
     Raises:
         ValueError: a setting that no model of llama.cpp with the rest of them computes.
     """
+    if config.num_layers > _MAX_LAYERS:
+        raise ValueError(
+            f"num_layers={config.num_layers}: llama.cpp loads models of at most {_MAX_LAYERS}; "
+            f"{_INSTEAD}"
+        )
     window = getattr(config, "sliding_window", None)
     if window is not None:
         raise ValueError(
