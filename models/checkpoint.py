@@ -94,6 +94,15 @@ def parse_config(values: dict[str, Any], *, source: Path) -> Any:
         raise ValueError(f"{source}: {key}={first['input']!r}: {first['msg']}") from None
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError if the device of `--device` cannot be used."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try cpu") from error
+
+
 def load_model(
     stored: StoredModel, *, device: torch.device | str, precision: str | None = None
 ) -> SequentialModel:

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint import load_model, open_checkpoint
-from models.evaluation.texts import load_texts
+from parallel.checkpoint.newest import find_manifest
 
+# torch takes seconds, for which --help and a mistake do not wait: functions import what needs it.
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 
 _EXAMPLE = """example:
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     limit: float | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     bootstrap_iters: int = 100_000,
     log_samples: bool = False,
     **text_settings: Any,
@@ -50,6 +50,7 @@ def evaluate_checkpoint(
     """The results of lm_eval, and what was evaluated, under `manyformer`.
 
     `max_length`: tokens that the model sees at most; default: its `max_position_embeddings`.
+    `device`: default: cuda where there is one.
     `text_settings`: of `load_texts`.
 
     Raises:
@@ -57,6 +58,13 @@ def evaluate_checkpoint(
     """
     require_lm_eval(tasks)
     _check_numbers(batch_size=batch_size, num_fewshot=num_fewshot, limit=limit)
+    find_manifest(checkpoint)
+    from models.checkpoint import check_device, load_model, open_checkpoint
+    from models.evaluation.texts import load_texts
+    from parallel.cpu.compat import device_type
+
+    device = device or device_type()
+    check_device(device)
     stored = open_checkpoint(checkpoint)
     longest = _checked_length(max_length, stored.config.max_position_embeddings)
     texts = load_texts(stored, **text_settings)
@@ -99,7 +107,7 @@ def _check_numbers(*, batch_size: int, num_fewshot: int | None, limit: float | N
         raise ValueError(f"--batch-size {batch_size} must be 1 or more; raise it")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"--num-fewshot {num_fewshot} must be 0 or more; raise it")
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit % 1 == 0)):
         raise ValueError(
             f"--limit {limit} must be a number of questions, or a share between 0 and 1; leave it "
             "out for all of them"
@@ -129,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_output(arguments.output)
         results = evaluate_checkpoint(
             arguments.checkpoint,
-            [name for name in arguments.tasks.split(",") if name],
+            [name.strip() for name in arguments.tasks.split(",") if name.strip()],
             include_path=arguments.include_path,
             num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
@@ -141,16 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_bos=arguments.add_bos,
             special_tokens=arguments.special_tokens,
         )
+        # Before they are written, which may fail.
+        print("\n".join([table(results), *results["manyformer"]["remarks"]]), flush=True)
         if arguments.output is not None:
             write_results(arguments.output, results)
+            print(f"wrote {arguments.output}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(results))
-    for remark in results["manyformer"]["remarks"]:
-        print(remark)
-    if arguments.output is not None:
-        print(f"wrote {arguments.output}")
     return 0
 
 
@@ -172,8 +178,19 @@ def table(results: dict[str, Any]) -> str:
 
 def _check_output(output: Path | None) -> None:
     """Before an evaluation that may take hours."""
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+    if output is None:
+        return
+    if output.is_dir() or not output.absolute().parent.is_dir():
         raise ValueError(f"--output {output}: must be a file in a folder that exists; make it")
+    part = _part_of(output)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--output {output}: {error.strerror}: must be a file in a folder that can be written; "
+            "choose another"
+        ) from error
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -183,7 +200,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     text = json.dumps(
         results, indent=2, sort_keys=True, default=handle_non_serializable, ensure_ascii=False
     )
-    part = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    part = _part_of(path)
     try:
         part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -191,9 +208,11 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from parallel.cpu.compat import device_type
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}-{secrets.token_hex(8)}")
 
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m models.evaluate",
         description="Evaluate a checkpoint on tasks of lm_eval.",
@@ -209,7 +228,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="questions of each task, or below 1 a share")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
     parser.add_argument("--max-length", type=int, help="tokens; default: all that the model sees")
-    parser.add_argument("--device", default=device_type(), help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     parser.add_argument(

@@ -190,11 +190,12 @@ def _continue_text(arguments: argparse.Namespace) -> str:
     find_manifest(Path(arguments.checkpoint))
     import torch
 
-    from models.checkpoint import load_model, open_checkpoint
+    from models.checkpoint import check_device, load_model, open_checkpoint
     from models.prompting import load_prompting
     from parallel.cpu.compat import device_type
 
     device = arguments.device or device_type()
+    check_device(device)
     stored = open_checkpoint(arguments.checkpoint)
     spec = arguments.tokenizer or stored.tokenizer
     if spec is None:

@@ -8,12 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.loading.loader_state import LoaderState
 from parallel.checkpoint.errors import CheckpointError, one_line
 from parallel.checkpoint.manifest import read_manifest, step_of_name, verify_content, verify_listing
-from pretrain.checkpointing.directory import steps_in
-from pretrain.checkpointing.retention import prune
-from pretrain.checkpointing.selection import TRAINER_NAME
 from pretrain.errors import EXIT_USER_ERROR
 
 EXIT_DAMAGED = 3
@@ -23,13 +19,20 @@ _EXAMPLE = """example:
 """
 
 
+# pretrain.checkpointing imports torch, which takes seconds, for which --help and a mistake do not
+# wait: functions import what needs it.
+
+
 def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
+    from pretrain.checkpointing.selection import TRAINER_NAME
+
     try:
         manifest = read_manifest(path)
         problem = verify_listing(path, manifest)
         if verify and problem is None:
             problem = verify_content(path, manifest, manifest.files)
-        ledger = "" if problem or TRAINER_NAME not in manifest.files else _ledger(path)
+        is_known = problem is None and TRAINER_NAME in manifest.files
+        ledger = _ledger(path / TRAINER_NAME) if is_known else ""
     except (CheckpointError, OSError, ValueError) as error:
         return f"{path.name}: DAMAGED {one_line(error)}", False
     if problem is not None:
@@ -43,9 +46,11 @@ def _describe(path: Path, *, verify: bool) -> tuple[str, bool]:
     )
 
 
-def _ledger(path: Path) -> str:
+def _ledger(trainer_path: Path) -> str:
     """Tokens read from each source, according to the position in the data."""
-    trainer = json.loads((path / TRAINER_NAME).read_bytes())
+    from data_tools.loading.loader_state import LoaderState
+
+    trainer = json.loads(trainer_path.read_bytes())
     if "data" not in trainer:
         return ""
     sources = LoaderState.parse(trainer["data"]).sources
@@ -57,12 +62,26 @@ def _prune(run_dir: Path, *, keep: int, keep_every: int | None) -> int:
     try:
         if not (run_dir / "checkpoints").is_dir():
             raise CheckpointError(f"{str(run_dir)!r} has no checkpoints: give a run directory")
+        from pretrain.checkpointing.retention import prune
+
         doomed = prune(run_dir, keep=keep, keep_every=keep_every)
     except (CheckpointError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     print("\n".join(f"step_{step}: deleted" for step in doomed) or "nothing to delete")
     return 0
+
+
+def _checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoint itself, or those of a run or of its folder, newest first."""
+    if not directory.is_dir():
+        return []
+    if step_of_name(directory.name) is not None:
+        return [directory]
+    from pretrain.checkpointing.directory import steps_in
+
+    folders = [directory / "checkpoints", directory]
+    return [f / f"step_{step}" for f in folders for step in reversed(steps_in(f))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,12 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--keep-every STEPS belongs to prune; remove it")
     if options.command == "prune":
         return _prune(options.directory, keep=options.keep, keep_every=options.keep_every)
-    directory: Path = options.directory.resolve()
-    if step_of_name(directory.name) is not None and directory.is_dir():
-        paths = [directory]
-    else:
-        folders = [directory / "checkpoints", directory]
-        paths = [f / f"step_{step}" for f in folders for step in reversed(steps_in(f))]
+    paths = _checkpoints_in(options.directory.resolve())
     if not paths:
         print(
             f"error: no checkpoint in {str(options.directory)!r}: give a run directory",

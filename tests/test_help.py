@@ -18,8 +18,6 @@ LINES, COLUMNS = 50, 80
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 ENTRIES = {name: entry for name, entry in SCRIPTS.items() if name != "manyformer"}
 ENTRIES |= {name: command.entry for name, command in COMMANDS.items()}
-# Their work begins with torch; a mistake in an argument does not.
-LATE_TORCH = ("train", "generate", "convert", "plot", "daria-train", "agiformer-generate")
 
 
 class _Parsing(Exception):
@@ -69,13 +67,16 @@ def test_a_mistake_and_a_help_do_not_wait_for_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
     missing = str(tmp_path / "nowhere")
     calls = [
-        *((name, "--help") for name in LATE_TORCH),
+        *((name, "--help") for name in ENTRIES),
         ("train", "--config-name", "demo", f"data.train={missing}"),
         ("generate", "--checkpoint", missing, "--prompt", "a"),
         ("generate", "--checkpoint", missing, "--prompt", "a", "--top-p", "2"),
         ("convert", "to-hf", "--checkpoint", missing, "--output", "new"),
         ("convert", "from-hf", "--model", missing, "--output", str(tmp_path)),
         ("plot", missing),
+        ("checkpoint", "list", missing),
+        ("checkpoint", "prune", missing, "--keep", "1"),
+        ("evaluate", "--checkpoint", missing, "--tasks", ","),
     ]
     code = (
         "import contextlib, importlib, io, sys\n"

@@ -84,7 +84,9 @@ class CheckpointLM(TemplateLM):
         if context:
             before, after = self._encode_pair(context, continuation)
         else:
-            before, after = [self.prefix_token_id], self.tok_encode(continuation, False)
+            before, after = [], self.tok_encode(continuation, False)
+        if not before:  # also where white space alone goes to the continuation
+            before = [self.prefix_token_id]
             if after[:1] == before:  # the text brings the prefix
                 after = after[1:]
         if not after:
@@ -167,11 +169,16 @@ class CheckpointLM(TemplateLM):
             )
         max_new_tokens = settings["max_gen_toks"]
         room = self.max_length - max_new_tokens
-        if room < 1:
+        if max_new_tokens < 1 or room < 1:
             raise ValueError(
-                f"max_gen_toks={max_new_tokens} of a task leaves no room for a prompt in "
-                f"max_length={self.max_length}; raise --max-length or leave the task out"
+                f"max_gen_toks={max_new_tokens} of a task must be 1 or more and leave room for a "
+                f"prompt in max_length={self.max_length}; raise --max-length or leave the task out"
             )
+        for stop in settings["until"]:
+            if not isinstance(stop, str):
+                raise ValueError(
+                    f"until: {stop!r} of a task must be a string; write it in quotation marks"
+                )
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
         until = [stop for stop in (*settings["until"], self.texts.end_text) if stop]
         sampling: dict[str, Any] = {}
@@ -284,7 +291,23 @@ def _set_fewshot(task: Any, number: int | None) -> None:
         task.set_config(key="num_fewshot", value=number)
     elif default is None:
         task.set_config(key="num_fewshot", value=0)
+    _check_fewshot(task)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _check_fewshot(task: Any) -> None:
+    """Raises ValueError: the task has fewer examples than it would put before a question."""
+    number, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not number or sampler is None:
+        return
+    # Of the split that is evaluated an example is never the question itself.
+    is_own = task.fewshot_cfg.split == task.config.test_split
+    available = max(len(sampler.fewshot_docs()) - is_own, 0)
+    if number > available:
+        raise ValueError(
+            f"num_fewshot={number} of task {task.config.task}: it has {available} examples beside "
+            "a question; lower it with --num-fewshot"
+        )
 
 
 def run_tasks(

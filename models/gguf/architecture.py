@@ -32,6 +32,7 @@ _FIXED = {
     "zero_centered_gamma": False,
     "scale_embeddings": False,
 }
+_MAX_LAYERS = 512  # of any of its models
 _INSTEAD = "export it with to-hf, for programs that run models of transformers"
 
 Value = bool | int | float | str
@@ -78,6 +79,11 @@ def architecture_of(config: DecoderConfig) -> Architecture:
     Raises:
         ValueError: a setting that no model of llama.cpp with the rest of them computes.
     """
+    if config.num_layers > _MAX_LAYERS:
+        raise ValueError(
+            f"num_layers={config.num_layers}: llama.cpp loads models of at most {_MAX_LAYERS}; "
+            f"{_INSTEAD}"
+        )
     window = getattr(config, "sliding_window", None)
     if window is not None:
         raise ValueError(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from models.base import LossOutput, ModelFamily, TokenInputs
 from parallel.carry import SequentialModel
-from parallel.checkpoint.errors import brief
 from parallel.context import ParallelContext
 
 Cache = dict[str, Any]
@@ -103,12 +102,3 @@ def check_tokens(tokens: Tensor, *, vocab_size: int) -> None:
             f"input_ids hold {lowest} ... {highest}, and the model has vocab_size={vocab_size} "
             "tokens from 0; use the tokenizer of its data"
         )
-
-
-def check_device(name: str) -> None:
-    """Raise ValueError if the device of `--device` cannot be used."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = brief(error)
-        raise ValueError(f"--device {name} cannot be used ({reason}); try cpu") from error

@@ -19,8 +19,8 @@ from models.agiformer.standalone.memory_checks import check_memories
 from models.agiformer.standalone.model import AGIFORMER, load_model
 from models.agiformer.standalone.training import RecordedTrainer
 from models.base import TokenInputs
+from models.checkpoint import check_device
 from models.generate import generate
-from models.standalone.model import check_device
 from models.standalone.optimizer import build_optimizer
 from models.standalone.trainer import TrainerSettings
 

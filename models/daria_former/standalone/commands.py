@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from models.checkpoint import check_device
 from models.convert import to_hf
 from models.daria_former.standalone.checkpoint_io import is_run, load_checkpoint, write_checkpoint
 from models.daria_former.standalone.generation import DariaGenerator
 from models.prompting import load_prompting
-from models.standalone.model import check_device
 from models.standalone.train_command import checkpoint_path, local_tokenizer
 
 

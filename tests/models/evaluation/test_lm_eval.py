@@ -7,13 +7,16 @@ import json
 import socket
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from models import convert, evaluate
+from models.checkpoint import load_model, open_checkpoint
 from models.evaluate import evaluate_checkpoint
+from models.evaluation.texts import load_texts
 from parallel.checkpoint.manifest import UNKNOWN_TEXT, TextRecord
 from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 from tests.models.checkpoints import model, write_checkpoint
@@ -138,6 +141,28 @@ def test_texts_begin_as_in_training_and_the_remark_says_how_transformers_does_so
         assert_agree(found, theirs(stored.hf, tasks))
 
 
+def test_white_space_and_nothing_are_contexts_alike(tmp_path: Path) -> None:
+    """Of a model whose texts begin without a token: lm_eval gives both spaces to the answer."""
+    stored = store(tmp_path, "llama", text=PLAIN)
+    harness = importlib.import_module("models.evaluation.harness")
+    opened = open_checkpoint(stored.checkpoint)
+    lm = harness.CheckpointLM(
+        load_model(opened, device="cpu"),
+        load_texts(opened),
+        max_length=MAX_LENGTH,
+        batch_size=2,
+        quiet=True,
+    )
+    pairs = [SimpleNamespace(args=pair) for pair in (("  ", "river"), ("", "  river"))]
+    assert len(set(lm.loglikelihood(pairs))) == 1
+    for given, parts in (
+        ({"until": [3], "max_gen_toks": 5}, ("until", 3, "string", "quotation")),
+        ({"max_gen_toks": 0}, ("max_gen_toks", 0, "1 or more", "leave")),
+    ):
+        with assert_refused(*parts):
+            lm.generate_until([SimpleNamespace(args=("river", given))])
+
+
 def test_the_command_writes_the_results_and_refuses_what_it_cannot_use(
     tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +187,7 @@ def test_the_command_writes_the_results_and_refuses_what_it_cannot_use(
     for changed, parts in (
         (["--batch-size", "0"], ("--batch-size", 0, "1 or more", "raise")),
         (["--num-fewshot", "-1"], ("--num-fewshot", -1, "0 or more", "raise")),
+        (["--num-fewshot", "5"], ("num_fewshot", 5, ("local_letters", "4 examples"), "lower")),
         (["--limit", "1.5"], ("--limit", 1.5, "between 0 and 1", "leave")),
         (["--max-length", "257"], ("--max-length", 257, "256", "leave")),
         (["--output", str(tmp_path)], ("--output", str(tmp_path), "file", "make")),

@@ -116,6 +116,50 @@ def test_without_lm_eval_the_command_says_how_to_install_it(
     assert evaluate.main(line) == 2
     with assert_refused("tasks", "piqa,arc_easy", "not installed", "pip install 'lm_eval>="):
         raise ValueError(error_line(capsys).removeprefix("error: ").rstrip("\n"))
-    missing = [*line, "--output", str(tmp_path / "none" / "results.json")]
-    assert evaluate.main(missing) == 2
-    assert "results.json" in error_line(capsys)
+    # A folder that is missing, and one where nobody can write.
+    for folder, remedy in ((tmp_path / "none", "make"), (Path("/proc"), "another")):
+        output = str(folder / "results.json")
+        assert evaluate.main([*line, "--output", output]) == 2
+        with assert_refused("--output", output, "must be a file in a folder", remedy):
+            raise ValueError(error_line(capsys).removeprefix("error: ").rstrip("\n"))
+
+
+def test_results_that_cannot_be_written_have_been_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk fills up during an evaluation of hours."""
+    found = {
+        "results": {"mine": {"acc,none": 0.25}},
+        "n-shot": {"mine": 0},
+        "manyformer": {"remarks": ("a remark",)},
+    }
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *_, **__: found)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_results", full)
+    line = ["--checkpoint", "c", "--tasks", "mine", "--output", str(tmp_path / "results.json")]
+    assert evaluate.main(line) == 2
+    output = capsys.readouterr()
+    assert "0.2500" in output.out
+    assert "a remark" in output.out
+    assert "wrote" not in output.out
+    assert "No space left" in output.err
+
+
+def test_numbers_and_devices_that_cannot_be_used_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "require_lm_eval", lambda tasks: None)
+    write_checkpoint(tmp_path / "step_0", config())
+    line = ["--checkpoint", str(tmp_path / "step_0"), "--tasks", "piqa"]
+    for name, value, constraint, remedy in (
+        ("--limit", "inf", "number of questions", "leave"),
+        ("--limit", "nan", "number of questions", "leave"),
+        ("--device", "tpu", "cannot be used", "cpu"),
+        ("--device", "meta", "cannot be used", "cpu"),
+    ):
+        assert evaluate.main([*line, name, value]) == 2
+        with assert_refused(name, value, constraint, remedy):
+            raise ValueError(error_line(capsys).removeprefix("error: ").rstrip("\n"))

@@ -85,6 +85,7 @@ def test_what_llama_cpp_multiplies_by_itself_is_taken_out():
 @pytest.mark.parametrize(
     ("changes", "setting", "value", "constraint"),
     [
+        ({"num_layers": 513}, "num_layers", 513, "512"),
         ({"sliding_window": 16}, "sliding_window", 16, "every earlier position"),
         ({"qk_norm": "all_heads"}, "qk_norm", "all_heads", "qk_norm=True"),
         ({"norm_after": True}, "norm_after", True, "norm_after=False"),
