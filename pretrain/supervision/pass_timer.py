@@ -116,7 +116,7 @@ class _Span(NamedTuple):
 
 
 class _Step:
-    """What is marked in one step: passes, and waits for other ranks within them."""
+    """Marks of one step: passes, and waits for other ranks within them."""
 
     def __init__(self, num_micro_batches: int) -> None:
         self.num_micro_batches = num_micro_batches
