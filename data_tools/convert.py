@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
             vocab_size=options.vocab_size,
             tokenizer=options.tokenizer,
             drop_empty=options.drop_empty,
+            in_place=options.in_place,
             command=shlex.join(["python", "-m", "data_tools.convert", *arguments]),
         )
     )
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, metavar="N", help="every id must be below N")
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="what made the ids; --to megatron then writes a .json"
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="write an index alone; .bin links to the input"
     )
     parser.add_argument("--drop-empty", action="store_true", help="leave out empty documents")
     parser.add_argument(

@@ -70,8 +70,12 @@ class IndexedDatasetWriter:
         vocab_size: int,
         overwrite: bool = False,
         with_info: bool = True,
+        stored_in: Path | None = None,
     ) -> None:
-        """`with_info=False`: `finish_without_info` will be called, which needs no checksum."""
+        """`with_info=False`: `finish_without_info` will be called, which needs no checksum.
+
+        `stored_in`: a file that holds the ids already; .bin becomes a link to it.
+        """
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
         self.dtype = smallest_dtype(vocab_size)
@@ -84,6 +88,7 @@ class IndexedDatasetWriter:
         self._lengths = open_partial(self._lengths_path)
         self._bin_digest = Digest()
         self._with_info = with_info
+        self._stored_in = stored_in
         self._num_tokens = 0
         self._open_tokens = 0  # of the document that goes on
         self.num_documents = 0
@@ -129,7 +134,8 @@ class IndexedDatasetWriter:
         data = bytes_of(np.ascontiguousarray(tokens, self.dtype))
         if self._with_info:
             self._bin_digest.update(data)
-        self._bin.write(data)
+        if self._stored_in is None:
+            self._bin.write(data)
         lengths = lengths[lengths > 0]
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._num_tokens += len(tokens)
@@ -244,6 +250,19 @@ class IndexedDatasetWriter:
             flush_to_disk(file)
         return digest.hexdigest()
 
+    def _link(self, target: Path) -> None:
+        """Make .bin a link in place of its partial file."""
+        expected = self._num_tokens * self.dtype.itemsize
+        if (size := target.stat().st_size) != expected:
+            raise DataError(
+                f"{target}: {size} bytes found, {expected} expected; it holds more than the ids of "
+                "the corpus, so that they cannot be read where they are: convert with a copy"
+            )
+        link = self.paths.bin.with_name(self.paths.bin.name + ".link")
+        link.unlink(missing_ok=True)  # of a killed writer
+        link.symlink_to(target.resolve())
+        os.replace(link, self.paths.bin)
+
     def _publish(self, info: CorpusInfo | None) -> None:
         sidecar = info_path(self.prefix)
         if info is not None:
@@ -255,7 +274,10 @@ class IndexedDatasetWriter:
         self.paths.idx.unlink(missing_ok=True)
         if info is None:
             sidecar.unlink(missing_ok=True)
-        for path in (self.paths.bin, *([] if info is None else [sidecar]), self.paths.idx):
+        if self._stored_in is not None:
+            self._link(self._stored_in)
+        whole = [] if self._stored_in is not None else [self.paths.bin]
+        for path in (*whole, *([] if info is None else [sidecar]), self.paths.idx):
             os.replace(partial_path(path), path)
         sync_folder(self.prefix.parent)
         self._close()

@@ -57,6 +57,8 @@ class WriteOptions(NamedTuple):
     shard_tokens: int | None = None
     info: CorpusInfo | None = None
     """The .json that the corpus had as Megatron's, and gets again."""
+    stored_in: Path | None = None
+    """The file of the input, which stays the only copy of the ids."""
 
 
 class Source(NamedTuple):

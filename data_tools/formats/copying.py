@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class Copy(NamedTuple):
     tokenizer: str | None = None
     """What made the ids; a Megatron corpus then gets a .json."""
     drop_empty: bool = False
+    in_place: bool = False
+    """Write an index alone, of the ids in the file of the input."""
     command: str = ""
 
 
@@ -73,6 +75,7 @@ def copy_corpus(copy: Copy) -> Copied:
     boundary = _boundary(copy, sources)
     _check_boundary(copy, source_kind, target_kind, boundary)
     dtype = output_dtype(sources[0].dtype, target_kind.dtypes)
+    stored_in = _stored_in(sources, dtype) if copy.in_place else None
     documents = Documents(
         boundary,
         only_there=not (target_kind.has_boundaries or copy.read.no_boundaries),
@@ -85,7 +88,8 @@ def copy_corpus(copy: Copy) -> Copied:
     fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
     output = Tally(None if target_kind.hashes_ids else HASH)
     with _writing(copy):
-        writer = target_kind.create(Path(copy.output), dtype, copy.write._replace(info=info))
+        options = copy.write._replace(info=info, stored_in=stored_in)
+        writer = target_kind.create(Path(copy.output), dtype, options)
     with closing(writer) as sink:
         _copy_blocks(copy, sources, boundary, documents, fit, output, sink)
         are_lost = copy.read.no_boundaries and not target_kind.has_boundaries
@@ -145,7 +149,7 @@ def _check_paths(copy: Copy, target: Kind, sources: Sequence[Source]) -> None:
             f"{output / 'corpus'}"
         )
     suffix = ".bin" if copy.target_kind == "megatron" else target.suffix
-    written = output.with_name(output.name + suffix).resolve()
+    written = output.parent.resolve() / (output.name + suffix)  # a link itself is replaced
     seen = set()
     for path in (path for source in sources for path in source.paths):
         found = path.resolve()
@@ -157,6 +161,27 @@ def _check_paths(copy: Copy, target: Kind, sources: Sequence[Source]) -> None:
                 f"{path}: it is an input, and --output {copy.output} would replace it; choose "
                 "another --output"
             )
+
+
+def _stored_in(sources: Sequence[Source], dtype: np.dtype[Any]) -> Path:
+    """Return the one file of the input, whose bytes are those of the output.
+
+    Raises:
+        DataError: there are several, or ids of this width are none of Megatron's.
+    """
+    paths = [path for source in sources for path in source.paths]
+    if len(paths) > 1:
+        raise DataError(
+            f"--in-place: {len(paths)} files found, one expected; convert each into a corpus of "
+            "its own, and list them all in data.train"
+        )
+    found = sources[0].dtype
+    if found.itemsize != dtype.itemsize:
+        raise DataError(
+            f"{paths[0]}: {found.name} ids found, which Megatron's format has not, so that it "
+            "cannot be read in place; leave --in-place out"
+        )
+    return paths[0]
 
 
 def _vocab_size(copy: Copy, info: CorpusInfo | None) -> int | None:
@@ -292,6 +317,12 @@ def _check_options(copy: Copy, source: Kind, target: Kind) -> None:
         raise DataError(
             "--eod, --bos and --no-boundaries: 2 or more given, one expected; keep the one that "
             "says where documents end"
+        )
+    if copy.in_place and not (source.is_raw and copy.target_kind == "megatron"):
+        raw = ", ".join(name for name, kind in KINDS.items() if kind.is_raw)
+        raise DataError(
+            f"--in-place has no effect: --from {copy.source_kind} --to {copy.target_kind}, one of "
+            f"{raw} to megatron expected; remove it"
         )
     if copy.vocab_size is not None and copy.vocab_size < 1:
         raise DataError(f"--vocab-size {copy.vocab_size} must be 1 or more; raise it")

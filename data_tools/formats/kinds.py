@@ -30,6 +30,9 @@ class Kind(NamedTuple):
     has_empty: bool = False
     """Whether documents of no tokens can be recorded."""
 
+    is_raw: bool = False
+    """Whether a file holds ids one after another and nothing else, as Megatron's .bin does."""
+
     hashes_ids: bool = False
     """Whether its writer computes the checksum of the ids itself."""
 
@@ -45,6 +48,7 @@ KINDS: dict[str, Kind] = {
         suffix=".bin",
         reads=frozenset({"dtype"}),
         has_boundaries=False,
+        is_raw=True,
     ),
     "llmc": Kind(
         llmc.open_llmc,
@@ -54,10 +58,19 @@ KINDS: dict[str, Kind] = {
         has_boundaries=False,
     ),
     "olmo": Kind(
-        olmo.open_olmo, olmo.OlmoWriter, olmo.DTYPES, suffix=".npy", reads=frozenset({"dtype"})
+        olmo.open_olmo,
+        olmo.OlmoWriter,
+        olmo.DTYPES,
+        suffix=".npy",
+        reads=frozenset({"dtype"}),
+        is_raw=True,
     ),
     "datatrove": Kind(
-        datatrove.open_datatrove, datatrove.DatatroveWriter, datatrove.DTYPES, suffix=".ds"
+        datatrove.open_datatrove,
+        datatrove.DatatroveWriter,
+        datatrove.DTYPES,
+        suffix=".ds",
+        is_raw=True,
     ),
     "parquet": Kind(
         arrow.open_parquet,

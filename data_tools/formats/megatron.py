@@ -148,6 +148,7 @@ class MegatronWriter:
             vocab_size=vocab_size_of(dtype),
             overwrite=options.overwrite,
             with_info=options.info is not None,
+            stored_in=options.stored_in,
         )
 
     def add(self, block: Block) -> None:
