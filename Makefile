@@ -76,8 +76,9 @@ demo: $(STAMP)
 	@$(BIN)/python -m models.generate --checkpoint $(RUN) --prompt "$$PROMPT" $(SAMPLING)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo $(DATA) parallel.tensor=2 run_dir=$(RUN)_tp2"
 
+# `make test SUMS=reordered`: all tests, those of `make reordered` in that order alone.
 test: $(COMPILED)
-	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not ecosystem"
+	$(PYTEST) $(if $(filter reordered,$(SUMS)),--reorder-sums) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not ecosystem"
 
 # The packages of other projects, in an environment of their own that also sees $(VENV): some of them
 # pin an older NumPy than ours, so that pip is given an exact list and resolves nothing.

@@ -22,6 +22,7 @@ from parallel.sharding import sharding_table
 from tests.distributed import run_ranks
 from tests.equivalence import Measured, build, measure
 from tests.models.families import CASES, NOT_DECODED, evaluated
+from tests.tiers import tiered
 from tests.tolerance import FP64, assert_close, rounding
 
 SEQ, BATCH, SEED = 32, 3, 7
@@ -32,6 +33,9 @@ BOUNDS = {
     torch.float64: FP64["rtol"],
     torch.float32: rounding(torch.float32, depth=28, length=96),
 }
+
+# With every remainder by the sizes of windows, strides, segments, blocks and patches.
+PREFIXES = (1, 2, 4, 7, 11, 13, 15, 16, 20, 25, 29, 32)
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -210,11 +214,11 @@ def _step_in_parts(
     return means, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented", tiered([False, True], [True]))
 def test_a_step_is_the_same_in_any_micro_batches(name, segmented):
     """Loss, every reported term and every gradient: no value of a micro-batch may be in them."""
     whole, gradients = _step_in_parts(name, [[0, 1, 2, 3]], segmented=segmented)
-    for parts in ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1, 0], [2]]):
+    for parts in ([[0], [1], [2], [3]], [[3, 1, 0], [2]]):
         terms, own = _step_in_parts(name, parts, segmented=segmented)
         assert terms.keys() == whole.keys() == {"loss", *CASES[name].family.loss_names}
         assert own.keys() == gradients.keys()
@@ -227,11 +231,12 @@ def test_a_step_is_the_same_in_any_micro_batches(name, segmented):
 
 
 @torch.no_grad()
-def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name):
+@pytest.mark.parametrize("lengths", tiered([PREFIXES, range(1, SEQ + 1)], [PREFIXES]), ids=len)
+def test_a_prefix_alone_gives_the_logits_it_has_in_the_whole(name, lengths):
     model = _causal_model(name)
     tokens, _ = _tokens(name)
     whole = logits_of(model(TokenInputs(tokens)))
-    for length in range(1, SEQ + 1):
+    for length in lengths:
         alone = logits_of(model(TokenInputs(tokens[:, :length].contiguous())))
         torch.testing.assert_close(alone[-1], whole[length - 1], **FP64)
 
@@ -247,7 +252,9 @@ def test_a_row_alone_equals_the_row_in_a_batch(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [(10, 22), (1, 30, 1), (7, 9, 16)])
+@pytest.mark.parametrize(
+    "lengths", [(10, 22), (1, 30, 1), pytest.param((7, 9, 16), marks=pytest.mark.slow)]
+)
 def test_packed_documents_equal_separate_ones(name, lengths):
     packed, alone = _causal_model(name, segmented=True), _causal_model(name)
     tokens, _ = _tokens(name)
@@ -260,7 +267,15 @@ def test_packed_documents_equal_separate_ones(name, lengths):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [(SEQ,), (1,) * SEQ, (5, 1, 1, 9, 16), (31, 1)])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (1,) * SEQ,
+        (5, 1, 1, 9, 16),
+        pytest.param((SEQ,), marks=pytest.mark.slow),
+        pytest.param((31, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_cached_decoding_equals_the_full_forward_pass_in_any_chunks(name, chunks):
     tokens, _ = _tokens(name)
     model = evaluated(_model(name), tokens)
