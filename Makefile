@@ -17,8 +17,9 @@ DATA   := $(if $(filter agiformer,$(FAMILY)),data=bytes data.sequence_length=512
 SAMPLING := --max-new-tokens 120 --temperature 0.7 --top-p 0.8
 export PROMPT := def read(self
 
-# Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline
+# Importing torch and DeepSpeed takes seconds of one core; ranks of a test share two. Byte code is
+# written: without it, every worker and every command that a test starts compiles the project anew.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONDONTWRITEBYTECODE=
 
 # Some tests only wait, for Slurm or for a timeout, so there is one worker more than there are cores;
 # each needs 1 to 2 GB. All tests of a file share a worker, and files are begun in the order of
@@ -75,8 +76,9 @@ demo: $(STAMP)
 	@$(BIN)/python -m models.generate --checkpoint $(RUN) --prompt "$$PROMPT" $(SAMPLING)
 	@echo "Next: deepspeed --num_gpus 2 pretrain/train.py --config-name demo model=$(FAMILY)/demo $(DATA) parallel.tensor=2 run_dir=$(RUN)_tp2"
 
+# `make test SUMS=reordered`: all tests, those of `make reordered` in that order alone.
 test: $(COMPILED)
-	$(PYTEST) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not ecosystem"
+	$(PYTEST) $(if $(filter reordered,$(SUMS)),--reorder-sums) tests --ignore tests/gpu --ignore tests/benchmarks -m "not slow and not ecosystem"
 
 # The packages of other projects, in an environment of their own that also sees $(VENV): some of them
 # pin an older NumPy than ours, so that pip is given an exact list and resolves nothing.

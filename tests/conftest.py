@@ -32,19 +32,32 @@ _FIRST = (
 )
 
 
+# Files that compare what different products have summed.
+_SUMS = (
+    "models",
+    "parallel",
+    "pretrain/engine/test_engine.py",
+    "pretrain/layouts/test_daria_former_run.py",
+    "pretrain/layouts/test_layouts.py",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--reorder-sums",
         action="store_true",
-        help="let every matrix product sum in an order that depends on its shapes",
+        help="let every matrix product sum in an order that depends on its shapes, in the files "
+        "that compare such sums; the others keep the order of torch",
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--reorder-sums"):
-        from tests.summation import reorder_sums
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of the first test of a file."""
+    if item.config.getoption("--reorder-sums"):
+        from tests.summation import reorder_sums, sum_in_own_order
 
-        reorder_sums()
+        (reorder_sums if _name(item).startswith(_SUMS) else sum_in_own_order)()
 
 
 def pytest_collection_finish() -> None:
@@ -56,11 +69,16 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order files as `_FIRST` says; a file's tests stay together, in their order."""
-    folder = Path(__file__).parent
 
     def rank(item: pytest.Item) -> int:
-        name = item.path.relative_to(folder).as_posix() if item.path.is_relative_to(folder) else ""
+        name = _name(item)
         places = [number for number, first in enumerate(_FIRST) if name.startswith(first)]
         return places[0] if places else len(_FIRST)
 
     items.sort(key=rank)
+
+
+def _name(item: pytest.Item) -> str:
+    """The path of its file below this folder, or ""."""
+    folder = Path(__file__).parent
+    return item.path.relative_to(folder).as_posix() if item.path.is_relative_to(folder) else ""

@@ -25,6 +25,8 @@ def reorder_sums() -> None:
 
     Attention is sent through its plain form, which consists of such products.
     """
+    if _libraries:
+        return
     library = torch.library.Library("aten", "IMPL")
     products = {"mm": _mm, "bmm": _bmm, "addmm": _addmm, "baddbmm": _baddbmm}
     with warnings.catch_warnings():
@@ -35,13 +37,18 @@ def reorder_sums() -> None:
     torch.backends.cuda.enable_flash_sdp(False)  # despite its name also the kernel for CPU
 
 
+def sum_in_own_order() -> None:
+    """Bring back the products and the attention of torch."""
+    _libraries.clear()
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
 @contextmanager
 def in_own_order() -> Iterator[None]:
     """Products and attention of torch itself, whatever the option: for a measure of memory, which
     the replaced ones take otherwise."""
     replaced = bool(_libraries)
-    _libraries.clear()
-    torch.backends.cuda.enable_flash_sdp(True)
+    sum_in_own_order()
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -25,3 +26,16 @@ def tiered(cases: Iterable[Any], ordinary: Collection[Any]) -> list[Any]:
         )
         for case in listed
     ]
+
+
+def spread(*values: Iterable[Any]) -> list[Any]:
+    """Return every combination of several parameters, tiered; `values` are those of each.
+
+    Ordinary are the first values in turn, each with the next combination of the others: every value
+    of the first parameter and every combination of the others is met, not all of both.
+    """
+    first, *others = map(list, values)
+    combinations = list(itertools.product(*others))
+    turns = range(max(len(first), len(combinations)))
+    ordinary = [(first[i % len(first)], *combinations[i % len(combinations)]) for i in turns]
+    return tiered(itertools.product(first, *others), ordinary)

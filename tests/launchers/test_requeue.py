@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from pretrain.config import to_yaml
+from pretrain.config import RunConfig, to_yaml
+from pretrain.errors import EXIT_COMPLETED
+from tests.distributed import run_ranks
 from tests.launchers.cluster import ROOT, Cluster, wait_until
+from tests.pretrain.run_training import run_training
 from tests.pretrain.tiny_run import tiny_run, write_data
 
 STEPS = 100
@@ -22,15 +25,18 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the run file `tiny` and its corpus."""
     directory = tmp_path_factory.mktemp("requeue")
     write_data(directory)
-    config = tiny_run(
-        directory,
-        training__max_steps=STEPS,
-        training__batch_size=2,
-        checkpoint__interval=1000,
-        evaluation__interval=1000,
-    )
-    (directory / "tiny.yaml").write_text(to_yaml(config))
+    (directory / "tiny.yaml").write_text(to_yaml(_run(directory)))
     return directory
+
+
+def _run(directory: Path, **changes: object) -> RunConfig:
+    settings = {
+        "training__max_steps": STEPS,
+        "training__batch_size": 2,
+        "checkpoint__interval": 1000,
+        "evaluation__interval": 1000,
+    }
+    return tiny_run(directory, **settings, **changes)
 
 
 def submit(
@@ -68,22 +74,17 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, configs: Path) -> Callable[[], dict[int, float]]:
-    """The losses of a run that nothing happens to; it runs beside the first disturbed one."""
-    run_dir = configs / "undisturbed"
-    job = submit(cluster, configs, run_dir)
-
-    def wait() -> dict[int, float]:
-        fields = cluster.wait(job, timeout=240)
-        assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0"), cluster.output(job)
-        assert sorted(losses(run_dir)) == list(range(1, STEPS + 1))
-        return losses(run_dir)
-
-    return wait
+def undisturbed(configs: Path) -> dict[int, float]:
+    """The losses of a run of two ranks that nothing happens to, without a job around it."""
+    config = _run(configs, run_dir=str(configs / "undisturbed"))
+    assert run_ranks(run_training, 2, config, init=False) == [EXIT_COMPLETED] * 2
+    found = losses(Path(config.run_dir))
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return found
 
 
 def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_undisturbed_run(
-    cluster: Cluster, configs: Path, undisturbed: Callable[[], dict[int, float]], tmp_path: Path
+    cluster: Cluster, configs: Path, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, configs, run_dir)
@@ -98,7 +99,7 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
     assert f"saved step {stopped} and stopped as requested; requeueing" in output
     assert f"continuing after step {stopped}" in output
-    assert losses(run_dir) == undisturbed()
+    assert losses(run_dir) == undisturbed
     for launch in (0, 1):
         examined = run_dir / "logs" / f"job_{job}" / f"launch_{launch}" / "doctor.txt"
         assert "all 2 tasks see each other's files" in examined.read_text()
@@ -108,7 +109,7 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_losses_are_those_of_an_
 
 @pytest.mark.slow
 def test_a_node_that_dies_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(
-    cluster: Cluster, configs: Path, undisturbed: Callable[[], dict[int, float]], tmp_path: Path
+    cluster: Cluster, configs: Path, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, configs, run_dir, arguments=("checkpoint.interval=10",))
@@ -123,7 +124,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on_from_its_last_checkpoi
         assert killed not in cluster.hosts(job)
         [resumed] = re.findall(r"continuing after step (\d+)", output)
         assert int(resumed) >= 10
-        assert losses(run_dir) == undisturbed()
+        assert losses(run_dir) == undisturbed
     finally:
         cluster.start_node(killed)
         cluster.wait_for_nodes(killed)
@@ -131,7 +132,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on_from_its_last_checkpoi
 
 @pytest.mark.slow
 def test_a_job_that_is_preempted_saves_in_its_grace_time_and_loses_nothing(
-    cluster: Cluster, configs: Path, undisturbed: Callable[[], dict[int, float]], tmp_path: Path
+    cluster: Cluster, configs: Path, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(cluster, configs, run_dir)
@@ -146,4 +147,4 @@ def test_a_job_that_is_preempted_saves_in_its_grace_time_and_loses_nothing(
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
     [saved] = re.findall(r"stopped at step (\d+) as requested", output)
     assert f"continuing after step {saved}" in output
-    assert losses(run_dir) == undisturbed()
+    assert losses(run_dir) == undisturbed

@@ -19,6 +19,7 @@ import models.amrpa as amrpa
 from models.amrpa import AMRPAConfig, inject_amrpa
 from tests.models.amrpa.tiny import ALL, DECODERS, PAIRS, VOCAB, injected, inputs, plain
 from tests.refusals import assert_refused
+from tests.tiers import spread
 from tests.tolerance import assert_close, rounding
 
 BOUND = rounding(torch.float32, depth=32, length=64)
@@ -31,9 +32,9 @@ def _cache(kind: str, model, length: int):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("history", ["qk", "context"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "history", "kind"), spread(DECODERS, ("qk", "context"), ("dynamic", "static"))
+)
 def test_decoding_with_a_cache_equals_the_full_forward_pass(name, kind, history):
     """In chunks, beyond the windows of mistral and gemma3."""
     model = injected(name, history_kind=history).double()
@@ -64,8 +65,10 @@ def test_a_decoder_with_an_encoder_decodes_with_a_cache(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
-@pytest.mark.parametrize("name", [*DECODERS, *PAIRS])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    spread([*DECODERS, *PAIRS], ({}, {"num_beams": 3}, {"cache_implementation": "static"})),
+)
 def test_generation_is_the_same_with_and_without_a_cache(name, options):
     model = injected(name).double()
     given = inputs(name)

@@ -19,7 +19,10 @@ from models.amrpa.injection import attention as routing
 from models.amrpa.injection.architectures import ARCHITECTURES, Architecture, Stack
 from tests.models.amrpa.tiny import ALL, DECODERS, ENCODERS, PAIRS, injected, inputs, plain
 from tests.refusals import assert_refused
+from tests.tiers import spread
 from tests.tolerance import assert_close, rounding
+
+HISTORIES = ("qk", "pattern", "context")
 
 
 def test_every_architecture_is_tested():
@@ -27,8 +30,7 @@ def test_every_architecture_is_tested():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "dtype"), spread(ALL, (torch.float32, torch.bfloat16)))
 def test_injection_changes_no_bit_until_the_model_is_trained(name, dtype):
     model = plain(name).to(dtype)
     before = model(**inputs(name)).logits
@@ -115,8 +117,7 @@ def test_transported_values_are_those_of_the_stored_patterns(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["qk", "pattern", "context"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "kind"), spread(ALL, HISTORIES))
 def test_a_batch_leaves_nothing_to_the_next_one(name, kind):
     model = injected(name, history_kind=kind)
     first = model(**inputs(name)).logits
@@ -149,9 +150,9 @@ def test_a_trained_memory_changes_the_logits_and_padding_changes_none(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", ["qk", "pattern", "context"])
-@pytest.mark.parametrize("name", [*DECODERS, *PAIRS])
+@pytest.mark.parametrize(
+    ("name", "kind", "training"), spread([*DECODERS, *PAIRS], HISTORIES, (False, True))
+)
 def test_no_later_token_is_seen(name, kind, training):
     model = injected(name, history_kind=kind, memory_noise=0.3).train(training)
     given = inputs(name, padded=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -42,8 +43,10 @@ def _blocks(kind: str, size: int = SIZE) -> Blocks:
     return find_blocks(both_ways, positions, size=size)
 
 
-def _whole_mask(blocks: Blocks) -> Tensor:
+@cache
+def _whole_mask(kind: str, size: int = SIZE) -> Tensor:
     """bool [2, s, 2 s] from the definition, row by row and pair by pair."""
+    blocks = _blocks(kind, size)
     mask = torch.zeros(2, LENGTH, 2 * LENGTH, dtype=torch.bool)
     starts, documents = (x.expand(2, -1).tolist() for x in (blocks.starts, blocks.documents))
     for b in range(2):
@@ -92,7 +95,7 @@ def test_every_form_is_a_softmax_over_every_pair(form, tiles, kind, size, monkey
     inputs, blocks = _inputs(), _blocks(kind, size)
     q, *keys_values = inputs
     found = FORMS[form](q, KeysValues(*keys_values[:2]), KeysValues(*keys_values[2:]), blocks)
-    expected = _eager(inputs, _whole_mask(blocks))
+    expected = _eager(inputs, _whole_mask(kind, size))
     torch.testing.assert_close(found, expected, **FP64)
     weights = torch.randn(found.shape, dtype=torch.float64)
     gradients = [torch.autograd.grad((x * weights).sum(), inputs) for x in (found, expected)]
@@ -109,7 +112,7 @@ def test_merged_parts_in_bf16_are_as_close_as_rounding_lets_them(monkeypatch):
     )
     assert found.dtype == torch.bfloat16
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    expected = _eager(wide, _whole_mask(blocks))
+    expected = _eager(wide, _whole_mask("packed"))
     weights = torch.randn(found.shape).bfloat16()
     pairs = [
         (found, expected),
@@ -133,7 +136,7 @@ def test_flex_attention_is_a_softmax_over_every_pair(kind, size):
     inputs, blocks = [x.detach() for x in _inputs()], _blocks(kind, size)
     context, own = KeysValues(*inputs[1:3]), KeysValues(*inputs[3:])
     found = flex_block_attention(inputs[0], context, own, blocks, attend=flex_attention)
-    torch.testing.assert_close(found, _eager(inputs, _whole_mask(blocks)), **FP64)
+    torch.testing.assert_close(found, _eager(inputs, _whole_mask(kind, size)), **FP64)
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "hidden"])
@@ -141,7 +144,7 @@ def test_flex_attention_is_a_softmax_over_every_pair(kind, size):
 def test_flex_tiles_and_its_mask_function_see_what_the_definition_says(kind, size, monkeypatch):
     monkeypatch.setattr("models.dart.flex.TILE", 4)
     blocks = _blocks(kind, size)
-    expected, is_seen = _whole_mask(blocks), mask_function(blocks)
+    expected, is_seen = _whole_mask(kind, size), mask_function(blocks)
     row, query, key = torch.meshgrid(
         torch.arange(2), torch.arange(LENGTH), torch.arange(2 * LENGTH), indexing="ij"
     )

@@ -1,4 +1,5 @@
-"""The published quick starts, as they stand but for the import path; and what is refused."""
+"""The published quick starts, as they stand but for the import path, and with smaller numbers; and
+what is refused."""
 
 from __future__ import annotations
 
@@ -12,26 +13,27 @@ from models.dart import DART, DARTConfig
 from models.dart.sampling import Sampling
 from tests.models.dart.cases import BASE, config_of
 from tests.refusals import assert_refused
+from tests.tiers import tiered
+
+PUBLISHED = {
+    "vocab_size": 50257,  # GPT-2 vocabulary size
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "diffusion_steps": 1000,
+    "ar_weight": 0.5,
+}
+SMALLER = {"vocab_size": 301, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"published": PUBLISHED, "smaller": PUBLISHED | SMALLER}
 
 
-@pytest.fixture(scope="module")
-def published() -> DART:
+@pytest.mark.parametrize("size", tiered(SIZES, ["smaller"]))
+def test_quick_start(size):
     # Initialize configuration
-    config = DARTConfig(
-        vocab_size=50257,  # GPT-2 vocabulary size
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        diffusion_steps=1000,
-        ar_weight=0.5,
-    )
+    config = DARTConfig(**SIZES[size])
 
     # Initialize model
-    return DART(config)
-
-
-def test_quick_start(published):
-    model, config = published, published.config
+    model = DART(config)
 
     # Training example
     input_ids = torch.randint(0, config.vocab_size, (4, 128))
@@ -61,8 +63,8 @@ def test_quick_start(published):
     assert generated.shape == (1, 24)
 
 
-def test_the_defaults_are_the_published_ones(published):
-    assert DARTConfig() == published.config
+def test_the_defaults_are_the_published_ones():
+    assert DARTConfig() == DARTConfig(**PUBLISHED)
     config = DARTConfig()
     assert (config.num_hidden_layers, config.num_attention_heads) == (12, 12)
     assert config.max_seq_length == 1024

@@ -21,6 +21,7 @@ from tests.models.families import CASES, evaluated
 from tests.models.hf.alone import computed_alone
 from tests.models.hf.export_folder import TOKENS, VOCAB_SIZE, Exported, export
 from tests.models.hf.exports import FAMILIES as OWN_CODE
+from tests.tiers import tiered
 from tests.tolerance import FP64, assert_close, rounding
 
 MASK = torch.ones_like(TOKENS)
@@ -36,6 +37,15 @@ VARIANTS = (
     "daria_former_lora",
     "dart_variant",
     "mod_variant",
+    "mod_experts",
+    "dtf_variant",
+)
+# One of each family with code of its own; tests of the families export the others.
+ORDINARY = (
+    "agiformer_variant",
+    "amrpa_variant",
+    "daria_former_variant",
+    "dart_variant",
     "mod_experts",
     "dtf_variant",
 )
@@ -103,7 +113,7 @@ def test_a_process_with_transformers_alone_computes_the_same(case, exports, alon
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", VARIANTS)
+@pytest.mark.parametrize("case", tiered(VARIANTS, ORDINARY))
 def test_every_feature_is_exported(case, tmp_path):
     exported = _export(tmp_path, case)
     model, loaded = exported.loaded(output_loading_info=True)

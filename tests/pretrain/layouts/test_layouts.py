@@ -83,13 +83,10 @@ class Pair(NamedTuple):
 
 
 PAIRS = [
-    Pair("llama", "fp32", "PP2 TP2", "ZeRO-0"),
     Pair("llama", "fp32", "PP2 TP2", "TP4"),
-    Pair("llama", "fp32", "PP2 TP2", "ZeRO-3 DP2"),
     Pair("llama", "fp32", "ZeRO-3 DP2", "PP2 TP2"),
     Pair("llama", "fp32", "ZeRO-0", "TP2 DP2 ZeRO-3"),
     Pair("llama", "bf16", "PP2 TP2", "ZeRO-3 DP2"),
-    Pair("llama", "bf16", "ZeRO-1", "PP2 DP2"),
     Pair("daria_former", "bf16", "ZeRO-2 DP2", "TP2"),
     Pair("mod", "fp32", "PP2 TP2", "ZeRO-3 DP2"),
     Pair("mod", "bf16", "ZeRO-1", "PP2 TP2"),

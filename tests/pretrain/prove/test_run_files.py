@@ -1,12 +1,13 @@
 """Every run file of configs/ is proven: its parallel run is the run in one process.
 
-Run files whose small runs differ in the sizes of the model, names of files or in accumulation alone
-are proven once here, with accumulation, and each by `make soak`.
+Here as many as show every setting that one of them has, and every family at every size of each axis
+that it is run at; `make soak` proves each, in full.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -19,32 +20,48 @@ from pretrain.prove.small_run import SmallRun, shrink
 RUN_FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def features(small: SmallRun) -> str:
-    """Everything about a small run but the sizes of its model, its files, and its accumulation."""
+def features(small: SmallRun) -> frozenset[str]:
+    """Every setting of a small run, but the sizes of its model, its files, and its accumulation."""
     values = resolved(small.config)
-    values["model"] = {key: _but_size(value) for key, value in values["model"].items()}
+    family = values["model"]["family"]
+    model = {key: _but_size(value) for key, value in values.pop("model").items()}
+    axes = values.pop("parallel")
     for source in (*values["data"]["train"], *values["data"]["validation"]):
         del source["path"]
     del values["training"]["gradient_accumulation_steps"]
     del values["training"]["precision"]  # the quick form is in fp32
     for key in ("run_dir", "logging"):
         del values[key]
-    return json.dumps([values, small.ds_config_values, small.ranks], sort_keys=True)
+    found = {*_leaves(values), *_leaves(small.ds_config_values, "deepspeed")}
+    return frozenset(found | {f"{family}{leaf}" for leaf in (*_leaves(model), *_leaves(axes))})
 
 
 def _but_size(value: object) -> object:
     return "size" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def one_of_each() -> list[str]:
-    runs = {name: shrink(compose_config(name), None, max_ranks=4) for name in RUN_FILES}
-    by_accumulation = sorted(
-        runs, key=lambda name: runs[name].config.training.gradient_accumulation_steps
-    )
-    return sorted({features(runs[name]): name for name in by_accumulation}.values())
+def _leaves(value: object, path: str = "") -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{path}.{key}")
+    elif isinstance(value, list) and value:
+        for entry in value:
+            yield from _leaves(entry, f"{path}[of {len(value)}]")
+    else:
+        yield f"{path}={value!r}"
 
 
-ONE_OF_EACH = one_of_each()
+def that_show_all(shown: Mapping[str, frozenset[str]]) -> list[str]:
+    """A few of the names that together show what all do: again and again that with most new."""
+    left, chosen = set().union(*shown.values()), []
+    while left:
+        chosen.append(max(sorted(shown), key=lambda name: len(shown[name] & left)))
+        left -= shown[chosen[-1]]
+    return chosen
+
+
+FEATURES = {n: features(shrink(compose_config(n), None, max_ranks=4)) for n in RUN_FILES}
+ORDINARY = that_show_all(FEATURES)
 
 
 def proof(capsys, *arguments: str) -> dict:
@@ -62,11 +79,13 @@ def proof(capsys, *arguments: str) -> dict:
     return result
 
 
-def test_there_are_run_files():
-    assert len(RUN_FILES) > len(ONE_OF_EACH) > 12
+def test_those_that_are_proven_here_show_all_settings():
+    assert len(RUN_FILES) > 2 * len(ORDINARY) > 16
+    for name, shown in FEATURES.items():
+        assert shown <= set().union(*(FEATURES[other] for other in ORDINARY)), name
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ORDINARY)
 def test_a_run_file_is_proven(name, capsys):
     result = proof(capsys, "--config-name", name, "--quick")
     assert len(result["legs"]) == 2

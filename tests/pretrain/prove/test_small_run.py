@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
+import yaml
 
 from models.checkpoint import parameter_table
-from models.registry import get_family
+from models.registry import get_config_class, get_family
 from pretrain.config import RunConfig, parse_config
 from pretrain.config.compose import compose_config
 from pretrain.errors import ConfigError
@@ -18,8 +21,29 @@ from pretrain.prove.sizes import halve
 from pretrain.prove.small_run import STEPS, SmallRun, shrink
 from tests.pretrain.run_values import run_values
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 
 MODELS = sorted(f"{path.parent.name}/{path.stem}" for path in (CONFIGS / "model").glob("*/*.yaml"))
+
+
+def smallest_of_each_kind() -> list[str]:
+    """Of the models of a family that differ in sizes alone, the one with the fewest layers."""
+    kinds: dict[str, str] = {}
+    given = {name: parsed_model(name) for name in MODELS}
+    for name in sorted(MODELS, key=lambda name: given[name]["num_layers"]):
+        switches = {
+            key: (value == 0) if type(value) is int else value for key, value in given[name].items()
+        }
+        kinds.setdefault(json.dumps(switches, sort_keys=True), name)
+    return sorted(kinds.values())
+
+
+def parsed_model(name: str) -> dict[str, Any]:
+    values = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
+    config: dict[str, Any] = (
+        get_config_class(values["family"]).model_validate(values).model_dump(mode="json")
+    )
+    return config
 
 
 def shrunk(*overrides: str, name: str = "demo", ds: str | None = None, ranks: int = 4) -> SmallRun:
@@ -31,7 +55,7 @@ def kinds_of_parameters(config: RunConfig) -> set[str]:
     return {re.sub(r"\d+", "*", name) for name in table}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", tiered(MODELS, smallest_of_each_kind()))
 def test_a_small_model_keeps_switches_and_parameters(model):
     given = compose_config("demo", config_dir=None, overrides=[f"model={model}"])
     small = shrink(given, None, max_ranks=4).config

@@ -30,6 +30,7 @@ from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
 from tests.pretrain.tiny_run import metrics, offloading, stopped_after, tiny_run, zero_file
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 
 STEPS, SPIKE = 10, 7
 
@@ -136,7 +137,6 @@ LAYOUTS = {
 
 
 ORDINARY = {
-    ("ZeRO-0", 1),
     ("ZeRO-3 DP2", 4),
     ("PP2", 1),
     ("ramp and stages", 1),
@@ -145,12 +145,9 @@ ORDINARY = {
 }
 
 
-def _cases():
-    for case in itertools.product(LAYOUTS, [1, 4]):
-        yield pytest.param(*case, marks=[] if case in ORDINARY else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize(("layout", "log_interval"), _cases())
+@pytest.mark.parametrize(
+    ("layout", "log_interval"), tiered(itertools.product(LAYOUTS, [1, 4]), ORDINARY)
+)
 def test_the_run_goes_on_as_one_that_never_saw_the_data_around_the_spike(
     layout, log_interval, data, tmp_path
 ):
@@ -277,7 +274,7 @@ def _run_killed(config, steps: tuple[int, ...], *, after: int) -> None:
         _run_alone(config, steps, entry=killed)
 
 
-@pytest.mark.parametrize("after", [3, 6])
+@pytest.mark.parametrize("after", tiered([3, 6], [6]))
 def test_a_run_that_is_killed_after_its_rollback_still_skips_the_data(after, data, tmp_path):
     """Before its first step, and after a save that knows of them."""
     expected = _config(data, tmp_path / "a", stability__skip_steps=[[6, 7]])

@@ -156,13 +156,10 @@ LAYOUTS: dict[str, tuple[int, Zero, dict[str, Any]]] = {
 
 
 ORDINARY = {
-    ("ZeRO-0", "activation"),
     ("ZeRO-3 DP2", "gradient"),
     ("bf16 ZeRO-2 DP2", "activation"),
     ("mod", "gradient"),
-    ("bf16 offload", "activation"),
     ("bf16 offload PP2", "loss"),
-    ("Muon ZeRO-0", "gradient"),
     ("Muon bf16 experts", "gradient"),
 }
 
@@ -200,7 +197,13 @@ def test_every_rank_leaves_the_step_out_and_the_run_goes_on_as_without_it(
         assert torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.parametrize("layout", ["ZeRO-0", "ZeRO-3 DP2", "PP2", "mod", "bf16 offload"])
+@pytest.mark.parametrize(
+    "layout",
+    tiered(
+        ["ZeRO-0", "ZeRO-3 DP2", "PP2", "mod", "bf16 offload"],
+        ["ZeRO-3 DP2", "PP2", "mod", "bf16 offload"],
+    ),
+)
 def test_a_fault_that_does_not_come_again_changes_nothing(layout, data, tmp_path):
     world_size, stage, changes = LAYOUTS[layout]
     undisturbed = _config(data, tmp_path / "a", **changes)
@@ -214,7 +217,7 @@ def test_a_fault_that_does_not_come_again_changes_nothing(layout, data, tmp_path
         assert torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.parametrize("layout", ["ZeRO-0", "ZeRO-2 DP2", "PP2"])
+@pytest.mark.parametrize("layout", tiered(["ZeRO-0", "ZeRO-2 DP2", "PP2"], ["ZeRO-2 DP2", "PP2"]))
 def test_too_many_steps_in_a_row_end_the_run_at_its_last_checkpoint(layout, data, tmp_path):
     world_size, stage, changes = LAYOUTS[layout]
     config = _config(data, tmp_path, stability__max_skipped_steps=1, **changes)
@@ -239,7 +242,9 @@ def test_a_run_that_is_started_again_goes_on_counting(data, tmp_path):
     assert steps == ["step_2", "step_4"]  # saved within the row: the weights are those of step 2
 
 
-@pytest.mark.parametrize("layout", ["ZeRO-1 DP2", "ZeRO-3 DP2", "PP2"])
+@pytest.mark.parametrize(
+    "layout", tiered(["ZeRO-1 DP2", "ZeRO-3 DP2", "PP2"], ["ZeRO-3 DP2", "PP2"])
+)
 def test_a_weight_that_is_not_finite_ends_the_run_at_once(layout, data, tmp_path):
     world_size, stage, changes = LAYOUTS[layout]
     config = _config(data, tmp_path, **changes)

@@ -20,6 +20,7 @@ from pretrain.errors import EXIT_LOST_RANK
 from tests.distributed import free_port
 from tests.missing import cannot_run
 from tests.pretrain.tiny_run import metrics, tiny_run, write_endless_run
+from tests.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[3]
 BIN = Path(sys.executable).parent
@@ -148,11 +149,7 @@ def _is_held(port: int) -> bool:
     return False
 
 
-def _slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("launcher", ["deepspeed", *map(_slow, list(LAUNCHERS)[1:])])
+@pytest.mark.parametrize("launcher", tiered(LAUNCHERS, ["deepspeed"]))
 def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
     with job(launcher, configs, tmp_path) as run:
         run.wait_for_step(3)
@@ -169,18 +166,10 @@ def test_a_killed_rank_ends_the_job_and_is_named(launcher, configs, tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [
-        ("deepspeed", signal.SIGTERM),
-        *(_slow("deepspeed", number) for number in (signal.SIGKILL, signal.SIGINT)),
-        *(
-            _slow(launcher, number)
-            for launcher in ("torchrun", "local.sh", "mpirun")
-            for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
-        ),
-    ],
-)
+# That a signal to a job of Slurm saves and ends it: tests/launchers/test_requeue.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_signal_to_the_launcher_leaves_nothing_behind(number, launcher, configs, tmp_path):
     with job(launcher, configs, tmp_path) as run:
         run.wait_for_step(3)
