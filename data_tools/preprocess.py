@@ -18,7 +18,7 @@ from data_tools.cli import add_text_arguments, refuse_below, run_command, usable
 from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.errors import DataError
 from data_tools.preprocessing.documents import MAX_DOCUMENT_BYTES
-from data_tools.preprocessing.encoding import EncodingSettings
+from data_tools.preprocessing.encoding import VERIFY_SHARE, EncodingSettings
 from data_tools.preprocessing.inputs import (
     Source,
     cut_pieces,
@@ -44,6 +44,7 @@ from data_tools.preprocessing.shards import (
 )
 from data_tools.preprocessing.workers import run_tasks
 from data_tools.progress import progress_bar
+from data_tools.tokenization.hugging_face_files import HuggingFaceTokenizer
 from data_tools.tokenization.tokenizers import TOKENIZER_HELP
 
 _EXAMPLE = """example:
@@ -176,6 +177,8 @@ def main(arguments: Sequence[str]) -> None:
         special_tokens=options.special_tokens,
         vocab_size=options.vocab_size,
         max_document_bytes=_max_document_bytes(options),
+        encoder=options.encoder,
+        verify_share=options.verify_share,
     )
     _check_options(options, settings)
     job = PreprocessJob(
@@ -198,6 +201,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_options(options: argparse.Namespace, settings: EncodingSettings) -> None:
     refuse_below(1, options, "workers", "shard_megabytes", "vocab_size", "max_document_megabytes")
+    if not 0 <= options.verify_share <= 1:
+        raise DataError(f"--verify-share {options.verify_share} must be in [0, 1]; correct it")
     if options.eod is not None and not options.append_eod:
         raise DataError(f"--eod {options.eod} has no effect with --no-append-eod; remove one")
     if options.vocab_size is not None:
@@ -224,7 +229,11 @@ def _max_document_bytes(options: argparse.Namespace) -> int | None:
 def _print_report(output: str, settings: EncodingSettings, report: PreprocessReport) -> None:
     print(summary(output, report.info))
     print(f"  {_describe_boundary_tokens(settings, report.info)}")
-    num_ids = settings.load_tokenizer().vocab_size
+    tokenizer = settings.load_tokenizer()
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.encoder != "tokenizers":
+        share = f"{100 * settings.verify_share:g}"
+        print(f"  encoded by {tokenizer.encoder}; {share} % of documents compared with tokenizers")
+    num_ids = tokenizer.vocab_size
     if settings.vocab_size is not None and num_ids > settings.vocab_size:
         print(
             f"{settings.tokenizer} has ids up to {num_ids - 1}; a document with an id of "
@@ -272,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=usable_cpus(),
         metavar="N",
-        help="processes per rank (default: %(default)s, the cores)",
+        help="processes per rank (default: the cores, %(default)s)",
     )
     _add_token_arguments(parser)
     parser.add_argument(
@@ -280,6 +289,19 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="refuse longer documents (default: 16, and no limit with bytes)",
+    )
+    parser.add_argument(
+        "--encoder",
+        choices=("gigatoken", "tiktoken", "tokenizers"),
+        metavar="NAME",
+        help="gigatoken, tiktoken or tokenizers (default: the first with the same ids)",
+    )
+    parser.add_argument(
+        "--verify-share",
+        type=float,
+        default=VERIFY_SHARE,
+        metavar="SHARE",
+        help="of documents compared with tokenizers (default: %(default)s)",
     )
     parser.add_argument(
         "--license",
@@ -307,20 +329,19 @@ def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="end token (default: the one that the tokenizer's files declare)",
+        help="end token (default: that of the tokenizer's files)",
     )
     parser.add_argument(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="begin every document with the begin token (default: as transformers does with these "
-        "files); text that has one already, as from a chat template, needs --no-add-bos",
+        help="begin every document with the begin token (default: as transformers does); text "
+        "that has one, as from a chat template, needs --no-add-bos",
     )
     parser.add_argument(
         "--special-tokens",
         choices=("parse", "plain"),
-        help="what becomes of text that spells a special token such as <|im_end|>: that token, or "
-        "plain text, which is the choice for untrusted text (default: as transformers does with "
-        "these files, mostly parse)",
+        help="text that spells a token such as <|im_end|> becomes it, or stays text, as untrusted "
+        "text should (default: as transformers does, mostly parse)",
     )
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="refuse ids of N or more (model.vocab_size)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +18,11 @@ from data_tools.preprocessing.documents import (
     RawDocument,
     extract_text,
 )
+from data_tools.tokenization.hugging_face_files import DifferentIdsError, HuggingFaceTokenizer
 from data_tools.tokenization.special_tokens import SpecialTokens
 from data_tools.tokenization.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+
+VERIFY_SHARE = 0.001
 
 
 class EncodingSettings(NamedTuple):
@@ -39,10 +41,20 @@ class EncodingSettings(NamedTuple):
     """Refuse documents with an id beyond it; None: accept all ids of the tokenizer."""
     max_document_bytes: int | None = MAX_DOCUMENT_BYTES
     """Refuse longer documents; None: no limit but memory."""
+    encoder: str | None = None
+    """The library that encodes byte-level BPE; None: the fastest with the tokenizer's ids."""
+    verify_share: float = VERIFY_SHARE
+    """Share of documents whose ids are compared with those of the tokenizer's own library."""
 
     def load_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, loaded once per process."""
-        return _tokenizer(self.tokenizer, self.eod, self.special_tokens)
+        """Return the tokenizer, loaded once per process.
+
+        Raises:
+            DataError: it cannot be loaded, or `encoder` cannot encode for it.
+        """
+        return _tokenizer(
+            self.tokenizer, self.eod, self.special_tokens, self.encoder, self.verify_share
+        )
 
     def text_rules(self) -> TextRules:
         """Return the encoding rules besides the tokenizer.
@@ -97,7 +109,11 @@ def encode_documents(
         else:
             left_out.append((document, "empty", "no text"))
     tokenizer = settings.load_tokenizer()
-    ids, lengths = _add_boundary_tokens(*_encode(tokenizer, texts), settings.text_rules())
+    try:
+        encoded = _encode(tokenizer, texts)
+    except DifferentIdsError as error:
+        raise DataError(f"{kept[error.number].location}: {error}") from error
+    ids, lengths = _add_boundary_tokens(*encoded, settings.text_rules())
     _check_ids(ids, lengths, kept, tokenizer, settings.vocab_size)
     return EncodedDocuments(
         ids=ids,
@@ -116,8 +132,10 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[Any
         return np.frombuffer(b"".join(data), dtype=np.uint8).astype(np.uint16), lengths
     encoded = tokenizer.encode_batch(texts)
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    flat = chain.from_iterable(encoded)
-    return np.fromiter(flat, dtype=np.int64, count=int(lengths.sum())), lengths
+    flat = np.empty(int(lengths.sum()), dtype=np.int64)
+    for end, ids in zip(np.cumsum(lengths).tolist(), encoded, strict=True):
+        flat[end - len(ids) : end] = ids
+    return flat, lengths
 
 
 def _add_boundary_tokens(
@@ -167,5 +185,20 @@ def _check_ids(
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(spec: str, eod: str | None, special_tokens: SpecialTokens | None) -> Tokenizer:
-    return load_tokenizer(spec, eod=eod, special_tokens=special_tokens)
+def _tokenizer(
+    spec: str,
+    eod: str | None,
+    special_tokens: SpecialTokens | None,
+    encoder: str | None,
+    verify_share: float,
+) -> Tokenizer:
+    tokenizer = load_tokenizer(spec, eod=eod, special_tokens=special_tokens)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.choose_encoder(encoder, verify_share=verify_share)
+    elif encoder is not None or verify_share != VERIFY_SHARE:
+        given = f"--encoder {encoder}" if encoder is not None else f"--verify-share {verify_share}"
+        raise DataError(
+            f"{given} has no effect: {spec} found, a tokenizer.json expected, or vocab.json with "
+            "merges.txt; remove it"
+        )
+    return tokenizer

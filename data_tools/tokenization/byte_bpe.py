@@ -1,48 +1,54 @@
-"""Fast path for byte-level BPE (GPT-2, Qwen) through tiktoken: same ids, several times faster.
+"""Fast path for byte-level BPE (GPT-2, Qwen) through other libraries: the same ids, sooner.
 
-Merging: `tokenizers` merges the pairs of its list, tiktoken any two neighbours that form a token,
-both by rank. They agree if every token, encoded alone, merges to itself: neighbours that make up a
-token have then been merged as in that token alone, so they are its own last pair. This is checked.
+Added tokens and normalization are those of `tokenizers` itself; what is between them is encoded by
+gigatoken where it is installed, else by tiktoken.
 
-Pre-tokenization: the two regular expression engines agree if they classify each character alike
-(letter, number, space, other). As their Unicode tables differ in version, each character is
-compared on first occurrence, in the contexts that the patterns distinguish. Documents with a
-character on which they differ fall back to `tokenizers`.
+Merging: see byte_encoders.py. Pre-tokenization: two implementations of a pattern agree if they
+classify each character alike (letter, number, space, other). As their Unicode tables differ in
+version, each character is compared on first occurrence, in the contexts that the patterns
+distinguish. Documents with a character on which they differ fall back to `tokenizers`. That the
+programs agree beyond that is tested and not proven, so `preprocess` compares a share of all
+documents as it runs.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
+from data_tools.tokenization.byte_encoders import (
+    EncoderName,
+    GigatokenEncoder,
+    TextEncoder,
+    TiktokenEncoder,
+    byte_letters,
+    split_pattern,
+)
 from data_tools.tokenization.special_tokens import Splitter, TokenSpec
 
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
-LONG_SPACE = re.compile(r"\s{1000}")
-"""Run of spaces; very long ones overflow the stack of tiktoken's regular expressions."""
 _CONTEXTS = (
     "the{0}the {0}the The{0}The 12{0}12 !{0}! {0}{0} '{0} {0}'s '{0}{0} {0} {0}\n\n{0} \n{0}1"
 )
 
 
+_ENCODERS: dict[EncoderName, type[GigatokenEncoder] | type[TiktokenEncoder]] = {
+    "gigatoken": GigatokenEncoder,
+    "tiktoken": TiktokenEncoder,
+}
+
+
 class FastByteBpe:
-    """Fast encoder of a tokenizer.json; `encode` returns None where equality is not certain."""
+    """Fast encoder of a tokenizer.json; `encode` returns None where equality is not certain.
 
-    def __init__(self, backend: Any, *, pattern: str, ranks: dict[bytes, int]) -> None:
-        import tiktoken
+    `encoder`: what encodes ordinary text.
+    """
 
-        self._backend = backend
+    def __init__(self, backend: Any, encoder: TextEncoder) -> None:
+        self._backend, self.encoder = backend, encoder
         self._normalizer = backend.normalizer
-        self._encoding = tiktoken.Encoding(
-            "byte_bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
         # With `encode_special_tokens` special tokens are not matched but encoded as plain text.
         matched = {
             TokenSpec(*(getattr(token, field) for field in TokenSpec._fields)): number
@@ -58,110 +64,78 @@ class FastByteBpe:
         self._compare(map(chr, range(128)))
 
     @classmethod
-    def of(cls, backend: Any) -> FastByteBpe | None:
-        """Build the fast encoder of a `tokenizers.Tokenizer`; None if it is not supported."""
+    def of(cls, backend: Any, encoder: EncoderName | None = None) -> FastByteBpe | None:
+        """Build the fast encoder of a `tokenizers.Tokenizer`, the first that supports it or the one
+        that is named; None if there is none."""
         spec = json.loads(backend.to_str())
-        pattern = _split_pattern(spec["pre_tokenizer"])
-        if pattern is None or spec["normalizer"] not in (None, {"type": "NFC"}):
+        if not _is_byte_bpe(spec):
             return None
-        ranks = _ranks(spec["model"])
-        if ranks is None or not _merge_to_themselves(backend.model, spec["model"]["merges"], ranks):
-            return None
-        return cls(backend, pattern=pattern, ranks=ranks)
+        for name in get_args(EncoderName) if encoder is None else (encoder,):
+            found = _ENCODERS[name].of(backend, spec)
+            if found is not None:
+                return cls(backend, found)
+        return None
 
     def encode(self, text: str) -> list[int] | None:
         """Return the ids of a text, or None to fall back to `tokenizers`."""
         # Non-literal tokens are searched before and after normalization.
         if self._others.occurs_in(text):
             return None
-        if not self._literal.occurs_in(text):
-            return self._encode_ordinary(text)
         ids: list[int] = []
         for part in self._literal.split(text):
-            found = [part] if isinstance(part, int) else self._encode_ordinary(part)
-            if found is None:
+            ordinary = None if isinstance(part, int) else self._ordinary(part)
+            if ordinary is None and not isinstance(part, int):
                 return None
-            ids += found
+            ids += [part] if isinstance(part, int) else self.encoder.encode(ordinary or "")
         return ids
 
-    def _encode_ordinary(self, text: str) -> list[int] | None:
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int] | None]:
+        """Return what `encode` returns for each text; arrays of ids, where that is faster."""
+        found: list[Sequence[int] | None] = [None] * len(texts)
+        numbers, ordinary = [], []
+        for number, text in enumerate(texts):
+            if self._literal.occurs_in(text):
+                found[number] = self.encode(text)
+            elif not self._others.occurs_in(text) and (part := self._ordinary(text)) is not None:
+                numbers.append(number)
+                ordinary.append(part)
+        for number, ids in zip(numbers, self.encoder.encode_batch(ordinary), strict=True):
+            found[number] = ids
+        return found
+
+    def _ordinary(self, text: str) -> str | None:
+        """Return text without literal tokens as the encoder gets it; None to fall back."""
         if self._normalizer is not None and not text.isascii():
             text = self._normalizer.normalize_str(text)
             if self._others.occurs_in(text):
                 return None
-        if LONG_SPACE.search(text):
+        if not self.encoder.accepts(text):
             return None
         characters = {*_NOT_ASCII.findall(text)} if not text.isascii() else set()
         self._compare(characters - self._equal - self._different)
         if self._different and not self._different.isdisjoint(text):
             return None
-        return self._encoding.encode_ordinary(text)
+        return text
 
     def _compare(self, characters: Iterable[str]) -> None:
         for character in characters:
             text = _CONTEXTS.format(character)
             if self._normalizer is not None:
                 text = self._normalizer.normalize_str(text)
-            ours = self._encoding.encode_ordinary(text)
+            ours = self.encoder.encode(text)
             theirs = self._backend.encode(text, add_special_tokens=False).ids
             (self._equal if ours == theirs else self._different).add(character)
 
 
-def _split_pattern(spec: Any) -> str | None:
-    """Return the pre-tokenization pattern; None if it is not supported."""
-    if spec is None:
-        return None
-    steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    last = steps[-1]
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        return None
-    if last["use_regex"]:
-        return GPT2_PATTERN if len(steps) == 1 else None
-    if len(steps) != 2 or steps[0]["type"] != "Split" or steps[0]["behavior"] != "Isolated":
-        return None
-    return None if steps[0]["invert"] else steps[0]["pattern"].get("Regex")
-
-
-def _ranks(model: Any) -> dict[bytes, int] | None:
-    """Map token bytes to ids; None unless ids increase in merge order, as tiktoken requires."""
-    # With ignore_merges the check below would look tokens up instead of merging them.
-    unusual = (
-        "ignore_merges",
-        "dropout",
-        "unk_token",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-    )
+def _is_byte_bpe(spec: Any) -> bool:
+    """Whether a tokenizer.json is byte-level BPE that merges by its list and nothing else."""
+    # With ignore_merges tokens are looked up instead of merged.
+    model, affixes = spec["model"], ("continuing_subword_prefix", "end_of_word_suffix")
+    unusual = ("ignore_merges", "dropout", "unk_token", *affixes)
     if model["type"] != "BPE" or model["byte_fallback"] or any(map(model.get, unusual)):
-        return None
-    vocab = model["vocab"]
-    letters = byte_letters()
-    if not all(letter in vocab for letter in letters):
-        return None
-    ranks = {bytes([byte]): vocab[letter] for letter, byte in letters.items()}
-    previous = -1
-    for merge in model["merges"]:
-        token = "".join(merge)
-        rank = vocab.get(token, -1)
-        if rank <= previous or not letters.keys() >= set(token):
-            return None
-        previous = rank
-        ranks[bytes(map(letters.__getitem__, token))] = rank
-    return ranks if len({*ranks.values()}) == len(ranks) else None
-
-
-def _merge_to_themselves(model: Any, merges: Any, ranks: dict[bytes, int]) -> bool:
-    """Return whether the bytes of each token merge to that token."""
-    tokens = [*byte_letters(), *("".join(merge) for merge in merges)]
-    return all(
-        [found.id for found in model.tokenize(token)] == [rank]
-        for token, rank in zip(tokens, ranks.values(), strict=True)
+        return False
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        return False
+    return split_pattern(spec["pre_tokenizer"]) is not None and all(
+        letter in model["vocab"] for letter in byte_letters()
     )
-
-
-def byte_letters() -> dict[str, int]:
-    """Return the printable character for each byte in vocabularies derived from GPT-2's."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -9,10 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import xxhash
+
 from data_tools.errors import DataError, brief
 from data_tools.files import sha256_of
 from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
-from data_tools.tokenization.byte_bpe import GPT2_PATTERN, QWEN2_PATTERN, FastByteBpe, byte_letters
+from data_tools.tokenization.byte_bpe import FastByteBpe
+from data_tools.tokenization.byte_encoders import (
+    GPT2_PATTERN,
+    QWEN2_PATTERN,
+    EncoderName,
+    byte_letters,
+)
 from data_tools.tokenization.special_tokens import SpecialTokens, TokenSpec
 from data_tools.tokenization.tokenizer_config import (
     CONFIG,
@@ -21,7 +29,19 @@ from data_tools.tokenization.tokenizer_config import (
     tokens_to_add,
 )
 
+_HASHED_CHARACTERS = 4096  # of a text, by which it is drawn for comparison
 VOCAB, MERGES = "vocab.json", "merges.txt"
+
+
+class DifferentIdsError(DataError):
+    """Another library gives other ids for a text of a batch, the one at `number`."""
+
+    def __init__(self, number: int, encoder: str) -> None:
+        super().__init__(
+            f"ids by {encoder} found, others expected as tokenizers gives them; pass --encoder "
+            "tokenizers --overwrite, and report the text"
+        )
+        self.number, self.encoder = number, encoder
 
 
 class _ClassRules(NamedTuple):
@@ -62,6 +82,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = _fingerprint(path, declared, added)
         default: SpecialTokens = "plain" if declared.splits_special_tokens else "parse"
         self._backend.encode_special_tokens = (special_tokens or default) == "plain"
+        self._verify_share, self._is_verified = 0.0, True
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
@@ -79,16 +100,64 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        fast = self._fast
-        ids = [None if fast is None else fast.encode(text) for text in texts]
-        left = [number for number, found in enumerate(ids) if found is None]
+    @property
+    def encoder(self) -> str:
+        """The library that encodes most text of `encode_batch`."""
+        return "tokenizers" if self._fast is None else self._fast.encoder.name
+
+    def choose_encoder(self, name: str | None, *, verify_share: float) -> None:
+        """Encode batches with a library, the fastest with the same ids if `name` is None.
+
+        `verify_share`: the share of texts whose ids are compared with those of `tokenizers`.
+
+        Raises:
+            DataError: it is not installed, or gives other ids.
+        """
+        self._verify_share, self._is_verified = verify_share, verify_share == 0
+        if name == "tokenizers":
+            self._fast = None
+        elif name is not None:
+            self._fast = FastByteBpe.of(self._backend, cast(EncoderName, name))
+            if self._fast is None:
+                raise DataError(
+                    f"--encoder {name}: it is not installed, or does not give the ids of "
+                    f"{self.name}; leave --encoder out"
+                )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Return the ids of texts.
+
+        Raises:
+            DifferentIdsError: of a text that is compared, the fast encoder gives other ids.
+        """
+        none: list[Sequence[int] | None] = [None] * len(texts)
+        ids = none if self._fast is None else self._fast.encode_batch(texts)
+        compared = {
+            number: found
+            for number, found in enumerate(ids)
+            if found is not None and self._is_compared(texts[number])
+        }
+        numbers = [
+            number for number, found in enumerate(ids) if found is None or number in compared
+        ]
         encodings = self._backend.encode_batch_fast(
-            [texts[number] for number in left], add_special_tokens=False
+            [texts[number] for number in numbers], add_special_tokens=False
         )
-        for number, encoding in zip(left, encodings, strict=True):
+        for number, encoding in zip(numbers, encodings, strict=True):
+            if number in compared and list(compared[number]) != encoding.ids:
+                raise DifferentIdsError(number, self.encoder)
             ids[number] = encoding.ids
-        return cast(list[list[int]], ids)
+        return cast(list[Sequence[int]], ids)
+
+    def _is_compared(self, text: str) -> bool:
+        """Whether a text is one of `verify_share`, or the first of this process."""
+        if self._verify_share == 0:
+            return False
+        if not self._is_verified:
+            self._is_verified = True
+            return True
+        begin = text[:_HASHED_CHARACTERS].encode("utf-8", "surrogatepass")
+        return xxhash.xxh3_64_intdigest(begin) < self._verify_share * 2**64
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

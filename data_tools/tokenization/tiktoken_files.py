@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data_tools.errors import DataError
 from data_tools.tokenization.boundary_tokens import BoundaryToken, BoundaryTokens, find_eod
-from data_tools.tokenization.byte_bpe import GPT2_PATTERN, LONG_SPACE, QWEN2_PATTERN
+from data_tools.tokenization.byte_encoders import GPT2_PATTERN, LONG_SPACE, QWEN2_PATTERN
 from data_tools.tokenization.special_tokens import SpecialTokens, Splitter, TokenSpec
 
 

@@ -3,12 +3,12 @@
 All begin with a .jsonl file and a tokenizer.json on disk, and their times include loading both:
 
 * bare loop: the lines in batches of 1000 through `encode_batch` on two threads; ids are dropped.
+* bare gigatoken: the same with that library, and its own threads.
 * datasets: `Dataset.map(batched=True, num_proc=2)`, from an Arrow file that was made before.
 * Megatron style: two processes of a pool encode line by line, the parent writes through
   megatron.core's IndexedDatasetBuilder, as Megatron-LM's tools/preprocess_data.py does.
 
-Ours is measured twice: as it is, and with a tokenizer.json that says `ignore_merges`, which gives
-the same ids and keeps our fast way (`byte_bpe.py`) from being taken: what is left is the pipeline.
+Ours is measured with each library that encodes for it (`--encoder`); first as it is, with gigatoken.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def tables() -> Iterator[Table]:
 
 def _speed(name: str, tokenizer: Path, folder: Path) -> Table:
     dataset = _arrow_dataset(folder)
-    plain = _without_fast_way(tokenizer, folder)
     contestants: dict[str, Callable[[], object]] = {
         "preprocess": lambda: _ours(tokenizer, folder / "ours"),
-        "preprocess, library alone": lambda: _ours(plain, folder / "plain"),
+        "preprocess, tiktoken": lambda: _ours(tokenizer, folder / "tiktoken", "tiktoken"),
+        "preprocess, library alone": lambda: _ours(tokenizer, folder / "plain", "tokenizers"),
+        "bare gigatoken": lambda: _bare_gigatoken(tokenizer),
         "bare loop": lambda: _bare_loop(tokenizer),
         "datasets": lambda: _datasets(dataset, tokenizer),
         "Megatron style": lambda: _megatron_style(tokenizer, folder / "theirs"),
@@ -85,20 +86,17 @@ def _speed(name: str, tokenizer: Path, folder: Path) -> Table:
     )
 
 
-def _ours(tokenizer: Path, output: Path) -> None:
+def _ours(tokenizer: Path, output: Path, encoder: str | None = None) -> None:
     settings = EncodingSettings(
-        tokenizer=str(tokenizer), eod=None, append_eod=True, json_key="text", skip_bad_lines=False
+        tokenizer=str(tokenizer),
+        eod=None,
+        append_eod=True,
+        json_key="text",
+        skip_bad_lines=False,
+        encoder=encoder,
     )
     job = PreprocessJob(inputs=[str(TEXT)], output=str(output), settings=settings, overwrite=True)
     preprocess(job, num_workers=CORES)
-
-
-def _without_fast_way(tokenizer: Path, folder: Path) -> Path:
-    spec = json.loads(tokenizer.read_text(encoding="utf-8"))
-    spec["model"]["ignore_merges"] = True
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(spec), encoding="utf-8")
-    return path
 
 
 def _load(tokenizer: Path) -> Tokenizer:
@@ -115,6 +113,16 @@ def _bare_loop(tokenizer: Path) -> None:
             for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
                 ids = encoding.ids
     assert ids
+
+
+def _bare_gigatoken(tokenizer: Path) -> None:
+    import gigatoken
+
+    fast = gigatoken.Tokenizer(str(tokenizer))
+    with open(TEXT, "rb") as file:
+        while texts := [json.loads(line)["text"] for line in islice(file, BATCH)]:
+            ids = fast.encode_batch(texts, parallel=True)
+    assert len(ids)
 
 
 def _arrow_dataset(folder: Path) -> Any:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from data_tools.tokenization.byte_bpe import FastByteBpe, _ranks
+from data_tools.tokenization.byte_bpe import FastByteBpe
+from data_tools.tokenization.byte_encoders import ranks_of
 
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -36,7 +37,12 @@ def _train(pattern: str | None) -> Tokenizer:
 
 
 _TOKENIZERS = {"as GPT-2": _train(None), "as Qwen": _train(_QWEN)}
-_FAST = {name: FastByteBpe.of(tokenizer) for name, tokenizer in _TOKENIZERS.items()}
+_ENCODERS = ("gigatoken", "tiktoken")
+_FAST = {
+    (name, encoder): FastByteBpe.of(tokenizer, encoder)
+    for name, tokenizer in _TOKENIZERS.items()
+    for encoder in _ENCODERS
+}
 # Letters with marks and without, in one code point and in two, that fold case, and kinds of space.
 _CODES = [[0xE9], [0x65, 0x301], [0x17F], [0x212A], [0x1E9B, 0x323], [0xB2], [0xFEFF], [0x85]]
 _CODES += [[0x1C], [0xA0], [0x2028], [0x3000], [0xD, 0xA], [0xA, 0xA], [0x20, 0x20]]
@@ -45,20 +51,43 @@ _AWKWARD += ["'s", "'LL", "the", "aa", "ab", "12"]
 _PIECES = st.one_of(st.sampled_from(_AWKWARD), st.text(max_size=4))
 
 
-@pytest.mark.parametrize("name", _TOKENIZERS)
+@pytest.mark.parametrize(("name", "encoder"), _FAST)
 @given(text=st.lists(_PIECES, max_size=20).map("".join))
 @settings(max_examples=400, deadline=None)
-def test_ids_are_those_of_the_library(name: str, text: str) -> None:
-    fast = _FAST[name]
+def test_ids_are_those_of_the_library(name: str, encoder: str, text: str) -> None:
+    fast = _FAST[name, encoder]
     assert fast is not None
-    assert fast.encode(text) in (None, _TOKENIZERS[name].encode(text).ids)
+    assert fast.encoder.name == encoder
+    ids = _TOKENIZERS[name].encode(text).ids
+    assert fast.encode(text) in (None, ids)
+    [found] = fast.encode_batch([text])
+    assert found is None or list(found) == ids
 
 
-@pytest.mark.parametrize("name", _TOKENIZERS)
-def test_ordinary_text_takes_the_fast_path(name: str) -> None:
-    fast = _FAST[name]
+@pytest.mark.parametrize(("name", "encoder"), _FAST)
+def test_ordinary_text_takes_the_fast_path(name: str, encoder: str) -> None:
+    fast = _FAST[name, encoder]
     assert fast is not None
-    assert fast.encode(_CORPUS) == _TOKENIZERS[name].encode(_CORPUS).ids
+    texts = [_CORPUS, "", *_CORPUS.splitlines(keepends=True)]
+    ids = [each.ids for each in _TOKENIZERS[name].encode_batch(texts)]
+    assert [fast.encode(text) for text in texts] == ids
+    assert [None if each is None else list(each) for each in fast.encode_batch(texts)] == ids
+
+
+def test_the_first_library_that_supports_a_tokenizer_encodes_for_it() -> None:
+    for tokenizer in _TOKENIZERS.values():
+        fast = FastByteBpe.of(tokenizer)
+        assert fast is not None
+        assert fast.encoder.name == "gigatoken"
+    spec = json.loads(_TOKENIZERS["as Qwen"].to_str())
+    # A pattern that only one of them has: any run of letters, or one character.
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\P{L}"
+    other = Tokenizer.from_str(json.dumps(spec))
+    assert FastByteBpe.of(other, "gigatoken") is None
+    fast = FastByteBpe.of(other)
+    assert fast is not None
+    assert fast.encoder.name == "tiktoken"
+    assert fast.encode(_CORPUS) == other.encode(_CORPUS).ids
 
 
 def _with_added_tokens(*, parse: bool) -> Tokenizer:
@@ -71,36 +100,49 @@ def _with_added_tokens(*, parse: bool) -> Tokenizer:
 
 
 _WITH_ADDED = {parse: _with_added_tokens(parse=parse) for parse in (False, True)}
-_FAST_WITH_ADDED = {parse: FastByteBpe.of(each) for parse, each in _WITH_ADDED.items()}
+_FAST_WITH_ADDED = {
+    (parse, encoder): FastByteBpe.of(each, encoder)
+    for parse, each in _WITH_ADDED.items()
+    for encoder in _ENCODERS
+}
 _SPELLED = ["<|end|>", "<|end|>x", "\u0338", "<tool>", "<|end", "|>", "x", " "]
 
 
-@pytest.mark.parametrize("parse", [False, True])
+@pytest.mark.parametrize(("parse", "encoder"), _FAST_WITH_ADDED)
 @given(text=st.lists(st.one_of(st.sampled_from(_SPELLED), _PIECES), max_size=12).map("".join))
 @settings(max_examples=400, deadline=None)
-def test_added_tokens_in_a_text_are_found_as_the_library_finds_them(parse: bool, text: str) -> None:
-    fast = _FAST_WITH_ADDED[parse]
+def test_added_tokens_in_a_text_are_found_as_the_library_finds_them(
+    parse: bool, encoder: str, text: str
+) -> None:
+    fast = _FAST_WITH_ADDED[parse, encoder]
     assert fast is not None
-    assert fast.encode(text) in (None, _WITH_ADDED[parse].encode(text).ids)
+    ids = _WITH_ADDED[parse].encode(text).ids
+    assert fast.encode(text) in (None, ids)
+    [found] = fast.encode_batch([text])
+    assert found is None or list(found) == ids
 
 
 def test_chat_text_takes_the_fast_path() -> None:
     text = "<|end|>user\nhello caf\u00e9<tool>1<|end|>x\n" * 3
-    for parse, fast in _FAST_WITH_ADDED.items():
+    for (parse, _), fast in _FAST_WITH_ADDED.items():
         assert fast is not None
         assert fast.encode(text) == _WITH_ADDED[parse].encode(text).ids
 
 
-def test_text_on_which_the_two_could_differ_falls_back_to_the_library() -> None:
+@pytest.mark.parametrize("encoder", _ENCODERS)
+def test_text_on_which_the_two_could_differ_falls_back_to_the_library(encoder: str) -> None:
     tokenizer = _train(_QWEN)
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
-    fast = FastByteBpe.of(tokenizer)
+    fast = FastByteBpe.of(tokenizer, encoder)
     assert fast is not None
     assert fast.encode("a <|end|> b") == tokenizer.encode("a <|end|> b").ids
-    # An added token, the same before a combining character changes its last letter, and a long run.
-    for text in ("a <think> b", "a <think>\u0338 b", " " * 2_000_000):
+    # An added token, and the same before a combining character changes its last letter.
+    for text in ("a <think> b", "a <think>\u0338 b"):
         assert fast.encode(text) is None
+        assert fast.encode_batch([text]) == [None]
+    long = " " * 200_000
+    assert fast.encode(long) == (None if encoder == "tiktoken" else tokenizer.encode(long).ids)
 
 
 def _set(*path: str | int, to: object) -> Callable[[Any], None]:
@@ -127,7 +169,6 @@ def _swap_two_merges(spec: Any) -> None:
         _set("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", to=True),
         _set("model", "dropout", to=0.1),
         _set("model", "ignore_merges", to=True),
-        _swap_two_merges,
     ],
 )
 def test_tokenizer_of_another_kind_has_no_fast_path(change: Callable[[Any], None]) -> None:
@@ -136,14 +177,28 @@ def test_tokenizer_of_another_kind_has_no_fast_path(change: Callable[[Any], None
     assert FastByteBpe.of(Tokenizer.from_str(json.dumps(spec))) is None
 
 
-def test_vocabulary_with_a_token_that_does_not_merge_to_itself_has_no_fast_path() -> None:
+def _assert_only_gigatoken(spec: Any, text: str) -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    assert FastByteBpe.of(tokenizer, "tiktoken") is None
+    fast = FastByteBpe.of(tokenizer)
+    assert fast is not None
+    assert fast.encode(text) == tokenizer.encode(text).ids
+
+
+def test_merges_that_are_not_in_the_order_of_ids_are_not_those_of_tiktoken() -> None:
+    spec = json.loads(_TOKENIZERS["as Qwen"].to_str())
+    _swap_two_merges(spec)
+    _assert_only_gigatoken(spec, _CORPUS)
+
+
+def test_a_token_that_does_not_merge_to_itself_is_found_by_tiktoken_alone() -> None:
     """abc is the merge of ab and c, but b and c are merged first: it is never found."""
     spec = json.loads(_TOKENIZERS["as GPT-2"].to_str())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate(letters)}
     spec["model"]["vocab"] = vocab | {"bc": 256, "ab": 257, "abc": 258}
     spec["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
-    assert FastByteBpe.of(Tokenizer.from_str(json.dumps(spec))) is None
+    _assert_only_gigatoken(spec, "abc ab bc aabcc")
 
 
 def _model() -> dict[str, Any]:
@@ -164,6 +219,6 @@ def _model() -> dict[str, Any]:
 )
 def test_an_unsupported_model_falls_back_to_the_library(change: Callable[[Any], object]) -> None:
     model = _model()
-    assert _ranks(model) is not None
+    assert ranks_of(model) is not None
     change(model)
-    assert _ranks(model) is None
+    assert ranks_of(model) is None

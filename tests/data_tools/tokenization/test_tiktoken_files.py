@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_tools.errors import DataError
 from data_tools.tokenization import tiktoken_files
-from data_tools.tokenization.byte_bpe import byte_letters
+from data_tools.tokenization.byte_encoders import byte_letters
 from data_tools.tokenization.tokenizers import load_tokenizer, tokenizer_fingerprint
 from tests.refusals import assert_refused
 
