@@ -8,7 +8,7 @@ All begin with a .jsonl file and a tokenizer.json on disk, and their times inclu
 * Megatron style: two processes of a pool encode line by line, the parent writes through
   megatron.core's IndexedDatasetBuilder, as Megatron-LM's tools/preprocess_data.py does.
 
-Ours is measured with each library that encodes for it (`--encoder`); first as it is, with gigatoken.
+Ours is measured with each library that encodes for it (`--encoder`), gigatoken first.
 """
 
 from __future__ import annotations
