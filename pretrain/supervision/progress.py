@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -61,6 +63,13 @@ class Progress(NamedTuple):
     calls: tuple[Call, ...] = ()
     device: float = 0.0
 
+    @classmethod
+    def of_this_process(cls) -> Progress:
+        """That of a process that has reported nothing."""
+        namespace = Path("/proc/self/ns/pid")
+        own = os.readlink(namespace) if namespace.exists() else ""
+        return cls(socket.gethostname(), os.getpid(), pid_namespace=own)
+
     @property
     def where(self) -> str:
         """The activity and its part."""
@@ -78,6 +87,15 @@ class Progress(NamedTuple):
     def _describe(self, where: str) -> str:
         place = f", {self.place}" if self.place else ""
         return f"(process {self.pid} on {self.host}{place}, {where})"
+
+
+def resident_gib() -> float:
+    """Memory of this process on the host; 0 where the system does not tell it."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0.0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def is_waiting(frame: FrameType | None) -> bool:

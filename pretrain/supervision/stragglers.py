@@ -56,6 +56,13 @@ class Straggler(NamedTuple):
     usual: float
     ratio: float
 
+    def describe(self, progress: Progress) -> str:
+        return (
+            f"rank {self.rank} {progress.summary} is slow: {self.seconds:.3g} s of {self.whose} "
+            f"work per step, {self.ratio:.1f} times the {self.usual:.3g} s that are usual in its "
+            "stage"
+        )
+
 
 # Fields of Progress that are compared, and whose work they are.
 _MEASURES = {"busy": "its own", "device": "its device's own"}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import socket
 import sys
 import threading
 import time
@@ -36,12 +35,12 @@ from pretrain.supervision.progress import (
     describe_silent,
     is_waiting,
     locate_thread,
+    resident_gib,
     silent_ranks,
 )
 from pretrain.supervision.stragglers import (
     SAMPLING_INTERVAL,
     BusyTimer,
-    Straggler,
     StragglerDetector,
 )
 
@@ -97,7 +96,7 @@ class Watchdog:
         )
         self._local_peers = LocalPeers(rank=rank, size=size)
         # Written by the main thread and by the watchdog thread; each has its own.
-        self._reported = Progress(socket.gethostname(), os.getpid(), pid_namespace=_pid_namespace())
+        self._reported = Progress.of_this_process()
         self._sampled: dict[str, Any] = {}
         self._main, self._last_progress = threading.get_ident(), time.monotonic()
         self._closing = threading.Event()
@@ -295,7 +294,8 @@ class Watchdog:
         for slow in self._stragglers.compare(
             everyone, seconds_per_step=self._busy_timer.seconds_per_step
         ):
-            _warn(slow, everyone[slow.rank])
+            sys.stderr.write(f"warning: {slow.describe(everyone[slow.rank])}\n")
+            sys.stderr.flush()
 
     def _check(self) -> Ending | None:
         """Send a heartbeat; returns the verdict that ends this rank, if there is one."""
@@ -321,7 +321,7 @@ class Watchdog:
             "function": function,
             "collective": collective,
             "calls": latest_calls() if is_stuck and dist.is_initialized() else (),
-            "memory_gib": _resident_gib(),
+            "memory_gib": resident_gib(),
         }
 
     def _exchange(self) -> Ending | None:
@@ -396,28 +396,6 @@ class Watchdog:
                 stacks = failure or f"stacks and collectives in {self._folder}: {NAMES}"
                 ending = ending._replace(message=f"{ending.message}; {stacks}")
         self._end(ending)
-
-
-def _warn(slow: Straggler, progress: Progress) -> None:
-    sys.stderr.write(
-        f"warning: rank {slow.rank} {progress.summary} is slow: {slow.seconds:.3g} s of "
-        f"{slow.whose} work per step, {slow.ratio:.1f} times the {slow.usual:.3g} s that are usual "
-        "in its stage\n"
-    )
-    sys.stderr.flush()
-
-
-def _pid_namespace() -> str:
-    namespace = Path("/proc/self/ns/pid")
-    return os.readlink(namespace) if namespace.exists() else ""
-
-
-def _resident_gib() -> float:
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:
-        return 0.0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def _end_process(ending: Ending) -> NoReturn:

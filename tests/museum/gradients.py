@@ -43,9 +43,9 @@ GRADIENTS = {
         ),
         Mutant(
             "models.common.norms:RMSNorm.__init__",
-            "declare_replicated(self.weight, Constant(1.0), ctx=ctx)",
-            "from parallel.sharding import Sharding, declare\n"
-            "declare(self.weight, Sharding(), Constant(1.0))",
+            "declare_replicated("
+            "self.weight, Constant(0.0 if zero_centered_gamma else 1.0), ctx=ctx)",
+            "declare(self.weight, Sharding(), Constant(0.0 if zero_centered_gamma else 1.0))",
             (f"{_TENSOR_RANKS}[True-llama]",),
         ),
         proof_of("llama/demo", "parallel.tensor=2", "parallel.sequence_parallel=true"),
