@@ -82,7 +82,7 @@ class Precision:
         if not self.uses_transformer_engine:
             return contextlib.nullcontext()
         engine = require_transformer_engine()
-        return engine.pytorch.autocast(enabled=True, recipe=_recipe(str(self.fp8_recipe)))
+        return engine.pytorch.autocast(enabled=True, recipe=fp8_recipe(str(self.fp8_recipe)))
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` with activation checkpointing: recompute it in backward.
@@ -144,7 +144,8 @@ def _require_recipe(name: str) -> None:
 
 
 @functools.cache
-def _recipe(name: str) -> Any:
+def fp8_recipe(name: str) -> Any:
+    """Transformer Engine's recipe of a name in FP8_RECIPES."""
     from transformer_engine.common import recipe
 
     return {

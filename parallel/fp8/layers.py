@@ -9,6 +9,7 @@ product alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from parallel.context import ParallelContext
 from parallel.fp8.emulation import fp8_product
-from parallel.precision import require_transformer_engine
+from parallel.fp8.history import pack_history, unpack_history
+from parallel.precision import fp8_recipe, require_transformer_engine
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 
 
@@ -115,6 +117,9 @@ def _transformer_engine_linear() -> Any:
     engine = require_transformer_engine()
 
     class TransformerEngineLinear(_Fp8Linear, engine.pytorch.Linear):  # type: ignore[name-defined]
+        fp8_meta: dict[str, Any]
+        init_fp8_meta_tensors: Callable[[Any], None]
+
         def __init__(
             self, mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelContext
         ) -> None:
@@ -132,5 +137,17 @@ def _transformer_engine_linear() -> Any:
         def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             y = engine.pytorch.Linear.forward(self, x)
             return y if self.has_bias else (y, None)
+
+        def get_extra_state(self) -> Tensor:
+            return pack_history(self.fp8_meta)
+
+        def set_extra_state(self, state: Tensor) -> None:
+            if state.numel() == 0:
+                return
+            # As Transformer Engine's own (2.20, module/base.py): what the first step would make.
+            recipe = fp8_recipe(str(self.ctx.precision.fp8_recipe))
+            self.fp8_meta.update(num_gemms=1, recipe=recipe)
+            self.init_fp8_meta_tensors(recipe)
+            unpack_history(state, self.fp8_meta)
 
     return TransformerEngineLinear
