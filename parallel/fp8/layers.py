@@ -1,8 +1,8 @@
 """The tensor-parallel linear layer of FP8.
 
 Collectives are those of `parallel.regions`, in bf16, around a product that knows nothing of them:
-Transformer Engine's (`te.pytorch.Linear` without a parallel mode) or the emulated one. So several
-layers share one gather (`parallel.layers.project_together`), and both backends differ in the
+Transformer Engine's (`te.pytorch.Linear` without a parallel mode), torch's own or the emulated one.
+So several layers share one gather (`parallel.layers.project_together`), and backends differ in the
 product alone.
 """
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
+from parallel.fp8 import scaled
 from parallel.fp8.emulation import fp8_product
 from parallel.fp8.history import pack_history, unpack_history
 from parallel.precision import fp8_recipe, require_transformer_engine
@@ -32,6 +33,8 @@ class _Multiples(NamedTuple):
 
 
 def _multiples(ctx: ParallelContext) -> _Multiples:
+    if ctx.precision.fp8_backend == "torch":
+        return _Multiples(scaled.MULTIPLE, scaled.MULTIPLE)
     return _Multiples(32, 32) if ctx.precision.fp8_recipe == "mxfp8" else _Multiples(8, 16)
 
 
@@ -48,8 +51,8 @@ def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelCo
             f"{ctx.precision.fp8_recipe} both must be multiples of {multiple}; change the model's "
             "sizes or parallel.tensor, or use training.precision=bf16"
         )
-    emulated = ctx.precision.fp8_backend == "emulated"
-    kind = _EmulatedLinear if emulated else _transformer_engine_linear()
+    kinds = {"emulated": _EmulatedLinear, "torch": _ScaledLinear}
+    kind = kinds.get(ctx.precision.fp8_backend) or _transformer_engine_linear()
     layer: nn.Module = kind(mode, shape, bias=bias, ctx=ctx)
     return layer
 
@@ -109,6 +112,11 @@ class _EmulatedLinear(_Fp8Linear, nn.Linear):
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return fp8_product(x, self.weight, str(self.ctx.precision.fp8_recipe)), self.bias
+
+
+class _ScaledLinear(_EmulatedLinear):
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return scaled.scaled_product(x, self.weight), self.bias
 
 
 @cache
