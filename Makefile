@@ -84,6 +84,8 @@ test: $(COMPILED)
 # pin an older NumPy than ours, so that pip is given an exact list and resolves nothing.
 ECOSYSTEM := .venv-ecosystem
 LIST := tests/ecosystem.txt
+# Only read: without CUDA it cannot be imported, and would be in the way of those who try.
+UNLOADABLE := transformer-engine==2.20.2
 ecosystem: $(COMPILED) $(ECOSYSTEM)/.installed
 	$(TEST_ENV) $(ECOSYSTEM)/bin/python -m pytest tests -m ecosystem
 
@@ -92,6 +94,8 @@ $(ECOSYSTEM)/.installed: $(STAMP) $(LIST)
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($(ECOSYSTEM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth"
 	@$(ECOSYSTEM)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $(LIST)
+	@$(ECOSYSTEM)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+		--target $(ECOSYSTEM)/sources $(UNLOADABLE)
 	@touch $@
 
 # Tests of text, commands and threads, which compare no floating-point numbers of this process.
@@ -118,9 +122,24 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
 
+# In parts, each of which has 8 minutes. A part that has passed is not run again until a source
+# changes, so that what an interruption or a time limit leaves is done by the same command.
+GPU_PARTS = $(patsubst tests/gpu/test_%_gpu.py,%,$(sort $(wildcard tests/gpu/test_*_gpu.py))) benchmark
+GPU_SOURCES = $(shell find data_tools models parallel pretrain configs tests -name '*.py' -o -name '*.yaml' -o \
+	-name '*.json' | sort | xargs cat | sha256sum | cut -c 1-12)
+GPU_LIMIT ?= 480
+GPU_DONE ?= .gpu-check
+
 gpu-check:
-	$(PYTHON) -m pytest tests/gpu
-	$(PYTHON) -m tests.gpu.benchmark
+	@sources=$(GPU_SOURCES); failed=; for part in $(GPU_PARTS); do \
+		done=$(GPU_DONE)/$$sources/$$part; \
+		if [ -e $$done ]; then echo "gpu-check $$part: passed before"; continue; fi; \
+		if [ $$part = benchmark ]; then run="tests.gpu.benchmark"; \
+		else run="pytest -q tests/gpu/test_$${part}_gpu.py"; fi; \
+		echo "gpu-check $$part"; mkdir -p $(GPU_DONE)/$$sources; \
+		if timeout $(GPU_LIMIT) $(PYTHON) -m $$run; then touch $$done; \
+		else failed="$$failed $$part"; fi; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed; make gpu-check tries these again"; exit 1; }
 
 clean:
-	rm -rf runs data $(ECOSYSTEM) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs data $(ECOSYSTEM) .gpu-check .mypy_cache .ruff_cache .pytest_cache

@@ -5,7 +5,12 @@ Importing it imports Megatron-Core (seconds), so it is imported only at tensor s
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +19,36 @@ from torch import Tensor
 
 from parallel.cpu.compat import let_megatron_run_on_cpu
 
-with warnings.catch_warnings():
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _without_broken_transformer_engine() -> Iterator[None]:
+    """Let Megatron-Core go on without a Transformer Engine that is installed and cannot be loaded.
+
+    It catches ImportErrors alone (0.16.1, tensor_parallel/layers.py and random.py), whereas a
+    missing library of CUDA is an OSError, and a package without its extensions a RuntimeError.
+    """
+    name = "transformer_engine"
+    try:
+        importlib.import_module(f"{name}.pytorch")
+    except ImportError:
+        yield
+    except Exception as error:
+        logger.warning("Transformer Engine cannot be loaded and is not used: %s", error)
+        found = {key: module for key, module in sys.modules.items() if key.startswith(name)}
+        for key in found:
+            del sys.modules[key]
+        sys.modules[name] = None  # type: ignore[assignment]  # whose import is an ImportError
+        try:
+            yield
+        finally:
+            del sys.modules[name]
+    else:
+        yield
+
+
+with warnings.catch_warnings(), _without_broken_transformer_engine():
     # Megatron-Core warns about missing optional packages (Transformer Engine, Apex).
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state

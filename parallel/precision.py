@@ -19,7 +19,7 @@ from parallel.recompute import decision_contexts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-FP8_BACKENDS = ("transformer_engine", "emulated")
+FP8_BACKENDS = ("transformer_engine", "torch", "emulated")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Precision:
     """`name` is fp32, bf16 or fp8; `fp8_recipe` names the FP8 scaling and is None otherwise.
 
     Under fp8 parameters and activations are bf16 and linear layers multiply in FP8: those of
-    Transformer Engine, or with the backend "emulated" rounded operands on any device. Without a
-    usable Transformer Engine its backend is refused; it never falls back to bf16 silently.
+    Transformer Engine, with the backend "torch" by torch's own kernels, or with "emulated" by
+    rounded operands on any device. Without a usable Transformer Engine its backend is refused; it
+    never falls back to another one or to bf16 silently.
     """
 
     name: str = "fp32"
@@ -58,11 +59,22 @@ class Precision:
             )
         if self.fp8_backend == "transformer_engine":
             _require_recipe(self.fp8_recipe)
+        elif self.fp8_backend == "torch":
+            self._check_torch()
         elif self.fp8_recipe == "delayed":
             raise ValueError(
                 "fp8_backend='emulated' with fp8_recipe='delayed': the emulation keeps no history "
                 "of largest entries; use tensorwise, blockwise or mxfp8"
             )
+
+    def _check_torch(self) -> None:
+        if self.fp8_recipe != "tensorwise":
+            raise ValueError(
+                f"fp8_backend='torch' with fp8_recipe={self.fp8_recipe!r}: it has the recipe "
+                "tensorwise alone; use that, or another backend"
+            )
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+            raise ValueError(_too_old("fp8_backend='torch'"))
 
     @property
     def is_fp8(self) -> bool:
@@ -82,7 +94,7 @@ class Precision:
         if not self.uses_transformer_engine:
             return contextlib.nullcontext()
         engine = require_transformer_engine()
-        return engine.pytorch.autocast(enabled=True, recipe=_recipe(str(self.fp8_recipe)))
+        return engine.pytorch.autocast(enabled=True, recipe=fp8_recipe(str(self.fp8_recipe)))
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` with activation checkpointing: recompute it in backward.
@@ -107,16 +119,12 @@ def require_transformer_engine() -> Any:
     # Its extension is built on the machine, against the torch that is there.
     remedy = (
         "install it on a CUDA machine with `pip install --no-build-isolation 'manyformer[fp8]'`, "
-        "or use fp8_backend=emulated or precision=bf16"
+        "or use fp8_backend=torch, fp8_backend=emulated or precision=bf16"
     )
     if not torch.cuda.is_available():
         raise ValueError(f"precision=fp8 needs a CUDA device and Transformer Engine; {remedy}")
-    capability = torch.cuda.get_device_capability()
-    if capability < FP8_CAPABILITY:
-        raise ValueError(
-            f"precision=fp8 needs a CUDA device of compute capability {FP8_CAPABILITY} or newer, "
-            f"this one has {capability}; use precision=bf16"
-        )
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        raise ValueError(_too_old("precision=fp8"))
     try:
         import transformer_engine
         import transformer_engine.pytorch
@@ -126,6 +134,13 @@ def require_transformer_engine() -> Any:
             f"({type(error).__name__}: {error}); {remedy}"
         ) from error
     return transformer_engine
+
+
+def _too_old(setting: str) -> str:
+    return (
+        f"{setting} needs a CUDA device of compute capability {FP8_CAPABILITY} or newer, this one "
+        f"has {torch.cuda.get_device_capability()}; use precision=bf16"
+    )
 
 
 def _require_recipe(name: str) -> None:
@@ -144,7 +159,8 @@ def _require_recipe(name: str) -> None:
 
 
 @functools.cache
-def _recipe(name: str) -> Any:
+def fp8_recipe(name: str) -> Any:
+    """Transformer Engine's recipe of a name in FP8_RECIPES."""
     from transformer_engine.common import recipe
 
     return {

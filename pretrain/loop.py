@@ -31,7 +31,12 @@ from pretrain.distributed.launcher_env import ranks_on_this_machine
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.lr_schedule import learning_rate
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
-from pretrain.metrics.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.metrics.flops import (
+    describe_cost,
+    device_name,
+    peak_flops,
+    training_flops_per_token,
+)
 from pretrain.metrics.profile import StepProfiler
 from pretrain.metrics.records import Throughput, evaluation_record, training_record
 from pretrain.metrics.writers import Writers, build_writers
@@ -98,7 +103,8 @@ class TrainLoop:
         self._last_save = time.monotonic()  # its end, or the start
         self.family = get_family(config.model.family)
         peak = peak_flops(device_name(), config.training.precision)
-        self.throughput = Throughput(peak=None if peak is None else peak * ranks.size)
+        self.peak = None if peak is None else peak * ranks.size
+        self.throughput = Throughput(peak=self.peak)
         self.num_parameters = self.family.num_parameters(config.model)
         self.profiler: StepProfiler | None = None
         if config.logging.profile_steps:
@@ -365,7 +371,21 @@ class TrainLoop:
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}{expert}, "
             f"{self.state.total_steps:,} steps, {start}\n"
             f"{self.state.curriculum.describe(after=self.state.step)}\n"
+            f"{self._describe_cost()}\n"
             f"run directory {Path(self.config.run_dir).absolute()}"
+        )
+
+    def _describe_cost(self) -> str:
+        """Tokens and FLOPs of the steps that are left, and their time where the peak is known."""
+        plan, tokens, flops = self.state.curriculum, 0, 0.0
+        ends = [*(stage.first_step for stage in plan.stages[1:]), plan.total_steps]
+        for stage, end in zip(plan.stages, ends, strict=True):
+            begin, length = max(stage.first_step, self.state.step), stage.sequence_length
+            of_stage = max(end - begin, 0) * stage.sequences_per_step * length
+            tokens += of_stage
+            flops += of_stage * training_flops_per_token(self.family, self.config.model, length)
+        return describe_cost(
+            tokens=tokens, flops=flops, peak=self.peak, num_devices=self.ranks.size
         )
 
     def _print(self, text: str) -> None:

@@ -44,6 +44,13 @@ from pretrain.supervision.launcher_exit import end_with_launcher
 if TYPE_CHECKING:
     from pretrain.config.resolve import ResolvedRun
 
+# Read by CUDA and by torch's allocator when they start, so before torch is imported; by no one
+# without CUDA. Megatron-Core overlaps its collectives with the products that follow if there is one
+# connection; segments that grow waste no memory on sequence lengths that change.
+_CUDA_DEFAULTS = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 DEBUG_VARIABLE = "MANYFORMER_DEBUG"
 MARKERS_VARIABLE = "MANYFORMER_READS_MARKERS"
 
@@ -104,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{settings.config.run_dir}: settings checked; torch and DeepSpeed take seconds",
                 flush=True,
             )
+        for name, value in _CUDA_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         remark = prepare_threads(ranks=ranks_on_this_machine())
         from parallel.checkpoint.file_modes import private_files
         from parallel.cpu.compat import device_type

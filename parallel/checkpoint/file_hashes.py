@@ -7,13 +7,12 @@ cores; checkpoints of runs, imports and exports are in many. hashlib releases th
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from parallel.checkpoint.storage import FileRecord, file_record
+from parallel.cpu.side_by_side import side_by_side
 from parallel.cpu.threads import usable_cpus
 
 _MAX_THREADS = 8  # a file system has its limit, too
@@ -34,17 +33,7 @@ def hash_files(paths: Iterable[Path], *, threads: int | None = None) -> Generato
     waits for the files that have been begun.
     """
     threads = threads or min(_MAX_THREADS, len(usable_cpus()))
-    begun: deque[Future[HashedFile]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="sha256") as pool:
-        try:
-            for path in paths:
-                begun.append(pool.submit(_hash, path))
-                if len(begun) == threads:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return side_by_side(_hash, paths, threads=threads)
 
 
 def _hash(path: Path) -> HashedFile:

@@ -93,7 +93,7 @@ def module_weights(
     weights: list[Weight] = []
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        # Transformer Engine keeps pickled FP8 scales under this name; they are rebuilt.
+        # FP8 scales (parallel/fp8/history.py), which belong to a layout, are kept under this name.
         if name.endswith("_extra_state") or not isinstance(tensor, Tensor):
             continue
         if id(tensor) in seen or name in skip:

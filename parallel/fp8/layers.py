@@ -1,14 +1,15 @@
 """The tensor-parallel linear layer of FP8.
 
 Collectives are those of `parallel.regions`, in bf16, around a product that knows nothing of them:
-Transformer Engine's (`te.pytorch.Linear` without a parallel mode) or the emulated one. So several
-layers share one gather (`parallel.layers.project_together`), and both backends differ in the
+Transformer Engine's (`te.pytorch.Linear` without a parallel mode), torch's own or the emulated one.
+So several layers share one gather (`parallel.layers.project_together`), and backends differ in the
 product alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
+from parallel.fp8 import scaled
 from parallel.fp8.emulation import fp8_product
-from parallel.precision import require_transformer_engine
+from parallel.fp8.history import pack_history, unpack_history
+from parallel.precision import fp8_recipe, require_transformer_engine
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 
 
@@ -30,6 +33,8 @@ class _Multiples(NamedTuple):
 
 
 def _multiples(ctx: ParallelContext) -> _Multiples:
+    if ctx.precision.fp8_backend == "torch":
+        return _Multiples(scaled.MULTIPLE, scaled.MULTIPLE)
     return _Multiples(32, 32) if ctx.precision.fp8_recipe == "mxfp8" else _Multiples(8, 16)
 
 
@@ -46,8 +51,8 @@ def fp8_linear(mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelCo
             f"{ctx.precision.fp8_recipe} both must be multiples of {multiple}; change the model's "
             "sizes or parallel.tensor, or use training.precision=bf16"
         )
-    emulated = ctx.precision.fp8_backend == "emulated"
-    kind = _EmulatedLinear if emulated else _transformer_engine_linear()
+    kinds = {"emulated": _EmulatedLinear, "torch": _ScaledLinear}
+    kind = kinds.get(ctx.precision.fp8_backend) or _transformer_engine_linear()
     layer: nn.Module = kind(mode, shape, bias=bias, ctx=ctx)
     return layer
 
@@ -109,12 +114,20 @@ class _EmulatedLinear(_Fp8Linear, nn.Linear):
         return fp8_product(x, self.weight, str(self.ctx.precision.fp8_recipe)), self.bias
 
 
+class _ScaledLinear(_EmulatedLinear):
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return scaled.scaled_product(x, self.weight), self.bias
+
+
 @cache
 def _transformer_engine_linear() -> Any:
     """The class, which is made once Transformer Engine is imported."""
     engine = require_transformer_engine()
 
     class TransformerEngineLinear(_Fp8Linear, engine.pytorch.Linear):  # type: ignore[name-defined]
+        fp8_meta: dict[str, Any]
+        init_fp8_meta_tensors: Callable[[Any], None]
+
         def __init__(
             self, mode: str, shape: tuple[int, int], *, bias: bool, ctx: ParallelContext
         ) -> None:
@@ -132,5 +145,17 @@ def _transformer_engine_linear() -> Any:
         def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             y = engine.pytorch.Linear.forward(self, x)
             return y if self.has_bias else (y, None)
+
+        def get_extra_state(self) -> Tensor:
+            return pack_history(self.fp8_meta)
+
+        def set_extra_state(self, state: Tensor) -> None:
+            if state.numel() == 0:
+                return
+            # As Transformer Engine's own (2.20, module/base.py): what the first step would make.
+            recipe = fp8_recipe(str(self.ctx.precision.fp8_recipe))
+            self.fp8_meta.update(num_gemms=1, recipe=recipe)
+            self.init_fp8_meta_tensors(recipe)
+            unpack_history(state, self.fp8_meta)
 
     return TransformerEngineLinear

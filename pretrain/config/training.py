@@ -95,9 +95,10 @@ class TrainingConfig(BaseModel):
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
         default=None, description="Scaling of FP8 tensors; with precision=fp8 only"
     )
-    fp8_backend: Literal["transformer_engine", "emulated"] = Field(
+    fp8_backend: Literal["transformer_engine", "torch", "emulated"] = Field(
         default="transformer_engine",
-        description="emulated: the same numbers without the kernels, slowly, on any device",
+        description="torch: torch's own kernels, for tensorwise; emulated: the same numbers "
+        "without kernels, slowly, on any device",
     )
     activation_recomputation: Literal["none", "full"] = Field(
         default="none",
@@ -200,6 +201,11 @@ def _check_numerics(training: TrainingConfig) -> None:
         raise ValueError(
             f"training.fp8_backend={training.fp8_backend} has no effect with training.precision="
             f"{training.precision}; remove it or set training.precision=fp8"
+        )
+    if training.fp8_backend == "torch" and training.fp8_recipe != "tensorwise":
+        raise ValueError(
+            f"training.fp8_backend=torch with training.fp8_recipe={training.fp8_recipe}: torch's "
+            "own kernels have tensorwise alone; use that, or another fp8_backend"
         )
     if training.fp8_recipe == "delayed" and training.fp8_backend == "emulated":
         raise ValueError(

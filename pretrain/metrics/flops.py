@@ -59,6 +59,32 @@ def peak_flops(device_name: str | None, precision: str) -> float | None:
     return None if value is None else value * TERA
 
 
+_USUAL_MFU = 0.4  # of dense models of this size on these devices; nobody knows it before
+
+
+def describe_cost(*, tokens: int, flops: float, peak: float | None, num_devices: int) -> str:
+    """What training on `tokens` tokens with `flops` FLOPs takes, on one line: before it starts.
+
+    `peak`: FLOP/s of all devices together; None: unknown, and then nothing is said of time.
+    """
+    text = f"{_short(tokens)} tokens, {flops:.2g} FLOPs"
+    if peak is None:
+        return text
+    hours = flops / (_USUAL_MFU * peak) / 3600
+    time = f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours"
+    return (
+        f"{text}: at a MFU of {_USUAL_MFU:.0%} {time} on {num_devices:,} devices, "
+        f"{hours * num_devices:,.0f} GPU-hours"
+    )
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:g}"
+
+
 def device_name() -> str | None:
     """Name of this process's CUDA device as given by the driver; None without one."""
     import torch

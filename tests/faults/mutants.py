@@ -107,6 +107,15 @@ MUTANTS = {
         "",
         (f"{_ROLLBACKS}a_kill_at_any_point_of_a_rollback_leaves_the_run_before_or_after_it",),
     ),
+    "exports pass over what a rollback discarded": Mutant(
+        "parallel.checkpoint.newest:_newest",
+        "rollbacks is None or rollbacks.is_complete",
+        "True",
+        (
+            f"{_ROLLBACKS}whoever_takes_the_newest_checkpoint_passes_over_those_that_a_rollback"
+            "_discarded",
+        ),
+    ),
     "steps are written anew after a rollback": Mutant(
         f"{STORE}:CheckpointStore.return_to",
         "self._trusted = {each for each in self._trusted if each <= step}",

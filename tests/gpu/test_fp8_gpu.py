@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,12 @@ from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear
 from parallel.precision import FP8_BACKENDS, Precision
 from tests.benchmarks.training import LEARNING_RATE, random_batch, run_config, start_engine
+from tests.gpu.device import DEVICE
+from tests.gpu.device_runs import DeviceRun
 from tests.gpu.test_training_gpu import MODEL, SEQ, STEPS
 from tests.missing import cannot_run
+from tests.parallel.fp8.test_layers import CONFIGS as FP8_CONFIGS
+from tests.pretrain.tiny_run import metrics
 
 
 def _transformer_engine() -> str | None:
@@ -68,8 +74,9 @@ def test_the_kernels_compute_what_the_emulation_computes(recipe, process_device)
     lacks = _transformer_engine()
     if lacks is not None:
         cannot_run(lacks, needs="FP8")
+    backends = FP8_BACKENDS if recipe == "tensorwise" else ("transformer_engine", "emulated")
     try:
-        precisions = [Precision("fp8", recipe, backend) for backend in FP8_BACKENDS]
+        precisions = [Precision("fp8", recipe, backend) for backend in backends]
     except ValueError as error:  # the chip lacks the recipe
         cannot_run(str(error), needs="FP8")
     torch.manual_seed(0)
@@ -86,8 +93,76 @@ def test_the_kernels_compute_what_the_emulation_computes(recipe, process_device)
             y = layer(own)
         y.float().square().mean().backward()
         results.append((y, own.grad, layer.get_parameter("weight").grad))
-    for kernel, emulated in zip(*results, strict=True):
+    *by_kernels, by_emulation = results
+    pairs = [pair for each in by_kernels for pair in zip(each, by_emulation, strict=True)]
+    for kernel, emulated in pairs:
         # bf16 results of equal operands: 2^-8 each, and gradients of y that differ by as much,
         # which rounds some to the neighbouring FP8 number.
         scale = emulated.float().abs().max()
         assert (kernel.float() - emulated.float()).abs().max() < 2e-2 * scale
+
+
+def _backend() -> str:
+    """The kernels on CUDA; on a CPU, where these tests are only tried, the emulation."""
+    lacks = _transformer_engine()
+    if DEVICE.type == "cuda" and lacks is not None:
+        cannot_run(lacks, needs="FP8")
+    return "transformer_engine" if DEVICE.type == "cuda" else "emulated"
+
+
+def _fp8(backend: str, recipe: str = "tensorwise") -> dict[str, str]:
+    return {
+        "training__precision": "fp8",
+        "training__fp8_recipe": recipe,
+        "training__fp8_backend": backend,
+    }
+
+
+def _run(folder: Path, name: str, **settings: Any) -> DeviceRun:
+    return DeviceRun(
+        folder,
+        model=FP8_CONFIGS[name].model_dump(),
+        training__max_steps=60,
+        checkpoint__interval=20,
+        evaluation__interval=60,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(FP8_CONFIGS))
+def test_a_run_of_every_family_learns_saves_and_goes_on(name, tmp_path):
+    settings = _fp8(_backend())
+    whole, killed = (_run(tmp_path / each, name, **settings) for each in ("whole", "killed"))
+    whole.complete()
+    trained = metrics(whole.config)[0]
+    assert trained[-1]["loss"] < trained[0]["loss"]
+    killed.kill_after(20)
+    assert "continuing after step" in killed.complete()
+    for expected, found in zip(trained, metrics(killed.config)[0], strict=True):
+        # Sums of CUDA's kernels differ between runs, and 8 bits round them to other numbers.
+        assert found["loss"] == pytest.approx(expected["loss"], rel=5e-2)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_recomputation_changes_nothing(recipe, tmp_path):
+    settings = _fp8(_backend(), recipe)
+    runs = []
+    for recomputation in ("none", "full"):
+        settings["training__activation_recomputation"] = recomputation
+        runs.append(_run(tmp_path / recomputation, "llama", **settings))
+        runs[-1].complete()
+    for expected, found in zip(*(metrics(run.config)[0] for run in runs), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=5e-2)
+
+
+def test_the_history_of_delayed_goes_on_after_a_kill(tmp_path):
+    if _backend() == "emulated":
+        pytest.skip("the emulation has no history; tests/parallel/fp8/test_history.py packs one")
+    settings = _fp8("transformer_engine", "delayed")
+    whole, killed = (_run(tmp_path / each, "llama", **settings) for each in ("whole", "killed"))
+    whole.complete()
+    killed.kill_after(20)
+    assert "continuing after step" in killed.complete()
+    pairs = zip(metrics(whole.config)[0], metrics(killed.config)[0], strict=True)
+    for expected, found in pairs:
+        assert found["loss"] == pytest.approx(expected["loss"], rel=5e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,16 +170,28 @@ def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
 
 def test_a_run_says_a_word_before_it_imports_torch(tmp_path: Path) -> None:
     _touch_demo_data(tmp_path)
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    (tmp_path / "torch.py").write_text(
+        "import os\n"
+        "names = ('CUDA_DEVICE_MAX_CONNECTIONS', 'PYTORCH_CUDA_ALLOC_CONF')\n"
+        "raise SystemExit(f'torch was imported {[os.environ.get(name) for name in names]}')\n"
+    )
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
         "from pretrain.train import main\n"
         "sys.exit(main(['--config-name', 'demo', 'run_dir=somewhere']))"
     )
+    environment = dict(os.environ, PYTORCH_CUDA_ALLOC_CONF="backend:native")
+    environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.stderr == "torch was imported\n"
+    # What CUDA reads when it starts is set by then, and what the user has set is kept.
+    assert done.stderr == "torch was imported ['1', 'backend:native']\n"
     assert done.stdout.startswith("somewhere: settings checked")
 
 

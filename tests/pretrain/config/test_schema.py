@@ -194,6 +194,10 @@ def test_an_unusable_value_is_refused_with_key_value_and_constraint(
             ["training.fp8_recipe=delayed", "activation_recomputation=full", "use tensorwise"],
         ),
         (
+            DELAYED | {"training__fp8_backend": "torch"},
+            ["training.fp8_backend=torch", "training.fp8_recipe=delayed", "tensorwise alone"],
+        ),
+        (
             DELAYED | {"training__fp8_backend": "emulated"},
             ["training.fp8_recipe=delayed", "training.fp8_backend=emulated", "use tensorwise"],
         ),

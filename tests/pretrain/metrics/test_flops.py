@@ -8,7 +8,12 @@ from models.llama.config import LlamaConfig
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from pretrain.metrics.flops import device_name, peak_flops, training_flops_per_token
+from pretrain.metrics.flops import (
+    describe_cost,
+    device_name,
+    peak_flops,
+    training_flops_per_token,
+)
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -58,3 +63,18 @@ def test_hardware_of_unknown_peak_has_none() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None
     if not torch.cuda.is_available():
         assert device_name() is None
+
+
+def test_tokens_days_and_gpu_hours_of_a_run_are_told() -> None:
+    """70B parameters on 2T tokens: 6 N D FLOPs, on 1,024 H100 at 40 % of 989.4 TFLOP/s."""
+    peak = 1024 * 989.4e12
+    flops = 6 * 70e9 * 2e12
+    assert describe_cost(tokens=2 * 10**12, flops=flops, peak=peak, num_devices=1024) == (
+        "2T tokens, 8.4e+23 FLOPs: at a MFU of 40% 24.0 days on 1,024 devices, 589,583 GPU-hours"
+    )
+    assert describe_cost(tokens=12_345, flops=1e12, peak=None, num_devices=2) == (
+        "12.3k tokens, 1e+12 FLOPs"
+    )
+    assert "0.7 hours on 1 devices" in describe_cost(
+        tokens=10, flops=1e18, peak=989.4e12, num_devices=1
+    )
