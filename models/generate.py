@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from models.common.sampling import check_sampling
+from models.common.sampling import check_sampling, check_seed
 from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait.
@@ -187,6 +187,7 @@ def _continue_text(arguments: argparse.Namespace) -> str:
     _check_settings(
         arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
     )
+    check_seed(arguments.seed)
     find_manifest(Path(arguments.checkpoint))
     import torch
 

@@ -113,7 +113,11 @@ def _print_completion(arguments: Sequence[str]) -> int:
 
 
 def completion(shell: str) -> str:
-    """A script that completes names of commands, then options, which --help knows, and files."""
+    """A script that completes names of commands, then options, which --help knows, and files.
+
+    The word after a command may be one of its own, such as `to-hf`, whose help is then asked for.
+    The examples at the end of a help have options of other programs.
+    """
     names = " ".join([*COMMANDS, "completion"])
     if shell == "zsh":
         return _ZSH.format(names=names)
@@ -121,12 +125,15 @@ def completion(shell: str) -> str:
 
 
 _BASH = r"""_manyformer() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" words=""
+    local word="${{COMP_WORDS[COMP_CWORD]}}" words="" part=""
     if [ "$COMP_CWORD" -eq 1 ]; then
         words="{names}"
     elif [ "${{word#-}}" != "$word" ]; then
-        words="$("${{COMP_WORDS[0]}}" "${{COMP_WORDS[1]}}" --help 2>/dev/null |
-            grep -oE -e '--[a-z][a-z_-]+' | sort -u)"
+        if [[ $COMP_CWORD -gt 2 && ${{COMP_WORDS[2]}} =~ ^[a-z][a-z-]*$ ]]; then
+            part="${{COMP_WORDS[2]}}"
+        fi
+        words="$("${{COMP_WORDS[0]}}" "${{COMP_WORDS[1]}}" $part --help 2>/dev/null |
+            sed '/^example/,$d' | grep -oE -e '--[a-z][a-z_-]+' | sort -u)"
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}
@@ -137,8 +144,12 @@ _ZSH = r"""_manyformer() {{
     if (( CURRENT == 2 )); then
         compadd -- {names}
     elif [[ $PREFIX == -* ]]; then
-        compadd -- ${{(f)"$($words[1] $words[2] --help 2>/dev/null |
-            grep -oE -e '--[a-z][a-z_-]+' | sort -u)"}}
+        local part=""
+        if (( CURRENT > 3 )) && [[ $words[3] == [a-z]* && $words[3] != *[^a-z-]* ]]; then
+            part=$words[3]
+        fi
+        compadd -- ${{(f)"$($words[1] $words[2] $part --help 2>/dev/null |
+            sed '/^example/,$d' | grep -oE -e '--[a-z][a-z_-]+' | sort -u)"}}
     else
         _files
     fi

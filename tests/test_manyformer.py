@@ -74,13 +74,16 @@ def test_bash_completes_commands_then_options():
     bash = shutil.which("bash")
     assert bash is not None
     script = completion("bash") + (
-        "manyformer() { printf -- 'usage: [--output OUTPUT] [--quick]\\n'; }\n"
+        "manyformer() { if [ $2 = to-hf ]; then printf -- '[--plain]\\n'; else\n"
+        "printf -- 'usage: [--output OUTPUT] [--quick]\\nexample:\\n  other --own\\n'; fi; }\n"
         "COMP_WORDS=(manyformer t); COMP_CWORD=1; _manyformer; echo ${COMPREPLY[@]}\n"
         "COMP_WORDS=(manyformer plot --o); COMP_CWORD=2; _manyformer; echo ${COMPREPLY[@]}\n"
         "COMP_WORDS=(manyformer plot ''); COMP_CWORD=2; _manyformer; echo ${#COMPREPLY[@]}\n"
+        "COMP_WORDS=(manyformer convert to-hf --p); COMP_CWORD=3; _manyformer\n"
+        "echo ${COMPREPLY[@]}\n"
     )
     done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "train train-tokenizer\n--output\n0\n"
+    assert done.stdout == "train train-tokenizer\n--output\n0\n--plain\n"
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")

@@ -18,3 +18,9 @@ def check_sampling(
         raise ValueError(
             f"top_p={top_p} must be above 0 and at most 1; leave it at None to keep every token"
         )
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError: torch has no such seed."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed {seed} must be from -2**63 to 2**64 - 1; choose a smaller one")

@@ -7,7 +7,9 @@ ui.perfetto.dev), `rank_N.txt` and, with logging.memory_snapshot, `rank_N.memory
 
 from __future__ import annotations
 
+import gzip
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from pretrain.engine.engine import Engine
 from pretrain.errors import ConfigError
 
 _NUM_OPERATORS = 20
+# The last key of a trace, whose value is a path, and the bytes from it to the end at most.
+_TRACE_END, _TRACE_END_BYTES = b'"traceName"', 5000
 logger = logging.getLogger(__name__)
 
 
@@ -152,21 +156,60 @@ class StepProfiler:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, recording: _Recording, folder: Path) -> str:
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"rank_{self._rank}"
+        with _published(folder, name) as part:
+            shares = self._write_files(recording, part, name, title=folder.name)
+        return f"profile in {folder}: {shares}"
+
+    def _write_files(self, recording: _Recording, folder: Path, name: str, *, title: str) -> str:
         if self._config.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(folder / f"{name}.memory.pickle"))
-        recording.profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+        _write_trace(recording.profiler, folder / f"{name}.json.gz")
         shares = describe_phases(recording.phases.seconds())
         on_cuda = self._device.type == "cuda"
         operators = operators_by_self_time(recording.profiler.key_averages(), on_cuda=on_cuda)
-        text = "\n".join([folder.name, shares, "", *operators, ""])
+        text = "\n".join([title, shares, "", *operators, ""])
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-        return f"profile in {folder}: {shares}"
+        return shares
 
     def _range_of(self, step: int) -> tuple[int, int] | None:
         ranges = self._config.profile_steps
         return next((each for each in ranges if each[0] <= step <= each[1]), None)
+
+
+@contextmanager
+def _published(folder: Path, name: str) -> Iterator[Path]:
+    """A folder whose files are moved to `folder` if the body succeeds, and removed otherwise."""
+    part = folder / f".{name}"
+    part.mkdir(parents=True, exist_ok=True)  # a killed run has left it
+    try:
+        yield part
+        for path in sorted(part.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_trace(profiler: profile, path: Path) -> None:
+    """Write a compressed Chrome trace.
+
+    Torch compresses from its own temporary file, does not say when that disk is full, and leaves
+    an empty trace. So it is written here, and its end is looked at.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    raw = path.with_suffix("")
+    profiler.export_chrome_trace(str(raw))
+    with raw.open("rb") as trace:
+        trace.seek(max(raw.stat().st_size - _TRACE_END_BYTES, 0))
+        end = trace.read().rstrip()
+        if _TRACE_END not in end or not end.endswith(b"}"):
+            raise OSError(f"{raw} is not whole; is its disk full?")
+        trace.seek(0)
+        with gzip.open(path, "wb") as compressed:
+            shutil.copyfileobj(trace, compressed)
+    raw.unlink()
 
 
 def describe_phases(seconds: Mapping[str, float]) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
@@ -54,10 +53,11 @@ def keep_records() -> None:
 
 def latest_calls() -> tuple[Call, ...]:
     """The latest collective of each group of this process."""
-    ranks = {
-        name: tuple(dist.get_process_group_ranks(group))
-        for group, name in distributed_c10d._world.pg_names.items()
-    }
+    world = distributed_c10d._world
+    # Copies: this is the watchdog's thread, and the main thread may be making or ending groups.
+    names, members_of = dict(world.pg_names), dict(world.pg_group_ranks)
+    ranks = {name: tuple(members_of.get(group, ())) for group, name in names.items()}
+    size = 0 if (every := world.default_pg) is None else len(members_of.get(every, ()))
     found: dict[str, Call] = {}
     for entry in _entries():
         group, number = entry["process_group"][0], entry["collective_seq_id"]
@@ -66,7 +66,7 @@ def latest_calls() -> tuple[Call, ...]:
         members = ranks.get(group, ())
         found[group] = Call(
             group=group,
-            name=f"{entry['profiling_name'].partition(':')[2]} of {_describe(members)}",
+            name=f"{entry['profiling_name'].partition(':')[2]} of {_describe(members, size)}",
             number=number,
             is_done=entry["retired"] or entry["state"] == "completed",
             has_begun=entry["state"] != "scheduled",
@@ -102,8 +102,10 @@ def _number(call: Call | None) -> int:
     return 0 if call is None else call.number
 
 
-def _describe(ranks: tuple[int, ...]) -> str:
-    if len(ranks) == dist.get_world_size():
+def _describe(ranks: tuple[int, ...], size: int) -> str:
+    if not ranks:
+        return "a group that is being made or ended"
+    if len(ranks) == size:
         return "all ranks"
     if len(ranks) > _MAX_RANKS:
         return f"{len(ranks)} ranks, the first of which is {ranks[0]}"

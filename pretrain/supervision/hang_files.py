@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import os
+import socket
+from datetime import UTC, datetime
 from pathlib import Path
 
 from parallel.checkpoint.errors import one_line
@@ -12,17 +15,26 @@ NAMES = "stacks_rank_*.txt, flight_recorder_rank_*.json"
 
 
 def write_hang_files(folder: Path, rank: int, *, with_collectives: bool) -> str | None:
-    """Write the stacks of all threads and the collectives; returns why that failed, if it did."""
+    """Write the stacks of all threads and the collectives; returns why that failed, if it did.
+
+    The first line says when, because a rank that is dead leaves the file of an earlier hang.
+    """
     path = folder / f"stacks_rank_{rank:05d}.txt"
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         with path.open("w") as file:
+            file.write(f"{_now()}, rank {rank}, process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if with_collectives:
             write_collectives(folder, rank)
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # of torch's recorder, of its JSON
         return f"the stacks could not be written: {one_line(error)}"
     return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def write_collectives(folder: Path, rank: int) -> None:

@@ -196,7 +196,8 @@ class Watchdog:
                     cause.message or "", is_reported=cause.message is None
                 ) from error
         elif not isinstance(error, (AgreedError, ConfigError)):
-            with contextlib.suppress(OSError):  # the error itself is what has to be told
+            # The error itself is what has to be told.
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
                 write_collectives(self._folder, self._rank)
             with contextlib.suppress(RuntimeError, TimeoutError):
                 self._record.set_flag_once(_FAILURE, f"rank {self._rank}: {one_line(error)}")

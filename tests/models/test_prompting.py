@@ -13,7 +13,7 @@ from models.prompting import load_prompting
 from parallel.checkpoint.manifest import UNKNOWN_TEXT, TextRecord
 from tests.data_tools.tokenization.tokenizer_folders import byte_level, declare
 from tests.models.checkpoints import config, write_checkpoint
-from tests.refusals import assert_refused
+from tests.refusals import assert_refused, error_line
 
 PROMPT = "<|im_start|>river stone"
 
@@ -107,3 +107,10 @@ def test_the_command_line_continues_a_prompt_as_transformers_does(
         assert capsys.readouterr().out.rstrip("\n") != expected.rstrip("\n")
     assert generate.main([*line, "--eod", "<no>"]) == 2
     assert "<no> is not in its vocabulary" in capsys.readouterr().err
+    for name, value, constraint, remedy in (
+        ("--seed", 2**64, "-2**63", "smaller"),
+        ("--device", "tpu", "cannot be used", "cpu"),
+    ):
+        assert generate.main([*line, name, str(value)]) == 2
+        with assert_refused(name, value, constraint, remedy):
+            raise ValueError(error_line(capsys).removeprefix("error: ").rstrip("\n"))

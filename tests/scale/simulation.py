@@ -60,8 +60,14 @@ class Restored(NamedTuple):
 
 
 def narrow(config_name: str, layout: Layout, world_size: int) -> RunConfig:
-    """The run file at a layout, as deep as it is, with the narrowest layers that it accepts."""
+    """The run file at a layout, as deep as it is, with the narrowest layers that it accepts.
+
+    Raises:
+        ConfigError: there is no such run file, or it does not fit the layout or the ranks.
+    """
     overrides = [f"parallel.{name}={size}" for name, size in layout._asdict().items()]
+    if layout.tensor == 1:  # where it would have no effect
+        overrides.append("parallel.sequence_parallel=false")
     values = resolved(compose_config(config_name, overrides=overrides))
     data_size = world_size // (layout.tensor * layout.pipeline)
     values["training"] |= {
@@ -83,7 +89,9 @@ def narrow(config_name: str, layout: Layout, world_size: int) -> RunConfig:
         return True
 
     depth = {"model.num_layers": values["model"]["num_layers"]}
-    return parse_config(halve(values, accepts, limits=depth))
+    config = parse_config(halve(values, accepts, limits=depth))
+    check_layout(config, world_size)
+    return config
 
 
 def start(config: RunConfig, store: dist.Store | None = None) -> Started:

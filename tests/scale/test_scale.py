@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import run_ranks
+from tests.refusals import assert_refused, error_line
+from tests.scale.__main__ import main
 from tests.scale.simulation import Layout, narrow, plan_restores, start, start_ranks
 
 LAYOUT = Layout(tensor=2, pipeline=2)
@@ -47,3 +49,29 @@ def test_a_rank_reads_its_own_elements_from_as_many_files_of_a_larger_run(first_
         assert min(each.num_read for each in restores.values()) > 0
         assert all(each.num_read == each.num_owned for each in restores.values())
         assert max(each.num_files for each in restores.values()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--ranks", "64", "100"], ("parallel.tensor", 8, "world size 100", "multiple of 64")),
+        (["--layout", "tp3pp8", "--ranks", "24"], ("parallel.tensor", 3, "64", "allows 1, 2, 4")),
+        (
+            ["--layout", "tp1pp96", "--ranks", "96"],
+            ("parallel.pipeline", 96, "num_layers=80", "80 or less"),
+        ),
+        (["--config-name", "nothing"], ("--config-name", "'nothing'", "run file", "llama_70b")),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_rank(arguments, parts, capsys):
+    assert main(arguments) == 2
+    with assert_refused(*parts):
+        raise ValueError(error_line(capsys).removeprefix("error: ").rstrip("\n"))
+
+
+@pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--ranks", "-8"], ["--layout", "tp0pp1"]])
+def test_no_ranks_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert arguments[1] in capsys.readouterr().err

@@ -20,6 +20,7 @@ from models.agiformer.standalone.model import AGIFORMER, load_model
 from models.agiformer.standalone.training import RecordedTrainer
 from models.base import TokenInputs
 from models.checkpoint import check_device
+from models.common.sampling import check_seed
 from models.generate import generate
 from models.standalone.optimizer import build_optimizer
 from models.standalone.trainer import TrainerSettings
@@ -54,6 +55,7 @@ def _train(
     options: argparse.Namespace, train: Iterable[Any], val: Iterable[Any], **recorded: Any
 ) -> None:
     check_device(options.device)
+    check_seed(options.seed)
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output={folder} is no folder; give one for the models and metrics")
@@ -112,6 +114,7 @@ def generate_text(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation."""
     if options.length < 1:
         raise ValueError(f"--length={options.length} must be 1 or more; raise it")
+    check_seed(options.seed)
     model, prompt = _loaded(options), _prompt(options)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     rows = generate(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint import check_device
+from models.common.sampling import check_seed
 from models.convert import to_hf
 from models.daria_former.standalone.checkpoint_io import is_run, load_checkpoint, write_checkpoint
 from models.daria_former.standalone.generation import DariaGenerator
@@ -25,6 +26,7 @@ def generate_text(options: argparse.Namespace) -> str:
     if options.temperature == 0 and not options.greedy:
         raise ValueError("--temperature 0 draws nothing; for the most probable token use --greedy")
     check_device(options.device)
+    check_seed(options.seed)
     checkpoint = checkpoint_path(options.checkpoint)
     model, spec, text = load_checkpoint(checkpoint, device=options.device)
     spec = options.tokenizer or spec

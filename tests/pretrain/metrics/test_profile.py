@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from pretrain.config.run_length import plan_run
 from pretrain.engine import build
 from pretrain.engine.engine import PlainEngine
 from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, ConfigError
-from pretrain.metrics.profile import Phases, check_profile, describe_phases
+from pretrain.metrics.profile import Phases, StepProfiler, check_profile, describe_phases
 from tests.distributed import run_ranks
 from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
@@ -105,6 +107,32 @@ def test_a_profile_that_cannot_be_written_stops_nothing(data: Path, tmp_path: Pa
     (tmp_path / "run").mkdir(mode=0o750)
     (tmp_path / "run" / "profile").write_text("in the way")
     assert run_ranks(run_training, 1, config, None, init=False) == [EXIT_COMPLETED]
+
+
+def _profile_with_little_space(folder: Path, limit: int) -> str | None:
+    """Record a step of this process, whose files may have `limit` bytes each."""
+    engine: Any = SimpleNamespace(
+        ctx=SimpleNamespace(device=torch.device("cpu")), record_phases=lambda phases: None
+    )
+    profiler = StepProfiler(LoggingConfig(profile_steps=((1, 1),)), folder, engine, rank=0)
+    profiler.start(1)
+    with profiler.step(1):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        return profiler.end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 2**20])
+def test_a_full_disk_leaves_no_part_of_a_profile(limit: int, tmp_path: Path) -> None:
+    """Torch itself reports no full disk, and a trace that is cut off opens nowhere."""
+    [told] = run_ranks(_profile_with_little_space, 1, tmp_path, limit, init=False)
+    left = sorted(path.name for path in (tmp_path / "profile" / "steps_1_1").iterdir())
+    assert (told is None, left) == (
+        (False, ["rank_0.json.gz", "rank_0.txt"]) if limit == 2**20 else (True, [])
+    )
 
 
 def test_an_engine_records_phases_only_when_asked() -> None:

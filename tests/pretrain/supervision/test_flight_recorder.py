@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from pretrain.errors import EXIT_HUNG
-from pretrain.supervision.flight_recorder import Call, find_holdup, keep_records
+from pretrain.supervision import hang_files
+from pretrain.supervision.flight_recorder import Call, find_holdup, keep_records, latest_calls
 from pretrain.supervision.watchdog import Watchdog
 from tests.distributed import run_ranks
 
@@ -102,3 +105,43 @@ def test_what_has_ended_or_begun_everywhere_holds_nobody_up():
     begun = call("a", 3, 0, 1, begun=True)
     assert find_holdup({0: [begun], 1: [begun]}) is None
     assert find_holdup({0: [], 1: []}) is None
+
+
+def _look_while_groups_come_and_go() -> int:
+    """The number of looks, each of which a group that is being made or ended could disturb."""
+    looks, is_over = 0, threading.Event()
+
+    def make_groups() -> None:
+        for _ in range(40):
+            group = dist.new_group([0])
+            dist.all_reduce(torch.ones(1), group=group)
+            dist.destroy_process_group(group)
+        is_over.set()
+
+    making = threading.Thread(target=make_groups)
+    making.start()
+    while not is_over.is_set():
+        latest_calls()
+        looks += 1
+    making.join()
+    return looks
+
+
+def test_groups_that_are_made_and_ended_meanwhile_do_not_end_the_watchdog():
+    [looks] = run_ranks(_look_while_groups_come_and_go, 1)
+    assert looks > 40
+
+
+def test_records_that_cannot_be_read_do_not_keep_a_hung_rank(tmp_path, monkeypatch):
+    """And the stacks say when they were written: those of a dead rank are of an earlier hang."""
+
+    def broken(path: Path) -> None:
+        raise json.JSONDecodeError("not JSON", "", 0)
+
+    monkeypatch.setattr(hang_files, "write_records", broken)
+    reason = hang_files.write_hang_files(tmp_path, 3, with_collectives=True)
+    assert "not JSON" in (reason or "")
+    first, *stack = (tmp_path / "stacks_rank_00003.txt").read_text().splitlines()
+    assert datetime.fromisoformat(first.partition(", ")[0]).tzinfo is not None
+    assert f"rank 3, process {os.getpid()} on " in first
+    assert any("in write_hang_files" in line for line in stack)
