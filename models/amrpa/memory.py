@@ -168,19 +168,19 @@ class QueryMemory(nn.Module):
         """
         if not self.selects:
             return _at_least_fp32(torch.ones_like(memory[..., 0]))
-        (first, *others), biases = self._mlp()
+        (first, *others), known = self._mlp()
         of_query, of_memory = first.chunk(2, dim=1)
-        bias, *biases = [*biases, None]
+        biases: list[Tensor | None] = [*known, None]  # the last layer has none
         projected = torch.einsum("kbnsd,ned->kbnse", memory, self.selection_weight)
         if self.granularity == "head":
-            of_q = F.linear(q, of_query, bias)
+            of_q = F.linear(q, of_query, biases[0])
             x = F.linear(projected, of_memory)
         else:
             # One row of all heads: [.., s, n d].
-            of_q = F.linear(q.transpose(1, 2).flatten(2), of_query, bias).unsqueeze(1)
+            of_q = F.linear(q.transpose(1, 2).flatten(2), of_query, biases[0]).unsqueeze(1)
             x = F.linear(projected.transpose(2, 3).flatten(3), of_memory).unsqueeze(2)
         x = x.add_(of_q)
-        for i, (weight, following) in enumerate(zip(others, biases, strict=True)):
+        for i, (weight, following) in enumerate(zip(others, biases[1:], strict=True)):
             x = F.linear(dropout(x.relu_(), i), weight, following)
         scores = _at_least_fp32(x.squeeze(-1)) / self.config.alpha_temperature
         return scores.softmax(dim=0)

@@ -7,13 +7,14 @@ quotient of times over that of FLOPs, of which 1.15 is the goal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import process_time
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from models.amrpa.carry import AUX, AMRPACarry
 from models.amrpa.config import AMRPALlamaConfig
@@ -37,7 +38,13 @@ SIZES: dict[str, Any] = {
 NUM_LAYERS, WINDOW = 12, 4
 LENGTH, DECODED, ROUNDS, WARMUP = 512, 8, 7, 1
 BATCHES = (1, 8)  # rows that are continued together
+PLAIN = "no memory"
 KINDS = (("qk", 384), ("qk", 64), ("context", 384), ("context", 64))
+# What a kernel is for -> the beginnings of its names.
+_KERNELS = {
+    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+}
 
 
 class Block(NamedTuple):
@@ -137,21 +144,25 @@ def tables(
     sizes: dict[str, Any] = SIZES,
     length: int = LENGTH,
     rounds: int = ROUNDS,
+    kinds: Sequence[tuple[str, int]] = KINDS,
 ) -> Iterator[Table]:
-    """Training, then decoding. Seeds do not matter here: nothing is trained."""
+    """Training, where its time goes, decoding. Seeds do not matter here: nothing is trained."""
+    blocks = {f"{kind}, hidden {e}": memory_block(kind, e, sizes) for kind, e in kinds}
+    blocks = {PLAIN: plain_block(sizes)} | blocks
     yield _table(
         f"Forward and backward of a layer over a row of {length:,}",
         partial(training_step, length=length),
         (length + 1) // 2,
-        sizes,
+        blocks,
         rounds,
     )
+    yield _where_table(blocks, length, rounds)
     for rows in BATCHES:
         yield _table(
             f"One token of {rows} row{'s' * (rows > 1)} behind {length:,} others",
             partial(decoding, length=length, rows=rows),
             length + DECODED // 2,
-            sizes,
+            blocks,
             rounds,
         )
 
@@ -160,35 +171,59 @@ def _table(
     title: str,
     contestant: Callable[[Block], Callable[[], object]],
     keys: int,
-    sizes: dict[str, Any],
+    blocks: Mapping[str, Block],
     rounds: int,
 ) -> Table:
-    plain = plain_block(sizes)
-    blocks = {f"{kind}, hidden {e}": memory_block(kind, e, sizes) for kind, e in KINDS}
-    calls = {name: contestant(block) for name, block in {"plain": plain, **blocks}.items()}
+    calls = {name: contestant(block) for name, block in blocks.items()}
     seconds = interleaved(calls, rounds=rounds, warmup=WARMUP, clock=process_time)
+    plain = blocks[PLAIN]
     rows = []
-    for (name, block), (kind, hidden) in zip(blocks.items(), KINDS, strict=True):
+    for name, block in blocks.items():
+        if name == PLAIN:
+            continue
         flops = block.flops(keys) / plain.flops(keys)
-        scaled = {name: seconds[name], "plain": [flops * s for s in seconds["plain"]]}
+        scaled = {name: seconds[name], PLAIN: [flops * s for s in seconds[PLAIN]]}
         rows.append(
             (
                 name,
                 f"{flops:.3f}",
-                f"{1 + _published_share(kind, hidden, keys, plain):.3f}",
-                ratio(seconds, "plain", name),
-                ratio(scaled, "plain", name),
+                f"{1 + _published_share(block, keys, plain):.3f}",
+                ratio(seconds, PLAIN, name),
+                ratio(scaled, PLAIN, name),
             )
         )
     header = ("", "FLOPs", "formula", "time", "time per FLOP")
     return Table(f"{title}, as multiples of a layer without memory (quartiles)", header, rows)
 
 
-def _published_share(kind: str, hidden: int, keys: int, plain: Block) -> float:
+def _where_table(blocks: Mapping[str, Block], length: int, rounds: int) -> Table:
+    """CPU time of training by kind of kernel, as shares of a layer without memory."""
+    calls = {name: training_step(block, length=length) for name, block in blocks.items()}
+    spent = {name: dict.fromkeys((*_KERNELS, "other"), 0.0) for name in calls}
+    for number in range(WARMUP + rounds):
+        for name, call in calls.items():
+            with profile(activities=[ProfilerActivity.CPU]) as run:
+                call()
+            if number < WARMUP:
+                continue
+            for event in run.key_averages():
+                found = (kind for kind, names in _KERNELS.items() if event.key.startswith(names))
+                spent[name][next(found, "other")] += event.self_cpu_time_total
+    whole = sum(spent[PLAIN].values())
+    rows = [
+        (name, *(f"{part / whole:.2f}" for part in (*parts.values(), sum(parts.values()))))
+        for name, parts in spent.items()
+    ]
+    title = f"Where the time of training goes, of a layer without memory, mean of {rounds}"
+    return Table(title, ("", *_KERNELS, "other", "sum"), rows)
+
+
+def _published_share(block: Block, keys: int, plain: Block) -> float:
     """FLOPs of the memory over those of its block, with both halves of the first layer of the MLP
     applied to every layer that is read; here that of the query is applied once."""
     n, d = plain.config.num_heads, plain.config.head_size
+    hidden = block.config.alpha_mlp_hidden
     extra = 2 * n * (2 + WINDOW) * d * d + 4 * n * hidden * WINDOW * d
-    if kind == "qk":
+    if block.config.history_kind == "qk":
         extra += 4 * n * d * WINDOW * keys
     return extra / plain.flops(keys)

@@ -270,6 +270,18 @@ def test_the_configuration_of_the_caller_is_left_alone():
     assert model.config.amrpa_config["target_layers"] == [1]
 
 
+@torch.no_grad()
+def test_models_that_share_a_configuration_are_injected_one_after_another():
+    first = plain("llama")
+    second = type(first)(first.config)
+    inject_amrpa(first, target_layers=[1])
+    before = second.eval()(**inputs("llama")).logits
+    inject_amrpa(second, target_layers=[3])
+    assert torch.equal(second(**inputs("llama")).logits, before)
+    for model, layer in ((first, 1), (second, 3)):
+        assert list(model.amrpa_state.stacks[0].plan.reads) == [layer]
+
+
 def test_a_mode_or_a_prefix_restricts_injection_to_one_stack_and_freezes_the_other():
     trained = []
     for options in (
