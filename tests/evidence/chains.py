@@ -131,8 +131,8 @@ def most_frequent_value(rows: int = 4096) -> list[float]:
 def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
     """The arms over seeds, beside the most frequent value."""
     header = (
-        "", "parameters", "kFLOP per token", *(f"{hop + 1} hops, %" for hop in range(HOPS)),
-        "nats per answer", "leak",
+        "", "parameters", "kFLOP per token", "1 hop, %",
+        *(f"{hop} hops, %" for hop in range(2, HOPS + 1)), "nats per answer", "leak",
     )  # fmt: skip
     guesses = (f"{100 * share:.1f}" for share in most_frequent_value())
     rows = [("most frequent value", "-", "-", *guesses, "-", "-")]
