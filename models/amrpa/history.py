@@ -16,7 +16,7 @@ from torch import Tensor
 from models.amrpa.config import AMRPALlamaConfig
 from models.amrpa.targets import MemoryPlan, live_after
 from models.common.attention import attention
-from parallel.precision import at_least_fp32
+from parallel.precision import at_least_fp32, fp32_or_wider
 
 # Tensors that a layer leaves, by `history_kind`.
 ENTRY_SIZES = {"qk": 2, "pattern": 1, "context": 1}
@@ -83,6 +83,8 @@ def left(
 def visible_mean(v: Tensor, num_queries: int, positions: Tensor | None) -> Tensor:
     """Mean of the values that each of the last `num_queries` queries sees: [b, g, T, d] to
     [b, g, s, d], in fp32."""
+    if num_queries == 1 and positions is None:  # a step of a generation
+        return v.mean(dim=2, keepdim=True, dtype=fp32_or_wider(v.dtype))
     own = at_least_fp32(v[:, :, -num_queries:])
     earlier = v.shape[2] - num_queries
     totals = own.cumsum(dim=2) + at_least_fp32(v[:, :, :earlier]).sum(dim=2, keepdim=True)

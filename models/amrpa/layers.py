@@ -87,7 +87,8 @@ class HeadMemory(nn.Module):
         mean = noise = None
         if self.config.memory_noise > 0:
             mean = visible_mean(v, q.shape[2], carry.positions).to(q.dtype)
-            mean = mean.repeat_interleave(self.num_heads // v.shape[1], dim=1)
+            mean = mean.unsqueeze(2).expand(-1, -1, self.num_heads // v.shape[1], -1, -1)
+            mean = mean.flatten(1, 2)  # without grouped heads no copy
             noise = None if keys is None else self._noise(keys, len(read))
 
         def dropout(x: Tensor, layer: int) -> Tensor:

@@ -148,10 +148,15 @@ class QueryMemory(nn.Module):
     def _fade(self, transported: Tensor, mean: Tensor | None, noise: Tensor | None) -> Tensor:
         decay = [self.config.memory_decay**k for k in range(1, len(transported) + 1)]
         faded = transported * transported.new_tensor(decay).view(-1, 1, 1, 1, 1)
+        # In place, here and below: tensors of w queries, or of their hidden layers, cost more to
+        # write than to compute, and no backward pass needs these again.
         if mean is None:
             return faded
-        added = self.config.memory_noise * mean
-        return faded + (added if noise is None else noise.unsqueeze(-1).to(added.dtype) * added)
+        if noise is None:
+            return faded.add_(mean, alpha=self.config.memory_noise)
+        return faded.addcmul_(
+            noise.unsqueeze(-1).to(mean.dtype), mean, value=self.config.memory_noise
+        )
 
     def _dropout(self, x: Tensor, layer: int) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
@@ -163,20 +168,20 @@ class QueryMemory(nn.Module):
         """
         if not self.selects:
             return _at_least_fp32(torch.ones_like(memory[..., 0]))
-        (first, *others), biases = self._mlp()
+        (first, *others), known = self._mlp()
         of_query, of_memory = first.chunk(2, dim=1)
+        biases: list[Tensor | None] = [*known, None]  # the last layer has none
         projected = torch.einsum("kbnsd,ned->kbnse", memory, self.selection_weight)
         if self.granularity == "head":
-            of_q = torch.einsum("bnsd,ed->bnse", q, of_query)
-            of_u = torch.einsum("kbnsd,ed->kbnse", projected, of_memory)
+            of_q = F.linear(q, of_query, biases[0])
+            x = F.linear(projected, of_memory)
         else:
-            heads = (-1, *self.selection_weight.shape[:2])
-            of_q = torch.einsum("bnsd,end->bse", q, of_query.view(heads)).unsqueeze(1)
-            of_u = torch.einsum("kbnsd,end->kbse", projected, of_memory.view(heads)).unsqueeze(2)
-        x = of_q + of_u
-        for i, weight in enumerate(others):
-            x = dropout(torch.relu(x + biases[i]), i)
-            x = F.linear(x, weight)
+            # One row of all heads: [.., s, n d].
+            of_q = F.linear(q.transpose(1, 2).flatten(2), of_query, biases[0]).unsqueeze(1)
+            x = F.linear(projected.transpose(2, 3).flatten(3), of_memory).unsqueeze(2)
+        x = x.add_(of_q)
+        for i, (weight, following) in enumerate(zip(others, biases[1:], strict=True)):
+            x = F.linear(dropout(x.relu_(), i), weight, following)
         scores = _at_least_fp32(x.squeeze(-1)) / self.config.alpha_temperature
         return scores.softmax(dim=0)
 

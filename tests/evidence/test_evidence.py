@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import statistics
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from models.daria_former.model import FAMILY
+from models.layer_counts import count_parameters
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from tests.evidence import (
+    chains,
     cost,
     depth,
     drafts,
     hybrid,
     language,
+    layer_cost,
+    layer_language,
     layer_memory,
     mood,
     patch_recall,
@@ -176,24 +181,88 @@ def _random_corpus() -> language.Corpus:
 
 def test_zeroing_the_memory_of_a_fine_tuned_model_leaves_out_what_it_adds_alone():
     corpus = _random_corpus()
-    base = layer_memory.base_model(corpus, seed=0, steps=1)
-    tune = functools.partial(layer_memory.tune, base, corpus=corpus, seed=0, steps=3, rows=4)
-    before = layer_memory.held_out(base, corpus.test, rows=4)
-    found = tune("memory alone")
+    task = layer_memory.causal_task(corpus, base_steps=1, steps=3, rows=8)
+    base = layer_memory.base_llama(task, hidden_size=32, intermediate_size=32)
+    before = statistics.fmean(layer_memory.held_out(base, task))
+    found = layer_memory.tune(base, "memory alone", task, seed=0)
     assert found.without == pytest.approx(before, abs=1e-6)  # the base was not touched
     assert found.bits != found.without
-    assert tune("everything, no memory").bits != pytest.approx(before, abs=1e-6)
+    assert layer_memory.tune(base, "everything, no memory", task, seed=0).bits != before
 
 
-def test_memory_from_scratch_is_compared_at_equal_flops():
+def test_a_masked_model_is_scored_where_it_is_masked_alone():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "intermediate_size": 48, "initializer_range": 0.3}  # fmt: skip
+    base = BertForMaskedLM(BertConfig(**sizes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randint(5, 64, (2, 500), generator=generator)
+    tokens = layer_memory.Tokens(train, test, first=1, last=2, mask=3)
+    task = layer_memory.masked_task(tokens, steps=2, rows=8)
+    for inputs in task.test:
+        hidden, labels = inputs["input_ids"], inputs["labels"]
+        assert ((hidden == 3) == (labels != IGNORED)).all()
+        assert (hidden[:, 0] == 1).all()
+        assert (hidden[:, -1] == 2).all()
+    found = layer_memory.tune(base, "everything", task, seed=0)
+    assert found.bits != found.without
+    assert found.bits == pytest.approx(statistics.fmean(layer_memory.held_out(base, task)), abs=1)
+
+
+def test_memory_from_scratch_and_attention_residuals_are_compared_at_equal_flops_per_byte():
+    flops = [a.family.flops(a.config, language.LENGTH) for a in layer_language.ARMS.values()]
+    assert max(flops) < 1.005 * min(flops)
+    arm = layer_language.ARMS["attention residuals"]
+    specs = arm.family.layer_specs(arm.config)
+    assert arm.family.num_parameters(arm.config) == count_parameters(specs)
     corpus = _random_corpus()
-    llama, *ours = layer_memory.SCRATCH.values()
-    assert layer_memory.own_steps(llama, 200) == 200
-    for arm in ours:
-        steps = layer_memory.own_steps(arm, 200)
-        spent = steps * arm.family.flops(arm.config, language.LENGTH)
-        assert spent == pytest.approx(
-            200 * llama.family.flops(llama.config, language.LENGTH), rel=0.01
-        )
-    trained = language.fit(ours[0], corpus, lr=1e-3, seed=0, steps=2)
-    assert 7.0 < language.bits_per_byte(trained, ours[0], corpus.test, rows=16) < 9.0
+    trained = language.fit(arm, corpus, lr=1e-3, seed=0, steps=2)
+    assert 7.0 < language.bits_per_byte(trained, arm, corpus.test, rows=16) < 9.0
+    sample = language.rows_at(corpus.test, torch.tensor([0])).tokens
+    assert future_leak(trained.model, sample, vocab_size=language.VOCAB) == 0.0
+
+
+def test_attention_residuals_are_a_softmax_over_the_outputs_before():
+    """The first mixture weighs all alike, whatever their sizes; a query prefers what points its
+    way."""
+    mixture = layer_language.Mixture(layer_language.ARMS["attention residuals"].config)
+    small, large = torch.eye(64)[:2] * torch.tensor([[1.0], [5.0]])
+    with torch.no_grad():
+        mixture.query.zero_()
+        torch.testing.assert_close(mixture((small, large)), (small + large) / 2)
+        mixture.query[0] = 0.5  # rmsnorm makes 8 of the 1
+        weight = torch.tensor(4.0).sigmoid()
+        expected = weight * small + (1 - weight) * large
+        torch.testing.assert_close(mixture((small, large)), expected)
+
+
+def test_answers_of_chains_follow_the_facts_of_their_row():
+    batch = chains.draw(4, torch.Generator().manual_seed(0))
+    for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
+        facts = dict(divmod(token, chains.NODES) for token in tokens[: chains.NODES])
+        assert len(facts) == chains.NODES
+        assert labels[: chains.NODES] == [IGNORED] * chains.NODES
+        questions = [token - chains.FACTS for token in tokens[chains.NODES :]]
+        assert sorted(questions) == list(range(chains.HOPS * chains.NODES))
+        for question, answer in zip(questions, labels[chains.NODES :], strict=True):
+            hops, node = divmod(question, chains.NODES)
+            for _ in range(hops + 1):
+                node = facts[node]
+            assert node == answer
+    flops = [arm.family.flops(arm.config, chains.LENGTH) for arm in chains.ARMS.values()]
+    assert max(flops) < 1.005 * min(flops)
+    assert chains.run("memory, qk", seed=0, steps=2, rows=2, test_rows=4).leak == 0.0
+    assert all(0.2 < share < 0.5 for share in chains.most_frequent_value(512))
+
+
+def test_cost_of_a_layer_is_compared_with_its_flops():
+    sizes = layer_cost.SIZES | {"hidden_size": 96, "intermediate_size": 96}
+    training, where, *decoding = layer_cost.tables(
+        1, sizes=sizes, length=16, rounds=2, kinds=layer_cost.KINDS[:1]
+    )
+    assert len(decoding) == len(layer_cost.BATCHES)
+    (_, *shares, whole), *_ = where.rows
+    assert float(whole) == 1.0 == pytest.approx(sum(map(float, shares)), abs=0.02)
+    for table in (training, *decoding):
+        for row in table.rows:
+            ours, formula = float(row[1]), float(row[2])
+            assert 1.0 < ours < formula  # which applies the query's half of the MLP four times

@@ -161,3 +161,22 @@ def with_parameters(
     least = family.num_parameters(sized(1))
     per_column = family.num_parameters(sized(2)) - least
     return sized(1 + round((target - least) / per_column))
+
+
+def with_flops(
+    config_cls: type[Any],
+    values: Mapping[str, Any],
+    family: ModelFamily,
+    target: float,
+    *,
+    length: int,
+) -> Any:
+    """The configuration of `values` whose FFN makes a token of a row of `length` cost about
+    `target` forward FLOPs."""
+
+    def sized(ffn: int) -> Any:
+        return config_cls(**values, intermediate_size=ffn)
+
+    least = family.flops(sized(1), length)
+    per_column = family.flops(sized(2), length) - least
+    return sized(1 + round((target - least) / per_column))

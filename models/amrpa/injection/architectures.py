@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from models.amrpa.injection.attention import IMPLEMENTATION
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -128,7 +130,8 @@ def check_routable(config: Any, architecture: Architecture) -> None:
                 f"it; load the model with {setting}=False"
             )
     implementation = config._attn_implementation
-    if implementation != "sdpa":
+    # Injected models share their configuration with models that are made from it, which run sdpa.
+    if implementation not in ("sdpa", IMPLEMENTATION):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot be routed through AMRPA; load the "
             "model with attn_implementation='sdpa'"

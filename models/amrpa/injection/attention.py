@@ -13,8 +13,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from models.amrpa.history import visible_mean
 from models.amrpa.injection.memories import Corrected
 from models.amrpa.injection.state import Remembered, Site
+from parallel.precision import at_least_fp32
 
 IMPLEMENTATION = "amrpa"
 
@@ -75,15 +77,35 @@ def _correct(
     transported = torch.stack([_transport(module, each, value) for each in reads])
     mean = None
     if site.stack.config.memory_noise:
-        # A query of zeros weighs all visible keys alike.
-        plain = {name: option for name, option in options.items() if name != "position_bias"}
-        mean = _attend(module, torch.zeros_like(query), key, value, mask, plain)
+        mean = _visible_mean(module, query, key, value, mask, options)
     real = now.real if now.real is None else now.real[:, -query.shape[2] :].bool()
     memories: Any = module.amrpa
     corrected: Corrected = memories(_unrotated(query, site), transported, mean, real, layer=depth)
     if not site.stack.replaying:
         now.measured[depth] = corrected.measured
     return _rotated(corrected.query.to(query.dtype), site)
+
+
+def _visible_mean(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The mean of the values that each query sees: [b, n, s, d]."""
+    if mask is not None:
+        # A query of zeros weighs all visible keys alike.
+        plain = {name: option for name, option in options.items() if name != "position_bias"}
+        return _attend(module, torch.zeros_like(q), k, v, mask, plain)
+    heads, length = q.shape[1:3]
+    # As sdpa takes no mask: up to the query, or for a single one all; a static cache may have room.
+    if length > 1 and options.get("is_causal", getattr(module, "is_causal", True)):
+        mean = visible_mean(v[:, :, :length], length, None)
+    else:
+        mean = at_least_fp32(v).mean(dim=2, keepdim=True).expand(-1, -1, length, -1)
+    return mean.to(v.dtype).repeat_interleave(heads // v.shape[1], dim=1)
 
 
 def _attend(

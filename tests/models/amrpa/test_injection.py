@@ -76,6 +76,25 @@ def test_remembered_patterns_are_the_weights_of_the_attention(name, monkeypatch)
             assert_close(pattern.transpose(1, 2)[rows], wanted.transpose(1, 2)[rows], bound)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (6, 9)])
+def test_without_a_mask_the_mean_is_that_of_the_mask_that_says_the_same(
+    queries, keys, causal, heads
+):
+    """(6, 9): a static cache with room left, or an encoder with more tokens than the decoder."""
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = causal, 4 // heads
+    q = torch.randn(2, 4, queries, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, heads, keys, 8, dtype=torch.float64)
+    mask = torch.ones(queries, keys, dtype=torch.bool).expand(2, 1, -1, -1)
+    if causal and queries > 1:
+        mask = mask.tril()
+    expected = routing._visible_mean(module, q, k, v, mask, {})
+    assert_close(routing._visible_mean(module, q, k, v, None, {}), expected, 1e-10)
+
+
 ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma3_text", "phi3", "olmo2")
 
 
@@ -250,6 +269,18 @@ def test_the_configuration_of_the_caller_is_left_alone():
     model = inject_amrpa(plain("bert"), config, target_layers=[1])
     assert config == AMRPAConfig(target_layers="last_2")
     assert model.config.amrpa_config["target_layers"] == [1]
+
+
+@torch.no_grad()
+def test_models_that_share_a_configuration_are_injected_one_after_another():
+    first = plain("llama")
+    second = type(first)(first.config)
+    inject_amrpa(first, target_layers=[1])
+    before = second.eval()(**inputs("llama")).logits
+    inject_amrpa(second, target_layers=[3])
+    assert torch.equal(second(**inputs("llama")).logits, before)
+    for model, layer in ((first, 1), (second, 3)):
+        assert list(model.amrpa_state.stacks[0].plan.reads) == [layer]
 
 
 def test_a_mode_or_a_prefix_restricts_injection_to_one_stack_and_freezes_the_other():
