@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,7 +215,11 @@ class TrainLoop:
             self._warn(f"step {step}: its data are skipped")
             loader.skip_to(self.state.samples_of(step).stop)
             return None
-        with self._timed():
+        timed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if (timer := self.pass_timer) is not None:
+            report = self.watchdog.add_device_seconds
+            timed = timer.reported_step(self.engine.num_micro_batches, report)
+        with timed:
             result = self.engine.train_step(loader, learning_rate=rate)
         if result.applied:
             self.nonfinite.in_a_row = 0
@@ -225,16 +228,6 @@ class TrainLoop:
         result, message = self.nonfinite.rerun(step, samples, result, learning_rate=rate)
         self._warn(message)
         return result if result.applied else None
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Around a step, whose passes the device's clock times while stragglers are looked for."""
-        if self.pass_timer is None:
-            yield
-            return
-        with self.pass_timer.step(self.engine.num_micro_batches):
-            yield
-        self.watchdog.add_device_seconds(self.pass_timer.read())
 
     def _prepare(self, *, first: bool) -> None:
         """Begin what the next step begins: a stage, or a range of steps to be profiled."""

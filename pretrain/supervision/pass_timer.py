@@ -142,6 +142,15 @@ class PassTimer:
         self._thread = threading.get_ident()
 
     @contextmanager
+    def reported_step(
+        self, num_micro_batches: int, report: Callable[[list[float]], None]
+    ) -> Iterator[None]:
+        """A `step`; reports the seconds of those that can be read after it."""
+        with self.step(num_micro_batches):
+            yield
+        report(self.read())
+
+    @contextmanager
     def step(self, num_micro_batches: int) -> Iterator[None]:
         """A step of so many passes of each kind."""
         if len(self._unread) >= _MAX_STEPS:
