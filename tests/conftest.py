@@ -27,8 +27,12 @@ _FIRST = (
     "pretrain/prove",
     "pretrain/layouts",
     "pretrain/stability",
+    "models/test_contributing.py",
+    "museum",
     "models/hf",
     "models/test_contract.py",
+    "pretrain/checkpointing",
+    "models/dynamic",
 )
 
 

@@ -20,7 +20,7 @@ from tests.hostile.entries import Entry, entries, plant
 from tests.hostile.payloads import payloads
 
 # Payloads that each entry gets in an ordinary run; in the long one it gets all.
-PER_ENTRY, PER_SLOW_ENTRY = 3, 1
+PER_ENTRY, PER_SLOW_ENTRY = 2, 1
 # What is there before the payloads is no valid data set.
 NEVER_VALID = {"preprocess hf:DIRECTORY: state.json"}
 

@@ -35,7 +35,7 @@ BOUNDS = {
 }
 
 # With every remainder by the sizes of windows, strides, segments, blocks and patches.
-PREFIXES = (1, 2, 4, 7, 11, 13, 15, 16, 20, 25, 29, 32)
+PREFIXES = [1, 2, 4, 7, 11, 13, 15, 16, 20, 25, 29, 32]
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 

@@ -17,8 +17,20 @@ from parallel.carry import SequentialModel
 from tests.models.checkpoints import model
 from tests.models.families import CASES, evaluated
 from tests.models.hf.exports import EXPORTED, FAMILIES, TOKENS, exported
+from tests.tiers import tiered
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+# One of each family, with the most kinds of linear layers.
+ORDINARY = (
+    "agiformer",
+    "amrpa",
+    "daria_former_lora",
+    "llama_qwen3_shape",
+    "mod_experts",
+    "dtf",
+    "dart",
+    "mixture",
+)
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 8}
 
 
@@ -78,7 +90,7 @@ def _logits(whole: SequentialModel) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", tiered(CASES, ORDINARY))
 def test_an_adapter_around_a_linear_layer_is_the_layer_with_the_sum_of_both(kind):
     whole = _whole(kind)
     adapters, plain = _adapters(whole), _logits(whole)
@@ -97,7 +109,7 @@ def test_an_adapter_around_a_linear_layer_is_the_layer_with_the_sum_of_both(kind
     assert [name for name in without_effect if ".prior." not in name] == []
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", tiered(CASES, ORDINARY))
 def test_every_adapter_gets_a_gradient_and_every_hook_is_called(kind):
     family, config = CASES[kind]
     whole = _whole(kind).float().train()
@@ -115,7 +127,7 @@ def test_every_adapter_gets_a_gradient_and_every_hook_is_called(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("kind", tiered(EXPORTED, FAMILIES))
 def test_what_is_put_around_the_token_table_gets_the_rows_of_its_ids(kind):
     """In the order of torch's own, as noise (NEFTune) and adapters of the table expect them."""
     theirs = exported(kind).double()
@@ -131,7 +143,7 @@ def test_what_is_put_around_the_token_table_gets_the_rows_of_its_ids(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("kind", tiered(EXPORTED, FAMILIES))
 def test_weights_that_are_there_only_during_the_call_of_their_module_are_enough(kind):
     theirs = exported(kind).double()
     expected, rows = theirs(TOKENS).logits, theirs.generate(TOKENS, **GREEDY)

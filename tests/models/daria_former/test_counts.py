@@ -11,6 +11,7 @@ from models.daria_former.config import DariaFormerConfig
 from models.daria_former.counts import forward_flops_per_token
 from models.daria_former.model import FAMILY
 from tests.models.daria_former.cases import MODALITIES, SUBSETS, config_of
+from tests.tiers import spread
 
 # Products with what is not a weight aside, a matrix costs a token one product per entry, but for
 # those that learned slots meet once per row, and tables that are looked up.
@@ -73,8 +74,7 @@ def _attention(config: DariaFormerConfig, length: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("length", [1, 3, 40, 301])
-@pytest.mark.parametrize("subset", [*SUBSETS, "modalities"])
+@pytest.mark.parametrize(("subset", "length"), spread([*SUBSETS, "modalities"], [1, 3, 40, 301]))
 def test_flops_are_those_of_every_product_at_any_length(subset, length):
     config = config_of(**SUBSETS.get(subset, MODALITIES))
     tokens, row = _weights(config)

@@ -15,6 +15,7 @@ from parallel.random import initialize
 from parallel.sharding import Constant, init_of
 from tests.models.daria_former.cases import MODALITIES, SUBSETS, config_of, model_of, tokens_of
 from tests.refusals import assert_refused
+from tests.tiers import spread
 
 # What makes a block a plain one at first: whatever state, router and gates scale or add.
 STARTS_AT_ZERO = (
@@ -125,8 +126,7 @@ def test_the_stream_of_eighty_layers_grows_less_than_its_bound_and_is_finite_in_
         assert model.to(dtype)(inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("subset", TRAINED)
+@pytest.mark.parametrize(("subset", "segmented"), spread(TRAINED, [False, True]))
 def test_every_parameter_learns_whatever_is_switched_on(subset, segmented):
     """H15, of training with what it draws and in packed rows."""
     config = config_of(num_layers=2, **{"esv_sites": 2} | TRAINED[subset])

@@ -20,6 +20,7 @@ from tests.models.dynamic.cases import (
     tokens_of,
 )
 from tests.refusals import assert_refused
+from tests.tiers import spread
 from tests.tolerance import FP64
 
 SEQ, BATCH = 40, 3
@@ -54,8 +55,10 @@ def test_a_prefill_in_any_chunks_equals_step_by_step_equals_the_whole(variant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["mod", "mod predictor", "dtf", "dtf cu", "dtf random"])
-@pytest.mark.parametrize("length", [0, 1, 7, 20])
+@pytest.mark.parametrize(
+    ("variant", "length"),
+    spread(["mod", "mod predictor", "dtf", "dtf cu", "dtf random"], [0, 1, 7, 20]),
+)
 def test_a_generation_goes_on_from_where_it_was_taken_back_to(variant, length):
     model, tokens = _variant(variant)
     other = tokens_of(SEQ, batch=BATCH, seed=9)

@@ -11,6 +11,7 @@ from models.dynamic.token_router import capacity
 from parallel.layer_state import layer_state_owners, persistent_buffers, update_layer_states
 from tests.models.dynamic import oracle
 from tests.models.dynamic.cases import CTX, VARIANTS, config_of, family_of, model_of, tokens_of
+from tests.tiers import spread
 
 SEQ, BATCH = 17, 2
 # Rotary angles and the losses of the carry are fp32 even where the parameters are fp64.
@@ -43,8 +44,7 @@ def _assert_equal_gradients(model, found, expected) -> None:
         )
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "packed"), spread(VARIANTS, [False, True]))
 def test_a_training_step_is_that_of_the_equations(variant, packed):
     family, changes = VARIANTS[variant]
     # Weights at which no loss is lost in the rounding of another.

@@ -12,6 +12,7 @@ from parallel.pipeline import layer_costs
 from tests.distributed import run_ranks
 from tests.equivalence import Measured, measure
 from tests.models.dynamic.cases import VARIANTS, config_of, family_of, tokens_of
+from tests.tiers import tiered
 from tests.tolerance import FP64, assert_close
 
 SEQ, BATCH = 24, 2
@@ -40,7 +41,7 @@ def expected() -> dict[str, Measured]:
     return _measured(ParallelContext.single())
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", tiered([False, True], [True]))
 def test_two_tensor_ranks_equal_one_in_every_loss_and_every_gradient(sequence_parallel, expected):
     for measured in run_ranks(_on_two_ranks, 2, sequence_parallel):
         for variant, one in expected.items():

@@ -16,6 +16,7 @@ from tests.models.hf.exports import (
     exported,
 )
 from tests.refusals import assert_refused
+from tests.tiers import spread, tiered
 from tests.tolerance import FP64
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -24,7 +25,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", EXPORTED_TOKEN_STATES)
+@pytest.mark.parametrize("kind", tiered(EXPORTED_TOKEN_STATES, TOKEN_STATES))
 def test_hidden_states_are_those_that_the_layers_hand_on(kind):
     theirs = exported(kind)
     output = theirs(TOKENS, output_hidden_states=True)
@@ -43,8 +44,7 @@ def test_hidden_states_are_those_that_the_layers_hand_on(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", TOKEN_STATES)
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(("kind", "use_cache"), spread(TOKEN_STATES, [False, True]))
 def test_hidden_states_of_padded_rows_are_those_of_the_rows_alone(kind, use_cache, monkeypatch):
     monkeypatch.setattr("models.hf.modeling.PREFILL_CHUNK", 7)
     theirs, mask = exported(kind).double(), torch.ones_like(TOKENS)

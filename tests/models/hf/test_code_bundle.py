@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -159,28 +160,33 @@ def test_what_would_become_another_program_is_refused(sources, parts, files):
 FAMILIES = ("agiformer", "amrpa", "daria_former", "dart", "dtf", "mod")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_files_of_a_family_are_complete_and_the_same_every_time(family, tmp_path):
-    texts = bundle(get_family(family).require_hf().code)
-    assert texts == bundle(get_family(family).require_hf().code)
-    write_files(get_family(family).require_hf().code, tmp_path)
+@pytest.fixture(scope="module", params=FAMILIES)
+def written(request, tmp_path_factory) -> tuple[Path, dict[str, CodeFile]]:
+    """The directory of a family's files, and what they are made from."""
+    code = get_family(request.param).require_hf().code
+    folder = tmp_path_factory.mktemp(request.param)
+    write_files(code, folder)
+    return folder, code
+
+
+def test_the_files_of_a_family_are_complete_and_the_same_every_time(written):
+    folder, code = written
+    assert {name: (folder / name).read_text() for name in code} == bundle(code)
     # Names without a definition, imports without a use, a second definition of a name.
     lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9"]
     found = subprocess.run(
-        [*lint, "--output-format", "json", str(tmp_path)], capture_output=True, check=False
+        [*lint, "--output-format", "json", str(folder)], capture_output=True, check=False
     )
     messages = [entry["message"] for entry in json.loads(found.stdout)]
     assert messages == ["Undefined name `transformer_engine`"]  # after an ImportError
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_finds_every_package_that_the_files_import(family, tmp_path):
+def test_transformers_finds_every_package_that_the_files_import(written):
     from transformers.dynamic_module_utils import get_imports
 
-    code = get_family(family).require_hf().code
-    write_files(code, tmp_path)
+    folder, code = written
     for name in code:
-        others = set(get_imports(tmp_path / name)) - set(sys.stdlib_module_names)
+        others = set(get_imports(folder / name)) - set(sys.stdlib_module_names)
         assert others <= {"pydantic", "torch", "transformers"}
 
 

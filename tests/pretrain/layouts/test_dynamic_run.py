@@ -92,7 +92,7 @@ def test_a_run_is_the_same_at_any_layout_and_so_are_its_thresholds(
         torch.testing.assert_close(taus[key], tau, rtol=FP32_NORM, atol=FP32_NORM)
 
 
-@pytest.mark.parametrize("layout", ["whole", "pipeline 2"])
+@pytest.mark.parametrize("layout", tiered(["whole", "pipeline 2"], ["pipeline 2"]))
 def test_a_run_that_goes_on_from_a_checkpoint_goes_on_with_its_thresholds(layout, data, tmp_path):
     cut = {"parallel__pipeline": 2}
     world_size, stage, changes = (1, 0, {}) if layout == "whole" else (2, 1, cut)

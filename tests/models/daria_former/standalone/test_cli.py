@@ -108,7 +108,7 @@ def test_an_export_with_merged_adapters_has_none(trained, folder):
 
 
 def _text(capsys, *arguments: object) -> str:
-    options = ["--prompt", "One", "--max_new_tokens", 20, "--tokenizer", "bytes", *arguments]
+    options = ["--prompt", "One", "--max_new_tokens", 10, "--tokenizer", "bytes", *arguments]
     assert generate([*map(str, options)]) == 0
     return capsys.readouterr().out
 

@@ -26,6 +26,7 @@ from tests.models.dynamic.settled import settled
 from tests.models.families import CASES
 from tests.models.hf.base_models import rewrite_tensors
 from tests.refusals import assert_refused
+from tests.tiers import tiered
 
 CLASSES = {"mod": MoDForCausalLM, "dtf": DTFForCausalLM}
 FAMILIES = sorted(CLASSES)
@@ -34,7 +35,7 @@ TOKENS = torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manua
 NUM_LAYERS = 5
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=tiered(["tied", "untied"], ["tied"]))
 def qwen(request, tmp_path_factory) -> Path:
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
@@ -312,7 +313,7 @@ QWEN2_5 = {
 }
 
 
-@pytest.mark.parametrize("size", QWEN2_5)
+@pytest.mark.parametrize("size", tiered(QWEN2_5, ["0.5B", "7B"]))
 def test_the_published_sizes_have_their_number_of_parameters_and_every_name(size):
     hidden, layers, heads, kv_heads, intermediate, vocabulary, tied, millions = QWEN2_5[size]
     # As Qwen publishes it: no head_dim, no rope_parameters, windows that are not used.
