@@ -58,7 +58,7 @@ def check_arguments(
         if value is not None and not _as_counted(name, value, first, tokens, mask):
             raise ValueError(
                 f"{name} differs from what the model counts itself, from 0 at the first token of "
-                "every row; leave it out, and pass packed documents as rows of their own"
+                "every row, or without cache and padding of every document of a row; leave it out"
             )
 
 
@@ -69,6 +69,36 @@ def _as_counted(name: str, value: Tensor, first: int, tokens: Tensor, mask: Tens
     seen = mask.to(value.device)[:, first:] != 0
     counted = (mask.to(value.device) != 0).cumsum(dim=1)[:, first:] - 1
     return value.shape[-1] == seen.shape[1] and bool(((value == counted) | ~seen).all())
+
+
+def packed_documents(others: Mapping[str, Any], tokens: Any, mask: Tensor | None) -> Tensor | None:
+    """The documents of rows [b, s] without padding whose `position_ids` begin anew with each, as
+    segment ids int32 [b, s]; None where rows are one document, or nothing of the kind is given."""
+    places = others.get("position_ids")
+    if places is None or tokens is None or places.shape != tokens.shape:
+        return None
+    starts = places == 0
+    if not bool(starts[:, 1:].any()) or not (mask is None or bool(mask.all())):
+        return None
+    columns = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    counted = columns - columns.where(starts, 0).cummax(dim=1).values
+    if not bool(starts[:, 0].all()) or not bool((counted == places).all()):
+        return None
+    return starts.cumsum(dim=1).to(tokens.device, torch.int32)
+
+
+@contextmanager
+def segmented(model: nn.Module) -> Iterator[None]:
+    """Let layers built for rows of one document take rows of several inside the block."""
+    layers = [module for module in model.modules() if hasattr(module, "segmented")]
+    before = [layer.segmented for layer in layers]
+    try:
+        for layer in layers:
+            layer.segmented = True  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.segmented = value
 
 
 def wanted_states(others: Mapping[str, Any], config: Any, count: int) -> frozenset[int]:

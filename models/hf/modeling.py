@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -20,9 +21,12 @@ from models.hf.arguments import (
     FixedEmbeddings,
     StateReader,
     check_arguments,
+    packed_documents,
     recording,
+    segmented,
     wanted_states,
 )
+from models.hf.backbone import Backbone
 from models.hf.cache import FamilyCache, row_bounds
 from models.hf.config import FamilyPreTrainedConfig
 from parallel.carry import LayerSpec, SequentialModel
@@ -64,7 +68,15 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
         # Blocks stay whole when accelerate spreads a model over devices.
         self._no_split_modules = sorted({s.module.__name__ for s in specs if s.recompute})
+        # Past nn.Module's registration: its layers are those of `model`.
+        self.__dict__["_backbone"] = Backbone(self)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The layers as a model of transformers that returns hidden states in place of logits."""
+        backbone: Backbone = self.__dict__["_backbone"]
+        return backbone
 
     @classmethod
     def of(
@@ -152,6 +164,8 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         """`forward` for tokens [b, s] and other inputs of the first layer, `given`; `others`: its
         remaining arguments (models.hf.arguments).
 
+        `position_ids` that begin anew inside of rows without padding mark packed documents; their
+        loss is that of the labels, which cross from one to the next unless those are -100.
         `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
         cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
         A call with a cache has no gradient. The loss is the mean cross entropy of each token from
@@ -169,12 +183,20 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         if cache is None and use_cache:
             cache = self.new_cache(self.config.max_position_embeddings)
         first = cache.length if isinstance(cache, FamilyCache) else 0
+        segments = None
+        if cache is None:
+            segments = packed_documents(others, tokens, attention_mask)
+        if segments is not None:
+            others = {name: value for name, value in others.items() if name != "position_ids"}
         check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
-        readers, wanted = self._wanted_readers(others)
+        wanted = self._wanted_readers(others)
+        readers = [reader for reader in wanted if reader is not None]
         present = {name: value for name, value in given.items() if value is not None}
         auxiliary = None
         if cache is None:
-            (logits, states), output = self._whole(tokens, present, attention_mask, readers)
+            (logits, states), output = self._whole(
+                tokens, present, attention_mask, readers, segments
+            )
             logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
         else:
             logits, states = self._continued(
@@ -183,29 +205,27 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, num_items_in_batch, auxiliary)
-        chosen = tuple(x if i in wanted else None for i, x in enumerate(states))
+        found = iter(states)
+        chosen = tuple(None if reader is None else next(found) for reader in wanted)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
         )
 
-    def _wanted_readers(
-        self, others: Mapping[str, Any]
-    ) -> tuple[list[StateReader], frozenset[int]]:
-        """Readers of the hidden states if any is requested, and the numbers of the requested ones.
+    def _wanted_readers(self, others: Mapping[str, Any]) -> list[StateReader | None]:
+        """The readers of the requested hidden states, None for each of the others; empty if none
+        is requested.
 
         Raises:
             ValueError: the layers have no state for every token.
         """
         readers = self.state_readers()
         wanted = wanted_states(others, self.config, len(readers))
-        if not wanted:
-            return [], wanted
-        if not self.has_token_states:
+        if wanted - {len(readers) - 1} and not self.has_token_states:
             raise ValueError(
                 f"output_hidden_states: the layers of a {self.config.model_type} model have no "
-                "state for every token; leave it out"
+                "state for every token but the last one, that of base_model; leave it out"
             )
-        return readers, wanted
+        return [r if i in wanted else None for i, r in enumerate(readers)] if wanted else []
 
     def state_readers(self) -> list[StateReader]:
         """Readers of the hidden states: before the first block and after every block; the last one
@@ -225,8 +245,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         given: Mapping[str, Tensor],
         attention_mask: Tensor | None,
         readers: list[StateReader],
+        segments: Tensor | None = None,
     ) -> tuple[Computed, Any]:
         """Compute without a cache; also returns the last layer's output.
+
+        `segments` int32 [b, s]: the documents of packed rows, none of which sees another.
 
         Left-padded rows are rolled to begin at column 0, and the results are rolled back: the
         layers are causal, so that padding after a row's tokens does not affect them. Layers that
@@ -246,8 +269,12 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
                 columns = torch.arange(tokens.shape[1], device=tokens.device)
                 tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
                 back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
-        with recording(readers) as states:
-            output = self.model(self.inputs(tokens, given, lengths))
+        inputs = self.inputs(tokens, given, lengths)
+        if segments is not None:
+            inputs = inputs._replace(segment_ids=segments)
+        packed = nullcontext() if segments is None else segmented(self.model)
+        with recording(readers) as states, packed:
+            output = self.model(inputs)
         computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
         if back is None:
             return computed, output
@@ -352,6 +379,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
                 " this model has a cache of its own; leave it out"
             )
         given = model_kwargs.get("past_key_values") is not None
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit={generation_config.assistant_early_exit}: the layers of "
+                "this model cannot be left early; give a smaller model as assistant_model"
+            )
         if given or generation_config.use_cache is False:
             return
         longest = self.config.max_position_embeddings
