@@ -8,6 +8,7 @@ Shapes: b batch, s tokens of a call, h hidden.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -71,20 +72,35 @@ def _as_counted(name: str, value: Tensor, first: int, tokens: Tensor, mask: Tens
     return value.shape[-1] == seen.shape[1] and bool(((value == counted) | ~seen).all())
 
 
-def packed_documents(others: Mapping[str, Any], tokens: Any, mask: Tensor | None) -> Tensor | None:
-    """The documents of rows [b, s] without padding whose `position_ids` begin anew with each, as
-    segment ids int32 [b, s]; None where rows are one document, or nothing of the kind is given."""
+def packed_documents(
+    others: Mapping[str, Any], tokens: Any, mask: Tensor | None
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The documents of rows [b, s] without padding whose `position_ids` begin anew with each.
+
+    Returns segment ids int32 [b, s], or None where each row is one document, and the arguments
+    without `position_ids` and those for FlashAttention that say the same of the documents.
+    """
+    rest = dict(others)
     places = others.get("position_ids")
     if places is None or tokens is None or places.shape != tokens.shape:
-        return None
+        return None, rest
     starts = places == 0
-    if not bool(starts[:, 1:].any()) or not (mask is None or bool(mask.all())):
-        return None
     columns = torch.arange(places.shape[1], device=places.device).expand_as(places)
     counted = columns - columns.where(starts, 0).cummax(dim=1).values
-    if not bool(starts[:, 0].all()) or not bool((counted == places).all()):
-        return None
-    return starts.cumsum(dim=1).to(tokens.device, torch.int32)
+    padded = mask is not None and not bool(mask.all())
+    if padded or not bool(starts[:, 0].all()) or not bool((counted == places).all()):
+        return None, rest
+    bounds = [*starts.flatten().nonzero().squeeze(1).tolist(), places.numel()]
+    longest = max(stop - start for start, stop in itertools.pairwise(bounds))
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in rest and torch.as_tensor(rest[name]).flatten().tolist() == bounds:
+            del rest[name]
+    for name in ("max_length_q", "max_length_k"):
+        if name in rest and int(rest[name]) == longest:
+            del rest[name]
+    del rest["position_ids"]
+    segments = starts.cumsum(dim=1).to(tokens.device, torch.int32)
+    return (segments if bool(starts[:, 1:].any()) else None), rest
 
 
 @contextmanager

@@ -9,16 +9,20 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
+
+_LOGGER = logging.get_logger(__name__)
 
 
 class Backbone(nn.Module):
     """The layers of `owner`, a `FamilyForCausalLM`.
 
     `owner.get_output_embeddings()` makes the logits of its `last_hidden_state` [b, s, h], as in the
-    models of transformers. Trainers that take the loss from hidden states have no other access to
-    the layers; what a family adds to its cross entropy is then left out.
+    models of transformers. Trainers that take their loss from it leave out what a family adds to
+    its cross entropy, which is said once.
     """
+
+    owner: Any
 
     def __init__(self, owner: Any) -> None:
         super().__init__()
@@ -47,6 +51,12 @@ class Backbone(nn.Module):
             asked = getattr(self.config, "output_hidden_states", None)
         # Not the owner's attribute, which trainers replace by what calls this one.
         owner_class: Any = type(self.owner)
+        if self.owner.training and self.owner.has_auxiliary_loss:
+            _LOGGER.warning_once(
+                f"a loss from the hidden states of base_model has none of the terms that a "
+                f"{self.config.model_type} model adds in training; train with the model's own loss "
+                "to keep them"
+            )
         output = owner_class.forward(
             self.owner, *arguments, output_hidden_states=True if asked else [-1], **options
         )

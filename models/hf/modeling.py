@@ -29,6 +29,7 @@ from models.hf.arguments import (
 from models.hf.backbone import Backbone
 from models.hf.cache import FamilyCache, row_bounds
 from models.hf.config import FamilyPreTrainedConfig
+from models.hf.registration import declarations_kept
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
@@ -65,12 +66,14 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         # from_pretrained builds the model on the meta device and in the dtype of its weights.
         ctx = ParallelContext.single(device=torch.get_default_device())
         specs = self.layer_specs(self.settings())
-        self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
+        with declarations_kept():
+            self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
         # Blocks stay whole when accelerate spreads a model over devices.
         self._no_split_modules = sorted({s.module.__name__ for s in specs if s.recompute})
         # Past nn.Module's registration: its layers are those of `model`.
         self.__dict__["_backbone"] = Backbone(self)
-        self.post_init()
+        with declarations_kept():
+            self.post_init()
 
     @property
     def base_model(self) -> nn.Module:
@@ -115,6 +118,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
     def auxiliary_loss(self, output: Any) -> Tensor | None:
         """The training losses beside the cross entropy, per row [b], from the layers' output."""
         return None
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether there are such losses."""
+        return False
 
     def new_cache(self, max_length: int) -> FamilyCache:
         """An empty cache for at most `max_length` tokens, padding included.
@@ -185,9 +193,7 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         first = cache.length if isinstance(cache, FamilyCache) else 0
         segments = None
         if cache is None:
-            segments = packed_documents(others, tokens, attention_mask)
-        if segments is not None:
-            others = {name: value for name, value in others.items() if name != "position_ids"}
+            segments, others = packed_documents(others, tokens, attention_mask)
         check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
         wanted = self._wanted_readers(others)
         readers = [reader for reader in wanted if reader is not None]
@@ -362,6 +368,22 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         count = torch.as_tensor(count, device=losses.device)
         loss = losses.sum() / count
         return loss if auxiliary is None else loss + scored_mean(auxiliary, following, count)
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """As in torch.
+
+        Raises:
+            ValueError: a parameter has no values, as after loaders that do not rename weights.
+        """
+        try:
+            moved: Self = super().to(*arguments, **options)
+        except NotImplementedError:
+            empty = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+            raise ValueError(
+                f"{empty[0] if empty else 'a buffer'} has no values to move; load the weights with "
+                "from_pretrained, which knows the names in the files of this model"
+            ) from None
+        return moved
 
     # Hooks of transformers.
 

@@ -15,8 +15,9 @@ def _adapted(engine: Engine, task_type: str | None) -> None:
         r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False,
         task_type=task_type,
     )  # fmt: skip
-    adapted = get_peft_model(model, options).eval()
-    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    adapted = get_peft_model(model, options)
+    adapted.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    adapted.eval()
     idle = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, f"adapters without gradient: {idle}"
     adapted.save_pretrained(engine.folder)
