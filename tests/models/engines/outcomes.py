@@ -84,6 +84,9 @@ ROWS = (
         "placement", "empty_weights_and_dispatch",
         {"mod": "has no values to move", "dtf": "has no values to move"}, slow=True,
     ),
+    Row("int8 by torchao", "quantized", "torchao_int8", needs="torchao"),
+    Row("int8 by quanto", "quantized", "quanto_int8", needs="optimum-quanto"),
+    Row("`quantize_dynamic`", "quantized", "dynamic_int8", slow=True),
     Row("PEFT, `task_type=CAUSAL_LM`", "adapters", "peft_causal_lm", slow=True),
     Row("PEFT without task type", "adapters", "peft_without_task_type", slow=True),
     Row("TRL SFT", "trl_runs", "trl_sft", needs="trl"),
@@ -94,12 +97,12 @@ ROWS = (
 
 
 NOTES = """\
-Trainers of TRL take their loss from `base_model`, that is the cross entropy alone: what `dtf` and
-`amrpa` add to it is left out, which is said once; thresholds of `mod` and `dtf` still want
-`ThresholdUpdates()`. TRL's `disable_dropout` does not reach the families' own dropout: set theirs
-to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute otherwise than in
-training, so that its first loss is not ln 2. Packed rows are told from their `position_ids`,
-without cache and padding. Not run: vLLM, GPUs.
+Trainers of TRL take their loss from `base_model`, that is the cross entropy alone: what `dtf`
+and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `dtf` still want
+`ThresholdUpdates()`. TRL's `disable_dropout` does not reach the families' own dropout: set
+theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
+otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
+`position_ids`, without cache and padding. Not run: vLLM, GPUs.
 """
 
 
