@@ -78,7 +78,7 @@ def packed_documents(
     """The documents of rows [b, s] without padding whose `position_ids` begin anew with each.
 
     Returns segment ids int32 [b, s], or None where each row is one document, and the arguments
-    without `position_ids` and those for FlashAttention that say the same of the documents.
+    without `position_ids` and those for other kernels that say the same of the documents.
     """
     rest = dict(others)
     places = others.get("position_ids")
@@ -100,6 +100,9 @@ def packed_documents(
             del rest[name]
     del rest["position_ids"]
     segments = starts.cumsum(dim=1).to(tokens.device, torch.int32)
+    numbers = rest.get("seq_idx")
+    if numbers is not None and torch.equal(numbers.to(segments), segments - 1):
+        del rest["seq_idx"]
     return (segments if bool(starts[:, 1:].any()) else None), rest
 
 

@@ -185,6 +185,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
             ValueError: a mask, a cache, labels or another argument that does not fit, or too many
                 tokens.
         """
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "torch.jit.trace would take what depends on these tokens for constants; use "
+                "torch.export.export"
+            )
         cache = past_key_values
         if use_cache is None and not self.training and labels is None:
             use_cache = getattr(self.config, "use_cache", None)

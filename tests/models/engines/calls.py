@@ -74,7 +74,8 @@ def position_ids_of_packed_rows(engine: Engine) -> None:
     found = logits_of(model, position_ids=places, use_cache=False)
     assert_near(found, torch.cat(parts, dim=1))
     bounds = torch.tensor([0, 12, 24, 36, 48], dtype=torch.int32)
-    flash = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 12}
+    flash: dict[str, Any] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 12}
+    flash["seq_idx"] = torch.arange(24).div(12, rounding_mode="floor").expand(2, -1)
     again = logits_of(model, position_ids=places, use_cache=False, **flash)
     assert torch.equal(again, found)
 

@@ -87,6 +87,10 @@ ROWS = (
     Row("int8 by torchao", "quantized", "torchao_int8", needs="torchao"),
     Row("int8 by quanto", "quantized", "quanto_int8", needs="optimum-quanto"),
     Row("`quantize_dynamic`", "quantized", "dynamic_int8", slow=True),
+    Row(
+        "`torch.jit.trace`", "traced", "jit_traced",
+        _all("would take what depends on these tokens for constants"), slow=True,
+    ),
     Row("PEFT, `task_type=CAUSAL_LM`", "adapters", "peft_causal_lm", slow=True),
     Row("PEFT without task type", "adapters", "peft_without_task_type", slow=True),
     Row("TRL SFT", "trl_runs", "trl_sft", needs="trl"),
@@ -102,7 +106,7 @@ and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `
 `ThresholdUpdates()`. TRL's `disable_dropout` does not reach the families' own dropout: set
 theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
 otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
-`position_ids`, without cache and padding. Not run: vLLM, GPUs.
+`position_ids`, without cache and padding. Not run: vLLM, ONNX, GPUs.
 """
 
 
