@@ -8,6 +8,7 @@ Shapes: b batch, s tokens of a call, h hidden.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -58,7 +59,7 @@ def check_arguments(
         if value is not None and not _as_counted(name, value, first, tokens, mask):
             raise ValueError(
                 f"{name} differs from what the model counts itself, from 0 at the first token of "
-                "every row; leave it out, and pass packed documents as rows of their own"
+                "every row, or without cache and padding of every document of a row; leave it out"
             )
 
 
@@ -69,6 +70,54 @@ def _as_counted(name: str, value: Tensor, first: int, tokens: Tensor, mask: Tens
     seen = mask.to(value.device)[:, first:] != 0
     counted = (mask.to(value.device) != 0).cumsum(dim=1)[:, first:] - 1
     return value.shape[-1] == seen.shape[1] and bool(((value == counted) | ~seen).all())
+
+
+def packed_documents(
+    others: Mapping[str, Any], tokens: Any, mask: Tensor | None
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The documents of rows [b, s] without padding whose `position_ids` begin anew with each.
+
+    Returns segment ids int32 [b, s], or None where each row is one document, and the arguments
+    without `position_ids` and those for other kernels that say the same of the documents.
+    """
+    rest = dict(others)
+    places = others.get("position_ids")
+    if places is None or tokens is None or places.shape != tokens.shape:
+        return None, rest
+    starts = places == 0
+    columns = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    counted = columns - columns.where(starts, 0).cummax(dim=1).values
+    padded = mask is not None and not bool(mask.all())
+    if padded or not bool(starts[:, 0].all()) or not bool((counted == places).all()):
+        return None, rest
+    bounds = [*starts.flatten().nonzero().squeeze(1).tolist(), places.numel()]
+    longest = max(stop - start for start, stop in itertools.pairwise(bounds))
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in rest and torch.as_tensor(rest[name]).flatten().tolist() == bounds:
+            del rest[name]
+    for name in ("max_length_q", "max_length_k"):
+        if name in rest and int(rest[name]) == longest:
+            del rest[name]
+    del rest["position_ids"]
+    segments = starts.cumsum(dim=1).to(tokens.device, torch.int32)
+    numbers = rest.get("seq_idx")
+    if numbers is not None and torch.equal(numbers.to(segments), segments - 1):
+        del rest["seq_idx"]
+    return (segments if bool(starts[:, 1:].any()) else None), rest
+
+
+@contextmanager
+def segmented(model: nn.Module) -> Iterator[None]:
+    """Let layers built for rows of one document take rows of several inside the block."""
+    layers = [module for module in model.modules() if hasattr(module, "segmented")]
+    before = [layer.segmented for layer in layers]
+    try:
+        for layer in layers:
+            layer.segmented = True  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.segmented = value
 
 
 def wanted_states(others: Mapping[str, Any], config: Any, count: int) -> frozenset[int]:

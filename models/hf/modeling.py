@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -20,11 +21,15 @@ from models.hf.arguments import (
     FixedEmbeddings,
     StateReader,
     check_arguments,
+    packed_documents,
     recording,
+    segmented,
     wanted_states,
 )
+from models.hf.backbone import Backbone
 from models.hf.cache import FamilyCache, row_bounds
 from models.hf.config import FamilyPreTrainedConfig
+from models.hf.registration import declarations_kept
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
@@ -61,10 +66,20 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         # from_pretrained builds the model on the meta device and in the dtype of its weights.
         ctx = ParallelContext.single(device=torch.get_default_device())
         specs = self.layer_specs(self.settings())
-        self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
+        with declarations_kept():
+            self.model = SequentialModel(specs, ctx, seed=torch.initial_seed())
         # Blocks stay whole when accelerate spreads a model over devices.
         self._no_split_modules = sorted({s.module.__name__ for s in specs if s.recompute})
-        self.post_init()
+        # Past nn.Module's registration: its layers are those of `model`.
+        self.__dict__["_backbone"] = Backbone(self)
+        with declarations_kept():
+            self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The layers as a model of transformers that returns hidden states in place of logits."""
+        backbone: Backbone = self.__dict__["_backbone"]
+        return backbone
 
     @classmethod
     def of(
@@ -103,6 +118,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
     def auxiliary_loss(self, output: Any) -> Tensor | None:
         """The training losses beside the cross entropy, per row [b], from the layers' output."""
         return None
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether there are such losses."""
+        return False
 
     def new_cache(self, max_length: int) -> FamilyCache:
         """An empty cache for at most `max_length` tokens, padding included.
@@ -152,6 +172,8 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         """`forward` for tokens [b, s] and other inputs of the first layer, `given`; `others`: its
         remaining arguments (models.hf.arguments).
 
+        `position_ids` that begin anew inside of rows without padding mark packed documents; their
+        loss is that of the labels, which cross from one to the next unless those are -100.
         `attention_mask` [b, columns]: zeros for padding, before or after a row's tokens, and with a
         cache only before them. Padding changes nothing for the tokens; its own logits mean nothing.
         A call with a cache has no gradient. The loss is the mean cross entropy of each token from
@@ -163,18 +185,29 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
             ValueError: a mask, a cache, labels or another argument that does not fit, or too many
                 tokens.
         """
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "torch.jit.trace would take what depends on these tokens for constants; use "
+                "torch.export.export"
+            )
         cache = past_key_values
         if use_cache is None and not self.training and labels is None:
             use_cache = getattr(self.config, "use_cache", None)
         if cache is None and use_cache:
             cache = self.new_cache(self.config.max_position_embeddings)
         first = cache.length if isinstance(cache, FamilyCache) else 0
+        segments = None
+        if cache is None:
+            segments, others = packed_documents(others, tokens, attention_mask)
         check_arguments(others, self.config, first=first, tokens=tokens, mask=attention_mask)
-        readers, wanted = self._wanted_readers(others)
+        wanted = self._wanted_readers(others)
+        readers = [reader for reader in wanted if reader is not None]
         present = {name: value for name, value in given.items() if value is not None}
         auxiliary = None
         if cache is None:
-            (logits, states), output = self._whole(tokens, present, attention_mask, readers)
+            (logits, states), output = self._whole(
+                tokens, present, attention_mask, readers, segments
+            )
             logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
         else:
             logits, states = self._continued(
@@ -183,29 +216,27 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, num_items_in_batch, auxiliary)
-        chosen = tuple(x if i in wanted else None for i, x in enumerate(states))
+        found = iter(states)
+        chosen = tuple(None if reader is None else next(found) for reader in wanted)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
         )
 
-    def _wanted_readers(
-        self, others: Mapping[str, Any]
-    ) -> tuple[list[StateReader], frozenset[int]]:
-        """Readers of the hidden states if any is requested, and the numbers of the requested ones.
+    def _wanted_readers(self, others: Mapping[str, Any]) -> list[StateReader | None]:
+        """The readers of the requested hidden states, None for each of the others; empty if none
+        is requested.
 
         Raises:
             ValueError: the layers have no state for every token.
         """
         readers = self.state_readers()
         wanted = wanted_states(others, self.config, len(readers))
-        if not wanted:
-            return [], wanted
-        if not self.has_token_states:
+        if wanted - {len(readers) - 1} and not self.has_token_states:
             raise ValueError(
                 f"output_hidden_states: the layers of a {self.config.model_type} model have no "
-                "state for every token; leave it out"
+                "state for every token but the last one, that of base_model; leave it out"
             )
-        return readers, wanted
+        return [r if i in wanted else None for i, r in enumerate(readers)] if wanted else []
 
     def state_readers(self) -> list[StateReader]:
         """Readers of the hidden states: before the first block and after every block; the last one
@@ -225,8 +256,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         given: Mapping[str, Tensor],
         attention_mask: Tensor | None,
         readers: list[StateReader],
+        segments: Tensor | None = None,
     ) -> tuple[Computed, Any]:
         """Compute without a cache; also returns the last layer's output.
+
+        `segments` int32 [b, s]: the documents of packed rows, none of which sees another.
 
         Left-padded rows are rolled to begin at column 0, and the results are rolled back: the
         layers are causal, so that padding after a row's tokens does not affect them. Layers that
@@ -246,8 +280,12 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
                 columns = torch.arange(tokens.shape[1], device=tokens.device)
                 tokens = tokens.gather(1, (columns + starts.unsqueeze(1)) % tokens.shape[1])
                 back = (columns - starts.unsqueeze(1)) % tokens.shape[1]
-        with recording(readers) as states:
-            output = self.model(self.inputs(tokens, given, lengths))
+        inputs = self.inputs(tokens, given, lengths)
+        if segments is not None:
+            inputs = inputs._replace(segment_ids=segments)
+        packed = nullcontext() if segments is None else segmented(self.model)
+        with recording(readers) as states, packed:
+            output = self.model(inputs)
         computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
         if back is None:
             return computed, output
@@ -336,6 +374,22 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
         loss = losses.sum() / count
         return loss if auxiliary is None else loss + scored_mean(auxiliary, following, count)
 
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """As in torch.
+
+        Raises:
+            ValueError: a parameter has no values, as after loaders that do not rename weights.
+        """
+        try:
+            moved: Self = super().to(*arguments, **options)
+        except NotImplementedError:
+            empty = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+            raise ValueError(
+                f"{empty[0] if empty else 'a buffer'} has no values to move; load the weights with "
+                "from_pretrained, which knows the names in the files of this model"
+            ) from None
+        return moved
+
     # Hooks of transformers.
 
     def _prepare_cache_for_generation(
@@ -352,6 +406,11 @@ class FamilyForCausalLM(FixedEmbeddings, PreTrainedModel, GenerationMixin, ABC):
                 " this model has a cache of its own; leave it out"
             )
         given = model_kwargs.get("past_key_values") is not None
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit={generation_config.assistant_early_exit}: the layers of "
+                "this model cannot be left early; give a smaller model as assistant_model"
+            )
         if given or generation_config.use_cache is False:
             return
         longest = self.config.max_position_embeddings

@@ -25,6 +25,10 @@ class AMRPALlamaForCausalLM(FamilyForCausalLM):
     def layer_specs(self, settings: AMRPALlamaConfig) -> list[LayerSpec]:
         return layer_specs(settings)
 
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return True
+
     def auxiliary_loss(self, output: AMRPAOutput) -> Tensor | None:
         """The weighted losses of the memory in training, per row [b]."""
         if not self.training:

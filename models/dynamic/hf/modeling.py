@@ -166,6 +166,10 @@ class BaseDynamicCausalLM(FamilyForCausalLM):
         logits = output.logits.transpose(0, 1)
         return self._loss(logits, labels, None, self.auxiliary_loss(output))
 
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return bool(self.aux_names)
+
     def auxiliary_loss(self, output: DynamicOutput) -> Tensor | None:
         if not self.aux_names:
             return None

@@ -134,7 +134,8 @@ RESET = torch.arange(24).remainder(12).expand(2, -1)
 REFUSED = [
     ({"inputs_embeds": torch.zeros(2, 24, 32)}, "inputs_embeds.*input_ids"),
     ({"output_attentions": True}, "output_attentions"),
-    ({"position_ids": RESET}, "position_ids"),
+    ({"position_ids": RESET, "use_cache": True}, "position_ids"),
+    ({"position_ids": RESET + 1}, "position_ids"),
     ({"position_ids": torch.zeros(2, 1)}, "position_ids"),
     ({"cache_position": torch.arange(1, 25)}, "cache_position"),
     ({"is_causal": False}, "is_causal"),
