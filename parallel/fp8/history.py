@@ -1,4 +1,4 @@
-"""What the recipe `delayed` remembers, in a form that a checkpoint can hold without pickle.
+"""The memory of the recipe `delayed`, in a form that a checkpoint can hold without pickle.
 
 Transformer Engine pickles it into each layer's extra state, and since 2.20 refuses to load what it
 has pickled. Here it is a safetensors file in a tensor of bytes: the scales of the next step, and
