@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from pretrain.distributed.consensus import RankGroup
 from pretrain.distributed.launcher_env import ranks_on_this_machine
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.engine.lr_schedule import learning_rate
-from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, TrainingError
+from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
 from pretrain.metrics.flops import (
     describe_cost,
     device_name,
@@ -38,6 +37,7 @@ from pretrain.metrics.flops import (
 )
 from pretrain.metrics.profile import StepProfiler
 from pretrain.metrics.records import Throughput, evaluation_record, training_record
+from pretrain.metrics.step_values import Values, read_values
 from pretrain.metrics.writers import Writers, build_writers
 from pretrain.stability.nonfinite_steps import SkipNonFinite, check_finite
 from pretrain.stability.replica_check import check_replicas
@@ -47,14 +47,6 @@ from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-
-class Values(NamedTuple):
-    """A StepResult as Python numbers; reading them synchronises with the device."""
-
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float
 
 
 def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
@@ -190,7 +182,7 @@ class TrainLoop:
                     return spike
                 losses.clear()
                 if result is not None:
-                    self._log(writers, _read(result, step), rate)
+                    self._log(writers, read_values(result, step), rate)
             interval = self.config.watchdog.replica_interval
             if interval is not None and (saving or step % interval == 0):
                 check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
@@ -388,24 +380,3 @@ class TrainLoop:
     def _warn(self, text: str) -> None:
         if self.ctx.is_main:
             logger.warning("%s", text)
-
-
-def _read(result: StepResult, step: int) -> Values:
-    """The numbers of a step, read from the device at once.
-
-    Raises:
-        TrainingError: the loss or the norm is not finite.
-    """
-    tensors = [result.loss, *result.terms.values()]
-    numbers = torch.stack([x.detach().float().view(()) for x in tensors]).tolist()
-    values = Values(
-        numbers[0],
-        dict(zip(result.terms, numbers[1:], strict=True)),
-        float(result.grad_norm),
-    )
-    if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-        raise TrainingError(
-            f"step {step}: loss {values.loss}, gradient norm {values.grad_norm}; nothing was saved "
-            "since the last checkpoint; lower training.lr or look at the data of this step"
-        )
-    return values

@@ -63,7 +63,7 @@ _USUAL_MFU = 0.4  # of dense models of this size on these devices; nobody knows 
 
 
 def describe_cost(*, tokens: int, flops: float, peak: float | None, num_devices: int) -> str:
-    """One line about training on `tokens` tokens with `flops` FLOPs, before it starts.
+    """The cost of training on `tokens` tokens with `flops` FLOPs, on one line: before it starts.
 
     `peak`: FLOP/s of all devices together; None: unknown, and then nothing is said of time.
     """
