@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +79,7 @@ def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
         if path is None:
             raise ValueError(f"module {name} does not exist below {root}; correct the import")
         text = path.read_text(encoding="utf-8")
-    source = _without_inner_imports(text)
-    tree, lines = ast.parse(source), source.splitlines()
+    tree, lines = _parsed(text)
     module = Module(name, ast.get_docstring(tree) or "")
     end = 0
     for node in tree.body:
@@ -94,6 +94,12 @@ def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
             )
             module.scope |= {defined: Origin(name, defined) for defined in names}
     return module
+
+
+@lru_cache(maxsize=None)  # every export reads the same few dozen modules
+def _parsed(text: str) -> tuple[ast.Module, list[str]]:
+    source = _without_inner_imports(text)
+    return ast.parse(source), source.splitlines()
 
 
 def _path(name: str, root: Path) -> Path | None:
