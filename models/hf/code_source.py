@@ -11,7 +11,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def read_module(name: str, root: Path, *, text: str | None = None) -> Module:
     return module
 
 
-@lru_cache(maxsize=None)  # every export reads the same few dozen modules
+@cache  # every export reads the same few dozen modules
 def _parsed(text: str) -> tuple[ast.Module, list[str]]:
     source = _without_inner_imports(text)
     return ast.parse(source), source.splitlines()
