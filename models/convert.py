@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from models.checkpoint import StoredModel
     from models.hf.declared import Declared, OwnTokens
-    from models.hf.tokenizer import Exported
+    from models.hf.tokenizer_files.export import Exported
 
 _CODE_REMARK = (
     "the directory holds the model's code: load it with from_pretrained(..., "
@@ -166,7 +166,7 @@ def _import_tokenizer(model: Path, folder: Path, declared: Declared) -> bool:
     """Copy the tokenizer files; False when the directory has none."""
     from models.hf.declared import GENERATION_CONFIG, OwnTokens, generation_contents
     from models.hf.export_weights import write_json
-    from models.hf.tokenizer import copy_tokenizer
+    from models.hf.tokenizer_files.export import copy_tokenizer
 
     ends = generation_contents(declared, OwnTokens()).generation
     has_tokenizer = copy_tokenizer(model, folder)
@@ -182,8 +182,8 @@ def _write_tokenizer(spec: str, folder: Path, stored: StoredModel, *, eod: str |
         split_tiktoken_spec,
         tokenizer_file,
     )
-    from models.hf.tokenizer import export_byte_tokenizer, export_tokenizer_files
-    from models.hf.tokenizer_check import Training
+    from models.hf.tokenizer_files.check import Training
+    from models.hf.tokenizer_files.export import export_byte_tokenizer, export_tokenizer_files
 
     if split_tiktoken_spec(spec) is not None:
         raise ValueError(

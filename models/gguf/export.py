@@ -22,7 +22,7 @@ from models.gguf.writing import (
     vocabulary_settings,
     write_file,
 )
-from models.hf.tokenizer import chat_template, declared_tokens
+from models.hf.tokenizer_files.export import chat_template, declared_tokens
 from models.prompting import Prompting, load_prompting
 
 

@@ -15,8 +15,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from data_tools.tokenization.tokenizers import load_tokenizer
 from models import convert
-from models.hf.tokenizer import export_tokenizer_files
-from models.hf.tokenizer_check import Loaded, Sample, Training, difference, sample_of
+from models.hf.tokenizer_files.check import Loaded, Sample, Training, difference, sample_of
+from models.hf.tokenizer_files.export import export_tokenizer_files
 from tests.models.checkpoints import config, edit_json, write_checkpoint
 from tests.models.hf.tokenizer_files import hugging_face_file, sentencepiece_file
 from tests.refusals import assert_refused

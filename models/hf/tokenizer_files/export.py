@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.hf.declared import OwnTokens
-from models.hf.sentencepiece import write_sentencepiece
-from models.hf.tokenizer_check import Loaded, Training, difference, load_alone, sample_of
+from models.hf.tokenizer_files.check import Loaded, Training, difference, load_alone, sample_of
+from models.hf.tokenizer_files.sentencepiece import write_sentencepiece
 
 _CONFIG = "tokenizer_config.json"
 # Files of a tokenizer in a Hugging Face directory, besides its own.
@@ -42,8 +42,8 @@ def export_tokenizer_files(
 
     `source`: a tokenizer.json, a SentencePiece .model, or a vocab.json with merges.txt beside it.
     What a process with transformers alone loads from `output` is compared with `training`
-    (models.hf.tokenizer_check), so that other files on which loading depends, such as config.json,
-    must already be there.
+    (models.hf.tokenizer_files.check), so that other files on which loading depends, such as
+    config.json, must already be there.
 
     Raises:
         ValueError: transformers would load another tokenizer.

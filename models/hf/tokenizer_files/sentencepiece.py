@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.hf.tokenizer_check import Training, sample_of
+from models.hf.tokenizer_files.check import Training, sample_of
 
 _USER_DEFINED = 4  # the type of a piece
 _SPACE = "\u2581"
