@@ -1,4 +1,4 @@
-"""What transformers calls while it loads a model, prepares generation or sets up training."""
+"""Calls by transformers while it loads a model, prepares generation or sets up training."""
 
 from __future__ import annotations
 
