@@ -14,16 +14,16 @@ import pytest
 
 from parallel.checkpoint.storage import Storage
 from pretrain.checkpoint import main
+from pretrain.distributed.consensus import RankGroup
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, open_store
-from tests.pretrain.checkpointing.test_store_faults import ranks_of_world
 
 RANKS = (0, 1)
 
 
 def save(run_dir: Path, step: int, victim: int | None, point: int) -> int:
     """Both ranks save; `victim` dies before its storage operation `point`. How many there were."""
-    ranks = ranks_of_world()
+    ranks = RankGroup.of_world(timeout=None)
     count = 0
 
     def hook(operation: str, path: Path) -> None:

@@ -22,9 +22,9 @@ from pretrain.checkpointing.index import (
     read_index,
 )
 from pretrain.checkpointing.optimizer_shards import MASTER, MOMENTS, OptimizerShard, StoredOptimizer
+from pretrain.distributed.consensus import RankGroup
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import contents, flip_bit, open_store
-from tests.pretrain.checkpointing.test_store_faults import ranks_of_world
 from tests.refusals import assert_refused
 
 _refused = partial(assert_refused, error=CheckpointError)
@@ -42,13 +42,13 @@ def whole_contents(rank: int, *, missing: int = 0) -> CheckpointContents:
         shape=(10,), dim=None, full_size=None, shard=0, num_shards=1,
         start=start, length=stop - start, step=3,
     )  # fmt: skip
-    return contents(1, ranks=ranks_of_world())._replace(
+    return contents(1, ranks=RankGroup.of_world(timeout=None))._replace(
         write_engine=None, optimizer=lambda: OptimizerShard(elements, [], {"w": span})
     )
 
 
 def save(run_dir: Path, *, missing: int = 0, as_stages: bool = False) -> str | None:
-    ranks = ranks_of_world()
+    ranks = RankGroup.of_world(timeout=None)
     written = whole_contents(ranks.rank, missing=missing)
     if as_stages:
         written = written._replace(position=ShardPosition(ranks.rank, ranks.size))

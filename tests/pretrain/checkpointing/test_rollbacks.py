@@ -20,6 +20,7 @@ from pretrain.checkpointing.async_save import Checkpointer
 from pretrain.checkpointing.directory import steps_in
 from pretrain.checkpointing.retention import surplus
 from pretrain.checkpointing.store import CheckpointStore
+from pretrain.distributed.consensus import RankGroup
 from tests.distributed import run_ranks
 from tests.pretrain.checkpointing.fixtures import assert_holds, contents, flip_bit, open_store
 from tests.pretrain.checkpointing.test_store_faults import (
@@ -27,7 +28,6 @@ from tests.pretrain.checkpointing.test_store_faults import (
     VolatileStorage,
     count_points,
     killed_at,
-    ranks_of_world,
 )
 from tests.refusals import assert_refused
 
@@ -206,7 +206,7 @@ def test_a_save_in_flight_is_published_before_it_is_deleted(tmp_path):
 
 
 def _return_on_ranks(run_dir: Path, environment: dict[str, str]) -> tuple[int, list[int]] | str:
-    ranks = ranks_of_world()
+    ranks = RankGroup.of_world(timeout=None)
     storage = Storage(hook=fault_hook(environment, ranks.rank))
     store: CheckpointStore = open_store(run_dir, keep=9, ranks=ranks, storage=storage)
     for step in (4, 6):
