@@ -90,12 +90,7 @@ class Engine(ABC):
 
     def _phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a phase of a step."""
-        if not self._phases:
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        for phase in self._phases.values():
-            stack.enter_context(phase(name))
-        return stack
+        return _all_of(self._phases.values(), name) if self._phases else contextlib.nullcontext()
 
     def _set_phase(self, purpose: str, phase: Phase | None) -> None:
         if phase is None:
@@ -377,6 +372,14 @@ class StageEngine(Engine):
             yield
         finally:
             stage.objective = usual
+
+
+@contextlib.contextmanager
+def _all_of(phases: Iterable[Phase], name: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for phase in phases:
+            stack.enter_context(phase(name))
+        yield
 
 
 def _in_phase(phase: Phase, name: str, run: Callable[..., Any]) -> Callable[..., Any]:

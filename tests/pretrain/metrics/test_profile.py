@@ -145,9 +145,11 @@ def test_an_engine_records_phases_only_when_asked() -> None:
         return torch.no_grad()
 
     engine.record_phases(phase)
-    engine._phase("forward")
+    with engine._phase("forward"):
+        assert not torch.is_grad_enabled()
     engine.record_phases(None)
-    engine._phase("backward")
+    with engine._phase("backward"):
+        assert torch.is_grad_enabled()
     assert names == ["forward"]
 
 
