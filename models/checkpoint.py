@@ -17,7 +17,7 @@ from models.base import ModelFamily
 from models.layer_counts import layers_without_memory
 from models.registry import get_config_class, get_family
 from parallel.carry import SequentialModel
-from parallel.checkpoint.errors import RESTORE
+from parallel.checkpoint.errors import RESTORE, brief
 from parallel.checkpoint.file_hashes import hash_files
 from parallel.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -98,9 +98,8 @@ def check_device(name: str) -> None:
     """Raise ValueError if the device of `--device` cannot be used."""
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"--device {name} cannot be used ({reason}); try cpu") from error
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used ({brief(error)}); try cpu") from error
 
 
 def load_model(
