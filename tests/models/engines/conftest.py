@@ -36,7 +36,9 @@ def exports(tmp_path_factory) -> Iterator[Exports]:
     for family in FAMILIES:
         found.directory(family)  # which registers classes
     with _own_modules(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])  # to which transformers adds the folder
+        # transformers adds its folder of modules, which has to be the only one of that name.
+        others = [path for path in sys.path if path != dynamic_modules.HF_MODULES_CACHE]
+        patch.setattr(sys, "path", others)
         patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(folder / "modules"))
         for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
             patch.setattr(mapping, "_extra_content", {})
