@@ -13,7 +13,8 @@ class Row(NamedTuple):
     """One use: `function` of `module` in this folder.
 
     `refused`: family -> words of the message, for those that do not compute the same as without it.
-    `needs`: what is installed beside the project's own environment.
+    `needs`: what is installed beside the project's own environment. `slow`: some seconds for all
+    families.
     """
 
     title: str
@@ -21,6 +22,7 @@ class Row(NamedTuple):
     function: str
     refused: dict[str, str] = {}  # noqa: RUF012
     needs: str = ""
+    slow: bool = False
     # Families that compute otherwise in training, for which no numbers are compared.
     uncompared: tuple[str, ...] = ()
 
@@ -77,22 +79,22 @@ ROWS = (
     Row("left padding", "calls", "left_padding"),
     Row("streaming", "calls", "streaming"),
     Row("`pipeline`", "calls", "text_pipeline"),
-    Row("accelerate: weights on disk", "placement", "disk_offload"),
-    Row("accelerate: `cpu_offload`", "placement", "cpu_offload"),
+    Row("accelerate: weights on disk", "placement", "disk_offload", slow=True),
+    Row("accelerate: `cpu_offload`", "placement", "cpu_offload", slow=True),
     Row(
         "accelerate: `init_empty_weights`, `load_checkpoint_and_dispatch`",
         "placement", "empty_weights_and_dispatch",
-        {"mod": "has no values to move", "dtf": "has no values to move"},
+        {"mod": "has no values to move", "dtf": "has no values to move"}, slow=True,
     ),
     Row("int8 by torchao", "quantized", "torchao_int8", needs="torchao"),
     Row("int8 by quanto", "quantized", "quanto_int8", needs="optimum-quanto"),
-    Row("`quantize_dynamic`", "quantized", "dynamic_int8"),
+    Row("`quantize_dynamic`", "quantized", "dynamic_int8", slow=True),
     Row(
         "`torch.jit.trace`", "traced", "jit_traced",
-        _all("would take what depends on these tokens for constants"),
+        _all("would take what depends on these tokens for constants"), slow=True,
     ),
-    Row("PEFT, `task_type=CAUSAL_LM`", "adapters", "peft_causal_lm"),
-    Row("PEFT without task type", "adapters", "peft_without_task_type"),
+    Row("PEFT, `task_type=CAUSAL_LM`", "adapters", "peft_causal_lm", slow=True),
+    Row("PEFT without task type", "adapters", "peft_without_task_type", slow=True),
     Row("TRL SFT", "trl_runs", "trl_sft", needs="trl"),
     Row("TRL SFT, packed", "trl_runs", "trl_sft_packed", needs="trl", uncompared=("mod", "dart")),
     Row("TRL DPO", "trl_runs", "trl_dpo", needs="trl"),

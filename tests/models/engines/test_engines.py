@@ -14,7 +14,7 @@ from tests.models.engines.outcomes import EQUAL, FAMILIES, ROWS, Row
 def _cases() -> Iterator[object]:
     for row in ROWS:
         marks = [pytest.mark.ecosystem] if row.needs else []
-        marks += [] if row.needs else [pytest.mark.slow]  # in `make soak`
+        marks += [pytest.mark.slow] if row.slow and not row.needs else []
         for family in FAMILIES:
             if family in row.uncompared:
                 continue
