@@ -144,6 +144,11 @@ def map_file(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
+        if path.is_symlink():
+            raise NoSuchFileError(
+                f"{path} links to {os.readlink(path)}, a file expected there, none found; move it "
+                "back, or make the link again"
+            ) from error
         raise NoSuchFileError(
             f"{path}: no such file{cwd_hint(path)}; check the path or preprocess it first"
         ) from error

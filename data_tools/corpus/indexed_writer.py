@@ -46,7 +46,9 @@ def check_absent(prefix: Path) -> None:
     Raises:
         DataError: one of its three files exists.
     """
-    existing = [path for path in (*IndexPaths.of(prefix), info_path(prefix)) if path.exists()]
+    paths = (*IndexPaths.of(prefix), info_path(prefix))
+    # A link counts if what it leads to is gone, too: its disk may be away.
+    existing = [path for path in paths if os.path.lexists(path)]
     if existing:
         raise DataError(
             f"{existing[0]} exists; choose another output or pass --overwrite to replace it"
@@ -86,6 +88,7 @@ class IndexedDatasetWriter:
         self._bin = open_partial(self.paths.bin)
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
+        self._link_path = self.paths.bin.with_name(self.paths.bin.name + ".link")
         self._bin_digest = Digest()
         self._with_info = with_info
         self._stored_in = stored_in
@@ -251,17 +254,15 @@ class IndexedDatasetWriter:
         return digest.hexdigest()
 
     def _link(self, target: Path) -> None:
-        """Make .bin a link in place of its partial file."""
+        """Write the link that replaces .bin."""
         expected = self._num_tokens * self.dtype.itemsize
         if (size := target.stat().st_size) != expected:
             raise DataError(
                 f"{target}: {size} bytes found, {expected} expected; it holds more than the ids of "
                 "the corpus, so that they cannot be read where they are: convert with a copy"
             )
-        link = self.paths.bin.with_name(self.paths.bin.name + ".link")
-        link.unlink(missing_ok=True)  # of a killed writer
-        link.symlink_to(target.resolve())
-        os.replace(link, self.paths.bin)
+        self._link_path.unlink(missing_ok=True)  # of a killed writer
+        self._link_path.symlink_to(target.resolve())
 
     def _publish(self, info: CorpusInfo | None) -> None:
         sidecar = info_path(self.prefix)
@@ -270,12 +271,14 @@ class IndexedDatasetWriter:
                 file.write(info.to_bytes())
                 flush_to_disk(file)
         flush_to_disk(self._bin)
+        if self._stored_in is not None:  # which may be refused, before anything is replaced
+            self._link(self._stored_in)
         # Remove the old index first, so that no mismatched pair can be opened in between.
         self.paths.idx.unlink(missing_ok=True)
         if info is None:
             sidecar.unlink(missing_ok=True)
         if self._stored_in is not None:
-            self._link(self._stored_in)
+            os.replace(self._link_path, self.paths.bin)
         whole = [] if self._stored_in is not None else [self.paths.bin]
         for path in (*whole, *([] if info is None else [sidecar]), self.paths.idx):
             os.replace(partial_path(path), path)
@@ -290,6 +293,7 @@ class IndexedDatasetWriter:
                 file.close()
         for path in (*self.paths, info_path(self.prefix), self._lengths_path):
             partial_path(path).unlink(missing_ok=True)
+        self._link_path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -24,7 +24,7 @@ from data_tools.formats.blocks import (
 )
 from data_tools.formats.checks import Documents, Fit, Tally, algorithm_of, output_dtype
 from data_tools.formats.kinds import KINDS, Kind
-from data_tools.formats.manifest import HASH, Manifest
+from data_tools.formats.manifest import HASH, Manifest, manifest_path
 from data_tools.formats.megatron import add_info
 from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import load_tokenizer
@@ -149,14 +149,17 @@ def _check_paths(copy: Copy, target: Kind, sources: Sequence[Source]) -> None:
             f"{output / 'corpus'}"
         )
     suffix = ".bin" if copy.target_kind == "megatron" else target.suffix
-    written = output.parent.resolve() / (output.name + suffix)  # a link itself is replaced
+    # A link itself is replaced.
+    folder = output.parent.resolve()
+    written = [folder / (output.name + each) for each in (suffix, *target.beside)]
+    written.append(manifest_path(folder / output.name))
     seen = set()
     for path in (path for source in sources for path in source.paths):
         found = path.resolve()
         if found in seen:
             raise DataError(f"{path} is given twice; remove one")
         seen.add(found)
-        if found.is_relative_to(written):
+        if any(map(found.is_relative_to, written)):
             raise DataError(
                 f"{path}: it is an input, and --output {copy.output} would replace it; choose "
                 "another --output"

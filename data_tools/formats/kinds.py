@@ -21,6 +21,8 @@ class Kind(NamedTuple):
     """Token dtypes that are written."""
     suffix: str = ""
     """What may be left out of the path of an input."""
+    beside: tuple[str, ...] = ()
+    """Suffixes of the files that are written with that of `suffix`."""
     reads: frozenset[str] = frozenset()
     """Options of ReadOptions beside `eod` and `bos` that have an effect."""
     writes: frozenset[str] = frozenset()
@@ -39,7 +41,11 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "megatron": Kind(
-        megatron.open_megatron, megatron.MegatronWriter, megatron.DTYPES, hashes_ids=True
+        megatron.open_megatron,
+        megatron.MegatronWriter,
+        megatron.DTYPES,
+        beside=(".idx", ".json"),
+        hashes_ids=True,
     ),
     "nanogpt": Kind(
         nanogpt.open_nanogpt,
@@ -62,6 +68,7 @@ KINDS: dict[str, Kind] = {
         olmo.OlmoWriter,
         olmo.DTYPES,
         suffix=".npy",
+        beside=(".csv.gz",),
         reads=frozenset({"dtype"}),
         is_raw=True,
     ),
@@ -70,6 +77,7 @@ KINDS: dict[str, Kind] = {
         datatrove.DatatroveWriter,
         datatrove.DTYPES,
         suffix=".ds",
+        beside=(".ds.index",),
         is_raw=True,
     ),
     "parquet": Kind(

@@ -109,6 +109,8 @@ def split_pattern(spec: Any) -> str | None:
     if spec is None:
         return None
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
+    if not steps:
+        return None
     last = steps[-1]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None

@@ -11,6 +11,15 @@ from models.common.config import DecoderConfig, PositiveInt
 AttentionType = Literal["full_attention", "sliding_attention"]
 # Model types of transformers that compute what another one with fewer settings computes, too.
 NamedType = Literal["mistral", "ministral", "phi3"]
+# What none of them has.
+_OTHER_SHAPES = (
+    "qk_norm",
+    "qkv_bias",
+    "norm_after",
+    "activation",
+    "zero_centered_gamma",
+    "scale_embeddings",
+)
 
 
 class LlamaConfig(DecoderConfig):
@@ -28,7 +37,7 @@ class LlamaConfig(DecoderConfig):
     are together the shape of Gemma.
 
     `hf_type`: the model type of transformers to export as where several compute this function; None
-    is the plainest of them.
+    is the plainest of them. It is refused with what that type lacks.
     """
 
     family: Literal["llama"] = "llama"
@@ -46,6 +55,24 @@ class LlamaConfig(DecoderConfig):
         settings = super().function()
         del settings["hf_type"]
         return settings
+
+    @model_validator(mode="after")
+    def _check_hf_type(self) -> Self:
+        if self.hf_type is None:
+            return self
+        fields = type(self).model_fields
+        unfit = [*_OTHER_SHAPES]
+        if self.hf_type != "ministral":
+            unfit.append("layer_types")
+        if self.hf_type == "phi3":  # which transformers scales in a way of its own only
+            unfit.append("rope_scaling")
+        for name in unfit:
+            if (value := getattr(self, name)) != fields[name].default:
+                raise ValueError(
+                    f"{name}={value} with hf_type={self.hf_type}: transformers' {self.hf_type} "
+                    "has no such setting; leave one of them out (hf_type=null)"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:

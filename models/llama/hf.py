@@ -4,7 +4,7 @@ Qwen3, OLMo 2 and Gemma."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from models.base import HFMapping
 from models.hf.llama_names import (
@@ -15,7 +15,7 @@ from models.hf.llama_names import (
     fused_names,
     tied_names,
 )
-from models.llama.config import LlamaConfig
+from models.llama.config import LlamaConfig, NamedType
 
 # Model type -> the class that config.json names.
 _ARCHITECTURES = {
@@ -44,8 +44,6 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
     "olmo2": {"qk_norm": "all_heads", "norm_after": True},
     "gemma": _GEMMA,
 }
-# Model types that compute what a plainer one does.
-_SAME_FUNCTION = {"llama": {"mistral", "ministral", "phi3"}, "mistral": {"ministral", "phi3"}}
 # Model types whose layers may have windows.
 _WINDOWED = {"ministral", "mistral", "phi3", "qwen2", "qwen3"}
 
@@ -90,22 +88,7 @@ def _model_type(config: LlamaConfig) -> str:
         kind = "ministral"
     if kind is None and (window is not None or config.hidden_size % config.num_heads):
         kind = "mistral"
-    return _named_type(config, kind or "llama")
-
-
-def _named_type(config: LlamaConfig, plainest: str) -> str:
-    """`hf_type`, if it computes what the plainest model type does.
-
-    Raises:
-        ValueError: it does not.
-    """
-    named = config.hf_type or plainest
-    if named != plainest and named not in _SAME_FUNCTION.get(plainest, ()):
-        raise ValueError(
-            f"hf_type={named}: a model of this shape is {plainest} in transformers, and no "
-            f"{named}; leave hf_type out"
-        )
-    return named
+    return config.hf_type or kind or "llama"
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
@@ -141,7 +124,7 @@ def from_hf_config(contents: Mapping[str, Any]) -> LlamaConfig:
     config = LlamaConfig(**settings | _FUNCTIONS.get(model_type, {}))
     if model_type == "mistral" and config.layer_types is not None:
         return config  # as their Auto classes read it, a Ministral
-    if model_type in _SAME_FUNCTION["llama"] and _model_type(config) != model_type:
+    if model_type in get_args(NamedType) and _model_type(config) != model_type:
         return LlamaConfig(**config.model_dump() | {"hf_type": model_type})
     return config
 

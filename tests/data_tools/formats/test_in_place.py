@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_tools.corpus.indexed import IndexedDataset
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 from data_tools.errors import DataError
 from data_tools.verify import verify
 from tests.data_tools.formats.conversions import (
@@ -92,6 +93,59 @@ def test_an_input_that_is_cut_afterwards_is_refused(tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes()[:-2])
     with _refused("linked.bin", value=source.stat().st_size, constraint="expected", remedy="again"):
         IndexedDataset(output)
+
+
+def test_a_link_to_nothing_says_what_is_gone_and_is_not_replaced(tmp_path: Path) -> None:
+    source = _theirs(tmp_path, "nanogpt")
+    output = tmp_path / "linked"
+    common = ("--from", "nanogpt", "--to", "megatron", "--in-place", "--output", output)
+    convert(*common, source, "--eod", EOD)
+    moved = source.rename(tmp_path / "moved.bin")
+    with _refused("linked.bin", value=source, constraint="expected", remedy=("back", "link")):
+        IndexedDataset(output)
+    Path(f"{output}.idx").unlink()
+    with _refused("linked.bin", value="exists", constraint=(), remedy="--overwrite"):
+        convert(*common, moved, "--eod", EOD)
+
+
+def test_an_input_that_grows_is_refused_and_the_corpus_before_it_stays(tmp_path: Path) -> None:
+    source = _theirs(tmp_path, "nanogpt")
+    output = tmp_path / "ours"
+    with IndexedDatasetWriter(
+        output, vocab_size=2**16, overwrite=True, with_info=False, stored_in=source
+    ) as writer:
+        writer.add_documents(np.array([1, EOD], "<u2"), np.array([2]))
+        with _refused(str(source), value=28, constraint="4 expected", remedy="with a copy"):
+            writer.finish_without_info()
+    assert documents(output) == DOCUMENTS
+    assert {path.name for path in tmp_path.iterdir()} == {
+        source.name,
+        *(f"ours{suffix}" for suffix in (".bin", ".idx", ".json")),
+    }
+
+
+def test_a_link_that_a_killed_conversion_left_goes_with_the_next(tmp_path: Path) -> None:
+    source = _theirs(tmp_path, "nanogpt")
+    (tmp_path / "copied.bin.link").symlink_to(source)
+    output = tmp_path / "copied"
+    common = ("--from", "nanogpt", "--to", "megatron", source, "--output", output)
+    convert(*common, "--eod", EOD)
+    assert {path.name for path in tmp_path.glob("copied*")} == {"copied.bin", "copied.idx"}
+
+
+@pytest.mark.parametrize("in_place", [[], ["--in-place"]])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json", ".corpus.json"])
+def test_an_input_under_a_name_of_the_output_is_refused(
+    suffix: str, in_place: list[str], tmp_path: Path
+) -> None:
+    source = _theirs(tmp_path, "nanogpt").rename(tmp_path / f"out{suffix}")
+    before = source.read_bytes()
+    with _refused(str(source), value="input", constraint="replace", remedy="--output"):
+        convert(
+            *("--from", "nanogpt", "--to", "megatron", source, *in_place, "--eod", EOD),
+            *("--overwrite", "--output", tmp_path / "out"),
+        )
+    assert source.read_bytes() == before
 
 
 def test_what_is_no_bin_of_one_corpus_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_tools.tokenization.byte_bpe import FastByteBpe
-from data_tools.tokenization.byte_encoders import ranks_of
+from data_tools.tokenization.byte_encoders import EncoderName, ranks_of
 
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -183,6 +183,13 @@ def _assert_only_gigatoken(spec: Any, text: str) -> None:
     fast = FastByteBpe.of(tokenizer)
     assert fast is not None
     assert fast.encode(text) == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("encoder", _ENCODERS)
+def test_a_tokenizer_whose_list_of_steps_is_empty_has_no_fast_path(encoder: EncoderName) -> None:
+    spec = json.loads(_TOKENIZERS["as GPT-2"].to_str())
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
+    assert FastByteBpe.of(Tokenizer.from_str(json.dumps(spec)), encoder) is None
 
 
 def test_merges_that_are_not_in_the_order_of_ids_are_not_those_of_tiktoken() -> None:

@@ -42,6 +42,9 @@ def test_no_size_has_a_default(size):
         LlamaConfig(**sizes)
 
 
+KINDS = ["sliding_attention", "full_attention"]
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -72,6 +75,13 @@ def test_no_size_has_a_default(size):
         (
             {"layer_types": ["sliding_attention", "full_attention"]},
             ("sliding_window", None, "which have not", "leave layer_types out"),
+        ),
+        ({"hf_type": "phi3", "qk_norm": True}, ("qk_norm", True, "hf_type=phi3", "leave")),
+        ({"hf_type": "mistral", "norm_after": True}, ("norm_after", True, "mistral", "leave")),
+        ({"hf_type": "phi3", "rope_scaling": YARN}, ("rope_scaling", "yarn", "phi3", "leave")),
+        (
+            {"hf_type": "mistral", "sliding_window": 8, "layer_types": KINDS},
+            ("layer_types", "full_attention", "hf_type=mistral", "hf_type=null"),
         ),
     ],
 )
