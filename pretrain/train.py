@@ -192,6 +192,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     """The resolved settings; None if the command line only asks to print something."""
+    from models.evaluate import require_lm_eval
     from pretrain.config import to_yaml
     from pretrain.config.compose import compose_config
     from pretrain.config.resolve import resolve_run
@@ -212,6 +213,8 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     if world_size == 1:  # several ranks agree on it in one line, once they have met
         for missing in missing_data(config.data):
             raise ConfigError(f"{missing.problem}; {missing.remedy}")
+        if config.evaluation.tasks:
+            require_lm_eval(config.evaluation.tasks, setting="evaluation.tasks")
     return settings
 
 
