@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.convert",
         description="Convert a tokenised corpus between formats. Documents, ids and their order "
-        "are kept, or the corpus is refused. data_tools/formats/README.md lists the formats.",
+        "are kept, or the corpus is refused; the same command resumes a killed one. "
+        "data_tools/formats/README.md lists the formats.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
