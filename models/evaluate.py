@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from models.program import program
 from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait: functions import what needs it.
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 
 _EXAMPLE = """example:
-  python -m models.evaluate --checkpoint runs/demo --tasks hellaswag,arc_easy --output results.json
+  %(prog)s --checkpoint runs/demo --tasks hellaswag,arc_easy --output results.json
 """
 
 
@@ -216,7 +217,7 @@ def _part_of(path: Path) -> Path:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m models.evaluate",
+        prog=program("python -m models.evaluate"),
         description="Evaluate a checkpoint on tasks of lm_eval.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -20,6 +20,7 @@ if not __package__:
     # its modules could be imported by their bare names.
     sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
+from data_tools.cli import program
 from parallel.checkpoint.errors import AgreedError
 from parallel.cpu.threads import prepare_threads
 from pretrain.distributed.launcher_env import (
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="pretrain/train.py",
+        prog=program("pretrain/train.py"),
         description="Pretrain the model that a configuration describes.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -154,7 +154,7 @@ def _closing(sink: Sink, resumption: Resumption) -> Iterator[Sink]:
 
 
 def _resume_settings(copy: Copy, sources: Sequence[Source]) -> dict[str, Any]:
-    """What the bytes of an output depend on: options, inputs, and who writes compressed files."""
+    """All that the bytes of an output depend on: inputs, options, who compresses files."""
     beside = KINDS[copy.source_kind].beside
     return {
         "version": 1,

@@ -1,4 +1,4 @@
-"""What a killed conversion leaves, and how the next one of the same inputs and options goes on.
+"""Marks of a conversion, from which the next one of the same inputs and options goes on.
 
 OUTPUT.convert.partial says how much of each partial file is on disk. The input is read again, since
 the checksums of a corpus are those of all its ids, and what is on disk is not written again. A
@@ -151,8 +151,11 @@ class Resumption:
             record = json.loads(self._path.read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
-        is_ours = isinstance(record, dict) and record.get("settings") == self._settings
-        return record if is_ours else {}
+        if not isinstance(record, dict) or record.get("settings") != self._settings:
+            return {}
+        files = record.get("files")
+        sizes = files.values() if isinstance(files, dict) else [None]
+        return record if all(isinstance(size, int) and size >= 0 for size in sizes) else {}
 
 
 class StreamFile:

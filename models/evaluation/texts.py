@@ -41,7 +41,7 @@ class Texts(NamedTuple):
         return self.prompting.decode(ids)
 
     def described(self) -> dict[str, Any]:
-        """What results of an evaluation say about its texts."""
+        """The part of the results of an evaluation that is about its texts."""
         return {
             "tokenizer": self.prompting.tokenizer.name,
             "begin_ids": self.prompting.bos_ids,

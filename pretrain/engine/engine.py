@@ -44,25 +44,13 @@ from pretrain.engine.optimizers import (
     without_update,
 )
 from pretrain.engine.part_scoring import Part, PartScores, PartScoring
+from pretrain.engine.phases import PHASES, Phase, all_of, in_phase
 from pretrain.engine.scoring import Scores, Scoring
 from pretrain.engine.train_spec import Targets, TrainSpec, count_scored
 from pretrain.supervision.pass_timer import CountedPasses
 
-Phase = Callable[[str], AbstractContextManager[Any]]
-
-# DeepSpeed's instructions of a pipeline schedule (0.19.8, runtime/pipe/schedule.py), by phase.
-_PHASES = {
-    "LoadMicroBatch": "data",
-    "ForwardPass": "forward",
-    "BackwardPass": "backward",
-    "ReduceGrads": "reduction",
-    "ReduceTiedGrads": "reduction",
-    "OptimizerStep": "optimizer",
-    "SendActivation": "pipeline",
-    "RecvActivation": "pipeline",
-    "SendGrad": "pipeline",
-    "RecvGrad": "pipeline",
-}
+Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
+Progress = Callable[[str], object]
 
 
 class StepResult(NamedTuple):
@@ -91,7 +79,7 @@ class Engine(ABC):
 
     def _phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a phase of a step."""
-        return _all_of(self._phases.values(), name) if self._phases else contextlib.nullcontext()
+        return all_of(self._phases.values(), name) if self._phases else contextlib.nullcontext()
 
     def _set_phase(self, purpose: str, phase: Phase | None) -> None:
         if phase is None:
@@ -142,32 +130,25 @@ class Engine(ABC):
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         """Take one optimizer step over `num_micro_batches` batches of this data rank."""
 
-    def evaluate(
-        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
-    ) -> Scores:
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int, progress: Progress) -> Scores:
         """The losses of every scored token in `num_batches` batches of all data ranks; all ranks
         call it alike. `progress` is called with each batch that this rank begins."""
         score = Scoring(self.spec)
-        nats = self._evaluate(batches, score, num_batches=num_batches, progress=progress)
+        nats = self._evaluate(batches, score, num_batches, progress)
         return Scores(nats, score.group_bits())
 
-    def score_part(self, part: Part, *, progress: Callable[[str], object]) -> PartScores | None:
+    def score_part(self, part: Part, *, progress: Progress) -> PartScores | None:
         """The scores of this data rank's rows, on one rank of its tensor ranks and stages, None on
         the others; all ranks call it alike, and then set the sequence length of what follows."""
         score = PartScoring(self.spec, part)
         self.set_sequence_length(part.tokens.shape[1])
         batches = score.batches()
-        self._evaluate(batches, score, num_batches=len(batches), progress=progress)
+        self._evaluate(batches, score, len(batches), progress)
         return score.scores() if self.ctx.is_last_stage and self.ctx.tensor.rank == 0 else None
 
     @abstractmethod
     def _evaluate(
-        self,
-        batches: Iterable[Batch],
-        objective: Callable[..., Any],
-        *,
-        num_batches: int,
-        progress: Callable[[str], object],
+        self, batches: Iterable[Batch], objective: Objective, num_batches: int, progress: Progress
     ) -> float:
         """Pass batches through the model in evaluation, and give each output to `objective` once,
         where the last stage is; the sum of what it returns, over all data ranks."""
@@ -293,12 +274,7 @@ class PlainEngine(Engine):
 
     @torch.no_grad()
     def _evaluate(
-        self,
-        batches: Iterable[Batch],
-        objective: Callable[..., Any],
-        *,
-        num_batches: int,
-        progress: Callable[[str], object],
+        self, batches: Iterable[Batch], objective: Objective, num_batches: int, progress: Progress
     ) -> float:
         self._deepspeed.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
@@ -334,7 +310,7 @@ class StageEngine(Engine):
         engine.__dict__.pop("_INSTRUCTION_MAP", None)
         if self._phases:
             engine._INSTRUCTION_MAP = {
-                instruction: _in_phase(self._phase, _PHASES[instruction.__name__], run)
+                instruction: in_phase(self._phase, PHASES[instruction.__name__], run)
                 for instruction, run in engine._INSTRUCTION_MAP.items()
             }
 
@@ -364,12 +340,7 @@ class StageEngine(Engine):
         return StepResult(loss, terms, engine.get_global_grad_norm(), applied)
 
     def _evaluate(
-        self,
-        batches: Iterable[Batch],
-        objective: Callable[..., Any],
-        *,
-        num_batches: int,
-        progress: Callable[[str], object],
+        self, batches: Iterable[Batch], objective: Objective, num_batches: int, progress: Progress
     ) -> float:
         numbers = itertools.count(1)
         # DeepSpeed runs all batches in one call, and every stage calls its module once for each.
@@ -404,22 +375,6 @@ class StageEngine(Engine):
             yield
         finally:
             stage.objective = usual
-
-
-@contextlib.contextmanager
-def _all_of(phases: Iterable[Phase], name: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for phase in phases:
-            stack.enter_context(phase(name))
-        yield
-
-
-def _in_phase(phase: Phase, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        with phase(name):
-            return run(*args, **kwargs)
-
-    return recorded
 
 
 def _gathered(parameter: Tensor) -> Tensor:

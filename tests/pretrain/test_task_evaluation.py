@@ -217,10 +217,10 @@ def _with_overflow(config: RunConfig) -> list[str]:
 
 def _with_broken_engine(config: RunConfig) -> None:
     def broken(*arguments: Any, **keywords: Any) -> Any:
-        raise RuntimeError("of the device")
+        raise ZeroDivisionError
 
     PlainEngine.score_part = broken  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="of the device"):
+    with pytest.raises(ZeroDivisionError):
         run_training(config)
 
 
