@@ -105,9 +105,10 @@ Trainers of TRL take their loss from `base_model`, that is the cross entropy alo
 and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `dtf` still want
 `ThresholdUpdates()`. TRL's `disable_dropout` does not reach the families' own dropout: set
 theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
-otherwise than in training, so that its first loss is not ln 2. `?` runs and is not compared.
-Packed rows are told from their `position_ids`, without cache and padding. Not run: vLLM, ONNX,
-GPUs.
+otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
+`position_ids`, without cache and padding, and have the loss of the documents alone; but `mod`
+chooses the best tokens of a row in training, and `dart` draws its noise from it. Not run: vLLM,
+ONNX, GPUs.
 """
 
 
