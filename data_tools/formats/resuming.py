@@ -37,6 +37,7 @@ class Resumption:
         self.is_left = self._stopped = False
         self._marks: dict[str, int] = {}
         self._waiting: dict[str, tuple[int, BinaryIO | Path]] = {}
+        self._written: dict[str, int] = {}  # as far as `mark` was told
         self._num_bytes = 0  # in `_waiting`
         self._folder: Path | None = None  # of whole files
         self._thread = ThreadPoolExecutor(1)
@@ -76,7 +77,8 @@ class Resumption:
         """Record, once it is on disk, that `file` has `size` bytes; its buffer is flushed."""
         if self._stopped:
             return
-        self._num_bytes += size - self._waiting.get(name, (self._marks.get(name, 0), file))[0]
+        self._num_bytes += size - self._written.get(name, self._marks.get(name, 0))
+        self._written[name] = size
         self._waiting[name] = size, file
         if self._num_bytes >= MARK_BYTES and (self._pending is None or self._pending.done()):
             self.wait()
