@@ -6,8 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from data_tools.errors import DataError
+
+
+def program(otherwise: str) -> str:
+    """The command that was typed, if it was `manyformer NAME`."""
+    typed = Path(sys.argv[0]).name
+    return typed if typed.startswith("manyformer ") else otherwise
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> int:

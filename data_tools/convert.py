@@ -8,15 +8,15 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from data_tools.cli import run_command
+from data_tools.cli import program, run_command
 from data_tools.formats.blocks import ReadOptions, WriteOptions
 from data_tools.formats.copying import Copied, Copy, copy_corpus
 from data_tools.formats.kinds import KINDS
 
 RAW_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")
 _EXAMPLE = """example:
-  python -m data_tools.convert --from nanogpt --to megatron owt/train.bin --eod 50256 --output train
-  python -m data_tools.convert --from megatron --to llmc data/train --output shards
+  %(prog)s --from nanogpt --to megatron owt/train.bin --eod 50256 --output train
+  %(prog)s --from megatron --to llmc data/train --output shards
 """
 
 
@@ -64,9 +64,10 @@ def _summary(output: str, kind: str, copied: Copied) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.convert",
+        prog=program("python -m data_tools.convert"),
         description="Convert a tokenised corpus between formats. Documents, ids and their order "
-        "are kept, or the corpus is refused. data_tools/formats/README.md lists the formats.",
+        "are kept, or the corpus is refused; the same command resumes a killed one. "
+        "data_tools/formats/README.md lists the formats.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

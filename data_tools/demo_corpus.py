@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.cli import refuse_below, run_command, usable_cpus
+from data_tools.cli import program, refuse_below, run_command, usable_cpus
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
@@ -49,7 +49,7 @@ _SKIPPED_FOLDERS = frozenset(
     }
 )
 _EXAMPLE = """example:
-  python -m data_tools.demo_corpus --output data/demo
+  %(prog)s --output data/demo
 """
 
 
@@ -199,7 +199,7 @@ def _write_text(folder: Path) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.demo_corpus",
+        prog=program("python -m data_tools.demo_corpus"),
         description="Build a small corpus from the Python standard library's source (9 MB).",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

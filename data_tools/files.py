@@ -59,8 +59,8 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
-def open_partial(path: Path) -> BinaryIO:
-    """Open the partial file of `path` under an exclusive lock.
+def open_partial(path: Path, *, keep: int = 0) -> BinaryIO:
+    """Open the partial file of `path` under an exclusive lock, to be written after `keep` bytes.
 
     Raises:
         DataError: another process is writing the same output, or the folder is not writable.
@@ -78,7 +78,7 @@ def open_partial(path: Path) -> BinaryIO:
         raise DataError(
             f"{partial} is being written by another process; wait for it or choose another output"
         )
-    file.truncate(0)  # what a killed writer left behind
+    file.truncate(keep)  # what a killed writer left behind
     return file
 
 

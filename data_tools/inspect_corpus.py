@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.arrays import IntArray
-from data_tools.cli import refuse_below, run_command
+from data_tools.cli import program, refuse_below, run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.corpus.origin import find_tokenizer
@@ -25,8 +25,8 @@ from data_tools.step_samples import Sample, StepSamples
 from data_tools.tokenization.tokenizers import Tokenizer
 
 _EXAMPLE = """example:
-  python -m data_tools.inspect_corpus data/demo/train --samples 3 --histogram lengths.png
-  python -m data_tools.inspect_corpus --run runs/demo --steps 120:124     # what a loss spike saw
+  %(prog)s data/demo/train --samples 3 --histogram lengths.png
+  %(prog)s --run runs/demo --steps 120:124     # what a loss spike saw
 """
 _SHOWN_CHARACTERS = 200
 
@@ -258,7 +258,7 @@ def _source(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.inspect_corpus",
+        prog=program("python -m data_tools.inspect_corpus"),
         description="Print counts, lengths, duplicates and samples of a .bin/.idx corpus; or, with "
         "--run and --steps, source, documents and text of every sample of some steps of a run.",
         epilog=_EXAMPLE,

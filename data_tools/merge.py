@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import run_command
+from data_tools.cli import program, run_command
 from data_tools.corpus.corpus_info import CorpusInfo, SourceInfo
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, append_corpora, vocab_size_of
@@ -19,7 +19,7 @@ from data_tools.progress import progress_bar
 from data_tools.tokenization.special_tokens import SpecialTokens
 
 _EXAMPLE = """example:
-  python -m data_tools.merge data/books data/code --output data/both
+  %(prog)s data/books data/code --output data/both
 """
 
 
@@ -142,7 +142,7 @@ def _check_same_tokenizer(
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.merge",
+        prog=program("python -m data_tools.merge"),
         description="Join .bin/.idx corpora of one tokenizer; the inputs are not modified.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

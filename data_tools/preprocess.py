@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import add_text_arguments, refuse_below, run_command, usable_cpus
+from data_tools.cli import add_text_arguments, program, refuse_below, run_command, usable_cpus
 from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.errors import DataError
 from data_tools.preprocessing.documents import MAX_DOCUMENT_BYTES
@@ -48,7 +48,7 @@ from data_tools.tokenization.hugging_face_files import HuggingFaceTokenizer
 from data_tools.tokenization.tokenizers import TOKENIZER_HELP
 
 _EXAMPLE = """example:
-  python -m data_tools.preprocess --input corpus/ more.jsonl.zst --output data/train \\
+  %(prog)s --input corpus/ more.jsonl.zst --output data/train \\
       --tokenizer data/tokenizer.model --workers 8
   srun --nodes 4 python -m data_tools.preprocess ...   # on many machines; or mpirun, with mpi4py
 """
@@ -266,7 +266,7 @@ def _describe_boundary_tokens(settings: EncodingSettings, info: CorpusInfo) -> s
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.preprocess",
+        prog=program("python -m data_tools.preprocess"),
         usage="%(prog)s --input PATH ... --output PREFIX --tokenizer SPEC [option ...]",
         description="Tokenize text into a memory-mapped corpus in Megatron's .bin/.idx format.\n"
         "A killed run resumes when the same command is run again.",

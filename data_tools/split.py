@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.arrays import IntArray, TokenArray
-from data_tools.cli import run_command
+from data_tools.cli import program, run_command
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import Chunk, IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
@@ -26,8 +26,8 @@ from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import Tokenizer
 
 _EXAMPLE = """example:
-  python -m data_tools.split data/all --train data/train --validation data/validation --share 0.01
-  python -m data_tools.split megatron/corpus --split 969,30,1 \\
+  %(prog)s data/all --train data/train --validation data/validation --share 0.01
+  %(prog)s megatron/corpus --split 969,30,1 \\
       --train data/train --validation data/validation --test data/test
 """
 _HASH_RANGE = 1 << 64
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.split",
+        prog=program("python -m data_tools.split"),
         description="Split a .bin/.idx corpus: by a hash of each document, so that equal documents "
         "go to the same split, or in order as Megatron-LM does.",
         epilog=_EXAMPLE,

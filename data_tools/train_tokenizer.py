@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_tools.cli import add_text_arguments, refuse_below, run_command
+from data_tools.cli import add_text_arguments, program, refuse_below, run_command
 from data_tools.errors import DataError
 from data_tools.files import replace_atomically
 from data_tools.preprocessing.documents import BadDocumentError, DocumentReader, extract_text
@@ -19,7 +19,7 @@ from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import SentencePieceTokenizer
 
 _EXAMPLE = """example:
-  python -m data_tools.train_tokenizer --input corpus/ --output data/tokenizer.model \\
+  %(prog)s --input corpus/ --output data/tokenizer.model \\
       --vocab-size 32000
 """
 EOD_PIECE = "</s>"
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.train_tokenizer",
+        prog=program("python -m data_tools.train_tokenizer"),
         description="Train a SentencePiece tokenizer (BPE with byte fallback).",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

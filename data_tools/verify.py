@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.cli import refuse_below, run_command
+from data_tools.cli import program, refuse_below, run_command
 from data_tools.corpus.corpus_info import CorpusInfo, left_out_list
 from data_tools.corpus.indexed import Chunk, IndexedDataset
 from data_tools.corpus.jsonl_cache import verify_caches
@@ -21,7 +21,7 @@ from data_tools.tokenization.tiktoken_files import split_tiktoken_spec
 from data_tools.tokenization.tokenizers import tokenizer_fingerprint
 
 _EXAMPLE = """example:
-  python -m data_tools.verify data/train data/validation
+  %(prog)s data/train data/validation
 """
 _BLOCK = 1 << 20  # index entries checked at once
 
@@ -153,7 +153,7 @@ def _damaged(dataset: IndexedDataset, sequence: int, problem: str) -> DataError:
 def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.verify",
+        prog=program("python -m data_tools.verify"),
         description="Check every offset, id and checksum of .bin/.idx corpora, and the cached text "
         "of .jsonl files.",
         epilog=_EXAMPLE,

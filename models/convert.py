@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.program import program
 from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait: functions import what needs it.
@@ -48,9 +49,9 @@ _CODE_REMARK = (
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _GGUF_DTYPES = ("bf16", "f16", "f32")
 _EXAMPLE = """example:
-  python -m models.convert to-hf --checkpoint runs/demo --output exported/
-  python -m models.convert from-hf --model Llama-3.2-1B/ --output imported/
-  python -m models.convert to-gguf --checkpoint runs/demo_llama --output demo.gguf
+  %(prog)s to-hf --checkpoint runs/demo --output exported/
+  %(prog)s from-hf --model Llama-3.2-1B/ --output imported/
+  %(prog)s to-gguf --checkpoint runs/demo_llama --output demo.gguf
 """
 
 
@@ -329,7 +330,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m models.convert",
+        prog=program("python -m models.convert"),
         description="Checkpoints to Hugging Face and back, and to GGUF; see COMMAND --help.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

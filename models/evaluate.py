@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from models.program import program
 from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait: functions import what needs it.
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 
 _EXAMPLE = """example:
-  python -m models.evaluate --checkpoint runs/demo --tasks hellaswag,arc_easy --output results.json
+  %(prog)s --checkpoint runs/demo --tasks hellaswag,arc_easy --output results.json
 """
 
 
@@ -56,6 +57,8 @@ def evaluate_checkpoint(
     Raises:
         ValueError: lm_eval is missing, or the checkpoint, a task or a setting cannot be used.
     """
+    if not tasks:
+        raise ValueError("--tasks names no task; give names, separated by commas")
     require_lm_eval(tasks)
     _check_numbers(batch_size=batch_size, num_fewshot=num_fewshot, limit=limit)
     find_manifest(checkpoint)
@@ -68,7 +71,7 @@ def evaluate_checkpoint(
     stored = open_checkpoint(checkpoint)
     longest = _checked_length(max_length, stored.config.max_position_embeddings)
     texts = load_texts(stored, **text_settings)
-    harness = _harness()
+    harness = load_harness()
     loaded = harness.load_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
     model = load_model(stored, device=device)
     results: dict[str, Any] = harness.run_tasks(
@@ -82,23 +85,18 @@ def evaluate_checkpoint(
         "checkpoint": str(stored.weights.parent),
         "family": stored.family.name,
         "precision": str(model.ctx.precision.dtype).removeprefix("torch."),
-        "tokenizer": texts.prompting.tokenizer.name,
-        "begin_ids": texts.prompting.bos_ids,
-        "prefix_token_id": texts.prefix_id,
-        "end_ids": sorted(texts.end_ids),
         "max_length": longest,
-        "remarks": texts.remarks,
+        **texts.described(),
     }
     return results
 
 
-def require_lm_eval(tasks: Sequence[str]) -> None:
-    """Raises ValueError: no tasks are named, or the package lm_eval is not installed."""
-    if not tasks:
-        raise ValueError("--tasks names no task; give names, separated by commas")
+def require_lm_eval(tasks: Sequence[str], *, setting: str = "--tasks") -> None:
+    """Raises ValueError: the package lm_eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            f"tasks {','.join(tasks)} are run by lm_eval, which is not installed; run {INSTALL}"
+            f"{setting}: {','.join(tasks)} are run by lm_eval, which is not installed; run "
+            f"{INSTALL}"
         )
 
 
@@ -114,7 +112,12 @@ def _check_numbers(*, batch_size: int, num_fewshot: int | None, limit: float | N
         )
 
 
-def _harness() -> Any:
+def load_harness() -> Any:
+    """The module `models.evaluation.harness`, which imports lm_eval.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     try:
         return importlib.import_module("models.evaluation.harness")
     except ImportError as error:
@@ -214,7 +217,7 @@ def _part_of(path: Path) -> Path:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m models.evaluate",
+        prog=program("python -m models.evaluate"),
         description="Evaluate a checkpoint on tasks of lm_eval.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.common.sampling import check_sampling, check_seed
+from models.program import program
 from parallel.checkpoint.newest import find_manifest
 
 # torch takes seconds, for which --help and a mistake do not wait.
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Chunk size of the prefill, in tokens.
 PREFILL_CHUNK = 512
 _EXAMPLE = """example:
-  python -m models.generate --checkpoint runs/demo --prompt "def main(" --temperature 0.7
+  %(prog)s --checkpoint runs/demo --prompt "def main(" --temperature 0.7
 """
 
 
@@ -225,7 +226,7 @@ def _continue_text(arguments: argparse.Namespace) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m models.generate",
+        prog=program("python -m models.generate"),
         description="Sample text from a checkpoint.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.errors import EXIT_USER_ERROR
@@ -74,14 +75,32 @@ def main() -> int:
     if name in ("-h", "--help", "help"):
         sys.stdout.write(describe())
         return 0
+    if name in ("--version", "version"):
+        sys.stdout.write(f"manyformer {_version()}\n")
+        return 0
     if name == "completion":
         return _print_completion(arguments)
     if name not in COMMANDS:
         return _refuse(f"{name!r} is no command of manyformer", name, [*COMMANDS, "completion"])
     module, _, function = COMMANDS[name].entry.partition(":")
-    del sys.argv[1]
+    # The name in the usage of the command.
+    sys.argv[:2] = [f"{sys.argv[0]} {name}"] if _is_manyformer() else [sys.argv[0]]
     code: int = getattr(importlib.import_module(module), function)()
     return code
+
+
+def _is_manyformer() -> bool:
+    return Path(sys.argv[0]).name == "manyformer"
+
+
+def _version() -> str:
+    """That of the package, of which these files may be a newer clone."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("manyformer")
+    except PackageNotFoundError:  # a clone that is not installed
+        return "(not installed)"
 
 
 def describe() -> str:
@@ -94,6 +113,7 @@ def describe() -> str:
             for name, command in commands.items()
         ]
     lines.append(f"  {'completion':<16} print the completion of {' or '.join(SHELLS)}")
+    lines.append(f"  {'--version':<16} print the version")
     return "\n".join(lines) + "\n\n" + _EXAMPLE
 
 

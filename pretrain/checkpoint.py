@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_tools.cli import program
 from parallel.checkpoint.errors import CheckpointError, one_line
 from parallel.checkpoint.manifest import read_manifest, step_of_name, verify_content, verify_listing
 from pretrain.errors import EXIT_USER_ERROR
 
 EXIT_DAMAGED = 3
 _EXAMPLE = """example:
-  python -m pretrain.checkpoint verify runs/demo
-  python -m pretrain.checkpoint prune runs/demo --keep 2
+  %(prog)s verify runs/demo
+  %(prog)s prune runs/demo --keep 2
 """
 
 
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `prune` deletes all but the newest ones that are complete; no job may be using the directory.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain.checkpoint",
+        prog=program("python -m pretrain.checkpoint"),
         description=main.__doc__,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -36,7 +36,7 @@ from pretrain.metrics.flops import (
     training_flops_per_token,
 )
 from pretrain.metrics.profile import StepProfiler
-from pretrain.metrics.records import Throughput, evaluation_record, training_record
+from pretrain.metrics.records import Throughput, evaluation_record, task_record, training_record
 from pretrain.metrics.step_values import Values, read_values
 from pretrain.metrics.writers import Writers, build_writers
 from pretrain.stability.nonfinite_steps import SkipNonFinite, check_finite
@@ -45,6 +45,7 @@ from pretrain.stability.rollback import Rollback, Spike
 from pretrain.supervision.pass_timer import PassTimer, pass_timer
 from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
+from pretrain.task_evaluation import TaskEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class TrainLoop:
         checkpointer: Checkpointer,
         ranks: RankGroup,
         watchdog: Watchdog,
+        tasks: TaskEvaluation | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -78,6 +80,7 @@ class TrainLoop:
         self.checkpointer = checkpointer
         self.ranks = ranks
         self.watchdog = watchdog
+        self.tasks = tasks
         self.nonfinite = SkipNonFinite(
             engine,
             state.loader,
@@ -187,10 +190,13 @@ class TrainLoop:
             if interval is not None and (saving or step % interval == 0):
                 check_replicas(self.engine.module, self.ctx, self.ranks, step=step)
             evaluating = last or step % self.config.evaluation.interval == 0
-            if evaluating or saving:
+            asking = self.tasks is not None and (last or self.tasks.is_due(step))
+            if evaluating or asking or saving:
                 with self.throughput.paused():
                     if evaluating:
                         self._evaluate(writers)
+                    if asking:
+                        self._evaluate_tasks(writers)
                     if saving:
                         self._save()
                     if last or stopping:
@@ -291,6 +297,17 @@ class TrainLoop:
                 group_bits=scores.group_bits,
             )
         )
+
+    def _evaluate_tasks(self, writers: Writers) -> None:
+        assert self.tasks is not None
+        step, tokens = self.state.step, self.state.tokens
+        self.watchdog.progress(f"evaluating tasks after step {step}")
+        results, failure = self.tasks.evaluate(self.engine, step=step, tokens=tokens)
+        self.engine.set_sequence_length(self._sequence_length)
+        if failure is not None:
+            self._warn(f"step {step}: the tasks are not evaluated, training goes on: {failure}")
+        if results is not None:
+            writers.write(task_record(step=step, tokens=tokens, results=results))
 
     def _is_save_due(self) -> bool:
         """Whether this rank, the one that keeps the time, asks for a save."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.cli import program
 from pretrain.metrics.writers import METRICS_NAME, read_metrics
 
 _PICTURE = "loss.png"
 _EXAMPLE = """example:
-  python -m pretrain.plot runs/demo
+  %(prog)s runs/demo
 """
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
@@ -76,7 +77,7 @@ def _draw(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw training and evaluation loss over tokens."""
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain.plot",
+        prog=program("python -m pretrain.plot"),
         description=main.__doc__,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

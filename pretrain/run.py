@@ -47,6 +47,7 @@ from pretrain.run_data import open_held_out_data, open_training_data
 from pretrain.run_status import clear_markers, write_marker
 from pretrain.supervision.signals import GracefulStop
 from pretrain.supervision.watchdog import Watchdog
+from pretrain.task_evaluation import open_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ def run(settings: ResolvedRun) -> int:
                 ranks.run_on_rank0(lambda: _report_complete(config, state.step))
                 return EXIT_COMPLETED
         ranks.run_on_rank0(lambda: _warn_about_data(config, data))
+        watchdog.progress("loading the tasks of the evaluation")
+        tasks = open_tasks(config, data.text, ranks, watchdog.advance)
         watchdog.progress("building the model")
         engine = _build_engine(spec, ranks, watchdog, is_fresh=checkpoint is None)
         checkpointer = stack.enter_context(
@@ -107,7 +110,7 @@ def run(settings: ResolvedRun) -> int:
             )
         )
         loop = TrainLoop(
-            config, layout, engine, state, data.evaluation, checkpointer, ranks, watchdog
+            config, layout, engine, state, data.evaluation, checkpointer, ranks, watchdog, tasks
         )
         if checkpoint is not None:
             loop.restore(checkpoint)

@@ -31,7 +31,7 @@ def use_siblings(*names: str) -> None:
         found = _location(name)
         if found != _ROOT / name:
             message = _describe(name, found)
-            if under_m or Path(sys.argv[0]).name == "manyformer":
+            if under_m or Path(sys.argv[0]).name.split(" ")[0] == "manyformer":
                 sys.stderr.write(f"error: {message}\n")
                 raise SystemExit(2)
             raise ImportError(message)

@@ -20,6 +20,7 @@ if not __package__:
     # its modules could be imported by their bare names.
     sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
 
+from data_tools.cli import program
 from parallel.checkpoint.errors import AgreedError
 from parallel.cpu.threads import prepare_threads
 from pretrain.distributed.launcher_env import (
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="pretrain/train.py",
+        prog=program("pretrain/train.py"),
         description="Pretrain the model that a configuration describes.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -192,6 +193,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     """The resolved settings; None if the command line only asks to print something."""
+    from models.evaluate import require_lm_eval
     from pretrain.config import to_yaml
     from pretrain.config.compose import compose_config
     from pretrain.config.resolve import resolve_run
@@ -212,6 +214,8 @@ def _configure(arguments: argparse.Namespace) -> ResolvedRun | None:
     if world_size == 1:  # several ranks agree on it in one line, once they have met
         for missing in missing_data(config.data):
             raise ConfigError(f"{missing.problem}; {missing.remedy}")
+        if config.evaluation.tasks:
+            require_lm_eval(config.evaluation.tasks, setting="evaluation.tasks")
     return settings
 
 

@@ -24,8 +24,10 @@ class _Parsing(Exception):
     """A command line has reached the parsing of its arguments."""
 
 
-def _parsers(name: str, monkeypatch: pytest.MonkeyPatch) -> list[argparse.ArgumentParser]:
-    """The parser of a command, and those of its own commands."""
+def _parsers(
+    name: str, monkeypatch: pytest.MonkeyPatch, *, typed: str | None = None
+) -> list[argparse.ArgumentParser]:
+    """The parser of a command, `typed` as it is or otherwise, and those of its own commands."""
     found: list[argparse.ArgumentParser] = []
 
     def parse(parser: argparse.ArgumentParser, *_: object) -> None:
@@ -34,7 +36,7 @@ def _parsers(name: str, monkeypatch: pytest.MonkeyPatch) -> list[argparse.Argume
 
     for method in ("parse_known_args", "parse_known_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, method, parse)
-    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys, "argv", [typed or name])
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     module, _, function = ENTRIES[name].partition(":")
     with pytest.raises(_Parsing):
@@ -44,6 +46,19 @@ def _parsers(name: str, monkeypatch: pytest.MonkeyPatch) -> list[argparse.Argume
         if isinstance(action, argparse._SubParsersAction):
             found.extend(action.choices.values())
     return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_usage_names_the_command_that_was_typed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = f"python -m {COMMANDS[name].module}"
+    for parser in _parsers(name, monkeypatch, typed=f"/usr/bin/manyformer {name}"):
+        text = parser.format_help()
+        assert text.startswith(f"usage: manyformer {name} ")
+        assert f"\n  {own} " not in text
+    if name not in ("train", "files"):  # started by a launcher, and only there as a command
+        assert _parsers(name, monkeypatch)[0].format_help().startswith(f"usage: {own} ")
 
 
 @pytest.mark.parametrize("name", ENTRIES)

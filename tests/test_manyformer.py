@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -55,6 +56,18 @@ def test_a_command_gets_its_arguments_and_its_exit_code_is_passed_on(monkeypatch
     with pytest.raises(SystemExit) as ended:
         _call(monkeypatch, "plot", "--no-such-option")
     assert ended.value.code == 2
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    assert _call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"manyformer {version('manyformer')}\n"
+
+
+def test_a_command_knows_the_name_under_which_it_was_typed(monkeypatch, capsys):
+    for arguments in (("plot", "--no-such-option"), ("convert", "to-hf")):
+        with pytest.raises(SystemExit):
+            _call(monkeypatch, *arguments)
+        assert f"\nmanyformer {arguments[0]}" in capsys.readouterr().err
 
 
 def test_only_the_chosen_command_is_imported():

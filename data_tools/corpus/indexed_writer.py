@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -73,10 +73,12 @@ class IndexedDatasetWriter:
         overwrite: bool = False,
         with_info: bool = True,
         stored_in: Path | None = None,
+        open_bin: Callable[[Path], BinaryIO] = open_partial,
     ) -> None:
         """`with_info=False`: `finish_without_info` will be called, which needs no checksum.
 
-        `stored_in`: a file that holds the ids already; .bin becomes a link to it.
+        `stored_in`: a file that holds the ids already; .bin becomes a link to it. `open_bin`: opens
+        the partial file of .bin, which is written from its beginning to its end.
         """
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
@@ -85,7 +87,7 @@ class IndexedDatasetWriter:
         if not overwrite:
             check_absent(self.prefix)
         # The lock on .bin.partial also protects the other two files.
-        self._bin = open_partial(self.paths.bin)
+        self._bin = open_bin(self.paths.bin)
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
         self._link_path = self.paths.bin.with_name(self.paths.bin.name + ".link")
@@ -294,6 +296,11 @@ class IndexedDatasetWriter:
         for path in (*self.paths, info_path(self.prefix), self._lengths_path):
             partial_path(path).unlink(missing_ok=True)
         self._link_path.unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Close the files under their partial names, for a later writer to go on in .bin."""
+        self._bin.close()
+        self._lengths.close()
 
     def __enter__(self) -> Self:
         return self

@@ -203,7 +203,7 @@ class ParquetWriter:
         import pyarrow.parquet
 
         path = output.with_name(output.name + ".parquet")
-        self._files = PartialFiles(output, [path], overwrite=options.overwrite)
+        self._files = PartialFiles(output, [path], options)
         schema = _schema(dtype, options)
         self._writer = pyarrow.parquet.ParquetWriter(
             self._files[0],
@@ -241,10 +241,10 @@ class ArrowWriter:
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         import pyarrow
 
-        self._folder = PartialFolder(output, overwrite=options.overwrite)
+        self._folder = PartialFolder(output, options)
         schema = _schema(dtype, options)
         self._schema = schema
-        self._file = open(self._folder.path / _DATA_FILE, "xb")  # noqa: SIM115
+        self._file = self._folder.open_stream(_DATA_FILE)
         self._writer = pyarrow.ipc.new_stream(self._file, schema)
         self._documents = WholeDocuments(self._write, group_bytes=BLOCK_BYTES)
         self.add = self._documents.add
@@ -255,7 +255,7 @@ class ArrowWriter:
     def finish(self, manifest: Manifest) -> None:
         self._documents.flush()
         self._writer.close()
-        self._file.close()
+        self._folder.end_stream(_DATA_FILE, self._file)
         fingerprint = hashlib.sha256(manifest.to_bytes()).hexdigest()[:16]
         for name, content in (
             ("dataset_info.json", {"features": _features(self._schema)}),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from data_tools.arrays import IntArray, TokenArray
 from data_tools.corpus.corpus_info import CorpusInfo
+from data_tools.files import open_partial
 from data_tools.formats.manifest import Manifest
+from data_tools.formats.resuming import Resumption
 
 BLOCK_BYTES = 8 << 20  # of ids held at once
 NO_ENDS: IntArray = np.zeros(0, np.int64)
@@ -59,6 +61,22 @@ class WriteOptions(NamedTuple):
     """The .json that the corpus had as Megatron's, and gets again."""
     stored_in: Path | None = None
     """The file of the input, which stays the only copy of the ids."""
+    resumption: Resumption | None = None
+    """What a killed conversion left."""
+
+    @property
+    def may_replace(self) -> bool:
+        """Whether an existing output is replaced."""
+        return self.overwrite or (self.resumption is not None and self.resumption.may_replace)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether partial files stay when they are closed."""
+        return self.resumption is not None and self.resumption.is_left
+
+    def open_stream(self, path: Path) -> BinaryIO:
+        """Open the partial file of `path`, which is written from its beginning to its end."""
+        return open_partial(path) if self.resumption is None else self.resumption.open_stream(path)
 
 
 class Source(NamedTuple):

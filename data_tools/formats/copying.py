@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from data_tools.formats.checks import Documents, Fit, Tally, algorithm_of, outpu
 from data_tools.formats.kinds import KINDS, Kind
 from data_tools.formats.manifest import HASH, Manifest, manifest_path
 from data_tools.formats.megatron import add_info
+from data_tools.formats.resuming import Resumption
 from data_tools.progress import progress_bar
 from data_tools.tokenization.tokenizers import load_tokenizer
 
@@ -87,10 +90,18 @@ def copy_corpus(copy: Copy) -> Copied:
     info = None if recorded is None else recorded.info
     fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
     output = Tally(None if target_kind.hashes_ids else HASH)
+    resumption = Resumption(Path(copy.output), _resume_settings(copy, sources))
     with _writing(copy):
-        options = copy.write._replace(info=info, stored_in=stored_in)
+        options = copy.write._replace(info=info, stored_in=stored_in, resumption=resumption)
         writer = target_kind.create(Path(copy.output), dtype, options)
-    with closing(writer) as sink:
+    with _closing(writer, resumption) as sink:
+        with _writing(copy):
+            resumption.begin()
+        if resumption.num_marked:
+            print(
+                f"{copy.output}: {resumption.num_marked:,} bytes were written before and are kept",
+                file=sys.stderr,
+            )
         _copy_blocks(copy, sources, boundary, documents, fit, output, sink)
         are_lost = copy.read.no_boundaries and not target_kind.has_boundaries
         manifest = Manifest(
@@ -106,9 +117,11 @@ def copy_corpus(copy: Copy) -> Copied:
             info=info,
         )
         with _writing(copy):
+            resumption.publish()
             sink.finish(manifest)
     if copy.tokenizer is not None:
-        _add_info(copy, copy.tokenizer, manifest.eod_id)
+        _add_info(copy, copy.tokenizer, manifest.eod_id, resumption)
+    resumption.remove()
     return Copied(manifest, documents.num_empty)
 
 
@@ -126,7 +139,48 @@ def _writing(copy: Copy) -> AbstractContextManager[None]:
     return _one_line(copy.output, "free space there, or choose another --output")
 
 
-def _add_info(copy: Copy, tokenizer: str, eod_id: int | None) -> None:
+@contextmanager
+def _closing(sink: Sink, resumption: Resumption) -> Iterator[Sink]:
+    """Remove what is not published, unless it is interrupted from the keyboard and marked."""
+    try:
+        yield sink
+    except BaseException as error:
+        resumption.stop(leave=isinstance(error, KeyboardInterrupt))
+        sink.close()
+        if not resumption.is_left:
+            resumption.remove()
+        raise
+    sink.close()
+
+
+def _resume_settings(copy: Copy, sources: Sequence[Source]) -> dict[str, Any]:
+    """All that the bytes of an output depend on: inputs, options, who compresses files."""
+    beside = KINDS[copy.source_kind].beside
+    return {
+        "version": 1,
+        "pyarrow": metadata.version("pyarrow"),
+        "kinds": [copy.source_kind, copy.target_kind],
+        "read": copy.read._asdict(),
+        "write": [copy.write.column, copy.write.shard_tokens],
+        "options": [copy.vocab_size, copy.tokenizer, copy.drop_empty, copy.in_place],
+        "inputs": [_stamp(p) for s in sources for path in s.paths for p in _files(path, beside)],
+        "recorded": [s.recorded and s.recorded.model_dump(mode="json") for s in sources],
+    }
+
+
+def _files(path: Path, beside: Sequence[str]) -> list[Path]:
+    """A file of a source and those beside it, or all files of its folder."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path, *(p for suffix in beside if (p := path.with_suffix(suffix)).is_file())]
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+
+
+def _add_info(copy: Copy, tokenizer: str, eod_id: int | None, resumption: Resumption) -> None:
     prefix = Path(copy.output)
     try:
         with _writing(copy):
@@ -135,6 +189,7 @@ def _add_info(copy: Copy, tokenizer: str, eod_id: int | None) -> None:
         paths = IndexPaths.of(prefix)
         paths.idx.unlink(missing_ok=True)
         paths.bin.unlink(missing_ok=True)
+        resumption.remove()
         raise
 
 

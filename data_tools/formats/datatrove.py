@@ -154,7 +154,7 @@ class DatatroveWriter:
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         path = output.with_name(output.name + ".ds")
-        self._files = PartialFiles(output, [_index_of(path), path], overwrite=options.overwrite)
+        self._files = PartialFiles(output, [_index_of(path), path], options)
         self._num_tokens = 0
 
     def add(self, block: Block) -> None:

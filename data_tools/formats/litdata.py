@@ -158,7 +158,7 @@ class LitdataWriter:
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         number = next(n for n, name in _NUMPY_DTYPES.items() if name == dtype.name)
         self._data_format = f"no_header_numpy:{number}"
-        self._folder = PartialFolder(output, overwrite=options.overwrite)
+        self._folder = PartialFolder(output, options)
         self._chunks: list[dict[str, Any]] = []
         self._documents = WholeDocuments(self._write, group_bytes=_CHUNK_BYTES)
         self.add = self._documents.add
@@ -167,11 +167,13 @@ class LitdataWriter:
         begin = 4 * (len(lengths) + 2)
         offsets = begin + np.concatenate(([0], np.cumsum(lengths * parts[0].itemsize)))
         name = f"chunk-0-{len(self._chunks)}.bin"
-        with open(self._folder.path / name, "xb") as file:
-            file.write(struct.pack("<I", len(lengths)))
-            file.write(offsets.astype("<u4").tobytes())
-            for part in parts:
-                file.write(bytes_of(part))
+        if not self._folder.is_kept(name):
+            with open(self._folder.path / name, "xb") as file:
+                file.write(struct.pack("<I", len(lengths)))
+                file.write(offsets.astype("<u4").tobytes())
+                for part in parts:
+                    file.write(bytes_of(part))
+            self._folder.complete(name)
         size = {
             "chunk_bytes": int(offsets[-1]),
             "chunk_size": len(lengths),

@@ -122,25 +122,32 @@ class LlmcWriter:
                 f"can hold; leave it out for {SHARD_TOKENS}"
             )
         self._variant = next(each for each in _VARIANTS if each.dtype == dtype.name)
-        self._folder = PartialFolder(output, overwrite=options.overwrite)
+        self._folder = PartialFolder(output, options)
         self._file: BinaryIO | None = None
         self._num_shards = self._num_tokens = 0
 
     def add(self, block: Block) -> None:
         ids = block.ids
         while len(ids):
-            file = self._file or self._begin_shard()
+            if self._num_tokens == 0:
+                self._begin_shard()
             count = min(len(ids), self._per_shard - self._num_tokens)
-            file.write(bytes_of(ids[:count]))
+            if self._file is not None:
+                self._file.write(bytes_of(ids[:count]))
             self._num_tokens += count
             ids = ids[count:]
             if self._num_tokens == self._per_shard:
                 self._end_shard()
 
-    def _begin_shard(self) -> BinaryIO:
-        self._file = open(self._folder.path / f"{self._num_shards:06}.bin", "xb")  # noqa: SIM115
-        self._file.write(bytes(_HEADER.size))
-        return self._file
+    @property
+    def _name(self) -> str:
+        return f"{self._num_shards:06}.bin"
+
+    def _begin_shard(self) -> None:
+        """Open the next shard, unless a conversion that was killed completed it."""
+        if not self._folder.is_kept(self._name):
+            self._file = open(self._folder.path / self._name, "xb")  # noqa: SIM115
+            self._file.write(bytes(_HEADER.size))
 
     def _end_shard(self) -> None:
         if self._file is not None:
@@ -149,11 +156,13 @@ class LlmcWriter:
             self._file.write(struct.pack("<3i", magic, version, self._num_tokens))
             self._file.close()
             self._file = None
-            self._num_shards += 1
-            self._num_tokens = 0
+            self._folder.complete(self._name)
+        self._num_shards += 1
+        self._num_tokens = 0
 
     def finish(self, manifest: Manifest) -> None:
-        self._end_shard()
+        if self._num_tokens:
+            self._end_shard()
         self._folder.publish(manifest)
 
     def close(self) -> None:

@@ -284,7 +284,8 @@ class MdsWriter:
             "size_limit": _SIZE_LIMIT,
             "version": _VERSION,
         }
-        self._folder = PartialFolder(output, overwrite=options.overwrite)
+        self._header = json.dumps(self._config, sort_keys=True).encode()
+        self._folder = PartialFolder(output, options)
         self._shards: list[dict[str, Any]] = []
         self._documents = WholeDocuments(self._write, group_bytes=_SHARD_BYTES)
         self.add = self._documents.add
@@ -293,16 +294,30 @@ class MdsWriter:
         ids = joined(parts)
         heads = [_head(length, ids.itemsize) for length in lengths.tolist()]
         sizes = lengths * ids.itemsize + np.array([len(head) for head in heads])
-        config = json.dumps(self._config, sort_keys=True).encode()
-        first = 4 + 4 * (len(lengths) + 1) + len(config)
+        first = 4 + 4 * (len(lengths) + 1) + len(self._header)
         samples = first + np.concatenate(([0], np.cumsum(sizes)))
         name = f"shard.{len(self._shards):05}.mds"
+        if not self._folder.is_kept(name):
+            self._write_shard(name, ids, heads, lengths, samples)
+            self._folder.complete(name)
+        raw = {"basename": name, "bytes": int(samples[-1]), "hashes": {}}
+        shard = {"raw_data": raw, "samples": len(lengths), "zip_data": None}
+        self._shards.append({**self._config, **shard})
+
+    def _write_shard(
+        self,
+        name: str,
+        ids: TokenArray,
+        heads: Sequence[bytes],
+        lengths: IntArray,
+        samples: IntArray,
+    ) -> None:
         view = bytes_of(ids)
         ends = np.cumsum(lengths * ids.itemsize).tolist()
         with open(self._folder.path / name, "xb") as file:
             file.write(struct.pack("<I", len(lengths)))
             file.write(samples.astype("<u4").tobytes())
-            file.write(config)
+            file.write(self._header)
             begin, limit = 0, BLOCK_BYTES
             pieces: list[bytes | memoryview] = []
             for head, end in zip(heads, ends, strict=True):
@@ -312,9 +327,6 @@ class MdsWriter:
                     file.write(b"".join(pieces))
                     pieces, limit = [], end + BLOCK_BYTES
             file.write(b"".join(pieces))
-        raw = {"basename": name, "bytes": int(samples[-1]), "hashes": {}}
-        shard = {"raw_data": raw, "samples": len(lengths), "zip_data": None}
-        self._shards.append({**self._config, **shard})
 
     def finish(self, manifest: Manifest) -> None:
         self._documents.flush()

@@ -143,12 +143,14 @@ class MegatronWriter:
     """
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
+        self._options = options
         self._writer = IndexedDatasetWriter(
             output,
             vocab_size=vocab_size_of(dtype),
-            overwrite=options.overwrite,
+            overwrite=options.may_replace,
             with_info=options.info is not None,
             stored_in=options.stored_in,
+            open_bin=options.open_stream,
         )
 
     def add(self, block: Block) -> None:
@@ -172,5 +174,8 @@ class MegatronWriter:
         )
 
     def close(self) -> None:
+        if self._options.is_left:
+            self._writer.leave()
+            return
         with self._writer:  # removes what `finish` has not published
             pass

@@ -63,7 +63,7 @@ class NanoGptWriter:
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         path = output.with_name(output.name + ".bin")
-        self._files = PartialFiles(output, [path], overwrite=options.overwrite)
+        self._files = PartialFiles(output, [path], options)
 
     def add(self, block: Block) -> None:
         self._files[0].write(bytes_of(block.ids))

@@ -175,7 +175,7 @@ class OlmoWriter:
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         ids = output.with_name(output.name + ".npy")
-        self._files = PartialFiles(output, [_metadata_of(ids), ids], overwrite=options.overwrite)
+        self._files = PartialFiles(output, [_metadata_of(ids), ids], options)
         # Neither name nor time, so that the same corpus gives the same bytes.
         self._metadata = gzip.GzipFile("", "wb", 1, self._files[0], mtime=0)
         self._num_tokens = self._end = 0

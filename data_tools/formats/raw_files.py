@@ -14,8 +14,14 @@ import numpy as np
 
 from data_tools.arrays import TokenArray, bytes_of
 from data_tools.errors import DataError, NoSuchFileError, cwd_hint
-from data_tools.files import flush_to_disk, open_partial, partial_path, sync_folder
-from data_tools.formats.blocks import BLOCK_BYTES
+from data_tools.files import (
+    PARTIAL_SUFFIX,
+    flush_to_disk,
+    open_partial,
+    partial_path,
+    sync_folder,
+)
+from data_tools.formats.blocks import BLOCK_BYTES, WriteOptions
 from data_tools.formats.manifest import Manifest, manifest_path
 
 
@@ -93,15 +99,17 @@ class PartialFiles:
     """The files of one output and its manifest, under partial names until `publish`.
 
     The last one is renamed last and, if it exists, removed first: an output that has it is
-    complete.
+    complete. It is written from its beginning to its end, so that a conversion that was killed goes
+    on in it.
 
     Raises:
-        DataError: one exists and `overwrite` is false, or another process is writing it.
+        DataError: one exists and is not to be replaced, or another process is writing it.
     """
 
-    def __init__(self, output: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
+    def __init__(self, output: Path, paths: Sequence[Path], options: WriteOptions) -> None:
+        self._options = options
         self._paths = [manifest_path(output), *paths]
-        _check_absent(self._paths, overwrite=overwrite)
+        _check_absent(self._paths, overwrite=options.may_replace)
         for path in paths:
             if path.is_dir():
                 raise DataError(
@@ -111,7 +119,8 @@ class PartialFiles:
         self._files: list[BinaryIO] = []
         try:
             # The last one first: its lock protects the others.
-            for path in reversed(self._paths):
+            self._files.append(options.open_stream(self._paths[-1]))
+            for path in reversed(self._paths[:-1]):
                 self._files.insert(0, open_partial(path))
         except BaseException:
             self.close()
@@ -137,22 +146,26 @@ class PartialFiles:
         for file, path in zip(reversed(self._files), reversed(self._paths), strict=False):
             with suppress(OSError):  # a full disk
                 file.close()
-            partial_path(path).unlink(missing_ok=True)
+            if not self._options.is_left:
+                partial_path(path).unlink(missing_ok=True)
         self._files = []
 
 
 class PartialFolder:
     """A folder of files, under a partial name until `publish` renames it as a whole.
 
+    Files that a killed conversion completed stay in it.
+
     Raises:
-        DataError: it exists and `overwrite` is false, or another process is writing it.
+        DataError: it exists and is not to be replaced, or another process is writing it.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool) -> None:
+    def __init__(self, output: Path, options: WriteOptions) -> None:
+        self._options = options
         self._output, self._manifest_path = output, manifest_path(output)
         self.path = partial_path(output)
         self._replaced = partial_path(output.with_name(output.name + ".replaced"))
-        _check_absent([output, self._manifest_path], overwrite=overwrite)
+        _check_absent([output, self._manifest_path], overwrite=options.may_replace)
         if output.is_dir() and not self._manifest_path.exists() and any(output.iterdir()):
             raise DataError(
                 f"{output}: it has no {self._manifest_path.name} beside it, so that no conversion "
@@ -162,12 +175,42 @@ class PartialFolder:
         # Its lock protects the folder as well, and files of the same prefix in other formats.
         self._manifest = open_partial(self._manifest_path)
         try:
-            for path in (self.path, self._replaced):  # of a killed writer
-                _remove(path)
-            self.path.mkdir()
+            self._remove_leftovers()
         except BaseException:
             self.close()
             raise
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed writer left, but for files that are kept."""
+        _remove(self._replaced)
+        resumption = self._options.resumption
+        if resumption is None or not resumption.kept or self.path.is_symlink():
+            _remove(self.path)
+        self.path.mkdir(exist_ok=True)
+        for path in self.path.iterdir():
+            is_stream = path.name.endswith(PARTIAL_SUFFIX)  # which `open_stream` keeps or empties
+            if resumption is not None and not is_stream and not resumption.keeps_file(path):
+                _remove(path)
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a file was completed by a conversion that was killed."""
+        return (self.path / name).exists()
+
+    def complete(self, name: str) -> None:
+        """A file is complete, and closed."""
+        path = self.path / name
+        if self._options.resumption is not None:
+            self._options.resumption.mark(name, path.stat().st_size, path)
+
+    def open_stream(self, name: str) -> BinaryIO:
+        """Open a file that is written from its beginning to its end, until `end_stream`."""
+        return self._options.open_stream(self.path / name)
+
+    def end_stream(self, name: str, file: BinaryIO) -> None:
+        """Close a stream, which gets its own name."""
+        flush_to_disk(file)
+        os.replace(partial_path(self.path / name), self.path / name)
+        file.close()
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest beside the folder, and rename the folder to its own name."""
@@ -189,8 +232,9 @@ class PartialFolder:
     def close(self) -> None:
         """Remove what is not published."""
         if not self._manifest.closed:
-            shutil.rmtree(self.path, ignore_errors=True)
-            partial_path(self._manifest_path).unlink(missing_ok=True)
+            if not self._options.is_left:
+                shutil.rmtree(self.path, ignore_errors=True)
+                partial_path(self._manifest_path).unlink(missing_ok=True)
             with suppress(OSError):  # a full disk
                 self._manifest.close()
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,28 +34,46 @@ MAX_NEW_TOKENS = 256
 _GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "num_beams"}
 
 
-class CheckpointLM(TemplateLM):
-    """A model of any family, in this process.
+class Settings(NamedTuple):
+    """Names of the settings that a message asks to change: of the command line, or of a run."""
+
+    tasks: str = "--tasks"
+    include_path: str = "--include-path"
+    num_fewshot: str = "--num-fewshot"
+    max_length: str = "--max-length"
+
+
+ON_THE_COMMAND_LINE = Settings()
+
+
+class Scorer(Protocol):
+    """`models.evaluation.scoring.score` with a model."""
+
+    def __call__(
+        self, requests: Sequence[Request], *, progress: Callable[[int], object]
+    ) -> list[Score]: ...
+
+
+class ScoringLM(TemplateLM):
+    """A model that scores texts and does not generate any.
 
     `max_length`: tokens that the model sees at most. Contexts are cut from the left to fit.
+    `on_text` is called for every text that is encoded.
     """
 
     def __init__(
         self,
-        model: SequentialModel,
         texts: Texts,
+        scorer: Scorer,
         *,
         max_length: int,
-        batch_size: int,
-        seed: int = DEFAULT_OTHER_SEED,
         quiet: bool = False,
+        settings: Settings = ON_THE_COMMAND_LINE,
+        on_text: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__()
-        self.model, self.texts = model, texts
-        self.max_length, self.batch_size = max_length, batch_size
-        self.quiet = quiet
-        self._device = model.ctx.device
-        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self.texts, self.scorer, self.max_length = texts, scorer, max_length
+        self.quiet, self.settings, self.on_text = quiet, settings, on_text
 
     @property
     def eot_token_id(self) -> int | None:
@@ -70,6 +89,7 @@ class CheckpointLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Encode a text, by default with the begin tokens of training."""
+        self.on_text()
         return self.texts.encode(string, begin=add_special_tokens is not False)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Score]:
@@ -107,11 +127,11 @@ class CheckpointLM(TemplateLM):
             if len(after) > self.max_length:
                 raise ValueError(
                     f"a continuation has {len(after)} tokens, the model sees max_length="
-                    f"{self.max_length}; raise --max-length or leave the task out"
+                    f"{self.max_length}; raise {self.settings.max_length} or leave the task out"
                 )
             cut.append(Request((before + after)[-(self.max_length + 1) :], len(after)))
         with self._progress(len(cut), "scoring", disable=disable_tqdm) as progress:
-            return score(self.model, cut, batch_size=self.batch_size, progress=progress)
+            return self.scorer(cut, progress=progress)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of `max_length` that score each token once."""
@@ -132,6 +152,42 @@ class CheckpointLM(TemplateLM):
         for number, found in zip(owners, scores, strict=True):
             totals[number] += found.log_likelihood
         return totals
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Raises ValueError: nothing generates."""
+        names = ", ".join(sorted({request.task_name or "a task" for request in requests}))
+        raise ValueError(
+            f"{self.settings.tasks}: {names} asks for generated text (output_type generate_until), "
+            "and a model in training only scores texts; leave the task out, and run python -m "
+            "models.evaluate with a checkpoint"
+        )
+
+    @contextmanager
+    def _progress(
+        self, total: int, what: str, *, disable: bool
+    ) -> Iterator[Callable[[int], object]]:
+        with tqdm(total=total, desc=what, disable=disable or self.quiet) as bar:
+            yield bar.update
+
+
+class CheckpointLM(ScoringLM):
+    """A model of any family, in this process, that also generates."""
+
+    def __init__(
+        self,
+        model: SequentialModel,
+        texts: Texts,
+        *,
+        max_length: int,
+        batch_size: int,
+        seed: int = DEFAULT_OTHER_SEED,
+        quiet: bool = False,
+    ) -> None:
+        scorer = partial(score, model, batch_size=batch_size)
+        super().__init__(texts, scorer, max_length=max_length, quiet=quiet)
+        self.model, self.batch_size = model, batch_size
+        self._device = model.ctx.device
+        self._generator = torch.Generator(self._device).manual_seed(seed)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continue each context until one of its stop strings, its length or the end token."""
@@ -172,7 +228,8 @@ class CheckpointLM(TemplateLM):
         if max_new_tokens < 1 or room < 1:
             raise ValueError(
                 f"max_gen_toks={max_new_tokens} of a task must be 1 or more and leave room for a "
-                f"prompt in max_length={self.max_length}; raise --max-length or leave the task out"
+                f"prompt in max_length={self.max_length}; raise {self.settings.max_length} or "
+                "leave the task out"
             )
         for stop in settings["until"]:
             if not isinstance(stop, str):
@@ -186,13 +243,6 @@ class CheckpointLM(TemplateLM):
             sampling = {k: settings[k] for k in ("top_k", "top_p") if settings.get(k)}
             sampling["temperature"] = settings.get("temperature", 1.0)
         return _Generation(prompt, max_new_tokens, until, sampling)
-
-    @contextmanager
-    def _progress(
-        self, total: int, what: str, *, disable: bool
-    ) -> Iterator[Callable[[int], object]]:
-        with tqdm(total=total, desc=what, disable=disable or self.quiet) as bar:
-            yield bar.update
 
 
 class _Generation(NamedTuple):
@@ -243,7 +293,11 @@ def _batches(
 
 
 def load_tasks(
-    names: Sequence[str], *, include_path: Path | None = None, num_fewshot: int | None = None
+    names: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    settings: Settings = ON_THE_COMMAND_LINE,
 ) -> dict[str, Any]:
     """Load tasks of `include_path`, or else of lm_eval too, by name or pattern.
 
@@ -257,15 +311,15 @@ def load_tasks(
     if include_path is not None:
         if not include_path.is_dir():
             raise ValueError(
-                f"--include-path {include_path}: no such folder; give one with task files"
+                f"{settings.include_path} {include_path}: no such folder; give one with task files"
             )
         manager = TaskManager(include_path=include_path, include_defaults=False)
     if manager is None or _missing(manager, names):
         manager = TaskManager(include_path=include_path)
     if missing := _missing(manager, names):
         raise ValueError(
-            f"--tasks {','.join(missing)}: no such task among {len(manager.all_tasks)}; `lm_eval "
-            "ls tasks` lists them, and --include-path adds a folder of your own"
+            f"{settings.tasks} {','.join(missing)}: no such task among {len(manager.all_tasks)}; "
+            f"`lm_eval ls tasks` lists them, and {settings.include_path} adds a folder of your own"
         )
     try:
         with _seeded():
@@ -273,11 +327,11 @@ def load_tasks(
     except Exception as error:  # of a task's code, or of the package that loads its data
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"--tasks {','.join(names)}: {type(error).__name__}: {reason}; repair the task, or "
-            "get its data where there is a network"
+            f"{settings.tasks} {','.join(names)}: {type(error).__name__}: {reason}; repair the "
+            "task, or get its data where there is a network"
         ) from error
     for task in loaded["tasks"].values():
-        _set_fewshot(task, num_fewshot)
+        _set_fewshot(task, num_fewshot, settings)
     return loaded
 
 
@@ -285,17 +339,17 @@ def _missing(manager: Any, names: Sequence[str]) -> list[str]:
     return [name for name in names if not manager.match_tasks([name])]
 
 
-def _set_fewshot(task: Any, number: int | None) -> None:
+def _set_fewshot(task: Any, number: int | None, settings: Settings) -> None:
     default = task.get_config("num_fewshot")
     if number is not None and default != 0:
         task.set_config(key="num_fewshot", value=number)
     elif default is None:
         task.set_config(key="num_fewshot", value=0)
-    _check_fewshot(task)
+    _check_fewshot(task, settings)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def _check_fewshot(task: Any) -> None:
+def _check_fewshot(task: Any, settings: Settings) -> None:
     """Raises ValueError: the task has fewer examples than it would put before a question."""
     number, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
     if not number or sampler is None:
@@ -306,12 +360,12 @@ def _check_fewshot(task: Any) -> None:
     if number > available:
         raise ValueError(
             f"num_fewshot={number} of task {task.config.task}: it has {available} examples beside "
-            "a question; lower it with --num-fewshot"
+            f"a question; lower it with {settings.num_fewshot}"
         )
 
 
 def run_tasks(
-    model: CheckpointLM,
+    model: ScoringLM,
     tasks: dict[str, Any],
     *,
     limit: float | None = None,
@@ -334,7 +388,9 @@ def run_tasks(
 def _seeded() -> Iterator[None]:
     """Seeds as `lm_eval.simple_evaluate` sets them; afterwards the states of before."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    # Seeds are set on every device, of which a process uses one.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
         torch.manual_seed(DEFAULT_OTHER_SEED)

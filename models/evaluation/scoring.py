@@ -18,6 +18,7 @@ from torch import Tensor
 from models.base import TokenInputs, logits_of
 from models.generate import PREFILL_CHUNK
 from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
 from parallel.layers import gather_logits
 
 
@@ -36,8 +37,9 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
-class _Row(NamedTuple):
-    """The input of requests that differ in their last token, or in where their scores begin."""
+class Row(NamedTuple):
+    """The input of requests that differ in their last token, or in where their scores begin;
+    `owners`: their numbers."""
 
     inputs: tuple[int, ...]
     owners: list[int]
@@ -70,10 +72,12 @@ def score(
         ValueError: a request without a scored token, or without one before it; or a token that the
             model does not have.
     """
-    _check(requests, batch_size=batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or more; raise it")
+    check_requests(requests)
     totals = torch.zeros(len(requests), dtype=torch.float64, device=model.ctx.device)
     surprises = torch.zeros(len(requests), dtype=torch.int64, device=model.ctx.device)
-    rows = _rows_of(requests)
+    rows = rows_of(requests)
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         _add_scores(model, batch, requests, totals, surprises)
@@ -84,18 +88,46 @@ def score(
     ]
 
 
-def _rows_of(requests: Sequence[Request]) -> list[_Row]:
+def rows_of(requests: Sequence[Request]) -> list[Row]:
     """Rows of different inputs, the longest first: memory runs out at once or not at all."""
-    rows: dict[tuple[int, ...], _Row] = {}
+    rows: dict[tuple[int, ...], Row] = {}
     for number, request in enumerate(requests):
         inputs = tuple(request.tokens[:-1])
-        rows.setdefault(inputs, _Row(inputs, [])).owners.append(number)
+        rows.setdefault(inputs, Row(inputs, [])).owners.append(number)
     return sorted(rows.values(), key=lambda row: -len(row.inputs))
+
+
+class Entry(NamedTuple):
+    """A scored token of a batch: the position and the row of its logits, and its request."""
+
+    position: int
+    row: int
+    target: int
+    owner: int
+
+
+def entries_of(rows: Sequence[Row], requests: Sequence[Request]) -> list[Entry]:
+    """The scored tokens of a batch of rows, in the order of their positions."""
+    return sorted(
+        Entry(position, number, requests[owner].tokens[position + 1], owner)
+        for number, row in enumerate(rows)
+        for owner in row.owners
+        for position in range(len(row.inputs) - requests[owner].num_scored, len(row.inputs))
+    )
+
+
+def score_tokens(logits: Tensor, targets: Tensor, *, ctx: ParallelContext) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, fp64 [n], and whether it is the most probable token, bool
+    [n], from logits [n, V/t]; collective over tensor ranks."""
+    chosen = gather_logits(logits, ctx=ctx)
+    log_probs = chosen.log_softmax(-1, torch.promote_types(chosen.dtype, torch.float32))
+    found = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return found.double(), chosen.argmax(dim=-1) == targets
 
 
 def _add_scores(
     model: SequentialModel,
-    batch: Sequence[_Row],
+    batch: Sequence[Row],
     requests: Sequence[Request],
     totals: Tensor,
     surprises: Tensor,
@@ -103,26 +135,19 @@ def _add_scores(
     """Add to `totals` fp64 [r], and to `surprises` int64 [r] the tokens that are not greedy."""
     device = totals.device
     tokens = padded([row.inputs for row in batch], device=device)
-    entries = (
-        (position, number, requests[owner].tokens[position + 1], owner)
-        for number, row in enumerate(batch)
-        for owner in row.owners
-        for position in range(len(row.inputs) - requests[owner].num_scored, len(row.inputs))
-    )
     # In the order of positions, so that the tokens of a chunk are a slice.
-    columns = torch.tensor(sorted(entries), device=device).unbind(dim=1)
+    columns = torch.tensor(entries_of(batch, requests), device=device).unbind(dim=1)
     scored = _Scored(*(column.contiguous() for column in columns))
     cache = model.new_cache(*tokens.shape)
     start = 0
     for chunk, part in _with_chunks(tokens.split(PREFILL_CHUNK, dim=1), scored):
         logits = logits_of(model(TokenInputs(chunk), cache))
         if len(part.owners):
-            chosen = gather_logits(logits[part.positions - start, part.rows], ctx=model.ctx)
-            log_probs = chosen.log_softmax(-1, torch.promote_types(chosen.dtype, torch.float32))
-            found = log_probs.gather(1, part.targets.unsqueeze(1)).squeeze(1)
-            totals.index_add_(0, part.owners, found.double())
-            wrong = chosen.argmax(dim=-1) != part.targets
-            surprises.index_add_(0, part.owners, wrong.long())
+            found, is_greedy = score_tokens(
+                logits[part.positions - start, part.rows], part.targets, ctx=model.ctx
+            )
+            totals.index_add_(0, part.owners, found)
+            surprises.index_add_(0, part.owners, (~is_greedy).long())
         start += chunk.shape[1]
 
 
@@ -144,9 +169,8 @@ def padded(rows: Sequence[Sequence[int]], *, device: torch.device | str) -> Tens
     return torch.tensor(filled, dtype=torch.int64, device=device)
 
 
-def _check(requests: Sequence[Request], *, batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be 1 or more; raise it")
+def check_requests(requests: Sequence[Request]) -> None:
+    """Raises ValueError: a request without a scored token, or without one before it."""
     for number, request in enumerate(requests):
         if not 1 <= request.num_scored < len(request.tokens):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from models.checkpoint import StoredModel
 from models.hf.declared import OwnTokens, declared_of, generation_contents
@@ -40,6 +40,16 @@ class Texts(NamedTuple):
         """Decode ids to text without special tokens."""
         return self.prompting.decode(ids)
 
+    def described(self) -> dict[str, Any]:
+        """The part of the results of an evaluation that is about its texts."""
+        return {
+            "tokenizer": self.prompting.tokenizer.name,
+            "begin_ids": self.prompting.bos_ids,
+            "prefix_token_id": self.prefix_id,
+            "end_ids": sorted(self.end_ids),
+            "remarks": self.remarks,
+        }
+
 
 def load_texts(
     stored: StoredModel,
@@ -66,20 +76,40 @@ def load_texts(
     prompting = load_prompting(
         spec, stored.text, eod=eod, add_bos=add_bos, special_tokens=special_tokens
     )
-    end = prompting.eod_id
-    prefix = _prefix_id(prompting, known=stored.text.bos_ids is not None)
+    return texts_of(
+        prompting,
+        known=stored.text.bos_ids is not None,
+        vocab_size=stored.config.vocab_size,
+        end_ids=_end_ids(stored, prompting.eod_id),
+    )
+
+
+def texts_of(
+    prompting: Prompting,
+    *,
+    known: bool,
+    vocab_size: int,
+    end_ids: Collection[int] = (),
+    eod_setting: str = "--eod",
+) -> Texts:
+    """The texts of a tokenizer; `known`: whether the begin tokens of training are.
+
+    Raises:
+        ValueError: no token is known that could precede a text, or the model lacks it.
+    """
+    prefix, end = _prefix_id(prompting, known=known), prompting.eod_id
     if prefix is None:
         raise ValueError(
-            f"tokenizer {spec}: no token is known to begin or end a document, and the first token "
-            "of a text is scored given one; name the end token with --eod"
+            f"tokenizer {prompting.tokenizer.name}: no token is known to begin or end a document, "
+            "and the first token of a text is scored given one; name the end token with "
+            f"{eod_setting}"
         )
-    vocab_size = stored.config.vocab_size
     _check_ids([prefix, *prompting.bos_ids], prompting, vocab_size)
     return Texts(
         prompting,
         vocab_size,
         prefix,
-        _end_ids(stored, end),
+        frozenset(end_ids),
         "" if end is None else prompting.tokenizer.id_to_token(end) or "",
         _remarks(prompting, prefix),
     )

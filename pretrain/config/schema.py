@@ -128,12 +128,7 @@ class RunConfig(BaseModel):
                 "its largest entries are reduced over all ranks at every forward pass, for which "
                 "stages would wait for each other for ever; use tensorwise"
             )
-        if not self.data.validation and self.evaluation != EvaluationConfig():
-            raise ValueError(
-                "evaluation has no effect without held-out text; "
-                "set data.validation or remove the evaluation section "
-                "(~evaluation on the command line)"
-            )
+        _check_evaluation(self)
         return self
 
 
@@ -196,6 +191,36 @@ def _check_rollbacks(config: RunConfig) -> None:
             f"stability.spike.skip_before={spike.skip_before} with checkpoint.interval="
             f"{checkpoint.interval} and training.max_steps={steps}: no checkpoint would be old "
             "enough to return to; lower one of the first two or set stability.spike=null"
+        )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Refuse settings of an evaluation that the run does not have."""
+    data, evaluation = config.data, config.evaluation
+    if not data.validation and not evaluation.tasks and evaluation != EvaluationConfig():
+        raise ValueError(
+            "evaluation has no effect without held-out text or tasks; set data.validation or "
+            "evaluation.tasks, or remove the evaluation section (~evaluation on the command line)"
+        )
+    if not data.validation and evaluation.max_windows is not None:
+        raise ValueError(
+            f"evaluation.max_windows={evaluation.max_windows} has no effect without held-out text; "
+            "set data.validation or remove it"
+        )
+    default = EvaluationConfig.model_fields["interval"].default
+    if (
+        not data.validation
+        and evaluation.task_interval is not None
+        and evaluation.interval != default
+    ):
+        raise ValueError(
+            f"evaluation.interval={evaluation.interval} has no effect without held-out text beside "
+            f"evaluation.task_interval={evaluation.task_interval}; remove one of them"
+        )
+    if evaluation.tasks and data.kind != "bytes" and data.tokenizer is None:
+        raise ValueError(
+            f"evaluation.tasks={list(evaluation.tasks)} with data.tokenizer=null: their texts are "
+            "tokenized as the data were; set data.tokenizer"
         )
 
 

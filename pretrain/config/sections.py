@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
+TaskNames = Annotated[tuple[str, ...], BeforeValidator(lambda value: _names(value))]
 StepRanges = Annotated[tuple[tuple[int, int], ...], BeforeValidator(lambda value: _ranges(value))]
 
 
@@ -122,7 +123,7 @@ class StabilityConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """Interval and size of the evaluation on held-out text."""
+    """Evaluation on held-out text, and on tasks of lm_eval (the extra `eval`)."""
 
     model_config = STRICT
 
@@ -130,6 +131,47 @@ class EvaluationConfig(BaseModel):
     max_windows: int | None = Field(
         default=None, gt=0, description="Windows of data.validation to score; null: all"
     )
+    tasks: TaskNames = Field(
+        default=(), description="Tasks of lm_eval, or patterns; none that generates text"
+    )
+    task_interval: int | None = Field(
+        default=None, gt=0, description="Steps between two evaluations of tasks; null: interval"
+    )
+    task_limit: float | None = Field(
+        default=None, gt=0, description="Questions of each task, or below 1 a share; null: all"
+    )
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples before a question; null: as each task says"
+    )
+    include_path: str | None = Field(
+        default=None, min_length=1, description="Folder with task files of your own"
+    )
+
+    @property
+    def interval_of_tasks(self) -> int:
+        return self.interval if self.task_interval is None else self.task_interval
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if any(not name for name in self.tasks):
+            raise ValueError(
+                f"evaluation.tasks={list(self.tasks)} has an empty name; write names of tasks, "
+                "such as [arc_easy, lambada_openai]"
+            )
+        limit = self.task_limit
+        if limit is not None and limit > 1 and limit % 1:
+            raise ValueError(
+                f"evaluation.task_limit={limit} must be a number of questions, or a share below 1; "
+                "round it"
+            )
+        if not self.tasks:
+            for key in ("task_interval", "task_limit", "num_fewshot", "include_path"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"evaluation.{key}={getattr(self, key)!r} has no effect without tasks; "
+                        "set evaluation.tasks=[NAME] or remove it"
+                    )
+        return self
 
 
 class WandbConfig(BaseModel):
@@ -208,3 +250,10 @@ def _ranges(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return tuple(tuple(each) if isinstance(each, list) else each for each in value)
+
+
+def _names(value: Any) -> Any:
+    """Convert YAML's list, or names separated by commas, as the command line has them."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    return tuple(value) if isinstance(value, list) else value

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from data_tools.cli import program
 from pretrain.config import RunConfig
 from pretrain.config.compose import compose_config
 from pretrain.config.resolve import ResolvedRun, resolve_run
@@ -46,7 +47,7 @@ the only file written is a probe, which is removed. Exit code 0, also with warni
 """
 _EXAMPLE = """\
 example:
-  python -m pretrain.doctor --config-name my_run --ranks 512 --ranks-per-node 8
+  %(prog)s --config-name my_run --ranks 512 --ranks-per-node 8
   srun --nodes=16 --ntasks-per-node=1 python -m pretrain.doctor --config-name my_run --ranks 128
 """
 
@@ -163,7 +164,7 @@ def _ranks(options: argparse.Namespace) -> int | None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="python -m pretrain.doctor",
+        prog=program("python -m pretrain.doctor"),
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

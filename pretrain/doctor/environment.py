@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from models.evaluate import INSTALL
 from pretrain.config import RunConfig
 from pretrain.doctor.findings import Finding
 
@@ -84,6 +85,10 @@ def check_needed_packages(
         "tensorboard": (
             "logging.tensorboard=true" if logging.tensorboard else None,
             "pip install tensorboard, or set logging.tensorboard=false",
+        ),
+        "lm_eval": (
+            "evaluation.tasks" if config.evaluation.tasks else None,
+            f"{INSTALL}, or set evaluation.tasks=[]",
         ),
     }
     for package, (reason, remedy) in needs.items():

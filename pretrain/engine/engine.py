@@ -43,25 +43,14 @@ from pretrain.engine.optimizers import (
     set_learning_rate,
     without_update,
 )
+from pretrain.engine.part_scoring import Part, PartScores, PartScoring
+from pretrain.engine.phases import PHASES, Phase, all_of, in_phase
 from pretrain.engine.scoring import Scores, Scoring
 from pretrain.engine.train_spec import Targets, TrainSpec, count_scored
 from pretrain.supervision.pass_timer import CountedPasses
 
-Phase = Callable[[str], AbstractContextManager[Any]]
-
-# DeepSpeed's instructions of a pipeline schedule (0.19.8, runtime/pipe/schedule.py), by phase.
-_PHASES = {
-    "LoadMicroBatch": "data",
-    "ForwardPass": "forward",
-    "BackwardPass": "backward",
-    "ReduceGrads": "reduction",
-    "ReduceTiedGrads": "reduction",
-    "OptimizerStep": "optimizer",
-    "SendActivation": "pipeline",
-    "RecvActivation": "pipeline",
-    "SendGrad": "pipeline",
-    "RecvGrad": "pipeline",
-}
+Objective = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
+Progress = Callable[[str], object]
 
 
 class StepResult(NamedTuple):
@@ -90,7 +79,7 @@ class Engine(ABC):
 
     def _phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a phase of a step."""
-        return _all_of(self._phases.values(), name) if self._phases else contextlib.nullcontext()
+        return all_of(self._phases.values(), name) if self._phases else contextlib.nullcontext()
 
     def _set_phase(self, purpose: str, phase: Phase | None) -> None:
         if phase is None:
@@ -141,12 +130,28 @@ class Engine(ABC):
     def train_step(self, batches: Iterator[Batch], *, learning_rate: float) -> StepResult:
         """Take one optimizer step over `num_micro_batches` batches of this data rank."""
 
-    @abstractmethod
-    def evaluate(
-        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
-    ) -> Scores:
+    def evaluate(self, batches: Iterable[Batch], *, num_batches: int, progress: Progress) -> Scores:
         """The losses of every scored token in `num_batches` batches of all data ranks; all ranks
         call it alike. `progress` is called with each batch that this rank begins."""
+        score = Scoring(self.spec)
+        nats = self._evaluate(batches, score, num_batches, progress)
+        return Scores(nats, score.group_bits())
+
+    def score_part(self, part: Part, *, progress: Progress) -> PartScores | None:
+        """The scores of this data rank's rows, on one rank of its tensor ranks and stages, None on
+        the others; all ranks call it alike, and then set the sequence length of what follows."""
+        score = PartScoring(self.spec, part)
+        self.set_sequence_length(part.tokens.shape[1])
+        batches = score.batches()
+        self._evaluate(batches, score, len(batches), progress)
+        return score.scores() if self.ctx.is_last_stage and self.ctx.tensor.rank == 0 else None
+
+    @abstractmethod
+    def _evaluate(
+        self, batches: Iterable[Batch], objective: Objective, num_batches: int, progress: Progress
+    ) -> float:
+        """Pass batches through the model in evaluation, and give each output to `objective` once,
+        where the last stage is; the sum of what it returns, over all data ranks."""
 
     @abstractmethod
     def weights(self) -> list[Weight]:
@@ -268,19 +273,18 @@ class PlainEngine(Engine):
         return StepResult(means[0], dict(zip(names[1:], means[1:], strict=True)), norm, applied)
 
     @torch.no_grad()
-    def evaluate(
-        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
-    ) -> Scores:
+    def _evaluate(
+        self, batches: Iterable[Batch], objective: Objective, num_batches: int, progress: Progress
+    ) -> float:
         self._deepspeed.eval()
-        score = Scoring(self.spec)
         total = torch.zeros((), dtype=torch.float64, device=self.ctx.device)
         for number, batch in enumerate(batches, 1):
             progress(f"batch {number} of {num_batches}")
             inputs, labels = _to_device(batch, self.ctx.device)
-            total += score(self._deepspeed(inputs), Targets(labels))[0].double()
+            total += objective(self._deepspeed(inputs), Targets(labels))[0].double()
         dist.all_reduce(total, group=self.ctx.data.group)
         self._deepspeed.train()
-        return Scores(total.item(), score.group_bits())
+        return total.item()
 
     def weights(self) -> list[Weight]:
         is_partitioned = self.spec.ds_config.zero_stage == 3
@@ -306,7 +310,7 @@ class StageEngine(Engine):
         engine.__dict__.pop("_INSTRUCTION_MAP", None)
         if self._phases:
             engine._INSTRUCTION_MAP = {
-                instruction: _in_phase(self._phase, _PHASES[instruction.__name__], run)
+                instruction: in_phase(self._phase, PHASES[instruction.__name__], run)
                 for instruction, run in engine._INSTRUCTION_MAP.items()
             }
 
@@ -335,21 +339,20 @@ class StageEngine(Engine):
         terms = dict(engine.agg_additional_losses)
         return StepResult(loss, terms, engine.get_global_grad_norm(), applied)
 
-    def evaluate(
-        self, batches: Iterable[Batch], *, num_batches: int, progress: Callable[[str], object]
-    ) -> Scores:
-        score = Scoring(self.spec)
+    def _evaluate(
+        self, batches: Iterable[Batch], objective: Objective, num_batches: int, progress: Progress
+    ) -> float:
         numbers = itertools.count(1)
         # DeepSpeed runs all batches in one call, and every stage calls its module once for each.
         hook = self.module.register_forward_pre_hook(
             lambda *_: progress(f"batch {next(numbers)} of {num_batches}")
         )
-        with self._objective(score), hook:
-            mean = self._deepspeed.eval_batch(
+        with self._objective(objective), hook:
+            mean: Tensor = self._deepspeed.eval_batch(
                 self._pairs(iter(batches)), num_micro_batches=num_batches
             )
-        # The engine averages the sums of `score` over micro-batches and data ranks.
-        return Scores(mean.item() * num_batches * self.ctx.data.size, score.group_bits())
+        # The engine averages the sums of `objective` over micro-batches and data ranks.
+        return mean.item() * num_batches * self.ctx.data.size
 
     def weights(self) -> list[Weight]:
         copies = [name for name, p in self.module.named_parameters() if p.ds_pipe_replicated]  # type: ignore[attr-defined]
@@ -372,22 +375,6 @@ class StageEngine(Engine):
             yield
         finally:
             stage.objective = usual
-
-
-@contextlib.contextmanager
-def _all_of(phases: Iterable[Phase], name: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for phase in phases:
-            stack.enter_context(phase(name))
-        yield
-
-
-def _in_phase(phase: Phase, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        with phase(name):
-            return run(*args, **kwargs)
-
-    return recorded
 
 
 def _gathered(parameter: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Record = dict[str, float]
 
@@ -145,6 +145,25 @@ def evaluation_record(
     if num_characters:
         record["bits_per_character"] = total_nats / (math.log(2) * num_characters)
     return record | dict(group_bits or {})
+
+
+def task_record(*, step: int, tokens: int, results: Mapping[str, Any]) -> Record:
+    """Build the metrics.jsonl record of an evaluation on tasks, from lm_eval's results.
+
+    `TASK/METRIC` for every number of a task or group, with `,FILTER` where the task filters what
+    was answered.
+    """
+    record: Record = {"step": step, "tokens": tokens}
+    for name, metrics in (*results["results"].items(), *results.get("groups", {}).items()):
+        for key, value in metrics.items():
+            if isinstance(value, int | float) and "," in key:  # not what describes the task
+                record[f"{name}/{key.removesuffix(',none')}"] = float(value)
+    return record
+
+
+def is_training(record: Mapping[str, float]) -> bool:
+    """Whether a record is of a training step, not of an evaluation."""
+    return "loss" in record
 
 
 def peak_memory_gib() -> float | None:

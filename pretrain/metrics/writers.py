@@ -17,6 +17,7 @@ from typing import Any, Protocol, TextIO
 from models.standalone.wandb_writer import start_wandb
 from parallel.checkpoint.storage import Storage
 from pretrain.config import LoggingConfig, WandbConfig
+from pretrain.metrics.records import is_training
 
 Record = Mapping[str, float]
 METRICS_NAME = "metrics.jsonl"
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """Writer of records: `step` and plain numbers; those of an evaluation hold `eval_loss`."""
+    """Writer of records: `step` and plain numbers; those of a training step hold `loss`, those of
+    held-out text `eval_loss`, those of tasks `TASK/METRIC`."""
 
     def write(self, record: Record) -> None: ...
 
@@ -138,10 +140,10 @@ class ProgressLine:
         self._open_line = False
 
     def write(self, record: Record) -> None:
-        is_evaluation = "eval_loss" in record
-        text = self._evaluation(record) if is_evaluation else self._training(record)
+        of_training = is_training(record)
+        text = self._training(record) if of_training else self._evaluation(record)
         start = "\r\x1b[2K" if self._open_line else ""
-        self._open_line = self._in_place and not is_evaluation
+        self._open_line = self._in_place and of_training
         self._stream.write(start + text + ("" if self._open_line else "\n"))
         self._stream.flush()
 
@@ -166,11 +168,11 @@ class ProgressLine:
         return " | ".join(parts)
 
     def _evaluation(self, record: Record) -> str:
-        parts = [
-            f"step {record['step']:.0f}/{self._total_steps}",
-            f"eval loss {record['eval_loss']:.4f}",
-            f"perplexity {record['perplexity']:.2f}",
-        ]
+        parts = [f"step {record['step']:.0f}/{self._total_steps}"]
+        parts += [f"{name} {value:.4f}" for name, value in record.items() if "/" in name]
+        if "eval_loss" in record:
+            parts.append(f"eval loss {record['eval_loss']:.4f}")
+            parts.append(f"perplexity {record['perplexity']:.2f}")
         if "bits_per_byte" in record:  # absent if the corpus does not record its bytes
             parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
         return " | ".join(parts)
@@ -262,7 +264,7 @@ class WandbWriter:
 
 
 def _tagged(record: Record) -> dict[str, float]:
-    kind = "eval" if "eval_loss" in record else "train"
+    kind = "train" if is_training(record) else "eval"
     return {
         f"{kind}/{name.removeprefix('eval_')}": value
         for name, value in record.items()

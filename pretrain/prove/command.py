@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from data_tools.cli import program
 from pretrain.config.compose import compose_config
 from pretrain.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from pretrain.prove.errors import RunFailedError
@@ -55,8 +56,8 @@ a resume at another layout.
 
 _EPILOG = """\
 examples:
-  python -m pretrain.prove --config-name my_run
-  python -m pretrain.prove --config-name demo parallel.tensor=2 --ds_config zero3.json --quick
+  %(prog)s --config-name my_run
+  %(prog)s --config-name demo parallel.tensor=2 --ds_config zero3.json --quick
 exit codes: 0 the run is proven, 1 a check failed or a rank did, 2 the settings cannot be used,
 75 stopped by a signal
 """
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="python -m pretrain.prove",
+        prog=program("python -m pretrain.prove"),
         usage="%(prog)s [--config-name NAME] [option ...] [key=value ...]",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -66,7 +66,7 @@ DATA = {
             "the validation loss was never reduced over ranks, each of which had seen its part",
         ),
         Mutant(
-            "pretrain.engine.engine:PlainEngine.evaluate",
+            "pretrain.engine.engine:PlainEngine._evaluate",
             "dist.all_reduce(total, group=self.ctx.data.group)",
             "None",
             (f"{_ANY_LAYOUT}[data 2, ZeRO-1]",),

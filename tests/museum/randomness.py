@@ -91,7 +91,7 @@ RANDOMNESS = {
             "a validation inside an epoch left the model in evaluation mode",
         ),
         Mutant(
-            "pretrain.engine.engine:PlainEngine.evaluate",
+            "pretrain.engine.engine:PlainEngine._evaluate",
             "self._deepspeed.train()",
             "None",
             ("tests/pretrain/layouts/test_daria_former_run.py",),
@@ -106,7 +106,7 @@ RANDOMNESS = {
             "how often a run was validated changed what it learnt, with the same seed",
         ),
         Mutant(
-            "pretrain.engine.engine:PlainEngine.evaluate",
+            "pretrain.engine.engine:PlainEngine._evaluate",
             "self._deepspeed.eval()",
             "self._deepspeed.eval(); torch.rand(1)",
             (),

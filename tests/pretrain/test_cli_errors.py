@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pretrain.config import parse_config
 from pretrain.errors import EXIT_STOPPED
 from pretrain.files import CONFIGS
 from pretrain.train import main
+from tests.refusals import assert_refused
 
 ROOT = CONFIGS.parent
 
@@ -56,6 +58,23 @@ def _script(*argv: str, cwd: Path) -> Outcome:
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_tasks_need_lm_eval_before_anything_is_started(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name)
+    )
+    monkeypatch.setattr("pretrain.missing_data.missing_data", lambda data: [])
+    code, _, err = call("--config-name", "demo", "evaluation.tasks=[arc_easy,piqa]")
+    assert code == 2
+    assert err.count("\n") == 1
+    with assert_refused(
+        "evaluation.tasks", "arc_easy,piqa", "not installed", "pip install 'lm_eval"
+    ):
+        raise ValueError(err.removeprefix("error: ").rstrip("\n"))
 
 
 @pytest.mark.parametrize(

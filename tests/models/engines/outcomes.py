@@ -23,8 +23,6 @@ class Row(NamedTuple):
     refused: dict[str, str] = {}  # noqa: RUF012
     needs: str = ""
     slow: bool = False
-    # Families that compute otherwise in training, for which no numbers are compared.
-    uncompared: tuple[str, ...] = ()
 
     def outcome(self, family: str) -> str:
         words = self.refused.get(family)
@@ -96,7 +94,7 @@ ROWS = (
     Row("PEFT, `task_type=CAUSAL_LM`", "adapters", "peft_causal_lm", slow=True),
     Row("PEFT without task type", "adapters", "peft_without_task_type", slow=True),
     Row("TRL SFT", "trl_runs", "trl_sft", needs="trl"),
-    Row("TRL SFT, packed", "trl_runs", "trl_sft_packed", needs="trl", uncompared=("mod", "dart")),
+    Row("TRL SFT, packed", "trl_runs", "trl_sft_packed", needs="trl"),
     Row("TRL DPO", "trl_runs", "trl_dpo", needs="trl"),
     Row("TRL GRPO", "trl_runs", "trl_grpo", needs="trl"),
 )  # fmt: skip
@@ -107,9 +105,10 @@ Trainers of TRL take their loss from `base_model`, that is the cross entropy alo
 and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `dtf` still want
 `ThresholdUpdates()`. TRL's `disable_dropout` does not reach the families' own dropout: set
 theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
-otherwise than in training, so that its first loss is not ln 2. `?` runs and is not compared.
-Packed rows are told from their `position_ids`, without cache and padding. Not run: vLLM, ONNX,
-GPUs.
+otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
+`position_ids`, without cache and padding, and have the loss of the documents alone; but `mod`
+chooses the best tokens of a row in training, and `dart` draws its noise from it. Not run: vLLM,
+ONNX, GPUs.
 """
 
 
@@ -120,10 +119,7 @@ def markdown() -> str:
         "|---" * (len(FAMILIES) + 2) + "|",
     ]
     for row in ROWS:
-        cells = [
-            "?" if family in row.uncompared else "no" if family in row.refused else "="
-            for family in FAMILIES
-        ]
+        cells = ["no" if family in row.refused else "=" for family in FAMILIES]
         reasons = "; ".join(dict.fromkeys(row.refused.values()))
         lines.append(" | ".join((f"| {row.title}", *cells, f"{reasons} |")))
     return "\n".join(lines) + "\n\n" + NOTES

@@ -16,8 +16,6 @@ def _cases() -> Iterator[object]:
         marks = [pytest.mark.ecosystem] if row.needs else []
         marks += [pytest.mark.slow] if row.slow and not row.needs else []
         for family in FAMILIES:
-            if family in row.uncompared:
-                continue
             yield pytest.param(row, family, marks=marks, id=f"{row.function}-{family}")
 
 

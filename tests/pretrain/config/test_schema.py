@@ -88,6 +88,7 @@ def test_fp8_recipes_and_backends_are_those_of_the_layers() -> None:
     assert get_args(TrainingConfig.model_fields["fp8_backend"].annotation) == FP8_BACKENDS
 
 
+TASKS = {"evaluation__tasks": ["arc_easy"], "data__tokenizer": "a.model"}
 DELAYED = {"training__precision": "fp8", "training__fp8_recipe": "delayed"}
 
 
@@ -209,6 +210,27 @@ def test_an_unusable_value_is_refused_with_key_value_and_constraint(
             ["training.optimizer=muon", "parallel.tensor=2"],
         ),
         ({"data__validation": [], "evaluation__interval": 5}, ["evaluation", "data.validation"]),
+        (
+            TASKS | {"data__validation": [], "evaluation__max_windows": 5},
+            ["evaluation.max_windows=5", "no effect", "data.validation"],
+        ),
+        (
+            TASKS
+            | {"data__validation": [], "evaluation__interval": 5, "evaluation__task_interval": 6},
+            ["evaluation.interval=5", "no effect", "evaluation.task_interval=6"],
+        ),
+        (TASKS | {"data__tokenizer": None}, ["['arc_easy']", "data.tokenizer=null", "set data"]),
+        ({"evaluation__tasks": ["a", ""]}, ["evaluation.tasks=['a', '']", "empty"]),
+        (TASKS | {"evaluation__task_limit": 1.5}, ["evaluation.task_limit=1.5", "round"]),
+        *(
+            ({f"evaluation__{key}": value}, [f"evaluation.{key}={value!r}", "evaluation.tasks"])
+            for key, value in (
+                ("task_interval", 5),
+                ("task_limit", 5.0),
+                ("num_fewshot", 0),
+                ("include_path", "tasks"),
+            )
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_or_have_no_effect_are_refused(
@@ -217,6 +239,15 @@ def test_settings_that_contradict_each_other_or_have_no_effect_are_refused(
     message = _error(**changes)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("given", [["arc_easy", "piqa"], "arc_easy, piqa", ("arc_easy", "piqa")])
+def test_tasks_are_a_list_or_names_with_commas(given: Any) -> None:
+    changes = {"evaluation__tasks": given, "data__validation": [], "data__tokenizer": "a.model"}
+    config = parse_config(run_values(**changes))
+    assert config.evaluation.tasks == ("arc_easy", "piqa")
+    assert config.evaluation.interval_of_tasks == config.evaluation.interval
+    assert parse_config(resolved(config)) == config
 
 
 @pytest.mark.parametrize("key", ["run_dir", "model", "data", "training"])

@@ -20,7 +20,7 @@ import pytest
 from pretrain.config import to_yaml
 from pretrain.config.compose import compose_config
 from pretrain.doctor.__main__ import main
-from pretrain.doctor.environment import check_pins
+from pretrain.doctor.environment import check_needed_packages, check_pins
 from pretrain.doctor.findings import Finding
 from pretrain.doctor.shared_folder import Task, check_shared_folder
 from pretrain.doctor.storage import check_space, checkpoint_bytes, probe
@@ -149,6 +149,15 @@ def test_packages_that_settings_or_the_launcher_need(
     assert examine(**changes).code == 0
     monkeypatch.setitem(sys.modules, package, None)  # as Python marks what cannot be imported
     _only(examine(**changes), "error", "environment", reason, "pip install")
+
+
+def test_tasks_need_lm_eval(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    config = tiny_run(tmp_path, evaluation__tasks=["piqa"], data__tokenizer="bytes")
+    (finding,) = check_needed_packages(config, launcher=None)
+    assert finding.severity == "error"
+    assert "evaluation.tasks needs lm_eval" in finding.what
+    assert "pip install" in finding.remedy
 
 
 def test_ranks_that_are_not_whole_nodes_are_found(examine):
