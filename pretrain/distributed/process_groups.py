@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from parallel.cpu.collector import imports_uncollected
 from parallel.cpu.compat import (
     device_type,
     distributed_backend,
@@ -31,7 +32,8 @@ def prepare() -> None:
     prepare_environment()
     keep_records()
     _silence_import_warnings()
-    import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
+    with imports_uncollected():
+        import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
 
     prepare_deepspeed()
 
