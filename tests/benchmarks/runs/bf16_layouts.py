@@ -51,7 +51,6 @@ class Layout(NamedTuple):
     stage: int = 1
     pipeline: int = 1
     tensor: int = 1
-    sequence_parallel: bool = False
     precision: str = "bf16"
 
     @property
@@ -64,7 +63,6 @@ class Layout(NamedTuple):
             model=MODELS[family],
             parallel__pipeline=self.pipeline,
             parallel__tensor=self.tensor,
-            parallel__sequence_parallel=self.sequence_parallel,
             training__batch_size=self.rows,
             training__gradient_accumulation_steps=SEQUENCES // self.rows // self.data,
             training__precision=self.precision,
@@ -77,11 +75,9 @@ LAYOUTS = {
     "data 2": Layout(4, data=2),
     "data 2, ZeRO-3": Layout(4, data=2, stage=3),
     "data 4": Layout(2, data=4),
-    "pipeline 2": Layout(4, pipeline=2),
     "pipeline 2 x data 2": Layout(2, pipeline=2, data=2),
-    "tensor 2, sequence parallel": Layout(4, tensor=2, sequence_parallel=True),
+    "tensor 2": Layout(4, tensor=2),
     "tensor 2 x data 2": Layout(4, tensor=2, data=2),
-    "pipeline 2 x tensor 2": Layout(4, pipeline=2, tensor=2),
 }
 YARDSTICKS = {
     "one process, one micro-batch": Layout(8),
