@@ -12,7 +12,7 @@ def imports_uncollected() -> Iterator[None]:
     """Import without garbage collections, and exempt what there is from all later ones.
 
     Modules stay until the process ends. A collection in between looks at every object of those that
-    are already there, which is an eighth of the CPU time of a rank's imports, and one afterwards
+    are already there, which was a fifth of the CPU time of a rank's imports, and one afterwards
     would do so again.
     """
     was_enabled = gc.isenabled()

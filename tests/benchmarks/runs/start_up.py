@@ -7,14 +7,13 @@ as a worktree of an earlier commit, in turn. Four ranks share the cores, so that
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -24,19 +23,28 @@ from pretrain.config import to_yaml
 from tests.benchmarks.timing import Table, machine
 from tests.pretrain.tiny_run import tiny_run, write_data
 
-RANKS, ROUNDS = 4, 3
+RANKS, ROUNDS = 4, 2
 HERE = Path(__file__).resolve().parents[3]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-_RANK = "import torch, deepspeed, pretrain.run, parallel.pipeline, parallel.megatron"
+# What a rank at tensor size 2 imports, in the order in which it does. Megatron-Core's own imports
+# come one by one, each with all that only it needs.
+LAPS = {
+    "settings": "import pretrain.train, pretrain.config.compose, pretrain.config.resolve",
+    "torch": "import torch",
+    "the rest of this project": "import pretrain.run",
+    "DeepSpeed": "import deepspeed, parallel.pipeline",
+    "for Megatron-Core: DTensor, with sympy": "import torch.distributed._tensor",
+    "for Megatron-Core: torch._dynamo": "import torch._dynamo.backends.registry",
+    "for Megatron-Core: torch._inductor": "import torch._inductor.compile_fx",
+    "for Megatron-Core: wandb": "import wandb",
+    "for Megatron-Core: tensorboard": "import torch.utils.tensorboard",
+    "Megatron-Core itself": "import parallel.megatron",
+}
 # The least that can be imported of each, whoever does it.
 FLOORS = {
-    "import torch": "import torch",
     "import torch, deepspeed": "import torch, deepspeed",
     "import torch, deepspeed, megatron.core": "import torch, deepspeed, megatron.core",
-    "everything a rank imports": _RANK,
 }
-_LINE = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")
-_NAMED = ("torch._inductor", "torch._dynamo")  # told apart from the rest of torch
 
 
 class Spent(NamedTuple):
@@ -115,29 +123,27 @@ def _measured(commands: Sequence[Sequence[str]], tree: Path) -> Spent:
 
 
 def _imports() -> Table:
-    """Shares of packages in the time of a rank's imports, and how many modules they have."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-X", "importtime", "-c", _RANK],
-        cwd=HERE,
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    took: Counter[str] = Counter()
-    modules: Counter[str] = Counter()
-    for microseconds, name in _LINE.findall(done.stderr):
-        package = next((each for each in _NAMED if name.startswith(each)), name.partition(".")[0])
-        took[package] += int(microseconds)
-        modules[package] += 1
-    rows = [
-        (name, f"{modules[name]}", f"{100 * each / took.total():.0f} %")
-        for name, each in took.most_common(12)
-    ]
+    """CPU seconds of a rank's imports, one after the other in one process."""
+    laps = "".join(f"{code}\nprint('LAP', time.process_time())\n" for code in LAPS.values())
+    script = f"import gc, time\ngc.disable()\nprint('LAP', time.process_time())\n{laps}"
+    rounds = []
+    for _ in range(ROUNDS):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            cwd=HERE,
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(HERE)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines = [line.split() for line in done.stdout.splitlines()]
+        clock = [float(line[1]) for line in lines if line[:1] == ["LAP"]]
+        rounds.append([after - before for before, after in itertools.pairwise(clock)])
+    medians = [median(each) for each in zip(*rounds, strict=True)]
     return Table(
-        f"Imports of a rank: {modules.total():,} modules",
-        ("package", "modules", "of the time"),
-        rows,
+        f"CPU seconds of the imports of a rank, {sum(medians):.1f} in all: medians of {ROUNDS}",
+        ("", "seconds"),
+        [(name, f"{each:.2f}") for name, each in zip(LAPS, medians, strict=True)],
     )
 
 
