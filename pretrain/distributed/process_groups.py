@@ -71,6 +71,8 @@ def process_group(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     # Without a device_id, with which every rank takes part in making every group of any ranks:
     # hundreds of them at 1,024 ranks. Communicators are made by their members, when first used.
+    # Two stages that send to each other then have one of their own; with a device_id all sends
+    # would take turns in that of all ranks.
     dist.init_process_group(
         distributed_backend(),
         store=rendezvous(world, purpose="", timeout=timeout) if store is None else store,
