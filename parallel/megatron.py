@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.cpu.collector import imports_uncollected
 from parallel.cpu.compat import let_megatron_run_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def _without_broken_transformer_engine() -> Iterator[None]:
         yield
 
 
-with warnings.catch_warnings(), _without_broken_transformer_engine():
+with imports_uncollected(), warnings.catch_warnings(), _without_broken_transformer_engine():
     # Megatron-Core warns about missing optional packages (Transformer Engine, Apex).
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state

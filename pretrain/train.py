@@ -22,6 +22,7 @@ if not __package__:
 
 from data_tools.cli import program
 from parallel.checkpoint.errors import AgreedError
+from parallel.cpu.collector import imports_uncollected
 from parallel.cpu.threads import prepare_threads
 from pretrain.distributed.launcher_env import (
     adopt_launcher,
@@ -115,9 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in _CUDA_DEFAULTS.items():
             os.environ.setdefault(name, value)
         remark = prepare_threads(ranks=ranks_on_this_machine())
-        from parallel.checkpoint.file_modes import private_files
-        from parallel.cpu.compat import device_type
-        from pretrain.run import run
+        with imports_uncollected():
+            from parallel.checkpoint.file_modes import private_files
+            from parallel.cpu.compat import device_type
+            from pretrain.run import run
 
         if remark is not None and device_type() == "cpu" and _rank() == 0:
             sys.stderr.write(f"warning: {remark}\n")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from parallel.cpu.collector import imports_uncollected
 from parallel.cpu.compat import (
     device_type,
     distributed_backend,
@@ -31,7 +32,8 @@ def prepare() -> None:
     prepare_environment()
     keep_records()
     _silence_import_warnings()
-    import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
+    with imports_uncollected():
+        import deepspeed  # noqa: F401  takes seconds: do it before other ranks wait
 
     prepare_deepspeed()
 
@@ -69,6 +71,8 @@ def process_group(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     # Without a device_id, with which every rank takes part in making every group of any ranks:
     # hundreds of them at 1,024 ranks. Communicators are made by their members, when first used.
+    # Two stages that send to each other then have one of their own; with a device_id all sends
+    # would take turns in that of all ranks.
     dist.init_process_group(
         distributed_backend(),
         store=rendezvous(world, purpose="", timeout=timeout) if store is None else store,

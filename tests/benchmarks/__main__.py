@@ -22,6 +22,8 @@ NAMES = (
     "saving",
     "restoring",
     "shared_cores",
+    "runs.start_up",
+    "runs.bf16_layouts",
 )
 
 

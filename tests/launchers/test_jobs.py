@@ -77,6 +77,18 @@ def test_too_few_healthy_nodes_end_the_job_with_the_remedy(
     assert job.nodes == []
 
 
+# What Transformer Engine, cuDNN, Triton and inductor read.
+COMPILING = {
+    "NVTE_FUSED_ATTN": "0",
+    "CUDNN_LOGLEVEL_DBG": "1",
+    "TRITON_CACHE_DIR": "/tmp/triton",
+    "CC": "gcc",
+    "CXX": "g++",
+    "CPATH": "/opt/include",
+    "LIBRARY_PATH": "/opt/lib",
+}
+
+
 def test_ranks_see_no_secret_and_nothing_unknown(cluster: Cluster, tmp_path: Path) -> None:
     job = run_recorded(
         cluster,
@@ -93,6 +105,7 @@ def test_ranks_see_no_secret_and_nothing_unknown(cluster: Cluster, tmp_path: Pat
             "BASH_FUNC_odd%%": "() { echo canary-8; }",
             "WANDB_MODE": "offline",
             "NCCL_ALGO": "Ring,a=b c",
+            **COMPILING,
             "WANTED_KEY": "kept",
             "KEEP_ENV": "WANTED_KEY,OTHER",
         },
@@ -101,6 +114,8 @@ def test_ranks_see_no_secret_and_nothing_unknown(cluster: Cluster, tmp_path: Pat
     assert "canary" not in str(node["environment"])
     assert node["environment"]["WANDB_MODE"] == "offline"
     assert node["environment"]["NCCL_ALGO"] == "Ring,a=b c"
+    assert COMPILING.items() <= node["environment"].items()
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in node["environment"], "torch's default is better"
     assert node["environment"]["WANTED_KEY"] == "kept"
     for path in [*job.log_dir.rglob("*"), Path(job.fields["StdOut"])]:
         assert path.is_dir() or "canary" not in path.read_text(), path

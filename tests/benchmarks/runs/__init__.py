@@ -1,0 +1,1 @@
+"""Benchmarks of complete runs on several ranks."""
