@@ -10,6 +10,8 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.integer]  # in the dtype of the file
 
+_READ_AT_ONCE = 1 << 14  # values
+
 
 def bytes_of(values: npt.NDArray[Any]) -> memoryview:
     """Return the bytes of a contiguous array, without a copy."""
@@ -17,7 +19,10 @@ def bytes_of(values: npt.NDArray[Any]) -> memoryview:
 
 
 def bisect_right(values: npt.NDArray[Any], keys: IntArray) -> IntArray:
-    """Compute `np.searchsorted(values, keys, side="right")` from log2(n) values per key."""
+    """Compute `np.searchsorted(values, keys, side="right")` from log2(n) values per key, where
+    there are many: numpy copies all of an unaligned array."""
+    if len(values) <= _READ_AT_ONCE:
+        return np.searchsorted(values, keys, side="right")
     low = np.zeros(len(keys), dtype=np.int64)
     high = np.full(len(keys), len(values), dtype=np.int64)
     while (active := low < high).any():

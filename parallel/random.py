@@ -10,7 +10,6 @@ device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,8 +43,9 @@ def initialize(
         drawn = _InitSpec(
             canonical, init_of(canonical, parameter), sharding_of(canonical, parameter)
         )
-        with torch.no_grad():
-            _fill(parameter, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
+        # Not by no_grad, which the threads that draw would not inherit.
+        weight = parameter.detach()
+        _fill(weight, drawn, seed=seed, tensor_rank=tensor_rank, expert_rank=expert_rank)
 
 
 def generator_for(seed: int, name: str, tile: int = 0) -> torch.Generator:
@@ -101,10 +101,7 @@ def _fill_one(target: Tensor, drawn: _InitSpec, *, seed: int, tensor_rank: int) 
         own = full.narrow(rows.dim, rows.start, rows.stop - rows.start)
         target.narrow(rows.dim, 0, rows.stop - rows.start).copy_(own)
         return
-    for start, tile in _tiles(target.shape, rows, init.std, seed=seed, name=name):
-        first, last = max(start, rows.start), min(start + tile.shape[rows.dim], rows.stop)
-        part = tile.narrow(rows.dim, first - start, last - first)
-        target.narrow(rows.dim, first - rows.start, last - first).copy_(part)
+    _draw_tiles(target, rows, init.std, seed=seed, name=name)
 
 
 def _local_rows(target: Tensor, sharding: Sharding, tensor_rank: int) -> _Rows:
@@ -115,22 +112,31 @@ def _local_rows(target: Tensor, sharding: Sharding, tensor_rank: int) -> _Rows:
     return _Rows(sharding.dim, full_size, start, min(start + extent, full_size))
 
 
-def _tiles(
-    shape: torch.Size, rows: _Rows, std: float, *, seed: int, name: str
-) -> Iterator[tuple[int, Tensor]]:
-    """The tiles of the full tensor that overlap `rows`, each with its first row; as many are drawn
-    at a time as this rank has threads."""
+def _draw_tiles(target: Tensor, rows: _Rows, std: float, *, seed: int, name: str) -> None:
+    """Draw the tiles of the full tensor that overlap `rows`, as many at a time as this rank has
+    threads; one of whole rows in its place, others beside it."""
     num_tiles = min(NUM_TILES, rows.full_size)
     bounds = [index * rows.full_size // num_tiles for index in range(num_tiles + 1)]
     own = [i for i in range(num_tiles) if bounds[i] < rows.stop and bounds[i + 1] > rows.start]
+    # A number is drawn in the default dtype, in the order of memory.
+    is_place = rows.dim == 0 and target.is_contiguous() and not target.is_cuda
+    is_place = is_place and target.dtype == torch.get_default_dtype()
 
-    def draw(index: int) -> tuple[int, Tensor]:
-        tile_shape = list(shape)
-        tile_shape[rows.dim] = bounds[index + 1] - bounds[index]
+    def draw(index: int) -> tuple[int, Tensor | None]:
+        start, stop = bounds[index], bounds[index + 1]
         generator = generator_for(seed, name, index)
-        tile = torch.empty(tile_shape).normal_(0.0, std, generator=generator)
-        return bounds[index], tile
+        if is_place and rows.start <= start and stop <= rows.stop:
+            target[start - rows.start : stop - rows.start].normal_(0.0, std, generator=generator)
+            return start, None
+        tile_shape = list(target.shape)
+        tile_shape[rows.dim] = stop - start
+        return start, torch.empty(tile_shape).normal_(0.0, std, generator=generator)
 
-    # torch draws with one thread, 78 million numbers a second, and without the GIL.
-    is_large = shape.numel() >= _LARGE
-    return side_by_side(draw, own, threads=torch.get_num_threads() if is_large else 1)
+    is_large = target.numel() >= _LARGE
+    threads = torch.get_num_threads() if is_large else 1
+    for start, tile in side_by_side(draw, own, threads=threads):
+        if tile is None:
+            continue
+        first, last = max(start, rows.start), min(start + tile.shape[rows.dim], rows.stop)
+        part = tile.narrow(rows.dim, first - start, last - first)
+        target.narrow(rows.dim, first - rows.start, last - first).copy_(part)

@@ -69,8 +69,10 @@ class _Data(NamedTuple):
     text: TextRules
 
 
-def run(settings: ResolvedRun) -> int:
+def run(settings: ResolvedRun, *, last_step: int | None = None) -> int:
     """Train from the newest checkpoint, or from the beginning; returns an exit code.
+
+    After `last_step` the run stops as if a signal had asked for it.
 
     Raises:
         AgreedError: the data, the model or a checkpoint cannot be used; one line says why.
@@ -120,7 +122,7 @@ def run(settings: ResolvedRun) -> int:
         # Only now: a failed start must not leave its settings behind.
         ranks.run_on_rank0(lambda: _write_config(config, groups or ""))
         stop.started()
-        code = loop.run(stop)
+        code = loop.run(stop, last_step=last_step)
         # Every rank has saved: a launcher that sees the marker may end them.
         ranks.run_on_rank0(lambda: write_marker(Path(config.run_dir), code))
         return code

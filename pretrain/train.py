@@ -99,8 +99,11 @@ def positive_number(text: str) -> float:
     return value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run training from the command line; returns the exit code (see `pretrain.errors`)."""
+def main(argv: Sequence[str] | None = None, *, last_step: int | None = None) -> int:
+    """Run training from the command line; returns the exit code (see `pretrain.errors`).
+
+    `last_step`: a step after which the run stops as if a signal had asked for it.
+    """
     try:
         end_with_launcher()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if remark is not None and device_type() == "cpu" and _rank() == 0:
             sys.stderr.write(f"warning: {remark}\n")
         with private_files():
-            code = run(settings)
+            code = run(settings, last_step=last_step)
         # The job script reads the marker file; torchrun would report 75 as a failed rank.
         if code == EXIT_STOPPED and os.environ.get(MARKERS_VARIABLE) == "1":
             return EXIT_COMPLETED

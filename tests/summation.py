@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
 _libraries: list[torch.library.Library] = []
 
 
@@ -60,18 +59,18 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
     cut = _cut(a, b)
     if not cut:
-        return _aten.mm.out(a, b, out=out)
-    _aten.mm.out(a[:, :cut], b[:cut], out=out)
-    return out.add_(_aten.mm.out(a[:, cut:], b[cut:], out=torch.empty_like(out)))
+        return torch.mm(a, b, out=out)
+    torch.mm(a[:, :cut], b[:cut], out=out)
+    return torch.addmm(out, a[:, cut:], b[cut:], out=out)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     cut = _cut(a, b)
     if not cut:
-        return _aten.bmm.out(a, b, out=out)
-    _aten.bmm.out(a[..., :cut], b[:, :cut], out=out)
-    return out.add_(_aten.bmm.out(a[..., cut:], b[:, cut:], out=torch.empty_like(out)))
+        return torch.bmm(a, b, out=out)
+    torch.bmm(a[..., :cut], b[:, :cut], out=out)
+    return torch.baddbmm(out, a[..., cut:], b[:, cut:], out=out)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -90,6 +89,6 @@ def _added(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
 
 def _cut(a: Tensor, b: Tensor) -> int:
     """Position at which the sum over K is cut in two; 0: not at all."""
-    k = a.shape[-1]
-    mixed = 7 * a.shape[-2] + 13 * b.shape[-1] + 3 * (a.stride(-1) == 1) + 5 * (b.stride(-1) == 1)
+    *_, rows, k = a.shape
+    mixed = 7 * rows + 13 * b.shape[-1] + 3 * (a.stride(-1) == 1) + 5 * (b.stride(-1) == 1)
     return mixed % k if k > 1 else 0

@@ -12,7 +12,7 @@ PREFIX.bin holds only the tokens. PREFIX.idx, little-endian without padding:
     i8[n]    modes, only in multimodal files; not read here
 
 The arrays start at byte 34 and are not aligned: NumPy copies a whole unaligned array before
-`searchsorted`, `take` or a reduction. `arrays.bisect_right` reads log2(n) elements instead.
+`searchsorted`, `take` or a reduction. `arrays.bisect_right` reads log2(n) of many elements instead.
 """
 
 from __future__ import annotations

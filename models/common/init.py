@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from parallel.context import ParallelContext
+from parallel.layers import empty_linear
 from parallel.sharding import (
     Constant,
     Init,
@@ -49,10 +50,10 @@ def replicated_linear(
 ) -> nn.Linear:
     """Create a linear layer whose weights every tensor rank holds whole and applies to its tokens:
     [s/t, b, in] -> [s/t, b, out]. No collective."""
-    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=ctx.device)
-    declare_replicated(linear.weight, init, ctx=ctx, role=role)
+    linear = empty_linear(in_features, out_features, bias=bias, ctx=ctx)
+    declare_replicated(linear.get_parameter("weight"), init, ctx=ctx, role=role)
     if bias:
-        declare_replicated(linear.bias, bias_init, ctx=ctx)
+        declare_replicated(linear.get_parameter("bias"), bias_init, ctx=ctx)
     return linear
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Owners(NamedTuple):
         """The rank (and its tensor rank) that updates an element of the flattened parameter."""
         if self.optimizer is None:
             return ""
-        place = list(torch.unravel_index(torch.tensor(index), shape)) if shape else []
+        place = list(np.unravel_index(index, shape)) if shape else []
         if name not in self.optimizer.names() and place:  # stacked experts are saved one by one
             name, place = f"{name}.{int(place[0])}", place[1:]
         if name not in self.optimizer.names():

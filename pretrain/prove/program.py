@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain import train
 from pretrain.config import RunConfig, to_yaml
-from pretrain.errors import EXIT_USER_ERROR
+from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED, EXIT_USER_ERROR
 from pretrain.prove.choices import Choices, read_choices, recorded
 from pretrain.prove.errors import RunFailedError
 from pretrain.prove.ranks import Forks, run_ranks
@@ -21,12 +20,16 @@ RUN_FILE = "prove"
 
 
 class Leg(NamedTuple):
-    """One start of the program: its settings, DeepSpeed file and number of ranks."""
+    """One start of the program: its settings, DeepSpeed file and number of ranks.
+
+    `last_step`: after which it is stopped; None: it ends.
+    """
 
     name: str
     config: RunConfig
     ds_config_values: dict[str, Any]
     ranks: int
+    last_step: int | None = None
 
     @property
     def data_size(self) -> int:
@@ -54,7 +57,7 @@ class Leg(NamedTuple):
 def train_leg(
     leg: Leg, folder: Path, forks: Forks, *, timeout: float, resume_from: Path | None = None
 ) -> Path:
-    """Train `leg` below `folder` to its end, from a copy of the checkpoint `resume_from` if given.
+    """Train `leg` below `folder`, from a copy of the checkpoint `resume_from` if given.
 
     Returns its run directory.
 
@@ -77,9 +80,13 @@ def train_leg(
     choices = place / "choices"
     choices.mkdir()
 
+    def program() -> int:
+        code = train.main(command, last_step=leg.last_step)
+        was_stopped = leg.last_step is not None and code == EXIT_STOPPED
+        return EXIT_COMPLETED if was_stopped else code
+
     def main() -> int:
-        path = choices / f"rank_{os.environ['RANK']}.pt"
-        return recorded(partial(train.main, command), path)
+        return recorded(program, choices / f"rank_{os.environ['RANK']}.pt")
 
     try:
         run_ranks(forks, main, size=leg.ranks, logs=place / "logs", timeout=timeout)

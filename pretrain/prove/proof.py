@@ -227,7 +227,7 @@ def _check(case: Case, legs: list[_Checked]) -> list[Section]:
 
 def _choices(leg: _Checked) -> dict[int, list[Choices]]:
     """The choices of the layers in every step that the leg has trained."""
-    trained = range(leg.steps.start, STEPS + 1)
+    trained = range(leg.steps.start, (leg.leg.last_step or STEPS) + 1)
     return choices_of(leg.run_dir, leg.leg, {n: leg.plan[n - 1].sequences for n in trained})
 
 
@@ -253,6 +253,8 @@ def _case(
         values["evaluation"]["interval"] = 2  # after the two steps that are compared
     here = Leg("here", parse_config(values), ds_for(small.ds_config_values, precision), small.ranks)
     there = elsewhere(here, max_ranks=small.max_ranks, batch_factor=small.resume_batch)
+    if quick:  # what follows is not compared
+        here, there = here._replace(last_step=SAVED), there._replace(last_step=SAVED + 1)
     return Case(here, there, timeout)
 
 

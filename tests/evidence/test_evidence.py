@@ -119,8 +119,9 @@ def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     assert 0 < norms[0] < norms[1] < norms[2]
 
 
-def test_drafts_are_timed_and_decoded_with():
+def test_drafts_are_timed_and_decoded_with(monkeypatch):
     size = (64, 2)
+    monkeypatch.setattr(drafts, "TOTAL", drafts.PROMPT + 2 * drafts.TRAINED_BLOCK)
     passes, decoding = drafts.tables(1, steps=1, sizes=(size,), trained_size=size, rounds=2)
     assert len(passes.rows) == len(drafts.BLOCK_SIZES)
     assert all(float(row[-1]) > 0 for row in passes.rows)

@@ -77,7 +77,9 @@ def test_document_starts_equal_a_plain_loop(tmp_path: Path) -> None:
             assert positions.tolist() == [s for s in starts if begin < s < begin + length]
 
 
-def test_bisect_equals_searchsorted() -> None:
+@pytest.mark.parametrize("read_at_once", [0, 10**6])
+def test_bisect_equals_searchsorted(read_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.arrays._READ_AT_ONCE", read_at_once)
     generator = np.random.default_rng(0)
     values = np.sort(generator.integers(0, 50, size=77))
     keys = np.arange(-2, 53)

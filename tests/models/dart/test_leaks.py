@@ -35,11 +35,16 @@ def test_no_causal_logit_in_training_depends_on_a_later_token(variant):
     for salt in range(8):
         model.embedding.salt = salt
         tokens = text_of(LENGTH, batch=3, seed=salt)
-        before = model(TokenInputs(tokens)).logits
-        for i in range(1, LENGTH):
-            after = model(TokenInputs(_changed(tokens, slice(i, None)))).logits
-            assert torch.equal(after[:i], before[:i]), (salt, i)
-            assert not torch.equal(after[i], before[i]), (salt, i)
+        # For each place the batch once, changed from there on: all in one pass.
+        places = range(1, LENGTH)
+        changed = torch.cat([_changed(tokens, slice(i, None)) for i in places])
+        before, after = (
+            model(TokenInputs(rows)).logits.split(len(tokens), dim=1)
+            for rows in (tokens.repeat(len(places), 1), changed)
+        )
+        for i, old, new in zip(places, before, after, strict=True):
+            assert torch.equal(new[:i], old[:i]), (salt, i)
+            assert not torch.equal(new[i], old[i]), (salt, i)
 
 
 @torch.no_grad()
@@ -52,22 +57,27 @@ def test_no_draft_logit_depends_on_a_hidden_token_of_its_block_or_on_a_later_one
         model.embedding.salt = salt
         tokens = text_of(LENGTH, seed=salt)
         noise = draw_noise(tokens, None, config=config, salt=salt)
-        before = model(TokenInputs(tokens)).draft_logits[:, 0]
         index = torch.arange(LENGTH)
         places = index if noise.positions is None else noise.positions[0]
         starts = index - places % size
         # Token j is behind place j - 1; the last place of a block hides the first of the next.
         hides = torch.cat((torch.tensor([False]), noise.hidden[0, :-1]))
         block_of = torch.cat((torch.tensor([-1]), starts[:-1]))
-        for start in starts.unique().tolist():
+        blocks = starts.unique().tolist()
+        unknown = [(hides & (block_of == start)) | (block_of > start) for start in blocks]
+        # Two rows for each block, in one pass: what is unknown to it changed, and what is known.
+        rows = [_changed(tokens, where) for each in unknown for where in (each, ~each)]
+        before, changed = (
+            model(TokenInputs(text)).draft_logits.unflatten(1, (len(blocks), 2))
+            for text in (tokens.repeat(len(rows), 1), torch.cat(rows))
+        )
+        for number, start in enumerate(blocks):
             own = starts == start
-            unknown = (hides & (block_of == start)) | (block_of > start)
-            after = model(TokenInputs(_changed(tokens, unknown))).draft_logits[:, 0]
-            assert torch.equal(after[own], before[own]), (salt, start)
+            old = before[own][:, number]
+            after, moved = changed[own][:, number].unbind(1)
+            assert torch.equal(after, old[:, 0]), (salt, start)
             num_scored += int((noise.targets[0][own] != UNSCORED).sum())
-            known = ~unknown
-            moved = model(TokenInputs(_changed(tokens, known))).draft_logits[:, 0]
-            num_moved += int((moved[own] != before[own]).any(dim=-1).sum())
+            num_moved += int((moved != old[:, 1]).any(dim=-1).sum())
     assert num_scored > LENGTH
     assert num_moved > LENGTH
 

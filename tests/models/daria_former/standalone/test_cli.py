@@ -20,6 +20,7 @@ from models.daria_former.standalone.checkpoint_io import load_checkpoint
 from models.daria_former.standalone.cli import export, generate, train
 from models.daria_former.standalone.training import Trainer
 from models.standalone import train_command
+from pretrain import train as pretraining
 from tests.distributed import free_port
 from tests.forked_command import run_forked
 from tests.models.daria_former.shrunk import shrunk
@@ -35,6 +36,10 @@ def _train(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Com
     command = [sys.executable, *launcher, "-m", MODULE, "train", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def _call_trainer(program: str, command: list[str]) -> None:
+    raise SystemExit(pretraining.main(command[2:]))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,10 @@ def trained(folder) -> Path:
     options += ["--lr", 1e-3, "--log_every", 1, "--no_amp"]
     done = _train(*options, "--max_steps", 2)
     assert done.returncode == 0, done.stderr
-    more = _train(*options, "--max_steps", 3, "--resume", folder / "run")
+    # Forked, the trainer called: that it takes the place of the command was shown above.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "execv", _call_trainer)
+        more = run_forked(MODULE, "train", *options, "--max_steps", 3, "--resume", folder / "run")
     assert more.returncode == 0, more.stderr
     return folder / "run"
 
