@@ -119,7 +119,7 @@ def _draw_tiles(target: Tensor, rows: _Rows, std: float, *, seed: int, name: str
     bounds = [index * rows.full_size // num_tiles for index in range(num_tiles + 1)]
     own = [i for i in range(num_tiles) if bounds[i] < rows.stop and bounds[i + 1] > rows.start]
     # A number is drawn in the default dtype, in the order of memory.
-    is_place = rows.dim == 0 and target.is_contiguous() and not target.is_cuda
+    is_place = rows.dim == 0 and target.is_contiguous() and target.device.type == "cpu"
     is_place = is_place and target.dtype == torch.get_default_dtype()
 
     def draw(index: int) -> tuple[int, Tensor | None]:
