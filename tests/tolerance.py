@@ -37,11 +37,12 @@ def rounding(dtype: torch.dtype, *, depth: int, length: int) -> float:
 
 # Losses of whole runs at two layouts, relative. In fp32: 8 sums of 64 terms, as in a model of four
 # layers. In bf16 every sum is taken in fp32 and its result rounded; the mean over tokens keeps less
-# than one of these thousands of independent roundings, of either result: 2 u. Data ranks and stages
-# multiply the shapes of one process and sum in fp32: their bounds in bf16 are those of fp32
-# (tests/pretrain/layouts/test_bf16_layouts.py), until the update of a step rounds otherwise.
+# than one of these thousands of independent roundings. That is for tensor ranks, which sum
+# activations in bf16, for runs against fp32 and for steps after the first, whose weights may be
+# rounded otherwise. Data ranks and stages multiply the shapes of one process and sum in fp32: the
+# bound of their first step in bf16 is that of fp32 (pretrain/layouts/test_bf16_layouts.py).
 FP32_LOSS = rounding(torch.float32, depth=8, length=64)
-BF16_LOSS = torch.finfo(torch.bfloat16).eps
+BF16_LOSS = rounding(torch.bfloat16, depth=1, length=1)
 # Norms of gradients have come back through the same layers, from a loss that is off already.
 FP32_NORM = 3 * FP32_LOSS
 BF16_NORM = 3 * BF16_LOSS
