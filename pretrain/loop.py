@@ -141,15 +141,15 @@ class TrainLoop:
             seed = self.config.training.seed
             seed_rng(seed=seed, step=checkpoint.step, rank=self.ranks.rank)
 
-    def run(self, stop: GracefulStop, *, last_step: int | None = None) -> int:
-        """Train to the end, until a stop signal or to `last_step`, and save a checkpoint there."""
+    def run(self, stop: GracefulStop) -> int:
+        """Train to the end or until a stop signal, saving a checkpoint in both cases."""
         seen = self.state.step
         while True:
             writers = self._writers()
             self._record_order(seen)
             self._announce()
             try:
-                end = self._steps(writers, stop, last_step)
+                end = self._steps(writers, stop)
             finally:
                 self._end_profile()
                 writers.close()
@@ -158,7 +158,7 @@ class TrainLoop:
             seen = self.state.step
             self._warn(self.rollback.roll_back(end, self.checkpointer, self.restore))
 
-    def _steps(self, writers: Writers, stop: GracefulStop, last_step: int | None) -> int | Spike:
+    def _steps(self, writers: Writers, stop: GracefulStop) -> int | Spike:
         state, training = self.state, self.config.training
         total, first, stopping = state.total_steps, state.step + 1, False
         skipped = self.rollback.skipped_steps
@@ -174,8 +174,7 @@ class TrainLoop:
             if result is not None:
                 losses[step] = result.loss
             # On any rank, so that all stop and save after the same step.
-            asked = stop.received is not None or step == last_step
-            stopping, due = self.ranks.any(asked, self._is_save_due())
+            stopping, due = self.ranks.any(stop.is_asked_after(step), self._is_save_due())
             if self.profiler is not None and self.profiler.ends_at(step):
                 self.watchdog.progress("writing the profile")
                 self._end_profile()

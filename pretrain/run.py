@@ -122,7 +122,8 @@ def run(settings: ResolvedRun, *, last_step: int | None = None) -> int:
         # Only now: a failed start must not leave its settings behind.
         ranks.run_on_rank0(lambda: _write_config(config, groups or ""))
         stop.started()
-        code = loop.run(stop, last_step=last_step)
+        stop.last_step = last_step
+        code = loop.run(stop)
         # Every rank has saved: a launcher that sees the marker may end them.
         ranks.run_on_rank0(lambda: write_marker(Path(config.run_dir), code))
         return code

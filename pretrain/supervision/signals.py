@@ -25,10 +25,13 @@ class GracefulStop:
     process with EXIT_STOPPED at once, even while the main thread waits in C for other ranks, where
     Python runs no handlers. Ignored signals stay ignored: job scripts repeat their request until
     ranks handle it.
+
+    `last_step`: a step after which a stop is asked for without a signal.
     """
 
     def __init__(self, *, starting: bool = False) -> None:
         self.received: signal.Signals | None = None
+        self.last_step: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._starting, self._writer, self._old_writer = starting, -1, -1
 
@@ -60,6 +63,10 @@ class GracefulStop:
         self._starting = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+
+    def is_asked_after(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        return self.received is not None or step == self.last_step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
