@@ -174,7 +174,8 @@ class TrainLoop:
             if result is not None:
                 losses[step] = result.loss
             # On any rank, so that all stop and save after the same step.
-            stopping, due = self.ranks.any(stop.is_asked_after(step), self._is_save_due())
+            asked = stop.received is not None or step == stop.last_step
+            stopping, due = self.ranks.any(asked, self._is_save_due())
             if self.profiler is not None and self.profiler.ends_at(step):
                 self.watchdog.progress("writing the profile")
                 self._end_profile()

@@ -64,10 +64,6 @@ class GracefulStop:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
-    def is_asked_after(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        return self.received is not None or step == self.last_step
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
 

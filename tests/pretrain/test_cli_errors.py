@@ -181,7 +181,7 @@ def test_only_a_launcher_that_reads_markers_is_told_zero_for_a_stop(
 ) -> None:
     _touch_demo_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pretrain.run.run", lambda settings: EXIT_STOPPED)
+    monkeypatch.setattr("pretrain.run.run", lambda settings, **kwargs: EXIT_STOPPED)
     if reads_markers is not None:
         monkeypatch.setenv("MANYFORMER_READS_MARKERS", reads_markers)
     assert call("--config-name", "demo").code == code
@@ -266,7 +266,9 @@ def test_data_that_is_not_there_is_one_line_before_torch_is_imported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pretrain.run.run", lambda settings: pytest.fail("the run has begun"))
+    monkeypatch.setattr(
+        "pretrain.run.run", lambda settings, **kwargs: pytest.fail("the run has begun")
+    )
     if setting == "data.tokenizer":
         _touch_demo_data(tmp_path)
     outcome = call(*argv)

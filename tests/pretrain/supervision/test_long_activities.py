@@ -62,7 +62,12 @@ def slow_evaluation(config: RunConfig, folder: Path) -> tuple[int, list[Ending]]
 @pytest.mark.parametrize("stages", [1, 2])
 def test_an_evaluation_may_take_longer_than_the_patience(stages, tmp_path):
     write_data(tmp_path)
-    config = tiny_run(tmp_path, training__batch_size=1, parallel__pipeline=stages)
+    config = tiny_run(
+        tmp_path,
+        training__batch_size=1,
+        parallel__pipeline=stages,
+        data__sequence_length=16,
+    )
     for num_batches, endings in run_ranks(
         slow_evaluation, stages, config, tmp_path / "run", init=False
     ):
