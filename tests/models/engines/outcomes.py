@@ -107,8 +107,11 @@ and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `
 theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
 otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
 `position_ids`, without cache and padding, and have the loss of the documents alone; but `mod`
-chooses the best tokens of a row in training, and `dart` draws its noise from it. Not run: vLLM,
-ONNX, GPUs.
+chooses the best tokens of a row in training, and `dart` draws its noise from it. ONNX, tried by
+hand (`torch.onnx.export(dynamo=True)` of torch 2.13, onnxruntime 1.32): `llama` and `amrpa`
+compute the same; the exporter has no function for the stable sort of `mod` and `dtf` and for the
+decisions of `daria_former` and `agiformer`, and onnxruntime does not load the file of `dart`. Not
+run: vLLM, GPUs.
 """
 
 
