@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from lm_eval import utils
+from lm_eval.api import task as task_module
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
@@ -377,11 +378,23 @@ def run_tasks(
     `limit`: questions of a task, or below 1 their share. `log_samples`: keep every question and
     answer.
     """
-    with _seeded():
+    with _seeded(), _bars(shown=not model.quiet):
         found: dict[str, Any] = evaluate(
             model, tasks, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=log_samples
         )
     return found
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """lm_eval draws a bar for each task, and has no setting against it."""
+    drawn = task_module.tqdm
+    if not shown:
+        task_module.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        task_module.tqdm = drawn
 
 
 @contextmanager
