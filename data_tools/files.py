@@ -59,6 +59,14 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
+def conversion_marks(output: Path) -> Path:
+    """Return the file of a killed conversion to `output`: how much of its partial files is kept.
+
+    Another writer of the same partial files removes it.
+    """
+    return output.with_name(output.name + ".convert" + PARTIAL_SUFFIX)
+
+
 def open_partial(path: Path, *, keep: int = 0) -> BinaryIO:
     """Open the partial file of `path` under an exclusive lock, to be written after `keep` bytes.
 

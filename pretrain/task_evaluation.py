@@ -23,9 +23,9 @@ from pretrain.config import RunConfig
 from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import Engine
 from pretrain.engine.part_scoring import Part, parts_of
+from pretrain.metrics.writers import TASKS_FOLDER
 
 T = TypeVar("T")
-FOLDER = "tasks"  # of the run directory
 
 # Shorter rows than a sequence get a half, a quarter, ... of it, in multiples of this: whatever
 # divides a sequence (patches, tensor ranks of sequence parallelism, rows of FP8) divides those.
@@ -180,7 +180,7 @@ class TaskEvaluation:
             "max_length": self.config.data.sequence_length,
             **self._lm.texts.described(),
         }
-        path = Path(self.config.run_dir, FOLDER, f"step_{step}.json")
+        path = Path(self.config.run_dir, TASKS_FOLDER, f"step_{step}.json")
         path.parent.mkdir(exist_ok=True)
         write_results(path, results)
         return results

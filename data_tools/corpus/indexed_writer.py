@@ -17,7 +17,14 @@ from data_tools.arrays import IntArray, bytes_of
 from data_tools.corpus.corpus_info import CorpusInfo, SourceInfo, info_path
 from data_tools.corpus.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, IndexPaths
 from data_tools.errors import DataError
-from data_tools.files import Digest, flush_to_disk, open_partial, partial_path, sync_folder
+from data_tools.files import (
+    Digest,
+    conversion_marks,
+    flush_to_disk,
+    open_partial,
+    partial_path,
+    sync_folder,
+)
 from data_tools.progress import ReportProgress
 from data_tools.tokenization.special_tokens import SpecialTokens
 
@@ -73,12 +80,13 @@ class IndexedDatasetWriter:
         overwrite: bool = False,
         with_info: bool = True,
         stored_in: Path | None = None,
-        open_bin: Callable[[Path], BinaryIO] = open_partial,
+        open_bin: Callable[[Path], BinaryIO] | None = None,
     ) -> None:
         """`with_info=False`: `finish_without_info` will be called, which needs no checksum.
 
         `stored_in`: a file that holds the ids already; .bin becomes a link to it. `open_bin`: opens
-        the partial file of .bin, which is written from its beginning to its end.
+        the partial file of .bin, which is written from its beginning to its end, as a conversion
+        does that goes on in its own.
         """
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
@@ -87,7 +95,10 @@ class IndexedDatasetWriter:
         if not overwrite:
             check_absent(self.prefix)
         # The lock on .bin.partial also protects the other two files.
-        self._bin = open_bin(self.paths.bin)
+        self._bin = (open_bin or open_partial)(self.paths.bin)
+        if open_bin is None:
+            # A killed conversion would take what is written here for its own.
+            conversion_marks(self.prefix).unlink(missing_ok=True)
         self._lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
         self._lengths = open_partial(self._lengths_path)
         self._link_path = self.paths.bin.with_name(self.paths.bin.name + ".link")

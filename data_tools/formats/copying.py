@@ -15,6 +15,7 @@ from data_tools.arrays import bytes_of
 from data_tools.corpus.corpus_info import CorpusInfo
 from data_tools.corpus.indexed import IndexPaths
 from data_tools.errors import DataError
+from data_tools.files import PARTIAL_SUFFIX
 from data_tools.formats.blocks import (
     Block,
     Boundary,
@@ -90,8 +91,8 @@ def copy_corpus(copy: Copy) -> Copied:
     info = None if recorded is None else recorded.info
     fit = Fit(sources[0].dtype, dtype, _vocab_size(copy, info))
     output = Tally(None if target_kind.hashes_ids else HASH)
-    resumption = Resumption(Path(copy.output), _resume_settings(copy, sources))
     with _writing(copy):
+        resumption = Resumption(Path(copy.output), _resume_settings(copy, sources))
         options = copy.write._replace(info=info, stored_in=stored_in, resumption=resumption)
         writer = target_kind.create(Path(copy.output), dtype, options)
     with _closing(writer, resumption) as sink:
@@ -326,6 +327,12 @@ def _resolve(path: str, kind: Kind) -> Path:
         given = given.resolve()  # `.` has no name, by which files beside it are found
     if not given.name:
         raise DataError(f"INPUT {path} has no name, a corpus expected; pass a folder in it")
+    for name in (given.name, given.parent.name):
+        if name.endswith(PARTIAL_SUFFIX):
+            raise DataError(
+                f"{path}: {name} is the name of what is not completely written, a whole corpus "
+                "expected; run the command that was killed again, or rename what is whole"
+            )
     with_suffix = given.with_name(given.name + kind.suffix)
     return with_suffix if not given.exists() and with_suffix.exists() else given
 

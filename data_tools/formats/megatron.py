@@ -15,7 +15,7 @@ from data_tools.corpus.indexed import HEADER, IndexedDataset
 from data_tools.corpus.indexed_writer import IndexedDatasetWriter, vocab_size_of
 from data_tools.corpus.origin import count_text_bytes, origin_of, require_tokenizer
 from data_tools.errors import DataError
-from data_tools.files import replace_atomically, sha256_of
+from data_tools.files import open_partial, partial_path, replace_atomically, sha256_of
 from data_tools.formats.blocks import (
     Block,
     Boundary,
@@ -24,7 +24,7 @@ from data_tools.formats.blocks import (
     WriteOptions,
     cut_at_ends,
 )
-from data_tools.formats.manifest import Manifest
+from data_tools.formats.manifest import Manifest, manifest_path
 from data_tools.formats.raw_files import raw_file
 from data_tools.progress import progress_bar
 from data_tools.verify import check_index
@@ -139,19 +139,27 @@ class MegatronWriter:
     """Writes OUTPUT.bin and OUTPUT.idx, and OUTPUT.json if the corpus once had one.
 
     Raises:
-        DataError: one exists and `overwrite` is false.
+        DataError: one exists and `overwrite` is false, or another process is writing an output of
+            this name in any format.
     """
 
     def __init__(self, output: Path, dtype: np.dtype[Any], options: WriteOptions) -> None:
         self._options = options
-        self._writer = IndexedDatasetWriter(
-            output,
-            vocab_size=vocab_size_of(dtype),
-            overwrite=options.may_replace,
-            with_info=options.info is not None,
-            stored_in=options.stored_in,
-            open_bin=options.open_stream,
-        )
+        # Other formats have a manifest, whose lock they hold: the marks are of one conversion.
+        self._lock_path = partial_path(manifest_path(output))
+        self._lock = open_partial(manifest_path(output))
+        try:
+            self._writer = IndexedDatasetWriter(
+                output,
+                vocab_size=vocab_size_of(dtype),
+                overwrite=options.may_replace,
+                with_info=options.info is not None,
+                stored_in=options.stored_in,
+                open_bin=options.open_stream,
+            )
+        except BaseException:
+            self._unlock()
+            raise
 
     def add(self, block: Block) -> None:
         self._writer.add_block(block.ids, block.ends)
@@ -176,6 +184,12 @@ class MegatronWriter:
     def close(self) -> None:
         if self._options.is_left:
             self._writer.leave()
-            return
-        with self._writer:  # removes what `finish` has not published
-            pass
+        else:
+            with self._writer:  # removes what `finish` has not published
+                pass
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if not self._lock.closed:
+            self._lock_path.unlink(missing_ok=True)
+            self._lock.close()

@@ -14,7 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_tools.files import open_partial, partial_path, replace_atomically, sync_folder
+from data_tools.files import (
+    conversion_marks,
+    open_partial,
+    partial_path,
+    replace_atomically,
+    sync_folder,
+)
 
 # Bytes between two marks, which a kill loses at most; a mark waits for the disk in a thread.
 MARK_BYTES = 256 << 20
@@ -29,7 +35,7 @@ class Resumption:
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        self._path = output.with_name(output.name + ".convert.partial")
+        self._path = conversion_marks(output)
         self._settings = json.loads(json.dumps(settings))
         record = self._read()
         self.kept: dict[str, int] = record.get("files", {})
@@ -101,11 +107,11 @@ class Resumption:
 
     def stop(self, *, leave: bool) -> None:
         """Record no more, as what is written from here on is not the output. `leave`: partial
-        files stay, if any is marked."""
+        files stay, if any is marked, or others may have their names already."""
         self._stopped = True
         if self._pending is not None:
             self._pending.exception()
-        self.is_left = leave and self.num_marked > 0
+        self.is_left = leave and (self.num_marked > 0 or self.may_replace)
 
     def wait(self) -> None:
         """Wait for the last mark; an error of the disk is raised here."""
@@ -151,7 +157,7 @@ class Resumption:
     def _read(self) -> dict[str, Any]:
         try:
             record = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         if not isinstance(record, dict) or record.get("settings") != self._settings:
             return {}

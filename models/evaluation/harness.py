@@ -6,18 +6,16 @@ exported model, so that both give the same numbers. Importing this module needs 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from models.evaluation.decoding import continue_prompts
 from models.evaluation.scoring import Request, Score, score
+from models.evaluation.surroundings import bars, seeded
 from models.evaluation.texts import Texts
 from parallel.carry import SequentialModel
 
@@ -322,7 +321,7 @@ def load_tasks(
             f"`lm_eval ls tasks` lists them, and {settings.include_path} adds a folder of your own"
         )
     try:
-        with _seeded():
+        with seeded():
             loaded: dict[str, Any] = manager.load(manager.match_tasks(list(names)))
     except Exception as error:  # of a task's code, or of the package that loads its data
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -377,25 +376,8 @@ def run_tasks(
     `limit`: questions of a task, or below 1 their share. `log_samples`: keep every question and
     answer.
     """
-    with _seeded():
+    with seeded(), bars(shown=not model.quiet):
         found: dict[str, Any] = evaluate(
             model, tasks, limit=limit, bootstrap_iters=bootstrap_iters, log_samples=log_samples
         )
     return found
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Seeds as `lm_eval.simple_evaluate` sets them; afterwards the states of before."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # Seeds are set on every device, of which a process uses one.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        random.seed(DEFAULT_RANDOM_SEED)
-        np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
-        torch.manual_seed(DEFAULT_OTHER_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002

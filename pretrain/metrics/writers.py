@@ -21,6 +21,7 @@ from pretrain.metrics.records import is_training
 
 Record = Mapping[str, float]
 METRICS_NAME = "metrics.jsonl"
+TASKS_FOLDER = "tasks"  # of the run directory: step_N.json, lm_eval's results after step N
 _AXIS = "step"  # the run's step, in W&B
 logger = logging.getLogger(__name__)
 
@@ -73,11 +74,13 @@ def build_writers(
     resumed_step: int,
     total_steps: int,
 ) -> Writers:
-    """The writers that the configuration asks for; records after `resumed_step` are dropped.
+    """The writers that the configuration asks for; records and results of tasks after
+    `resumed_step` are dropped.
 
     Raises:
         OSError, ImportError: a writer cannot start.
     """
+    _drop_task_results(run_dir / TASKS_FOLDER, resumed_step)
     writers: list[Writer] = [
         JsonlWriter(run_dir / METRICS_NAME, resumed_step=resumed_step),
         ProgressLine(total_steps=total_steps),
@@ -125,6 +128,14 @@ def _drop_after(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     Storage().replace_file(path, lines.encode("ascii"))
+
+
+def _drop_task_results(folder: Path, step: int) -> None:
+    """Those that no line of metrics.jsonl has any more; not all are written again."""
+    for path in folder.glob("step_*.json"):
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
+            path.unlink()
 
 
 class ProgressLine:

@@ -160,6 +160,14 @@ def test_tasks_have_an_interval_a_limit_and_examples_of_their_own_without_held_o
     assert [event.step for event in events.Scalars("eval/local_letters/acc")] == [3, 4]
 
 
+def test_the_log_of_a_run_gets_no_progress_bars(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_of(data, tmp_path / "run")
+    open_tasks(config, read_text_rules(config.data), RankGroup(), lambda part: None)
+    assert "it/s" not in capsys.readouterr().err
+
+
 def _refused(config: RunConfig) -> str:
     with pytest.raises(AgreedError) as refusal:
         run_training(config)

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_tools.corpus.indexed_writer import IndexedDatasetWriter
 from data_tools.errors import DataError
+from data_tools.files import conversion_marks
 from data_tools.formats import arrow, litdata, mds, raw_files, resuming
+from data_tools.formats.blocks import WriteOptions
 from data_tools.formats.kinds import KINDS
-from tests.data_tools.formats.conversions import EOD, convert, corpus
+from tests.data_tools.formats.conversions import EOD, convert, corpus, documents
+from tests.refusals import assert_refused
 
 # 12 documents of 40 tokens, in blocks, marks and shards of fewer.
 DOCUMENTS = [[*range(10 + i, 49 + i), EOD] for i in range(12)]
@@ -213,3 +217,118 @@ def test_a_refused_conversion_leaves_nothing(
         convert("--from", "nanogpt", "--to", "olmo", "theirs.bin", "--output", "out", "--eod", EOD,
                 "--vocab-size", 300)  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.bin"]
+
+
+def test_what_another_command_left_in_the_same_files_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a merge that was killed, too."""
+    ours, here = corpus(tmp_path, DOCUMENTS), tmp_path / "here"
+    interrupted_half_way(line("megatron", ours), here, monkeypatch)
+    merging = IndexedDatasetWriter(here / "out", vocab_size=50_000)
+    merging.add_document([7] * 1000)
+    merging.leave()
+    convert(*line("megatron", ours))
+    assert "were written before" not in capsys.readouterr().err
+    assert documents(here / "out") == DOCUMENTS
+
+
+def test_a_corpus_that_another_command_wrote_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, here = corpus(tmp_path, DOCUMENTS), tmp_path / "here"
+    here.mkdir()
+    command = line("megatron", ours)
+    states = killed_before_each_operation(command, here, tmp_path / "states", monkeypatch)
+    found = []
+    for state in states:
+        marks = conversion_marks(state / "out")
+        is_publishing = marks.exists() and '"publishing": true' in marks.read_text()
+        if is_publishing and not any((state / f"out.{s}").exists() for s in ("bin", "idx", "json")):
+            found.append(state)
+            with IndexedDatasetWriter(state / "out", vocab_size=50_000, with_info=False) as other:
+                other.add_document([7, 8])
+                other.finish_without_info()
+            monkeypatch.chdir(state)
+            with assert_refused("out.bin", "exists", (), "--overwrite", error=DataError):
+                convert(*command)
+            assert documents(state / "out") == [[7, 8]]
+    assert found
+
+
+@pytest.mark.parametrize("marks", [b"", b"\xff", b"[]", b"[" * 100_000, b'{"settings": 1}'])
+def test_marks_that_cannot_be_read_begin_anew(
+    marks: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = corpus(tmp_path, DOCUMENTS)
+    monkeypatch.chdir(tmp_path)
+    conversion_marks(Path("out")).write_bytes(marks)
+    convert(*line("megatron", ours))
+    assert documents(tmp_path / "out") == DOCUMENTS
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["megatron", "olmo"])
+def test_interrupted_between_its_names_it_needs_no_overwrite(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nothing is marked."""
+    ours = corpus(tmp_path, DOCUMENTS)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(resuming, "MARK_BYTES", 1 << 20)
+    replace = os.replace
+
+    published: list[str] = []
+
+    def interrupt_second(source: Path, target: Path) -> None:
+        if "convert" not in target.name:
+            if published:
+                raise KeyboardInterrupt
+            published.append(target.name)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt_second)
+        with pytest.raises(KeyboardInterrupt):
+            convert(*line(kind, ours))
+    assert (here / published[0]).exists()
+    convert(*line(kind, ours))
+    assert not list(here.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "megatron"])
+def test_conversions_to_one_output_exclude_each_other_in_any_two_formats(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, here = corpus(tmp_path, DOCUMENTS), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for first, second in (("megatron", kind), (kind, "megatron")):
+        writing = KINDS[first].create(Path("out"), np.dtype("<u2"), WriteOptions())
+        before = sorted(here.rglob("*"))
+        with assert_refused("out", "written", "another process", "wait", error=DataError):
+            convert(*line(second, ours))
+        assert sorted(here.rglob("*")) == before
+        writing.close()
+        assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("nanogpt", "out.bin.partial"),
+        ("olmo", "out.npy.partial"),
+        ("mds", "out.partial"),
+        ("llmc", "out.partial/000000.bin"),
+    ],
+)
+def test_what_a_killed_conversion_left_is_no_input(
+    kind: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_half_way(line(kind, corpus(tmp_path, DOCUMENTS)), tmp_path / "here", monkeypatch)
+    assert Path(left).exists()
+    partial_name = next(name for name in left.split("/") if name.endswith(".partial"))
+    with assert_refused(left, partial_name, "whole corpus", ("again", "rename"), error=DataError):
+        convert("--from", kind, "--to", "megatron", left, "--output", "new", "--eod", EOD)

@@ -75,6 +75,18 @@ def test_a_resume_forgets_the_lines_that_it_will_write_again(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_resume_forgets_results_of_tasks_of_later_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name in ("step_2.json", "step_4.json", "step_10.json", "mine.json", "step_best.json"):
+        (folder / name).write_text("{}")
+    build_writers(
+        LoggingConfig(), run_dir=tmp_path, run_config={}, resumed_step=4, total_steps=12
+    ).close()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"step_2.json", "step_4.json", "mine.json", "step_best.json"}
+
+
 def test_a_fresh_start_forgets_every_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n')
