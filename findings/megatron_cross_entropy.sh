@@ -24,7 +24,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import mpu
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.nn.functional import cross_entropy
@@ -47,8 +47,8 @@ def measured(loss_of):
 if __name__ == "__main__":
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29615"}
     dist.init_process_group("gloo", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    group = parallel_state.get_tensor_model_parallel_group()
+    mpu.initialize_model_parallel()
+    group = mpu.get_tensor_model_parallel_group()
     losses = {
         "torch": lambda x, y: cross_entropy(x[:, 0], y[:, 0], reduction="none")[:, None],
         "plain": vocab_parallel_cross_entropy,
