@@ -13,6 +13,7 @@ from data_tools.arrays import IntArray, TokenArray
 from data_tools.corpus.byte_dataset import MappedFiles, find_span, starts_between
 from data_tools.corpus.token_stream import DocumentOrigin, Span
 from data_tools.errors import DataError
+from data_tools.json_lines import quick_text
 from data_tools.tokenization.byte_vocabulary import BYTE_EOD
 
 
@@ -137,6 +138,8 @@ def _scan(path: Path, json_key: str) -> IntArray:
 
 
 def _text_of(line: bytes, json_key: str, location: str) -> bytes:
+    if (found := quick_text(line, json_key)) is not None:
+        return found.encode()
     try:
         record: Any = json.loads(line)
         text = record.get(json_key) if isinstance(record, dict) else None

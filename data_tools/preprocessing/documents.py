@@ -13,6 +13,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 import zstandard
 
 from data_tools.errors import DataError
+from data_tools.json_lines import quick_text
 from data_tools.preprocessing.arrow_files import read_rows
 from data_tools.preprocessing.inputs import Piece, count_lines
 
@@ -176,6 +177,8 @@ def extract_text(
             detail=f"a document of more than {limit}, for which a tokenizer would need gigabytes",
             remedy="split it, raise --max-document-megabytes",
         )
+    if document.is_json and (found := quick_text(document.data, json_key)) is not None:
+        return found
     try:
         text = document.data.decode("utf-8")
     except UnicodeDecodeError as error:

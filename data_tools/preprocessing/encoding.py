@@ -113,50 +113,43 @@ def encode_documents(
         encoded = _encode(tokenizer, texts)
     except DifferentIdsError as error:
         raise DataError(f"{kept[error.number].location}: {error}") from error
-    ids, lengths = _add_boundary_tokens(*encoded, settings.text_rules())
+    ids, lengths = _join(encoded, settings.text_rules())
     _check_ids(ids, lengths, kept, tokenizer, settings.vocab_size)
     return EncodedDocuments(
         ids=ids,
         lengths=lengths,
-        num_bytes=sum(len(text.encode("utf-8")) for text in texts),
+        num_bytes=sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts),
         num_with_null=sum("\0" in text for text in texts),
         left_out=left_out,
     )
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[npt.NDArray[Any], IntArray]:
-    """Return the concatenated ids of texts, and the number of ids of each."""
+def _encode(
+    tokenizer: Tokenizer, texts: Sequence[str]
+) -> Sequence[Sequence[int] | npt.NDArray[Any]]:
+    """Return the ids of each text."""
     if isinstance(tokenizer, ByteTokenizer):  # avoids a list of 8 bytes per byte
-        data = [text.encode("utf-8") for text in texts]
-        lengths = np.fromiter(map(len, data), dtype=np.int64, count=len(data))
-        return np.frombuffer(b"".join(data), dtype=np.uint8).astype(np.uint16), lengths
-    encoded = tokenizer.encode_batch(texts)
-    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    flat = np.empty(int(lengths.sum()), dtype=np.int64)
-    for end, ids in zip(np.cumsum(lengths).tolist(), encoded, strict=True):
-        flat[end - len(ids) : end] = ids
-    return flat, lengths
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+    return tokenizer.encode_batch(texts)
 
 
-def _add_boundary_tokens(
-    ids: npt.NDArray[Any], lengths: IntArray, rules: TextRules
+def _join(
+    encoded: Sequence[Sequence[int] | npt.NDArray[Any]], rules: TextRules
 ) -> tuple[npt.NDArray[Any], IntArray]:
-    """Add the begin and end tokens to each document."""
+    """Return the ids of all texts between their begin and end tokens, and how many each has."""
     before = rules.bos_ids or ()
     after = () if rules.eod_id is None else (rules.eod_id,)
-    if not before and not after:
-        return ids, lengths
-    new_lengths = lengths + len(before) + len(after)
-    ends = np.cumsum(new_lengths)
-    result = np.empty(int(new_lengths.sum()), dtype=ids.dtype)
-    is_text = np.ones(len(result), dtype=bool)
-    added = [*((ends - new_lengths + i, token) for i, token in enumerate(before))]
-    added += [(ends - len(after) + i, token) for i, token in enumerate(after)]
-    for indices, token in added:
-        result[indices] = token
-        is_text[indices] = False
-    result[is_text] = ids
-    return result, new_lengths
+    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+    lengths += len(before) + len(after)
+    joined = np.empty(int(lengths.sum()), dtype=np.int64)
+    begin = 0
+    for ids, length in zip(encoded, lengths.tolist(), strict=True):
+        end = begin + length
+        joined[begin : begin + len(before)] = before
+        joined[begin + len(before) : end - len(after)] = ids
+        joined[end - len(after) : end] = after
+        begin = end
+    return joined, lengths
 
 
 def _check_ids(

@@ -14,10 +14,13 @@ documents as it runs.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
+
+from data_tools.arrays import IntArray
 from data_tools.tokenization.byte_encoders import (
     EncoderName,
     GigatokenEncoder,
@@ -28,7 +31,8 @@ from data_tools.tokenization.byte_encoders import (
 )
 from data_tools.tokenization.special_tokens import Splitter, TokenSpec
 
-_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+# Of a character: not compared yet, split alike by both programs, or not.
+_NEW, _EQUAL, _DIFFERENT = 0, 1, 2
 _CONTEXTS = (
     "the{0}the {0}the The{0}The 12{0}12 !{0}! {0}{0} '{0} {0}'s '{0}{0} {0} {0}\n\n{0} \n{0}1"
 )
@@ -59,9 +63,9 @@ class FastByteBpe:
         self._others = Splitter(
             {TokenSpec(t.content): n for t, n in matched.items() if not t.is_literal}
         )
-        self._equal: set[str] = set()
-        self._different: set[str] = set()
-        self._compare(map(chr, range(128)))
+        self._states = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
+        ascii_text = "".join(map(chr, range(128)))
+        self._all_ascii_equal = self._is_split_alike(ascii_text)
 
     @classmethod
     def of(cls, backend: Any, encoder: EncoderName | None = None) -> FastByteBpe | None:
@@ -111,20 +115,28 @@ class FastByteBpe:
                 return None
         if not self.encoder.accepts(text):
             return None
-        characters = {*_NOT_ASCII.findall(text)} if not text.isascii() else set()
-        self._compare(characters - self._equal - self._different)
-        if self._different and not self._different.isdisjoint(text):
-            return None
-        return text
+        if text.isascii() and self._all_ascii_equal:
+            return text
+        return text if self._is_split_alike(text) else None
 
-    def _compare(self, characters: Iterable[str]) -> None:
-        for character in characters:
-            text = _CONTEXTS.format(character)
-            if self._normalizer is not None:
-                text = self._normalizer.normalize_str(text)
-            ours = self.encoder.encode(text)
-            theirs = self._backend.encode(text, add_special_tokens=False).ids
-            (self._equal if ours == theirs else self._different).add(character)
+    def _is_split_alike(self, text: str) -> bool:
+        """Whether both programs agree on every character of a text."""
+        # A table of all characters: a set of those of a text takes as long as to encode it.
+        characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        states = self._states[characters]
+        if (is_new := states == _NEW).any():
+            self._compare(np.unique(characters[is_new]))
+            states = self._states[characters]
+        return not (states == _DIFFERENT).any()
+
+    def _compare(self, characters: IntArray) -> None:
+        texts = [_CONTEXTS.format(chr(character)) for character in characters.tolist()]
+        if self._normalizer is not None:
+            texts = [self._normalizer.normalize_str(text) for text in texts]
+        theirs = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        for character, text, their in zip(characters.tolist(), texts, theirs, strict=True):
+            is_equal = self.encoder.encode(text) == their.ids
+            self._states[character] = _EQUAL if is_equal else _DIFFERENT
 
 
 def _is_byte_bpe(spec: Any) -> bool:

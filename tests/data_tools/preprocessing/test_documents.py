@@ -165,3 +165,41 @@ def test_memory_of_a_compressed_file_does_not_grow_with_its_size() -> None:
         largest = max(largest, len(reader._decompressed))
     assert total == 1 << 26
     assert largest < 1 << 26
+
+
+_VALUES = [
+    '"plain"',
+    '"\\u00e9 \\ud83d\\ude00 \\n"',
+    '""',
+    "5",
+    "null",
+    '{"text": "inner"}',
+    '"' + "long " * 5000 + '"',
+    '"\\ud800"',  # a lone surrogate
+    '"a\tb"',  # a control character
+    "1e999",
+    "NaN",
+    str(10**40),
+    "[" * 500 + "]" * 500,
+]
+
+
+def _lines_of_two_fields() -> list[str]:
+    orders = ('{{"text": {0}, "other": {1}}}', '{{"other": {1}, "text": {0}}}', '{{"text": {1}}}')
+    twice = ('{{"text": {0}, "text": {1}}}', "{0}", "{{{0}}}", ' {{"text": {0}}} \r\n', "\ufeff{0}")
+    return [each.format(a, b) for each in (*orders, *twice) for a in _VALUES for b in _VALUES]
+
+
+def test_lines_are_read_as_json_reads_them() -> None:
+    for line in _lines_of_two_fields():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        text = record.get("text") if isinstance(record, dict) else None
+        document = RawDocument("a.jsonl", 1, line.encode(), is_json=True)
+        if isinstance(text, str) and "\ud800" not in text:
+            assert extract_text(document, json_key="text") == text
+        else:
+            with pytest.raises(BadDocumentError):
+                extract_text(document, json_key="text")

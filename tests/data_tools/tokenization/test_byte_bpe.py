@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data_tools.tokenization.byte_bpe import FastByteBpe
-from data_tools.tokenization.byte_encoders import EncoderName, ranks_of
+from data_tools.tokenization.byte_encoders import (
+    GPT2_PATTERN,
+    EncoderName,
+    TiktokenEncoder,
+    ranks_of,
+)
 
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -20,7 +25,7 @@ _QWEN = (
 _CORPUS = Path(__file__).read_text() * 3 + "caf\u00e9 na\u00efve \u4f60\u597d aaaa aaa abab baba\n"
 
 
-def _train(pattern: str | None) -> Tokenizer:
+def _train(pattern: str | None, corpus: str = _CORPUS) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     if pattern is None:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,7 +36,7 @@ def _train(pattern: str | None) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_CORPUS.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(corpus.splitlines(keepends=True), trainer)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -143,6 +148,28 @@ def test_text_on_which_the_two_could_differ_falls_back_to_the_library(encoder: s
         assert fast.encode_batch([text]) == [None]
     long = " " * 200_000
     assert fast.encode(long) == (None if encoder == "tiktoken" else tokenizer.encode(long).ids)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "text"),
+    [
+        (r"\p{N}", r"\p{Nd}", "12\u00b212"),  # superscripts are numbers, but no digits
+        (r"\p{N}", "0-46-9", "12512"),
+    ],
+    ids=["beyond ASCII", "ASCII"],
+)
+def test_text_with_a_character_that_the_encoder_splits_otherwise_falls_back(
+    theirs: str, ours: str, text: str
+) -> None:
+    backend = _train(None, f"{text} " * 9)
+    ranks = ranks_of(json.loads(backend.to_str())["model"])
+    assert ranks is not None
+    pattern = GPT2_PATTERN.replace(f" ?{theirs}", f" ?[{ours}]").replace(theirs, ours)
+    fast = FastByteBpe(backend, TiktokenEncoder(pattern, ranks))
+    others = ["a b 12!", "caf\u00e9 \u4f60\u597d 12"]
+    for _ in range(2):  # compared, then remembered
+        found = fast.encode_batch([others[0], text, others[1]])
+        assert found == [backend.encode(others[0]).ids, None, backend.encode(others[1]).ids]
 
 
 def _set(*path: str | int, to: object) -> Callable[[Any], None]:
