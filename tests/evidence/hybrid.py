@@ -4,8 +4,9 @@ Text, split and optimizer are those of `language`, with one learning rate for al
 byte of the causal stream, all blocks hidden. `bound`: those of the diffusion stream over draws of
 the noise, an upper bound with its standard error. `plan`: what the causal stream loses where its
 plans are set to 0 after training. Samples continue 32 bytes of held-out text to 96; a judge, the
-llama of full depth, says how well, in nats per byte. Gradient norms are over draws of the noise for
-the same text: the weight of a block grows as 1/t where few of its bytes are hidden.
+llama of full depth, says how well, in nats per byte; gaps are described in infilling.py. Gradient
+norms are over draws of the noise for the same text: the weight of a block grows as 1/t where few of
+its bytes are hidden.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
 from tests.benchmarks.timing import Table, interleaved, ratio
+from tests.evidence import infilling
 from tests.evidence.language import (
     LENGTH,
     ROWS,
@@ -43,9 +45,10 @@ from tests.evidence.training import Trained, future_leak, over_seeds, train
 
 STEPS, LR, NUM_LAYERS = 32, 8e-3, 4
 DRAWS, BOUND_ROWS, TEST_ROWS = 6, 16, 48
-PROMPT, TOTAL, SAMPLES, DECODED, ROUNDS = 32, 96, 8, 2, 3
+PROMPT, TOTAL = infilling.PROMPT, infilling.TOTAL
+SAMPLES, DECODED, ROUNDS = 8, 2, 3
 NORM_DRAWS, NORM_ROWS = 200, 8
-JUDGE = "llama, 4 layers"
+JUDGE, FILLING = "llama, 4 layers", "dual, blocks of 16"
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -209,6 +212,18 @@ def tables(num_seeds: int, *, steps: int = STEPS) -> Iterator[Table]:
         "Samples by diffusion under the judge, nats per byte",
         ("", "bytes per denoising pass", "judge"),
         _samples(fitted, starts),
+    )
+    filling = ARMS[FILLING]
+    gapped = rows_at(
+        corpus.test, torch.linspace(0, len(corpus.test) - LENGTH - 1, TEST_ROWS).long()
+    )
+    yield infilling.table(
+        FILLING,
+        filling.config,
+        fitted[FILLING],
+        fitted[JUDGE],
+        (filling.family, ARMS[JUDGE].family),
+        gapped.tokens[:, : infilling.TOTAL],
     )
     yield Table(
         f"Gradient norms of the loss over {NORM_DRAWS} draws of the noise, seed 0",

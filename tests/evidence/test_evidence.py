@@ -18,6 +18,7 @@ from tests.evidence import (
     depth,
     drafts,
     hybrid,
+    infilling,
     language,
     layer_cost,
     layer_language,
@@ -115,6 +116,18 @@ def test_hybrid_trains_at_equal_flops_and_decodes_with_drafts():
     written = hybrid.written(trained, ours, prompt, "speculative")
     assert written.tokens.shape == (1, hybrid.TOTAL)
     assert 0 < written.num_passes <= 2 * (hybrid.TOTAL - hybrid.PROMPT)
+    rows = torch.randint(256, (2, infilling.TOTAL), generator=torch.Generator().manual_seed(0))
+    hidden = infilling.gaps(8)
+    for filled in (
+        infilling.by_diffusion(trained, ours.config, rows, num_steps=2),
+        infilling.by_prefix(trained, ours.config, rows),
+    ):
+        assert torch.equal(filled[:, ~hidden], rows[:, ~hidden])
+        assert (filled[:, hidden] != rows[:, hidden]).any()
+    nats = infilling.losses(trained, ours.family, rows)
+    scored = infilling.score(rows, rows, 8, nats, nats)
+    assert scored.found == 1.0
+    assert scored.own_gaps == pytest.approx(float(nats[:, hidden].mean()))
     norms = hybrid.gradient_norms(trained, ours, corpus.test, draws=3)
     assert 0 < norms[0] < norms[1] < norms[2]
 
