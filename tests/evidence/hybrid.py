@@ -59,6 +59,7 @@ _SHAPE: dict[str, Any] = {
     "num_kv_heads": 4,
     "max_position_embeddings": LENGTH,
     "tie_embeddings": True,
+    "init_std": 0.1,  # models of this width learn half a bit less in 80 steps with 0.02
 }
 
 
