@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,17 +22,42 @@ _LEAST_LOG = -1e4
 # Logits held in fp32 at a time: what fits the cache of a CPU core, or enough to fill a GPU.
 _CHUNK_SIZE = {"cpu": 1 << 18, "cuda": 1 << 25}
 
+_overwrites: ContextVar[bool] = ContextVar("overwrites", default=False)
+
+
+@contextmanager
+def logits_used_once(used_once: bool = True) -> Iterator[None]:
+    """Cross entropies that are called in it write the gradient of their logits over the logits.
+
+    Then no second tensor of their size exists. For a caller who knows that nothing reads the logits
+    after the backward pass, and no other backward pass than that of this cross entropy: autograd
+    refuses a second one, with an error.
+    """
+    token = _overwrites.set(used_once)
+    try:
+        yield
+    finally:
+        _overwrites.reset(token)
+
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
     """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
 
     Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are not
-    modified. Rows are processed in chunks, in forward and again in backward, so that nothing of the
-    size of the logits exists beside them and their gradient. At tensor size > 1: two all-reduces in
+    modified, except by the backward pass in `logits_used_once`. Rows are processed in chunks, in
+    forward and again in backward, so that nothing of the size of the logits exists beside them and
+    their gradient. At tensor size > 1: two all-reduces in
     forward, of [s, b] and [2, s, b], none in backward. The losses of fp64 logits are fp64.
     """
+    return _cross_entropy(logits, labels, ctx, overwrites=_overwrites.get())
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, ctx: ParallelContext, *, overwrites: bool
+) -> Tensor:
     labels = labels.transpose(0, 1)
-    losses: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), ctx)
+    rows = logits.flatten(0, 1)
+    losses: Tensor = _ChunkedCrossEntropy.apply(rows, labels.flatten(), ctx, overwrites)
     return losses.view(labels.shape)
 
 
@@ -41,10 +69,12 @@ def cross_entropy_and_entropy(
     At tensor size 1 one pass over the logits computes both, and one more their gradient.
     """
     if ctx.tensor.size > 1:
-        losses = vocab_parallel_cross_entropy(logits, labels, ctx=ctx)
+        losses = _cross_entropy(logits, labels, ctx, overwrites=False)
         return losses, vocab_parallel_entropy(logits, ctx=ctx)
     labels = labels.transpose(0, 1)
-    both = _ChunkedCrossEntropyAndEntropy.apply(logits.flatten(0, 1), labels.flatten())
+    both = _ChunkedCrossEntropyAndEntropy.apply(
+        logits.flatten(0, 1), labels.flatten(), _overwrites.get()
+    )
     return both[0].view(labels.shape), both[1].view(labels.shape)
 
 
@@ -138,7 +168,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """`loss_i = logsumexp(x_i) - x_i[y_i]`, `dx_ij = (softmax(x_i)_j - [j = y_i]) dloss_i`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, layout: ParallelContext) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, layout: ParallelContext, overwrites: bool
+    ) -> Tensor:
+        ctx.overwrites = overwrites
         rows = _rows_per_chunk(logits)
         normalizers = torch.cat([at_least_fp32(x).logsumexp(dim=-1) for x in logits.split(rows)])
         scored = labels != IGNORED_LABEL
@@ -152,10 +185,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, here, scored, normalizers = ctx.saved_tensors
         rows = _rows_per_chunk(logits)
-        gradient = torch.empty_like(logits)
+        gradient = _gradient_buffer(ctx, logits)
         columns = (normalizers, -here.to(normalizers.dtype), upstream.masked_fill(~scored, 0.0))
         chunks = zip(
             gradient.split(rows),
@@ -168,7 +201,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             difference = torch.sub(x, normalizer, out=_workspace(out, normalizer)).exp_()
             difference.scatter_add_(-1, target, minus_one)
             _store(difference.mul_(scale), out)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _local_targets(
@@ -199,7 +232,10 @@ class _ChunkedCrossEntropyAndEntropy(torch.autograd.Function):
     """`dx_j = p_j (dloss - (log p_j + H) dH) - [j = y] dloss`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, overwrites: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.overwrites = overwrites
         chunks = [_normalizer_and_entropy(x) for x in logits.split(_rows_per_chunk(logits))]
         normalizer, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         scored = labels != IGNORED_LABEL
@@ -210,10 +246,10 @@ class _ChunkedCrossEntropyAndEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_losses: Tensor, of_entropies: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, of_losses: Tensor, of_entropies: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, scored, normalizers, entropies = ctx.saved_tensors
         rows = _rows_per_chunk(logits)
-        gradient = torch.empty_like(logits)
+        gradient = _gradient_buffer(ctx, logits)
         columns = (targets, normalizers, entropies, of_losses.masked_fill(~scored, 0.0))
         chunks = zip(
             gradient.split(rows),
@@ -226,7 +262,7 @@ class _ChunkedCrossEntropyAndEntropy(torch.autograd.Function):
             # p (dloss - H dH) - p log p dH
             factor = torch.addcmul(of_loss - entropy * of_entropy, log_p, of_entropy, value=-1.0)
             _store(log_p.exp_().mul_(factor).scatter_add_(-1, target, -of_loss), out)
-        return gradient, None
+        return gradient, None, None
 
 
 def _normalizer_and_entropy(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,6 +275,10 @@ def _normalizer_and_entropy(x: Tensor) -> tuple[Tensor, Tensor]:
     products = torch.linalg.vecdot(weights, shifted.clamp_(min=_LEAST_LOG))
     log_total = total.log()
     return highest + log_total, log_total - products / total
+
+
+def _gradient_buffer(ctx: Any, logits: Tensor) -> Tensor:
+    return logits.detach() if ctx.overwrites else torch.empty_like(logits)
 
 
 def _workspace(out: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from models.base import ModelFamily, TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, SequentialModel, check_layers
 from parallel.context import Axis, ParallelContext
-from parallel.cross_entropy import vocab_parallel_z_losses
+from parallel.cross_entropy import logits_used_once, vocab_parallel_z_losses
 from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import DeepSpeedSettings
@@ -76,9 +76,10 @@ class TrainSpec(NamedTuple):
         `targets`: Targets, or the tuple of its fields that PipelineEngine makes of it.
         """
         labels, num_scored = Targets(*targets)
-        total, terms = self.family.loss(
-            output, labels, config=self.config.model, ctx=self.ctx, num_scored=num_scored
-        )
+        with logits_used_once(not self.config.training.z_loss):
+            total, terms = self.family.loss(
+                output, labels, config=self.config.model, ctx=self.ctx, num_scored=num_scored
+            )
         if self.config.training.z_loss:
             z_loss = self._z_loss(logits_of(output), labels, num_scored)
             total = total + self.config.training.z_loss * z_loss

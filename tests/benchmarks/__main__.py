@@ -23,6 +23,7 @@ NAMES = (
     "restoring",
     "shared_cores",
     "runs.start_up",
+    "runs.step_memory",
     "runs.bf16_layouts",
 )
 

@@ -11,6 +11,7 @@ from parallel import cross_entropy
 from parallel.context import ParallelContext
 from parallel.cross_entropy import (
     cross_entropy_and_entropy,
+    logits_used_once,
     vocab_parallel_cross_entropy,
     vocab_parallel_entropy,
     vocab_parallel_z_losses,
@@ -48,6 +49,38 @@ def test_losses_and_gradients_equal_those_of_torch_at_every_chunk_size(
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=1e-6)
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, with_entropy: bool) -> torch.Tensor:
+    if not with_entropy:
+        return vocab_parallel_cross_entropy(logits, labels, ctx=CTX).square().sum()
+    losses, entropies = cross_entropy_and_entropy(logits, labels, ctx=CTX)
+    return losses.square().sum() + entropies.var()
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [200, 1 << 20])
+def test_the_gradient_of_logits_that_are_used_once_takes_their_place(
+    chunk_size, dtype, with_entropy, monkeypatch
+):
+    monkeypatch.setitem(cross_entropy._CHUNK_SIZE, "cpu", chunk_size)
+    weights, labels = _inputs(dtype)
+    gradients, kept = [], []
+    for used_once in (False, True):
+        logits = weights * 1
+        values = logits.detach().clone()
+        logits.register_hook(gradients.append)
+        with logits_used_once(used_once):
+            loss = _loss(logits, labels, with_entropy)
+        loss.backward(retain_graph=True)
+        kept.append(torch.equal(logits, values))
+        if used_once:
+            assert gradients[-1].data_ptr() == logits.data_ptr()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    assert torch.equal(*gradients)
+    assert kept == [True, False]
 
 
 def test_positions_that_are_not_scored_have_loss_and_gradient_zero():

@@ -1,0 +1,85 @@
+"""Peak memory of a training step in the engine of a run, beside a plain loop over transformers.
+
+Each side has a process of its own: what it adds to the memory that it held before its first step,
+by `ru_maxrss`. Rows are longer and the vocabulary larger than in `llama_step`, because logits are
+what weighs: their bytes stand beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.loading.batch import Batch
+from pretrain.distributed.process_groups import process_group
+from tests.benchmarks.llama_step import OURS, THEIRS
+from tests.benchmarks.timing import Table
+from tests.benchmarks.training import (
+    OurStep,
+    TheirStep,
+    random_batch,
+    run_config,
+    start_engine,
+    transformers_model,
+)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_layers": 7,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_embeddings": True,
+}
+BATCH_SIZE, SEQ_LENGTH, STEPS = 8, 512, 2
+
+
+def tables() -> Iterator[Table]:
+    """One row per side."""
+    megabytes = {side: _in_a_process(side) for side in (OURS, THEIRS)}
+    logits = BATCH_SIZE * SEQ_LENGTH * SHAPE["vocab_size"] * 4 / 1e6
+    yield Table(
+        f"Peak memory of a step, fp32, {BATCH_SIZE * SEQ_LENGTH:,} tokens a micro-batch, "
+        f"vocabulary {SHAPE['vocab_size']:,}: the logits are {logits:.0f} MB",
+        ("", "MB above what the process held before", "over that of transformers"),
+        [(side, f"{mb:.0f}", f"{mb / megabytes[THEIRS]:.2f}") for side, mb in megabytes.items()],
+    )
+
+
+def _in_a_process(side: str) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks.runs.step_memory", side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def _added_megabytes(side: str) -> float:
+    config = run_config(SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision="fp32")
+    with process_group() as device, contextlib.redirect_stdout(io.StringIO()):
+        step: Callable[[Batch], Tensor]
+        if side == OURS:
+            step = OurStep(start_engine(config, device=device))
+        else:
+            model = transformers_model(config, device=device, dtype=torch.float32)
+            step = TheirStep(model, autocast=False)
+        before = _megabytes()
+        for number in range(STEPS):
+            step(random_batch(config, seed=number))
+        return _megabytes() - before
+
+
+def _megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    print(_added_megabytes(sys.argv[1]))
