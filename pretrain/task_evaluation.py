@@ -17,7 +17,7 @@ from models.evaluate import load_harness, require_lm_eval, write_results
 from models.evaluation.scoring import Request, Score, check_requests
 from models.evaluation.texts import Texts, texts_of
 from models.prompting import load_prompting
-from parallel.checkpoint.errors import AgreedError, one_line
+from parallel.checkpoint.errors import AgreedError, is_ours, one_line
 from parallel.checkpoint.manifest import TextRecord
 from pretrain.config import RunConfig
 from pretrain.distributed.consensus import RankGroup
@@ -114,7 +114,7 @@ class TaskEvaluation:
             self._advance("the tasks, which rank 0 leads")
 
     def _described(self, error: Exception) -> str:
-        if isinstance(error, ValueError | OSError):
+        if isinstance(error, OSError) or is_ours(error):
             return one_line(error)
         reason = (str(error).strip().splitlines() or [""])[0]
         return (

@@ -186,11 +186,14 @@ def _add_info(copy: Copy, tokenizer: str, eod_id: int | None, resumption: Resump
     try:
         with _writing(copy):
             add_info(prefix, tokenizer, eod_id=eod_id, command=copy.command)
-    except BaseException:  # whole, with the .json that was asked for, or not there
+    except BaseException as error:  # whole, with the .json that was asked for, or not there
         paths = IndexPaths.of(prefix)
         paths.idx.unlink(missing_ok=True)
-        paths.bin.unlink(missing_ok=True)
-        resumption.remove()
+        if isinstance(error, KeyboardInterrupt) and not copy.in_place:
+            resumption.take_back(paths.bin)
+        else:
+            paths.bin.unlink(missing_ok=True)
+            resumption.remove()
         raise
 
 

@@ -125,6 +125,13 @@ class Resumption:
         self.may_replace = True
         self._write(self._record())
 
+    def take_back(self, path: Path) -> None:
+        """Give a whole file of the output its partial name again; the next conversion keeps it."""
+        os.replace(path, partial_path(path))
+        sync_folder(path.parent)
+        self._marks = {path.name: partial_path(path).stat().st_size}
+        self._write(self._record())
+
     def remove(self) -> None:
         """Forget the conversion, which is complete or has failed."""
         if self._pending is not None:

@@ -111,7 +111,7 @@ class ByteLatentEncoder(nn.Module):
             keys = self._keys(tokens, positions, patches)
             if self.training:
                 hidden = dropped(hidden, keys, self.config.dropout, stream=0, ctx=self.ctx)
-        aux = hidden.new_zeros(len(tokens), len(AUX), dtype=fp32_or_wider(hidden.dtype))
+        aux = hidden.new_zeros(tokens.shape[0], len(AUX), dtype=fp32_or_wider(hidden.dtype))
         if inputs.segment_ids is not None:
             most = self.config.documents_per_row
             aux[:, -1] = merged_documents(inputs.segment_ids, documents=most)

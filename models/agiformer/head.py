@@ -65,12 +65,12 @@ class LocalAutoregressiveHead(nn.Module):
             c = projected.flatten(0, 1)[first : first + length]
         else:
             patch = patch_of_bytes(carry.positions, patch_size=size)
-            rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+            rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
             c = projected[patch, places.long(), rows].transpose(0, 1)
         before = self._extended(tokens, cache)
         if cache is not None:
             cache.counter.advance(length)
-        places = places.long().expand(len(tokens), -1) if places.dim() == 1 else places.long()
+        places = places.long().expand(tokens.shape[0], -1) if places.dim() == 1 else places.long()
         return AgiformerOutput(self.decode(c, before, places), carry.aux, places)
 
     def decode(self, c: Tensor, tokens: Tensor, places: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.agiformer.config import AgiformerConfig
+from models.common.marked import marked_first
 from models.common.rope import positions_in_segments
 
 
@@ -57,8 +58,7 @@ def merged_documents(segment_ids: Tensor, *, documents: int) -> Tensor:
 def find_patches(positions: Tensor, *, count: int, patch_size: int) -> Patches:
     """The patches of rows with `positions` int32 [b, s]."""
     is_end = positions % patch_size == 0
-    # Ends first, in their order: a stable sort has a constant shape.
-    ends = (~is_end).to(torch.uint8).argsort(dim=1, stable=True)
+    ends = marked_first(is_end)
     ends = F.pad(ends[:, :count], (0, max(0, count - ends.shape[1])))
     is_used = torch.arange(count, device=ends.device) < is_end.sum(dim=1, keepdim=True)
     own = positions.gather(1, ends) // patch_size

@@ -91,6 +91,6 @@ def visible_mean(v: Tensor, num_queries: int, positions: Tensor | None) -> Tenso
     counts = torch.arange(earlier + 1, v.shape[2] + 1, device=v.device)
     if positions is None:
         return totals / counts.unsqueeze(-1)
-    starts = (counts - 1 - positions).view(len(positions), 1, -1, 1)
+    starts = (counts - 1 - positions).view(positions.shape[0], 1, -1, 1)
     before = F.pad(totals, (0, 0, 1, 0)).gather(2, starts.expand_as(totals))
-    return (totals - before) / (positions + 1).view(len(positions), 1, -1, 1)
+    return (totals - before) / (positions + 1).view(positions.shape[0], 1, -1, 1)

@@ -48,7 +48,7 @@ class AMRPAEmbedding(nn.Module):
 
     def forward(self, inputs: TokenInputs) -> AMRPACarry:
         hidden, positions = embed_tokens(self.tokens, inputs, segmented=self.segmented)
-        aux = hidden.new_zeros(len(inputs.tokens), len(AUX), dtype=fp32_or_wider(hidden.dtype))
+        aux = hidden.new_zeros(inputs.tokens.shape[0], len(AUX), dtype=fp32_or_wider(hidden.dtype))
         # In evaluation, too: what crosses a stage has one form.
         keys = prefix_keys(inputs.tokens, positions) if self.is_random else None
         return AMRPACarry(hidden, aux, (), positions, keys, inputs.lengths)

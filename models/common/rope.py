@@ -88,7 +88,8 @@ class RotaryTable:
         # check of the values, which synchronises with the GPU, is rare.
         if positions.shape[1] > self.max_positions and not positions.is_meta:
             self.check(int(positions.max()) + 1)
-        return Rotation(*(table[positions].unsqueeze(1) for table in self.on(positions.device)))
+        rows = positions.long()  # ONNX has no int32 index
+        return Rotation(*(table[rows].unsqueeze(1) for table in self.on(positions.device)))
 
     def of(self, heads: Tensor, positions: Tensor | None = None, *, start: int = 0) -> Rotation:
         """Rotation of heads [b, n, s, d]: at the given positions [b, s], else from `start` on.

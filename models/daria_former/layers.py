@@ -116,7 +116,7 @@ class DariaEmbedding(nn.Module):
                 history=None if cache is None else cache.emotion,
             ),
             priors=None if self.router is None else self.router(hidden),
-            aux=torch.zeros(len(given.tokens), len(AUX), device=hidden.device),
+            aux=torch.zeros(given.tokens.shape[0], len(AUX), device=hidden.device),
             bank=self._bank(given, cache),
             modality=self._modality(given, cache),
             positions=positions,
@@ -158,7 +158,7 @@ class DariaEmbedding(nn.Module):
                     "audio_enabled of its configuration before building it"
                 )
             return None
-        encoded: Tensor | None = self.encoder(given.images, given.audio, len(given.tokens))
+        encoded: Tensor | None = self.encoder(given.images, given.audio, given.tokens.shape[0])
         if cache is not None:
             cache.modality = encoded
         return encoded
@@ -289,7 +289,7 @@ class DariaHead(nn.Module):
 def _check_vectors(given: DariaInputs, config: DariaFormerConfig) -> None:
     """Refuse a persona or an emotion state that is not one vector for every row, or for all."""
     for name, size in (("persona", config.persona_dim), ("emotion", config.emotion_dim)):
-        value, rows = getattr(given, name), len(given.tokens)
+        value, rows = getattr(given, name), given.tokens.shape[0]
         if value is not None and tuple(value.shape) not in ((rows, size), (1, size)):
             raise ValueError(
                 f"{name} of shape {list(value.shape)} with {rows} rows of tokens must be "

@@ -262,7 +262,7 @@ def _mean_query(queries: Tensor, segment: int, groups: int) -> Tensor:
 
 
 def concatenated(levels: list[Slots]) -> Slots:
-    batch = max(len(level.keys) for level in levels)
+    batch = max(level.keys.shape[0] for level in levels)
     parts = zip(*(level for level in levels), strict=True)
     return Slots(*(torch.cat([x.expand(batch, -1, -1, -1) for x in part], dim=2) for part in parts))
 
@@ -281,6 +281,8 @@ def _select(queries: Tensor, keys: Tensor, visible: Tensor, top_k: int) -> _Chos
     num_slots = keys.shape[2]
     keys = at_least_fp32(keys).mT
     rows = max(1, _SCORES_AT_A_TIME // max(1, batch * groups * num_slots))
+    if torch.compiler.is_exporting():  # for any batch
+        rows = num_segments
     chosen, found = [], []
     for start in range(0, num_segments, rows):
         part = at_least_fp32(queries[:, :, start : start + rows])
@@ -306,14 +308,14 @@ def _error_for(queries: Tensor, keys: Tensor, visible: Tensor, other: _Chosen) -
 
 def _gather_slots(x: Tensor, indices: Tensor) -> Tensor:
     """[b, g, m, d] at [b, g, c, K] -> [b, g, c, K, d]."""
-    x = x.expand(len(indices), -1, -1, -1)
+    x = x.expand(indices.shape[0], -1, -1, -1)
     flat = indices.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
     return x.gather(2, flat).unflatten(2, indices.shape[2:])
 
 
 def _take(x: Tensor, tokens: Tensor) -> Tensor:
     """x [b, heads, s, ...] at tokens [b, l]: [b, heads, l, ...]."""
-    index = tokens.view(len(tokens), 1, -1, *([1] * (x.dim() - 3)))
+    index = tokens.view(tokens.shape[0], 1, -1, *([1] * (x.dim() - 3)))
     return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
 
 

@@ -181,7 +181,7 @@ class LongPath(ContextPath):
         q, k = rotate(q, rotation), rotate(k, rotation)
         long = None if cache is None else cache.long
         if self.sinks is not None and (long is None or long.length == 0):
-            sinks = self.sinks.to(k.dtype).expand(len(k), -1, -1, -1, -1).unbind(2)
+            sinks = self.sinks.to(k.dtype).expand(k.shape[0], -1, -1, -1, -1).unbind(2)
             k, v = (torch.cat(pair, dim=2) for pair in zip(sinks, (k, v), strict=True))
         if long is not None:
             return cached_attention(q, *long.append(k, v))
@@ -283,7 +283,7 @@ class StaticPath(ContextPath):
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
         remembered = _cached_slots(type(self).__name__, self.slots, sources, cache)
-        k, v = (x.expand(len(q), -1, -1, -1) for x in remembered)
+        k, v = (x.expand(q.shape[0], -1, -1, -1) for x in remembered)
         return unmasked_attention(q, k, v)
 
     def slots(self, sources: Sources) -> Slots:

@@ -115,7 +115,7 @@ def masked_block_attention(
         places = start + earlier, stop + earlier
         seen, near = reach(blocks, *places)
         clean, inside = context_mask(blocks, *places, seen), own_mask(blocks, *places, near)
-        rows = max(len(clean), len(inside))
+        rows = max(clean.shape[0], inside.shape[0])
         mask = torch.cat((clean.expand(rows, -1, -1), inside.expand(rows, -1, -1)), dim=-1)
         pairs = zip(context, own, strict=True)
         keys, values = (

@@ -25,7 +25,8 @@ def block_attention(
     a cache, in fp64 or with heads below 16 on CUDA, and on other devices chunks of queries have a
     mask.
     """
-    if is_cached:
+    # The program of an export has no kernel of one processor in it.
+    if is_cached or torch.compiler.is_exporting():
         return masked_block_attention(q, context, own, blocks)
     if q.device.type == "cpu":
         return merged_block_attention(q, context, own, blocks)

@@ -53,7 +53,9 @@ class DynamicEmbedding(nn.Module):
         hidden, positions = embed_tokens(self.tokens, inputs, segmented=self.segmented)
         return DynamicCarry(
             hidden,
-            hidden.new_zeros(len(inputs.tokens), self.num_aux, dtype=fp32_or_wider(hidden.dtype)),
+            hidden.new_zeros(
+                inputs.tokens.shape[0], self.num_aux, dtype=fp32_or_wider(hidden.dtype)
+            ),
             positions,
             inputs.tokens if self.hands_on_keys else None,
             inputs.lengths,

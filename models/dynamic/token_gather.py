@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.common.marked import marked_first
 from parallel.context import ParallelContext
 from parallel.regions import copy_to_tensor_region, sum_over_sequence_ranks
 
@@ -41,7 +42,7 @@ def chosen_first(chosen: Tensor, k: int) -> Selection:
 
     No row may have more than k chosen tokens; rows with fewer are filled with other tokens.
     """
-    order = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    order = marked_first(chosen)[:, :k]
     return Selection(order, chosen.gather(1, order))
 
 

@@ -60,6 +60,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
     accepts_loss_kwargs = True  # the Trainer then gives `num_items_in_batch`
     gradient_checkpointing = False
     has_token_states = True  # False where layers hand on states of something else than tokens
+    layers_take_any_length = True  # False where a length decides what an exported program does
     _supports_sdpa = True
 
     def __init__(self, config: FamilyPreTrainedConfig) -> None:
@@ -186,11 +187,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
             ValueError: a mask, a cache, labels or another argument that does not fit, or too many
                 tokens.
         """
-        if torch.jit.is_tracing():
-            raise ValueError(
-                "torch.jit.trace would take what depends on these tokens for constants; use "
-                "torch.export.export"
-            )
+        self._check_tracing(tokens)
         cache = past_key_values
         if use_cache is None and not self.training and labels is None:
             use_cache = getattr(self.config, "use_cache", None)
@@ -222,6 +219,26 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache, hidden_states=chosen or None
         )
+
+    def _check_tracing(self, tokens: Any) -> None:
+        """Check that a program that is made of this call computes the same for other tokens.
+
+        Raises:
+            ValueError: it would not.
+        """
+        if torch.jit.is_tracing():
+            raise ValueError(
+                "torch.jit.trace would take what depends on these tokens for constants; use "
+                "torch.export.export"
+            )
+        if self.layers_take_any_length or not torch.compiler.is_exporting():
+            return
+        if isinstance(tokens, Tensor) and not isinstance(tokens.shape[1], int):
+            raise ValueError(
+                f"dynamic_shapes of input_ids has a dynamic length, but the layers of a "
+                f"{self.config.model_type} model are another program for every length; leave "
+                "dimension 1 out of it, and export each length that is needed"
+            )
 
     def _wanted_readers(self, others: Mapping[str, Any]) -> list[StateReader | None]:
         """The readers of the requested hidden states, None for each of the others; empty if none

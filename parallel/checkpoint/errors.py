@@ -17,9 +17,26 @@ class CheckpointError(AgreedError):
 
 def one_line(error: BaseException) -> str:
     """Format an error on one line, prefixed with its type unless it is one of ours."""
-    ours = type(error).__module__.partition(".")[0] in _OURS
-    text = str(error) if ours else f"{type(error).__name__}: {error}"
+    text = str(error) if is_ours(error) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether its message was written here: its type is ours, or a ValueError was raised here."""
+    if _is_in_ours(type(error).__module__):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return (
+        type(error) is ValueError
+        and trace is not None
+        and _is_in_ours(trace.tb_frame.f_globals.get("__name__", ""))
+    )
+
+
+def _is_in_ours(module: str) -> bool:
+    return module.partition(".")[0] in _OURS
 
 
 def brief(error: BaseException, *, most: int = 120) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from parallel.checkpoint.errors import CheckpointError
@@ -17,6 +18,9 @@ LOCK_NAME = "run.lock"
 
 class RunLock:
     """An exclusive lock on a run directory, held until `release` or the end of the process.
+
+    A directory that was made for it is removed at `release` if nothing came into it, as when a
+    start is refused.
 
     A POSIX record lock: the kernel (over NFS: the server) drops it when the owner dies, so stale
     locks cannot exist, and forked data workers do not inherit it.
@@ -29,6 +33,7 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LOCK_NAME
         self._descriptor = -1
+        self._is_new = not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             refuse_if_others_can_write(run_dir)
@@ -63,6 +68,8 @@ class RunLock:
 
     def release(self) -> None:
         if self._descriptor >= 0:
+            if self._is_new and self.is_held():
+                _remove_unused(self._path)
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -73,6 +80,17 @@ class RunLock:
             return f"process {owner['pid']} on {owner['host']} since {owner['since']}{job}"
         except (ValueError, KeyError, TypeError):
             return "another process"
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove the directory of the lock file `path` if it holds nothing else but empty folders."""
+    with suppress(OSError):
+        others = [entry for entry in path.parent.iterdir() if entry != path]
+        if all(entry.is_dir() and not any(entry.iterdir()) for entry in others):
+            for entry in others:
+                entry.rmdir()
+            path.unlink()
+            path.parent.rmdir()
 
 
 def _unusable(run_dir: Path, error: OSError) -> CheckpointError:

@@ -199,6 +199,7 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is_built(
     messages = run_ranks(_refused, 2, run_of(data, tmp_path / "run", **short), init=False)
     assert len(set(messages)) == 1, "every rank says the same"
     assert "data.sequence_length" in messages[0]
+    assert "ValueError" not in messages[0]
     assert not Path(config.run_dir, "config.yaml").exists()
 
 

@@ -21,6 +21,7 @@ class AgiformerForCausalLM(FamilyForCausalLM):
     config: AgiformerHFConfig
     config_class = AgiformerHFConfig
     has_token_states = False  # a state belongs to a patch
+    layers_take_any_length = False
 
     def layer_specs(self, settings: AgiformerConfig) -> list[LayerSpec]:
         return layer_specs(settings)

@@ -26,6 +26,7 @@ class DariaFormerForCausalLM(FamilyForCausalLM):
 
     config: DariaFormerHFConfig
     config_class = DariaFormerHFConfig
+    layers_take_any_length = False
 
     def layer_specs(self, settings: DariaFormerConfig) -> list[LayerSpec]:
         return layer_specs(settings)

@@ -31,6 +31,7 @@ class DARTForCausalLM(FamilyForCausalLM):
 
     config: DARTHFConfig
     config_class = DARTHFConfig
+    layers_take_any_length = False
 
     def layer_specs(self, settings: DARTConfig) -> list[LayerSpec]:
         return layer_specs(settings)

