@@ -100,8 +100,8 @@ class Corpus(NamedTuple):
         return cls(**{k: torch.frombuffer(v, dtype=torch.uint8) for k, v in joined.items()})
 
 
-def rows_at(text: Tensor, starts: Tensor) -> Batch:
-    rows = text[starts.unsqueeze(1) + torch.arange(LENGTH + 1)].long()
+def rows_at(text: Tensor, starts: Tensor, *, length: int = LENGTH) -> Batch:
+    rows = text[starts.unsqueeze(1) + torch.arange(length + 1)].long()
     return Batch(rows[:, :-1], rows[:, 1:])
 
 

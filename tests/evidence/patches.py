@@ -47,7 +47,7 @@ from tests.evidence.training import (
 STEPS, SWEEP_SEED, TEST_ROWS, ROUNDS = 120, 100, 128, 20
 RATES, STDS = (2e-3, 4e-3), (0.02, 0.1)
 PATCH, REFERENCE = 4, "llama"
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 192,  # as many FLOPs per byte as llama's 128
     "intermediate_size": 576,
@@ -59,9 +59,9 @@ _SIZES = {
 }
 ARMS = {
     "llama": OTHERS["llama"],
-    "agiformer, causal head": Arm(AGIFORMER, AgiformerConfig(**_SIZES)),
+    "agiformer, causal head": Arm(AGIFORMER, AgiformerConfig(**SIZES)),
     "agiformer, independent head": Arm(
-        AGIFORMER, AgiformerConfig(**_SIZES, byte_head="independent")
+        AGIFORMER, AgiformerConfig(**SIZES, byte_head="independent")
     ),
 }
 
@@ -138,11 +138,18 @@ def seconds_per_step(corpus: Corpus, *, rounds: int = ROUNDS) -> dict[str, float
         model = SequentialModel(family.layer_specs(config), ParallelContext.single()).train()
         optimizer = optimizer_of(model, lr=1e-4)
         calls[name] = partial(train_step, family, config, model, optimizer, batch)
-    seconds = interleaved(calls, rounds=rounds, warmup=2, clock=time.process_time)
+    seconds = interleaved(calls, rounds=rounds, warmup=1, clock=time.process_time)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def run(name: str, corpus: Corpus, *, start: Start, seed: int, steps: int) -> Run:
+def equal_time_steps(per_step: Mapping[str, float], steps: int) -> dict[str, int]:
+    """Of every arm: as many as take the time of `steps` of the reference."""
+    return {name: round(steps * per_step[REFERENCE] / own) for name, own in per_step.items()}
+
+
+def run(
+    name: str, corpus: Corpus, *, start: Start, seed: int, steps: int, rows: int = TEST_ROWS
+) -> Run:
     """Train an arm and score it on the held-out text."""
     arm = ARMS[name]
     begin = time.process_time()
@@ -150,7 +157,7 @@ def run(name: str, corpus: Corpus, *, start: Start, seed: int, steps: int) -> Ru
     seconds = time.process_time() - begin
     sample = rows_at(corpus.test, torch.tensor([0, 1000])).tokens
     leak = future_leak(trained.model, sample, vocab_size=VOCAB)
-    result = Run(score(trained, arm, corpus.test), leak, seconds)
+    result = Run(score(trained, arm, corpus.test, rows=rows), leak, seconds)
     print(f"{name}, {steps} steps, seed {seed}: {result}", flush=True)
     return result
 
@@ -168,7 +175,7 @@ def tables(num_seeds: int, *, steps: int = STEPS, text: Path | None = None) -> I
     per_step = seconds_per_step(corpus)
     equal_bytes = {name: runs(name, steps) for name in ARMS}
     yield _equal_bytes(equal_bytes, starts, steps)
-    own = {name: round(steps * per_step[REFERENCE] / per_step[name]) for name in ARMS}
+    own = equal_time_steps(per_step, steps)
     others = {name: runs(name, own[name]) for name in ARMS if name != REFERENCE}
     equal_time = {REFERENCE: equal_bytes[REFERENCE]} | others
     yield _equal_time(equal_time, per_step, own)
