@@ -8,8 +8,8 @@ to four thinking steps, which a ponder weight makes dear. Two tasks:
   `noise` is random, which no thinking predicts.
 * `permutations`: a question holds one of 8 states and 1 to 4 of 8 permutations, and the answer is
   where they lead, one after the other: a known number of look-ups, each of which needs the result
-  of the one before. The FFN of the block has 16 channels, so that it cannot do them all. The
-  controls stop after one step, and never stop.
+  of the one before. The FFN of the block has 16 channels. The control is a model that has one
+  step.
 
 Steps are those of held-out answers. Times are CPU seconds of the reasoning block as generation runs
 it, where patches that have halted are left out, over those of the same block with every step.
@@ -153,7 +153,6 @@ TASKS = {
         arms={
             "weight 0.03": {"ponder_loss_weight": 3e-2},
             "one step": {"thinking_steps": 1, "ponder_loss_weight": 0.0},
-            "every step": {"halting": "none"},
         },
     ),
 }
@@ -173,8 +172,7 @@ def run(name: str, arm: str, *, seed: int, steps: int, rows: int = TEST_ROWS) ->
     model = train(FAMILY, config, batches(task, seed=seed), steps=steps, lr=LR, seed=seed).model
     batch, kinds = task.draw(rows, torch.Generator().manual_seed(TEST_SEED))
     states = _states(model, batch.tokens)
-    stops = config.halting == "act"
-    taken = _steps_taken(model, states).T[:, 1::2] if stops else None
+    taken = _steps_taken(model, states).T[:, 1::2]
     logits = logits_of(model, batch.tokens).transpose(0, 1)
     answers = [x.unflatten(1, (-1, 2, task.patch))[:, :, 1] for x in (logits, batch.labels)]
     found = Result({}, {}, {}, {}, future_leak(model, batch.tokens[:2], vocab_size=task.vocab))
@@ -185,9 +183,8 @@ def run(name: str, arm: str, *, seed: int, steps: int, rows: int = TEST_ROWS) ->
         is_scored = labels != IGNORED
         right = guesses.argmax(dim=-1)[is_scored] == labels[is_scored]
         found.right[kind] = float(right.float().mean())
-        if taken is not None:
-            found.steps[kind] = float(taken[own].mean())
-            found.time[kind] = _time_share(model, states[1::2].transpose(0, 1)[own])
+        found.steps[kind] = float(taken[own].mean())
+        found.time[kind] = _time_share(model, states[1::2].transpose(0, 1)[own])
     print(f"{name}, {arm}, seed {seed}: {found}", flush=True)
     return found
 
@@ -244,11 +241,10 @@ def tables(num_seeds: int, *, steps: int | None = None) -> Iterator[Table]:
 
 
 def _columns(results: list[Result], kind: str) -> tuple[str, ...]:
-    stops = bool(results[0].steps)
     return (
         over_seeds([r.nats[kind] for r in results]),
         over_seeds([100 * r.right[kind] for r in results], digits=1),
-        over_seeds([r.steps[kind] for r in results], digits=2) if stops else "-",
-        over_seeds([r.time[kind] for r in results], digits=2) if stops else "-",
+        over_seeds([r.steps[kind] for r in results], digits=2),
+        over_seeds([r.time[kind] for r in results], digits=2),
         f"{max(r.leak for r in results):g}",
     )

@@ -31,7 +31,7 @@ from tests.evidence.language import VOCAB, Corpus, rows_at
 from tests.evidence.patches import SIZES
 from tests.evidence.training import Batch, Trained, future_leak, over_seeds, train
 
-STEPS, ROWS, LENGTH, LR, TEST_ROWS = 160, 2, 1024, 4e-3, 32
+STEPS, ROWS, LENGTH, LR, TEST_ROWS = 120, 2, 1024, 4e-3, 32
 FOLDERS = {"dictionary": "dictionary", "stories": "turkish", "wiki": "wiki"}
 CONFIG = AgiformerConfig(**SIZES, init_std=0.1)
 
