@@ -4,8 +4,8 @@ over what its FLOPs say, all beside a byte-level llama of the same width and dep
 Times are CPU seconds of this process on one thread: other work on the cores then changes them
 little. Freed memory is kept, as in a run. Steps of all lengths have equally many bytes, in more or
 fewer rows, so that what a step costs whatever its size is the same share of each; single rows stand
-beside them. Bytes for backward are the storages that autograd keeps, counted once each.
-llama's row of 64K bytes, which takes minutes, is timed once.
+beside them. Bytes for backward are the storages that autograd keeps, counted once each. llama stops
+at a shorter length where its square would take minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ CASES = {
     OURS: ((64, 1024), (16, 4096), (4, 16_384), (1, 65_536), (1, 1024), (1, 4096), (1, 16_384)),
     THEIRS: ((16, 1024), (4, 4096), (1, 16_384)),
 }
-ONCE = ((THEIRS, 1, 65_536),)
 LONG_WIDTH, LONG_LAYERS, WINDOW, LONG_ROUNDS = 128, 2, 64, 2
 KERNELS = {
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm"),
@@ -122,49 +121,39 @@ class Case(NamedTuple):
     rows: int
     length: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.length
+
     def step(self) -> Step:
         model = models(LONG_WIDTH, LONG_LAYERS, length=self.length)[self.name]
         return Step.of(model, self.length, rows=self.rows)
 
 
 def long_steps(
-    *,
-    cases: Mapping[str, Sequence[tuple[int, int]]] = CASES,
-    once: Sequence[tuple[str, int, int]] = ONCE,
-    rounds: int = LONG_ROUNDS,
+    *, cases: Mapping[str, Sequence[tuple[int, int]]] = CASES, rounds: int = LONG_ROUNDS
 ) -> Table:
     """Time and memory per byte of a training step, by length."""
-    steps = {c: c.step() for name in cases for c in (Case(name, *each) for each in cases[name])}
-    last = {c: c.step() for c in (Case(*each) for each in once)}
-    kept = {case: step.kept_bytes() for case, step in steps.items()}
-    seconds = _cpu_seconds(steps, rounds=rounds, warmup=1) | _cpu_seconds(last, rounds=1, warmup=0)
-    per_byte = {c: statistics.median(all_) / (c.rows * c.length) for c, all_ in seconds.items()}
+    steps = {case: case.step() for name in cases for case in (Case(name, *c) for c in cases[name])}
+    kept = {case: step.kept_bytes() / case.num_bytes for case, step in steps.items()}
+    named = {str(case): step for case, step in steps.items()}
+    seconds = interleaved(named, rounds=rounds, warmup=1, clock=time.process_time)
+    per_byte = {case: statistics.median(seconds[str(case)]) / case.num_bytes for case in steps}
     rows = []
-    for case in sorted(per_byte, key=lambda c: c.name):
-        shortest = Case(case.name, *cases[case.name][0])
-        memory = ("-", "-")  # of what is timed once
-        if case in kept:
-            own, least = (kept[c] / (c.rows * c.length) for c in (case, shortest))
-            memory = f"{own:,.0f}", f"{own / least:.2f}"
+    for case in steps:
+        first = Case(case.name, *cases[case.name][0])
         rows.append(
             (
                 f"{case.name}, {case.rows} x {case.length:,}",
                 f"{1e6 * per_byte[case]:.1f}",
-                f"{per_byte[case] / per_byte[shortest]:.2f}",
-                *memory,
+                f"{per_byte[case] / per_byte[first]:.2f}",
+                f"{kept[case]:,.0f}",
+                f"{kept[case] / kept[first]:.2f}",
             )
         )
     title = f"Training step by rows and their bytes, {LONG_LAYERS} layers of {LONG_WIDTH}"
     header = ("", "us per byte", "over the first", "bytes for backward per byte", "over")
     return Table(title, header, rows)
-
-
-def _cpu_seconds(
-    steps: Mapping[Case, Step], *, rounds: int, warmup: int
-) -> dict[Case, list[float]]:
-    named = {str(case): step for case, step in steps.items()}
-    seconds = interleaved(named, rounds=rounds, warmup=warmup, clock=time.process_time)
-    return {case: seconds[str(case)] for case in steps}
 
 
 @torch.inference_mode()

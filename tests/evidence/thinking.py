@@ -132,17 +132,6 @@ def _rows(
 
 
 TASKS = {
-    "digits": Task(
-        draw_digits,
-        kinds=("easy", "hard", "noise"),
-        vocab=BASE + 4,  # digits, kinds, and what begins a row and fills up a question
-        patch=4,
-        steps=500,
-        shape=SHAPE,
-        arms={
-            "weight 0.03": {"ponder_loss_weight": 3e-2},
-        },
-    ),
     "permutations": Task(
         draw_permutations,
         kinds=("1", "2", "3", "4"),
@@ -153,6 +142,18 @@ TASKS = {
         arms={
             "weight 0.03": {"ponder_loss_weight": 3e-2},
             "one step": {"thinking_steps": 1, "ponder_loss_weight": 0.0},
+        },
+    ),
+    "digits": Task(
+        draw_digits,
+        kinds=("easy", "hard", "noise"),
+        vocab=BASE + 4,  # digits, kinds, and what begins a row and fills up a question
+        patch=4,
+        steps=200,
+        shape=SHAPE,
+        arms={
+            "weight 0.001": {"ponder_loss_weight": 1e-3},
+            "weight 0.01": {"ponder_loss_weight": 1e-2},
         },
     ),
 }

@@ -4,7 +4,7 @@ Dictionary, prose and encyclopaedia are Turkish (`fetch.py`, `--text FOLDER`); t
 stories is taken by speeches, the only connected prose in Turkish that public packages have. Stages
 and their plasticity are the family's own (models.agiformer.standalone.data), and are set between
 steps as a run sets them. Every arm has the same model, steps and FLOPs and, seed by seed, the same
-rows: the mixed ones in random order. `order alone` has the order without the plasticity.
+rows: the mixed ones in random order.
 
 Two documents of 20 of each source are held out and scored; `all`: their bits weighted by the shares
 of training. A row is as long as in configs/agiformer_curriculum.yaml. Learning rate and first
@@ -45,7 +45,6 @@ class Arm(NamedTuple):
 
 ARMS = {
     "curriculum": Arm(ordered=True, plasticity=None),
-    "order alone, plasticity 0.99": Arm(ordered=True, plasticity=0.99),
     "mixed, plasticity 0.99": Arm(ordered=False, plasticity=0.99),
     "mixed, plasticity 1": Arm(ordered=False, plasticity=1.0),
 }
