@@ -137,7 +137,7 @@ TASKS = {
         kinds=("1", "2", "3", "4"),
         vocab=2 * STATES + 1,
         patch=LOOKUPS + 2,
-        steps=1000,
+        steps=600,
         shape=SHAPE | {"intermediate_size": 16},
         arms={
             "weight 0.03": {"ponder_loss_weight": 3e-2},
