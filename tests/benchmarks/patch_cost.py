@@ -2,8 +2,10 @@
 over what its FLOPs say, all beside a byte-level llama of the same width and depth.
 
 Times are CPU seconds of this process on one thread: other work on the cores then changes them
-little. Bytes for backward are the storages that autograd keeps, counted once each. llama stops at a
-shorter length where its square would take minutes.
+little. Freed memory is kept, as in a run. Steps of all lengths have equally many bytes, in more or
+fewer rows, so that what a step costs whatever its size is the same share of each; a single short
+row stands beside them. Bytes for backward are the storages that autograd keeps, counted once each.
+llama stops at a shorter length where its square would take minutes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY as AGIFORMER
@@ -23,11 +26,20 @@ from models.llama.config import LlamaConfig
 from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.cpu.compat import prepare_environment
 from tests.benchmarks.timing import Table, interleaved, ratio
 
 VOCAB, OURS, THEIRS = 257, "agiformer", "llama"
-LENGTHS = {OURS: (1024, 4096, 16_384, 65_536), THEIRS: (1024, 4096, 16_384)}
+# Rows and their bytes; "over the first" refers to the first of a model.
+CASES = {
+    OURS: ((64, 1024), (16, 4096), (4, 16_384), (1, 65_536), (1, 1024)),
+    THEIRS: ((16, 1024), (4, 4096), (1, 16_384)),
+}
 LONG_WIDTH, LONG_LAYERS, WINDOW, LONG_ROUNDS = 128, 2, 64, 2
+KERNELS = {
+    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm"),
+    "attention": ("aten::_scaled_dot_product",),
+}
 STREAMS = {OURS: (1024, 65_536, 1_048_576), THEIRS: (1024, 65_536)}
 STREAM_BYTES, STREAM_ROUNDS, PREFILL = 64, 5, 8192
 STEP_WIDTHS, STEP_LAYERS, STEP_LENGTH, STEP_ROUNDS = (256, 512), 4, 1024, 5
@@ -60,67 +72,87 @@ def models(width: int, layers: int, *, length: int) -> dict[str, Model]:
     return {OURS: Model(AGIFORMER, ours), THEIRS: Model(LLAMA, theirs)}
 
 
-def random_text(length: int) -> Tensor:
-    return torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0))
+def random_text(length: int, *, rows: int = 1) -> Tensor:
+    return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def step(model: Model, built: SequentialModel, length: int) -> Callable[[], object]:
-    """One forward and backward pass of one row."""
-    text = random_text(length + 1)
-    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+class Step(NamedTuple):
+    """A forward and a backward pass over rows of random text."""
 
-    def call() -> None:
-        output = built(TokenInputs(tokens))
-        model.family.loss(output, labels, config=model.config, ctx=built.ctx).total.backward()
-        built.zero_grad()
+    model: Model
+    built: SequentialModel
+    text: Tensor
 
-    return call
+    @classmethod
+    def of(cls, model: Model, length: int, *, rows: int = 1) -> Step:
+        return cls(model, model.built().train(), random_text(length + 1, rows=rows))
+
+    def loss(self) -> Tensor:
+        tokens, labels = self.text[:, :-1].contiguous(), self.text[:, 1:].contiguous()
+        output = self.built(TokenInputs(tokens))
+        family, config = self.model.family, self.model.config
+        return family.loss(output, labels, config=config, ctx=self.built.ctx).total
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        self.built.zero_grad()
+
+    def kept_bytes(self) -> int:
+        """Bytes of the storages that a forward pass keeps for backward, without the weights'."""
+        weights = {p.untyped_storage().data_ptr() for p in self.built.parameters()}
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.loss()  # holds the storages while they are counted
+        del loss
+        return sum(storages.values())
 
 
-def kept_bytes(call: Callable[[], object], built: SequentialModel) -> int:
-    """Bytes of the storages that a forward pass keeps for backward, without the weights'."""
-    weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
-    storages: dict[int, int] = {}
+class Case(NamedTuple):
+    """A step of so many rows of a length."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    name: str
+    rows: int
+    length: int
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        call()
-    return sum(storages.values())
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.length
+
+    def step(self) -> Step:
+        model = models(LONG_WIDTH, LONG_LAYERS, length=self.length)[self.name]
+        return Step.of(model, self.length, rows=self.rows)
 
 
 def long_steps(
-    *, lengths: Mapping[str, Sequence[int]] = LENGTHS, rounds: int = LONG_ROUNDS
+    *, cases: Mapping[str, Sequence[tuple[int, int]]] = CASES, rounds: int = LONG_ROUNDS
 ) -> Table:
     """Time and memory per byte of a training step, by length."""
-    calls, kept = {}, {}
-    for name in lengths:
-        for length in lengths[name]:
-            model = models(LONG_WIDTH, LONG_LAYERS, length=length)[name]
-            built = model.built().train()
-            calls[name, length] = step(model, built, length)
-            kept[name, length] = kept_bytes(calls[name, length], built) / length
-    named = {f"{name} {length}": call for (name, length), call in calls.items()}
-    seconds = interleaved(named, rounds=rounds, warmup=0, clock=time.process_time)
-    per_byte = {case: statistics.median(seconds["{} {}".format(*case)]) / case[1] for case in calls}
+    steps = {case: case.step() for name in cases for case in (Case(name, *c) for c in cases[name])}
+    kept = {case: step.kept_bytes() / case.num_bytes for case, step in steps.items()}
+    named = {str(case): step for case, step in steps.items()}
+    seconds = interleaved(named, rounds=rounds, warmup=1, clock=time.process_time)
+    per_byte = {case: statistics.median(seconds[str(case)]) / case.num_bytes for case in steps}
     rows = []
-    for name, length in calls:
-        shortest = name, lengths[name][0]
+    for case in steps:
+        first = Case(case.name, *cases[case.name][0])
         rows.append(
             (
-                f"{name}, {length:,}",
-                f"{1e6 * per_byte[name, length]:.1f}",
-                f"{per_byte[name, length] / per_byte[shortest]:.2f}",
-                f"{kept[name, length]:,.0f}",
-                f"{kept[name, length] / kept[shortest]:.2f}",
+                f"{case.name}, {case.rows} x {case.length:,}",
+                f"{1e6 * per_byte[case]:.1f}",
+                f"{per_byte[case] / per_byte[first]:.2f}",
+                f"{kept[case]:,.0f}",
+                f"{kept[case] / kept[first]:.2f}",
             )
         )
-    title = f"Training step by bytes of the row, {LONG_LAYERS} layers of {LONG_WIDTH}"
-    header = ("", "us per byte", "over the shortest", "bytes for backward per byte", "over")
+    title = f"Training step by rows and their bytes, {LONG_LAYERS} layers of {LONG_WIDTH}"
+    header = ("", "us per byte", "over the first", "bytes for backward per byte", "over")
     return Table(title, header, rows)
 
 
@@ -189,25 +221,47 @@ def streams(
     return Table(title, header, rows)
 
 
-def steps(*, widths: Sequence[int] = STEP_WIDTHS, rounds: int = STEP_ROUNDS) -> Table:
-    """A step over llama's, beside the ratio of FLOPs."""
-    rows = []
+def steps(*, widths: Sequence[int] = STEP_WIDTHS, rounds: int = STEP_ROUNDS) -> Iterator[Table]:
+    """A step over llama's, beside the ratio of FLOPs; and where the time of both goes."""
+    rows, spent = [], []
     for width in widths:
         pair = models(width, STEP_LAYERS, length=STEP_LENGTH)
-        calls = {name: step(m, m.built().train(), STEP_LENGTH) for name, m in pair.items()}
+        calls = {name: Step.of(model, STEP_LENGTH) for name, model in pair.items()}
         seconds = interleaved(calls, rounds=rounds, warmup=1, clock=time.process_time)
         flops = {name: m.family.flops(m.config, STEP_LENGTH) for name, m in pair.items()}
         share = flops[OURS] / flops[THEIRS]
         times = [a / b for a, b in zip(seconds[OURS], seconds[THEIRS], strict=True)]
         taken = statistics.median(times)
         rows.append((f"{width} wide", f"{taken:.3f}", f"{share:.3f}", f"{taken / share:.2f}"))
+        parts = {name: _spent(calls[name], rounds) for name in (THEIRS, OURS)}
+        whole = sum(parts[THEIRS].values())
+        spent += [
+            (f"{width} wide, {name}", f"{flops[name] / flops[THEIRS]:.2f}",
+             *(f"{part / whole:.2f}" for part in (*own.values(), sum(own.values()))))
+            for name, own in parts.items()
+        ]  # fmt: skip
     title = f"Step over llama's: {STEP_LAYERS} layers, one row of {STEP_LENGTH} bytes"
-    return Table(title, ("", "time", "FLOPs", "time / FLOPs"), rows)
+    yield Table(title, ("", "time", "FLOPs", "time / FLOPs"), rows)
+    title = "Where the time of a step goes, in shares of llama's step, beside its FLOPs"
+    yield Table(title, ("", "FLOPs", *KERNELS, "other", "sum"), spent)
+
+
+def _spent(call: Callable[[], object], rounds: int) -> dict[str, float]:
+    """CPU time by kind of kernel."""
+    parts = dict.fromkeys((*KERNELS, "other"), 0.0)
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        for _ in range(rounds):
+            call()
+    for event in run.key_averages():
+        found = (kind for kind, names in KERNELS.items() if event.key.startswith(names))
+        parts[next(found, "other")] += event.self_cpu_time_total
+    return parts
 
 
 def tables() -> Iterator[Table]:
     """Steps over their FLOPs, steps by length, generation by length."""
+    prepare_environment()  # as a run does
     torch.set_num_threads(1)
-    yield steps()
+    yield from steps()
     yield long_steps()
     yield streams()

@@ -23,6 +23,7 @@ NAMES = (
     "patches",
     "patch_recall",
     "thinking",
+    "prose.curriculum",
     "layer_memory",
     "layer_language",
     "layer_cost",
@@ -37,11 +38,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default 3)")
     parser.add_argument("--steps", type=int, help="of training, of the reference arm")
     parser.add_argument("--model", type=Path, help="folder of a pretrained model (layer_memory)")
+    parser.add_argument("--text", type=Path, help="folder of documents (patches), or of sources")
     parser.add_argument("--json", type=Path, help="file to write the tables to, too")
     options = parser.parse_args()
     prepare_environment()  # as a run does
     study = importlib.import_module(f"tests.evidence.{options.name}")
-    given = {"steps": options.steps, "model": options.model}
+    given = {"steps": options.steps, "model": options.model, "text": options.text}
     settings = {name: value for name, value in given.items() if value is not None}
     for name in settings.keys() - inspect.signature(study.tables).parameters.keys():
         parser.error(f"--{name} {settings[name]}: {options.name} has its own; leave it out")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -82,16 +83,25 @@ class Corpus(NamedTuple):
 
     @classmethod
     def of_the_library(cls) -> Corpus:
-        modules = [module.text.encode() for module in standard_library_modules()]
+        return cls.of([module.text.encode() for module in standard_library_modules()])
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Corpus:
+        """Every file of a folder is a document, in the order of their names."""
+        return cls.of([path.read_bytes() for path in sorted(folder.iterdir())])
+
+    @classmethod
+    def of(cls, documents: Sequence[bytes]) -> Corpus:
+        """One document of 20 is scored, another of 20 is for tuning."""
         parts = {"train": [], "tuning": [], "test": []}  # type: dict[str, list[bytes]]
-        for number, text in enumerate(modules):
+        for number, text in enumerate(documents):
             parts[{0: "test", 10: "tuning"}.get(number % 20, "train")].append(text)
         joined = {name: bytearray(b"\n".join(texts)) for name, texts in parts.items()}
         return cls(**{k: torch.frombuffer(v, dtype=torch.uint8) for k, v in joined.items()})
 
 
-def rows_at(text: Tensor, starts: Tensor) -> Batch:
-    rows = text[starts.unsqueeze(1) + torch.arange(LENGTH + 1)].long()
+def rows_at(text: Tensor, starts: Tensor, *, length: int = LENGTH) -> Batch:
+    rows = text[starts.unsqueeze(1) + torch.arange(length + 1)].long()
     return Batch(rows[:, :-1], rows[:, 1:])
 
 

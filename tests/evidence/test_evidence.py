@@ -29,6 +29,7 @@ from tests.evidence import (
     recall,
     thinking,
 )
+from tests.evidence.prose import curriculum, fetch
 from tests.evidence.training import IGNORED, future_leak
 
 
@@ -148,15 +149,31 @@ def test_patches_are_compared_at_equal_flops_on_the_same_bytes_and_scored_by_pla
     corpus = _random_corpus()
     flops = [arm.family.flops(arm.config, language.LENGTH) for arm in patches.ARMS.values()]
     assert max(flops) < 1.02 * min(flops)
-    arm, start = patches.ARMS["agiformer, causal head"], patches.Start(1e-3, 0.02)
-    found = patches.score(
-        patches.fit(arm, corpus, start=start, seed=0, steps=1), arm, corpus.test, rows=16
-    )
+    start = patches.Start(1e-3, 0.02)
+    name = "agiformer, causal head"
+    found = patches.run(name, corpus, start=start, seed=0, steps=1, rows=16).score
     assert 7.0 < found.bits < 9.0
     assert sum(found.by_place) / 4 == pytest.approx(found.bits)
     assert patches.order_zero_bits(corpus.train, corpus.test) == pytest.approx(8.0, abs=0.2)
     text = bytes(corpus.test.numpy())
     assert patches.compressed_bits(text) > 8.0 > 2.0 > patches.compressed_bits(text, after=text)
+
+
+def test_at_equal_time_an_arm_takes_the_steps_that_fit_into_the_seconds_of_llama():
+    per_step = patches.seconds_per_step(_random_corpus(), rounds=1)
+    assert per_step.keys() == patches.ARMS.keys()
+    own = patches.equal_time_steps(per_step, 1000)
+    assert own[patches.REFERENCE] == 1000
+    for name, steps in own.items():
+        assert steps * per_step[name] == pytest.approx(1000 * per_step["llama"], rel=1e-2)
+
+
+def test_texts_of_a_folder_are_cut_into_parts_by_document(tmp_path):
+    fetch.write(tmp_path / "texts", [f"text {number}" for number in range(21)])
+    corpus = language.Corpus.of_folder(tmp_path / "texts")
+    assert bytes(corpus.test.numpy()) == b"text 0\ntext 20"
+    assert bytes(corpus.tuning.numpy()) == b"text 10"
+    assert bytes(corpus.train.numpy()).count(b"\n") == 17
 
 
 def test_pairs_are_asked_for_beyond_the_reach_of_the_attention():
@@ -176,15 +193,35 @@ def test_pairs_are_asked_for_beyond_the_reach_of_the_attention():
 
 
 def test_thinking_is_counted_by_the_kind_of_answer():
-    batch, kinds = thinking.draw(4, torch.Generator().manual_seed(0))
+    batch, kinds = thinking.draw_digits(4, torch.Generator().manual_seed(0))
+    a, b = _questions(batch, 4)[..., :2].unbind(-1)
     answers = batch.labels.unflatten(1, (-1, 2, 4))[:, :, 1]
-    questions = torch.cat((batch.tokens[:, 1:], batch.tokens[:, :1]), dim=1)
-    a, b = questions.unflatten(1, (-1, 2, 4))[:, :, 0, :2].unbind(-1)
     assert (answers[kinds == 0] == a[kinds == 0].unsqueeze(-1)).all()
     assert (answers[kinds == 1][:, 0] == (a + b)[kinds == 1] % 16).all()
-    found = thinking.run(1e-3, seed=0, steps=1, rows=8)
+    found = thinking.run("digits", "weight 0.01", seed=0, steps=1, rows=8)
     assert found.leak == 0.0
     assert all(1.0 <= steps <= 4.0 for steps in found.steps.values())
+
+
+def test_an_answer_is_where_the_permutations_of_its_question_lead():
+    batch, kinds = thinking.draw_permutations(4, torch.Generator().manual_seed(0))
+    scored = batch.labels[batch.labels != IGNORED].tolist()
+    questions = _questions(batch, thinking.TASKS["permutations"].patch).flatten(0, 1).tolist()
+    assert len(scored) == len(questions) == kinds.numel()
+    for (state, *moves, _), kind, answer in zip(
+        questions, kinds.flatten().tolist(), scored, strict=True
+    ):
+        for move in moves[: kind + 1]:
+            state = int(thinking.MOVES[move - thinking.STATES, state])
+        assert moves[kind + 1 :] == [2 * thinking.STATES] * (3 - kind)
+        assert state == answer
+    found = thinking.run("permutations", "one step", seed=0, steps=1, rows=8)
+    assert set(found.steps.values()) == {1.0}
+
+
+def _questions(batch, patch):
+    tokens = torch.cat((batch.tokens[:, 1:], batch.tokens[:, :1]), dim=1)
+    return tokens.unflatten(1, (-1, 2, patch))[:, :, 0]
 
 
 def _random_corpus() -> language.Corpus:
@@ -280,3 +317,19 @@ def test_cost_of_a_layer_is_compared_with_its_flops():
         for row in table.rows:
             ours, formula = float(row[1]), float(row[2])
             assert 1.0 < ours < formula  # which applies the query's half of the MLP four times
+
+
+def test_arms_of_the_curriculum_see_the_same_rows():
+    corpora = {source: _random_corpus() for source in curriculum.FOLDERS}
+    texts = {source: corpus.train for source, corpus in corpora.items()}
+    ordered, mixed = (
+        curriculum.batches(texts, ordered=order, seed=0, steps=20) for order in (True, False)
+    )
+    rows = [torch.cat([batch.tokens for batch in arm]).tolist() for arm in (ordered, mixed)]
+    assert rows[0] != rows[1]
+    assert sorted(rows[0]) == sorted(rows[1])
+    assert curriculum.first_steps(20) == [0, 3, 8, 20]
+    assert sum(curriculum.shares().values()) == pytest.approx(1.0)
+    found = curriculum.run("curriculum", corpora, seed=0, steps=2, rows=1)
+    assert found.leak == 0.0
+    assert all(7.0 < bits < 9.0 for bits in found.bits.values())

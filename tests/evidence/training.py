@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.base import ModelFamily, TokenInputs
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from parallel.layer_state import layer_state_owners, update_layer_states
+from parallel.layer_state import change_settings, layer_state_owners, update_layer_states
 
 IGNORED = -100
 # Settings of a Daria-Former that is trained on cross entropy alone.
@@ -54,11 +54,12 @@ def train(
     lr: float,
     seed: int,
     frozen: Callable[[str], bool] | None = None,
+    changes: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Trained:
     """AdamW (0.9, 0.95), linear warm-up over a tenth, cosine decay to a tenth, clipping at 1.
 
     Matrices decay by 0.1, gains and biases do not. Parameters whose name is `frozen` stay as they
-    are.
+    are. `changes`: settings that the model takes before a step, as in the stages of a run.
     """
     model = SequentialModel(family.layer_specs(config), ParallelContext.single(), seed=seed).train()
     for name, parameter in model.named_parameters():
@@ -67,6 +68,8 @@ def train(
     sums: dict[str, float] = {}
     counted = max(1, steps // 10)
     for step in range(steps):
+        if changes and step in changes:
+            change_settings(model, changes[step])
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps)
         terms = train_step(family, config, model, optimizer, next(batches))

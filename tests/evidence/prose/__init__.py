@@ -1,0 +1,1 @@
+"""Studies of connected text, and the public packages that it comes from."""
