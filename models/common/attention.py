@@ -52,6 +52,14 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(blocks, dim=2)
 
 
+def computed_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(inputs)`; what it keeps for backward is computed again there."""
+    if not torch.is_grad_enabled():  # checkpoint would import torch._dynamo: seconds
+        return function(*inputs)
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, num_sinks: int = 0
 ) -> Tensor:
@@ -67,15 +75,13 @@ def packed_attention(
     for start in range(0, q.shape[2], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q.shape[2])
         blocks.append(
-            checkpoint(
+            computed_again(
                 _packed_block,
                 q[:, :, start:stop],
                 k[:, :, : num_sinks + stop],
                 v[:, :, : num_sinks + stop],
                 document_starts[:, start:stop],
                 index[:stop],
-                use_reentrant=False,
-                preserve_rng_state=False,
             )
         )
     return torch.cat(blocks, dim=2)

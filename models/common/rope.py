@@ -103,6 +103,9 @@ class RotaryTable:
 
     @torch.inference_mode(False)  # a table first computed in a generation also serves training
     def _compute(self, device: torch.device) -> Rotation:
+        if device.type == "meta":  # arithmetic there would import torch._dynamo: seconds
+            shape = (self.max_positions, 2 * math.ceil(self.head_dim / 2))
+            return Rotation(*(torch.empty(shape, device=device) for _ in Rotation._fields))
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
         gain = 1.0

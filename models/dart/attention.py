@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from models.common.attention import QUERY_BLOCK, masked_attention
+from models.common.attention import QUERY_BLOCK, computed_again, masked_attention
 from models.common.cache import KeysValues
 
 
@@ -122,14 +121,6 @@ def masked_block_attention(
             torch.cat((x[:, :, slice(*seen)], z[:, :, slice(*near)]), dim=2) for x, z in pairs
         )
         chunks.append(
-            checkpoint(
-                masked_attention,
-                q[:, :, start:stop],
-                keys,
-                values,
-                mask.unsqueeze(1),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            computed_again(masked_attention, q[:, :, start:stop], keys, values, mask.unsqueeze(1))
         )
     return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]

@@ -40,12 +40,16 @@ def mutated_copy() -> Iterator[Copy]:
     _import_what_is_slow()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
-        for package in PACKAGES:
-            shutil.copytree(
-                ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
-            )
+        copy_packages(PACKAGES, tree)
         shutil.copy(ROOT / "pyproject.toml", tree)
         yield Copy(tree, Path(folder, "log"))
+
+
+def copy_packages(packages: Sequence[str], tree: Path) -> None:
+    """Copy packages of the project with their byte code, but none that is being written."""
+    for package in packages:
+        unfinished = shutil.ignore_patterns("*.pyc.*")
+        shutil.copytree(ROOT / package, tree / package, ignore=unfinished)
 
 
 @contextmanager
@@ -53,6 +57,8 @@ def applied(mutant: Mutant, copy: Copy) -> Iterator[None]:
     """Apply a mutant to the copy while the context lasts."""
     path = mutant.path(copy.tree)
     source = path.read_text()
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):  # trials write none
+        compiled.unlink()
     path.write_text(mutated(mutant, copy.tree))
     try:
         yield

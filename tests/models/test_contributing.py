@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from pretrain.__main__ import COMMANDS
+from tests.faults.mutated_copy import copy_packages
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "data_tools", "docs", "launchers", "models", "parallel", "pretrain", "tests")
@@ -58,8 +59,7 @@ def commands() -> list[list[str]]:
 def followed(tmp_path_factory) -> Path:
     """A copy of the project with the files and lines of the guide."""
     copy = tmp_path_factory.mktemp("project")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, copy / package)
+    copy_packages(PACKAGES, copy)
     for name in ("CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / name, copy / name)
     for path, _, text in (*guide(), *tutorial()):
