@@ -47,8 +47,8 @@ class LocalAutoregressiveHead(nn.Module):
                 pairs * config.vocab_size, size // ctx.tensor.size, device=ctx.device
             )
             self.table = nn.Parameter(rows)
-            # As wide as W_k z, a sum over h entries of an RMS of 1: with rows as narrow as weights a
-            # byte is a fraction of the latent, and the head is late to learn what follows it.
+            # As wide as W_k z, a sum over h entries of RMS 1: with rows as narrow as weights a byte
+            # is a fraction of the latent, and the head is late to learn what follows it.
             wide = Normal(config.init_std * math.sqrt(config.hidden_size))
             declare(self.table, Sharding(dim=1, full_size=size), wide, role="embedding")
         self.hidden = RowParallelLinear(size, size, ctx=ctx, init=init)
