@@ -49,6 +49,15 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(model.train()(text).logits, other(text).logits)
 
 
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_byte_of_the_patch_weighs_at_first_as_much_as_the_latent(width):
+    config = config_of(hidden_size=width, num_heads=4, head_hidden=128)
+    head = SequentialModel(FAMILY.layer_specs(config), ParallelContext.single()).head
+    latents = torch.randn(512, width, generator=torch.Generator().manual_seed(0))
+    of_latent, of_byte = head.project(latents).std(), head.table.std()
+    assert 0.9 < of_byte / of_latent < 1.1
+
+
 def _generated(ctx: ParallelContext | None = None) -> torch.Tensor:
     ctx = ctx or ParallelContext.from_world(tensor=2)
     specs = FAMILY.layer_specs(config_of(num_layers=2, **THINKING))
