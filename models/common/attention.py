@@ -23,6 +23,7 @@ from parallel.sharding import Normal
 
 # Queries that share one mask when attention is not simply causal.
 QUERY_BLOCK = 512
+_CPU_BLOCK = 256  # of packed rows, where short documents leave the more keys out
 _ALIGNMENT = 8  # elements of 2 bytes in the 16 bytes that kernels load at once
 
 
@@ -68,29 +69,45 @@ def packed_attention(
     `positions` int32 [b, s] count from 0 in every document. The first `num_sinks` keys are sinks,
     not tokens, and visible to every query: k and v are [b, g, num_sinks + s, d]. Blocks of queries
     are computed one after another and recomputed in backward, so that memory grows with s, not s^2.
+    On a CPU keys before the documents of a block are left out, so that time grows with s, too.
     """
-    index = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+    length = q.shape[2]
+    block = min(QUERY_BLOCK, _CPU_BLOCK) if q.device.type == "cpu" else QUERY_BLOCK
+    index = torch.arange(length, dtype=torch.int32, device=q.device)
     document_starts = index - positions
-    blocks = []
-    for start in range(0, q.shape[2], QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q.shape[2])
-        blocks.append(
+    sizes = [min(block, length - start) for start in range(0, length, block)]
+    # split and cat instead of slices: the gradient of a slice has the size of the whole tensor.
+    keys, values = (x.split([num_sinks, *sizes], dim=2) for x in (k, v))
+    outputs = []
+    for i, queries in enumerate(q.split(sizes, dim=2)):
+        start, stop = i * block, i * block + sizes[i]
+        starts = document_starts[:, start:stop]
+        first = _first_seen(starts) // block
+        seen = [0, *range(first + 1, i + 2)]
+        outputs.append(
             computed_again(
                 _packed_block,
-                q[:, :, start:stop],
-                k[:, :, : num_sinks + stop],
-                v[:, :, : num_sinks + stop],
-                document_starts[:, start:stop],
-                index[:stop],
+                queries,
+                starts,
+                index[first * block : stop],
+                *(parts[j] for parts in (keys, values) for j in seen),
             )
         )
-    return torch.cat(blocks, dim=2)
+    return torch.cat(outputs, dim=2)
 
 
-def _packed_block(
-    q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor, index: Tensor
-) -> Tensor:
-    """Attention of the last queries over keys [0, stop); `index` int32 [stop]."""
+def _first_seen(document_starts: Tensor) -> int:
+    """The first key that any of these queries sees; 0 where to look would wait for the device, or
+    make a program of these documents alone."""
+    if document_starts.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    return max(0, int(document_starts.min()))
+
+
+def _packed_block(q: Tensor, document_starts: Tensor, index: Tensor, *parts: Tensor) -> Tensor:
+    """Attention of the last queries of `index` int32 over keys and values, in `parts`: the sinks,
+    then those of `index`."""
+    k, v = (torch.cat(x, dim=2) for x in (parts[: len(parts) // 2], parts[len(parts) // 2 :]))
     queries = index[-q.shape[2] :]
     mask = (index >= document_starts.unsqueeze(-1)) & (index <= queries.unsqueeze(-1))
     mask = F.pad(mask, (k.shape[2] - len(index), 0), value=True)
