@@ -98,10 +98,10 @@ def packed_attention(
 
 def _first_seen(document_starts: Tensor) -> int:
     """The first key that any of these queries sees; 0 where to look would wait for the device, or
-    make a program of these documents alone."""
+    make a program of these documents alone. numpy reads the memory of a CPU and no other."""
     if document_starts.device.type != "cpu" or torch.compiler.is_compiling():
         return 0
-    return max(0, int(document_starts.min()))
+    return max(0, int(document_starts.numpy().min()))
 
 
 def _packed_block(q: Tensor, document_starts: Tensor, index: Tensor, *parts: Tensor) -> Tensor:
