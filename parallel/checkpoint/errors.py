@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from opcode import opmap
+
 _OURS = ("data_tools", "models", "parallel", "pretrain")
 # The remedy of every message about a damaged file.
 RESTORE = "restore it from a copy, or use another checkpoint"
@@ -22,7 +24,7 @@ def one_line(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether its message was written here: its type is ours, or a ValueError was raised here."""
+    """Whether its message was written here: its type is ours, or a ValueError of a `raise` here."""
     if _is_in_ours(type(error).__module__):
         return True
     trace = error.__traceback__
@@ -32,6 +34,8 @@ def is_ours(error: BaseException) -> bool:
         type(error) is ValueError
         and trace is not None
         and _is_in_ours(trace.tb_frame.f_globals.get("__name__", ""))
+        # A function in C, such as int("x"), has no frame of its own.
+        and trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -33,13 +34,16 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LOCK_NAME
         self._descriptor = -1
-        self._is_new = not run_dir.exists()
+        self._is_new = False
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            is_new = _is_made(run_dir)
             refuse_if_others_can_write(run_dir)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
             refuse_if_others_can_write(self._path)
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.is_held():  # its last owner removed it between these two calls
+                raise FileNotFoundError(errno.ENOENT, "another process has just removed it")
+            self._is_new = is_new  # not before it is locked: it may be another process's by then
             os.truncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(_own_description()).encode(), 0)
         except (BlockingIOError, PermissionError) as error:
@@ -80,6 +84,17 @@ class RunLock:
             return f"process {owner['pid']} on {owner['host']} since {owner['since']}{job}"
         except (ValueError, KeyError, TypeError):
             return "another process"
+
+
+def _is_made(run_dir: Path) -> bool:
+    """Make a directory if there is none; whether it was made here."""
+    # Not asked beforehand: another process may make it in between.
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError:  # it exists, or an error that pathlib tells from that
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return False
+    return True
 
 
 def _remove_unused(path: Path) -> None:

@@ -16,6 +16,7 @@ from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.preprocess import main
 from data_tools.preprocessing import encoding
+from data_tools.preprocessing.documents import RawDocument
 from data_tools.tokenization import byte_bpe
 from data_tools.tokenization.byte_encoders import GigatokenEncoder
 from tests.data_tools.tokenization.tokenizer_folders import TEXT, byte_level
@@ -127,3 +128,13 @@ def test_a_library_that_does_not_support_the_tokenizer_is_refused(source: Path) 
     Tokenizer.from_str(json.dumps(spec)).save(str(path))
     with _refused("--encoder", value="tiktoken", constraint="ids", remedy="leave"):
         _preprocess(source, "out", "--encoder", "tiktoken")
+
+
+def test_bytes_of_a_document_take_two_bytes_each() -> None:
+    document = RawDocument("text.txt", None, "é".encode(), is_json=False)
+    settings = encoding.EncodingSettings(
+        tokenizer="bytes", eod=None, append_eod=True, json_key="text", skip_bad_lines=False
+    )
+    found = encoding.encode_documents([document], settings=settings)
+    assert found.ids.tolist() == [195, 169, 256]
+    assert found.ids.itemsize == 2

@@ -35,3 +35,11 @@ def test_an_error_of_ours_is_its_message_alone() -> None:
     assert type(refused.value) is ValueError
     assert one_line(refused.value) == str(refused.value)
     assert one_line(CheckpointError("step_1 is gone")) == "step_1 is gone"
+
+
+def test_an_error_of_a_function_in_c_is_not_ours() -> None:
+    module = {"__name__": "models.some_module"}
+    exec("def number_in(text): return int(text)", module)
+    with pytest.raises(ValueError) as found:
+        module["number_in"]("x")
+    assert one_line(found.value) == f"ValueError: {found.value}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from parallel.checkpoint import lock as lock_module
 from parallel.checkpoint.errors import CheckpointError
 from parallel.checkpoint.lock import RunLock
 
@@ -51,3 +55,49 @@ def test_a_lock_that_another_holds_does_not_remove_it(tmp_path: Path) -> None:
         RunLock(tmp_path / "run" / "run.lock")
     assert held.is_held()
     held.release()
+
+
+_HOLDER = """
+import fcntl, os, sys
+fcntl.lockf(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_new_directory_that_another_process_locks_first_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run" / "run.lock"
+    holders: list[subprocess.Popen[bytes]] = []
+
+    def other_process_comes(_: Path) -> None:  # after the directory is made, before it is locked
+        if not holders:
+            command = [sys.executable, "-c", _HOLDER, str(path)]
+            pipe = subprocess.PIPE
+            holders.append(subprocess.Popen(command, stdin=pipe, stdout=pipe))
+            assert holders[0].stdout is not None
+            assert holders[0].stdout.readline() == b"held\n"
+
+    monkeypatch.setattr(lock_module, "refuse_if_others_can_write", other_process_comes)
+    try:
+        with pytest.raises(CheckpointError):
+            RunLock(tmp_path / "run")
+        assert path.is_file()
+    finally:
+        for holder in holders:
+            holder.communicate()
+
+
+def test_a_lock_of_a_file_that_was_removed_before_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lockf = fcntl.lockf
+
+    def after_the_last_owner(descriptor: int, operation: int) -> None:
+        (tmp_path / "run" / "run.lock").unlink()
+        lockf(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", after_the_last_owner)
+    with pytest.raises(CheckpointError):
+        RunLock(tmp_path / "run")
