@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # Every configuration class of a family uses these settings.
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -79,6 +79,20 @@ class Llama3Scaling(BaseModel):
 
 # Scaling of rotary frequencies for contexts longer than in the original pretraining.
 RopeScaling = Annotated[LinearScaling | YarnScaling | Llama3Scaling, Field(discriminator="type")]
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's errors in one line: name, value, constraint and remedy."""
+    first = error.errors()[0]
+    name, value = ".".join(map(str, first["loc"])), first["input"]
+    if first["type"] == "value_error" and not name:  # of a check of ours, which says all of it
+        return first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{name}={value!r} is no setting of {error.title}; correct the name or remove it"
+    if first["type"] == "missing":
+        return f"{name} is missing in {error.title}; set it"
+    constraint = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{name}={value!r} {constraint}; change {name}"
 
 
 def check_grouped_heads(config: Any, *, width: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 
 def check_sampling(
     temperature: float, *, top_k: int | None = None, top_p: float | None = None
@@ -12,8 +14,11 @@ def check_sampling(
             f"temperature={temperature} must be finite and not negative; use 0 for the most "
             "probable token"
         )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be 1 or more; leave it at None to keep every token")
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        raise ValueError(
+            f"top_k={top_k} must be a whole number of 1 or more; leave it at None to keep every "
+            "token"
+        )
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(
             f"top_p={top_p} must be above 0 and at most 1; leave it at None to keep every token"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from models.common.config import DecoderConfig, PositiveInt
+from models.common.config import DecoderConfig, PositiveInt, first_problem
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -63,6 +63,16 @@ class DARTConfig(DecoderConfig):
     p_plan: Annotated[float, Field(ge=0, lt=1)] = 0.5
     p_uncond: Annotated[float, Field(ge=0, lt=1)] = 0.002
 
+    def __init__(self, **values: Any) -> None:
+        """Raises ValueError: the first setting that is unknown or out of range, in one line."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from None
+
+    # `model_validate` does not pass here, so that run files keep the places of their errors.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, values: Any) -> Any:
@@ -73,7 +83,11 @@ class DARTConfig(DecoderConfig):
         for name, value in values.items():
             own: str = PUBLISHED_NAMES.get(name) or name
             if own in named:
-                raise ValueError(f"{own} is given twice, once under another name; keep one")
+                other = next(n for n in values if n != name and PUBLISHED_NAMES.get(n, n) == own)
+                raise ValueError(
+                    f"{name}={value} is given beside {other}={values[other]}, another name of the "
+                    "same setting; keep one"
+                )
             named[own] = value
         if "num_heads" in named:
             named.setdefault("num_kv_heads", named["num_heads"])

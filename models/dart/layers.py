@@ -111,10 +111,15 @@ class DARTEmbedding(nn.Module):
     ) -> DARTCarry:
         if isinstance(inputs, BlockInputs):
             return self._block(inputs)
-        if inputs.segment_ids is None:  # else the table of rotary angles says it
+        if inputs.segment_ids is None:
             check_length(self.config, inputs.tokens.shape[1])
         hidden, positions = embed_tokens(self.tokens, inputs, segmented=self.segmented)
+        longest = self.config.max_position_embeddings
+        if positions is not None and positions.shape[1] > longest and not positions.is_meta:
+            check_length(self.config, int(positions.max()) + 1)  # of the longest document
         if self.training and cache is None:
+            if inputs.lengths is not None:
+                positions = _without_padding(inputs.tokens, inputs.lengths)
             noise = draw_noise(inputs.tokens, positions, config=self.config, salt=self.salt)
         else:
             noise = full_noise(inputs.tokens, positions, config=self.config)
@@ -326,6 +331,14 @@ class DARTHead(nn.Module):
         if cache is None or not cache.of_block:
             logits = self.output(self.norm(carry.hidden))
         return DARTOutput(logits, drafts, carry.levels, carry.targets)
+
+
+def _without_padding(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Positions int32 [b, s] of rows that end in padding, which is a document of its own: a block
+    that shows tokens sees the later ones, too."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    ends = lengths.unsqueeze(1)
+    return torch.where(index < ends, index, index - ends).int()
 
 
 def check_length(config: DARTConfig, length: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -87,7 +88,11 @@ def check_id(config: DARTConfig, name: str, token_id: int | None) -> None:
     Raises:
         ValueError: it is not.
     """
-    if token_id is not None and not 0 <= token_id < config.vocab_size:
+    if token_id is None:
+        return
+    if not isinstance(token_id, Integral):
+        raise ValueError(f"{name}={token_id!r} is no single token; give one id, or None for none")
+    if not 0 <= token_id < config.vocab_size:
         raise ValueError(
             f"{name}={token_id} is no token of vocab_size={config.vocab_size}; give one from 0 to "
             f"{config.vocab_size - 1}"
@@ -109,13 +114,19 @@ def check_request(
     """
     longest = config.max_position_embeddings
     if mode not in ("ar", "diffusion", "speculative"):
-        raise ValueError(f"mode={mode!r} is not one of ar, diffusion, speculative")
+        raise ValueError(f"mode={mode!r} is unknown; choose ar, diffusion or speculative")
     if tokens.numel() == 0 or tokens.dim() != 2:
         raise ValueError(f"input_ids of shape {list(tokens.shape)} must be [batch, 1 or more]")
-    if tokens.shape[1] >= length or length > longest:
+    prompt = tokens.shape[1]
+    if prompt >= longest:
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens with max_length={length}: it must be longer "
-            f"than the prompt and at most max_position_embeddings={longest}"
+            f"input_ids hold a prompt of {prompt} tokens, and max_position_embeddings={longest} "
+            "leaves no room after it; shorten the prompt"
+        )
+    if not isinstance(length, Integral) or not prompt < length <= longest:
+        raise ValueError(
+            f"max_length={length} with a prompt of {prompt} tokens must be a whole number above "
+            f"that and at most max_position_embeddings={longest}; the prompt is counted in it"
         )
     check_guidance(guidance_scale)
     if guidance_scale != 1.0 and mode == "speculative":
@@ -134,10 +145,12 @@ def check_guidance(scale: float) -> None:
 
 def check_steps(mode: str, num_steps: int | None) -> None:
     """Raises ValueError: a number of passes a block below 1, or in a mode without them."""
-    if num_steps is not None and (mode != "diffusion" or num_steps < 1):
+    if num_steps is None:
+        return
+    if mode != "diffusion" or not isinstance(num_steps, Integral) or num_steps < 1:
         raise ValueError(
-            f"num_diffusion_steps={num_steps} with mode={mode}: it is 1 or more and belongs to "
-            "mode=diffusion"
+            f"num_diffusion_steps={num_steps} with mode={mode} must be a whole number of 1 or more "
+            "in mode=diffusion; leave it at None for one pass per token"
         )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import TokenInputs
+from models.base import TokenInputs, num_scored_in
 from models.dart.carry import DARTOutput
 from models.dart.config import DARTConfig
 from models.dart.generation import fill_in
@@ -25,7 +25,7 @@ from models.dart.modes import (
     sampling_of,
 )
 from models.dart.sampling import Sampling
-from models.standalone.model import check_tokens
+from models.standalone.model import check_tensor, check_tokens
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.cross_entropy import IGNORED_LABEL
@@ -65,7 +65,7 @@ class DART(nn.Module):
         """
         check_tokens(input_ids, vocab_size=self.config.vocab_size)
         _check_mask(input_ids, attention_mask)
-        output: DARTOutput = self.body(TokenInputs(input_ids))
+        output: DARTOutput = self.body(_inputs(input_ids, attention_mask))
         return {
             "ar_logits": output.logits.transpose(0, 1),
             "diffusion_output": output.draft_logits.transpose(0, 1),
@@ -95,20 +95,21 @@ class DART(nn.Module):
                 "of 2 or more"
             )
         if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+            raise ValueError(
+                f"label_smoothing={label_smoothing} must be at least 0 and below 1; use 0 for none"
+            )
         _check_mask(input_ids, attention_mask)
-        labels = input_ids[:, 1:]
+        labels, rows = input_ids[:, 1:], input_ids[:, :-1].contiguous()
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask[:, 1:] == 0, IGNORED_LABEL)
-        output: DARTOutput = self.body(TokenInputs(input_ids[:, :-1].contiguous()))
+        output: DARTOutput = self.body(_inputs(rows, attention_mask))
         total, terms = loss(output, labels, config=self.config, ctx=self.body.ctx)
         if label_smoothing:
             scored = (labels != IGNORED_LABEL).T
-            uniform = -output.logits.log_softmax(dim=-1).mean(dim=-1)[scored].mean()
-            plain = -output.logits.log_softmax(dim=-1)
-            at = labels.T.clamp(min=0).unsqueeze(-1)
-            plain = plain.gather(-1, at).squeeze(-1)[scored].mean()
-            total = total + self.config.ar_weight * label_smoothing * (uniform - plain)
+            logs = output.logits.log_softmax(dim=-1)
+            own = logs.gather(-1, labels.T.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            less = ((own - logs.mean(dim=-1)) * scored).sum() / num_scored_in(labels)
+            total = total + self.config.ar_weight * label_smoothing * less
         return {
             "loss": total,
             "ar_loss": terms["lm_loss"],
@@ -196,6 +197,8 @@ class DART(nn.Module):
             ValueError: the first token is not known, `known` is no such tensor, or a setting is out
                 of its range.
         """
+        check_tensor("input_ids", input_ids)
+        check_tensor("known", known)
         if known.dtype != torch.bool or known.shape != input_ids.shape:
             raise ValueError(
                 f"known {str(known.dtype).removeprefix('torch.')}{list(known.shape)} must be "
@@ -223,6 +226,14 @@ class DART(nn.Module):
                 sampling=sampling,
                 guidance_scale=guidance_scale,
             ).tokens
+
+
+def _inputs(tokens: Tensor, mask: Tensor | None) -> TokenInputs:
+    """Rows int64 [b, s] of which the mask [b, s or more] shows as many as it has ones."""
+    if mask is None:
+        return TokenInputs(tokens)
+    lengths = (mask != 0).sum(dim=1).clamp(max=tokens.shape[1])
+    return TokenInputs(tokens, lengths=lengths)
 
 
 def _check_mask(tokens: Tensor, mask: Tensor | None) -> None:

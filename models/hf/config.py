@@ -142,7 +142,7 @@ class FamilyPreTrainedConfig(PreTrainedConfig):
     @classmethod
     def _validated(cls, values: dict[str, Any]) -> Any:
         try:
-            return cls.settings_class(**values)
+            return cls.settings_class.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

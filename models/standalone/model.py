@@ -83,12 +83,21 @@ class StandaloneModel(nn.Module):
             layer.rollback(length)
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raises ValueError: `value` is no tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} of type {type(value).__name__} must be a tensor; write torch.tensor({name})"
+        )
+
+
 def check_tokens(tokens: Tensor, *, vocab_size: int) -> None:
     """Check shape, dtype and range of token ids.
 
     Raises:
-        ValueError: they are not int64 [b, s >= 1], or outside the vocabulary.
+        ValueError: they are no tensor int64 [b, s >= 1], or outside the vocabulary.
     """
+    check_tensor("input_ids", tokens)
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(
             f"input_ids {str(tokens.dtype).removeprefix('torch.')}{list(tokens.shape)} must be "

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from models.common.config import first_problem
 from parallel.checkpoint.errors import brief
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -23,12 +24,7 @@ def checked_settings(config_class: type[Config], values: Mapping[str, Any]) -> C
     try:
         return config_class(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        where = f"{name}={first['input']!r} " if name else ""
-        remedy = f"; change {name}" if name else ""
-        raise ValueError(f"{where}{message}{remedy}") from None
+        raise ValueError(first_problem(error)) from None
 
 
 def read_settings(path: Path, config_class: type[Config]) -> Config:

@@ -20,6 +20,7 @@ from models.dart.modes import Mode, Request, continue_rows
 from models.dart.sampling import Sampling
 from tests.models.dart.cases import config_of, model_of, text_of
 from tests.models.hf.base_models import MODELS, save_base_model
+from tests.refusals import assert_refused
 
 
 @pytest.fixture(params=MODELS)
@@ -157,6 +158,13 @@ def test_what_a_mode_does_not_follow_is_refused(options, message, published):
         model.generate(
             **{"inputs": torch.zeros(1, 2, dtype=torch.long), "mode": "diffusion"} | options
         )
+
+
+def test_a_packed_document_longer_than_the_model_is_refused(published):
+    model = AutoModelForCausalLM.from_pretrained(published)
+    places = torch.cat((torch.arange(257), torch.arange(7))).unsqueeze(0)
+    with assert_refused("position", 256, "max_position_embeddings=256", "shorten"):
+        model(torch.zeros_like(places), position_ids=places)
 
 
 def test_the_configuration_has_the_published_names():
