@@ -358,6 +358,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of it"
     )
+    load.add_argument(
+        "--trunk", action="append", default=[], dest="set", type="trunk={}".format,
+        metavar="NAME", help="--set trunk=NAME",
+    )  # fmt: skip
     load.add_argument("--from-scratch", action="store_true", help="take no weights")
     outputs = {
         export: ("a new directory", _DTYPES),

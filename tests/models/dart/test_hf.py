@@ -31,7 +31,7 @@ def base(request, tmp_path: Path) -> Path:
 @torch.no_grad()
 def test_the_causal_stream_begins_as_the_model_that_it_is_made_from(base, tmp_path):
     line = ["from-hf", "--model", str(base), "--output", str(tmp_path / "start")]
-    line += ["--family", "dart", "--set", "trunk=shared", "--set", "block_size=4"]
+    line += ["--family", "dart", "--trunk", "shared", "--set", "block_size=4"]
     assert convert.main(line) == 0
     stored = open_checkpoint(tmp_path / "start")
     assert (stored.config.trunk, stored.config.block_size) == ("shared", 4)
