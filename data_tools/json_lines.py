@@ -8,9 +8,9 @@ import orjson
 def quick_text(line: bytes, key: str) -> str | None:
     """Return the text under a key of a JSON object; None where `json` has to decide.
 
-    What both take has the same text. orjson takes no NaN and no lone surrogates, which are no valid
-    text, and lists in lists to a depth of 1024, of which `json` refuses the last few: the fewer,
-    the shallower the stack it is called from.
+    Where both read a line, the text is the same. orjson refuses NaN and lone surrogates, on which
+    `json` then decides, and reads lists nested 1,024 deep, where `json` stops at Python's recursion
+    limit.
     """
     try:
         record = orjson.loads(line)

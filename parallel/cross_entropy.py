@@ -27,11 +27,10 @@ _overwrites: ContextVar[bool] = ContextVar("overwrites", default=False)
 
 @contextmanager
 def logits_used_once(used_once: bool = True) -> Iterator[None]:
-    """Cross entropies that are called in it write the gradient of their logits over the logits.
+    """In it, cross entropies write the gradient of the logits over the logits.
 
-    Then no second tensor of their size exists. For a caller who knows that nothing reads the logits
-    after the backward pass, and no other backward pass than that of this cross entropy: autograd
-    refuses a second one, with an error.
+    Saves a tensor of their size. For callers who know that nothing else reads the logits during or
+    after the backward pass. A second backward pass is refused by autograd.
     """
     token = _overwrites.set(used_once)
     try:
@@ -44,7 +43,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: Paralle
     """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
 
     Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are not
-    modified, except by the backward pass in `logits_used_once`. Rows are processed in chunks, in
+    modified, except in backward inside `logits_used_once`. Rows are processed in chunks, in
     forward and again in backward, so that nothing of the size of the logits exists beside them and
     their gradient. At tensor size > 1: two all-reduces in
     forward, of [s, b] and [2, s, b], none in backward. The losses of fp64 logits are fp64.

@@ -13,13 +13,13 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_tools.loading.batch import Batch
 from pretrain.distributed.process_groups import process_group
+from tests.benchmarks import llama_step
 from tests.benchmarks.llama_step import OURS, THEIRS
 from tests.benchmarks.timing import Table
 from tests.benchmarks.training import (
@@ -31,16 +31,7 @@ from tests.benchmarks.training import (
     transformers_model,
 )
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 32_000,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_layers": 7,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_embeddings": True,
-}
+SHAPE = {**llama_step.SHAPE, "vocab_size": 32_000}
 BATCH_SIZE, SEQ_LENGTH, STEPS = 8, 512, 2
 
 

