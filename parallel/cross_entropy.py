@@ -1,15 +1,16 @@
-"""Vocabulary-parallel cross entropy, entropy and z-loss."""
+"""Vocabulary-parallel cross entropy, entropy and z-loss, of whole logits or of parts in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
@@ -39,7 +40,62 @@ def logits_used_once(used_once: bool = True) -> Iterator[None]:
         _overwrites.reset(token)
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
+class LogitsInParts(NamedTuple):
+    """The logits `output(x)`, not yet multiplied: a loss computes them in `parts` of the sequence.
+
+    One part of the logits exists at a time, in forward and again in backward, which costs a third
+    product of the head in place of memory. `x`: [s, b, h], or [s/t, b, h] under sequence
+    parallelism, with `parts` dividing its first extent.
+    """
+
+    output: nn.Module
+    x: Tensor
+    parts: int
+
+    def losses(
+        self,
+        loss: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        labels: Tensor,
+        ctx: ParallelContext,
+    ) -> tuple[Tensor, ...]:
+        """`loss(logits, labels)` for logits [s, b, V/t] and labels [b, s], in parts: each [s, b].
+
+        `loss` alone reads the logits, and of each token by itself.
+        """
+
+        def of_part(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            with logits_used_once():
+                return loss(self.output(x), labels)
+
+        # A part of the logits holds the same part of every rank's stretch of the sequence.
+        stretches = ctx.tensor.size if ctx.sequence_parallel else 1
+        labels = labels.unflatten(1, (stretches, self.parts, -1))
+        results = [
+            checkpoint(of_part, x, y.flatten(1), use_reentrant=False, preserve_rng_state=False)
+            for x, y in zip(self.x.chunk(self.parts), labels.unbind(2), strict=True)
+        ]
+        return tuple(
+            torch.stack(values).unflatten(1, (stretches, -1)).transpose(0, 1).flatten(0, 2)
+            for values in zip(*results, strict=True)
+        )
+
+
+def vocab_logits(output: nn.Module, x: Tensor) -> Any:
+    """`output(x)`; after `set_logits_parts`, with gradients, the LogitsInParts of it."""
+    parts: int = getattr(output, "logits_parts", 1)
+    return LogitsInParts(output, x, parts) if parts > 1 and torch.is_grad_enabled() else output(x)
+
+
+def set_logits_parts(head: nn.Module, parts: int) -> None:
+    """Let losses compute the logits of `head.output` in parts, if the head asks `vocab_logits`."""
+    output: Any = getattr(head, "output", None)
+    if output is not None:
+        output.logits_parts = parts
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor | LogitsInParts, labels: Tensor, *, ctx: ParallelContext
+) -> Tensor:
     """Per-token loss `logsumexp(logits) - logits[label]` in fp32: [s, b, V/t], [b, s] -> [s, b].
 
     Positions whose label is -100 are not scored: their loss and gradient are 0. The logits are not
@@ -48,6 +104,10 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, ctx: Paralle
     their gradient. At tensor size > 1: two all-reduces in
     forward, of [s, b] and [2, s, b], none in backward. The losses of fp64 logits are fp64.
     """
+    if isinstance(logits, LogitsInParts):
+        return logits.losses(
+            lambda x, y: (vocab_parallel_cross_entropy(x, y, ctx=ctx),), labels, ctx
+        )[0]
     return _cross_entropy(logits, labels, ctx, overwrites=_overwrites.get())
 
 
@@ -61,12 +121,17 @@ def _cross_entropy(
 
 
 def cross_entropy_and_entropy(
-    logits: Tensor, labels: Tensor, *, ctx: ParallelContext
+    logits: Tensor | LogitsInParts, labels: Tensor, *, ctx: ParallelContext
 ) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_cross_entropy` and `vocab_parallel_entropy` of the same logits.
 
     At tensor size 1 one pass over the logits computes both, and one more their gradient.
     """
+    if isinstance(logits, LogitsInParts):
+        losses, entropies = logits.losses(
+            lambda x, y: cross_entropy_and_entropy(x, y, ctx=ctx), labels, ctx
+        )
+        return losses, entropies
     if ctx.tensor.size > 1:
         losses = _cross_entropy(logits, labels, ctx, overwrites=False)
         return losses, vocab_parallel_entropy(logits, ctx=ctx)
@@ -87,13 +152,17 @@ def vocab_parallel_entropy(logits: Tensor, *, ctx: ParallelContext) -> Tensor:
     return entropies.view(logits.shape[:2])
 
 
-def vocab_parallel_z_losses(logits: Tensor, labels: Tensor, *, ctx: ParallelContext) -> Tensor:
+def vocab_parallel_z_losses(
+    logits: Tensor | LogitsInParts, labels: Tensor, *, ctx: ParallelContext
+) -> Tensor:
     """Per-token z-loss `(log Z)^2 = logsumexp(logits)^2`: [s, b, V/t], [b, s] -> [s, b].
 
     In fp32, or fp64 for fp64 logits. Positions whose label is -100 have loss and gradient 0. Rows
     are processed in chunks. At tensor size > 1: two all-reduces of [s, b] in forward, none in
     backward. Source: PaLM (arXiv 2204.02311, section 5).
     """
+    if isinstance(logits, LogitsInParts):
+        return logits.losses(lambda x, y: (vocab_parallel_z_losses(x, y, ctx=ctx),), labels, ctx)[0]
     log_z: Tensor = _ChunkedLogPartition.apply(logits.flatten(0, 1), ctx)
     ignored = labels.transpose(0, 1) == IGNORED_LABEL
     return log_z.view(logits.shape[:2]).masked_fill(ignored, 0.0).square()

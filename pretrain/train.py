@@ -66,7 +66,8 @@ The same arguments work under torchrun, accelerate launch, srun, mpirun and plai
 
 _MEMORY_ADVICE = (
     "out of memory: lower training.batch_size and raise gradient_accumulation_steps, set "
-    "training.activation_recomputation=full, or cut the model further"
+    "training.activation_recomputation=full, compute the logits of a large vocabulary in parts "
+    "(training.logits_parts), or cut the model further"
 )
 
 

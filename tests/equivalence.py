@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.base import ModelFamily, TokenInputs
 from parallel.carry import LayerSpec, SequentialModel, run_layers
 from parallel.context import ParallelContext
+from parallel.cross_entropy import set_logits_parts
 from parallel.random import initialize
 from parallel.sharding import (
     Normal,
@@ -47,6 +48,7 @@ def measure(
     *,
     cuts: Sequence[int] = (),
     recompute: bool = False,
+    logits_parts: int = 1,
     seed: int = 0,
     noise: float = 0.0,
     dtype: torch.dtype = torch.float32,
@@ -61,6 +63,7 @@ def measure(
     specs = family.layer_specs(config, segmented=segmented)
     model = build(specs, ctx, seed=seed, noise=noise, recompute=recompute).to(dtype)
     sum_partial_gradients(model, ctx)
+    set_logits_parts(model.layers[-1], logits_parts)
     batch_size, seq_length = inputs.tokens.shape
     schema = family.carry_schema(
         config, ctx, micro_batch_size=batch_size, seq_length=seq_length, segmented=segmented

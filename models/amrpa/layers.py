@@ -30,6 +30,7 @@ from models.common.decoder import (
 )
 from models.common.rope import RotaryTable, rotate
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_logits
 from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import sum_over_tensor_ranks
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare
@@ -214,7 +215,7 @@ class AMRPAHead(nn.Module):
         self.output = decoder_output(config, ctx=ctx)
 
     def forward(self, carry: AMRPACarry) -> AMRPAOutput:
-        return AMRPAOutput(self.output(self.norm(carry.hidden)), carry.aux)
+        return AMRPAOutput(vocab_logits(self.output, self.norm(carry.hidden)), carry.aux)
 
 
 def declare_memory(memory: QueryMemory, config: AMRPALlamaConfig) -> None:

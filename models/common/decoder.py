@@ -24,6 +24,7 @@ from models.common.norms import RMSNorm
 from models.common.rope import RotaryTable, positions_in_segments
 from parallel.carry import Field, LayerSpec
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_logits
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.regions import local_seq_len
 from parallel.sharding import Normal
@@ -166,7 +167,7 @@ class LMHead(nn.Module):
         self.output = decoder_output(config, ctx=ctx)
 
     def forward(self, carry: DecoderCarry) -> Tensor:
-        return self.output(self.norm(carry.hidden))
+        return vocab_logits(self.output, self.norm(carry.hidden))
 
 
 def decoder_specs(

@@ -40,6 +40,7 @@ from models.daria_former.modulation import (
 )
 from models.daria_former.paths import Rotaries, Sources
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_logits
 from parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence, local_sequence
@@ -269,7 +270,7 @@ class DariaHead(nn.Module):
         y = self.rhythm(y + F.linear(mood, self.category_style), self._noise(carry))
         temperature = 1.0 + 0.5 * F.linear(own, self.temperature).tanh()
         # Dividing the input of a linear layer divides its output, which is V / h times as large.
-        logits = self.output(y / temperature)
+        logits = vocab_logits(self.output, y / temperature)
         aux = carry.aux
         if self.training:
             aux = aux + with_entries(

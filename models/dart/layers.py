@@ -36,6 +36,7 @@ from models.dart.config import DARTConfig
 from models.dart.noise import NORMAL, Noise, draw_noise, full_noise
 from models.dart.schedule import alphas
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_logits
 from parallel.layers import project_together
 from parallel.precision import at_least_fp32
 from parallel.regions import local_sequence
@@ -327,9 +328,9 @@ class DARTHead(nn.Module):
     def forward(self, carry: DARTCarry, cache: HeadCache | None = None) -> DARTOutput:
         drafts = logits = None
         if cache is None or cache.of_block:
-            drafts = self.output(self.noised_norm(carry.noised))
+            drafts = vocab_logits(self.output, self.noised_norm(carry.noised))
         if cache is None or not cache.of_block:
-            logits = self.output(self.norm(carry.hidden))
+            logits = vocab_logits(self.output, self.norm(carry.hidden))
         return DARTOutput(logits, drafts, carry.levels, carry.targets)
 
 

@@ -89,7 +89,7 @@ def loss(
     drafts = vocab_parallel_cross_entropy(
         output.draft_logits, labels.masked_fill(output.targets == 0, IGNORED_LABEL), ctx=ctx
     )
-    diffusion = (drafts * _diffusion_weights(output, config)).sum() / num_scored
+    diffusion = (drafts * _diffusion_weights(output, config).to(drafts.dtype)).sum() / num_scored
     is_draft = (output.targets.T == DRAFT) / max(config.p_plan, torch.finfo(drafts.dtype).tiny)
     draft = (drafts * is_draft.to(drafts.dtype)).sum() / num_scored if config.p_plan else 0 * causal
     total = config.ar_weight * causal
@@ -101,8 +101,7 @@ def loss(
 def _diffusion_weights(output: DARTOutput, config: DARTConfig) -> Tensor:
     """[s, b]: weight of every place in the diffusion loss."""
     weights = level_weights(config, output.levels.device)[output.levels.T.long()]
-    weights = weights * (output.targets.T == DIFFUSION) / (1.0 - config.p_plan)
-    return weights.to(torch.promote_types(output.draft_logits.dtype, torch.float32))
+    return weights * (output.targets.T == DIFFUSION) / (1.0 - config.p_plan)
 
 
 FAMILY = ModelFamily(

@@ -33,6 +33,7 @@ from models.dynamic.scores import (
 )
 from models.dynamic.token_selection import TokenSelector
 from parallel.context import ParallelContext
+from parallel.cross_entropy import vocab_logits
 from parallel.precision import fp32_or_wider
 from parallel.regions import local_sequence
 
@@ -157,4 +158,4 @@ class DynamicHead(nn.Module):
         self.output = decoder_output(config, ctx=ctx)
 
     def forward(self, carry: DynamicCarry) -> DynamicOutput:
-        return DynamicOutput(self.output(self.norm(carry.hidden)), carry.aux)
+        return DynamicOutput(vocab_logits(self.output, self.norm(carry.hidden)), carry.aux)

@@ -50,6 +50,13 @@ def valid_tensor_sizes(config: RunConfig) -> list[int]:
     return [t for t in range(1, min(sizes.values()) + 1) if not any(n % t for n in sizes.values())]
 
 
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    """The largest divisor of `number` below `wanted`, and the smallest above if there is one."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    above = [n for n in divisors if n > wanted][:1]
+    return [n for n in divisors if n < wanted][-1:] + above
+
+
 def _check_model(config: RunConfig) -> None:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     for name, size in config.model.tensor_divisible().items():
@@ -83,6 +90,13 @@ def _check_sequence(config: RunConfig) -> None:
             raise ConfigError(
                 f"{name}={length} is not a multiple of parallel.tensor={tensor}, as "
                 f"parallel.sequence_parallel needs it; nearest lengths are {listed(valid)}"
+            )
+        local = length // tensor if config.parallel.sequence_parallel else length
+        if local % (parts := config.training.logits_parts):
+            whose = f"{name}={length}" + (f" over {tensor} ranks" if local < length else "")
+            raise ConfigError(
+                f"training.logits_parts={parts} does not divide the sequence, {whose}: {local}; "
+                f"nearest parts are {listed(_nearest_divisors(local, parts))}"
             )
     length = config.data.sequence_length
     if length > config.model.max_position_embeddings:

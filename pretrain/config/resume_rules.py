@@ -59,6 +59,7 @@ RULES: dict[str, Change] = {
     "training.fp8_recipe": "fixed",
     "training.fp8_backend": "training",
     "training.activation_recomputation": "free",
+    "training.logits_parts": "free",
     "training.init_from": "free",
     "training.init_from_changes": "free",
     "training.compile": "free",

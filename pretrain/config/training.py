@@ -104,6 +104,12 @@ class TrainingConfig(BaseModel):
         default="none",
         description="full: keep only the input of each layer and recompute its forward pass",
     )
+    logits_parts: int = Field(
+        default=1,
+        ge=1,
+        description="Parts of the sequence in which the losses compute the logits, again in "
+        "backward, so that one part exists at a time; divides the sequence",
+    )
     init_from: str | None = Field(
         default=None,
         min_length=1,

@@ -13,6 +13,7 @@ from torch import nn
 from models.base import TokenInputs
 from parallel.carry import AfterEach, LayerSpec, SequentialModel
 from parallel.context import ParallelContext
+from parallel.cross_entropy import set_logits_parts
 from parallel.sharding import sharding_table, sum_partial_gradients
 from pretrain.engine.deepspeed_moe import patched_moe_detection, register_experts
 from pretrain.engine.engine import Engine, PlainEngine, StageEngine
@@ -87,7 +88,11 @@ def _build_whole(spec: TrainSpec, after_each: AfterEach) -> nn.Module:
 def _after_each(spec: TrainSpec, load_layer: AfterEach | None) -> AfterEach:
     """Load each layer once built; under ZeRO-3 partition it, so that no rank holds the model."""
 
+    head = spec.layer_specs()[-1].name
+
     def finish(layer_spec: LayerSpec, layer: nn.Module) -> None:
+        if layer_spec.name == head:
+            set_logits_parts(layer, spec.config.training.logits_parts)
         if load_layer is not None:
             load_layer(layer_spec, layer)
         if spec.ds_config.zero_stage == 3:

@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_tools.loading.batch import IGNORED_LABEL, Batch
 from models.base import ModelFamily, TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, SequentialModel, check_layers
 from parallel.context import Axis, ParallelContext
-from parallel.cross_entropy import logits_used_once, vocab_parallel_z_losses
+from parallel.cross_entropy import (
+    LogitsInParts,
+    logits_used_once,
+    set_logits_parts,
+    vocab_parallel_z_losses,
+)
 from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import DeepSpeedSettings
@@ -152,6 +157,8 @@ def check_model(spec: TrainSpec) -> SequentialModel:
         carry = check(whole, inputs, schema)
         if spec.config.training.z_loss:
             _check_z_loss(spec, whole.layers[-1](carry))
+        if spec.config.training.logits_parts > 1:
+            _check_logits_parts(spec, whole.layers[-1], carry)
     return whole
 
 
@@ -197,6 +204,17 @@ def _check_z_loss(spec: TrainSpec, output: Any) -> None:
         f"training.z_loss={spec.config.training.z_loss} has no effect: the head of the "
         f"{spec.family.name} family gives no logits over the vocabulary; set training.z_loss=0"
     )
+
+
+def _check_logits_parts(spec: TrainSpec, head: nn.Module, carry: Any) -> None:
+    parts = spec.config.training.logits_parts
+    set_logits_parts(head, parts)
+    if not isinstance(logits_of(head(carry)), LogitsInParts):
+        raise ConfigError(
+            f"training.logits_parts={parts} has no effect: the head of the {spec.family.name} "
+            "family computes its logits whole; set training.logits_parts=1"
+        )
+    set_logits_parts(head, 1)
 
 
 def count_scored(

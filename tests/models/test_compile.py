@@ -11,6 +11,7 @@ from models.base import TokenInputs
 from models.common.attention import is_aligned
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.cross_entropy import set_logits_parts
 from pretrain.engine.build import compile_layers
 from tests.equivalence import build
 from tests.models.families import CASES
@@ -55,6 +56,8 @@ def _step(
         family.layer_specs(config, segmented=True), ParallelContext.single(), seed=3, noise=0.2,
         recompute=counter is not None,
     ).double()  # fmt: skip
+    if counter is not None:
+        set_logits_parts(model.layers[-1], 4)
     if counter is not None:
         compile_layers(model, num_lengths=1, backend=counter)
     generator = torch.Generator().manual_seed(1)

@@ -130,6 +130,11 @@ def test_recomputation_changes_nothing(name):
     _assert_equal(_measure(name, recompute=True), _measure_alone(name))
 
 
+def test_logits_in_parts_give_the_loss_and_every_gradient_of_the_whole(name):
+    found = _measure(name, logits_parts=4, dtype=torch.float64)
+    _assert_equal(found, _measure_alone(name, torch.float64), within=BOUNDS[torch.float64])
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_tensor_ranks_equal_one_in_loss_and_every_gradient(name, sequence_parallel):
     _assert_two_ranks_equal_one(name, torch.float64, sequence_parallel=sequence_parallel)

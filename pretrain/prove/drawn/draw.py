@@ -27,6 +27,7 @@ _FEATURES: dict[str, Sequence[Any]] = {
     "training.activation_recomputation": ("full",),
     "training.precision": ("bf16",),
     "training.z_loss": (0.01,),
+    "training.logits_parts": (2, 8),
     "training.weight_decay": (0.0,),
     "training.grad_clip": (0.0,),
     "training.betas": ([0.0, 0.99], [0.9, 0.999]),

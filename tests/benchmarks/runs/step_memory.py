@@ -2,7 +2,8 @@
 
 Each side has a process of its own: what it adds to the memory that it held before its first step,
 by `ru_maxrss`. Rows are longer and the vocabulary larger than in `llama_step`, because logits are
-what weighs: their bytes stand beside.
+what weighs: their bytes stand beside. The second table is what `training.logits_parts` costs: both
+engines in one process, in turn.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from data_tools.loading.batch import Batch
+from pretrain.config import RunConfig
 from pretrain.distributed.process_groups import process_group
 from tests.benchmarks import llama_step
 from tests.benchmarks.llama_step import OURS, THEIRS
-from tests.benchmarks.timing import Table
+from tests.benchmarks.timing import Table, interleaved, ratio
 from tests.benchmarks.training import (
     OurStep,
     TheirStep,
@@ -33,17 +37,48 @@ from tests.benchmarks.training import (
 
 SHAPE = {**llama_step.SHAPE, "vocab_size": 32_000}
 BATCH_SIZE, SEQ_LENGTH, STEPS = 8, 512, 2
+PARTS = 8
+IN_PARTS = f"{OURS}, logits in {PARTS} parts"
+ROUNDS = 7
 
 
 def tables() -> Iterator[Table]:
     """One row per side."""
-    megabytes = {side: _in_a_process(side) for side in (OURS, THEIRS)}
+    megabytes = {side: _in_a_process(side) for side in (OURS, IN_PARTS, THEIRS)}
     logits = BATCH_SIZE * SEQ_LENGTH * SHAPE["vocab_size"] * 4 / 1e6
     yield Table(
         f"Peak memory of a step, fp32, {BATCH_SIZE * SEQ_LENGTH:,} tokens a micro-batch, "
         f"vocabulary {SHAPE['vocab_size']:,}: the logits are {logits:.0f} MB",
         ("", "MB above what the process held before", "over that of transformers"),
         [(side, f"{mb:.0f}", f"{mb / megabytes[THEIRS]:.2f}") for side, mb in megabytes.items()],
+    )
+    with process_group() as device:
+        with contextlib.redirect_stdout(io.StringIO()):
+            sides = {
+                side: OurStep(start_engine(_config(side), device=device))
+                for side in (OURS, IN_PARTS)
+            }
+        batch = random_batch(_config(OURS), seed=0)
+        seconds = interleaved(
+            {side: partial(step, batch) for side, step in sides.items()}, rounds=ROUNDS, warmup=1
+        )
+    yield Table(
+        "Time of the same step",
+        ("", "seconds", f"over that of {OURS}"),
+        [
+            (OURS, f"{median(seconds[OURS]):.2f}", "1.00x"),
+            (IN_PARTS, f"{median(seconds[IN_PARTS]):.2f}", ratio(seconds, OURS, IN_PARTS)),
+        ],
+    )
+
+
+def _config(side: str) -> RunConfig:
+    return run_config(
+        SHAPE,
+        seq_length=SEQ_LENGTH,
+        batch_size=BATCH_SIZE,
+        precision="fp32",
+        logits_parts=PARTS if side == IN_PARTS else 1,
     )
 
 
@@ -54,10 +89,10 @@ def _in_a_process(side: str) -> float:
 
 
 def _added_megabytes(side: str) -> float:
-    config = run_config(SHAPE, seq_length=SEQ_LENGTH, batch_size=BATCH_SIZE, precision="fp32")
+    config = _config(side)
     with process_group() as device, contextlib.redirect_stdout(io.StringIO()):
         step: Callable[[Batch], Tensor]
-        if side == OURS:
+        if side != THEIRS:
             step = OurStep(start_engine(config, device=device))
         else:
             model = transformers_model(config, device=device, dtype=torch.float32)

@@ -105,6 +105,20 @@ def test_sequence_parallelism_needs_a_sequence_that_it_can_split() -> None:
     assert "126, 128" in message
 
 
+def test_the_parts_of_logits_divide_the_sequence_of_a_rank() -> None:
+    message = _error(training__logits_parts=5, data__sequence_length=128)
+    assert "training.logits_parts=5 does not divide" in message
+    assert "data.sequence_length=128: 128; nearest parts are 4, 8" in message
+    message = _error(
+        world=2,
+        parallel__tensor=2,
+        parallel__sequence_parallel=True,
+        data__sequence_length=126,
+        training__logits_parts=1000,
+    )
+    assert "data.sequence_length=126 over 2 ranks: 63; nearest parts are 63" in message
+
+
 def test_sequences_longer_than_the_positions_of_the_model_are_refused() -> None:
     message = _error(data__sequence_length=257)
     assert "data.sequence_length=257" in message

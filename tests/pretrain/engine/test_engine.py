@@ -76,7 +76,7 @@ LAYOUTS = {
     "one process, recomputed": (1, 1, {"training__activation_recomputation": "full"}),
     "data 2, ZeRO-1": (2, 1, {"training__batch_size": 2}),
     "data 2, ZeRO-2": (2, 2, {"training__batch_size": 2}),
-    "data 2, ZeRO-3": (2, 3, {"training__batch_size": 2}),
+    "data 2, ZeRO-3": (2, 3, {"training__batch_size": 2, "training__logits_parts": 4}),
     "no accumulation": (
         1, 1, {"training__batch_size": 8, "training__gradient_accumulation_steps": 1},
     ),
@@ -84,12 +84,28 @@ LAYOUTS = {
     "tensor 2, sequence parallel": (
         2, 1, {"parallel__tensor": 2, "parallel__sequence_parallel": True},
     ),
+    "tensor 2, sequence parallel, logits in parts": (
+        2, 1,
+        {
+            "parallel__tensor": 2,
+            "parallel__sequence_parallel": True,
+            "training__logits_parts": 4,
+            "training__activation_recomputation": "full",
+        },
+    ),
     "tensor 2 x data 2, ZeRO-3": (4, 3, {"parallel__tensor": 2, "training__batch_size": 2}),
     "pipeline 2": (2, 1, {"parallel__pipeline": 2}),
     "pipeline 4, recomputed": (
         4, 1, {"parallel__pipeline": 4, "training__activation_recomputation": "full"},
     ),
-    "pipeline 2, tied": (2, 1, {"parallel__pipeline": 2, "model__tie_embeddings": True}),
+    "pipeline 2, tied": (
+        2, 1,
+        {
+            "parallel__pipeline": 2,
+            "model__tie_embeddings": True,
+            "training__logits_parts": 2,
+        },
+    ),
     "pipeline 2 x tensor 2 x data 2": (
         8, 1, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__batch_size": 2},
     ),

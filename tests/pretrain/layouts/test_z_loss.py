@@ -30,11 +30,13 @@ SAMPLES, Z_LOSS = 8, 0.05
 # world size, ZeRO stage, gradient accumulation, other settings
 CUTS = {
     "one micro-batch": (1, 0, 1, {}),
-    "data 2, accumulation 2, ZeRO-2": (2, 2, 2, {}),
+    "data 2, accumulation 2, ZeRO-2, parts": (2, 2, 2, {"training__logits_parts": 4}),
     "pipeline 2, accumulation 4": (2, 1, 4, {"parallel__pipeline": 2}),
     "tensor 2, accumulation 2": (2, 1, 2, {"parallel__tensor": 2}),
-    "pipeline 2 x tensor 2": (4, 1, 2, {"parallel__pipeline": 2, "parallel__tensor": 2}),
-}
+    "pipeline 2 x tensor 2, parts": (
+        4, 1, 2, {"parallel__pipeline": 2, "parallel__tensor": 2, "training__logits_parts": 2},
+    ),
+}  # fmt: skip
 
 
 def _config(data: Path, world_size: int, accumulation: int, **changes):
