@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from data_tools.corpus.corpus_info import TextRules
 from models.evaluate import load_harness, require_lm_eval, write_results
 from models.evaluation.scoring import Request, Score, check_requests
+from models.evaluation.task_errors import described
 from models.evaluation.texts import Texts, texts_of
 from models.prompting import load_prompting
 from parallel.checkpoint.errors import AgreedError, is_ours, one_line
@@ -116,10 +117,9 @@ class TaskEvaluation:
     def _described(self, error: Exception) -> str:
         if isinstance(error, OSError) or is_ours(error):
             return one_line(error)
-        reason = (str(error).strip().splitlines() or [""])[0]
         return (
-            f"evaluation.tasks={','.join(self.config.evaluation.tasks)}: {type(error).__name__}: "
-            f"{reason}; repair the task, or leave it out"
+            f"evaluation.tasks={','.join(self.config.evaluation.tasks)}: {described(error)}; "
+            "repair the task, or leave it out"
         )
 
     def _open_on_rank0(self) -> None:
