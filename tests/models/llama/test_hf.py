@@ -47,6 +47,7 @@ SHAPES = {
     },
     "mistral_named": {"hf_type": "mistral"},
     "ministral_named": {"hf_type": "ministral", "sliding_window": 16, "head_dim": 12},
+    "ministral_without_window": {"hf_type": "ministral"},
     "phi3": {"hf_type": "phi3", "num_kv_heads": 1},
     "phi3_window": {"hf_type": "phi3", "sliding_window": 16, "head_dim": 12},
     "olmo2": {"norm_after": True, "qk_norm": "all_heads", "rope_theta": 5e5},
