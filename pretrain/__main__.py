@@ -67,6 +67,14 @@ Several processes: a launcher starts a module or a file and not this command, as
 `deepspeed --num_gpus 8 --module pretrain.train --config-name demo`.
 Completion: eval "$(manyformer completion bash)"    # or zsh, in ~/.bashrc or ~/.zshrc
 """
+_COMPLETION_HELP = """\
+usage: manyformer completion bash|zsh
+
+Print a script that completes commands, options and files.
+
+example:
+  eval "$(manyformer completion bash)"    # in ~/.bashrc; zsh in ~/.zshrc, after compinit
+"""
 
 
 def main() -> int:
@@ -125,6 +133,9 @@ def _refuse(problem: str, given: str, names: Sequence[str]) -> int:
 
 
 def _print_completion(arguments: Sequence[str]) -> int:
+    if arguments in (["--help"], ["-h"]):
+        sys.stdout.write(_COMPLETION_HELP)
+        return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         given = " ".join(arguments)
         return _refuse(f"completion {given!r} is none of {', '.join(SHELLS)}", given, SHELLS)

@@ -112,6 +112,13 @@ def test_a_completion_knows_every_command(shell, monkeypatch, capsys):
     assert all(f" {name} " in f" {text}".replace('"', " ") for name in COMMANDS)
 
 
+def test_the_completion_explains_itself(monkeypatch, capsys):
+    assert _call(monkeypatch, "completion", "--help") == 0
+    said = capsys.readouterr()
+    assert "usage: manyformer completion bash|zsh" in said.out
+    assert said.err == ""
+
+
 @pytest.mark.parametrize("arguments", [(), ("fish",), ("bash", "zsh")])
 def test_a_completion_of_no_known_shell_is_refused(arguments, monkeypatch, capsys):
     assert _call(monkeypatch, "completion", *arguments) == 2

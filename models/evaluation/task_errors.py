@@ -1,4 +1,4 @@
-"""What is wrong with a task of lm_eval, in one line."""
+"""Errors of lm_eval's tasks in one line, and task files that it leaves out."""
 
 from __future__ import annotations
 

@@ -217,11 +217,13 @@ def test_a_foreign_configuration_is_refused(contents, message, tmp_path, capsys)
     assert message in _refusal(model, capsys)
 
 
-def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys):
+def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "hf").mkdir()
-    assert "config.json does not exist; give a Hugging Face model" in _refusal(
-        tmp_path / "hf", capsys
-    )
+    for model in (tmp_path / "hf", Path("Qwen2.5-0.5B")):
+        line = _refusal(model, capsys)
+        assert f"--model {model}: " in line
+        assert f" {model.absolute()}; " in line
 
 
 GEMMA = {"activation": "gelu_tanh", "zero_centered_gamma": True, "scale_embeddings": True}
