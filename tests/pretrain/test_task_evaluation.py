@@ -41,7 +41,7 @@ TASKS = ("local_choice", "local_letters", "local_text")
 LENGTH = 64  # less than the longest questions
 LAYOUTS = {
     "one process": (1, {}, 0),
-    "tensor 2 x pipeline 2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}, 1),
+    "tensor 2 x pipeline 2 x data 2": (8, {"parallel__tensor": 2, "parallel__pipeline": 2}, 1),
     "data 2, ZeRO-3": (2, {}, 3),
 }
 
