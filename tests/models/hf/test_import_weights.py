@@ -201,6 +201,7 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'"),
         (
             {"rope_scaling": {"type": "linear", "factor": 0.5}, "rope_parameters": None},
             "factor=0.5: Input should be greater than 1; correct it",
