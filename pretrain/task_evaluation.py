@@ -25,6 +25,7 @@ from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import Engine
 from pretrain.engine.part_scoring import Part, parts_of
 from pretrain.metrics.writers import TASKS_FOLDER
+from pretrain.supervision.signals import GracefulStop
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ class TaskEvaluation:
         self._ranks, self._advance = ranks, advance
         self._engine: Engine | None = None
         self._scoring = False  # an error is of the engine, which all ranks share
+        self._stop = GracefulStop()
+        self._stop_asked = False  # of any rank, as rank 0 knows it
         self._last_sign = time.monotonic()
         self._harness: Any = None
         self._tasks: dict[str, Any] = {}
@@ -81,12 +84,13 @@ class TaskEvaluation:
         return step % self.config.evaluation.interval_of_tasks == 0
 
     def evaluate(
-        self, engine: Engine, *, step: int, tokens: int
+        self, engine: Engine, *, step: int, tokens: int, stop: GracefulStop
     ) -> tuple[dict[str, Any] | None, str | None]:
         """lm_eval's results on rank 0, which are also in RUN_DIR/tasks/step_N.json, and on every
         rank what kept a task from being evaluated, or None; collective. The sequence length of the
-        engine is to be set afterwards."""
-        self._engine = engine
+        engine is to be set afterwards. What `stop` has received on any rank ends it, as a save may
+        not wait for thousands of questions."""
+        self._engine, self._stop, self._stop_asked = engine, stop, False
         try:
             return self._lead(lambda: self._evaluate_on_rank0(step=step, tokens=tokens))
         finally:
@@ -201,6 +205,9 @@ class TaskEvaluation:
             round_size=self.config.training.batch_size * ctx.data.size,
             num_rounds=max(_BATCHES, _BATCHES_A_STAGE * ctx.pipeline.size),
         ):
+            if self._stop_asked:
+                self._scoring = False
+                raise ValueError("the run is asked to stop; evaluate its checkpoint, or go on")
             self._send(part)
             for found in self._score_part(part):
                 columns = (each.tolist() for each in found)
@@ -215,7 +222,9 @@ class TaskEvaluation:
         """Score a part (collective); the scores of all data ranks on rank 0."""
         assert self._engine is not None
         own = self._engine.score_part(part, progress=self._advance)
-        return [each for each in self._ranks.gather(own) or [] if each is not None]
+        gathered = self._ranks.gather((own, self._stop.received)) or []
+        self._stop_asked = any(received is not None for _, received in gathered)
+        return [each for each, _ in gathered if each is not None]
 
     def _show_life(self) -> None:
         """Keep other ranks from waiting for rank 0 in vain."""

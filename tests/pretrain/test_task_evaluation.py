@@ -24,7 +24,7 @@ from parallel.checkpoint.errors import AgreedError
 from pretrain.config import RunConfig
 from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import PlainEngine
-from pretrain.errors import EXIT_COMPLETED
+from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
 from pretrain.loop import TrainLoop
 from pretrain.metrics.writers import read_metrics
 from pretrain.task_evaluation import TaskEvaluation, open_tasks
@@ -211,6 +211,33 @@ def test_steps_that_are_undone_leave_no_numbers_of_tasks(data: Path, tmp_path: P
     charts = [_chart(run, "eval/local_text/bits_per_byte") for run in (config, expected)]
     assert charts[0] == charts[1]
     assert [step for step, _ in charts[0]] == [2, 4, 6, 8]
+
+
+def _asked_to_stop_while_scoring(config: RunConfig, ds_config_path: str | None) -> int:
+    """The signal reaches rank 1 alone, after the first part of the first evaluation."""
+    scored = PlainEngine.score_part
+
+    def signalled(self: PlainEngine, *arguments: Any, **keywords: Any) -> Any:
+        found = scored(self, *arguments, **keywords)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    PlainEngine.score_part = signalled  # type: ignore[method-assign]  # for good, in a fork
+    return run_training(config, ds_config_path)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_its_tasks(
+    data: Path, tmp_path: Path
+) -> None:
+    config = run_of(data, tmp_path / "run", evaluation__tasks=["local_choice", "local_text"])
+    zero = "configs/ds/zero1.json"
+    ends = run_ranks(_asked_to_stop_while_scoring, 2, config, zero, init=False)
+    assert ends == [EXIT_STOPPED] * 2
+    assert of_tasks(config) == {}
+    assert not Path(config.run_dir, "tasks").exists()
+    train(config, 2, 1)
+    assert list(of_tasks(config)) == [4], "it has gone on after step 3"
 
 
 def _chart(config: RunConfig, name: str) -> list[tuple[int, float]]:
