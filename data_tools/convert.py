@@ -65,8 +65,8 @@ def _summary(output: str, kind: str, copied: Copied) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("python -m data_tools.convert"),
-        description="Convert a tokenised corpus between formats. Documents, ids and their order "
-        "are kept, or the corpus is refused; the same command resumes a killed one. "
+        description="Convert a tokenised corpus between formats. Documents, ids and their order\n"
+        "are kept, or the corpus is refused; the same command resumes a killed one.\n"
         "data_tools/formats/README.md lists the formats.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -259,8 +259,9 @@ def _source(text: str) -> tuple[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("python -m data_tools.inspect_corpus"),
-        description="Print counts, lengths, duplicates and samples of a .bin/.idx corpus; or, with "
-        "--run and --steps, source, documents and text of every sample of some steps of a run.",
+        description="Print counts, lengths, duplicates and samples of a .bin/.idx corpus; or,\n"
+        "with --run and --steps, source, documents and text of every sample of some steps of\n"
+        "a run.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -273,8 +273,8 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("python -m data_tools.split"),
-        description="Split a .bin/.idx corpus: by a hash of each document, so that equal documents "
-        "go to the same split, or in order as Megatron-LM does.",
+        description="Split a .bin/.idx corpus: by a hash of each document, so that equal\n"
+        "documents go to the same split, or in order as Megatron-LM does.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

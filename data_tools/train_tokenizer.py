@@ -24,6 +24,7 @@ _EXAMPLE = """example:
 """
 EOD_PIECE = "</s>"
 _MAX_LINE = 4096  # characters passed to the trainer at once
+_LEAST = 300  # --vocab-size that holds the bytes and the characters of a small alphabet
 _HASH_RANGE = 1 << 64
 
 
@@ -91,9 +92,11 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip()  # without the C++ source location
+        remedy = "pass more text"
+        if vocab_size != _LEAST:
+            remedy += f", or {'lower' if vocab_size > _LEAST else 'raise'} it to {_LEAST}"
         raise DataError(
-            f"--vocab-size {vocab_size} cannot be trained on this text ({reason}); pass more text "
-            "or another size, at least 300"
+            f"--vocab-size {vocab_size} cannot be trained on this text ({reason}); {remedy}"
         ) from error
     return model.getvalue()
 

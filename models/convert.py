@@ -253,6 +253,19 @@ def _published(output: Path) -> Iterator[Path]:
         raise
 
 
+def _check_directory(model: Path) -> None:
+    """Before anything is imported that takes seconds.
+
+    Raises:
+        ValueError: it is no model directory, such as a name on the Hub.
+    """
+    if not (model / "config.json").is_file():
+        raise ValueError(
+            f"--model {model}: no config.json in {model.absolute()}; give the directory of a model "
+            "on this machine, such as `hf download NAME --local-dir DIR` makes"
+        )
+
+
 def _refuse_to_overwrite(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty; choose another --output")
@@ -262,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = _parse(argv)
     try:
-        if arguments.command != "from-hf":
+        if arguments.command == "from-hf":
+            _check_directory(arguments.model)
+        else:
             find_manifest(arguments.checkpoint)
         _refuse_to_overwrite(arguments.output)
         changes = _changes(arguments) if arguments.command == "from-hf" else {}

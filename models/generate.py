@@ -210,6 +210,7 @@ def _continue_text(arguments: argparse.Namespace) -> str:
         special_tokens=arguments.special_tokens,
     )
     ids = prompting.encode(arguments.prompt, vocab_size=stored.config.vocab_size)
+    _check_length(len(ids), arguments.max_new_tokens, stored.config.max_position_embeddings)
     model = load_model(stored, device=device)
     rows = generate(
         model,
@@ -222,6 +223,16 @@ def _continue_text(arguments: argparse.Namespace) -> str:
         generator=torch.Generator(device).manual_seed(arguments.seed),
     )
     return prompting.decode(rows[0].tolist())
+
+
+def _check_length(prompt: int, new: int, longest: int) -> None:
+    if prompt + new <= longest:
+        return
+    remedy = f"lower it to {longest - prompt}" if prompt < longest else "shorten --prompt"
+    raise ValueError(
+        f"--max-new-tokens {new} with the {prompt} tokens of the prompt is more than the model's "
+        f"max_position_embeddings={longest}; {remedy}"
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

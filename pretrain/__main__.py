@@ -17,10 +17,12 @@ from pretrain.errors import EXIT_USER_ERROR
 
 
 class Command(NamedTuple):
-    """A command line: its place, as `module:function`, and what it does."""
+    """A command line: its place, as `module:function`, what it does, and the commands that it has
+    itself."""
 
     entry: str
     summary: str
+    parts: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -35,12 +37,20 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "doctor": Command("pretrain.doctor.__main__:main", "find what would stop a job"),
         "prove": Command("pretrain.prove.command:main", "show that it equals the one-process run"),
         "plot": Command("pretrain.plot:main", "draw its loss curve"),
-        "checkpoint": Command("pretrain.checkpoint:main", "list, verify or prune its checkpoints"),
+        "checkpoint": Command(
+            "pretrain.checkpoint:main",
+            "list, verify or prune its checkpoints",
+            ("list", "verify", "prune"),
+        ),
     },
     "a model": {
         "generate": Command("models.generate:main", "sample text from a checkpoint"),
         "evaluate": Command("models.evaluate:main", "score it on tasks of lm_eval"),
-        "convert": Command("models.convert:main", "to Hugging Face and back, to GGUF"),
+        "convert": Command(
+            "models.convert:main",
+            "to Hugging Face and back, to GGUF",
+            ("to-hf", "from-hf", "to-gguf"),
+        ),
     },
     "a corpus": {
         "demo-corpus": Command("data_tools.demo_corpus:command", "make one of Python's source"),
@@ -66,6 +76,14 @@ example:
 Several processes: a launcher starts a module or a file and not this command, as in
 `deepspeed --num_gpus 8 --module pretrain.train --config-name demo`.
 Completion: eval "$(manyformer completion bash)"    # or zsh, in ~/.bashrc or ~/.zshrc
+"""
+_COMPLETION_HELP = """\
+usage: manyformer completion bash|zsh
+
+Print a script that completes commands, options and files.
+
+example:
+  eval "$(manyformer completion bash)"    # in ~/.bashrc; zsh in ~/.zshrc, after compinit
 """
 
 
@@ -125,6 +143,9 @@ def _refuse(problem: str, given: str, names: Sequence[str]) -> int:
 
 
 def _print_completion(arguments: Sequence[str]) -> int:
+    if arguments in (["--help"], ["-h"]):
+        sys.stdout.write(_COMPLETION_HELP)
+        return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         given = " ".join(arguments)
         return _refuse(f"completion {given!r} is none of {', '.join(SHELLS)}", given, SHELLS)
@@ -141,7 +162,9 @@ def completion(shell: str) -> str:
     names = " ".join([*COMMANDS, "completion"])
     if shell == "zsh":
         return _ZSH.format(names=names)
-    return _BASH.format(names=names)
+    parts = {name: command.parts for name, command in COMMANDS.items()} | {"completion": SHELLS}
+    cases = (f'{name}) words="{" ".join(own)}";;' for name, own in parts.items() if own)
+    return _BASH.format(names=names, cases=" ".join(cases))
 
 
 _BASH = r"""_manyformer() {{
@@ -154,6 +177,8 @@ _BASH = r"""_manyformer() {{
         fi
         words="$("${{COMP_WORDS[0]}}" "${{COMP_WORDS[1]}}" $part --help 2>/dev/null |
             sed '/^example/,$d' | grep -oE -e '--[a-z][a-z_-]+' | sort -u)"
+    elif [ "$COMP_CWORD" -eq 2 ]; then
+        case "${{COMP_WORDS[1]}}" in {cases} esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
 }}

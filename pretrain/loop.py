@@ -197,7 +197,7 @@ class TrainLoop:
                     if evaluating:
                         self._evaluate(writers)
                     if asking:
-                        self._evaluate_tasks(writers)
+                        self._evaluate_tasks(writers, stop)
                     if saving:
                         self._save()
                     if last or stopping:
@@ -299,14 +299,14 @@ class TrainLoop:
             )
         )
 
-    def _evaluate_tasks(self, writers: Writers) -> None:
+    def _evaluate_tasks(self, writers: Writers, stop: GracefulStop) -> None:
         assert self.tasks is not None
         step, tokens = self.state.step, self.state.tokens
         self.watchdog.progress(f"evaluating tasks after step {step}")
-        results, failure = self.tasks.evaluate(self.engine, step=step, tokens=tokens)
+        results, failure = self.tasks.evaluate(self.engine, step=step, tokens=tokens, stop=stop)
         self.engine.set_sequence_length(self._sequence_length)
         if failure is not None:
-            self._warn(f"step {step}: the tasks are not evaluated, training goes on: {failure}")
+            self._warn(f"step {step}: the tasks are not evaluated: {failure}")
         if results is not None:
             writers.write(task_record(step=step, tokens=tokens, results=results))
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from data_tools.corpus.corpus_info import TextRules
 from models.evaluate import load_harness, require_lm_eval, write_results
 from models.evaluation.scoring import Request, Score, check_requests
+from models.evaluation.task_errors import described
 from models.evaluation.texts import Texts, texts_of
 from models.prompting import load_prompting
 from parallel.checkpoint.errors import AgreedError, is_ours, one_line
@@ -24,6 +25,7 @@ from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import Engine
 from pretrain.engine.part_scoring import Part, parts_of
 from pretrain.metrics.writers import TASKS_FOLDER
+from pretrain.supervision.signals import GracefulStop
 
 T = TypeVar("T")
 
@@ -60,6 +62,8 @@ class TaskEvaluation:
         self._ranks, self._advance = ranks, advance
         self._engine: Engine | None = None
         self._scoring = False  # an error is of the engine, which all ranks share
+        self._stop = GracefulStop()
+        self._stop_asked = False  # of any rank, as rank 0 knows it
         self._last_sign = time.monotonic()
         self._harness: Any = None
         self._tasks: dict[str, Any] = {}
@@ -80,12 +84,13 @@ class TaskEvaluation:
         return step % self.config.evaluation.interval_of_tasks == 0
 
     def evaluate(
-        self, engine: Engine, *, step: int, tokens: int
+        self, engine: Engine, *, step: int, tokens: int, stop: GracefulStop
     ) -> tuple[dict[str, Any] | None, str | None]:
         """lm_eval's results on rank 0, which are also in RUN_DIR/tasks/step_N.json, and on every
         rank what kept a task from being evaluated, or None; collective. The sequence length of the
-        engine is to be set afterwards."""
-        self._engine = engine
+        engine is to be set afterwards. What `stop` has received on any rank ends it, as a save may
+        not wait for thousands of questions."""
+        self._engine, self._stop, self._stop_asked = engine, stop, False
         try:
             return self._lead(lambda: self._evaluate_on_rank0(step=step, tokens=tokens))
         finally:
@@ -116,10 +121,9 @@ class TaskEvaluation:
     def _described(self, error: Exception) -> str:
         if isinstance(error, OSError) or is_ours(error):
             return one_line(error)
-        reason = (str(error).strip().splitlines() or [""])[0]
         return (
-            f"evaluation.tasks={','.join(self.config.evaluation.tasks)}: {type(error).__name__}: "
-            f"{reason}; repair the task, or leave it out"
+            f"evaluation.tasks={','.join(self.config.evaluation.tasks)}: {described(error)}; "
+            "repair the task, or leave it out"
         )
 
     def _open_on_rank0(self) -> None:
@@ -201,6 +205,9 @@ class TaskEvaluation:
             round_size=self.config.training.batch_size * ctx.data.size,
             num_rounds=max(_BATCHES, _BATCHES_A_STAGE * ctx.pipeline.size),
         ):
+            if self._stop_asked:
+                self._scoring = False
+                raise ValueError("the run is asked to stop; evaluate its checkpoint, or go on")
             self._send(part)
             for found in self._score_part(part):
                 columns = (each.tolist() for each in found)
@@ -215,7 +222,9 @@ class TaskEvaluation:
         """Score a part (collective); the scores of all data ranks on rank 0."""
         assert self._engine is not None
         own = self._engine.score_part(part, progress=self._advance)
-        return [each for each in self._ranks.gather(own) or [] if each is not None]
+        gathered = self._ranks.gather((own, self._stop.received)) or []
+        self._stop_asked = any(received is not None for _, received in gathered)
+        return [each for each, _ in gathered if each is not None]
 
     def _show_life(self) -> None:
         """Keep other ranks from waiting for rank 0 in vain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -92,11 +93,22 @@ def test_bash_completes_commands_then_options():
         "COMP_WORDS=(manyformer t); COMP_CWORD=1; _manyformer; echo ${COMPREPLY[@]}\n"
         "COMP_WORDS=(manyformer plot --o); COMP_CWORD=2; _manyformer; echo ${COMPREPLY[@]}\n"
         "COMP_WORDS=(manyformer plot ''); COMP_CWORD=2; _manyformer; echo ${#COMPREPLY[@]}\n"
+        "COMP_WORDS=(manyformer convert t); COMP_CWORD=2; _manyformer; echo ${COMPREPLY[@]}\n"
         "COMP_WORDS=(manyformer convert to-hf --p); COMP_CWORD=3; _manyformer\n"
         "echo ${COMPREPLY[@]}\n"
     )
     done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "train train-tokenizer\n--output\n0\n--plain\n"
+    assert done.stdout == "train train-tokenizer\n--output\n0\nto-hf to-gguf\n--plain\n"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name].parts])
+def test_the_commands_of_a_command_are_those_of_its_help(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        _call(monkeypatch, name, "--help")
+    said = capsys.readouterr().out
+    listed = re.search(r"\{([a-z,-]+)\}", said)
+    own = listed[1].split(",") if listed else re.findall(r"^ {4}([a-z-]+) ", said, re.MULTILINE)
+    assert sorted(own) == sorted(COMMANDS[name].parts)
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
@@ -110,6 +122,13 @@ def test_a_completion_knows_every_command(shell, monkeypatch, capsys):
     assert _call(monkeypatch, "completion", shell) == 0
     text = capsys.readouterr().out
     assert all(f" {name} " in f" {text}".replace('"', " ") for name in COMMANDS)
+
+
+def test_the_completion_explains_itself(monkeypatch, capsys):
+    assert _call(monkeypatch, "completion", "--help") == 0
+    said = capsys.readouterr()
+    assert "usage: manyformer completion bash|zsh" in said.out
+    assert said.err == ""
 
 
 @pytest.mark.parametrize("arguments", [(), ("fish",), ("bash", "zsh")])

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from models.evaluation.decoding import continue_prompts
 from models.evaluation.scoring import Request, Score, score
 from models.evaluation.surroundings import bars, seeded
+from models.evaluation.task_errors import broken_file, described
 from models.evaluation.texts import Texts
 from parallel.carry import SequentialModel
 
@@ -316,6 +317,11 @@ def load_tasks(
     if manager is None or _missing(manager, names):
         manager = TaskManager(include_path=include_path)
     if missing := _missing(manager, names):
+        if include_path is not None and (broken := broken_file(include_path)) is not None:
+            raise ValueError(
+                f"{settings.tasks} {','.join(missing)}: no such task, but in "
+                f"{settings.include_path} {broken}; repair this file, or name other tasks"
+            )
         raise ValueError(
             f"{settings.tasks} {','.join(missing)}: no such task among {len(manager.all_tasks)}; "
             f"`lm_eval ls tasks` lists them, and {settings.include_path} adds a folder of your own"
@@ -324,10 +330,9 @@ def load_tasks(
         with seeded():
             loaded: dict[str, Any] = manager.load(manager.match_tasks(list(names)))
     except Exception as error:  # of a task's code, or of the package that loads its data
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"{settings.tasks} {','.join(names)}: {type(error).__name__}: {reason}; repair the "
-            "task, or get its data where there is a network"
+            f"{settings.tasks} {','.join(names)}: {described(error)}; repair the task, or get its "
+            "data where there is a network"
         ) from error
     for task in loaded["tasks"].values():
         _set_fewshot(task, num_fewshot, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,7 @@ def bpe_vocabulary(text: str, size: int, *, source: str) -> Vocabulary:
         )
     for token in contents["added_tokens"]:
         _check_flags(token, source=source)
+        _check_normal_form(token, contents["normalizer"], source=source)
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         known[token["id"]] = Token(token["content"], kind)
     found = (t.text for t in known.values() if t.type == TokenType.USER_DEFINED)
@@ -156,6 +158,17 @@ def _check_flags(token: Mapping[str, Any], *, source: str) -> None:
                 f"tokenizer {source}: the added token {token['content']!r} has {flag}=True, "
                 f"llama.cpp has no such tokens; {INSTEAD}"
             )
+
+
+def _check_normal_form(token: Mapping[str, Any], normalizer: Any, *, source: str) -> None:
+    content = token["content"]
+    composed = unicodedata.normalize("NFC", content)
+    if normalizer is not None and token["normalized"] and content != composed:
+        raise ValueError(
+            f"tokenizer {source}: the added token {content!a} is found as {composed!a} "
+            "(normalized=True), llama.cpp would look for it as it is written; write it in NFC, or "
+            f"{INSTEAD}"
+        )
 
 
 def _single_words(text: str, contents: Mapping[str, Any]) -> list[str]:

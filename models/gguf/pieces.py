@@ -59,6 +59,11 @@ def piece_vocabulary(
                 f"otherwise; train without one of them, or {INSTEAD}"
             )
     tokens = filled(known, size, source=source)
+    if prefix:
+        remarks.append(
+            "where llama.cpp parses special tokens in a text, it puts the space of "
+            "add_dummy_prefix behind each, too: training put it in front of a text alone"
+        )
     return Vocabulary(
         "llama",
         tokens,

@@ -91,6 +91,12 @@ def read_contents(path: Path) -> dict[str, Any]:
     for name in ("num_hidden_layers", "num_layers", "n_layer"):
         if isinstance(contents.get(name), int) and contents[name] > _MOST_LAYERS:
             raise ValueError(f"{path}: {name}={contents[name]} is more than {_MOST_LAYERS}")
+    if quantized := contents.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"{path}: quantization_config with quant_method={method!r} cannot be imported; take "
+            "the model before quantization"
+        )
     return contents
 
 

@@ -307,7 +307,8 @@ def rope_scaling(rope: Mapping[str, Any], *, family: str) -> RopeScaling | None:
         ValueError: a type that our decoders do not have, or a value that it cannot have.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "linear" and rope.get("factor") == 1.0:  # which divides positions by 1
+    scales = kind == "yarn" and rope.get("attention_factor") not in (None, 1.0)
+    if kind in ("linear", "yarn") and rope.get("factor") == 1.0 and not scales:  # divides by 1
         kind = "default"
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0
     if kind == "default" and whole:

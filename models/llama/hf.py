@@ -61,10 +61,13 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
     )
     if model_type in ("qwen2", "qwen3"):
         return contents | _windows_of_qwen(config)
+    window = config.sliding_window
     if model_type == "ministral":
+        # Its class always makes masks of windows, and one of this length hides nothing.
+        window = window or config.max_position_embeddings
         contents |= {"layer_types": _kinds(config)}
     if model_type in _WINDOWED:
-        contents |= {"sliding_window": config.sliding_window}
+        contents |= {"sliding_window": window}
     return contents
 
 

@@ -247,9 +247,14 @@ def _check_ranges(name: str, ranges: Sequence[tuple[int, int]]) -> None:
 
 def _ranges(value: Any) -> Any:
     """Convert YAML's lists to tuples, which pydantic's strict mode requires."""
-    if not isinstance(value, list):
-        return value
-    return tuple(tuple(each) if isinstance(each, list) else each for each in value)
+    if not isinstance(value, list | tuple) or not all(map(_is_range, value)):
+        raise ValueError("must be ranges of steps; write [[first, last]], such as [[120, 124]]")
+    return tuple(tuple(each) for each in value)
+
+
+def _is_range(value: Any) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return is_pair and all(type(each) is int for each in value)
 
 
 def _names(value: Any) -> Any:

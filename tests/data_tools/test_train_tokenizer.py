@@ -67,11 +67,12 @@ def test_existing_model_is_kept_unless_overwritten(text_file: Path, model: Path)
     assert load_tokenizer(str(model)).vocab_size == 600
 
 
-@pytest.mark.parametrize("vocab_size", [100, 100_000])
+@pytest.mark.parametrize(("vocab_size", "step"), [(100, "raise"), (100_000, "lower")])
 def test_impossible_vocabulary_is_refused_and_leaves_nothing(
-    text_file: Path, tmp_path: Path, vocab_size: int
+    text_file: Path, tmp_path: Path, vocab_size: int, step: str
 ) -> None:
-    with _refused("--vocab-size", value=vocab_size, constraint="text", remedy=("text", "300")):
+    remedy = ("text", f"{step} it to 300")
+    with _refused("--vocab-size", value=vocab_size, constraint="text", remedy=remedy):
         train_tokenizer([str(text_file)], str(tmp_path / "t.model"), vocab_size=vocab_size)
     assert list(tmp_path.iterdir()) == []
 
@@ -99,3 +100,10 @@ def test_large_inputs_are_sampled_by_whole_documents(tmp_path: Path) -> None:
     assert [line.replace("first", "last") for line in lines[::2]] == lines[1::2]
     assert lines == list(_lines(reader, json_key="text", keep=0.25))
     assert len(list(_lines(reader, json_key="text", keep=1.0))) == 800
+
+
+def test_no_size_is_proposed_to_which_a_text_is_too_short(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world")
+    with pytest.raises(DataError) as refused:
+        train_tokenizer([str(tmp_path / "a.txt")], str(tmp_path / "m.model"), vocab_size=300)
+    assert "300" not in str(refused.value).rpartition("; ")[2]

@@ -180,9 +180,9 @@ def held_out(model: Any, task: Task) -> list[float]:
     return [float(model(**inputs).loss) / math.log(2) for inputs in task.test]
 
 
-def base_llama(task: Task, *, seed: int = 0, **sizes: int) -> Any:
+def base_llama(task: Task, *, seed: int = 0, **settings: float) -> Any:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA | sizes))
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA | settings))
     train(model, task.draw(seed), steps=task.base_steps, rates=Rates(0.0, task.base_lr))
     return model
 

@@ -233,12 +233,16 @@ def _random_corpus() -> language.Corpus:
 def test_zeroing_the_memory_of_a_fine_tuned_model_leaves_out_what_it_adds_alone():
     corpus = _random_corpus()
     task = layer_memory.causal_task(corpus, base_steps=1, steps=3, rows=8)
-    base = layer_memory.base_llama(task, hidden_size=32, intermediate_size=32)
+    # With the first weights and rates of the study three steps add as little as rounding does.
+    task = task._replace(rates=layer_memory.Rates(memory=0.1, rest=0.01))
+    wide = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.5}
+    base = layer_memory.base_llama(task, **wide)
     before = statistics.fmean(layer_memory.held_out(base, task))
     found = layer_memory.tune(base, "memory alone", task, seed=0)
     assert found.without == pytest.approx(before, abs=1e-6)  # the base was not touched
-    assert found.bits != found.without
-    assert layer_memory.tune(base, "everything, no memory", task, seed=0).bits != before
+    assert found.bits != pytest.approx(found.without, abs=1e-3)
+    others = layer_memory.tune(base, "everything, no memory", task, seed=0)
+    assert others.bits != pytest.approx(before, abs=1e-3)
 
 
 def test_a_masked_model_is_scored_where_it_is_masked_alone():

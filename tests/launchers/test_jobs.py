@@ -77,11 +77,14 @@ def test_too_few_healthy_nodes_end_the_job_with_the_remedy(
     assert job.nodes == []
 
 
-# What Transformer Engine, cuDNN, Triton and inductor read.
+# What Transformer Engine, cuDNN, Triton, inductor and the kernels of a CPU read.
 COMPILING = {
     "NVTE_FUSED_ATTN": "0",
     "CUDNN_LOGLEVEL_DBG": "1",
     "TRITON_CACHE_DIR": "/tmp/triton",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "KMP_BLOCKTIME": "1",
     "CC": "gcc",
     "CXX": "g++",
     "CPATH": "/opt/include",

@@ -198,7 +198,8 @@ def test_the_command_lines_work_one_after_the_other(tmp_path):
         ({"tokenizer": None}, [], "names no tokenizer; give one with --tokenizer"),
         ({"tokenizer": "absent.json"}, [], "absent.json: no such file"),
         ({}, ["--temperature", "-1"], "temperature=-1.0"),
-        ({}, ["--max-new-tokens", "1000"], "beyond max_position_embeddings=256"),
+        ({}, ["--max-new-tokens", "256"], "max_position_embeddings=256; lower it to 255"),
+        ({}, ["--prompt", "a" * 256], "max_position_embeddings=256; shorten --prompt"),
     ],
 )
 def test_generation_says_in_one_line_what_is_wrong(change, arguments, message, tmp_path, capsys):

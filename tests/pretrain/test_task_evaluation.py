@@ -6,7 +6,10 @@ import importlib
 import json
 import logging
 import math
+import os
+import signal
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +24,14 @@ from parallel.checkpoint.errors import AgreedError
 from pretrain.config import RunConfig
 from pretrain.distributed.consensus import RankGroup
 from pretrain.engine.engine import PlainEngine
-from pretrain.errors import EXIT_COMPLETED
+from pretrain.errors import EXIT_COMPLETED, EXIT_STOPPED
+from pretrain.loop import TrainLoop
 from pretrain.metrics.writers import read_metrics
 from pretrain.task_evaluation import TaskEvaluation, open_tasks
 from tests.distributed import run_ranks
 from tests.models.evaluation.local_tasks import write_tasks
 from tests.pretrain.run_training import run_training
+from tests.pretrain.spiking_run import run_spiking
 from tests.pretrain.tiny_run import curve, final_weights, tiny_run
 from tests.refusals import assert_refused
 from tests.tolerance import FP32_LOSS
@@ -36,7 +41,7 @@ TASKS = ("local_choice", "local_letters", "local_text")
 LENGTH = 64  # less than the longest questions
 LAYOUTS = {
     "one process": (1, {}, 0),
-    "tensor 2 x pipeline 2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}, 1),
+    "tensor 2 x pipeline 2 x data 2": (8, {"parallel__tensor": 2, "parallel__pipeline": 2}, 1),
     "data 2, ZeRO-3": (2, {}, 3),
 }
 
@@ -154,10 +159,93 @@ def test_tasks_have_an_interval_a_limit_and_examples_of_their_own_without_held_o
     written = json.loads(Path(config.run_dir, "tasks", "step_3.json").read_text())
     assert written["n-shot"] == {"local_letters": 1}
     assert written["n-samples"]["local_letters"]["effective"] == 2
+    assert [step for step, _ in _chart(config, "eval/local_letters/acc")] == [3, 4]
+
+
+def _killed_in_the_save_of(
+    config: RunConfig, ds_config_path: str | None, steps: tuple[int, ...], *, step: int
+) -> None:
+    """A spiking run that is killed after it has returned and evaluated `step`, before its save."""
+    save = TrainLoop._save
+
+    def killed(self: TrainLoop) -> None:
+        if self.rollback.skipped and self.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self)
+
+    TrainLoop._save = killed  # type: ignore[method-assign]  # for good: the process ends
+    run_spiking(config, ds_config_path, steps)
+
+
+def test_steps_that_are_undone_leave_no_numbers_of_tasks(data: Path, tmp_path: Path) -> None:
+    """Tasks are evaluated at 2, 4 and 6, the spike of step 7 is seen at 8, from 3 on they are
+    evaluated again, a kill costs what is behind the checkpoint of 3, and once more."""
+    changes: dict[str, Any] = {
+        "parallel__pipeline": 2,
+        "evaluation__tasks": ["local_letters", "local_text"],
+        "evaluation__task_interval": 2,
+        "training__max_steps": 8,
+        "training__log_interval": 4,
+        "checkpoint__interval": 3,
+        "stability__spike": {"sigma": 20.0, "window": 3, "skip_before": 1},
+        "logging__tensorboard": True,
+    }
+    expected = run_of(data, tmp_path / "a", stability__skip_steps=[[6, 8]], **changes)
+    config = run_of(data, tmp_path / "b", **changes)
+    train(expected, 2, 1)
+    killed = partial(_killed_in_the_save_of, step=6)
+    with pytest.raises(AssertionError, match="exit -9"):
+        run_ranks(killed, 2, config, "configs/ds/zero1.json", (7,), init=False)
+    assert list(of_tasks(config)) == [2, 4, 6]
+    train(config, 2, 1)
+    lines = [
+        r
+        for r in read_metrics(Path(config.run_dir, "metrics.jsonl"))
+        if any("/" in name for name in r)
+    ]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8], "none is there twice"
+    assert of_tasks(config) == of_tasks(expected)
+    for run in (config, expected):
+        names = sorted(path.name for path in Path(run.run_dir, "tasks").iterdir())
+        assert names == [f"step_{step}.json" for step in (2, 4, 6, 8)]
+    charts = [_chart(run, "eval/local_text/bits_per_byte") for run in (config, expected)]
+    assert charts[0] == charts[1]
+    assert [step for step, _ in charts[0]] == [2, 4, 6, 8]
+
+
+def _asked_to_stop_while_scoring(config: RunConfig, ds_config_path: str | None) -> int:
+    """The signal reaches rank 1 alone, after the first part of the first evaluation."""
+    scored = PlainEngine.score_part
+
+    def signalled(self: PlainEngine, *arguments: Any, **keywords: Any) -> Any:
+        found = scored(self, *arguments, **keywords)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    PlainEngine.score_part = signalled  # type: ignore[method-assign]  # for good, in a fork
+    return run_training(config, ds_config_path)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_its_tasks(
+    data: Path, tmp_path: Path
+) -> None:
+    config = run_of(data, tmp_path / "run", evaluation__tasks=["local_choice", "local_text"])
+    zero = "configs/ds/zero1.json"
+    ends = run_ranks(_asked_to_stop_while_scoring, 2, config, zero, init=False)
+    assert ends == [EXIT_STOPPED] * 2
+    assert of_tasks(config) == {}
+    assert not Path(config.run_dir, "tasks").exists()
+    train(config, 2, 1)
+    assert list(of_tasks(config)) == [4], "it has gone on after step 3"
+
+
+def _chart(config: RunConfig, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows under a name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(config.run_dir, "tensorboard"))).Reload()
-    assert [event.step for event in events.Scalars("eval/local_letters/acc")] == [3, 4]
+    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def test_the_log_of_a_run_gets_no_progress_bars(

@@ -104,6 +104,11 @@ def test_a_text_begins_as_the_documents_of_training(tmp_path):
     with opened(file, vocabulary_only=True) as model:
         ids = load_tokenizer(str(path)).encode("some words")
         assert model.tokenize(b"some words", add_bos=True) == [1, *ids]
+        # As the remark of such a file says.
+        parsed = model.tokenize(b"</s>some words", add_bos=False, special=True)
+        assert parsed == [2, *ids]
+        parsing = load_tokenizer(str(path), special_tokens="parse")
+        assert parsing.encode("</s>some words") != parsed
 
 
 def test_a_remark_says_where_llama_cpp_reads_text_otherwise(tmp_path):
@@ -114,6 +119,8 @@ def test_a_remark_says_where_llama_cpp_reads_text_otherwise(tmp_path):
     with opened(file, vocabulary_only=True) as model:
         assert tokenized(model, "e\u0301") != tokenizer.encode("e\u0301")
         assert tokenized(model, "\u00e9") == tokenizer.encode("e\u0301")
+        # A contraction, where case is folded; llama.cpp takes letters in lower case.
+        assert tokenized(model, "'\u017fs") != tokenizer.encode("'\u017fs")
     path = sentencepiece_file(tmp_path / "t.model", eos_piece="!?")
     write_checkpoint(
         tmp_path / "s", config(num_layers=1, vocab_size=VOCAB_SIZE), tokenizer=str(path)

@@ -92,6 +92,11 @@ def _of_model(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda contents: contents["model"]["vocab"].pop("A"), 1, "256 bytes"),
         (_added("<a>", lstrip=True, special=True), "'<a>'", "lstrip=True"),
         (_both(_added("ab"), _added("bcd")), "'ab'", ("'bcd'", "overlap")),
+        (
+            _both(_setting("normalizer", {"type": "NFC"}), _added("e\u0301", normalized=True)),
+            r"'e\u0301'",
+            (r"'\xe9'", "normalized=True"),
+        ),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_refused(change, value, constraint, tmp_path):
@@ -130,7 +135,8 @@ def test_pieces_keep_scores_and_types(tmp_path):
     assert found.unknown == 0
     assert found.tokens[259].score == 0
     assert found.tokens[260].score == -1
-    assert found.remarks == ()
+    (remark,) = found.remarks
+    assert "add_dummy_prefix" in remark
 
 
 def test_tokens_beside_a_model_are_added_unless_text_has_them(tmp_path):
@@ -162,7 +168,8 @@ def test_a_model_that_llama_cpp_reads_otherwise_is_refused(changes, value, const
 
 
 def test_a_special_token_that_other_tokens_make_up_is_remarked_on(tmp_path):
-    path = sentencepiece_file(tmp_path / "t.model", eos_piece="!?", pad_id=3, pad_piece="<pad>")
+    settings = {"pad_id": 3, "pad_piece": "<pad>", "add_dummy_prefix": False}
+    path = sentencepiece_file(tmp_path / "t.model", eos_piece="!?", **settings)
     (remark,) = piece_vocabulary(path, 300).remarks
     assert "!?" in remark
     assert "<pad>" not in remark

@@ -201,6 +201,7 @@ def test_a_truncated_file_is_refused(tmp_path, capsys):
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', the llama family only has 'silu'"),
         ({"hidden_size": "large"}, "config.json cannot be imported: "),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'"),
         (
             {"rope_scaling": {"type": "linear", "factor": 0.5}, "rope_parameters": None},
             "factor=0.5: Input should be greater than 1; correct it",
@@ -217,11 +218,13 @@ def test_a_foreign_configuration_is_refused(contents, message, tmp_path, capsys)
     assert message in _refusal(model, capsys)
 
 
-def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys):
+def test_a_directory_that_is_no_model_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "hf").mkdir()
-    assert "config.json does not exist; give a Hugging Face model" in _refusal(
-        tmp_path / "hf", capsys
-    )
+    for model in (tmp_path / "hf", Path("Qwen2.5-0.5B")):
+        line = _refusal(model, capsys)
+        assert f"--model {model}: " in line
+        assert f" {model.absolute()}; " in line
 
 
 GEMMA = {"activation": "gelu_tanh", "zero_centered_gamma": True, "scale_embeddings": True}

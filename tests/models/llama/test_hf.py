@@ -47,6 +47,7 @@ SHAPES = {
     },
     "mistral_named": {"hf_type": "mistral"},
     "ministral_named": {"hf_type": "ministral", "sliding_window": 16, "head_dim": 12},
+    "ministral_without_window": {"hf_type": "ministral"},
     "phi3": {"hf_type": "phi3", "num_kv_heads": 1},
     "phi3_window": {"hf_type": "phi3", "sliding_window": 16, "head_dim": 12},
     "olmo2": {"norm_after": True, "qk_norm": "all_heads", "rope_theta": 5e5},
@@ -246,6 +247,7 @@ def test_yarn_in_the_spelling_of_deepseek_is_read():
 
 
 LINEAR = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
+BY_ONE = {"rope_type": "yarn", "original_max_position_embeddings": 16, "attention_factor": 1.0}
 
 
 def _older(**scaling: object) -> dict[str, object]:
@@ -263,6 +265,7 @@ _NULL = {"rope_type": "yarn"} | {
 SPELLINGS = {
     "swish": ("llama", {"hidden_act": "swish"}),
     "positions divided by 1": ("llama", {"rope_parameters": LINEAR, "rope_scaling": None}),
+    "YaRN divided by 1": ("llama", {"rope_parameters": LINEAR | BY_ONE, "rope_scaling": None}),
     "a bias that Qwen2 does not ask for": ("qwen2", {"attention_bias": True, "mlp_bias": True}),
     "a window in no layer": ("qwen2", WINDOW | {"max_window_layers": 2}),
     "a window over everything": ("qwen2", WINDOW | {"sliding_window": 256}),
@@ -333,7 +336,7 @@ def test_a_shape_that_transformers_has_no_model_for_cannot_be_exported():
 @pytest.mark.parametrize(
     ("change", "name", "value", "constraint"),
     [
-        ({"factor": 1.0}, "factor", 1.0, "greater than 1"),
+        ({"factor": 0.5}, "factor", 0.5, "greater than 1"),
         ({"beta_fast": 0.5}, "beta_fast", 0.5, "larger than beta_slow=1.0"),
         ({"original_max_position_embeddings": 32.5}, "original_max", 32.5, "integer"),
     ],

@@ -7,6 +7,7 @@ import json
 import resource
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,19 +36,23 @@ _COMPILED = {"training__compile": True, "training__max_steps": 3, "model__num_la
 STAGES = {*PLAIN, "reduction", "pipeline"}
 
 
-def _annotations(folder: Path, rank: int) -> dict[str, int]:
-    """How often each range of ours is in the trace of a rank."""
+def _trace(folder: Path, rank: int) -> Counter[str]:
+    """How often each name is in the trace of a rank."""
     with gzip.open(folder / f"rank_{rank}.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
-    names = [e["name"] for e in events if e.get("cat") == "user_annotation"]
-    return {name: names.count(name) for name in names}
+    return Counter(event["name"] for event in events if event.get("ph") == "X")
 
 
 @pytest.mark.parametrize(
-    ("axis", "phases"), [("tensor", PLAIN), ("pipeline", STAGES)], ids=["tensor", "pipeline"]
+    ("axis", "phases", "communication"),
+    [
+        ("tensor", PLAIN, {"gloo:all_reduce"}),
+        ("pipeline", STAGES, {"gloo:send", "gloo:recv"}),
+    ],
+    ids=["tensor", "pipeline"],
 )
 def test_a_profiled_run_is_the_run_without_it_bit_for_bit(
-    axis: str, phases: set[str], data: Path, tmp_path: Path
+    axis: str, phases: set[str], communication: set[str], data: Path, tmp_path: Path
 ) -> None:
     changes = {f"parallel__{axis}": 2}
     plain = tiny_run(data, run_dir=str(tmp_path / "plain"), **changes)
@@ -63,9 +68,10 @@ def test_a_profiled_run_is_the_run_without_it_bit_for_bit(
     names = [f"rank_{rank}.{kind}" for rank in (0, 1) for kind in ("json.gz", "txt")]
     assert sorted(path.name for path in folder.iterdir()) == names
     for rank in (0, 1):
-        found = _annotations(folder, rank)
+        found = _trace(folder, rank)
         assert {name for name in found if name in STAGES} == phases
-        assert [found.get(f"step {step}") for step in (1, 2, 3, 4)] == [None, 1, 1, None]
+        assert {"aten::mm", *communication} <= found.keys()
+        assert [found[f"step {step}"] for step in (1, 2, 3, 4)] == [0, 1, 1, 0]
         assert found["forward"] == found["backward"] == 4, "two steps of two micro-batches"
         summary = (folder / f"rank_{rank}.txt").read_text()
         assert "aten::" in summary
@@ -167,6 +173,10 @@ def test_the_shares_of_phases_are_of_the_steps_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "setting", "value", "constraint", "remedy"),
     [
+        ({"profile_steps": 3}, "profile_steps", "3", "ranges", "[[120, 124]]"),
+        ({"profile_steps": [3, 5]}, "profile_steps", "[3, 5]", "ranges", "[[120, 124]]"),
+        ({"profile_steps": [[3]]}, "profile_steps", "[[3]]", "ranges", "[[120, 124]]"),
+        ({"profile_steps": [["a", 2]]}, "profile_steps", "[['a', 2]]", "ranges", "[[120, 124]]"),
         ({"profile_steps": [[3, 2]]}, "profile_steps", "[3, 2]", "", "[[120, 124]]"),
         ({"profile_steps": [[0, 2]]}, "profile_steps", "[0, 2]", "", "[[120, 124]]"),
         ({"profile_steps": [[4, 6], [6, 9]]}, "profile_steps", "[6, 9]", "ends at 6", "join"),

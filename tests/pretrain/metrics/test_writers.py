@@ -244,6 +244,7 @@ def test_in_wandb_steps_that_go_back_are_kept_and_drawn_over_the_steps_of_the_ru
         for step in steps:
             writer.write({"step": step, "loss": float(step)})
             writer.write({"step": step, "eval_loss": 1.0})
+            writer.write({"step": step, "some_task/acc": 0.5})
         writer.close()
 
     records = list(_wandb_records(tmp_path))
@@ -253,6 +254,7 @@ def test_in_wandb_steps_that_go_back_are_kept_and_drawn_over_the_steps_of_the_ru
     values = [{i.nested_key[0]: json.loads(i.value_json) for i in row.item} for row in rows]
     assert [row["step"] for row in values] == [step for steps in starts for step in steps]
     assert all(row["train/loss"] == row["step"] and row["eval/loss"] == 1.0 for row in values)
+    assert all(row["eval/some_task/acc"] == 0.5 for row in values)
     assert [row.step.num for row in rows] == [1, 2, 3, 10, 11, 12, 13, 14, 20]
     assert len({r.run.run_id for r in records if r.HasField("run")}) == 1
 

@@ -21,13 +21,13 @@ from parallel.checkpoint.manifest import read_manifest
 from pretrain.checkpointing.directory import steps_in
 from pretrain.config import ConfigError, parse_config
 from pretrain.config.sections import SpikeConfig
-from pretrain.errors import EXIT_COMPLETED, TrainingError
+from pretrain.errors import EXIT_COMPLETED
 from pretrain.loop import TrainLoop
 from pretrain.stability.loss_spikes import SpikeDetector
 from tests.distributed import run_ranks
 from tests.models.families import CASES
-from tests.pretrain.run_training import run_training
 from tests.pretrain.run_values import run_values
+from tests.pretrain.spiking_run import run_spiking
 from tests.pretrain.tiny_run import metrics, offloading, stopped_after, tiny_run, zero_file
 from tests.refusals import assert_refused
 from tests.tiers import tiered
@@ -62,35 +62,11 @@ def _config(data: Path, run_dir: Path, **changes):
     return tiny_run(data, run_dir=str(run_dir), **(settings | changes))
 
 
-def _spiking(config, ds_config_path, steps: tuple[int, ...]) -> int | str:
-    """`run`, in which the loss of some steps is a hundred times as large as it should be."""
-    import pretrain.engine.train_spec
-
-    now = 0
-    train, objective = TrainLoop._train, pretrain.engine.train_spec.TrainSpec.objective
-
-    def noted(self, step, *args):
-        nonlocal now
-        now = step
-        return train(self, step, *args)
-
-    def multiplied(self, output, targets):
-        total, terms = objective(self, output, targets)
-        return (total * 100, terms) if now in steps else (total, terms)
-
-    TrainLoop._train = noted
-    pretrain.engine.train_spec.TrainSpec.objective = multiplied
-    try:
-        return run_training(config, ds_config_path)
-    except TrainingError as error:
-        return str(error)
-
-
 def _run(
     config, steps: tuple[int, ...], world_size: int, zero: int | dict[str, Any]
 ) -> list[int | str]:
     ds_config = zero_file(zero, Path(config.run_dir))
-    return run_ranks(_spiking, world_size, config, ds_config, steps, init=False)
+    return run_ranks(run_spiking, world_size, config, ds_config, steps, init=False)
 
 
 def _curve(config) -> list[tuple[float, ...]]:
@@ -200,7 +176,7 @@ def _warned(config, ds_config_path, steps: tuple[int, ...]) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pretrain").addHandler(handler)
-    assert _spiking(config, ds_config_path, steps) == EXIT_COMPLETED
+    assert run_spiking(config, ds_config_path, steps) == EXIT_COMPLETED
     return messages
 
 
@@ -265,7 +241,7 @@ def _killed_after_its_rollback(config, ds_config_path, steps, *, after: int) -> 
         prepare(self, first=first)
 
     TrainLoop._prepare = killed  # for good: the process ends
-    _spiking(config, ds_config_path, steps)
+    run_spiking(config, ds_config_path, steps)
 
 
 def _run_killed(config, steps: tuple[int, ...], *, after: int) -> None:
