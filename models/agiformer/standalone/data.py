@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from parallel.cross_entropy import IGNORED_LABEL
-
-
-class CurriculumStage(NamedTuple):
-    """`source`: the file is `source.txt`. `until`: the share of the steps at which it ends."""
-
-    source: str
-    until: float
-    plasticity: float
-
-
-CURRICULUM = (
-    CurriculumStage("dictionary", 0.15, 0.10),
-    CurriculumStage("stories", 0.40, 0.50),
-    CurriculumStage("wiki", 1.0, 0.99),
+from models.agiformer.standalone.settings import (
+    CURRICULUM,
+    CurriculumStage,
+    check_counts,
+    check_text,
 )
+from parallel.cross_entropy import IGNORED_LABEL
 
 
 class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
@@ -40,11 +30,8 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, path: Path, seq_len: int) -> None:
-        _check_counts(seq_len=seq_len)
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; put the text there, nothing takes its place")
-        if path.stat().st_size < 2:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; it needs 2 or more")
+        check_counts(seq_len=seq_len)
+        check_text(path)
         self.bytes = np.memmap(path, dtype=np.uint8, mode="r")
         self.seq_len = seq_len
 
@@ -70,16 +57,10 @@ def byte_loader(
     Raises:
         ValueError: as of `ByteWindows`, or a batch would be empty.
     """
-    _check_counts(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     windows = ByteWindows(path, seq_len)
     return DataLoader(windows, batch_size=batch_size, shuffle=shuffle, generator=generator)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be 1 or more; raise it")
 
 
 class CurriculumDataLoader:
@@ -90,7 +71,7 @@ class CurriculumDataLoader:
     """
 
     def __init__(self, data_dir: str | Path, batch_size: int, seq_len: int, max_steps: int) -> None:
-        _check_counts(batch_size=batch_size, max_steps=max_steps)
+        check_counts(batch_size=batch_size, max_steps=max_steps)
         self.data_dir, self.max_steps = Path(data_dir), max_steps
         self.batch_size, self.seq_len = batch_size, seq_len
         self.stage = CURRICULUM[0]

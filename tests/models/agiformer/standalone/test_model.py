@@ -87,8 +87,14 @@ def test_bytes_that_are_no_whole_patches_or_none_at_all_are_refused():
     model = _model()
     with assert_refused("x", value=10, constraint="4", remedy=("cut", "models.generate")):
         model(_bytes(10))
-    with assert_refused("input_ids", value=300, constraint="vocab_size=256", remedy="tokenizer"):
+    with assert_refused("x", value=300, constraint="vocab_size=256", remedy="tokenizer"):
         model(torch.full((1, 4), 300))
+    with assert_refused("x", value="list", constraint="tensor", remedy="torch.tensor"):
+        model([[1, 2, 3, 4]])
+    with assert_refused("labels", value=511, constraint="vocab_size=256", remedy="tokenizer"):
+        model.loss(_bytes(8), torch.full((2, 8), 511))
+    with assert_refused("labels", value="int64[2, 7]", constraint="int64[2, 8]", remedy="-100"):
+        model.loss(_bytes(8), _bytes(7))
     with assert_refused("target_bytes", value=[2, 4], constraint="[2, 8]", remedy=()):
         model(_bytes(8), target_bytes=_bytes(4))
     with assert_refused("x", value="float32", constraint="integer", remedy=("uint8", "int64")):
@@ -129,7 +135,7 @@ def test_a_file_holds_the_model_with_its_plasticity(tmp_path):
     [
         ({"thinking_steps": 0}, "thinking_steps=0 .* 0; change thinking_steps"),
         ({"plasticity": 1.5}, "plasticity=1.5 .* 1; change plasticity"),
-        ({"num_heads": 5}, "hidden_size=32 .*num_heads=5; change"),
+        ({"num_heads": 5}, "d_model=32 .*num_heads=5; change"),
         ({"byte_head": "gru"}, "byte_head='gru' must be 'causal' or 'independent'; change"),
     ],
 )
