@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from pretrain.config.errors import listed
@@ -71,18 +72,23 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_sequence(config: RunConfig) -> None:
-    tensor = config.parallel.tensor
     lengths = {"data.sequence_length": config.data.sequence_length}
     for number, stage in enumerate(config.data.stages):
         if stage.sequence_length is not None:
             lengths[f"data.stages.{number}.sequence_length"] = stage.sequence_length
+    unit: int = getattr(config.model, "sequence_unit", 1)  # of a family that takes some at once
+    factors = {f"the model's unit of {unit} tokens": unit} if unit > 1 else {}
+    if config.parallel.sequence_parallel:
+        tensor = config.parallel.tensor
+        factors[f"parallel.tensor={tensor}, as parallel.sequence_parallel needs it"] = tensor
+    divisor = math.prod(factors.values())
     for name, length in lengths.items():
-        if config.parallel.sequence_parallel and length % tensor:
-            below = length // tensor * tensor
-            valid = [n for n in (below, below + tensor) if n > 0]
+        if length % divisor:
+            below = length // divisor * divisor
+            valid = [n for n in (below, below + divisor) if n > 0]
             raise ConfigError(
-                f"{name}={length} is not a multiple of parallel.tensor={tensor}, as "
-                f"parallel.sequence_parallel needs it; nearest lengths are {listed(valid)}"
+                f"{name}={length} is not a multiple of {' x '.join(factors)}; nearest lengths are "
+                f"{listed(valid)}"
             )
     length = config.data.sequence_length
     if length > config.model.max_position_embeddings:
