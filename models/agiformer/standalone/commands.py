@@ -42,7 +42,9 @@ def train_scaled(options: argparse.Namespace) -> None:
 def train_curriculum(options: argparse.Namespace) -> None:
     """Train through the stages of the folder."""
     batches = options.max_steps * options.accumulation
-    loader = CurriculumDataLoader(options.data_dir, options.batch_size, options.seq_len, batches)
+    loader = CurriculumDataLoader(
+        options.data_dir, options.batch_size, options.seq_len, batches, seed=options.seed
+    )
 
     def plasticity(step: int) -> float:
         return loader.stage_of(step * options.accumulation).plasticity

@@ -66,12 +66,23 @@ def byte_loader(
 class CurriculumDataLoader:
     """The three stages of a run of `max_steps` batches: iterate over it for all of them, in order.
 
+    `seed` decides the order of the windows in a stage.
+
     Raises:
         ValueError: a file of a stage, or `val.txt`, is missing, or a number is below 1.
     """
 
-    def __init__(self, data_dir: str | Path, batch_size: int, seq_len: int, max_steps: int) -> None:
+    def __init__(
+        self,
+        data_dir: str | Path,
+        batch_size: int,
+        seq_len: int,
+        max_steps: int,
+        *,
+        seed: int = 0,
+    ) -> None:
         check_counts(batch_size=batch_size, max_steps=max_steps)
+        self.seed = seed
         self.data_dir, self.max_steps = Path(data_dir), max_steps
         self.batch_size, self.seq_len = batch_size, seq_len
         self.stage = CURRICULUM[0]
@@ -99,7 +110,7 @@ class CurriculumDataLoader:
         source = self.stage.source if split == "train" else split
         path = self.data_dir / f"{source}.txt"
         is_train = split == "train"
-        return byte_loader(path, self.batch_size, self.seq_len, shuffle=is_train)
+        return byte_loader(path, self.batch_size, self.seq_len, shuffle=is_train, seed=self.seed)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         batches = None

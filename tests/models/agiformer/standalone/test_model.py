@@ -173,6 +173,17 @@ def test_the_curriculum_goes_through_its_texts_at_the_published_shares(tmp_path)
     assert scored == 42  # every byte of the held-out file but the first, once
 
 
+def test_the_seed_decides_the_order_of_the_windows(tmp_path):
+    _write(tmp_path)
+    (tmp_path / "wiki.txt").write_bytes(bytes(range(200)))
+    orders = []
+    for seed in (0, 0, 1):
+        loader = CurriculumDataLoader(tmp_path, 1, 8, 30, seed=seed)
+        orders.append([int(inputs[0, 0]) for inputs, _ in loader])
+    assert orders[0] == orders[1]
+    assert orders[0][12:] != orders[2][12:]
+
+
 def test_a_missing_text_is_an_error_and_no_other_takes_its_place(tmp_path):
     _write(tmp_path)
     (tmp_path / "stories.txt").unlink()
