@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.agiformer.carry import AUX, AgiformerCarry
+from models.agiformer.carry import AUX, AgiformerCarry, dropped
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY, set_plasticity
 from models.agiformer.standalone.settings import check_model_file, published_config
+from models.common.counter_rng import prefix_keys
 from models.common.sampling import check_sampling
 from models.generate import sample
 from models.standalone.model import StandaloneModel, check_tensor, check_tokens
@@ -97,11 +98,14 @@ class AGIFORMER(StandaloneModel):
         """The head's projections of patches of x, the last byte of each being the last it sees."""
         layers: list[Any] = self.body.layers
         encoder, *blocks, head = layers
-        windows = encoder.windows(
-            encoder.tokens(x).transpose(0, 1), first=self.config.patch_size - 1
-        )
+        last = self.config.patch_size - 1
+        windows = encoder.windows(encoder.tokens(x).transpose(0, 1), first=last)
+        hidden, keys = encoder.latents(windows), None
+        if self.training and self.config.dropout > 0:
+            keys = prefix_keys(x, None)[:, last :: self.config.patch_size].contiguous()
+            hidden = dropped(hidden, keys, self.config.dropout, stream=0, ctx=self.body.ctx)
         aux = windows.new_zeros(len(x), len(AUX))
-        carry = AgiformerCarry(encoder.norm(encoder.mix(windows)), aux, x)
+        carry = AgiformerCarry(hidden, aux, x, keys=keys)
         for layer in blocks:
             carry = layer(carry)
         by_place: Tensor = head._by_place(head.project(carry.hidden))

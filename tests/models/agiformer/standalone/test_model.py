@@ -83,6 +83,16 @@ def test_without_targets_every_patch_is_drawn_byte_by_byte():
     assert model(x, temperature=1.0).shape == (2, 4, 4, 256)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_published_forward_drops_out_in_training_alone(dropout):
+    model, text = _model(dropout=dropout), _bytes(28)
+    x, target = text[:, :-4], text[:, 4:]
+    evaluated = model(x, target_bytes=target)
+    assert torch.equal(model.train()(x, target_bytes=target), evaluated) == (dropout == 0.0)
+    assert torch.equal(model.eval()(x, target_bytes=target), evaluated)
+
+
 def test_bytes_that_are_no_whole_patches_or_none_at_all_are_refused():
     model = _model()
     with assert_refused("x", value=10, constraint="4", remedy=("cut", "models.generate")):
@@ -147,8 +157,12 @@ def test_a_setting_that_cannot_be_is_named_in_one_line(changes, message):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_model_trains_under_autocast(dtype):
     model, text = AGIFORMER(**SIZES), _bytes(33)
+    seen = []
+    model.body.block_0.register_forward_hook(lambda _, given, out: seen.append(out.hidden.dtype))
     with torch.autocast("cpu", dtype=dtype):
         loss = model.loss(text[:, :-1], text[:, 1:]).total
+        loss = loss + model(text[:, :28], target_bytes=text[:, 4:32]).float().mean()
+    assert seen == 2 * [torch.float32]  # the residual stream, in either form
     loss.backward()
     for parameter in model.parameters():
         assert parameter.grad is not None
