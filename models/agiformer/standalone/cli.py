@@ -14,6 +14,7 @@ from models.agiformer.standalone.settings import (
     check_model_file,
     check_output,
     check_row,
+    check_stages,
     check_text,
     published_config,
 )
@@ -61,7 +62,13 @@ def train_curriculum(argv: Sequence[str] | None = None) -> int:
     times = {"max_steps": 20_000, "batch_size": 4, "accumulation": 1, "warmup": 100}
     _add(parser, **sizes, **times, eval_every=200, lr=3e-4)
     sources = [stage.source for stage in CURRICULUM]
-    return _run("train_curriculum", lambda: _training(parser, argv, sources))
+
+    def options() -> argparse.Namespace:
+        given = _training(parser, argv, sources)
+        check_stages(given.max_steps * given.accumulation)
+        return given
+
+    return _run("train_curriculum", options)
 
 
 def generate(argv: Sequence[str] | None = None) -> int:

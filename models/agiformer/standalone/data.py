@@ -14,7 +14,9 @@ from models.agiformer.standalone.settings import (
     CURRICULUM,
     CurriculumStage,
     check_counts,
+    check_stages,
     check_text,
+    stage_ends,
 )
 from parallel.cross_entropy import IGNORED_LABEL
 
@@ -69,7 +71,8 @@ class CurriculumDataLoader:
     `seed` decides the order of the windows in a stage.
 
     Raises:
-        ValueError: a file of a stage, or `val.txt`, is missing, or a number is below 1.
+        ValueError: a file of a stage, or `val.txt`, is missing, a number is below 1, or a stage has
+            no step.
     """
 
     def __init__(
@@ -81,7 +84,8 @@ class CurriculumDataLoader:
         *,
         seed: int = 0,
     ) -> None:
-        check_counts(batch_size=batch_size, max_steps=max_steps)
+        check_counts(batch_size=batch_size)
+        check_stages(max_steps)
         self.seed = seed
         self.data_dir, self.max_steps = Path(data_dir), max_steps
         self.batch_size, self.seq_len = batch_size, seq_len
@@ -91,9 +95,8 @@ class CurriculumDataLoader:
 
     def stage_of(self, step: int) -> CurriculumStage:
         """The stage of the step after the first `step`."""
-        return next(
-            (s for s in CURRICULUM if step < round(s.until * self.max_steps)), CURRICULUM[-1]
-        )
+        ends = zip(CURRICULUM, stage_ends(self.max_steps), strict=True)
+        return next((stage for stage, end in ends if step < end), CURRICULUM[-1])
 
     def check_stage_change(self, step: int) -> bool:
         """Go to the stage of a step; whether it is another one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,26 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}={count} must be 1 or more; raise it")
+
+
+def stage_ends(max_steps: int) -> list[int]:
+    """The number of steps after which every stage of the curriculum is over."""
+    return [round(stage.until * max_steps) for stage in CURRICULUM]
+
+
+def check_stages(max_steps: int) -> None:
+    """Raise ValueError if a stage of the curriculum would have no step."""
+    check_counts(max_steps=max_steps)
+    if not _has_steps(stage_ends(max_steps)):
+        least = next(n for n in itertools.count(max_steps) if _has_steps(stage_ends(n)))
+        raise ValueError(
+            f"max_steps={max_steps} leaves a stage of the curriculum without a step; use {least} "
+            "or more"
+        )
+
+
+def _has_steps(ends: list[int]) -> bool:
+    return all(begin < end for begin, end in itertools.pairwise((0, *ends)))
 
 
 def check_text(path: Path) -> None:

@@ -187,6 +187,14 @@ def test_the_curriculum_goes_through_its_texts_at_the_published_shares(tmp_path)
     assert scored == 42  # every byte of the held-out file but the first, once
 
 
+def test_a_curriculum_too_short_for_its_stages_is_refused(tmp_path):
+    _write(tmp_path)
+    with assert_refused("max_steps", value=3, constraint="stage", remedy="4"):
+        CurriculumDataLoader(tmp_path, 2, 8, 3)
+    firsts = [chr(int(inputs[0, 0])) for inputs, _ in CurriculumDataLoader(tmp_path, 2, 8, 4)]
+    assert "".join(firsts) == "dsww"
+
+
 def test_the_seed_decides_the_order_of_the_windows(tmp_path):
     _write(tmp_path)
     (tmp_path / "wiki.txt").write_bytes(bytes(range(200)))
