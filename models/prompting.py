@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from data_tools.tokenization.tokenizers import Tokenizer, load_tokenizer
+from data_tools.tokenization.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from parallel.checkpoint.manifest import TextRecord
 
 
@@ -20,9 +20,10 @@ class Prompting(NamedTuple):
         """Encode a prompt; an empty one becomes the token that begins or precedes a document.
 
         Raises:
-            ValueError: the model lacks one of the ids, or there are none.
+            ValueError: the model lacks one of the ids, there are none, or the prompt is no text and
+                the tokenizer not one of bytes.
         """
-        ids = [*self.bos_ids, *self.tokenizer.encode(prompt)]
+        ids = [*self.bos_ids, *self._ids(prompt)]
         if not ids and self.eod_id is not None:
             ids = [self.eod_id]  # a document follows the end token of the one before
         if not ids:
@@ -37,6 +38,21 @@ class Prompting(NamedTuple):
                 "model's data with --tokenizer"
             )
         return ids
+
+    def _ids(self, prompt: str) -> list[int]:
+        # A command line with bytes that are no UTF-8, half a character for example, reaches Python
+        # as a text with surrogates in their place.
+        try:
+            typed = prompt.encode(errors="surrogateescape")
+            if self.tokenizer.name == ByteTokenizer.name:
+                return list(typed)
+            typed.decode()
+        except UnicodeError as error:
+            raise ValueError(
+                f"the prompt {prompt!r} is not UTF-8; write it in UTF-8, as tokenizers of text "
+                "read it"
+            ) from error
+        return self.tokenizer.encode(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text without special tokens."""

@@ -98,6 +98,11 @@ class AgiformerConfig(BaseModel):
     def has_memory(self) -> bool:
         return self.memory == "hebbian"
 
+    @property
+    def sequence_unit(self) -> int:
+        """Rows of a run are whole patches."""
+        return self.patch_size
+
     def num_patches(self, seq_length: int) -> int:
         """Patches of a row of one document: every byte belongs to one, the last may be short."""
         return -(-seq_length // self.patch_size)

@@ -103,9 +103,7 @@ class ByteLatentEncoder(nn.Module):
             windows = self.windows(self._embedded(tokens))
         else:
             windows = self._continued(tokens, cache)
-        # Under torch.autocast a linear layer returns half precision; the residual stream keeps its
-        # own.
-        hidden = self.norm(self.mix(windows).to(windows.dtype))
+        hidden = self.latents(windows)
         keys = None
         if self.config.dropout > 0 and cache is None:  # in evaluation, too: the wire's shapes stay
             keys = self._keys(tokens, positions, patches)
@@ -130,6 +128,13 @@ class ByteLatentEncoder(nn.Module):
         if padded.shape[0] < kernel:
             return padded.new_zeros(0, padded.shape[1], padded.shape[2] * kernel)
         return padded.unfold(0, kernel, size).flatten(2)
+
+    def latents(self, windows: Tensor) -> Tensor:
+        """`norm(W kernel + b)` of kernels [p, b, D/t K]: [p/t, b, h]."""
+        # Under torch.autocast a linear layer returns half precision; the residual stream keeps its
+        # own.
+        latents: Tensor = self.norm(self.mix(windows).to(windows.dtype))
+        return latents
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """[b, s] -> [s, b, D/t]."""

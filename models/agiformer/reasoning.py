@@ -89,6 +89,10 @@ class RecurrentReasoningBlock(nn.Module):
             return carry._replace(hidden=self._weighted_steps(s, may_stop=True)[0])
         return carry._replace(hidden=self._while_running(s))
 
+    def steps(self, carry: AgiformerCarry) -> Tensor:
+        """Steps that every patch takes, as the block measures them: [p/t, b]."""
+        return self._weighted_steps(self.norm(carry.hidden))[1].steps
+
     def step(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
         """The update of s [p/t, b, h], and the halting probability [p/t, b]."""
         c = self.step_norm(s)

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.base import HFMapping
 from models.checkpoint import StoredModel, check_names, check_shape, parameter_table
 from models.hf.code_bundle import write_files
+from parallel.checkpoint.file_modes import follow_umask
 from parallel.checkpoint.weights_reader import ShardedWeightsReader
 
 
@@ -136,6 +137,7 @@ def _write_weights(
             for theirs in tensors
         }
         save_file(shard, output / file_name, metadata={"format": "pt"})
+        follow_umask(output / file_name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(output / "model.safetensors.index.json", index)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.base import LossOutput, ModelFamily, TokenInputs
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from parallel.cross_entropy import IGNORED_LABEL
 
 Cache = dict[str, Any]
 
@@ -54,7 +55,11 @@ class StandaloneModel(nn.Module):
         """The training loss and its terms; `labels` int64 [b, s], -100: not scored.
 
         `num_scored`: the divisor of the sum over tokens (models.base.ModelFamily).
+
+        Raises:
+            ValueError: tokens or labels outside the vocabulary, or other labels than tokens.
         """
+        check_labels(labels, input_ids, vocab_size=self.config.vocab_size)
         output = self.body(self.make_inputs(input_ids, **optional))
         return self.family.loss(
             output, labels, config=self.config, ctx=self.body.ctx, num_scored=num_scored
@@ -91,23 +96,47 @@ def check_tensor(name: str, value: Any) -> None:
         )
 
 
-def check_tokens(tokens: Tensor, *, vocab_size: int) -> None:
+def check_tokens(tokens: Tensor, *, vocab_size: int, name: str = "input_ids") -> None:
     """Check shape, dtype and range of token ids.
 
     Raises:
         ValueError: they are no tensor int64 [b, s >= 1], or outside the vocabulary.
     """
-    check_tensor("input_ids", tokens)
+    check_tensor(name, tokens)
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+        raise ValueError(f"{name} {_form(tokens)} must be int64[batch, tokens >= 1]")
+    _check_range(tokens, vocab_size=vocab_size, name=name)
+
+
+def check_labels(labels: Tensor, tokens: Tensor, *, vocab_size: int) -> None:
+    """Check the labels of `tokens`, some of which may be -100.
+
+    Raises:
+        ValueError: they are no tensor of the shape of the tokens, or outside the vocabulary.
+    """
+    check_tokens(tokens, vocab_size=vocab_size)
+    check_tensor("labels", labels)
+    if labels.shape != tokens.shape or labels.dtype != torch.int64:
         raise ValueError(
-            f"input_ids {str(tokens.dtype).removeprefix('torch.')}{list(tokens.shape)} must be "
-            "int64[batch, tokens >= 1]"
+            f"labels {_form(labels)} must be {_form(tokens)}, one for each of input_ids; pad "
+            f"them with {IGNORED_LABEL}"
         )
+    _check_range(
+        labels.masked_fill(labels == IGNORED_LABEL, 0), vocab_size=vocab_size, name="labels"
+    )
+
+
+def _check_range(tokens: Tensor, *, vocab_size: int, name: str) -> None:
     if tokens.device.type != "cpu":
         return  # reading them would wait for the device
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
-            f"input_ids hold {lowest} ... {highest}, and the model has vocab_size={vocab_size} "
+            f"{name} hold {lowest} ... {highest}, and the model has vocab_size={vocab_size} "
             "tokens from 0; use the tokenizer of its data"
         )
+
+
+def _form(tensor: Tensor) -> str:
+    """`int64[2, 8]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -31,6 +31,13 @@ def private_files() -> Iterator[None]:
         os.umask(before)
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of any new one: safetensors writes 0600, whatever the umask."""
+    umask = os.umask(_NOT_FOR_OTHERS)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def refuse_if_others_can_write(path: Path) -> None:
     """Refuse a world-writable run directory: any user could plant a checkpoint in it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from pretrain.config.errors import listed
@@ -78,32 +79,44 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_sequence(config: RunConfig) -> None:
-    tensor = config.parallel.tensor
     lengths = {"data.sequence_length": config.data.sequence_length}
     for number, stage in enumerate(config.data.stages):
         if stage.sequence_length is not None:
             lengths[f"data.stages.{number}.sequence_length"] = stage.sequence_length
+    unit: int = getattr(config.model, "sequence_unit", 1)  # of a family that takes some at once
+    factors = {f"the model's unit of {unit} tokens": unit} if unit > 1 else {}
+    if config.parallel.sequence_parallel:
+        tensor = config.parallel.tensor
+        factors[f"parallel.tensor={tensor}, as parallel.sequence_parallel needs it"] = tensor
+    divisor = math.prod(factors.values())
     for name, length in lengths.items():
-        if config.parallel.sequence_parallel and length % tensor:
-            below = length // tensor * tensor
-            valid = [n for n in (below, below + tensor) if n > 0]
+        if length % divisor:
+            below = length // divisor * divisor
+            valid = [n for n in (below, below + divisor) if n > 0]
             raise ConfigError(
-                f"{name}={length} is not a multiple of parallel.tensor={tensor}, as "
-                f"parallel.sequence_parallel needs it; nearest lengths are {listed(valid)}"
+                f"{name}={length} is not a multiple of {' x '.join(factors)}; nearest lengths are "
+                f"{listed(valid)}"
             )
-        local = length // tensor if config.parallel.sequence_parallel else length
-        if local % (parts := config.training.logits_parts):
-            whose = f"{name}={length}" + (f" over {tensor} ranks" if local < length else "")
-            raise ConfigError(
-                f"training.logits_parts={parts} does not divide the sequence, {whose}: {local}; "
-                f"nearest parts are {listed(_nearest_divisors(local, parts))}"
-            )
+        _check_logits_parts(config, name, length)
     length = config.data.sequence_length
     if length > config.model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={length} is longer than "
             f"model.max_position_embeddings={config.model.max_position_embeddings}; "
             "shorten the sequences or raise max_position_embeddings"
+        )
+
+
+def _check_logits_parts(config: RunConfig, name: str, length: int) -> None:
+    parts, ranks = config.training.logits_parts, 1
+    if config.parallel.sequence_parallel:
+        ranks = config.parallel.tensor
+    local = length // ranks
+    if local % parts:
+        whose = f"{name}={length}" + (f" over {ranks} ranks" if ranks > 1 else "")
+        raise ConfigError(
+            f"training.logits_parts={parts} does not divide the sequence, {whose}: {local}; "
+            f"nearest parts are {listed(_nearest_divisors(local, parts))}"
         )
 
 

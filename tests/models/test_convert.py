@@ -88,6 +88,10 @@ def test_a_large_model_is_split_into_files_below_the_limit(tmp_path):
         f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
     ]
     assert len(files) > 2
+    # Who may read the weights is up to the umask, as with any file.
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (*(tmp_path / "hf").iterdir(), tmp_path / "new")}
+    assert len(modes) == 1
     for file in files:
         tensors = load_file(tmp_path / "hf" / file)
         assert sum(t.nbytes for t in tensors.values()) <= 40_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -114,3 +115,12 @@ def test_the_command_line_continues_a_prompt_as_transformers_does(
         assert generate.main([*line, name, str(value)]) == 2
         with assert_refused(name, value, constraint, remedy):
             raise ValueError(error_line(capsys).removeprefix("error: ").rstrip("\n"))
+
+
+def test_bytes_that_are_no_text_are_a_prompt_of_a_byte_model_alone(tokenizer):
+    """As a shell passes the first of the two bytes of a letter."""
+    prompt = os.fsdecode("Türk".encode()[:2])
+    text = TextRecord(eod_id=None, bos_ids=(), special_tokens="plain")
+    assert load_prompting("bytes", text).encode(prompt, vocab_size=257) == [0x54, 0xC3]
+    with assert_refused("prompt", value="udcc3", constraint="not UTF-8", remedy="write"):
+        load_prompting(tokenizer, text).encode(prompt, vocab_size=400)

@@ -93,8 +93,9 @@ def chunked_memory(inputs: MemoryInputs, state: Tensor | None = None, *, chunk: 
         A_ij = (q_i . k_j) exp(B_i - B_j)  for j <= i       o_i = sum_j A_ij v_j + exp(B_i) q_i M_in
         M_out = exp(B_C) M_in + sum_j exp(B_C - B_j) k_j v_j^T
 
-    Terms across the start of a document are left out, so documents do not meet at all. This is the
-    scalar form of gated linear attention (arXiv 2312.06635, 2405.21060).
+    Terms across the start of a document are left out. What remains of earlier documents is in the
+    sums B alone, where it cancels but for the rounding of fp64. This is the scalar form of gated
+    linear attention (arXiv 2312.06635, 2405.21060).
     """
     length = inputs.q.shape[2]
     inputs, decays = _chunks(inputs, min(chunk, length))

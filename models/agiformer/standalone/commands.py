@@ -20,7 +20,6 @@ from models.agiformer.standalone.model import AGIFORMER, load_model
 from models.agiformer.standalone.training import RecordedTrainer
 from models.base import TokenInputs
 from models.checkpoint import check_device
-from models.common.sampling import check_seed
 from models.generate import generate
 from models.standalone.optimizer import build_optimizer
 from models.standalone.trainer import TrainerSettings
@@ -43,7 +42,9 @@ def train_scaled(options: argparse.Namespace) -> None:
 def train_curriculum(options: argparse.Namespace) -> None:
     """Train through the stages of the folder."""
     batches = options.max_steps * options.accumulation
-    loader = CurriculumDataLoader(options.data_dir, options.batch_size, options.seq_len, batches)
+    loader = CurriculumDataLoader(
+        options.data_dir, options.batch_size, options.seq_len, batches, seed=options.seed
+    )
 
     def plasticity(step: int) -> float:
         return loader.stage_of(step * options.accumulation).plasticity
@@ -55,21 +56,6 @@ def _train(
     options: argparse.Namespace, train: Iterable[Any], val: Iterable[Any], **recorded: Any
 ) -> None:
     check_device(options.device)
-    check_seed(options.seed)
-    folder = Path(options.output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output={folder} is no folder; give one for the models and metrics")
-    torch.manual_seed(options.seed)
-    model = _built(options)
-    unit = model.config.patch_size
-    if options.seq_len % unit:
-        nearest = max(1, options.seq_len // unit) * unit
-        raise ValueError(
-            f"--seq_len={options.seq_len} must be a multiple of the {unit} bytes of a patch; "
-            f"use {nearest}"
-        )
-    print(f"{model.count_parameters() / 1e6:.1f}M parameters", flush=True)
-    _print_order_zero(Path(options.data_dir) / "val.txt")
     settings = TrainerSettings(
         max_steps=options.max_steps,
         warmup_steps=min(options.warmup, options.max_steps - 1),
@@ -79,7 +65,12 @@ def _train(
         eval_every=min(options.eval_every, options.max_steps),
         log_every=options.log_every,
     )
+    torch.manual_seed(options.seed)
+    model = _built(options)
+    print(f"{model.count_parameters() / 1e6:.1f}M parameters", flush=True)
+    _print_order_zero(Path(options.data_dir) / "val.txt")
     optimizer = build_optimizer(model, lr=options.lr, weight_decay=0.01)
+    folder = Path(options.output)
     RecordedTrainer(
         model, settings, train, val, optimizer=optimizer, folder=folder, **recorded
     ).train()
@@ -112,9 +103,6 @@ def _built(options: argparse.Namespace) -> AGIFORMER:
 
 def generate_text(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation."""
-    if options.length < 1:
-        raise ValueError(f"--length={options.length} must be 1 or more; raise it")
-    check_seed(options.seed)
     model, prompt = _loaded(options), _prompt(options)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     rows = generate(
@@ -130,8 +118,6 @@ def generate_text(options: argparse.Namespace) -> None:
 def overfit(options: argparse.Namespace) -> bool:
     """Learn one repeated pattern of 16 bytes in 200 steps; whether the loss is below 0.1."""
     check_device(options.device)
-    if options.steps < 1:
-        raise ValueError(f"--steps={options.steps} must be 1 or more; raise it")
     torch.manual_seed(0)
     model = AGIFORMER(d_model=256, n_layers=2, num_heads=4, dropout=0.0, device=options.device)
     optimizer = build_optimizer(model, lr=1e-3)
@@ -155,6 +141,8 @@ def recall(options: argparse.Namespace) -> None:
     back."""
     model = _loaded(options)
     config = model.config
+    if not config.has_memory:
+        raise ValueError("memory=none: this model has no memory to switch off; give one that has")
     reach = config.window_size * config.num_layers * config.patch_size
     print(f"attention reaches {reach} bytes back")
     records = []
@@ -199,10 +187,21 @@ def _without_memory(model: AGIFORMER) -> AGIFORMER:
 def inspect_reasoning(options: argparse.Namespace) -> None:
     """Print how many steps the patches of a text take, and the ponder cost."""
     model = _loaded(options)
-    output = model.body(TokenInputs(_prompt(options)))
+    config, most = model.config, model.config.thinking_steps
+    if config.halting != "act":
+        raise ValueError(
+            f"halting={config.halting}: every patch of this model takes {most} steps; give one "
+            "that halts"
+        )
+    taken: list[torch.Tensor] = []
+    block: Any = model.body.get_submodule("reasoning")
+    with block.register_forward_pre_hook(lambda _, given: taken.append(block.steps(given[0]))):
+        output = model.body(TokenInputs(_prompt(options)))
     ponder, steps, _ = output.aux[0].tolist()
-    most = model.config.thinking_steps
-    print(json.dumps({"mean_steps": steps, "ponder_cost": ponder, "most_steps": most}))
+    patches = torch.bincount(taken[0][:, 0].long(), minlength=most + 1).tolist()
+    record = {"mean_steps": steps, "ponder_cost": ponder, "most_steps": most}
+    by_steps = {"patches_by_steps": {n: patches[n] for n in range(1, most + 1)}}
+    print(json.dumps(record | by_steps))
     if not 1.05 < steps < most - 0.05:
         print(f"the block has collapsed: every patch takes about {steps:.2f} steps")
 
@@ -224,7 +223,6 @@ def _loaded(options: argparse.Namespace) -> AGIFORMER:
 
 
 def _prompt(options: argparse.Namespace) -> torch.Tensor:
-    """The bytes of `--prompt`: int64 [1, s]."""
-    if not options.prompt:
-        raise ValueError("--prompt is empty; give at least one character")
-    return torch.tensor([list(options.prompt.encode())], device=options.device)
+    """The bytes of `--prompt`, as they were typed, text or not: int64 [1, s]."""
+    typed = options.prompt.encode(errors="surrogateescape")
+    return torch.tensor([list(typed)], device=options.device)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from parallel.cross_entropy import IGNORED_LABEL
-
-
-class CurriculumStage(NamedTuple):
-    """`source`: the file is `source.txt`. `until`: the share of the steps at which it ends."""
-
-    source: str
-    until: float
-    plasticity: float
-
-
-CURRICULUM = (
-    CurriculumStage("dictionary", 0.15, 0.10),
-    CurriculumStage("stories", 0.40, 0.50),
-    CurriculumStage("wiki", 1.0, 0.99),
+from models.agiformer.standalone.settings import (
+    CURRICULUM,
+    CurriculumStage,
+    check_counts,
+    check_stages,
+    check_text,
+    stage_ends,
 )
+from parallel.cross_entropy import IGNORED_LABEL
 
 
 class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
@@ -40,11 +32,8 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, path: Path, seq_len: int) -> None:
-        _check_counts(seq_len=seq_len)
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; put the text there, nothing takes its place")
-        if path.stat().st_size < 2:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; it needs 2 or more")
+        check_counts(seq_len=seq_len)
+        check_text(path)
         self.bytes = np.memmap(path, dtype=np.uint8, mode="r")
         self.seq_len = seq_len
 
@@ -70,27 +59,34 @@ def byte_loader(
     Raises:
         ValueError: as of `ByteWindows`, or a batch would be empty.
     """
-    _check_counts(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     windows = ByteWindows(path, seq_len)
     return DataLoader(windows, batch_size=batch_size, shuffle=shuffle, generator=generator)
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be 1 or more; raise it")
-
-
 class CurriculumDataLoader:
     """The three stages of a run of `max_steps` batches: iterate over it for all of them, in order.
 
+    `seed` decides the order of the windows in a stage.
+
     Raises:
-        ValueError: a file of a stage, or `val.txt`, is missing, or a number is below 1.
+        ValueError: a file of a stage, or `val.txt`, is missing, a number is below 1, or a stage has
+            no step.
     """
 
-    def __init__(self, data_dir: str | Path, batch_size: int, seq_len: int, max_steps: int) -> None:
-        _check_counts(batch_size=batch_size, max_steps=max_steps)
+    def __init__(
+        self,
+        data_dir: str | Path,
+        batch_size: int,
+        seq_len: int,
+        max_steps: int,
+        *,
+        seed: int = 0,
+    ) -> None:
+        check_counts(batch_size=batch_size)
+        check_stages(max_steps)
+        self.seed = seed
         self.data_dir, self.max_steps = Path(data_dir), max_steps
         self.batch_size, self.seq_len = batch_size, seq_len
         self.stage = CURRICULUM[0]
@@ -99,9 +95,8 @@ class CurriculumDataLoader:
 
     def stage_of(self, step: int) -> CurriculumStage:
         """The stage of the step after the first `step`."""
-        return next(
-            (s for s in CURRICULUM if step < round(s.until * self.max_steps)), CURRICULUM[-1]
-        )
+        ends = zip(CURRICULUM, stage_ends(self.max_steps), strict=True)
+        return next((stage for stage, end in ends if step < end), CURRICULUM[-1])
 
     def check_stage_change(self, step: int) -> bool:
         """Go to the stage of a step; whether it is another one."""
@@ -118,7 +113,7 @@ class CurriculumDataLoader:
         source = self.stage.source if split == "train" else split
         path = self.data_dir / f"{source}.txt"
         is_train = split == "train"
-        return byte_loader(path, self.batch_size, self.seq_len, shuffle=is_train)
+        return byte_loader(path, self.batch_size, self.seq_len, shuffle=is_train, seed=self.seed)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         batches = None

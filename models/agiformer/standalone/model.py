@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.agiformer.carry import AUX, AgiformerCarry
+from models.agiformer.carry import AUX, AgiformerCarry, dropped
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY, set_plasticity
+from models.agiformer.standalone.settings import check_model_file, published_config
+from models.common.counter_rng import prefix_keys
 from models.common.sampling import check_sampling
 from models.generate import sample
-from models.standalone.model import StandaloneModel, check_tokens
+from models.standalone.model import StandaloneModel, check_tensor, check_tokens
 from models.standalone.settings_file import checked_settings
 
 
@@ -43,23 +45,16 @@ class AGIFORMER(StandaloneModel):
         Raises:
             ValueError: one of them is unknown or out of range.
         """
-        config = checked_settings(
-            AgiformerConfig,
-            {
-                "vocab_size": vocab_size,
-                "hidden_size": d_model,
-                "intermediate_size": max(128, round(d_model * 8 / 3 / 128) * 128),
-                "num_layers": n_layers,
-                "num_heads": num_heads,
-                "patch_size": patch_size,
-                "patch_kernel": patch_size + 2,
-                "window_size": window_size,
-                "dropout": dropout,
-                "thinking_steps": thinking_steps,
-                "fusion": "triple",
-                "head_hidden": min(512, 2 * d_model),
-                **settings,
-            },
+        config = published_config(
+            d_model=d_model,
+            n_layers=n_layers,
+            num_heads=num_heads,
+            patch_size=patch_size,
+            window_size=window_size,
+            vocab_size=vocab_size,
+            dropout=dropout,
+            thinking_steps=thinking_steps,
+            **settings,
         )
         super().__init__(FAMILY, config, device=device)
 
@@ -103,11 +98,14 @@ class AGIFORMER(StandaloneModel):
         """The head's projections of patches of x, the last byte of each being the last it sees."""
         layers: list[Any] = self.body.layers
         encoder, *blocks, head = layers
-        windows = encoder.windows(
-            encoder.tokens(x).transpose(0, 1), first=self.config.patch_size - 1
-        )
+        last = self.config.patch_size - 1
+        windows = encoder.windows(encoder.tokens(x).transpose(0, 1), first=last)
+        hidden, keys = encoder.latents(windows), None
+        if self.training and self.config.dropout > 0:
+            keys = prefix_keys(x, None)[:, last :: self.config.patch_size].contiguous()
+            hidden = dropped(hidden, keys, self.config.dropout, stream=0, ctx=self.body.ctx)
         aux = windows.new_zeros(len(x), len(AUX))
-        carry = AgiformerCarry(encoder.norm(encoder.mix(windows)), aux, x)
+        carry = AgiformerCarry(hidden, aux, x, keys=keys)
         for layer in blocks:
             carry = layer(carry)
         by_place: Tensor = head._by_place(head.project(carry.hidden))
@@ -129,13 +127,14 @@ class AGIFORMER(StandaloneModel):
         return torch.stack(logits, dim=2)
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
+        check_tensor(name, x)
         if x.is_floating_point():
             raise ValueError(
                 f"{name} of {str(x.dtype).removeprefix('torch.')} must hold bytes of an integer "
                 "type; use uint8 or int64"
             )
         x = x.long()
-        check_tokens(x, vocab_size=self.config.vocab_size)
+        check_tokens(x, vocab_size=self.config.vocab_size, name=name)
         size = self.config.patch_size
         if x.shape[1] % size:
             raise ValueError(
@@ -159,8 +158,7 @@ def load_model(path: Path, *, device: torch.device | str = "cpu") -> AGIFORMER:
     Raises:
         ValueError: it is no such file, or its weights and its settings do not fit together.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; give one that train_scaled or train_curriculum wrote")
+    check_model_file(path)
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = stored["config"], stored["state_dict"]

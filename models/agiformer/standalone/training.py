@@ -17,9 +17,10 @@ from models.standalone.trainer import Trainer
 class RecordedTrainer(Trainer):
     """A trainer that writes, at every evaluation and at the end, into `folder`:
 
-    `best_model_NAME.pth`, `last_model_NAME.pth`, `checkpoint_step_N.pth` and `metrics_NAME.json`,
-    lists `steps`, `train_bpc`, `val_bpc`, `lr`, and `plasticity` with a curriculum. bpc are bits
-    per byte, of the latest step and of the whole held-out file.
+    `best_model_NAME.pth`, `last_model_NAME.pth` and `metrics_NAME.json`, lists `steps`,
+    `train_bpc`, `val_bpc`, `lr`, and `plasticity` with a curriculum; without one, which is
+    evaluated often, `checkpoint_step_N.pth` as well. bpc are bits per byte, of the latest step and
+    of the whole held-out file.
     """
 
     model: AGIFORMER
@@ -59,9 +60,13 @@ class RecordedTrainer(Trainer):
         return terms
 
     def _log(self, values: dict[str, float]) -> None:
-        super()._log(values)
-        if "eval_loss" in values:
-            self.record(values["eval_loss"] / math.log(2))
+        """Losses are in nats; an evaluation is printed in bits per byte as well."""
+        if "eval_loss" not in values:
+            super()._log(values)
+            return
+        bits = values["eval_loss"] / math.log(2)
+        super()._log({**values, "val_bpc": bits})
+        self.record(bits)
 
     def record(self, bits: float) -> None:
         """Write the files of an evaluation of `bits` per byte."""
@@ -72,7 +77,11 @@ class RecordedTrainer(Trainer):
             entry["plasticity"] = self.plasticity(self.step - 1)
         for key, value in entry.items():
             self.metrics[key].append(value)
-        names = [f"last_model_{self.name}", f"checkpoint_step_{self.step}"]
-        for name in [*names, f"best_model_{self.name}"] if bits < best else names:
+        names = [f"last_model_{self.name}"]
+        if self.plasticity is None:
+            names.append(f"checkpoint_step_{self.step}")
+        if bits < best:
+            names.append(f"best_model_{self.name}")
+        for name in names:
             save_model(self.model, self.folder / f"{name}.pth")
         (self.folder / f"metrics_{self.name}.json").write_text(json.dumps(self.metrics, indent=1))

@@ -1,10 +1,11 @@
-"""The published curriculum against the same bytes without it.
+"""The published curriculum against the same bytes without it, and without its plasticity.
 
 Dictionary, prose and encyclopaedia are Turkish (`fetch.py`, `--text FOLDER`); the place of the
 stories is taken by speeches, the only connected prose in Turkish that public packages have. Stages
-and their plasticity are the family's own (models.agiformer.standalone.data), and are set between
-steps as a run sets them. Every arm has the same model, steps and FLOPs and, seed by seed, the same
-rows: the mixed ones in random order.
+and their plasticity are the family's own (models.agiformer.standalone.settings), and are set
+between steps as a run sets them. Every arm has the same model, steps and FLOPs and, seed by seed,
+the same rows: the mixed ones in random order. The arm with the order of the stages at constant
+plasticity tells apart what the order does and what plasticity does.
 
 Two documents of 20 of each source are held out and scored; `all`: their bits weighted by the shares
 of training. A row is as long as in configs/agiformer_curriculum.yaml. Learning rate and first
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.model import FAMILY
-from models.agiformer.standalone.data import CURRICULUM
+from models.agiformer.standalone.settings import CURRICULUM
 from models.base import TokenInputs
 from tests.benchmarks.timing import Table
 from tests.evidence.language import VOCAB, Corpus, rows_at
@@ -45,6 +46,7 @@ class Arm(NamedTuple):
 
 ARMS = {
     "curriculum": Arm(ordered=True, plasticity=None),
+    "ordered, plasticity 0.99": Arm(ordered=True, plasticity=0.99),
     "mixed, plasticity 0.99": Arm(ordered=False, plasticity=0.99),
     "mixed, plasticity 1": Arm(ordered=False, plasticity=1.0),
 }

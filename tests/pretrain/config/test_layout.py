@@ -11,6 +11,7 @@ from pretrain.config import parse_config
 from pretrain.config.layout import check_layout, valid_tensor_sizes
 from pretrain.errors import ConfigError
 from tests.pretrain.run_values import run_values
+from tests.refusals import assert_refused
 
 HEADS, KV_HEADS, FFN, LAYERS, SEQUENCE = 12, 6, 24, 5, 18
 _MODEL = {
@@ -117,6 +118,25 @@ def test_the_parts_of_logits_divide_the_sequence_of_a_rank() -> None:
         training__logits_parts=1000,
     )
     assert "data.sequence_length=126 over 2 ranks: 63; nearest parts are 63" in message
+
+
+def test_rows_and_those_of_stages_are_whole_units_of_a_family_that_takes_some_tokens_at_once() -> (
+    None
+):
+    """Before torch; the unit times the tensor ranks that share a row."""
+    model = {"family": "agiformer", "hidden_size": 32, "intermediate_size": 32, "num_layers": 2}
+    changes: dict[str, Any] = {"model": model | {"num_heads": 4, "patch_size": 6}}
+    with assert_refused("data.sequence_length", 128, "6", ("126", "132"), error=ConfigError):
+        check_layout(parse_config(run_values(**changes)), 1)
+    changes |= {"data__sequence_length": 132, "parallel__tensor": 2}
+    assert check_layout(parse_config(run_values(**changes)), 2).tensor == 2
+    stages: list[dict[str, Any]] = [{"until_step": 5, "sequence_length": 66}, {}]
+    check_layout(parse_config(run_values(**changes, data__stages=stages)), 2)
+    changes["parallel__sequence_parallel"] = True
+    with assert_refused(
+        "data.stages.0.sequence_length", 66, ("6", "parallel.tensor=2"), "72", error=ConfigError
+    ):
+        check_layout(parse_config(run_values(**changes, data__stages=stages)), 2)
 
 
 def test_sequences_longer_than_the_positions_of_the_model_are_refused() -> None:

@@ -83,12 +83,28 @@ def test_without_targets_every_patch_is_drawn_byte_by_byte():
     assert model(x, temperature=1.0).shape == (2, 4, 4, 256)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_published_forward_drops_out_in_training_alone(dropout):
+    model, text = _model(dropout=dropout), _bytes(28)
+    x, target = text[:, :-4], text[:, 4:]
+    evaluated = model(x, target_bytes=target)
+    assert torch.equal(model.train()(x, target_bytes=target), evaluated) == (dropout == 0.0)
+    assert torch.equal(model.eval()(x, target_bytes=target), evaluated)
+
+
 def test_bytes_that_are_no_whole_patches_or_none_at_all_are_refused():
     model = _model()
     with assert_refused("x", value=10, constraint="4", remedy=("cut", "models.generate")):
         model(_bytes(10))
-    with assert_refused("input_ids", value=300, constraint="vocab_size=256", remedy="tokenizer"):
+    with assert_refused("x", value=300, constraint="vocab_size=256", remedy="tokenizer"):
         model(torch.full((1, 4), 300))
+    with assert_refused("x", value="list", constraint="tensor", remedy="torch.tensor"):
+        model([[1, 2, 3, 4]])
+    with assert_refused("labels", value=511, constraint="vocab_size=256", remedy="tokenizer"):
+        model.loss(_bytes(8), torch.full((2, 8), 511))
+    with assert_refused("labels", value="int64[2, 7]", constraint="int64[2, 8]", remedy="-100"):
+        model.loss(_bytes(8), _bytes(7))
     with assert_refused("target_bytes", value=[2, 4], constraint="[2, 8]", remedy=()):
         model(_bytes(8), target_bytes=_bytes(4))
     with assert_refused("x", value="float32", constraint="integer", remedy=("uint8", "int64")):
@@ -129,7 +145,7 @@ def test_a_file_holds_the_model_with_its_plasticity(tmp_path):
     [
         ({"thinking_steps": 0}, "thinking_steps=0 .* 0; change thinking_steps"),
         ({"plasticity": 1.5}, "plasticity=1.5 .* 1; change plasticity"),
-        ({"num_heads": 5}, "hidden_size=32 .*num_heads=5; change"),
+        ({"num_heads": 5}, "d_model=32 .*num_heads=5; change"),
         ({"byte_head": "gru"}, "byte_head='gru' must be 'causal' or 'independent'; change"),
     ],
 )
@@ -141,8 +157,12 @@ def test_a_setting_that_cannot_be_is_named_in_one_line(changes, message):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_model_trains_under_autocast(dtype):
     model, text = AGIFORMER(**SIZES), _bytes(33)
+    seen = []
+    model.body.block_0.register_forward_hook(lambda _, given, out: seen.append(out.hidden.dtype))
     with torch.autocast("cpu", dtype=dtype):
         loss = model.loss(text[:, :-1], text[:, 1:]).total
+        loss = loss + model(text[:, :28], target_bytes=text[:, 4:32]).float().mean()
+    assert seen == 2 * [torch.float32]  # the residual stream, in either form
     loss.backward()
     for parameter in model.parameters():
         assert parameter.grad is not None
@@ -165,6 +185,25 @@ def test_the_curriculum_goes_through_its_texts_at_the_published_shares(tmp_path)
     assert loader.get_plasticity_alpha() == 0.99
     scored = sum(int((labels != -100).sum()) for _, labels in loader.get_loader("val"))
     assert scored == 42  # every byte of the held-out file but the first, once
+
+
+def test_a_curriculum_too_short_for_its_stages_is_refused(tmp_path):
+    _write(tmp_path)
+    with assert_refused("max_steps", value=3, constraint="stage", remedy="4"):
+        CurriculumDataLoader(tmp_path, 2, 8, 3)
+    firsts = [chr(int(inputs[0, 0])) for inputs, _ in CurriculumDataLoader(tmp_path, 2, 8, 4)]
+    assert "".join(firsts) == "dsww"
+
+
+def test_the_seed_decides_the_order_of_the_windows(tmp_path):
+    _write(tmp_path)
+    (tmp_path / "wiki.txt").write_bytes(bytes(range(200)))
+    orders = []
+    for seed in (0, 0, 1):
+        loader = CurriculumDataLoader(tmp_path, 1, 8, 30, seed=seed)
+        orders.append([int(inputs[0, 0]) for inputs, _ in loader])
+    assert orders[0] == orders[1]
+    assert orders[0][12:] != orders[2][12:]
 
 
 def test_a_missing_text_is_an_error_and_no_other_takes_its_place(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,12 +51,17 @@ def test_scaled_training_leaves_the_published_files(scaled):
     assert 8.1 > metrics["val_bpc"][0] > metrics["val_bpc"][1] > 0
 
 
-def test_curriculum_training_records_and_stores_the_plasticity(texts):
+def test_curriculum_training_records_and_stores_the_plasticity(texts, capsys):
     folder = texts / "curriculum"
     assert cli.train_curriculum(["--data_dir", str(texts), "--output", str(folder), *SMALL]) == 0
     metrics = json.loads((folder / "metrics_curriculum.json").read_text())
     assert metrics.keys() == {"steps", "train_bpc", "val_bpc", "lr", "plasticity"}
     assert metrics["plasticity"] == [0.5, 0.99]
+    lines = capsys.readouterr().out.splitlines()
+    printed = [json.loads(line)["val_bpc"] for line in lines if "val_bpc" in line]
+    assert printed == pytest.approx(metrics["val_bpc"], abs=1e-6)
+    # Evaluated every 200 steps: a model of each would be a hundred.
+    assert not list(folder.glob("checkpoint_step_*"))
     stored = torch.load(folder / "last_model_curriculum.pth", weights_only=True)["state_dict"]
     assert stored["block_0.memory.plasticity"].tolist() == pytest.approx([0.99])
     assert (folder / "best_model_curriculum.pth").is_file()
@@ -67,6 +73,20 @@ def test_generation_takes_the_file_in_both_places_and_a_prompt_of_any_length(for
     for prompt in ("a", "abcdefg"):
         assert cli.generate([*form, file, "--prompt", prompt, "--length", "9", "--temp", "0"]) == 0
         assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_a_prompt_may_end_in_half_a_character(scaled, capsys):
+    file, prompt = str(scaled / "best_model_scaled.pth"), os.fsdecode("Tü".encode()[:2])
+    assert cli.generate([file, "--prompt", prompt, "--length", "1", "--temp", "0"]) == 0
+    assert capsys.readouterr().out.startswith("T\N{REPLACEMENT CHARACTER}")
+
+
+def test_the_quick_start_without_a_file_reads_the_best_model_of_the_folder(
+    scaled, capsys, monkeypatch
+):
+    monkeypatch.chdir(scaled)
+    assert cli.recall_test([]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4  # distances of its own
 
 
 def test_recall_is_measured_beyond_the_attention_with_the_memory_and_without(scaled, capsys):
@@ -94,6 +114,12 @@ def test_thinking_steps_of_a_text_are_counted_and_a_collapse_is_told(scaled, tmp
     model.body.reasoning.halt.data.normal_(std=5.0, generator=torch.Generator().manual_seed(0))
     save_model(model, collapsed)
     (record,) = inspected(collapsed)
+    by_steps = json.loads(record)["patches_by_steps"]
+    assert list(by_steps) == ["1", "2", "3"]
+    assert sum(by_steps.values()) == 15  # of 57 bytes
+    assert sum(int(n) * count for n, count in by_steps.items()) / 15 == pytest.approx(
+        json.loads(record)["mean_steps"]
+    )
     assert 1.05 < json.loads(record)["mean_steps"] < json.loads(record)["most_steps"] == 3
 
 
@@ -142,7 +168,11 @@ def test_what_is_missing_or_cannot_be_is_named_in_one_line(texts, scaled, capsys
         (cli.generate, [file, "--length", "0"], "--length=0 must be 1 or more; raise it"),
         (cli.train_scaled, [*data, *SMALL, "--output", file], f"--output={file} is no folder; "),
         (cli.train_scaled, ["--data_dir", str(tmp_path)], "train.txt is missing"),
-        (cli.generate, [], "give the file once"),
+        (cli.train_scaled, [*data, *SMALL, "--seed", str(2**64)], f"--seed {2**64} must be from"),
+        (cli.train_scaled, [*data, *SMALL, "--d_model", "33"], "d_model=33 is not a multiple of"),
+        (cli.train_scaled, [*data, *SMALL, "--accumulation", "0"], "--accumulation=0 must be"),
+        (cli.generate, [file, "--temp", "-1"], "temperature=-1.0 must be finite"),
+        (cli.generate, [], "best_model_scaled.pth is no file"),
         (cli.generate, ["a.pth", "--model", "b.pth"], "give the file once"),
         (cli.generate, ["absent.pth"], "absent.pth is no file"),
         (cli.train_scaled, ["--steps", "3"], "--help lists the options"),
@@ -164,20 +194,22 @@ MODULES = (
 )
 
 
-def test_every_command_is_a_module_and_helps_without_torch():
-    """All of them in one new process."""
+def test_every_command_is_a_module_and_helps_and_refuses_without_torch(tmp_path):
+    """All of them in one new process, and in a folder without texts and models."""
     code = """
 import runpy, sys
 for name in sys.argv[1:]:
-    sys.argv = [name, "--help"]
-    try:
-        runpy.run_module(f"models.agiformer.{name}", run_name="__main__")
-    except SystemExit as end:
-        assert end.code == 0
+    wrong = ["--steps", "0"] if name == "overfit_test" else []
+    for arguments, code in ((["--help"], 0), (wrong, 2)):
+        sys.argv = [name, *arguments]
+        try:
+            runpy.run_module(f"models.agiformer.{name}", run_name="__main__")
+        except SystemExit as end:
+            assert end.code == code, (name, arguments, end.code)
 assert "torch" not in sys.modules
 """
     line = [sys.executable, "-c", code, *MODULES]
-    found = subprocess.run(line, capture_output=True, text=True, check=True)
+    found = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
     for name in MODULES:
         assert f"usage: {name} " in found.stdout
 
