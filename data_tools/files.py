@@ -28,17 +28,18 @@ def sha256_of(path: Path) -> str:
 
 
 class Digest:
-    """Checksum of blocks, computed while they are written: SHA-256 takes twice as long as that."""
+    """Checksum of blocks; SHA-256, which takes as long as writing them, is computed meanwhile."""
 
     def __init__(self, algorithm: Literal["sha256", "xxh3_128"] = "sha256") -> None:
         self._digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+        self._is_slow = algorithm == "sha256"  # XXH3 is faster than a change of threads
         self._thread = ThreadPoolExecutor(1)  # started by the first large block
         self._pending: Future[None] | None = None
 
     def update(self, data: memoryview | bytes) -> None:
         """Hash `data`, which must not change before `wait` or the next call."""
         self.wait()
-        if len(data) < _HASHED_APART:
+        if not self._is_slow or len(data) < _HASHED_APART:
             self._digest.update(data)
         else:
             self._pending = self._thread.submit(self._digest.update, data)
@@ -97,6 +98,16 @@ def _lock(file: BinaryIO, partial: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
     except OSError:
         return False
+
+
+def start_writing_back(file: IO[bytes], begin: int, end: int) -> None:
+    """Let the system write [begin, end) of a file to the disk, without waiting for it.
+
+    It would leave that to the `fsync` at the end, and the disk idle until then.
+    """
+    if hasattr(os, "posix_fadvise"):
+        # Writes what the disk lacks. Only pages that it has already may leave the cache.
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def flush_to_disk(file: IO[bytes]) -> None:

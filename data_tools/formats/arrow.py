@@ -37,6 +37,7 @@ DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int6
 DEFAULT_COLUMN = "input_ids"
 _GROUP_BYTES = 32 << 20  # of ids in a row group that is written
 _MAX_ROWS = 1 << 16
+_VALUES_AT_ONCE = 1 << 16  # 1024 by default, whose overhead shows
 _FEATHER_MAGIC = b"ARROW1"
 _DATA_FILE = "data-00000-of-00001.arrow"
 
@@ -208,7 +209,11 @@ class ParquetWriter:
         self._writer = pyarrow.parquet.ParquetWriter(
             self._files[0],
             schema,
-            compression="zstd",  # Parquet stores ids of 16 bits in 32
+            # Parquet stores ids of 16 bits in 32, and this in about as many as they have: as small
+            # as what zstd makes of them, in less time.
+            column_encoding={f"{schema.names[0]}.list.element": "DELTA_BINARY_PACKED"},
+            compression="none",
+            write_batch_size=_VALUES_AT_ONCE,
             use_dictionary=False,
             write_page_checksum=True,
         )

@@ -158,7 +158,7 @@ def _resume_settings(copy: Copy, sources: Sequence[Source]) -> dict[str, Any]:
     """All that the bytes of an output depend on: inputs, options, who compresses files."""
     beside = KINDS[copy.source_kind].beside
     return {
-        "version": 1,
+        "version": 2,
         "pyarrow": metadata.version("pyarrow"),
         "kinds": [copy.source_kind, copy.target_kind],
         "read": copy.read._asdict(),

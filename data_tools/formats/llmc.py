@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools.arrays import bytes_of
 from data_tools.errors import DataError
-from data_tools.files import expand_paths
+from data_tools.files import expand_paths, start_writing_back
 from data_tools.formats.blocks import Block, ReadOptions, Source, WriteOptions
 from data_tools.formats.manifest import Manifest, read_manifest
 from data_tools.formats.nanogpt import stream_blocks
@@ -133,7 +133,9 @@ class LlmcWriter:
                 self._begin_shard()
             count = min(len(ids), self._per_shard - self._num_tokens)
             if self._file is not None:
+                begin = self._file.tell()
                 self._file.write(bytes_of(ids[:count]))
+                start_writing_back(self._file, begin, self._file.tell())
             self._num_tokens += count
             ids = ids[count:]
             if self._num_tokens == self._per_shard:

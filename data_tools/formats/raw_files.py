@@ -19,6 +19,7 @@ from data_tools.files import (
     flush_to_disk,
     open_partial,
     partial_path,
+    start_writing_back,
     sync_folder,
 )
 from data_tools.formats.blocks import BLOCK_BYTES, WriteOptions
@@ -199,6 +200,8 @@ class PartialFolder:
     def complete(self, name: str) -> None:
         """A file is complete, and closed."""
         path = self.path / name
+        with open(path, "rb") as file:
+            start_writing_back(file, 0, path.stat().st_size)
         if self._options.resumption is not None:
             self._options.resumption.mark(name, path.stat().st_size, path)
 
