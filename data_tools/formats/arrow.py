@@ -19,7 +19,6 @@ import numpy as np
 
 from data_tools.arrays import IntArray, TokenArray
 from data_tools.errors import DataError, NoSuchFileError
-from data_tools.files import expand_paths
 from data_tools.formats.blocks import (
     BLOCK_BYTES,
     Block,
@@ -29,7 +28,13 @@ from data_tools.formats.blocks import (
     WriteOptions,
 )
 from data_tools.formats.manifest import Manifest, read_manifest
-from data_tools.formats.raw_files import PartialFiles, PartialFolder, file_size, listed_file
+from data_tools.formats.raw_files import (
+    PartialFiles,
+    PartialFolder,
+    file_size,
+    listed_file,
+    numbered_files,
+)
 from data_tools.formats.whole_documents import WholeDocuments, joined
 from data_tools.preprocessing.arrow_files import check_stream_end, readable
 
@@ -50,7 +55,7 @@ def open_parquet(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
     """
     import pyarrow.parquet
 
-    files = [file for path in paths for file in expand_paths(str(path), suffixes=(".parquet",))]
+    files = [file for path in paths for file in numbered_files(path, ".parquet")]
     column = options.column or DEFAULT_COLUMN
     sources = []
     for path in files:
@@ -110,7 +115,7 @@ def _files_of(path: Path) -> list[Path]:
         )
     state = path / "state.json"
     if not state.is_file():
-        return expand_paths(str(path), suffixes=(".arrow",))
+        return numbered_files(path, ".arrow")
     try:
         names = [each["filename"] for each in json.loads(state.read_bytes())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:

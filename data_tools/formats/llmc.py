@@ -20,11 +20,17 @@ import numpy as np
 
 from data_tools.arrays import bytes_of
 from data_tools.errors import DataError
-from data_tools.files import expand_paths, start_writing_back
+from data_tools.files import start_writing_back
 from data_tools.formats.blocks import Block, ReadOptions, Source, WriteOptions
 from data_tools.formats.manifest import Manifest, read_manifest
 from data_tools.formats.nanogpt import stream_blocks
-from data_tools.formats.raw_files import PartialFolder, RawFile, file_size, raw_file
+from data_tools.formats.raw_files import (
+    PartialFolder,
+    RawFile,
+    file_size,
+    numbered_files,
+    raw_file,
+)
 
 DTYPES = ("uint16", "uint32")
 SHARD_TOKENS = 100_000_000  # as in the shards of FineWeb that both projects train on
@@ -48,7 +54,7 @@ def open_llmc(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
     Raises:
         DataError: a header is damaged, disagrees with the size of its file or with other shards.
     """
-    shards = [shard for path in paths for shard in expand_paths(str(path), suffixes=(".bin",))]
+    shards = [shard for path in paths for shard in numbered_files(path, ".bin", is_stream=True)]
     files = [_open_shard(path) for path in shards]
     for file in files:
         if file.dtype != files[0].dtype:

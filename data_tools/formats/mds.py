@@ -109,12 +109,14 @@ def _column(folder: Path, shard: dict[str, Any], options: ReadOptions) -> _Colum
     try:
         names, encodings = shard["column_names"], shard["column_encodings"]
         sizes, kind = shard["column_sizes"], shard["format"]
+        if not all(isinstance(each, list) for each in (names, encodings, sizes)):
+            raise TypeError(f"{names} with {encodings} and {sizes}")
         numbers = [shard["samples"], shard["raw_data"]["bytes"], *(s or 0 for s in sizes)]
-        if not all(isinstance(n, int) for n in numbers):
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise TypeError(f"{numbers} for sizes")
         if not all(isinstance(each, str) for each in (*names, *encodings)):
             raise TypeError(f"{names} with {encodings}")
-        if not isinstance(sizes, list) or not len(names) == len(encodings) == len(sizes):
+        if not len(names) == len(encodings) == len(sizes):
             raise TypeError(f"{names} with {encodings} and {sizes}")
         shard["raw_data"]["basename"]
         if not isinstance(hashes := shard["raw_data"].get("hashes", {}), dict):

@@ -102,6 +102,7 @@ def test_documents_are_kept_at_any_block_and_shard_size(
 ) -> None:
     monkeypatch.setattr(mds, "BLOCK_BYTES", size)
     monkeypatch.setattr(mds, "_SHARD_BYTES", size)
+    monkeypatch.setattr(mds, "_COPIED_AT_ONCE", size)
     monkeypatch.setattr("data_tools.formats.raw_files.BLOCK_BYTES", 4)
     ours, output = corpus(tmp_path), tmp_path / "out"
     convert("--from", "megatron", "--to", "mds", ours, "--output", output)
@@ -249,7 +250,15 @@ def test_a_damaged_index_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("column_names", [7]), ("column_encodings", [7]), ("column_sizes", {}), ("column_sizes", [])],
+    [
+        ("column_names", [7]),
+        ("column_names", "tokens"),
+        ("column_encodings", [7]),
+        ("column_encodings", {"tokens": "ndarray"}),
+        ("column_sizes", {}),
+        ("column_sizes", []),
+        ("column_sizes", [-1]),
+    ],
 )
 def test_an_index_of_other_types_is_refused(tmp_path: Path, name: str, value: object) -> None:
     folder = _change(_write(tmp_path / "in", THEIRS), **{name: value})
@@ -262,9 +271,23 @@ def test_an_index_is_needed_and_names_no_file_elsewhere(tmp_path: Path) -> None:
     raw = {"basename": "../ours.bin", "bytes": 1, "hashes": {}}
     with _refused("index.json", "'../ours.bin'", "in", "one folder"):
         megatron(tmp_path, "mds", _change(folder, raw_data=raw))
+    with _refused("index.json", repr("a\0b"), "in", "one folder"):
+        megatron(tmp_path, "mds", _change(folder, raw_data={**raw, "basename": "a\0b"}))
     (folder / "index.json").unlink()
     with _refused("index.json", "file", "MDS", "folder"):
         megatron(tmp_path, "mds", folder)
+
+
+def test_an_error_of_the_system_while_shards_are_read_is_refused(tmp_path: Path) -> None:
+    content = THEIRS[0][1]
+    folder = _write(tmp_path / "in", THEIRS * 2)
+    index = json.loads((folder / "index.json").read_text())
+    name = "x" * 300  # which no file can have
+    index["shards"][1]["raw_data"] = {"basename": name, "bytes": len(content)}
+    (folder / "index.json").write_text(json.dumps(index))
+    with _refused(name, "too long", "", "check"):
+        megatron(tmp_path, "mds", folder)
+    assert not list(tmp_path.glob("back*"))
 
 
 def _streaming() -> ModuleType:

@@ -146,6 +146,24 @@ def test_what_is_not_yet_written_is_no_input(tmp_path: Path) -> None:
     assert documents(back) == DOCUMENTS
 
 
+def test_a_folder_that_lacks_a_file_by_its_numbers_is_refused(tmp_path: Path) -> None:
+    ours, shards, rows = corpus(tmp_path), tmp_path / "shards", tmp_path / "rows"
+    to_shards = ("--from", "megatron", "--to", "llmc", ours, "--output", shards)
+    convert(*to_shards, "--shard-tokens", 4)
+    manifest_path(shards).unlink()
+    shutil.copy(shards / "000000.bin", shards / "other_7.bin")  # a number of another sequence
+    (shards / "000002.bin").unlink()
+    with _refused("000002.bin", "3 of 0 to 3", "no", "copy"):
+        megatron(tmp_path, "llmc", shards, options=["--eod", EOD])
+    convert("--from", "megatron", "--to", "parquet", ours, "--output", rows / "a-00000-of-00002")
+    with _refused("a-00001-of-00002.parquet", "1 of 0 to 1", "no", "*.parquet"):
+        megatron(tmp_path, "parquet", rows)
+    assert documents(megatron(tmp_path, "parquet", *rows.glob("*.parquet"))) == DOCUMENTS
+    (rows / "a-00000-of-00002.parquet").rename(rows / "a-2.parquet")  # does not say how many
+    (rows / "a-00000-of-00002.corpus.json").unlink()
+    assert documents(megatron(tmp_path, "parquet", rows, options=["--overwrite"])) == DOCUMENTS
+
+
 def test_an_index_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:
     ours = corpus(tmp_path, [[1, EOD]] * 3000)
     index = ours.with_suffix(".idx")
