@@ -36,7 +36,7 @@ from data_tools.formats.raw_files import (
     numbered_files,
 )
 from data_tools.formats.whole_documents import WholeDocuments, joined
-from data_tools.preprocessing.arrow_files import check_stream_end, readable
+from data_tools.preprocessing.arrow_files import check_offsets, check_stream_end, readable
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 DEFAULT_COLUMN = "input_ids"
@@ -185,6 +185,7 @@ def _blocks(
     row = 0
     with readable(path):
         for lists in batches():
+            check_offsets(lists)
             if lists.null_count:
                 first = row + pyarrow.compute.index(lists.is_null(), True).as_py()
                 raise DataError(f"{path}: row {first} is null; fill or remove such rows")
