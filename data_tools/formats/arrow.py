@@ -276,7 +276,8 @@ class ArrowWriter:
         self._folder.publish(manifest)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk
+            self._file.close()
         self._folder.close()
 
 

@@ -33,7 +33,7 @@ from data_tools.formats.blocks import (
     WriteOptions,
 )
 from data_tools.formats.manifest import Manifest, read_manifest
-from data_tools.formats.mds_shards import Bytes, read_shard
+from data_tools.formats.mds_shards import Bytes, put, read_shard, take
 from data_tools.formats.raw_files import PartialFolder, read_index
 from data_tools.formats.whole_documents import WholeDocuments, joined
 
@@ -209,26 +209,9 @@ def _join(
     while first < len(begins):
         last = int(np.searchsorted(ends, begins[first] + BLOCK_BYTES, side="right"))
         group = slice(first, max(last, first + 1))
-        ids = _without_gaps(data, begins[group], ends[group])
+        ids = take(data, begins[group], ends[group])
         yield Block(ids.view(dtype), np.cumsum(lengths[group]), path)
         first = group.stop
-
-
-def _without_gaps(data: Bytes, begins: IntArray, ends: IntArray) -> Bytes:
-    """Return the bytes of ascending spans, one after another."""
-    gaps = begins[1:] - ends[:-1]
-    if gaps.sum() > (ends - begins).sum():  # long columns between the ids of few samples
-        return np.concatenate([data[b:e] for b, e in zip(begins, ends, strict=True)])
-    # NumPy copies what a mask selects run by run, so that a short document costs no Python.
-    is_inside = np.ones(ends[-1] - begins[0], bool)
-    is_inside[np.repeat(ends[:-1] - begins[0], gaps) + _counted(gaps)] = False
-    return data[begins[0] : ends[-1]][is_inside]
-
-
-def _counted(counts: IntArray) -> IntArray:
-    """Return 0, 1, ... up to every count, one after another."""
-    begins = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum())) - np.repeat(begins, counts)
 
 
 def _spans(data: Bytes, samples: IntArray, column: _Column) -> tuple[IntArray, IntArray]:
@@ -355,14 +338,14 @@ def _samples_of(ids: TokenArray, lengths: IntArray, begins: IntArray) -> Iterato
         group = slice(first, max(last, first + 1))
         part = ids[ends[first] - lengths[first] : ends[group.stop - 1]]
         samples = np.empty(begins[group.stop] - begins[first], np.uint8)
-        is_id = np.ones(len(samples), bool)
+        heads = begins[group] - begins[first]
+        widths = _widths(lengths[group])
         for width in (1, 2, 4):
-            chosen = first + np.flatnonzero(_widths(lengths[group]) == width)
-            heads = _heads(lengths[chosen], width, ids.itemsize)
-            places = (begins[chosen] - begins[first])[:, None] + np.arange(heads.shape[1])
-            samples[places] = heads
-            is_id[places] = False
-        samples[is_id] = part.view(np.uint8)
+            chosen = widths == width
+            head = _heads(lengths[group][chosen], width, ids.itemsize)
+            samples[heads[chosen][:, None] + np.arange(head.shape[1])] = head
+        last_bytes = begins[first + 1 : group.stop + 1] - begins[first]
+        put(samples, heads + _head_sizes(lengths[group]), last_bytes, part.view(np.uint8))
         yield samples
         first = group.stop
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 
@@ -136,6 +138,22 @@ def test_a_full_disk_is_refused_with_the_output(
         with _refused(str(tmp_path / "out"), "space", "", "free"):
             convert("--from", "megatron", "--to", kind, ours, "--output", tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_is_full_while_ids_are_written_leaves_nothing(tmp_path: Path) -> None:
+    """Files may then fail to close, too."""
+    ours = corpus(tmp_path, [[*np.random.default_rng(0).integers(10, 50_000, 30_000), EOD]])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for kind in KINDS:
+        given = ["--eod", EOD] if not KINDS[kind].has_boundaries else []
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_001, limits[1]))
+        try:
+            with _refused(str(tmp_path / "out"), "large", "", "free"):
+                convert("--from", "megatron", "--to", kind, ours, "--output", tmp_path / "out",
+                        *given)  # fmt: skip
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.glob("out*")), kind
 
 
 def test_what_is_not_yet_written_is_no_input(tmp_path: Path) -> None:
