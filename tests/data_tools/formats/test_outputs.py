@@ -140,13 +140,16 @@ def test_a_full_disk_is_refused_with_the_output(
         assert not list(tmp_path.glob("out*"))
 
 
-def test_a_disk_that_is_full_while_ids_are_written_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1000, 50_001])
+def test_a_disk_that_is_full_while_ids_are_written_leaves_nothing(
+    tmp_path: Path, size: int
+) -> None:
     """Files may then fail to close, too."""
     ours = corpus(tmp_path, [[*np.random.default_rng(0).integers(10, 50_000, 30_000), EOD]])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for kind in KINDS:
         given = ["--eod", EOD] if not KINDS[kind].has_boundaries else []
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_001, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with _refused(str(tmp_path / "out"), "large", "", "free"):
                 convert("--from", "megatron", "--to", kind, ours, "--output", tmp_path / "out",
