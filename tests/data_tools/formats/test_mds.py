@@ -3,13 +3,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import importlib.util
 import json
 import struct
-import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +25,7 @@ from tests.data_tools.formats.conversions import (
     documents,
     forget,
     megatron,
-    package,
+    streaming_base,
 )
 from tests.refusals import assert_refused
 
@@ -290,22 +287,10 @@ def test_an_error_of_the_system_while_shards_are_read_is_refused(tmp_path: Path)
     assert not list(tmp_path.glob("back*"))
 
 
-def _streaming() -> ModuleType:
-    """`streaming.base`: the package itself also imports data sets of images, and torchvision."""
-    if "streaming" not in sys.modules:
-        spec = importlib.util.find_spec("streaming")
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        module = ModuleType("streaming")
-        module.__path__ = list(spec.submodule_search_locations)
-        sys.modules["streaming"] = module
-    return package("streaming.base")
-
-
 @pytest.mark.ecosystem
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
 def test_streaming_reads_ours_and_we_read_its_shards(tmp_path: Path) -> None:
-    streaming = _streaming()
+    streaming = streaming_base()
     ours = corpus(tmp_path)
     convert("--from", "megatron", "--to", "mds", ours, "--output", tmp_path / "out")
     read = streaming.LocalDataset(str(tmp_path / "out"))
