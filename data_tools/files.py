@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import glob
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import xxhash
 
 from data_tools.errors import DataError, NoSuchFileError, cwd_hint
 
 PARTIAL_SUFFIX = ".partial"
+_SYNC_FILE_RANGE_WRITE = 2  # of Linux: begins to write, and waits for nothing
 _HASHED_APART = 1 << 18  # bytes from which on a second thread is worth its start
 
 
@@ -28,17 +31,18 @@ def sha256_of(path: Path) -> str:
 
 
 class Digest:
-    """Checksum of blocks, computed while they are written: SHA-256 takes twice as long as that."""
+    """Checksum of blocks; SHA-256, which takes as long as writing them, is computed meanwhile."""
 
     def __init__(self, algorithm: Literal["sha256", "xxh3_128"] = "sha256") -> None:
         self._digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+        self._is_slow = algorithm == "sha256"  # XXH3 is faster than a change of threads
         self._thread = ThreadPoolExecutor(1)  # started by the first large block
         self._pending: Future[None] | None = None
 
     def update(self, data: memoryview | bytes) -> None:
         """Hash `data`, which must not change before `wait` or the next call."""
         self.wait()
-        if len(data) < _HASHED_APART:
+        if not self._is_slow or len(data) < _HASHED_APART:
             self._digest.update(data)
         else:
             self._pending = self._thread.submit(self._digest.update, data)
@@ -97,6 +101,27 @@ def _lock(file: BinaryIO, partial: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
     except OSError:
         return False
+
+
+def start_writing_back(file: IO[bytes], begin: int, end: int) -> None:
+    """Let the system write [begin, end) of a file to the disk, without waiting for it.
+
+    It would leave that to the `fsync` at the end, and the disk idle until then. An error of the
+    disk is that of the `fsync`. A system without the call leaves it all to that.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(file.fileno(), begin, end - begin, _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    # Python lacks it. `os.posix_fadvise` begins to write as well, but waits for all cores to empty
+    # their lists of pages.
+    call: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
 
 
 def flush_to_disk(file: IO[bytes]) -> None:

@@ -310,8 +310,9 @@ class IndexedDatasetWriter:
 
     def leave(self) -> None:
         """Close the files under their partial names, for a later writer to go on in .bin."""
-        self._bin.close()
-        self._lengths.close()
+        for file in (self._bin, self._lengths):
+            with suppress(OSError):  # a full disk; what is marked is on it
+                file.close()
 
     def __enter__(self) -> Self:
         return self

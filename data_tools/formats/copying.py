@@ -158,7 +158,7 @@ def _resume_settings(copy: Copy, sources: Sequence[Source]) -> dict[str, Any]:
     """All that the bytes of an output depend on: inputs, options, who compresses files."""
     beside = KINDS[copy.source_kind].beside
     return {
-        "version": 1,
+        "version": 2,
         "pyarrow": metadata.version("pyarrow"),
         "kinds": [copy.source_kind, copy.target_kind],
         "read": copy.read._asdict(),
@@ -281,7 +281,7 @@ def _copy_blocks(
     with progress_bar("converting", sum(source.num_bytes for source in sources)) as report:
         for source in sources:
             before = Tally(None if source.recorded is None else algorithm_of(source.recorded))
-            for block in read_ahead(source.blocks(boundary)):
+            for block in _read(source, boundary):
                 before.count(block)
                 converted = fit.convert(documents.check(block))
                 with _writing(copy):
@@ -299,6 +299,11 @@ def _copy_blocks(
     given = copy.read.bos if copy.read.eod is None else copy.read.eod
     if given is not None and not KINDS[copy.source_kind].has_boundaries:
         _check_token_found(documents, sources[0].name, given)
+
+
+def _read(source: Source, boundary: Boundary) -> Iterator[Block]:
+    with _one_line(source.name, "check its disk and permissions, or copy it again"):
+        yield from read_ahead(source.blocks(boundary))
 
 
 def _check_token_found(documents: Documents, name: str, token: int) -> None:

@@ -105,16 +105,16 @@ def _dtype(path: Path, serializer: str, number: str, data_format: str) -> np.dty
 def _open_chunk(path: Path, size: int, dim: object, dtype: np.dtype[Any]) -> RawFile:
     """Return the ids of a chunk, whose header agrees with the index and the size of the file."""
     found = file_size(path, remedy="copy all files that index.json lists")
-    begin = 4 * (size + 2)
     with open(path, "rb") as file:
         (num_items,) = struct.unpack("<I", file.read(4).ljust(4, b"\0"))
-        file.seek(max(begin - 4, 0))
+        if num_items != size:
+            raise DataError(
+                f"{path}: {num_items} items found at byte 0, {size} expected by index.json; it is "
+                "another chunk or big-endian: copy it again"
+            )
+        begin = 4 * (size + 2)
+        file.seek(begin - 4)
         (end,) = struct.unpack("<I", file.read(4).ljust(4, b"\0"))
-    if num_items != size:
-        raise DataError(
-            f"{path}: {num_items} items found at byte 0, {size} expected by index.json; it is "
-            "another chunk or big-endian: copy it again"
-        )
     num_tokens, rest = divmod(end - begin, dtype.itemsize)
     # Where the first item is empty, its own writer counts no tokens.
     if end != found or rest or dim not in (None, num_tokens):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,11 +21,17 @@ import numpy as np
 
 from data_tools.arrays import bytes_of
 from data_tools.errors import DataError
-from data_tools.files import expand_paths
+from data_tools.files import start_writing_back
 from data_tools.formats.blocks import Block, ReadOptions, Source, WriteOptions
 from data_tools.formats.manifest import Manifest, read_manifest
 from data_tools.formats.nanogpt import stream_blocks
-from data_tools.formats.raw_files import PartialFolder, RawFile, file_size, raw_file
+from data_tools.formats.raw_files import (
+    PartialFolder,
+    RawFile,
+    file_size,
+    numbered_files,
+    raw_file,
+)
 
 DTYPES = ("uint16", "uint32")
 SHARD_TOKENS = 100_000_000  # as in the shards of FineWeb that both projects train on
@@ -48,7 +55,7 @@ def open_llmc(paths: Sequence[Path], options: ReadOptions) -> list[Source]:
     Raises:
         DataError: a header is damaged, disagrees with the size of its file or with other shards.
     """
-    shards = [shard for path in paths for shard in expand_paths(str(path), suffixes=(".bin",))]
+    shards = [shard for path in paths for shard in numbered_files(path, ".bin", is_stream=True)]
     files = [_open_shard(path) for path in shards]
     for file in files:
         if file.dtype != files[0].dtype:
@@ -133,7 +140,9 @@ class LlmcWriter:
                 self._begin_shard()
             count = min(len(ids), self._per_shard - self._num_tokens)
             if self._file is not None:
+                begin = self._file.tell()
                 self._file.write(bytes_of(ids[:count]))
+                start_writing_back(self._file, begin, self._file.tell())
             self._num_tokens += count
             ids = ids[count:]
             if self._num_tokens == self._per_shard:
@@ -167,5 +176,6 @@ class LlmcWriter:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk
+                self._file.close()
         self._folder.close()

@@ -33,7 +33,7 @@ from data_tools.formats.blocks import (
     WriteOptions,
 )
 from data_tools.formats.manifest import Manifest, read_manifest
-from data_tools.formats.mds_shards import Bytes, read_shard
+from data_tools.formats.mds_shards import Bytes, put, read_shard, take
 from data_tools.formats.raw_files import PartialFolder, read_index
 from data_tools.formats.whole_documents import WholeDocuments, joined
 
@@ -44,6 +44,7 @@ _CODES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16"}
 _CODES |= {32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 _SHARD_BYTES = 56 << 20  # of ids: with the headers less than the size that its own writer keeps to
 _SIZE_LIMIT = 1 << 26
+_COPIED_AT_ONCE = 1 << 20  # bytes of samples, which stay in the cache of a core
 
 
 class _Column(NamedTuple):
@@ -108,12 +109,14 @@ def _column(folder: Path, shard: dict[str, Any], options: ReadOptions) -> _Colum
     try:
         names, encodings = shard["column_names"], shard["column_encodings"]
         sizes, kind = shard["column_sizes"], shard["format"]
+        if not all(isinstance(each, list) for each in (names, encodings, sizes)):
+            raise TypeError(f"{names} with {encodings} and {sizes}")
         numbers = [shard["samples"], shard["raw_data"]["bytes"], *(s or 0 for s in sizes)]
-        if not all(isinstance(n, int) for n in numbers):
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise TypeError(f"{numbers} for sizes")
         if not all(isinstance(each, str) for each in (*names, *encodings)):
             raise TypeError(f"{names} with {encodings}")
-        if not isinstance(sizes, list) or not len(names) == len(encodings) == len(sizes):
+        if not len(names) == len(encodings) == len(sizes):
             raise TypeError(f"{names} with {encodings} and {sizes}")
         shard["raw_data"]["basename"]
         if not isinstance(hashes := shard["raw_data"].get("hashes", {}), dict):
@@ -202,14 +205,12 @@ def _blocks(
 def _join(
     path: Path, data: Bytes, begins: IntArray, ends: IntArray, lengths: IntArray, dtype: Any
 ) -> Iterator[Block]:
-    view = bytes_of(data)
     first = 0
     while first < len(begins):
         last = int(np.searchsorted(ends, begins[first] + BLOCK_BYTES, side="right"))
         group = slice(first, max(last, first + 1))
-        spans = zip(begins[group].tolist(), ends[group].tolist(), strict=True)
-        ids = np.frombuffer(b"".join([view[begin:end] for begin, end in spans]), dtype)
-        yield Block(ids, np.cumsum(lengths[group]), path)
+        ids = take(data, begins[group], ends[group])
+        yield Block(ids.view(dtype), np.cumsum(lengths[group]), path)
         first = group.stop
 
 
@@ -292,41 +293,21 @@ class MdsWriter:
 
     def _write(self, parts: list[TokenArray], lengths: IntArray) -> None:
         ids = joined(parts)
-        heads = [_head(length, ids.itemsize) for length in lengths.tolist()]
-        sizes = lengths * ids.itemsize + np.array([len(head) for head in heads])
+        sizes = _head_sizes(lengths) + lengths * ids.itemsize
         first = 4 + 4 * (len(lengths) + 1) + len(self._header)
         samples = first + np.concatenate(([0], np.cumsum(sizes)))
         name = f"shard.{len(self._shards):05}.mds"
         if not self._folder.is_kept(name):
-            self._write_shard(name, ids, heads, lengths, samples)
+            with open(self._folder.path / name, "xb") as file:
+                file.write(struct.pack("<I", len(lengths)))
+                file.write(samples.astype("<u4").tobytes())
+                file.write(self._header)
+                for part in _samples_of(ids, lengths, samples - first):
+                    file.write(bytes_of(part))
             self._folder.complete(name)
         raw = {"basename": name, "bytes": int(samples[-1]), "hashes": {}}
         shard = {"raw_data": raw, "samples": len(lengths), "zip_data": None}
         self._shards.append({**self._config, **shard})
-
-    def _write_shard(
-        self,
-        name: str,
-        ids: TokenArray,
-        heads: Sequence[bytes],
-        lengths: IntArray,
-        samples: IntArray,
-    ) -> None:
-        view = bytes_of(ids)
-        ends = np.cumsum(lengths * ids.itemsize).tolist()
-        with open(self._folder.path / name, "xb") as file:
-            file.write(struct.pack("<I", len(lengths)))
-            file.write(samples.astype("<u4").tobytes())
-            file.write(self._header)
-            begin, limit = 0, BLOCK_BYTES
-            pieces: list[bytes | memoryview] = []
-            for head, end in zip(heads, ends, strict=True):
-                pieces += (head, view[begin:end])
-                begin = end
-                if end >= limit:
-                    file.write(b"".join(pieces))
-                    pieces, limit = [], end + BLOCK_BYTES
-            file.write(b"".join(pieces))
 
     def finish(self, manifest: Manifest) -> None:
         self._documents.flush()
@@ -338,10 +319,42 @@ class MdsWriter:
         self._folder.close()
 
 
-def _head(length: int, itemsize: int) -> bytes:
-    """Return the size of a sample's column, and the kind and length of its array."""
-    if length < 1 << 8:
-        return struct.pack("<IBB", 2 + length * itemsize, 4, length)
-    if length < 1 << 16:
-        return struct.pack("<IBH", 3 + length * itemsize, 5, length)
-    return struct.pack("<IBI", 5 + length * itemsize, 6, length)
+def _widths(lengths: IntArray) -> IntArray:
+    """Return the bytes in which the lengths of arrays are written."""
+    return np.where(lengths < 1 << 8, 1, np.where(lengths < 1 << 16, 2, 4))
+
+
+def _head_sizes(lengths: IntArray) -> IntArray:
+    """Return the bytes before the ids: the size of the column, the kind and length of its array."""
+    return 5 + _widths(lengths)
+
+
+def _samples_of(ids: TokenArray, lengths: IntArray, begins: IntArray) -> Iterator[Bytes]:
+    """Yield samples, of which `begins` are the places and the end, several at a time."""
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        last = int(np.searchsorted(begins, begins[first] + _COPIED_AT_ONCE, side="right")) - 1
+        group = slice(first, max(last, first + 1))
+        part = ids[ends[first] - lengths[first] : ends[group.stop - 1]]
+        samples = np.empty(begins[group.stop] - begins[first], np.uint8)
+        heads = begins[group] - begins[first]
+        widths = _widths(lengths[group])
+        for width in (1, 2, 4):
+            chosen = widths == width
+            head = _heads(lengths[group][chosen], width, ids.itemsize)
+            samples[heads[chosen][:, None] + np.arange(head.shape[1])] = head
+        last_bytes = begins[first + 1 : group.stop + 1] - begins[first]
+        put(samples, heads + _head_sizes(lengths[group]), last_bytes, part.view(np.uint8))
+        yield samples
+        first = group.stop
+
+
+def _heads(lengths: IntArray, width: int, itemsize: int) -> Bytes:
+    """Return what stands before the ids of arrays whose lengths take `width` bytes, as rows."""
+    head = np.dtype([("size", "<u4"), ("kind", "u1"), ("length", f"<u{width}")])
+    heads = np.empty(len(lengths), head)
+    heads["size"] = 1 + width + lengths * itemsize
+    heads["kind"] = 4 + width.bit_length() - 1
+    heads["length"] = lengths
+    return heads.view(np.uint8).reshape(len(lengths), head.itemsize)

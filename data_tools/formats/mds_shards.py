@@ -18,6 +18,7 @@ from data_tools.errors import DataError, brief
 from data_tools.formats.raw_files import listed_file
 
 Bytes = npt.NDArray[np.uint8]
+_LONG_BYTES = 1 << 10
 
 
 def read_shard(folder: Path, shard: dict[str, Any]) -> tuple[Bytes, IntArray]:
@@ -106,3 +107,40 @@ _CODECS: dict[str, Callable[[bytes, int], bytes]] = {
     "gz": lambda content, size: zlib.decompressobj(31).decompress(content, size + 1),
     "bz2": lambda content, size: bz2.BZ2Decompressor().decompress(content, size + 1),
 }
+
+
+def take(data: Bytes, begins: IntArray, ends: IntArray) -> Bytes:
+    """Return the bytes of ascending spans, one after another."""
+    if _are_long(begins, ends):
+        view, spans = bytes_of(data), zip(begins.tolist(), ends.tolist(), strict=True)
+        return np.frombuffer(b"".join([view[begin:end] for begin, end in spans]), np.uint8)
+    first, last = begins[0], ends[-1]
+    return data[first:last][_inside(last - first, begins - first, ends - first)]
+
+
+def put(data: Bytes, begins: IntArray, ends: IntArray, values: Bytes) -> None:
+    """Write values into ascending spans, one after another; the inverse of `take`."""
+    if not _are_long(begins, ends):
+        data[_inside(len(data), begins, ends)] = values
+        return
+    view, source, first = bytes_of(data), bytes_of(values), 0
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        view[begin:end] = source[first : first + end - begin]
+        first += end - begin
+
+
+def _are_long(begins: IntArray, ends: IntArray) -> bool:
+    """Whether one copy for each span costs less than a mask over all bytes, which NumPy copies run
+    by run."""
+    num_bytes = int((ends - begins).sum())
+    return num_bytes >= _LONG_BYTES * len(begins) or ends[-1] - begins[0] > 2 * num_bytes
+
+
+def _inside(size: int, begins: IntArray, ends: IntArray) -> npt.NDArray[np.bool_]:
+    """Return the mask of ascending spans, of which the last ends at `size`."""
+    gap_begins = np.concatenate(([0], ends[:-1]))
+    gaps = begins - gap_begins
+    mask = np.ones(size, bool)
+    counted = np.arange(int(gaps.sum())) - np.repeat(np.cumsum(gaps) - gaps, gaps)
+    mask[np.repeat(gap_begins, gaps) + counted] = False
+    return mask

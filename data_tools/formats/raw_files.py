@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,13 +17,18 @@ from data_tools.arrays import TokenArray, bytes_of
 from data_tools.errors import DataError, NoSuchFileError, cwd_hint
 from data_tools.files import (
     PARTIAL_SUFFIX,
+    expand_paths,
     flush_to_disk,
     open_partial,
     partial_path,
+    start_writing_back,
     sync_folder,
 )
 from data_tools.formats.blocks import BLOCK_BYTES, WriteOptions
 from data_tools.formats.manifest import Manifest, manifest_path
+
+# Older names of the Hugging Face hub end in a hash.
+_NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(-of-(?P<total>\d+)(-[0-9a-f]+)?)?\.\w+")
 
 
 class RawFile(NamedTuple):
@@ -199,6 +205,8 @@ class PartialFolder:
     def complete(self, name: str) -> None:
         """A file is complete, and closed."""
         path = self.path / name
+        with open(path, "rb") as file:
+            start_writing_back(file, 0, path.stat().st_size)
         if self._options.resumption is not None:
             self._options.resumption.mark(name, path.stat().st_size, path)
 
@@ -283,9 +291,39 @@ def listed_file(folder: Path, name: object, *, index: str) -> Path:
         DataError: it does not.
     """
     path = folder / str(name)
-    if not isinstance(name, str) or not path.resolve().is_relative_to(folder.resolve()):
+    is_name = isinstance(name, str) and "\0" not in name
+    if not is_name or not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(
             f"{folder / index}: file {name!r} is listed, which is not in {folder}; copy all files "
             "into one folder"
         )
     return path
+
+
+def numbered_files(path: Path, suffix: str, *, is_stream: bool = False) -> list[Path]:
+    """Return the files of a path, of which none may lack in a folder by their numbers.
+
+    `is_stream`: a text goes on in the next file, so that numbers follow each other; else only
+    names such as `train-00000-of-00005.parquet` say how many there are.
+
+    Raises:
+        DataError: there are none, or one lacks.
+    """
+    files = expand_paths(str(path), suffixes=(suffix,))
+    numbers: dict[tuple[str, str, str], dict[int, str]] = {}
+    for file in files if path.is_dir() else []:
+        found = _NUMBERED.fullmatch(file.name)
+        if found and (is_stream or found["total"]):
+            key = (str(file.parent), found["stem"], found["total"] or "")
+            numbers.setdefault(key, {})[int(found["number"])] = found["number"]
+    for (folder, stem, total), by_number in numbers.items():
+        first, last = (0, int(total) - 1) if total else (min(by_number), max(by_number))
+        lacking = next((n for n in range(first, last + 1) if n not in by_number), None)
+        if lacking is not None:
+            width = len(next(iter(by_number.values())))
+            name = f"{stem}{lacking:0{width}}{f'-of-{total}' if total else ''}"
+            raise DataError(
+                f"{folder}: no {name}{suffix} found, though {len(by_number)} of {first} to {last} "
+                f"are there; copy it too, or pass the files that are wanted: {folder}/*{suffix}"
+            )
+    return files

@@ -8,6 +8,7 @@ conversion of anything else begins anew.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +20,13 @@ from data_tools.files import (
     open_partial,
     partial_path,
     replace_atomically,
+    start_writing_back,
     sync_folder,
 )
 
 # Bytes between two marks, which a kill loses at most; a mark waits for the disk in a thread.
 MARK_BYTES = 256 << 20
+_WRITTEN_BACK = 8 << 20  # bytes whose way to the disk begins at once
 
 
 class Resumption:
@@ -179,6 +182,7 @@ class StreamFile:
     def __init__(self, file: BinaryIO, name: str, kept: int, resumption: Resumption) -> None:
         self._file, self._name, self._resumption = file, name, resumption
         self._kept, self._position = kept, 0
+        self._written_back = kept
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -187,6 +191,10 @@ class StreamFile:
             if begin < len(view):
                 self._file.write(view[begin:])
             self._position += len(view)
+            if self._position - self._written_back >= _WRITTEN_BACK:
+                end = self._position - self._position % mmap.PAGESIZE  # the last page is not full
+                start_writing_back(self._file, self._written_back, end)
+                self._written_back = end
             if self._position > self._kept:
                 self._resumption.mark(self._name, self._position, self._file)
         except BaseException:

@@ -40,7 +40,13 @@ def row_groups(path: Path, kind: str, column: str) -> list[RowGroup]:
                 return [RowGroup(part.num_rows, part.total_byte_size) for part in parts]
         with _open_arrow(path) as reader:
             _check_column(path, reader.schema, column)
-            return [RowGroup(batch.num_rows, batch.column(column).nbytes) for batch in reader]
+            return [_row_group(batch, column) for batch in reader]
+
+
+def _row_group(batch: Any, column: str) -> RowGroup:
+    values = batch.column(column)
+    values.validate()  # what it refers to must be there before it is measured
+    return RowGroup(batch.num_rows, values.nbytes)
 
 
 def read_rows(
@@ -56,6 +62,7 @@ def read_rows(
     with readable(path):
         batches = _parquet_batches if kind == "parquet" else _arrow_batches
         for values in batches(path, column, begin, end):
+            check_offsets(values)
             if pyarrow.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
             # As bytes, so that invalid UTF-8 makes one bad document and not a bad batch.
@@ -142,6 +149,31 @@ def check_stream_end(path: Path) -> None:
         raise pyarrow.ArrowInvalid(f"the end marker {_STREAM_END.hex()} expected, {found.hex()}")
 
 
+def check_offsets(values: Any) -> None:
+    """Check that the rows of a batch lie in it, which pyarrow leaves to who reads.
+
+    Raises:
+        ArrowInvalid: they do not.
+    """
+    import pyarrow
+
+    values.validate()
+    if pyarrow.types.is_dictionary(values.type):
+        check_offsets(values.dictionary)
+        pyarrow.DictionaryArray.from_arrays(values.indices, values.dictionary)
+        return
+    raw = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }.get(values.type)
+    if raw is not None:  # characters are checked document by document
+        values = pyarrow.Array.from_buffers(
+            raw, len(values), values.buffers(), offset=values.offset
+        )
+    values.validate(full=True)
+
+
 def _check_column(path: Path, schema: Any, column: str) -> None:
     import pyarrow
 
@@ -168,7 +200,7 @@ def readable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read to its end ({brief(error, most=200)}); it is "
             "truncated or damaged: replace the file"

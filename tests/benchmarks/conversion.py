@@ -1,12 +1,17 @@
 """`data_tools.convert` between two formats of 1 GB against `cp` of the ids, and its memory.
 
-`cp` copies the file with the ids alone, into a new file that is removed before the next round; it
-leaves it to the system to write them to the disk, which `sync` waits for. Ours also finds the
-documents, hashes what is written and waits for the disk.
+`cp` copies the file with the ids alone; it leaves it to the system to write them to the disk, which
+`sync` waits for. Ours also finds the documents, hashes what is written and waits for the disk.
+Before each, what the others wrote is removed and the disk at rest: else what `cp` left to be
+written would be written in our time.
+
+Then formats of other projects against their own packages (`make ecosystem`; rows are left out where
+they are missing), and training that reads in place against the same corpus as a copy.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -16,12 +21,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from data_tools.config import DataConfig
+from data_tools.corpus.indexed import IndexedDataset
 from data_tools.formats.copying import Copy, copy_corpus
 from data_tools.formats.manifest import manifest_path
+from data_tools.loading.builders import build_train_loader
 from tests.benchmarks.timing import Table, interleaved, ratio
+from tests.data_tools.formats.conversions import streaming_base
 
 GIGABYTES = float(os.environ.get("CONVERSION_GIGABYTES", "1"))
 ROUNDS, DOCUMENT_TOKENS, EOD = 5, 1000, 50_256
@@ -39,15 +50,22 @@ PAIRS = (
     ("megatron", "mds"),
     ("mds", "megatron"),
     ("megatron", "arrow"),
+    ("arrow", "megatron"),
     ("megatron", "parquet"),
+    ("parquet", "megatron"),
 )
-_SUFFIXES = {"nanogpt": ".bin", "olmo": ".npy", "datatrove": ".ds"}
+PACKAGE_TOKENS, WINDOW, NUM_WINDOWS = 20_000_000, 2048, 4096
+_SUFFIXES = {"nanogpt": ".bin", "olmo": ".npy", "datatrove": ".ds", "parquet": ".parquet"}
 
 
 def tables() -> Iterator[Table]:
     """Ratios of speed, then memory at two sizes."""
     with tempfile.TemporaryDirectory() as folder:
         yield _speed(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        yield _in_place(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        yield _packages(Path(folder))
     yield _memory()
 
 
@@ -73,17 +91,22 @@ def _speed(folder: Path) -> Table:
         job = Copy(source, target, [str(_input(folder, source))], str(output))
         if not {"nanogpt", "llmc"}.isdisjoint((source, target)):
             job = job._replace(read=job.read._replace(eod=EOD))
+
+        def settle(output: Path = output, copied: Path = copied) -> None:
+            _remove(output)
+            copied.unlink(missing_ok=True)
+            os.sync()
+
         contestants: dict[str, Callable[[], object]] = {
             "convert": partial(_convert, job, output),
             "cp": partial(_cp, stream, copied),
             "cp and sync": partial(_cp, stream, copied, sync=True),
         }
-        seconds = interleaved(contestants, rounds=ROUNDS, warmup=1)
-        copied.unlink()
-        kept = folder / target
-        if target not in ("nanogpt",) and not _input(folder, target).exists():
-            _keep(output, kept)
-        _remove(output)
+        seconds = interleaved(contestants, rounds=ROUNDS, warmup=1, before=settle)
+        settle()
+        if target != "nanogpt" and not _input(folder, target).exists():
+            _convert(job, output)
+            _keep(output, folder / target)
         against = [ratio(seconds, "convert", other) for other in ("cp", "cp and sync")]
         rows.append((f"{source} to {target}", *against))
     return Table(
@@ -123,10 +146,139 @@ def _convert(job: Copy, output: Path) -> None:
 
 
 def _cp(source: Path, target: Path, *, sync: bool = False) -> None:
-    target.unlink(missing_ok=True)
     subprocess.run(["cp", source, target], check=True)
     if sync:
         subprocess.run(["sync", target], check=True)
+
+
+def _in_place(folder: Path) -> Table:
+    """Windows/s of the loader of a run from a corpus in place, against its copy."""
+    logging.getLogger("data_tools").setLevel(logging.ERROR)  # they have no sidecar
+    stream = folder / "nanogpt.bin"
+    write_stream(stream, 2 * PACKAGE_TOKENS)
+    _convert(_job("nanogpt", "megatron", stream, folder / "megatron"), folder / "megatron")
+    loaders = {"copy": _windows(folder / "megatron")}
+    for kind in ("nanogpt", "datatrove", "olmo"):
+        if kind != "nanogpt":
+            copy_corpus(_job("megatron", kind, folder / "megatron", folder / kind))
+        source, linked = folder / (kind + _SUFFIXES[kind]), folder / f"{kind}-linked"
+        copy_corpus(_job(kind, "megatron", source, linked)._replace(in_place=True))
+        loaders[kind] = _windows(linked)
+    seconds = interleaved(loaders, rounds=ROUNDS, warmup=1)
+    title = f"Training reads windows of {WINDOW} tokens at random places in the input itself"
+    rows = [(kind, ratio(seconds, kind, "copy")) for kind in loaders if kind != "copy"]
+    return Table(title, ("", "speed over a Megatron corpus"), rows)
+
+
+def _job(source: str, target: str, given: Path, output: Path) -> Copy:
+    job = Copy(source, target, [str(given)], str(output))
+    return job._replace(read=job.read._replace(eod=EOD)) if source == "nanogpt" else job
+
+
+def _windows(prefix: Path) -> Callable[[], object]:
+    """Read NUM_WINDOWS windows as a run does."""
+    section = {"train": [str(prefix)], "sequence_length": WINDOW, "num_workers": 0}
+    loader = build_train_loader(
+        DataConfig.model_validate(section),
+        sequence_length=WINDOW,
+        micro_batch_size=8,
+        micro_batches_per_step=1,
+        data_rank=0,
+        data_size=1,
+        seed=0,
+        vocab_size=EOD + 1,
+    )
+    return lambda: [next(loader) for _ in range(NUM_WINDOWS // 8)]
+
+
+class _Package(NamedTuple):
+    """Another project's own way to write documents to a folder, and to read them one by one."""
+
+    write: Callable[[Path, list[npt.NDArray[Any]]], object]
+    open: Callable[[Path], Any]
+
+
+def _mds() -> _Package:
+    streaming = streaming_base()
+
+    def write(folder: Path, documents: list[npt.NDArray[Any]]) -> None:
+        columns = {"tokens": "ndarray:uint16"}
+        with streaming.MDSWriter(out=str(folder), columns=columns) as writer:
+            for ids in documents:
+                writer.write({"tokens": ids})
+
+    return _Package(write, lambda folder: streaming.LocalDataset(str(folder)))
+
+
+def _litdata() -> _Package:
+    from litdata.streaming.cache import Cache
+    from litdata.streaming.dataset import StreamingDataset
+    from litdata.streaming.item_loader import TokensLoader
+
+    loader = TokensLoader(block_size=1000)
+
+    def write(folder: Path, documents: list[npt.NDArray[Any]]) -> None:
+        writer = Cache(str(folder), item_loader=loader, chunk_bytes="64MB")
+        for number, ids in enumerate(documents):
+            writer[number] = ids
+        writer.done()
+        writer.merge()
+
+    return _Package(write, lambda folder: StreamingDataset(str(folder), item_loader=loader))
+
+
+def _arrow() -> _Package:
+    import datasets
+
+    datasets.disable_progress_bars()
+
+    def write(folder: Path, documents: list[npt.NDArray[Any]]) -> None:
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value("uint16"))})
+        rows = {"input_ids": documents}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+
+    return _Package(write, lambda folder: datasets.load_from_disk(str(folder)).with_format("numpy"))
+
+
+def _packages(folder: Path) -> Table:
+    """Conversions against writing and reading the documents with the package of the format."""
+    stream, ours = folder / "nanogpt.bin", folder / "megatron"
+    write_stream(stream, 2 * PACKAGE_TOKENS)
+    copy_corpus(_job("nanogpt", "megatron", stream, ours))
+    dataset = IndexedDataset(ours)
+    documents = [np.array(dataset.document(i)) for i in range(dataset.num_documents)]
+    output, theirs, back = folder / "out", folder / "theirs", folder / "back"
+
+    def settle() -> None:
+        for each in (output, theirs, back):
+            _remove(each)
+
+    rows = []
+    for kind, package in (("mds", _mds), ("litdata", _litdata), ("arrow", _arrow)):
+        try:
+            write, read = package()
+        except ImportError as error:
+            rows.append((kind, f"{error.name} is missing", ""))
+            continue
+        contestants: dict[str, Callable[[], object]] = {
+            "ours": partial(copy_corpus, _job("megatron", kind, ours, output)),
+            "theirs": partial(write, theirs, documents),
+        }
+        writing = interleaved(contestants, rounds=ROUNDS, warmup=1, before=settle)
+        write(folder / kind, documents)
+        contestants = {
+            "ours": partial(copy_corpus, _job(kind, "megatron", folder / kind, back)),
+            "theirs": partial(_read_all, read(folder / kind)),
+        }
+        reading = interleaved(contestants, rounds=ROUNDS, warmup=1, before=settle)
+        rows.append((kind, *(ratio(each, "ours", "theirs") for each in (writing, reading))))
+    title = f"Conversion of {PACKAGE_TOKENS:,} uint16 ids, over the package of the format"
+    return Table(title, ("", "to it, over writing", "from it, over reading"), rows)
+
+
+def _read_all(opened: Any) -> None:
+    for number in range(len(opened)):
+        opened[number]
 
 
 _PROGRAM = """

@@ -33,17 +33,19 @@ def interleaved(
     rounds: int,
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, called in turn and in alternating order: A B, B A, A B, ...
 
     Whatever else the machine does then slows all contestants alike. `clock` is time.process_time
     where others crowd the cores: CPU seconds of this process, which equal time on one quiet core
-    with one thread.
+    with one thread. `before` is called before each, and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(warmup + rounds):
         order = list(contestants.items())
         for name, call in order if number % 2 == 0 else reversed(order):
+            before()
             begin = clock()
             call()
             if number >= warmup:

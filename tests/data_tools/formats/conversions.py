@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,3 +60,15 @@ def package(name: str) -> ModuleType:
     """The real package of a format, in a test marked `formats`."""
     with warnings.catch_warnings(action="ignore"):  # they miss what no test needs
         return importlib.import_module(name)
+
+
+def streaming_base() -> ModuleType:
+    """`streaming.base`: the package itself also imports data sets of images, and torchvision."""
+    if "streaming" not in sys.modules:
+        spec = importlib.util.find_spec("streaming")
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError("No module named 'streaming'", name="streaming")
+        module = ModuleType("streaming")
+        module.__path__ = list(spec.submodule_search_locations)
+        sys.modules["streaming"] = module
+    return package("streaming.base")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,23 @@ def test_cut_and_foreign_files_are_refused(tmp_path: Path, kind: str) -> None:
     path.write_bytes(b"")
     with _refused(f"theirs.{kind}", "0", "ids", "again"):
         megatron(tmp_path, kind, path)
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_rows_that_do_not_lie_in_their_batch_are_refused(tmp_path: Path) -> None:
+    """pyarrow itself would return other ids for them."""
+    path, table = tmp_path / "theirs.arrow", pa.table({"input_ids": DOCUMENTS})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    content = path.read_bytes()
+    offsets = struct.pack("<5i", 0, 4, 6, 7, 14)
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 7, 6, 7, 14)))
+    with _refused("theirs.arrow", "read", "end", "replace"):
+        megatron(tmp_path, "arrow", path)
+    path.write_bytes(content.replace(b"input_ids", b"\xff" * 9))
+    with _refused("theirs.arrow", "decode", "end", "replace"):
+        megatron(tmp_path, "arrow", path)
     assert not list(tmp_path.glob("back*"))
 
 

@@ -137,6 +137,8 @@ _CONTENT = _chunk(DOCUMENTS)
         ((4, 14, _CONTENT[:6]), "6", "byte 20", "copy"),
         ((4, 13, _CONTENT), "52", ("13 ids", "uint16"), "copy"),
         ((5, 14, _CONTENT), "4", "5 expected", "copy"),
+        ((1 << 70, 14, _CONTENT), "4", f"{1 << 70} expected", "copy"),
+        ((-1, 14, _CONTENT), "4", "-1 expected", "copy"),
         ((4, 14, b"\0\0\0\4" + _CONTENT[4:]), str(4 << 24), "4 expected", "copy"),
         ((4, 14, _CONTENT[:8] + b"\0\0\0\0" + _CONTENT[12:]), "0", ("byte 8", "from 24"), "copy"),
         ((4, 14, _CONTENT[:8] + b"\x21" + _CONTENT[9:]), "33", ("byte 8", "from 24"), "copy"),

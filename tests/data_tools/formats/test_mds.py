@@ -3,13 +3,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import importlib.util
 import json
 import struct
-import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +25,7 @@ from tests.data_tools.formats.conversions import (
     documents,
     forget,
     megatron,
-    package,
+    streaming_base,
 )
 from tests.refusals import assert_refused
 
@@ -102,6 +99,7 @@ def test_documents_are_kept_at_any_block_and_shard_size(
 ) -> None:
     monkeypatch.setattr(mds, "BLOCK_BYTES", size)
     monkeypatch.setattr(mds, "_SHARD_BYTES", size)
+    monkeypatch.setattr(mds, "_COPIED_AT_ONCE", size)
     monkeypatch.setattr("data_tools.formats.raw_files.BLOCK_BYTES", 4)
     ours, output = corpus(tmp_path), tmp_path / "out"
     convert("--from", "megatron", "--to", "mds", ours, "--output", output)
@@ -249,7 +247,15 @@ def test_a_damaged_index_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("column_names", [7]), ("column_encodings", [7]), ("column_sizes", {}), ("column_sizes", [])],
+    [
+        ("column_names", [7]),
+        ("column_names", "tokens"),
+        ("column_encodings", [7]),
+        ("column_encodings", {"tokens": "ndarray"}),
+        ("column_sizes", {}),
+        ("column_sizes", []),
+        ("column_sizes", [-1]),
+    ],
 )
 def test_an_index_of_other_types_is_refused(tmp_path: Path, name: str, value: object) -> None:
     folder = _change(_write(tmp_path / "in", THEIRS), **{name: value})
@@ -262,27 +268,29 @@ def test_an_index_is_needed_and_names_no_file_elsewhere(tmp_path: Path) -> None:
     raw = {"basename": "../ours.bin", "bytes": 1, "hashes": {}}
     with _refused("index.json", "'../ours.bin'", "in", "one folder"):
         megatron(tmp_path, "mds", _change(folder, raw_data=raw))
+    with _refused("index.json", repr("a\0b"), "in", "one folder"):
+        megatron(tmp_path, "mds", _change(folder, raw_data={**raw, "basename": "a\0b"}))
     (folder / "index.json").unlink()
     with _refused("index.json", "file", "MDS", "folder"):
         megatron(tmp_path, "mds", folder)
 
 
-def _streaming() -> ModuleType:
-    """`streaming.base`: the package itself also imports data sets of images, and torchvision."""
-    if "streaming" not in sys.modules:
-        spec = importlib.util.find_spec("streaming")
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        module = ModuleType("streaming")
-        module.__path__ = list(spec.submodule_search_locations)
-        sys.modules["streaming"] = module
-    return package("streaming.base")
+def test_an_error_of_the_system_while_shards_are_read_is_refused(tmp_path: Path) -> None:
+    content = THEIRS[0][1]
+    folder = _write(tmp_path / "in", THEIRS * 2)
+    index = json.loads((folder / "index.json").read_text())
+    name = "x" * 300  # which no file can have
+    index["shards"][1]["raw_data"] = {"basename": name, "bytes": len(content)}
+    (folder / "index.json").write_text(json.dumps(index))
+    with _refused(name, "too long", "", "check"):
+        megatron(tmp_path, "mds", folder)
+    assert not list(tmp_path.glob("back*"))
 
 
 @pytest.mark.ecosystem
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
 def test_streaming_reads_ours_and_we_read_its_shards(tmp_path: Path) -> None:
-    streaming = _streaming()
+    streaming = streaming_base()
     ours = corpus(tmp_path)
     convert("--from", "megatron", "--to", "mds", ours, "--output", tmp_path / "out")
     read = streaming.LocalDataset(str(tmp_path / "out"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 
@@ -138,12 +140,49 @@ def test_a_full_disk_is_refused_with_the_output(
         assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("size", [1000, 50_001])
+def test_a_disk_that_is_full_while_ids_are_written_leaves_nothing(
+    tmp_path: Path, size: int
+) -> None:
+    """Files may then fail to close, too."""
+    ours = corpus(tmp_path, [[*np.random.default_rng(0).integers(10, 50_000, 30_000), EOD]])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for kind in KINDS:
+        given = ["--eod", EOD] if not KINDS[kind].has_boundaries else []
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with _refused(str(tmp_path / "out"), "large", "", "free"):
+                convert("--from", "megatron", "--to", kind, ours, "--output", tmp_path / "out",
+                        *given)  # fmt: skip
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.glob("out*")), kind
+
+
 def test_what_is_not_yet_written_is_no_input(tmp_path: Path) -> None:
     ours = corpus(tmp_path)
     convert("--from", "megatron", "--to", "llmc", ours, "--output", tmp_path / "all" / "a")
     shutil.copytree(tmp_path / "all" / "a", tmp_path / "all" / "b.partial")
     back = megatron(tmp_path, "llmc", tmp_path / "all", options=["--eod", EOD])
     assert documents(back) == DOCUMENTS
+
+
+def test_a_folder_that_lacks_a_file_by_its_numbers_is_refused(tmp_path: Path) -> None:
+    ours, shards, rows = corpus(tmp_path), tmp_path / "shards", tmp_path / "rows"
+    to_shards = ("--from", "megatron", "--to", "llmc", ours, "--output", shards)
+    convert(*to_shards, "--shard-tokens", 4)
+    manifest_path(shards).unlink()
+    shutil.copy(shards / "000000.bin", shards / "other_7.bin")  # a number of another sequence
+    (shards / "000002.bin").unlink()
+    with _refused("000002.bin", "3 of 0 to 3", "no", "copy"):
+        megatron(tmp_path, "llmc", shards, options=["--eod", EOD])
+    convert("--from", "megatron", "--to", "parquet", ours, "--output", rows / "a-00000-of-00002")
+    with _refused("a-00001-of-00002.parquet", "1 of 0 to 1", "no", "*.parquet"):
+        megatron(tmp_path, "parquet", rows)
+    assert documents(megatron(tmp_path, "parquet", *rows.glob("*.parquet"))) == DOCUMENTS
+    (rows / "a-00000-of-00002.parquet").rename(rows / "a-2.parquet")  # does not say how many
+    (rows / "a-00000-of-00002.corpus.json").unlink()
+    assert documents(megatron(tmp_path, "parquet", rows, options=["--overwrite"])) == DOCUMENTS
 
 
 def test_an_index_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:

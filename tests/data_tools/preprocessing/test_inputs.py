@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from data_tools.errors import DataError
+from data_tools.preprocessing.arrow_files import read_rows
 from data_tools.preprocessing.documents import PieceReader, extract_text, locate
 from data_tools.preprocessing.inputs import cut_pieces, find_inputs
 from tests.refusals import assert_refused
@@ -167,3 +169,20 @@ def test_damaged_parquet_is_an_error_never_a_shorter_corpus(tmp_path: Path, dama
     )
     with _refused("a.parquet", value="end", constraint="read", remedy="replace"):
         _locations_and_texts([str(path)], 1 << 30)
+
+
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_texts_that_do_not_lie_in_their_batch_are_refused(
+    tmp_path: Path, is_dictionary: bool
+) -> None:
+    """pyarrow itself would return other text for them."""
+    texts = pyarrow.array(["four", "is", "a", "number"])
+    values = texts.dictionary_encode() if is_dictionary else texts
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(path, pyarrow.schema([("text", values.type)])) as writer:
+        writer.write_batch(pyarrow.record_batch([values], ["text"]))
+    content, offsets = path.read_bytes(), struct.pack("<5i", 0, 4, 6, 7, 13)
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, struct.pack("<5i", 0, 7, 6, 7, 13)))
+    with _refused("a.arrow", value="", constraint="read", remedy="replace"):
+        list(read_rows(path, "arrow", "text", begin=0, end=1))
