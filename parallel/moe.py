@@ -10,7 +10,7 @@ tokens, C slots per expert and row, m slots in all, t tensor size, p expert size
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from parallel.regions import (
 )
 from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
 from parallel.token_dispatch import GatherRows, all_to_all, read_counts
+
+_ROW_UNIT = 8  # elements of 2 bytes in the 16 bytes at whose multiples rows begin in a kernel
 
 
 class MoEOutput(NamedTuple):
@@ -69,7 +71,8 @@ class MoELayer(nn.Module):
     length, which sets C); losses are per row. So the result is the same at every layout.
 
     Forward: at expert size > 1 one all-to-all to the experts and one back; without
-    `capacity_factor` another one of the counts, for which the host waits. Over tensor ranks the
+    `capacity_factor` another one of the counts, for which the host waits. At expert size 1 grouped
+    products, where the device has a kernel for them, leave the counts there. Over tensor ranks the
     collectives of a column- and a row-parallel layer, with k weights per token beside the input.
     Backward: the same in reverse. Under FP8 the experts compute in bf16.
 
@@ -240,6 +243,21 @@ class Experts(nn.Module):
         self.up = stacked((inner, hidden_size), 1, init)
         self.down = stacked((hidden_size, inner), 2, output_init)
 
+    def multiplies_grouped(self, x: Tensor) -> bool:
+        """Whether one grouped product takes all experts' tokens, whose counts stay on the device:
+        in bf16 on CUDA of Hopper or newer, with rows of whole 16 bytes."""
+        return (
+            x.dtype == self.gate.dtype == torch.bfloat16
+            and not (x.shape[-1] % _ROW_UNIT or self.gate.shape[1] % _ROW_UNIT)
+            and _has_grouped_kernel(x.device)
+        )
+
+    def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The experts' outputs for x [m, h], sorted by expert: `counts` int64 [E/p] of each."""
+        ends = counts.cumsum(0, dtype=torch.int32)
+        gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in (self.gate, self.up))
+        return F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
+
     def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
         """The experts' outputs for x, to be summed over tensor ranks.
 
@@ -298,6 +316,13 @@ def _inverse(index: Tensor, size: int, *, num_slots: int) -> Tensor:
     return places.scatter_(0, index, elements)[:size]  # the last position collects the drops
 
 
+@cache
+def _has_grouped_kernel(device: torch.device) -> bool:
+    """Whether torch multiplies groups of rows in one kernel; elsewhere (2.13) it reads the groups'
+    ends on the host and multiplies one by one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
     """int64 [s, b, E]: 1 where a token has chosen an expert."""
     shape = (*experts.shape[:-1], num_experts)
@@ -312,11 +337,18 @@ def _with_capacity(x: Tensor, experts: Experts, axis: Axis) -> Tensor:
     return all_to_all(y.view(parts.shape).transpose(0, 1).flatten(0, 2), axis=axis)
 
 
-@torch.compiler.disable  # the number of tokens per expert differs in every step
 def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -> Tensor:
-    """Dispatch the slots [n k, h] to the experts' ranks and combine; the host reads the counts."""
+    """Dispatch the slots [n k, h] to the experts' ranks and combine."""
     if x.is_meta:  # only shapes are needed
         return torch.empty_like(x)
+    if axis.size == 1 and experts.multiplies_grouped(x):
+        return experts.grouped(x, counts)
+    return _by_counts(x, counts, experts, axis)
+
+
+@torch.compiler.disable  # the number of tokens per expert differs in every step
+def _by_counts(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -> Tensor:
+    """`_without_capacity` where the host reads the counts, for which it waits."""
     leaving, arriving = replay_decision(lambda: read_counts(counts, axis))
     if axis.size == 1:
         return experts(x, leaving[0])

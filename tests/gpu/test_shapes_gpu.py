@@ -9,6 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
+from parallel.context import ParallelContext
+from parallel.moe import Experts
+from parallel.sharding import Normal
 from pretrain.engine.build import compile_layers
 from tests.gpu import checks
 from tests.gpu.checks import CHOOSING, FAMILIES, Step, packed_tokens, random_tokens
@@ -106,3 +109,28 @@ def test_compiled_layers_are_few_graphs_without_breaks(name):
     # A graph of each kind of layer, and twice where the first one of a kind is told apart.
     assert 0 < counters["stats"]["unique_graphs"] <= 8
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_grouped_products_of_experts_are_those_of_each_expert():
+    """In bf16, one expert without tokens; on a CPU in torch's form without a kernel."""
+    experts = Experts(
+        64, 96, num_experts=4, ctx=ParallelContext.single(device=DEVICE),
+        init=Normal(0.1), output_init=Normal(0.1),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for weight in experts.parameters():
+        weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    experts.to(torch.bfloat16)
+    x = torch.randn(50, 64, generator=generator).to(DEVICE, torch.bfloat16)
+    counts = [17, 0, 30, 3]
+    if IS_CUDA and torch.cuda.get_device_capability() >= (9, 0):
+        assert experts.multiplies_grouped(x)
+    inputs = (x.requires_grad_(), *experts.parameters())
+    grouped = experts.grouped(x, torch.tensor(counts, device=DEVICE))
+    alone = experts(x, counts)
+    upstream = torch.randn(alone.shape, generator=generator).to(alone)
+    found, expected = ((y, *torch.autograd.grad(y, inputs, upstream)) for y in (grouped, alone))
+    for ours, theirs in zip(found, expected, strict=True):
+        # Three products in a row, each rounded once.
+        bound = 4 * torch.finfo(torch.bfloat16).eps * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=bound)

@@ -14,8 +14,9 @@ from torch import Tensor
 import parallel.megatron  # noqa: F401  imported once here, not in every forked rank
 from models.dynamic.token_gather import Selection, add_tokens, gather_tokens, whole_tokens
 from models.dynamic.token_router import gather_or_broadcast, top_k
+from parallel import moe
 from parallel.context import ParallelContext
-from parallel.moe import MoELayer, MoEOutput
+from parallel.moe import Experts, MoELayer, MoEOutput
 from parallel.random import initialize
 from parallel.regions import local_sequence
 from parallel.sharding import Normal, merge, sharding_of, sum_partial_gradients
@@ -187,7 +188,18 @@ def _assert_equal(measured: Measured, expected: Measured) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_layer_equals_a_loop_over_tokens_in_loss_and_every_gradient(name):
-    layer = _layer(ParallelContext.single(), **SETTINGS[name])
+    _assert_equals_a_loop(_layer(ParallelContext.single(), **SETTINGS[name]))
+
+
+@pytest.mark.parametrize("name", ["dropless", "weights as they are"])
+def test_grouped_products_equal_a_loop_over_tokens_in_loss_and_every_gradient(name, monkeypatch):
+    """In torch's form for a CPU, which has the same interface as the kernel."""
+    monkeypatch.setattr(Experts, "multiplies_grouped", lambda self, x: True)
+    monkeypatch.setattr(moe, "_by_counts", None)
+    _assert_equals_a_loop(_layer(ParallelContext.single(), **SETTINGS[name]))
+
+
+def _assert_equals_a_loop(layer: MoELayer) -> None:
     x, targets = _data()
     expected = _loop(layer, x, targets)
     x.requires_grad_()
@@ -262,6 +274,39 @@ def test_with_capacity_a_step_asks_the_device_for_no_value():
     x = torch.zeros(SEQ, ROWS, HIDDEN, device="meta", requires_grad=True)
     sum(output.sum() for output in layer(x)).backward()
     assert x.grad.shape == x.shape
+
+
+def test_grouped_products_ask_the_device_for_no_value():
+    ctx = ParallelContext.single(device="meta")
+    layer = MoELayer(
+        8, 16, num_experts=4, top_k=2, ctx=ctx, init=Normal(0.3), output_init=Normal(0.3)
+    ).to(torch.bfloat16)
+    x = torch.zeros(SEQ, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    counts = torch.zeros(4, device="meta", dtype=torch.int64)
+    layer.experts.grouped(x, counts).square().sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "dtype", "is_grouped"),
+    [
+        (8, 16, torch.bfloat16, True),
+        (8, 16, torch.float32, False),
+        (12, 16, torch.bfloat16, False),
+        (8, 12, torch.bfloat16, False),
+    ],
+)
+def test_products_are_grouped_where_a_kernel_takes_them(
+    hidden, inner, dtype, is_grouped, monkeypatch
+):
+    layer = MoELayer(
+        hidden, inner, num_experts=4, top_k=2, ctx=ParallelContext.single(),
+        init=Normal(0.3), output_init=Normal(0.3),
+    ).to(dtype)  # fmt: skip
+    x = torch.zeros(SEQ, hidden, dtype=dtype)
+    assert not layer.experts.multiplies_grouped(x), "a CPU has no such kernel"
+    monkeypatch.setattr(moe, "_has_grouped_kernel", lambda device: True)
+    assert layer.experts.multiplies_grouped(x) == is_grouped
 
 
 @torch.no_grad()
