@@ -35,7 +35,7 @@ from tests.benchmarks.training import (
     transformers_model,
 )
 
-SHAPE = {**llama_step.SHAPE, "vocab_size": 32_000}
+VOCABULARIES = (32_000, 128_000)
 BATCH_SIZE, SEQ_LENGTH, STEPS = 8, 512, 2
 PARTS = 8
 IN_PARTS = f"{OURS}, logits in {PARTS} parts"
@@ -43,27 +43,30 @@ ROUNDS = 7
 
 
 def tables() -> Iterator[Table]:
-    """One row per side."""
-    megabytes = {side: _in_a_process(side) for side in (OURS, IN_PARTS, THEIRS)}
-    logits = BATCH_SIZE * SEQ_LENGTH * SHAPE["vocab_size"] * 4 / 1e6
-    yield Table(
-        f"Peak memory of a step, fp32, {BATCH_SIZE * SEQ_LENGTH:,} tokens a micro-batch, "
-        f"vocabulary {SHAPE['vocab_size']:,}: the logits are {logits:.0f} MB",
-        ("", "MB above what the process held before", "over that of transformers"),
-        [(side, f"{mb:.0f}", f"{mb / megabytes[THEIRS]:.2f}") for side, mb in megabytes.items()],
-    )
+    """One row per vocabulary and side."""
+    rows = []
+    for size in VOCABULARIES:
+        megabytes = {side: _in_a_process(side, size) for side in (OURS, IN_PARTS, THEIRS)}
+        logits = BATCH_SIZE * SEQ_LENGTH * size * 4 / 1e6
+        rows += [
+            (f"{size:,}", f"{logits:.0f}", side, f"{mb:.0f}", f"{mb / megabytes[THEIRS]:.2f}")
+            for side, mb in megabytes.items()
+        ]
+    header = ("vocabulary", "MB of logits", "", "MB above what the process held", "over theirs")
+    tokens = BATCH_SIZE * SEQ_LENGTH
+    yield Table(f"Peak memory of a step, fp32, {tokens:,} tokens a micro-batch", header, rows)
     with process_group() as device:
         with contextlib.redirect_stdout(io.StringIO()):
             sides = {
-                side: OurStep(start_engine(_config(side), device=device))
+                side: OurStep(start_engine(_config(side, VOCABULARIES[0]), device=device))
                 for side in (OURS, IN_PARTS)
             }
-        batch = random_batch(_config(OURS), seed=0)
+        batch = random_batch(_config(OURS, VOCABULARIES[0]), seed=0)
         seconds = interleaved(
             {side: partial(step, batch) for side, step in sides.items()}, rounds=ROUNDS, warmup=1
         )
     yield Table(
-        "Time of the same step",
+        f"Time of the same step, vocabulary {VOCABULARIES[0]:,}",
         ("", "seconds", f"over that of {OURS}"),
         [
             (OURS, f"{median(seconds[OURS]):.2f}", "1.00x"),
@@ -72,9 +75,9 @@ def tables() -> Iterator[Table]:
     )
 
 
-def _config(side: str) -> RunConfig:
+def _config(side: str, vocab_size: int) -> RunConfig:
     return run_config(
-        SHAPE,
+        {**llama_step.SHAPE, "vocab_size": vocab_size},
         seq_length=SEQ_LENGTH,
         batch_size=BATCH_SIZE,
         precision="fp32",
@@ -82,14 +85,15 @@ def _config(side: str) -> RunConfig:
     )
 
 
-def _in_a_process(side: str) -> float:
-    command = [sys.executable, "-m", "tests.benchmarks.runs.step_memory", side]
+def _in_a_process(side: str, vocab_size: int) -> float:
+    module = "tests.benchmarks.runs.step_memory"
+    command = [sys.executable, "-m", module, side, str(vocab_size)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
 
 
-def _added_megabytes(side: str) -> float:
-    config = _config(side)
+def _added_megabytes(side: str, vocab_size: int) -> float:
+    config = _config(side, vocab_size)
     with process_group() as device, contextlib.redirect_stdout(io.StringIO()):
         step: Callable[[Batch], Tensor]
         if side != THEIRS:
@@ -108,4 +112,4 @@ def _megabytes() -> float:
 
 
 if __name__ == "__main__":
-    print(_added_megabytes(sys.argv[1]))
+    print(_added_megabytes(sys.argv[1], int(sys.argv[2])))

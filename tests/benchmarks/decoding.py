@@ -1,0 +1,81 @@
+"""Greedy decoding of a 125M llama, beside `generate` of transformers with either kind of cache.
+
+All have the same weights and prompts in this process, in turn, and write the same tokens, or the
+comparison is void.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from models.generate import generate
+from models.registry import get_family
+from parallel.carry import SequentialModel
+from parallel.context import ParallelContext
+from tests.benchmarks.timing import Table, interleaved, ratio
+from tests.benchmarks.training import copy_weights, run_config, transformers_model
+
+SIZE = Path(__file__).parents[2] / "configs" / "model" / "llama" / "125m.yaml"
+PROMPT, NEW_TOKENS, BATCHES, ROUNDS = 32, 256, (1, 8), 5
+OURS, STATIC, DYNAMIC = "manyformer", "transformers, static cache", "transformers, dynamic cache"
+
+
+@torch.inference_mode()
+def tables() -> Iterator[Table]:
+    """Tokens/s by the number of rows."""
+    values: dict[str, Any] = yaml.safe_load(SIZE.read_text())
+    config = run_config(values, seq_length=PROMPT, batch_size=1)
+    ctx = ParallelContext.single()
+    ours = SequentialModel(get_family("llama").layer_specs(config.model), ctx, seed=0).eval()
+    theirs: Any = transformers_model(config, device=ctx.device, dtype=torch.float32).eval()
+    copy_weights(config, ours, theirs)
+    rows = []
+    for batch_size in BATCHES:
+        shape = (batch_size, PROMPT)
+        prompts = torch.randint(
+            config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)
+        )
+        contestants = _contestants(ours, theirs, prompts)
+        continued = {name: call() for name, call in contestants.items()}
+        for name, tokens in continued.items():
+            if not torch.equal(tokens, continued[OURS]):
+                raise RuntimeError(f"{name} writes other tokens than {OURS}: no comparison")
+        seconds = interleaved(contestants, rounds=ROUNDS, warmup=0)
+        rows += [
+            (
+                str(batch_size),
+                name,
+                f"{batch_size * NEW_TOKENS / median(seconds[name]):.1f}",
+                ratio(seconds, OURS, name),
+            )
+            for name in contestants
+        ]
+    title = f"Greedy decoding, llama/125m, fp32, {PROMPT} tokens continued by {NEW_TOKENS}"
+    yield Table(title, ("rows", "", "tokens/s", f"{OURS} over it"), rows)
+
+
+def _contestants(
+    ours: SequentialModel, theirs: Any, prompts: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    settings = {
+        "attention_mask": torch.ones_like(prompts),
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": 0,
+        "disable_compile": True,
+    }
+    return {
+        OURS: partial(generate, ours, prompts, max_new_tokens=NEW_TOKENS),
+        STATIC: partial(theirs.generate, prompts, cache_implementation="static", **settings),
+        DYNAMIC: partial(theirs.generate, prompts, **settings),
+    }
