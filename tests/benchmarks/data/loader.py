@@ -23,7 +23,7 @@ import torch
 from data_tools.config import DataConfig
 from data_tools.loading.builders import build_train_loader
 from data_tools.loading.loader import TrainLoader
-from tests.benchmarks import gpt_dataset
+from tests.benchmarks.data import gpt_dataset
 from tests.benchmarks.timing import Table
 
 SEQ_LENGTHS, BATCH_TOKENS, VOCAB_SIZE = (2048, 32_768), 16_384, 50_000

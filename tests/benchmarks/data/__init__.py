@@ -1,0 +1,1 @@
+"""Benchmarks of reading, tokenizing and converting corpora."""
