@@ -10,7 +10,7 @@ tokens, C slots per expert and row, m slots in all, t tensor size, p expert size
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,7 +132,7 @@ class MoELayer(nn.Module):
         else:
             computed = _with_capacity(sent, self.experts, self.ctx.expert)
         returned = GatherRows.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
-        return returned.view(*experts.shape, -1)
+        return returned.view(*experts.shape, tokens.shape[-1])
 
     def _capacity(self, length: int, top_k: int) -> int:
         """Slots per expert for a row of `length` tokens."""
@@ -232,7 +232,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_local = num_experts // ctx.expert.size
-        inner = intermediate_size // ctx.tensor.size
+        self.inner = inner = intermediate_size // ctx.tensor.size
 
         def stacked(shape: tuple[int, int], dim: int, start: Init) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(self.num_local, *shape, device=ctx.device))
@@ -246,9 +246,10 @@ class Experts(nn.Module):
     def multiplies_grouped(self, x: Tensor) -> bool:
         """Whether one grouped product takes all experts' tokens, whose counts stay on the device:
         in bf16 on CUDA of Hopper or newer, with rows of whole 16 bytes."""
+        # By no name of a parameter: outside of `forward` ZeRO-3 would gather it for that.
         return (
-            x.dtype == self.gate.dtype == torch.bfloat16
-            and not (x.shape[-1] % _ROW_UNIT or self.gate.shape[1] % _ROW_UNIT)
+            x.dtype == next(self.parameters()).dtype == torch.bfloat16
+            and not (x.shape[-1] % _ROW_UNIT or self.inner % _ROW_UNIT)
             and _has_grouped_kernel(x.device)
         )
 
@@ -258,12 +259,14 @@ class Experts(nn.Module):
         gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in (self.gate, self.up))
         return F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
 
-    def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: list[int] | Tensor | None = None) -> Tensor:
         """The experts' outputs for x, to be summed over tensor ranks.
 
         x: [E/p, m, h], equally many tokens per expert; with `counts` [m, h], sorted by expert, with
-        `counts[e]` tokens for expert e.
+        `counts[e]` tokens for expert e. A tensor of counts stays on the device: `grouped`.
         """
+        if isinstance(counts, Tensor):
+            return self.grouped(x, counts)
         if counts is None:
             inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
             return inner @ self.down.mT
@@ -316,7 +319,7 @@ def _inverse(index: Tensor, size: int, *, num_slots: int) -> Tensor:
     return places.scatter_(0, index, elements)[:size]  # the last position collects the drops
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile (2.13) cannot trace the question
 def _has_grouped_kernel(device: torch.device) -> bool:
     """Whether torch multiplies groups of rows in one kernel; elsewhere (2.13) it reads the groups'
     ends on the host and multiplies one by one."""
@@ -342,7 +345,7 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
     if x.is_meta:  # only shapes are needed
         return torch.empty_like(x)
     if axis.size == 1 and experts.multiplies_grouped(x):
-        return experts.grouped(x, counts)
+        return experts(x, counts)
     return _by_counts(x, counts, experts, axis)
 
 
