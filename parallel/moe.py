@@ -32,6 +32,7 @@ from parallel.regions import (
 from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
 from parallel.token_dispatch import GatherRows, all_to_all, read_counts
 
+_ADDRESS_UNIT = 16  # bytes, at whose multiples a kernel loads
 _ROW_UNIT = 8  # elements of 2 bytes in the 16 bytes at whose multiples rows begin in a kernel
 
 
@@ -256,8 +257,9 @@ class Experts(nn.Module):
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """The experts' outputs for x [m, h], sorted by expert: `counts` int64 [E/p] of each."""
         ends = counts.cumsum(0, dtype=torch.int32)
-        gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in (self.gate, self.up))
-        return F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
+        x, *weights = map(_loadable, (x, self.gate, self.up, self.down))
+        gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in weights[:2])
+        return F.grouped_mm(F.silu(gate) * up, weights[2].mT, offs=ends)
 
     def forward(self, x: Tensor, counts: list[int] | Tensor | None = None) -> Tensor:
         """The experts' outputs for x, to be summed over tensor ranks.
@@ -324,6 +326,12 @@ def _has_grouped_kernel(device: torch.device) -> bool:
     """Whether torch multiplies groups of rows in one kernel; elsewhere (2.13) it reads the groups'
     ends on the host and multiplies one by one."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """x, or a copy where x begins between multiples of 16 bytes, as part of a flat buffer may: on
+    CUDA grouped products refuse it (torch 2.13). In compiled code the address is not known."""
+    return x if torch.compiler.is_compiling() or not x.data_ptr() % _ADDRESS_UNIT else x.clone()
 
 
 def _one_hot(experts: Tensor, num_experts: int) -> Tensor:

@@ -276,6 +276,28 @@ def test_with_capacity_a_step_asks_the_device_for_no_value():
     assert x.grad.shape == x.shape
 
 
+def test_operands_of_grouped_products_begin_where_kernels_load(monkeypatch):
+    """Weights in a flat buffer behind an odd number of elements; CUDA refuses them."""
+    layer = _layer(ParallelContext.single(), top_k=TOP_K).experts
+    counts = torch.full((NUM_EXPERTS,), SEQ // 4)
+    x = torch.randn(int(counts.sum()), HIDDEN)
+    expected = layer(x, counts.tolist())
+    for parameter in layer.parameters():
+        flat = torch.cat((torch.zeros(1), parameter.detach().flatten()))
+        parameter.data = flat[1:].view(parameter.shape)
+    multiply = F.grouped_mm
+
+    def checked(*operands, **options):
+        assert not any(operand.data_ptr() % 16 for operand in operands)
+        return multiply(*operands, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", checked)
+    found = layer(x, counts)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 def test_compiled_layers_ask_for_a_kernel_without_a_break(monkeypatch):
     def capability(device):
         torch.get_num_threads()  # torch.compile traces this as little as torch's own function
