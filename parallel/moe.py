@@ -257,7 +257,7 @@ class Experts(nn.Module):
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """The experts' outputs for x [m, h], sorted by expert: `counts` int64 [E/p] of each."""
         ends = counts.cumsum(0, dtype=torch.int32)
-        x, *weights = map(_loadable, (x, self.gate, self.up, self.down))
+        x, *weights = map(_at_kernel_address, (x, self.gate, self.up, self.down))
         gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in weights[:2])
         return F.grouped_mm(F.silu(gate) * up, weights[2].mT, offs=ends)
 
@@ -328,7 +328,7 @@ def _has_grouped_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _loadable(x: Tensor) -> Tensor:
+def _at_kernel_address(x: Tensor) -> Tensor:
     """x, or a copy where x begins between multiples of 16 bytes, as part of a flat buffer may: on
     CUDA grouped products refuse it (torch 2.13). In compiled code the address is not known."""
     return x if torch.compiler.is_compiling() or not x.data_ptr() % _ADDRESS_UNIT else x.clone()
