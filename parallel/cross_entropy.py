@@ -64,8 +64,9 @@ class LogitsInParts(NamedTuple):
         """
 
         def of_part(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            with logits_used_once():
-                return loss(self.output(x), labels)
+            logits = self.output(x)
+            with logits_used_once(not _needs_its_result(logits)):
+                return loss(logits, labels)
 
         # A part of the logits holds the same part of every rank's stretch of the sequence.
         stretches = ctx.tensor.size if ctx.sequence_parallel else 1
@@ -80,6 +81,15 @@ class LogitsInParts(NamedTuple):
         )
 
 
+def _needs_its_result(x: Tensor) -> bool:
+    """Whether the operation that made x computes its gradient from x, as tanh does.
+
+    Autograd finds out that such a result was overwritten, but not in a recomputed forward pass.
+    """
+    made = x if x._base is None else x._base
+    return hasattr(type(made.grad_fn), "_saved_result")
+
+
 def vocab_logits(output: nn.Module, x: Tensor) -> Any:
     """`output(x)`; after `set_logits_parts`, with gradients, the LogitsInParts of it."""
     parts: int = getattr(output, "logits_parts", 1)
@@ -88,8 +98,9 @@ def vocab_logits(output: nn.Module, x: Tensor) -> Any:
 
 def set_logits_parts(head: nn.Module, parts: int) -> None:
     """Let losses compute the logits of `head.output` in parts, if the head asks `vocab_logits`."""
-    output: Any = getattr(head, "output", None)
-    if output is not None:
+    # A family may use the name for something else.
+    if isinstance(getattr(head, "output", None), nn.Module):
+        output: Any = head.output
         output.logits_parts = parts
 
 

@@ -10,7 +10,7 @@ tokens, C slots per expert and row, m slots in all, t tensor size, p expert size
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from parallel.regions import (
 from parallel.sharding import Init, Normal, Sharding, declare, declare_replicated
 from parallel.token_dispatch import GatherRows, all_to_all, read_counts
 
+_ADDRESS_UNIT = 16  # bytes, at whose multiples a kernel loads
 _ROW_UNIT = 8  # elements of 2 bytes in the 16 bytes at whose multiples rows begin in a kernel
 
 
@@ -132,7 +133,7 @@ class MoELayer(nn.Module):
         else:
             computed = _with_capacity(sent, self.experts, self.ctx.expert)
         returned = GatherRows.apply(computed, slots.slots, slots.pairs.unsqueeze(-1))
-        return returned.view(*experts.shape, -1)
+        return returned.view(*experts.shape, tokens.shape[-1])
 
     def _capacity(self, length: int, top_k: int) -> int:
         """Slots per expert for a row of `length` tokens."""
@@ -232,7 +233,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_local = num_experts // ctx.expert.size
-        inner = intermediate_size // ctx.tensor.size
+        self.inner = inner = intermediate_size // ctx.tensor.size
 
         def stacked(shape: tuple[int, int], dim: int, start: Init) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(self.num_local, *shape, device=ctx.device))
@@ -246,24 +247,28 @@ class Experts(nn.Module):
     def multiplies_grouped(self, x: Tensor) -> bool:
         """Whether one grouped product takes all experts' tokens, whose counts stay on the device:
         in bf16 on CUDA of Hopper or newer, with rows of whole 16 bytes."""
+        # By no name of a parameter: outside of `forward` ZeRO-3 would gather it for that.
         return (
-            x.dtype == self.gate.dtype == torch.bfloat16
-            and not (x.shape[-1] % _ROW_UNIT or self.gate.shape[1] % _ROW_UNIT)
+            x.dtype == next(self.parameters()).dtype == torch.bfloat16
+            and not (x.shape[-1] % _ROW_UNIT or self.inner % _ROW_UNIT)
             and _has_grouped_kernel(x.device)
         )
 
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """The experts' outputs for x [m, h], sorted by expert: `counts` int64 [E/p] of each."""
         ends = counts.cumsum(0, dtype=torch.int32)
-        gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in (self.gate, self.up))
-        return F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
+        x, *weights = map(_at_kernel_address, (x, self.gate, self.up, self.down))
+        gate, up = (F.grouped_mm(x, weight.mT, offs=ends) for weight in weights[:2])
+        return F.grouped_mm(F.silu(gate) * up, weights[2].mT, offs=ends)
 
-    def forward(self, x: Tensor, counts: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: list[int] | Tensor | None = None) -> Tensor:
         """The experts' outputs for x, to be summed over tensor ranks.
 
         x: [E/p, m, h], equally many tokens per expert; with `counts` [m, h], sorted by expert, with
-        `counts[e]` tokens for expert e.
+        `counts[e]` tokens for expert e. A tensor of counts stays on the device: `grouped`.
         """
+        if isinstance(counts, Tensor):
+            return self.grouped(x, counts)
         if counts is None:
             inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
             return inner @ self.down.mT
@@ -316,11 +321,17 @@ def _inverse(index: Tensor, size: int, *, num_slots: int) -> Tensor:
     return places.scatter_(0, index, elements)[:size]  # the last position collects the drops
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile (2.13) cannot trace the question
 def _has_grouped_kernel(device: torch.device) -> bool:
     """Whether torch multiplies groups of rows in one kernel; elsewhere (2.13) it reads the groups'
     ends on the host and multiplies one by one."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _at_kernel_address(x: Tensor) -> Tensor:
+    """x, or a copy where x begins between multiples of 16 bytes, as part of a flat buffer may: on
+    CUDA grouped products refuse it (torch 2.13). In compiled code the address is not known."""
+    return x if torch.compiler.is_compiling() or not x.data_ptr() % _ADDRESS_UNIT else x.clone()
 
 
 def _one_hot(experts: Tensor, num_experts: int) -> Tensor:
@@ -342,7 +353,7 @@ def _without_capacity(x: Tensor, counts: Tensor, experts: Experts, axis: Axis) -
     if x.is_meta:  # only shapes are needed
         return torch.empty_like(x)
     if axis.size == 1 and experts.multiplies_grouped(x):
-        return experts.grouped(x, counts)
+        return experts(x, counts)
     return _by_counts(x, counts, experts, axis)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pretrain.config.errors import listed
@@ -97,7 +98,7 @@ def _check_sequence(config: RunConfig) -> None:
                 f"{name}={length} is not a multiple of {' x '.join(factors)}; nearest lengths are "
                 f"{listed(valid)}"
             )
-        _check_logits_parts(config, name, length)
+    _check_logits_parts(config, lengths)
     length = config.data.sequence_length
     if length > config.model.max_position_embeddings:
         raise ConfigError(
@@ -107,17 +108,18 @@ def _check_sequence(config: RunConfig) -> None:
         )
 
 
-def _check_logits_parts(config: RunConfig, name: str, length: int) -> None:
-    parts, ranks = config.training.logits_parts, 1
-    if config.parallel.sequence_parallel:
-        ranks = config.parallel.tensor
-    local = length // ranks
-    if local % parts:
-        whose = f"{name}={length}" + (f" over {ranks} ranks" if ranks > 1 else "")
-        raise ConfigError(
-            f"training.logits_parts={parts} does not divide the sequence, {whose}: {local}; "
-            f"nearest parts are {listed(_nearest_divisors(local, parts))}"
-        )
+def _check_logits_parts(config: RunConfig, lengths: Mapping[str, int]) -> None:
+    parts = config.training.logits_parts
+    ranks = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    common = math.gcd(*(length // ranks for length in lengths.values()))
+    for name, length in lengths.items():
+        local = length // ranks
+        if local % parts:
+            whose = f"{name}={length}" + (f" over {ranks} ranks: {local}" if ranks > 1 else "")
+            raise ConfigError(
+                f"training.logits_parts={parts} does not divide the sequence, {whose}; nearest "
+                f"parts of every length are {listed(_nearest_divisors(common, parts))}"
+            )
 
 
 def _check_world(config: RunConfig, world_size: int) -> None:

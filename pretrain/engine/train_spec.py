@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from data_tools.loading.batch import IGNORED_LABEL, Batch
 from models.base import ModelFamily, TokenInputs, logits_of
 from models.registry import get_family
 from parallel.carry import LayerSpec, SequentialModel, check_layers
+from parallel.checkpoint.errors import one_line
 from parallel.context import Axis, ParallelContext
 from parallel.cross_entropy import (
     LogitsInParts,
@@ -158,7 +160,7 @@ def check_model(spec: TrainSpec) -> SequentialModel:
         if spec.config.training.z_loss:
             _check_z_loss(spec, whole.layers[-1](carry))
         if spec.config.training.logits_parts > 1:
-            _check_logits_parts(spec, whole.layers[-1], carry)
+            _check_logits_parts(spec, whole.layers[-1], carry, labels=tokens)
     return whole
 
 
@@ -206,13 +208,27 @@ def _check_z_loss(spec: TrainSpec, output: Any) -> None:
     )
 
 
-def _check_logits_parts(spec: TrainSpec, head: nn.Module, carry: Any) -> None:
-    parts = spec.config.training.logits_parts
+def _check_logits_parts(spec: TrainSpec, head: nn.Module, carry: Any, *, labels: Tensor) -> None:
+    parts, name = spec.config.training.logits_parts, spec.family.name
+    head(carry)  # whole: what it raises has nothing to do with parts
     set_logits_parts(head, parts)
-    if not isinstance(logits_of(head(carry)), LogitsInParts):
+    single = ParallelContext.single(device="meta")
+    try:
+        output = head(carry)
+        in_parts = isinstance(logits_of(output), LogitsInParts)
+        # A loss may ask for values, which the meta device has not.
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            spec.family.loss(output, labels, config=spec.config.model, ctx=single)
+    except (AttributeError, TypeError) as error:
         raise ConfigError(
-            f"training.logits_parts={parts} has no effect: the head of the {spec.family.name} "
-            "family computes its logits whole; set training.logits_parts=1"
+            f"training.logits_parts={parts}: the head or the loss of the {name} family needs its "
+            f"logits as a tensor ({one_line(error)}); set training.logits_parts=1, or let nothing "
+            "but the losses of parallel.cross_entropy read what vocab_logits returns"
+        ) from error
+    if not in_parts:
+        raise ConfigError(
+            f"training.logits_parts={parts} has no effect: the head of the {name} family computes "
+            "its logits whole, not by vocab_logits(self.output, x); set training.logits_parts=1"
         )
     set_logits_parts(head, 1)
 

@@ -74,6 +74,28 @@ def test_losses_of_parts_have_the_values_and_gradients_of_the_whole(parts):
         torch.testing.assert_close(found, expected, **FP64)
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        [nn.Tanh()],
+        [nn.LogSoftmax(dim=-1)],
+        [nn.Tanh(), nn.Unflatten(-1, (1, VOCAB)), nn.Flatten(-2)],
+    ],
+)
+def test_logits_that_an_operation_needs_for_its_own_gradient_are_not_overwritten(last):
+    """The recomputed ones, of which autograd does not notice it."""
+    weight, x, labels = _inputs()
+    found = []
+    for parts in (1, 4):
+        head = _head(weight, ParallelContext.single(), parts)
+        head.output = nn.Sequential(head.output, *last)
+        set_logits_parts(head, parts)
+        x = x.detach().requires_grad_()
+        _total(vocab_logits(head.output, x), labels, ParallelContext.single()).backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0], **FP64)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_ranks_that_share_the_vocabulary_compute_parts_of_the_whole(sequence_parallel):
     total, weight, x = _measured(1)

@@ -276,6 +276,86 @@ def test_with_capacity_a_step_asks_the_device_for_no_value():
     assert x.grad.shape == x.shape
 
 
+def test_operands_of_grouped_products_begin_where_kernels_load(monkeypatch):
+    """Weights in a flat buffer behind an odd number of elements; CUDA refuses them."""
+    layer = _layer(ParallelContext.single(), top_k=TOP_K).experts
+    counts = torch.full((NUM_EXPERTS,), SEQ // 4)
+    x = torch.randn(int(counts.sum()), HIDDEN)
+    expected = layer(x, counts.tolist())
+    for parameter in layer.parameters():
+        flat = torch.cat((torch.zeros(1), parameter.detach().flatten()))
+        parameter.data = flat[1:].view(parameter.shape)
+    multiply = F.grouped_mm
+
+    def checked(*operands, **options):
+        assert not any(operand.data_ptr() % 16 for operand in operands)
+        return multiply(*operands, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", checked)
+    found = layer(x, counts)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_compiled_layers_ask_for_a_kernel_without_a_break(monkeypatch):
+    def capability(device):
+        torch.get_num_threads()  # torch.compile traces this as little as torch's own function
+        return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    device = torch.device("cuda")
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return x + moe._has_grouped_kernel(device)
+
+    assert compiled(torch.zeros(())) == 1
+
+
+@pytest.mark.parametrize("shape", [(0, ROWS), (SEQ, 0)])
+@pytest.mark.parametrize("is_grouped", [True, False])
+@pytest.mark.parametrize("name", ["dropless", "capacity"])
+def test_no_tokens_have_no_outputs_and_no_gradients(name, is_grouped, shape, monkeypatch):
+    monkeypatch.setattr(Experts, "multiplies_grouped", lambda self, x: is_grouped)
+    layer = _layer(ParallelContext.single(), **SETTINGS[name])
+    x = torch.zeros(*shape, HIDDEN, requires_grad=True)
+    hidden = layer(x).hidden
+    hidden.sum().backward()
+    assert hidden.shape == x.grad.shape == x.shape
+    assert not layer.experts.gate.grad.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_weights_that_are_there_in_the_forward_pass_of_experts_alone_suffice(
+    is_grouped, monkeypatch
+):
+    """As under ZeRO-3, whose hooks gather them around it."""
+    monkeypatch.setattr(moe, "_has_grouped_kernel", lambda device: is_grouped)
+    ctx = ParallelContext.single()
+    layer = MoELayer(
+        8, 16, num_experts=4, top_k=2, ctx=ctx, init=Normal(0.3), output_init=Normal(0.3)
+    ).to(torch.bfloat16)
+    initialize(layer, seed=5, prefix="moe", tensor_rank=0, expert_rank=0)
+    x = _data()[0].to(torch.bfloat16)
+    expected = layer(x).hidden
+    whole = {name: p.data for name, p in layer.experts.named_parameters()}
+
+    def gather(*_):
+        for name, p in layer.experts.named_parameters():
+            p.data = whole[name]
+
+    def partition(*_):
+        for p in layer.experts.parameters():
+            p.data = torch.empty(0, dtype=p.dtype)
+
+    partition()
+    layer.experts.register_forward_pre_hook(gather)
+    layer.experts.register_forward_hook(partition)
+    assert torch.equal(layer(x).hidden, expected)
+
+
 def test_grouped_products_ask_the_device_for_no_value():
     ctx = ParallelContext.single(device="meta")
     layer = MoELayer(

@@ -109,7 +109,7 @@ def test_sequence_parallelism_needs_a_sequence_that_it_can_split() -> None:
 def test_the_parts_of_logits_divide_the_sequence_of_a_rank() -> None:
     message = _error(training__logits_parts=5, data__sequence_length=128)
     assert "training.logits_parts=5 does not divide" in message
-    assert "data.sequence_length=128: 128; nearest parts are 4, 8" in message
+    assert "data.sequence_length=128; nearest parts of every length are 4, 8" in message
     message = _error(
         world=2,
         parallel__tensor=2,
@@ -117,7 +117,11 @@ def test_the_parts_of_logits_divide_the_sequence_of_a_rank() -> None:
         data__sequence_length=126,
         training__logits_parts=1000,
     )
-    assert "data.sequence_length=126 over 2 ranks: 63; nearest parts are 63" in message
+    assert "data.sequence_length=126 over 2 ranks: 63; nearest" in message
+    assert message.endswith("are 63")
+    stages = [{"until_step": 5, "sequence_length": 16}, {}]
+    message = _error(training__logits_parts=60, data__sequence_length=64, data__stages=stages)
+    assert message.endswith("are 16"), "64 has 32, too, but not the stage"
 
 
 def test_rows_and_those_of_stages_are_whole_units_of_a_family_that_takes_some_tokens_at_once() -> (
