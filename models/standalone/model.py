@@ -59,8 +59,9 @@ class StandaloneModel(nn.Module):
         Raises:
             ValueError: tokens or labels outside the vocabulary, or other labels than tokens.
         """
+        inputs = self.make_inputs(input_ids, **optional)
         check_labels(labels, input_ids, vocab_size=self.config.vocab_size)
-        output = self.body(self.make_inputs(input_ids, **optional))
+        output = self.body(inputs)
         return self.family.loss(
             output, labels, config=self.config, ctx=self.body.ctx, num_scored=num_scored
         )
@@ -109,12 +110,11 @@ def check_tokens(tokens: Tensor, *, vocab_size: int, name: str = "input_ids") ->
 
 
 def check_labels(labels: Tensor, tokens: Tensor, *, vocab_size: int) -> None:
-    """Check the labels of `tokens`, some of which may be -100.
+    """Check the labels of `tokens`, which are checked themselves; some labels may be -100.
 
     Raises:
         ValueError: they are no tensor of the shape of the tokens, or outside the vocabulary.
     """
-    check_tokens(tokens, vocab_size=vocab_size)
     check_tensor("labels", labels)
     if labels.shape != tokens.shape or labels.dtype != torch.int64:
         raise ValueError(
