@@ -10,7 +10,7 @@ import sys
 from tests.benchmarks.timing import machine
 
 NAMES = (
-    "llama_step",
+    "step",
     "dynamic_step",
     "packed_rows",
     "block_attention",
