@@ -287,7 +287,8 @@ def check_layers(model: SequentialModel, inputs: Any, schema: Any) -> Any:
 
     On the meta device it costs no memory and no arithmetic, so it runs before anything large is
     built. `model` is built for one process (ParallelContext.single(device="meta")); `schema`
-    describes its carry. Among layers of one class with equal arguments only the first runs: the others return the same.
+    describes its carry. Among layers of one class with equal arguments only the first runs: the
+    others return the same.
 
     Returns the carry that the last layer takes.
 

@@ -1,8 +1,8 @@
 """Operators of a step as they reach a CPU: time, FLOPs and bytes of each, and the machine's rates.
 
-On a CPU an operator has ended when its call returns, so that a clock around each call misses nothing
-but what Python does between them. Bytes are those of its operands and results, each once: what a
-kernel reads twice counts once.
+On a CPU an operator has ended when its call returns, so that a clock around each call misses
+nothing but what Python does between them. Bytes are those of its operands and results, each once:
+what a kernel reads twice counts once.
 """
 
 from __future__ import annotations

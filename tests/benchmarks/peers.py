@@ -1,8 +1,8 @@
 """One training step of litgpt and of OLMo-core, of the shape of a run of ours and with its weights.
 
-Each is what the project's own training loop does, by its own functions: litgpt's `pretrain.fit` with
-Fabric, OLMo-core's `TransformerTrainModule`. Only the optimizer is alike in all: torch's fused AdamW,
-which litgpt asks for on CUDA alone. Both are among the packages of `make ecosystem`.
+Each is what the project's own training loop does, by its own functions: litgpt's `pretrain.fit`
+with Fabric, OLMo-core's `TransformerTrainModule`. Only the optimizer is alike in all: torch's fused
+AdamW, which litgpt asks for on CUDA alone. Both are among the packages of `make ecosystem`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ class LitgptStep:
         precision: Any = "bf16-mixed" if config.training.precision == "bf16" else "32-true"
         # Named, because to look for one it imports mpi4py, which fails where there is no MPI.
         environment = LightningEnvironment()
-        self.fabric = Fabric(
-            accelerator="cpu", devices=1, precision=precision, plugins=environment
-        )
+        self.fabric = Fabric(accelerator="cpu", devices=1, precision=precision, plugins=environment)
         self.model = GPT(
             Config(
                 block_size=config.data.sequence_length,
@@ -135,12 +133,13 @@ class OlmoStep:
             AdamWConfig(**ADAMW),
             rank_microbatch_size=tokens,
             max_sequence_length=config.data.sequence_length,
-            compile_model=compiled,
             autocast_precision=torch.bfloat16 if config.training.precision == "bf16" else None,
             max_grad_norm=1.0,
             device=torch.device("cpu"),
         )
         self.module._attach_trainer(_NoTrainer())  # type: ignore[arg-type]
+        if compiled:
+            self.module.model.apply_compile()  # which compile_model=True leaves out without CUDA
         self.module.model.train()
         self.phase: Phase = no_phase
 

@@ -20,9 +20,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from data_tools.loading.batch import Batch
 from models.registry import get_family
 from parallel.cpu.compat import keep_freed_memory
 from pretrain.config import RunConfig

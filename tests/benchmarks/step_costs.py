@@ -1,4 +1,4 @@
-"""The three largest costs of each family's step by kind of operator, beside the least they can cost.
+"""The three largest costs of each family's step by kind of operator, beside the least of each.
 
 A step in the engine of a run, fp32, of the size that `make demo` trains. The floor of products and
 attention is their FLOPs at the rate of a large product, that of all else its bytes at the rate of a

@@ -1,4 +1,4 @@
-"""CPU seconds from a command to its first step or token: of one rank, and of four with their imports.
+"""CPU seconds to a first step or token of one rank, to a first step of four, and of their imports.
 
 `python -m tests.benchmarks.runs.start_up --against TREE` launches this tree and another one, such
 as a worktree of an earlier commit, in turn. Ranks share the cores, so that CPU seconds decide.
@@ -90,7 +90,7 @@ def tables(against: Path | None = None) -> Iterator[Table]:
 
 
 def _one_rank(folder: Path) -> Table:
-    """From the command to the line of the first step, and to the end of a generation of one token."""
+    """From the command to the line of the first step, and to the end of one token's generation."""
     corpus = folder / "demo"
     _measured([[sys.executable, "-m", "data_tools.demo_corpus", "--output", str(corpus)]], HERE)
     data = [f"data.{split}={corpus / split}" for split in ("train", "validation")]
