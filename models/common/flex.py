@@ -40,7 +40,9 @@ def has_kernel(q: Tensor) -> bool:
 def kernel() -> Attend:
     """FlexAttention, compiled for every shape that it meets. More shapes than torch compiles are an
     error, since without a kernel it would go on with the scores of all pairs."""
-    return flex_attention if torch.compiler.is_compiling() else _compiled()
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled()
 
 
 @functools.cache
