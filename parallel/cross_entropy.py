@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from parallel.context import ParallelContext
+from parallel.layers import apply_linear
 from parallel.precision import at_least_fp32
 from parallel.regions import all_reduced
 
@@ -93,7 +94,9 @@ def _needs_its_result(x: Tensor) -> bool:
 def vocab_logits(output: nn.Module, x: Tensor) -> Any:
     """`output(x)`; after `set_logits_parts`, with gradients, the LogitsInParts of it."""
     parts: int = getattr(output, "logits_parts", 1)
-    return LogitsInParts(output, x, parts) if parts > 1 and torch.is_grad_enabled() else output(x)
+    if parts > 1 and torch.is_grad_enabled():
+        return LogitsInParts(output, x, parts)
+    return apply_linear(output, x)
 
 
 def set_logits_parts(head: nn.Module, parts: int) -> None:
