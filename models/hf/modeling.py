@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -33,7 +33,7 @@ from models.hf.hooks import LoadingHooks
 from models.hf.registration import declarations_kept
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from parallel.cross_entropy import IGNORED_LABEL, logits_of_last, vocab_parallel_cross_entropy
 
 # Tokens of a prompt that go through the layers at a time.
 PREFILL_CHUNK = 512
@@ -204,7 +204,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         auxiliary = None
         if cache is None:
             (logits, states), output = self._whole(
-                tokens, present, attention_mask, readers, segments
+                tokens, present, attention_mask, logits_to_keep, readers, segments
             )
             logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
         else:
@@ -273,6 +273,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         tokens: Tensor,
         given: Mapping[str, Tensor],
         attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
         readers: list[StateReader],
         segments: Tensor | None = None,
     ) -> tuple[Computed, Any]:
@@ -302,7 +303,8 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         if segments is not None:
             inputs = inputs._replace(segment_ids=segments)
         packed = nullcontext() if segments is None else segmented(self.model)
-        with recording(readers) as states, packed:
+        count = logits_to_keep if isinstance(logits_to_keep, int) and back is None else 0
+        with recording(readers) as states, packed, _logits_of_last(count, readers):
             output = self.model(inputs)
         computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
         if back is None:
@@ -361,13 +363,14 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         """The last `count` logits, and the states, of tokens that continue the layers' caches."""
         logits, states, to_come = [], [], tokens.shape[1]
         for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            with recording(readers) as found:
+            to_come -= chunk.shape[1]
+            kept = min(count - to_come, chunk.shape[1])
+            with recording(readers) as found, _logits_of_last(max(kept, 1), readers):
                 output = self.model(self.inputs(chunk, given), layers)
-            given, to_come = {}, to_come - chunk.shape[1]
+            given = {}
             states.append(found)
-            if count > to_come:
-                first = max(0, chunk.shape[1] - (count - to_come))
-                logits.append(logits_of(output).transpose(0, 1)[:, first:])
+            if kept > 0:
+                logits.append(logits_of(output).transpose(0, 1)[:, -kept:])
         return Computed(
             _concatenated_columns(logits),
             tuple(map(_concatenated_columns, zip(*states, strict=True))),
@@ -399,6 +402,11 @@ def _tensors_of(computed: Computed) -> list[Tensor]:
 
 def _concatenated_columns(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
+
+
+def _logits_of_last(count: int, readers: list[StateReader]) -> AbstractContextManager[None]:
+    """Let the head compute the last `count` logits alone, 0 for all, if no state is read there."""
+    return logits_of_last(count) if count and not readers else nullcontext()
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
