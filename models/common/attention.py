@@ -78,12 +78,12 @@ def packed_attention(
     On a CPU keys before the documents of a block are left out, so that time grows with s, too; in
     training on CUDA one kernel leaves them out.
     """
+    if _takes_spans(q):
+        return span_attention(q, k, v, positions, num_sinks=num_sinks)
     length = q.shape[2]
+    block = min(QUERY_BLOCK, _CPU_BLOCK) if q.device.type == "cpu" else QUERY_BLOCK
     index = torch.arange(length, dtype=torch.int32, device=q.device)
     document_starts = index - positions
-    if _takes_spans(q):
-        return span_attention(q, k, v, document_starts, num_sinks=num_sinks)
-    block = min(QUERY_BLOCK, _CPU_BLOCK) if q.device.type == "cpu" else QUERY_BLOCK
     sizes = [min(block, length - start) for start in range(0, length, block)]
     # split and cat instead of slices: the gradient of a slice has the size of the whole tensor.
     keys, values = (x.split([num_sinks, *sizes], dim=2) for x in (k, v))
@@ -153,8 +153,7 @@ def windowed_attention(
         k, v = k[:, :, -window:], v[:, :, -window:]
         return unmasked_attention(q, k, v)
     if positions is not None and _takes_spans(q):
-        index = torch.arange(num_queries, dtype=torch.int32, device=q.device)
-        return span_attention(q, k, v, index - positions.clamp(max=window - 1))
+        return span_attention(q, k, v, positions, window=window)
     block = min(QUERY_BLOCK, max(window, 64), num_queries)
     reach = -(-(window - 1) // block)  # number of earlier key blocks visible to a query block
     sizes = [earlier] + [min(block, num_queries - i) for i in range(0, num_queries, block)]

@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Queries and keys of a tile, which the kernel skips, or computes with or without the mask.
 TILE = 128
 # Of the kernels that it compiles.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_HEAD_DIM = 16
+
+# By the positions' identity, for as long as they exist.
+_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Attend = Callable[..., Any]
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -54,27 +58,43 @@ def span_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor,
+    positions: Tensor,
     *,
+    window: int | None = None,
     num_sinks: int = 0,
     attend: Attend | None = None,
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v`, query i over the sinks and the keys first_i to i: [b, n, s, d].
+    """`softmax(q k^T / sqrt(d)) v` over the sinks and the tokens of the query's document up to it,
+    with a `window` over the last ones of these: [b, n, s, d].
 
-    q [b, n, s, d], `first` int32 [b, s], k and v [b, g, num_sinks + s, d] with the sinks in front.
-    Time grows with the pairs of tiles that see each other. `attend`: FlexAttention, compiled if
-    None.
+    q [b, n, s, d]; `positions` int32 [b, s] count from 0 in every document; k and v
+    [b, g, num_sinks + s, d] with the sinks in front. Time grows with the pairs of tiles that see
+    each other. `attend`: FlexAttention, compiled if None.
     """
-    mask = span_mask(first, num_sinks)
+    mask = _kept_mask(positions, window, num_sinks)
     attend = attend or kernel()
     mixed: Tensor = attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return mixed
 
 
-def span_mask(first: Tensor, num_sinks: int) -> BlockMask:
+def _kept_mask(positions: Tensor, window: int | None, num_sinks: int) -> BlockMask:
+    """`span_mask`, made once for all layers that are given the same tensor: that is a hundred small
+    operations."""
+    if torch.compiler.is_compiling():
+        return span_mask(positions, window, num_sinks)
+    masks = _masks.setdefault(positions, {})
+    key = window, num_sinks, positions._version
+    if key not in masks:
+        masks[key] = span_mask(positions, window, num_sinks)
+    return masks[key]
+
+
+def span_mask(positions: Tensor, window: int | None, num_sinks: int) -> BlockMask:
     """The tiles of pairs that `span_attention` computes; those that every query of a tile sees as a
     whole have no mask applied to them."""
-    length, num_keys = first.shape[1], first.shape[1] + num_sinks
+    length, num_keys = positions.shape[1], positions.shape[1] + num_sinks
+    reach = positions if window is None else positions.clamp(max=window - 1)
+    first = torch.arange(length, dtype=reach.dtype, device=reach.device) - reach
 
     def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         token = key - num_sinks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from models.common import attention
+from models.common import attention, flex
 from models.common.attention import packed_attention, windowed_attention
 from models.common.flex import kernel, span_attention, span_mask
 from models.common.rope import positions_in_segments
@@ -58,10 +58,12 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize("window", [1, 5, 90])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_span_attention_is_a_softmax_over_every_pair(lengths, window, num_sinks):
-    first = _first(_positions(lengths, LENGTHS[0]), window)
-    operands = _qkv(90, num_sinks)
-    found = span_attention(*operands, first, num_sinks=num_sinks, attend=flex_attention)
-    torch.testing.assert_close(found, _softmax(*operands, _seen(first, num_sinks)), **FP64)
+    positions, operands = _positions(lengths, LENGTHS[0]), _qkv(90, num_sinks)
+    found = span_attention(
+        *operands, positions, window=window, num_sinks=num_sinks, attend=flex_attention
+    )
+    expected = _softmax(*operands, _seen(_first(positions, window), num_sinks))
+    torch.testing.assert_close(found, expected, **FP64)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 3, 8, 9])
@@ -71,8 +73,9 @@ def test_tiles_and_the_mask_function_see_what_the_definition_says(
     lengths, window, num_sinks, monkeypatch
 ):
     monkeypatch.setattr("models.common.flex.TILE", 4)
-    first = _first(_positions(lengths, LENGTHS[0]), window)
-    expected, mask = _seen(first, num_sinks), span_mask(first, num_sinks)
+    positions = _positions(lengths, LENGTHS[0])
+    expected = _seen(_first(positions, window), num_sinks)
+    mask = span_mask(positions, window, num_sinks)
     row, query, key = torch.meshgrid(*(torch.arange(n) for n in expected.shape), indexing="ij")
     assert torch.equal(mask.mask_mod(row, torch.zeros_like(row), query, key), expected)
     num_full = 0
@@ -95,9 +98,32 @@ def test_the_work_of_a_packed_row_grows_with_its_length():
     tiles = []
     for length in (2048, 16384):
         positions = (torch.arange(length) % 500).int().unsqueeze(0)
-        mask = span_mask(torch.arange(length).int() - positions, 0)
+        mask = span_mask(positions, None, 0)
         tiles.append(int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()))
     assert tiles[1] < 9 * tiles[0]
+
+
+@torch.no_grad()
+def test_layers_that_are_given_the_same_positions_share_a_mask_until_they_change():
+    operands, masks = _qkv(90, 0), []
+
+    def attend(q, k, v, *, block_mask, enable_gqa):
+        masks.append(block_mask)
+        return q
+
+    def layer(positions: Tensor, window: int) -> object:
+        span_attention(*operands, positions, window=window, attend=attend)
+        return masks[-1]
+
+    positions = _positions(*LENGTHS[:2])
+    before = layer(positions, 5)
+    assert layer(positions, 5) is before
+    assert layer(positions, 7) is not before
+    positions.copy_(_positions((90,), (90,)))
+    assert layer(positions, 5) is not before
+    kept = len(flex._masks)
+    del positions
+    assert len(flex._masks) == kept - 1
 
 
 @torch.no_grad()
@@ -129,8 +155,8 @@ def test_functions_of_packed_rows_hand_it_the_spans_that_they_describe(monkeypat
 @torch.no_grad()
 def test_the_compiled_kernel_takes_the_lists_and_the_mask():
     """On a CPU, where torch compiles one of heads of 64 that is right, without a gradient."""
-    first = _first(_positions((200, 1, 183), (384,)), 150)
+    positions = _positions((200, 1, 183), (384,))
     operands = [x.float() for x in _qkv(384, 5, size=64)]
-    found = span_attention(*operands, first, num_sinks=5, attend=kernel())
-    expected = _softmax(*(x.double() for x in operands), _seen(first, 5))
+    found = span_attention(*operands, positions, window=150, num_sinks=5, attend=kernel())
+    expected = _softmax(*(x.double() for x in operands), _seen(_first(positions, 150), 5))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
