@@ -182,8 +182,8 @@ def test_the_head_computes_only_the_logits_that_are_kept(kind, monkeypatch):
     for use_cache in (False, True):
         lengths.clear()
         found = theirs(TOKENS, use_cache=use_cache, logits_to_keep=5).logits
-        # Chunks of a prompt of 24 tokens: 7, 7, 7 and 3.
-        assert lengths == ([1, 1, 2, 3] if use_cache else [5])
+        # Chunks of a prompt of 24 tokens: 7, 7, 7 and 3. DART also has logits of drafts.
+        assert lengths == [1, 1, 2, 3] if use_cache else set(lengths) == {5}
         torch.testing.assert_close(found, expected[:, -5:], **CLOSE)
     lengths.clear()
     theirs.generate(TOKENS, max_new_tokens=3, **GREEDY)
