@@ -98,7 +98,8 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
 def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
     """`linear(x)`; where few rows are decoded on a CPU, by `parallel.cpu.few_rows`."""
     if (
-        type(linear) is nn.Linear
+        not torch.is_grad_enabled()
+        and type(linear) is nn.Linear
         and is_few_rows_product(x, linear.weight)
         and _is_plain_linear(linear)
     ):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -21,6 +21,8 @@ from models.hf.arguments import (
     FixedEmbeddings,
     StateReader,
     check_arguments,
+    computing_last,
+    kept_columns,
     packed_documents,
     recording,
     segmented,
@@ -33,7 +35,7 @@ from models.hf.hooks import LoadingHooks
 from models.hf.registration import declarations_kept
 from parallel.carry import LayerSpec, SequentialModel
 from parallel.context import ParallelContext
-from parallel.cross_entropy import IGNORED_LABEL, logits_of_last, vocab_parallel_cross_entropy
+from parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 
 # Tokens of a prompt that go through the layers at a time.
 PREFILL_CHUNK = 512
@@ -206,7 +208,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
             (logits, states), output = self._whole(
                 tokens, present, attention_mask, logits_to_keep, readers, segments
             )
-            logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
+            logits, auxiliary = logits[:, kept_columns(logits_to_keep)], self.auxiliary_loss(output)
         else:
             logits, states = self._continued(
                 tokens, present, attention_mask, cache, logits_to_keep, readers
@@ -304,7 +306,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
             inputs = inputs._replace(segment_ids=segments)
         packed = nullcontext() if segments is None else segmented(self.model)
         count = logits_to_keep if isinstance(logits_to_keep, int) and back is None else 0
-        with recording(readers) as states, packed, _logits_of_last(count, readers):
+        with recording(readers) as states, packed, computing_last(count, readers):
             output = self.model(inputs)
         computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
         if back is None:
@@ -365,7 +367,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         for chunk in tokens.split(PREFILL_CHUNK, dim=1):
             to_come -= chunk.shape[1]
             kept = min(count - to_come, chunk.shape[1])
-            with recording(readers) as found, _logits_of_last(max(kept, 1), readers):
+            with recording(readers) as found, computing_last(max(kept, 1), readers):
                 output = self.model(self.inputs(chunk, given), layers)
             given = {}
             states.append(found)
@@ -402,12 +404,3 @@ def _tensors_of(computed: Computed) -> list[Tensor]:
 
 def _concatenated_columns(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
-
-
-def _logits_of_last(count: int, readers: list[StateReader]) -> AbstractContextManager[None]:
-    """Let the head compute the last `count` logits alone, 0 for all, if no state is read there."""
-    return logits_of_last(count) if count and not readers else nullcontext()
-
-
-def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

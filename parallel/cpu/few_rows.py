@@ -17,9 +17,11 @@ LEAST_WEIGHT = 1 << 19
 
 
 def is_few_rows_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows_product` is a faster form of `x W^T`: on a CPU, without gradient, in fp32
-    or fp64."""
-    if torch.is_grad_enabled() or type(weight) is not nn.Parameter or type(x) is not Tensor:
+    """Whether `few_rows_product` is a faster form of `x W^T`: on a CPU, in fp32 or fp64.
+
+    Its backward pass is not: it is for calls without gradient.
+    """
+    if type(weight) is not nn.Parameter or type(x) is not Tensor:
         return False  # tensor subclasses, quantised ones for instance, define their own product
     num_rows = x.numel() // weight.shape[-1]
     # One row is read as fast by MKL's product on one thread.

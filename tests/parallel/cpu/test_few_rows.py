@@ -74,8 +74,6 @@ class _Subclass(torch.Tensor):
 def test_other_dtypes_devices_and_kinds_of_tensors_are_left_to_torch():
     x = torch.zeros(2, 1024)
     assert is_few_rows_product(x, _weight())
-    with torch.enable_grad():
-        assert not is_few_rows_product(x, _weight())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not is_few_rows_product(x, _weight())
     assert not is_few_rows_product(x.bfloat16(), _weight(dtype=torch.bfloat16))
@@ -93,6 +91,13 @@ class _Called(Exception):
 
 def _raise(*arguments) -> None:
     raise _Called
+
+
+def test_calls_with_gradient_have_the_ordinary_product(any_weight):
+    y = apply_linear(nn.Linear(32, 64), _draw(2, 1, 32))
+    assert "Bmm" not in str(y.grad_fn.next_functions)
+    with torch.no_grad():
+        assert is_few_rows_product(_draw(2, 1, 32), nn.Parameter(_draw(64, 32)))
 
 
 @pytest.mark.parametrize("change", ["hook", "pre_hook", "forward", "subclass"])
