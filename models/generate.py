@@ -39,7 +39,7 @@ class ScoreProcessor(Protocol):
     """A family's hook that changes the scores before a token is sampled."""
 
     def observe(self, output: Any) -> None:
-        """Observe the last layer's output for the newest tokens."""
+        """Observe the last layer's output for the newest tokens, with the logits of the last."""
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Scores [b, V] of the token after `tokens` [b, t] in place of the model's logits."""
@@ -51,6 +51,7 @@ def generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
+    lengths: Tensor | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -61,9 +62,16 @@ def generate(
 ) -> Tensor:
     """Continue every row of `tokens` int64 [b, p] by up to `max_new_tokens`: [b, p + new].
 
-    Temperature 0 is greedy decoding. A row that has produced `eos_id` is filled with it; generation
-    ends when all rows have. Under tensor parallelism every rank needs a generator in the same
-    state. `make_inputs`: builds the first layer's inputs from tokens; None: TokenInputs.
+    `lengths` int64 [b]: the tokens of each prompt, in columns 0 to lengths - 1, where prompts
+    differ; what fills the other columns is not read. [b, max(lengths) + new] is returned, where
+    row i has its prompt, up to `new` tokens, and then `eos_id`, or 0 without one. All rows take
+    part in every call: from the end of the shortest prompt on the others advance by one token a
+    call, so that prompts of similar lengths go together best.
+
+    Temperature 0 is greedy decoding, which continues a row as it would alone. A row that has
+    produced `eos_id` is filled with it; generation ends when all rows have. Under tensor
+    parallelism every rank needs a generator in the same state. `make_inputs`: builds the first
+    layer's inputs from tokens; None: TokenInputs.
 
     Raises:
         ValueError: a setting out of its range or without effect, or an empty prompt.
@@ -75,12 +83,14 @@ def generate(
     if tokens.numel() == 0:
         raise ValueError(f"tokens of shape {list(tokens.shape)} are empty; give a prompt")
     _check_settings(max_new_tokens, temperature, top_k, top_p)
+    _check_lengths(lengths, tokens)
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     with torch.inference_mode():
         return _generate(
             model,
             tokens,
             max_new_tokens=max_new_tokens,
+            lengths=lengths,
             eos_id=eos_id,
             draw=draw,
             make_inputs=make_inputs or TokenInputs,
@@ -93,6 +103,7 @@ def _generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
+    lengths: Tensor | None,
     eos_id: int | None,
     draw: Callable[[Tensor], Tensor],
     make_inputs: Callable[[Tensor], Any],
@@ -101,31 +112,48 @@ def _generate(
     import torch
 
     from models.base import logits_of
+    from parallel.cross_entropy import logits_of_last
     from parallel.layers import gather_logits
 
+    if lengths is not None:
+        tokens = tokens[:, : int(lengths.max())]
     batch_size, prompt_length = tokens.shape
-    cache = model.new_cache(batch_size, prompt_length + max_new_tokens)
+    total = prompt_length + max_new_tokens
+    cache = model.new_cache(batch_size, total)
+    filler = 0 if eos_id is None else eos_id
+    rows = tokens.new_full((batch_size, total), filler)
+    rows[:, :prompt_length] = tokens
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
 
     def logits_after(chunk: Tensor) -> Tensor:
-        output = model(make_inputs(chunk), cache)
+        with logits_of_last(1):
+            output = model(make_inputs(chunk), cache)
         if processor is not None:
             processor.observe(output)
         return logits_of(output)
 
-    for chunk in tokens.split(PREFILL_CHUNK, dim=1):
+    column = prompt_length if lengths is None else int(lengths.min())
+    for chunk in rows[:, :column].split(PREFILL_CHUNK, dim=1):
         logits = logits_after(chunk)
     while True:
         scores = gather_logits(logits[-1], ctx=model.ctx)
         if processor is not None:
-            scores = processor(tokens, scores)
+            scores = processor(rows[:, :column], scores)
         token = draw(scores)
+        if lengths is not None:
+            ended |= column >= lengths + max_new_tokens
+        if lengths is not None or eos_id is not None:
+            token = token.masked_fill(ended, filler)
         if eos_id is not None:
-            token = token.masked_fill(ended, eos_id)
             ended |= token == eos_id
-        tokens = torch.cat((tokens, token.unsqueeze(1)), dim=1)
-        if tokens.shape[1] == prompt_length + max_new_tokens or bool(ended.all()):
-            return tokens
+        if lengths is not None and column < prompt_length:
+            is_prompt = column < lengths
+            token = torch.where(is_prompt, rows[:, column], token)
+            ended &= ~is_prompt
+        rows[:, column] = token
+        column += 1
+        if column == total or (eos_id is not None and bool(ended.all())):
+            return rows[:, :column]
         logits = logits_after(token.unsqueeze(1))
 
 
@@ -170,6 +198,21 @@ def _check_settings(
     if temperature == 0.0 and (top_k is not None or top_p is not None):
         raise ValueError(
             f"top_k={top_k} and top_p={top_p} have no effect at temperature=0; set a temperature"
+        )
+
+
+def _check_lengths(lengths: Tensor | None, tokens: Tensor) -> None:
+    if lengths is None:
+        return
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"lengths of shape {list(lengths.shape)} must be {list(tokens.shape[:1])}; give the "
+            "length of each prompt"
+        )
+    if not 1 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
+        raise ValueError(
+            f"lengths={lengths.tolist()} must be from 1 to the {tokens.shape[1]} columns of "
+            "tokens; give a prompt in every row"
         )
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from parallel.context import ParallelContext
+from parallel.layers import apply_linear
 from parallel.precision import at_least_fp32
 from parallel.regions import all_reduced
 
@@ -24,6 +25,7 @@ _LEAST_LOG = -1e4
 _CHUNK_SIZE = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 _overwrites: ContextVar[bool] = ContextVar("overwrites", default=False)
+_num_last: ContextVar[int | None] = ContextVar("num_last", default=None)
 
 
 @contextmanager
@@ -90,10 +92,36 @@ def _needs_its_result(x: Tensor) -> bool:
     return hasattr(type(made.grad_fn), "_saved_result")
 
 
+@contextmanager
+def logits_of_last(count: int) -> Iterator[None]:
+    """In it, heads compute the logits of the last `count` tokens of a call alone.
+
+    For callers who read no others, as in generation. Compiled and exported programs, which are made
+    once for all callers, compute them all: read the last ones of what comes.
+    """
+    token = _num_last.set(count)
+    try:
+        yield
+    finally:
+        _num_last.reset(token)
+
+
+def with_logits(x: Tensor) -> Tensor:
+    """The tokens of x [s, ...] whose logits are wanted: all, but inside `logits_of_last`."""
+    if torch.compiler.is_compiling():
+        return x
+    count = _num_last.get()
+    return x if count is None else x[-count:]
+
+
 def vocab_logits(output: nn.Module, x: Tensor) -> Any:
-    """`output(x)`; after `set_logits_parts`, with gradients, the LogitsInParts of it."""
+    """`output(x)` of the tokens whose logits are wanted, x [s, b, h]; after `set_logits_parts`,
+    with gradients, the LogitsInParts of it."""
+    x = with_logits(x)
     parts: int = getattr(output, "logits_parts", 1)
-    return LogitsInParts(output, x, parts) if parts > 1 and torch.is_grad_enabled() else output(x)
+    if parts > 1 and torch.is_grad_enabled():
+        return LogitsInParts(output, x, parts)
+    return apply_linear(output, x)
 
 
 def set_logits_parts(head: nn.Module, parts: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
+from parallel.cpu.few_rows import few_rows_product, is_few_rows_product
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
@@ -86,12 +87,25 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     ctx = None if None in contexts else contexts[0]
     if ctx is not None:
         x = copy_to_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
-    if joined and all(_is_plain_linear(linear) for linear in linears):
+    if joined and all(_is_plain_linear(each) and each.bias is None for each in linears):
         weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
         y = F.linear(x, torch.cat(weights))
         return y.split([len(weight) for weight in weights], dim=-1)
     options = {} if ctx is None else {"collectives": False}
-    return tuple(linear(x, **options) for linear in linears)
+    return tuple(apply_linear(linear, x, **options) for linear in linears)
+
+
+def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
+    """`linear(x)`; where few rows are decoded on a CPU, by `parallel.cpu.few_rows`."""
+    if (
+        not torch.is_grad_enabled()
+        and type(linear) is nn.Linear
+        and is_few_rows_product(x, linear.weight)
+        and _is_plain_linear(linear)
+    ):
+        return few_rows_product(x, linear.weight, linear.bias)
+    y: Tensor = linear(x, **options)
+    return y
 
 
 def project_replicated(x: Tensor, *linears: nn.Module, ctx: ParallelContext) -> tuple[Tensor, ...]:
@@ -123,8 +137,8 @@ def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
 def _is_plain_linear(linear: nn.Module) -> bool:
     """Whether calling a layer is exactly a product with its weight.
 
-    That is: no hook, no overridden `forward`, no bias, and no tensor subclass as weight (quantised
-    weights define their own product).
+    That is: no hook, no overridden `forward`, and no tensor subclass as weight (quantised weights
+    define their own product). There may be a bias.
     """
     if type(linear) not in (nn.Linear, _ColumnParallelLinear) or "forward" in linear.__dict__:
         return False
@@ -132,7 +146,7 @@ def _is_plain_linear(linear: nn.Module) -> bool:
         return False
     if linear._backward_hooks or linear._backward_pre_hooks or _has_any_global_hook():
         return False
-    return linear.bias is None and type(linear.weight) is nn.Parameter
+    return type(linear.weight) is nn.Parameter
 
 
 class VocabParallelEmbedding(nn.Embedding):

@@ -25,7 +25,7 @@ from models.agiformer.patches import (
 from models.common.counter_rng import prefix_keys
 from models.common.norms import RMSNorm
 from parallel.context import ParallelContext
-from parallel.layers import RowParallelLinear
+from parallel.layers import RowParallelLinear, apply_linear
 from parallel.precision import fp32_or_wider
 from parallel.sharding import Normal, Sharding, declare
 
@@ -133,7 +133,7 @@ class ByteLatentEncoder(nn.Module):
         """`norm(W kernel + b)` of kernels [p, b, D/t K]: [p/t, b, h]."""
         # Under torch.autocast a linear layer returns half precision; the residual stream keeps its
         # own.
-        latents: Tensor = self.norm(self.mix(windows).to(windows.dtype))
+        latents: Tensor = self.norm(apply_linear(self.mix, windows).to(windows.dtype))
         return latents
 
     def _embedded(self, tokens: Tensor) -> Tensor:

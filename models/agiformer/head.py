@@ -17,6 +17,7 @@ from models.agiformer.carry import AgiformerCarry, AgiformerOutput
 from models.agiformer.config import AgiformerConfig
 from models.agiformer.patches import patch_of_bytes
 from parallel.context import ParallelContext
+from parallel.cross_entropy import with_logits
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
 from parallel.sharding import Normal, Sharding, declare
 
@@ -85,7 +86,7 @@ class LocalAutoregressiveHead(nn.Module):
         """
         if self.table is not None:
             c = c + self._conditioned(tokens, places).to(c.dtype)
-        return self.output(F.gelu(self.hidden(F.gelu(c))))
+        return self.output(F.gelu(self.hidden(F.gelu(with_logits(c)))))
 
     def _projected(self, hidden: Tensor, cache: HeadCache | None) -> Tensor:
         """W_k z_i of the patches that the bytes of this call need: [p, P, b, m/t]."""

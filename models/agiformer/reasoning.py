@@ -22,7 +22,7 @@ from models.common.init import replicated, replicated_linear
 from models.common.norms import RMSNorm
 from parallel.context import ParallelContext
 from parallel.decisions import error_of_threshold
-from parallel.layers import ColumnParallelLinear, RowParallelLinear
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, apply_linear
 from parallel.precision import at_least_fp32
 from parallel.recompute import replay_decision
 from parallel.regions import all_reduced, local_sequence, sum_over_sequence_ranks
@@ -96,7 +96,7 @@ class RecurrentReasoningBlock(nn.Module):
     def step(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
         """The update of s [p/t, b, h], and the halting probability [p/t, b]."""
         c = self.step_norm(s)
-        update = self.gate(c).sigmoid() * self.down(F.gelu(self.up(c)))
+        update = self.gate(c).sigmoid() * apply_linear(self.down, F.gelu(apply_linear(self.up, c)))
         if self.halt is None:
             return update, None
         weight, bias = at_least_fp32(self.halt), at_least_fp32(self.halt_bias)

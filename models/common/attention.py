@@ -19,7 +19,12 @@ from models.common.flex import has_kernel, span_attention
 from models.common.norms import AllHeadsNorm, HeadNorm
 from models.common.rope import RotaryTable, Rotation, rotate
 from parallel.context import ParallelContext
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    apply_linear,
+    project_together,
+)
 from parallel.sharding import Normal
 
 # Queries that share one mask when attention is not simply causal.
@@ -370,4 +375,4 @@ class CausalSelfAttention(nn.Module):
 
     def project_output(self, mixed: Tensor) -> Tensor:
         """[b, n/t, s, d] -> [s, b, h], [s/t, b, h] under sequence parallelism."""
-        return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+        return apply_linear(self.output, mixed.permute(2, 0, 1, 3).flatten(2))

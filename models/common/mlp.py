@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.context import ParallelContext
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    apply_linear,
+    project_together,
+)
 from parallel.sharding import Normal
 
 
@@ -33,7 +38,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project_together(x, self.gate, self.up)
-        return self.down(self.activation(gate) * up)
+        return apply_linear(self.down, self.activation(gate) * up)
 
     def activation(self, gate: Tensor) -> Tensor:
         """The function of the gate, elementwise."""

@@ -125,8 +125,15 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     to the dtype of x. The pairing is Hugging Face's, not the interleaved one of the paper.
     Source: arXiv 2104.09864.
     """
-    turned: Tensor = _Rotate.apply(x, rotation.cos.to(x.dtype), rotation.sin.to(x.dtype))
+    cos, sin = rotation.cos.to(x.dtype), rotation.sin.to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin)
+    turned: Tensor = _Rotate.apply(x, cos, sin)
     return turned
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -135,7 +142,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+        return _turned(x, cos, sin)
 
     @staticmethod
     @once_differentiable

@@ -27,7 +27,7 @@ from models.daria_former.paths import (
     normed_heads,
 )
 from parallel.context import ParallelContext
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, apply_linear, project_together
 from parallel.precision import at_least_fp32
 from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal
@@ -127,7 +127,7 @@ class MultiContextAttention(nn.Module):
         readouts, gains = zip(*read.values(), strict=True)
         mixed = mix_paths(readouts, gates.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps)
         memory = read["memory"].values if "memory" in read else None
-        return Attended(self.o_proj(mixed.flatten(2)), gates, memory)
+        return Attended(apply_linear(self.o_proj, mixed.flatten(2)), gates, memory)
 
     def _gates(self, x: Tensor, sources: Sources) -> Tensor:
         """fp32 [s, b, n, P]; a path that is switched off or dropped gets none."""

@@ -16,7 +16,7 @@ from models.common.manual_backward import multiply_add, weighted_sum
 from models.common.norms import inverse_rms, rms_norm
 from models.daria_former.config import DariaFormerConfig
 from parallel.context import ParallelContext
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, apply_linear, project_together
 from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal
@@ -79,10 +79,10 @@ class EmotionModulatedFFN(nn.Module):
 
         if self.activation == "swiglu":
             gate, up = project_together(x, self.gate_proj, self.up_proj)
-            return self.down_proj(F.silu(moved(gate)) * up)
+            return apply_linear(self.down_proj, F.silu(moved(gate)) * up)
         (up,) = project_together(x, self.up_proj)
         act = F.gelu if self.activation == "gelu" else F.relu
-        return self.down_proj(act(moved(up)))
+        return apply_linear(self.down_proj, act(moved(up)))
 
 
 class ResidualFusion(nn.Module):

@@ -37,7 +37,7 @@ from models.dart.noise import NORMAL, Noise, draw_noise, full_noise
 from models.dart.schedule import alphas
 from parallel.context import ParallelContext
 from parallel.cross_entropy import vocab_logits
-from parallel.layers import project_together
+from parallel.layers import apply_linear, project_together
 from parallel.precision import at_least_fp32
 from parallel.regions import local_sequence
 from parallel.sharding import Constant, Normal
@@ -300,7 +300,7 @@ class DARTPair(nn.Module):
         is_cached = caches is not None
         blocks = self._blocks(carry, first, earlier)
         mixed = block_attention(q, seen, own, blocks, is_cached=is_cached)
-        return attention.output(mixed.permute(2, 0, 1, 3).flatten(2))
+        return apply_linear(attention.output, mixed.permute(2, 0, 1, 3).flatten(2))
 
     def _blocks(self, carry: DARTCarry, first: int, earlier: int) -> Blocks:
         return find_blocks(

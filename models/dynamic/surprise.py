@@ -18,7 +18,7 @@ from models.dynamic.config import DTFConfig
 from models.dynamic.scores import LinearScore, RouterScores, random_scores, straight_through
 from models.dynamic.token_selection import TokenSelector, row_means
 from parallel.context import ParallelContext
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, apply_linear, project_together
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence, local_sequence, sum_over_sequence_ranks
@@ -61,10 +61,10 @@ class PriorNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> PriorPrediction:
         if self.gate is None:
-            y = self.down(F.silu(self.up(x)))
+            y = apply_linear(self.down, F.silu(apply_linear(self.up, x)))
         else:
             gate, up = project_together(x, self.gate, self.up)
-            y = self.down(F.silu(gate) * up)
+            y = apply_linear(self.down, F.silu(gate) * up)
         if y.shape[-1] == self.hidden_size:
             return PriorPrediction(y)
         mean, logvar = at_least_fp32(y).chunk(2, dim=-1)

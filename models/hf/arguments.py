@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from parallel.carry import SequentialModel
+from parallel.cross_entropy import logits_of_last
 
 _COUNTED = ("position_ids", "cache_position")
 # `generate` of transformers hands tokenizers on to the model although it alone uses them.
@@ -149,6 +150,16 @@ def recording(readers: Sequence[StateReader]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def computing_last(count: int, readers: Sequence[StateReader]) -> AbstractContextManager[None]:
+    """Let the head compute the last `count` logits alone, 0 for all, if no state is read there."""
+    return logits_of_last(count) if count and not readers else nullcontext()
+
+
+def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The index of the logits that `logits_to_keep` asks for."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
 class FixedEmbeddings:

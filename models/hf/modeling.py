@@ -21,6 +21,8 @@ from models.hf.arguments import (
     FixedEmbeddings,
     StateReader,
     check_arguments,
+    computing_last,
+    kept_columns,
     packed_documents,
     recording,
     segmented,
@@ -204,9 +206,9 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         auxiliary = None
         if cache is None:
             (logits, states), output = self._whole(
-                tokens, present, attention_mask, readers, segments
+                tokens, present, attention_mask, logits_to_keep, readers, segments
             )
-            logits, auxiliary = logits[:, _kept(logits_to_keep)], self.auxiliary_loss(output)
+            logits, auxiliary = logits[:, kept_columns(logits_to_keep)], self.auxiliary_loss(output)
         else:
             logits, states = self._continued(
                 tokens, present, attention_mask, cache, logits_to_keep, readers
@@ -273,6 +275,7 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         tokens: Tensor,
         given: Mapping[str, Tensor],
         attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
         readers: list[StateReader],
         segments: Tensor | None = None,
     ) -> tuple[Computed, Any]:
@@ -302,7 +305,8 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         if segments is not None:
             inputs = inputs._replace(segment_ids=segments)
         packed = nullcontext() if segments is None else segmented(self.model)
-        with recording(readers) as states, packed:
+        count = logits_to_keep if isinstance(logits_to_keep, int) and back is None else 0
+        with recording(readers) as states, packed, computing_last(count, readers):
             output = self.model(inputs)
         computed = Computed(logits_of(output).transpose(0, 1), tuple(states))
         if back is None:
@@ -361,13 +365,14 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
         """The last `count` logits, and the states, of tokens that continue the layers' caches."""
         logits, states, to_come = [], [], tokens.shape[1]
         for chunk in tokens.split(PREFILL_CHUNK, dim=1):
-            with recording(readers) as found:
+            to_come -= chunk.shape[1]
+            kept = min(count - to_come, chunk.shape[1])
+            with recording(readers) as found, computing_last(max(kept, 1), readers):
                 output = self.model(self.inputs(chunk, given), layers)
-            given, to_come = {}, to_come - chunk.shape[1]
+            given = {}
             states.append(found)
-            if count > to_come:
-                first = max(0, chunk.shape[1] - (count - to_come))
-                logits.append(logits_of(output).transpose(0, 1)[:, first:])
+            if kept > 0:
+                logits.append(logits_of(output).transpose(0, 1)[:, -kept:])
         return Computed(
             _concatenated_columns(logits),
             tuple(map(_concatenated_columns, zip(*states, strict=True))),
@@ -399,7 +404,3 @@ def _tensors_of(computed: Computed) -> list[Tensor]:
 
 def _concatenated_columns(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(parts), dim=1) if len(parts) > 1 else parts[0]
-
-
-def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

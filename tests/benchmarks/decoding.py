@@ -1,7 +1,8 @@
-"""Greedy decoding of a 125M llama, beside `generate` of transformers with either kind of cache.
+"""Greedy decoding of a 125M llama, beside `generate` of transformers with either kind of cache, and
+of a wider mod beside llama, by `models.generate` and as a model of transformers.
 
-All have the same weights and prompts in this process, in turn, and write the same tokens, or the
-comparison is void.
+All of a comparison have the same weights and prompts in this process, in turn, and write the same
+tokens, or it is void; mod and llama are other models of one shape.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from models.generate import generate
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
+from tests.benchmarks.dynamic_step import BASELINE, NUM_LAYERS, VOCAB, calibrate, models_of
 from tests.benchmarks.timing import Table, interleaved, ratio
 from tests.benchmarks.training import copy_weights, run_config, transformers_model
 
@@ -28,8 +30,16 @@ PROMPT, NEW_TOKENS, BATCHES, ROUNDS = 32, 256, (1, 8), 3
 OURS, STATIC, DYNAMIC = "manyformer", "transformers, static cache", "transformers, dynamic cache"
 
 
+MOD, EXPORTED, WIDTH = "mod 0.25", "mod 0.25, exported", 1024
+
+
 def tables() -> Iterator[Table]:
-    """Tokens/s by the number of rows."""
+    """Tokens/s of the 125M llama by the number of rows, and of one row of the wider models."""
+    yield _llama()
+    yield _mod()
+
+
+def _llama() -> Table:
     values: dict[str, Any] = yaml.safe_load(SIZE.read_text())
     config = run_config(values, seq_length=PROMPT, batch_size=1)
     ctx = ParallelContext.single()
@@ -58,13 +68,47 @@ def tables() -> Iterator[Table]:
             for name in contestants
         ]
     title = f"Greedy decoding, llama/125m, fp32, {PROMPT} tokens continued by {NEW_TOKENS}"
-    yield Table(title, ("rows", "", "tokens/s", f"{OURS} over it"), rows)
+    return Table(title, ("rows", "", "tokens/s", f"{OURS} over it"), rows)
+
+
+def _mod() -> Table:
+    from models.dynamic import MoDForCausalLM, MoDHFConfig
+
+    models = models_of(WIDTH)
+    for name in (BASELINE, MOD):
+        calibrate(models[name])
+    exported = MoDForCausalLM(MoDHFConfig.from_settings(models[MOD].config)).eval()
+    exported.model.load_state_dict(models[MOD].layers.state_dict())
+    prompts = torch.randint(VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    contestants: dict[str, Callable[[], Tensor]] = {
+        name: partial(generate, models[name].layers, prompts, max_new_tokens=NEW_TOKENS)
+        for name in (BASELINE, MOD)
+    }
+    contestants[EXPORTED] = partial(exported.generate, prompts, **_settings(prompts))
+    if not torch.equal(contestants[EXPORTED](), contestants[MOD]()):
+        raise RuntimeError(f"{EXPORTED} writes other tokens than {MOD}: no comparison")
+    seconds = interleaved(contestants, rounds=ROUNDS, warmup=1)
+    rows = [
+        (name, f"{NEW_TOKENS / median(seconds[name]):.1f}", ratio(seconds, name, BASELINE))
+        for name in contestants
+    ]
+    title = f"Greedy decoding of one row, {NUM_LAYERS} layers of {WIDTH}, fp32, as above"
+    return Table(title, ("", "tokens/s", f"over {BASELINE}"), rows)
 
 
 def _contestants(
     ours: SequentialModel, theirs: Any, prompts: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
-    settings = {
+    settings = _settings(prompts)
+    return {
+        OURS: partial(generate, ours, prompts, max_new_tokens=NEW_TOKENS),
+        STATIC: partial(theirs.generate, prompts, cache_implementation="static", **settings),
+        DYNAMIC: partial(theirs.generate, prompts, **settings),
+    }
+
+
+def _settings(prompts: Tensor) -> dict[str, Any]:
+    return {
         "attention_mask": torch.ones_like(prompts),
         "max_new_tokens": NEW_TOKENS,
         "min_new_tokens": NEW_TOKENS,
@@ -72,9 +116,4 @@ def _contestants(
         "use_cache": True,
         "pad_token_id": 0,
         "disable_compile": True,
-    }
-    return {
-        OURS: partial(generate, ours, prompts, max_new_tokens=NEW_TOKENS),
-        STATIC: partial(theirs.generate, prompts, cache_implementation="static", **settings),
-        DYNAMIC: partial(theirs.generate, prompts, **settings),
     }

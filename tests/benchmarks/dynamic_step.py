@@ -45,7 +45,7 @@ def tables() -> Iterator[Table]:
     yield _decoding(WIDTHS[0])
 
 
-def _models(width: int) -> dict[str, Model]:
+def models_of(width: int) -> dict[str, Model]:
     shape = {
         "vocab_size": VOCAB,
         "hidden_size": width,
@@ -70,7 +70,7 @@ def _models(width: int) -> dict[str, Model]:
 
 
 def _steps(width: int) -> Table:
-    models = _models(width)
+    models = models_of(width)
     stream = torch.randint(VOCAB, (1, SEQ_LENGTH + 1), generator=torch.manual_seed(0))
     seconds = interleaved(
         {label: _step(model, stream) for label, model in models.items()},
@@ -101,10 +101,10 @@ def _step(model: Model, stream: torch.Tensor) -> Callable[[], None]:
 
 @torch.inference_mode()
 def _decoding(width: int) -> Table:
-    models = _models(width)
+    models = models_of(width)
     rows = []
     for model in models.values():
-        _calibrate(model)
+        calibrate(model)
     for batch in BATCHES:
         prompts = torch.randint(VOCAB, (batch, PROMPT), generator=torch.manual_seed(batch))
         seconds = interleaved(
@@ -126,7 +126,7 @@ def _decoding(width: int) -> Table:
     return Table(title, header, rows)
 
 
-def _calibrate(model: Model) -> None:
+def calibrate(model: Model) -> None:
     """Thresholds of random text, which is what is decoded here."""
     tokens = torch.randint(VOCAB, (4, PROMPT + NEW_TOKENS), generator=torch.manual_seed(9))
     model.layers(TokenInputs(tokens))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.base import TokenInputs
+from models.base import TokenInputs, logits_of
 from models.generate import PREFILL_CHUNK, generate, sample
 from models.llama.config import LlamaConfig
 from models.llama.hf import HF
@@ -11,6 +11,8 @@ from models.llama.model import FAMILY
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from tests.distributed import run_ranks
+from tests.models.checkpoints import model
+from tests.models.families import CASES, evaluated
 from tests.refusals import assert_refused
 
 CONFIG = LlamaConfig(
@@ -161,3 +163,88 @@ def test_settings_that_make_no_sense_are_refused(settings, parts):
 def test_an_empty_prompt_is_refused():
     with assert_refused("tokens", value=[2, 0], constraint="empty", remedy="prompt"):
         generate(_model(), _prompt(0), max_new_tokens=1)
+
+
+# One of each family, with every kind of layer that looks at more than its own token.
+FAMILIES = (
+    "agiformer",
+    "amrpa",
+    "daria_former",
+    "dart",
+    "dtf",
+    "llama",
+    "mod",
+    "mod_experts",
+)
+PROMPTS = torch.randint(0, 61, (4, 21), generator=torch.Generator().manual_seed(6))
+LENGTHS = torch.tensor([9, 21, 4, 13])
+
+
+def _evaluated(kind: str) -> SequentialModel:
+    """In fp64, where products of other shapes choose the same tokens."""
+    family, config = CASES[kind]
+    return evaluated(model(config, family).train(), PROMPTS).double()
+
+
+class _Recorded:
+    """A processor that leaves the scores as they are."""
+
+    def __init__(self) -> None:
+        self.scores, self.num_logits = [], set()
+
+    def observe(self, output) -> None:
+        self.num_logits.add(len(logits_of(output)))
+
+    def __call__(self, tokens, scores):
+        self.scores.append(scores)
+        return scores
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_only_logits_of_the_last_token_are_computed_and_they_are_those_of_all(kind):
+    whole, recorded = _evaluated(kind), _Recorded()
+    rows = generate(whole, PROMPTS, max_new_tokens=6, processor=recorded)
+    assert recorded.num_logits == {1}
+    with torch.no_grad():
+        expected = logits_of(whole(TokenInputs(rows[:, :-1]), whole.new_cache(4, 32)))[20:]
+    torch.testing.assert_close(torch.stack(recorded.scores), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(rows[:, 21:], expected.argmax(dim=-1).T)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_prompts_of_different_lengths_continue_as_each_does_alone(kind):
+    whole = _evaluated(kind)
+    free = generate(whole, PROMPTS, max_new_tokens=12, lengths=LENGTHS)
+    eos_id = int(free[0, 9 + 4])
+    for options in ({}, {"eos_id": eos_id}):
+        rows = generate(whole, PROMPTS, max_new_tokens=12, lengths=LENGTHS, **options)
+        filler = options.get("eos_id", 0)
+        for row, prompt, length in zip(rows, PROMPTS, LENGTHS.tolist(), strict=True):
+            alone = generate(whole, prompt[None, :length], max_new_tokens=12, **options)[0]
+            assert torch.equal(row[: len(alone)], alone)
+            assert (row[len(alone) :] == filler).all()
+        assert rows.shape[1] <= 21 + 12
+
+
+def test_columns_beyond_every_prompt_change_nothing():
+    lengths = LENGTHS.clamp(max=13)
+    expected = generate(_model(), PROMPTS[:, :13], max_new_tokens=5, lengths=lengths)
+    assert torch.equal(generate(_model(), PROMPTS, max_new_tokens=5, lengths=lengths), expected)
+    same = torch.full((4,), 21)
+    assert torch.equal(
+        generate(_model(), PROMPTS, max_new_tokens=5, lengths=same),
+        generate(_model(), PROMPTS, max_new_tokens=5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([7], ("lengths", [1], "[2]", "each")),
+        ([0, 7], ("lengths", [0, 7], ("1", "7"), "prompt")),
+        ([3, 8], ("lengths", [3, 8], ("1", "7"), "prompt")),
+    ],
+)
+def test_lengths_that_are_not_those_of_the_prompts_are_refused(lengths, parts):
+    with assert_refused(*parts):
+        generate(_model(), _prompt(), max_new_tokens=1, lengths=torch.tensor(lengths))

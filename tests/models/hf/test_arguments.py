@@ -168,3 +168,23 @@ def test_attention_weights_as_a_setting_are_refused(kind):
     theirs.config._output_attentions = True  # as from_pretrained(output_attentions=True) does
     with assert_refused("output_attentions", value="weights", constraint="stored", remedy="leave"):
         theirs(TOKENS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_head_computes_only_the_logits_that_are_kept(kind, monkeypatch):
+    monkeypatch.setattr("models.hf.modeling.PREFILL_CHUNK", 7)
+    theirs, lengths = exported(kind).double(), []
+    expected = theirs(TOKENS).logits
+    theirs.get_output_embeddings().register_forward_hook(
+        lambda module, arguments, output: lengths.append(len(arguments[0]))
+    )
+    for use_cache in (False, True):
+        lengths.clear()
+        found = theirs(TOKENS, use_cache=use_cache, logits_to_keep=5).logits
+        # Chunks of a prompt of 24 tokens: 7, 7, 7 and 3. DART also has logits of drafts.
+        assert lengths == [1, 1, 2, 3] if use_cache else set(lengths) == {5}
+        torch.testing.assert_close(found, expected[:, -5:], **CLOSE)
+    lengths.clear()
+    theirs.generate(TOKENS, max_new_tokens=3, **GREEDY)
+    assert set(lengths) == {1}
