@@ -1,10 +1,9 @@
 """Fused elementwise chains, each as one autograd function.
 
 They read and write activations far less often than the same operations one by one. Every function
-has its equation, which the tests evaluate in fp64. torch.compile fuses such chains itself: where it
-cannot trace ours (`out=` of another layout) it is given the equation.
+has its equation, which the tests evaluate in fp64.
 
-Shapes: s sequence, b batch, h hidden, n heads, d head dimension.
+Shapes: s sequence, b batch, h hidden.
 """
 
 from __future__ import annotations
@@ -16,15 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def scaled_heads(x: Tensor, gain: Tensor) -> Tensor:
-    """`y = gain * x` with heads first: [s, b, n, d] and [n, d] -> contiguous [b, n, s, d]."""
-    gain = gain.to(x.dtype)
-    if torch.compiler.is_compiling():
-        return (x * gain).permute(1, 2, 0, 3).contiguous()
-    y: Tensor = _ScaledHeads.apply(x, gain)
-    return y
 
 
 def multiply_add(a: Tensor, b: Tensor, c: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -44,26 +34,6 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast all to the widest of their dtypes, which torch.autocast may have mixed."""
     widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return tuple(x.to(widest) for x in tensors)
-
-
-class _ScaledHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        s, b, n, d = x.shape
-        y = x.new_empty(b, n, s, d)
-        torch.mul(x, gain, out=y.permute(2, 0, 1, 3))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain = ctx.saved_tensors
-        g = g.permute(2, 0, 1, 3)
-        gradient = torch.empty_like(x)
-        torch.mul(g, x, out=gradient)
-        gain_gradient = gradient.sum(dim=(0, 1))
-        return torch.mul(g, gain, out=gradient), gain_gradient
 
 
 class _MultiplyAdd(torch.autograd.Function):

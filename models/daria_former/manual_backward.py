@@ -1,6 +1,9 @@
-"""The mix of attention paths as one autograd function; see models.common.manual_backward.
+"""Parts of a block as one autograd function each; see models.common.manual_backward.
 
-Shapes: s sequence, b batch, n heads, d head dimension, P paths.
+torch.compile fuses such chains itself: where it cannot trace ours (`out=` of another layout) it is
+given the equation.
+
+Shapes: s sequence, b batch, h hidden, E emotion, n heads, d head dimension, P paths.
 """
 
 from __future__ import annotations
@@ -14,6 +17,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.common.norms import inverse_rms
+from models.common.rope import Rotation
+
+
+def normalised_heads(x: Tensor, *, eps: float) -> Tensor:
+    """`y = x / rms(x)` with heads first: [s, b, n, d] -> contiguous [b, n, s, d]."""
+    if torch.compiler.is_compiling():
+        return (x * inverse_rms(x, eps=eps).to(x.dtype)).permute(1, 2, 0, 3).contiguous()
+    y: Tensor = _NormalisedHeads.apply(x, eps)
+    return y
+
+
+def rotated_heads(x: Tensor, gain: Tensor, rotation: Rotation) -> Tensor:
+    """`y = rotate(gain * x)`, see models.common.rope.rotate: x [b, n, s, d], gain [n, d]."""
+    cos, sin = (table.to(x.dtype) for table in rotation)
+    y: Tensor = _RotatedHeads.apply(x, gain.to(x.dtype), cos, sin)
+    return y
 
 
 def mix_paths(
@@ -32,6 +51,56 @@ def mix_paths(
         ]
         return functools.reduce(torch.add, parts).permute(2, 0, 1, 3).contiguous()
     y: Tensor = _MixPaths.apply(eps, gates, *readouts, *gains)
+    return y
+
+
+class _NormalisedHeads(torch.autograd.Function):
+    """With r = 1 / rms(x): `dx = r (g - y mean(g y))`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        inverse = inverse_rms(x, eps=eps)
+        s, b, n, d = x.shape
+        y = x.new_empty(b, n, s, d)
+        torch.mul(x, inverse.to(x.dtype), out=y.permute(2, 0, 1, 3))
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        b, n, s, d = y.shape
+        along = torch.linalg.vecdot(g, y).unsqueeze(-1)
+        inner = torch.addcmul(g, y, along, value=-1.0 / d).permute(2, 0, 1, 3)
+        gradient = g.new_empty(s, b, n, d)
+        return torch.mul(inner, inverse.to(g.dtype), out=gradient), None
+
+
+class _RotatedHeads(torch.autograd.Function):
+    """Backward rotates the gradient back by the same angle: `u`, then `dx = gain u`, `dgain = u x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain, cos, sin)
+        return _turned(x * gain.unsqueeze(1), cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, gain, cos, sin = ctx.saved_tensors
+        turned = _turned(g, cos, sin, back=True)
+        gain_gradient = (turned * x).sum(dim=(0, 2))
+        return turned.mul_(gain.unsqueeze(1)), gain_gradient, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """`x cos + roll(x, d / 2) sin`, or with the other sign, in halves: a roll is a copy."""
+    y = x * cos
+    (y_1, y_2), (x_1, x_2), (sin_1, sin_2) = (each.chunk(2, dim=-1) for each in (y, x, sin))
+    sign = -1.0 if back else 1.0
+    y_1.addcmul_(x_2, sin_1, value=sign)
+    y_2.addcmul_(x_1, sin_2, value=sign)
     return y
 
 

@@ -12,6 +12,7 @@ from tests.benchmarks.timing import machine
 NAMES = (
     "llama_step",
     "dynamic_step",
+    "daria_step",
     "packed_rows",
     "block_attention",
     "patch_cost",
