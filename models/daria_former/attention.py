@@ -105,8 +105,11 @@ class MultiContextAttention(nn.Module):
             num_sinks=self.config.num_global_tokens,
         )
 
-    def forward(self, x: Tensor, sources: Sources, cache: BlockCache | None = None) -> Attended:
-        """x [s/t, b, h]; with `cache` it continues the tokens already seen."""
+    def forward(
+        self, x: Tensor, sources: Sources, strength: Tensor, cache: BlockCache | None = None
+    ) -> Attended:
+        """x [s/t, b, h] and its output's factor `strength` fp32 [s, b, 1]; with `cache` it continues
+        the tokens already seen."""
         linears = [self.q_proj]
         for path in self.paths.values():
             linears += path.token_projections()  # type: ignore[operator]
@@ -130,7 +133,9 @@ class MultiContextAttention(nn.Module):
         if cache is not None:
             cache.length += queries.shape[2]
         readouts, gains = zip(*read.values(), strict=True)
-        mixed = mix_paths(readouts, gates.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps)
+        # A factor of the gates is one of the output, and costs no pass over it.
+        scaled = gates * copy_to_tensor_region(strength, ctx=self.ctx).unsqueeze(-1)
+        mixed = mix_paths(readouts, scaled.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps)
         memory = read["memory"].values if "memory" in read else None
         return Attended(self.o_proj(mixed.flatten(2)), gates, memory)
 
