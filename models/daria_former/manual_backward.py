@@ -357,11 +357,11 @@ class _MixPaths(torch.autograd.Function):
         b, n, s, d = readouts[0].shape
         y = readouts[0].new_empty(s, b, n, d)
         out = y.permute(1, 2, 0, 3)
-        inverses = []
+        inverses, scaled = [], torch.empty_like(out, memory_format=torch.contiguous_format)
         for p, (x, gain) in enumerate(zip(readouts, gains, strict=True)):
             inverses.append(inverse_rms(x, eps=eps))
             weight = (gates[..., p : p + 1] * inverses[p]).to(x.dtype)
-            scaled = x * gain.unsqueeze(1)
+            torch.mul(x, gain.unsqueeze(1), out=scaled)
             if p == 0:
                 torch.mul(scaled, weight, out=out)
             else:
@@ -375,11 +375,11 @@ class _MixPaths(torch.autograd.Function):
         gates, *rest = ctx.saved_tensors
         count = len(rest) // 3
         readouts, gains, inverses = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        g = g.permute(1, 2, 0, 3).contiguous()
+        g = g.permute(1, 2, 0, 3)
         gate_gradients, readout_gradients, gain_gradients = [], [], []
         for p, (x, gain, inverse) in enumerate(zip(readouts, gains, inverses, strict=True)):
             weight = gates[..., p : p + 1] * inverse
-            products = g * x
+            products = torch.mul(g, x, out=torch.empty_like(x))
             along = torch.matmul(products, gain.unsqueeze(-1)).to(weight.dtype)
             per_head = torch.matmul(weight.to(x.dtype).mT, products)  # [b, n, 1, d]
             gain_gradients.append(per_head.sum(dim=0).squeeze(1))

@@ -164,13 +164,10 @@ def packed_memory_attention(
 def pool(tokens: Tokens, stride: int) -> Slots:
     """One slot per stride: `k = sum_i w_i k_i`, `v = sum_i w_i v_i`, w = softmax(anchors)."""
     weights = at_least_fp32(tokens.anchors.unflatten(2, (-1, stride))).softmax(dim=-1)
-    weights = weights.to(tokens.keys.dtype).unsqueeze(-2)
-    return Slots(
-        *(
-            torch.matmul(weights, x.unflatten(2, (-1, stride))).squeeze(-2)
-            for x in (tokens.keys, tokens.values)
-        )
-    )
+    weights = weights.to(tokens.keys.dtype).unsqueeze(-1)
+    # Not products of matrices, of which there would be one for every few tokens.
+    strides = (x.unflatten(2, (-1, stride)) for x in (tokens.keys, tokens.values))
+    return Slots(*((weights * x).sum(dim=-2) for x in strides))
 
 
 def retrieve(

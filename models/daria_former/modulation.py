@@ -71,8 +71,8 @@ class EmotionModulatedFFN(nn.Module):
         weight = torch.cat((self.emotion, self.emotion_bias.unsqueeze(1)), dim=1)
 
         def moved(hidden: Tensor) -> Tensor:
-            added = torch.addmm(hidden.flatten(0, 1), emotion.flatten(0, 1), weight.T)
-            return added.view_as(hidden)
+            # torch.addmm would begin with a copy of the hidden layer.
+            return F.linear(emotion, weight).add_(hidden)
 
         if self.activation == "swiglu":
             gate, up = project_together(x, self.gate_proj, self.up_proj)
