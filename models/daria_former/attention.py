@@ -108,8 +108,8 @@ class MultiContextAttention(nn.Module):
     def forward(
         self, x: Tensor, sources: Sources, strength: Tensor, cache: BlockCache | None = None
     ) -> Attended:
-        """x [s/t, b, h] and its output's factor `strength` fp32 [s, b, 1]; with `cache` it continues
-        the tokens already seen."""
+        """x [s/t, b, h]; `strength` fp32 [s, b, 1], a factor of the output; with `cache` it
+        continues the tokens already seen."""
         linears = [self.q_proj]
         for path in self.paths.values():
             linears += path.token_projections()  # type: ignore[operator]

@@ -46,7 +46,7 @@ class EmotionExpressionLayer(nn.Module):
         hidden_dim, emotion_dim = config.hidden_dim, config.emotion_dim
         init = Normal(config.initializer_range)
         gates = {"mingru": 2, "gru": 3}[self.mode]
-        self.norm = _NormedLinear(hidden_dim, eps=config.norm_eps, ctx=ctx)
+        self.norm = _ProjectedNorm(hidden_dim, eps=config.norm_eps, ctx=ctx)
         self.input = replicated((gates * emotion_dim, hidden_dim), init, ctx)
         if not is_first:
             self.previous = replicated((gates * emotion_dim, emotion_dim), init, ctx)
@@ -108,7 +108,7 @@ class EmotionExpressionLayer(nn.Module):
         return torch.stack(states)
 
 
-class _NormedLinear(RMSNorm):
+class _ProjectedNorm(RMSNorm):
     """A norm whose result is only multiplied with a matrix."""
 
     def forward(self, x: Tensor, matrix: Tensor) -> Tensor:  # type: ignore[override]

@@ -120,7 +120,7 @@ class _NormalisedHeads(torch.autograd.Function):
 
 
 class _RotatedHeads(torch.autograd.Function):
-    """Backward rotates the gradient back by the same angle: `u`, then `dx = gain u`, `dgain = u x`."""
+    """Backward rotates the gradient back by the same angle to u: `dx = gain u`, `dgain = u x`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -247,7 +247,9 @@ class _Fuse(torch.autograd.Function):
             of_gates = _with_last(along, along[..., 2:] * inverse)
             mean = (of_gates * gates).sum(dim=-1, keepdim=True) / 2.0
             of_logits = gates * (of_gates - mean)
-            of_inverse = (of_logits * of_x).sum(dim=-1, keepdim=True) + along[..., 2:] * gates[..., 2:]
+            of_inverse = (of_logits * of_x).sum(dim=-1, keepdim=True) + along[..., 2:] * gates[
+                ..., 2:
+            ]
             weights = _with_last(gates, gates[..., 2:] * inverse).to(x.dtype)
             gradients, of_matrices = [], []
             for i, (z, matrix) in enumerate(zip((a, f, x), matrices, strict=True)):
@@ -284,10 +286,14 @@ class _GatedUpdate(torch.autograd.Function):
             inverse = inverse_rms(u, eps=eps)
             mean = u.mean(dim=-1, keepdim=True, dtype=inverse.dtype)
             turned = F.linear(u, down.to(u.dtype))
-            features = turned * inverse + F.linear(_statistics(mean, inverse, eps), statistics.to(inverse.dtype))
+            features = turned * inverse + F.linear(
+                _statistics(mean, inverse, eps), statistics.to(inverse.dtype)
+            )
             features = features.to(u.dtype)
             amount = F.linear(features, up.to(u.dtype), bias.to(u.dtype)).sigmoid_()
-            ctx.save_for_backward(u, mean, inverse, turned, features, amount, down, statistics, up, bias)
+            ctx.save_for_backward(
+                u, mean, inverse, turned, features, amount, down, statistics, up, bias
+            )
             return torch.addcmul(x, u, amount, value=2.0)
 
     @staticmethod
@@ -306,10 +312,14 @@ class _GatedUpdate(torch.autograd.Function):
             variance = inverse.pow(-2) - ctx.eps - mean.square()
             of_variance = torch.where(variance > 0, of_log / (1.0 + variance), 0.0)
             of_mean = of_mean - 2.0 * mean * of_variance
-            of_inverse = (wide * turned).sum(dim=-1, keepdim=True) - 2.0 * inverse.pow(-3) * of_variance
+            of_inverse = (wide * turned).sum(dim=-1, keepdim=True) - 2.0 * inverse.pow(
+                -3
+            ) * of_variance
             turned_back = (wide * inverse).to(u.dtype).flatten(0, 1)
             gradient.view(-1, size).addmm_(turned_back, down.to(u.dtype))
-            gradient.addcmul_(u, _of_input(of_inverse, inverse, u)).add_((of_mean / size).to(u.dtype))
+            gradient.addcmul_(u, _of_input(of_inverse, inverse, u)).add_(
+                (of_mean / size).to(u.dtype)
+            )
             return (
                 g,
                 gradient,

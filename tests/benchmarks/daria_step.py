@@ -1,5 +1,5 @@
-"""Cost of a Daria-Former block: training steps over their FLOPs, operations and bytes beside a llama
-of the same width, depth, heads and feed-forward size, and where the time goes.
+"""Cost of a Daria-Former block: training steps over their FLOPs, operations and bytes beside a
+llama of the same width, depth, heads and feed-forward size, and where the time goes.
 
 Times are CPU seconds of this process on one thread: other work on the cores then changes them
 little. A step is a forward and a backward pass over one row. An operation is one call of torch that
@@ -110,9 +110,7 @@ def counted(step: Step) -> Count:
     with Operations() as backward:
         loss.backward()
     step.built.zero_grad()
-    return Count(
-        forward.names.total(), backward.names.total(), forward.bytes + backward.bytes
-    )
+    return Count(forward.names.total(), backward.names.total(), forward.bytes + backward.bytes)
 
 
 def per_block(name: str, width: int) -> Count:

@@ -87,9 +87,7 @@ CASES = {
         ((3, 2, 6), (3, 2, 4), (6,), (6, 4), (6, 4)),
         fp32=(1,),
     ),
-    "fuse": Case(
-        lambda *given: fuse(*given, eps=EPS), _fused, (*((3, 2, 6),) * 3, (3, 18), (3,))
-    ),
+    "fuse": Case(lambda *given: fuse(*given, eps=EPS), _fused, (*((3, 2, 6),) * 3, (3, 18), (3,))),
     "gated_update": Case(
         # Weights of the size of a layer's, with which rounded features move a sigmoid little.
         lambda x, u, *w: gated_update(x, u, *(z / 4 for z in w), eps=EPS),
