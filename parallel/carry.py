@@ -283,18 +283,19 @@ def run_layers(
 
 
 def check_layers(model: SequentialModel, inputs: Any, schema: Any) -> Any:
-    """Run a model on the meta device and check the output of every layer but the last.
+    """Run a model on its device and check the output of every layer but the last.
 
-    Costs no memory and no arithmetic, so it runs before anything large is built. `model` is built
-    for one process (ParallelContext.single(device="meta")); `schema` describes its carry. Among
-    layers of one class with equal arguments only the first runs: the others return the same.
+    On the meta device it costs no memory and no arithmetic, so it runs before anything large is
+    built. `model` is built for one process (ParallelContext.single(device="meta")); `schema`
+    describes its carry. Among layers of one class with equal arguments only the first runs: the
+    others return the same.
 
     Returns the carry that the last layer takes.
 
     Raises:
         ValueError: a layer breaks the schema of the carry.
     """
-    carry = type(inputs)(*(x if x is None else x.to("meta") for x in inputs))
+    carry = type(inputs)(*(x if x is None else x.to(model.ctx.device) for x in inputs))
     checked: list[tuple[type[nn.Module], Mapping[str, Any]]] = []
     for spec, layer in zip(model.specs[:-1], model.layers[:-1], strict=True):
         if (spec.module, spec.kwargs) in checked:

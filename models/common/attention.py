@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.common.cache import KVCache
 from models.common.decoder_counts import mean_keys
+from models.common.flex import has_kernel, span_attention
 from models.common.norms import AllHeadsNorm, HeadNorm
 from models.common.rope import RotaryTable, Rotation, rotate
 from parallel.context import ParallelContext
@@ -69,8 +70,11 @@ def packed_attention(
     `positions` int32 [b, s] count from 0 in every document. The first `num_sinks` keys are sinks,
     not tokens, and visible to every query: k and v are [b, g, num_sinks + s, d]. Blocks of queries
     are computed one after another and recomputed in backward, so that memory grows with s, not s^2.
-    On a CPU keys before the documents of a block are left out, so that time grows with s, too.
+    On a CPU keys before the documents of a block are left out, so that time grows with s, too; in
+    training on CUDA one kernel leaves them out.
     """
+    if _takes_spans(q):
+        return span_attention(q, k, v, positions, num_sinks=num_sinks)
     length = q.shape[2]
     block = min(QUERY_BLOCK, _CPU_BLOCK) if q.device.type == "cpu" else QUERY_BLOCK
     index = torch.arange(length, dtype=torch.int32, device=q.device)
@@ -94,6 +98,12 @@ def packed_attention(
             )
         )
     return torch.cat(outputs, dim=2)
+
+
+def _takes_spans(q: Tensor) -> bool:
+    """Whether a packed row is one FlexAttention: a kernel is compiled for every shape, of which
+    training has few."""
+    return torch.is_grad_enabled() and has_kernel(q)
 
 
 def _first_seen(document_starts: Tensor) -> int:
@@ -137,6 +147,8 @@ def windowed_attention(
     if num_queries == 1:
         k, v = k[:, :, -window:], v[:, :, -window:]
         return unmasked_attention(q, k, v)
+    if positions is not None and _takes_spans(q):
+        return span_attention(q, k, v, positions, window=window)
     block = min(QUERY_BLOCK, max(window, 64), num_queries)
     reach = -(-(window - 1) // block)  # number of earlier key blocks visible to a query block
     sizes = [earlier] + [min(block, num_queries - i) for i in range(0, num_queries, block)]

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from models.common.cache import KeysValues
+from models.common.flex import has_kernel
 from models.dart.attention import Blocks, masked_block_attention
 from models.dart.flex import flex_block_attention
 from models.dart.merged_attention import merged_block_attention
-
-# Of the kernels that FlexAttention compiles.
-_FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FLEX_HEAD_DIM = 16
 
 
 def block_attention(
@@ -30,6 +27,6 @@ def block_attention(
         return masked_block_attention(q, context, own, blocks)
     if q.device.type == "cpu":
         return merged_block_attention(q, context, own, blocks)
-    if q.is_cuda and q.dtype in _FLEX_DTYPES and q.shape[-1] >= _FLEX_HEAD_DIM:
+    if has_kernel(q):
         return flex_block_attention(q, context, own, blocks)
     return masked_block_attention(q, context, own, blocks)

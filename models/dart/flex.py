@@ -5,22 +5,13 @@ Shapes: s places, b batch, n query heads, g key/value heads, d head dimension.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from models.common.cache import KeysValues
+from models.common.flex import TILE, Attend, MaskFunction, ends, kernel, tiles_mask
 from models.dart.attention import Blocks
-
-# Queries and keys of a tile, of which the kernel skips or applies the mask to whole ones.
-TILE = 128
-
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def flex_block_attention(
@@ -29,7 +20,7 @@ def flex_block_attention(
     own: KeysValues,
     blocks: Blocks,
     *,
-    attend: Callable[..., Any] | None = None,
+    attend: Attend | None = None,
 ) -> Tensor:
     """Mix the values that every place of whole rows sees: q [b, n, s, d] -> [b, n, s, d].
 
@@ -38,14 +29,9 @@ def flex_block_attention(
     """
     keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
     mask, grouped = tile_mask(blocks, len(q)), q.shape[1] != keys.shape[1]
-    attend = attend or _compiled()
+    attend = attend or kernel()
     mixed: Tensor = attend(q, keys, values, block_mask=mask, enable_gqa=grouped)
     return mixed
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def mask_function(blocks: Blocks) -> MaskFunction:
@@ -73,33 +59,18 @@ def tile_mask(blocks: Blocks, batch: int) -> BlockMask:
     Tiles of the context that every query sees as a whole have no mask applied to them.
     """
     length = blocks.starts.shape[1]
-    lowest, highest = _ends(blocks.starts.expand(batch, -1))
-    begin, latest_begin = _ends(blocks.documents.expand(batch, -1))
+    lowest, highest = ends(blocks.starts.expand(batch, -1), TILE)
+    begin, latest_begin = ends(blocks.documents.expand(batch, -1), TILE)
     first = torch.arange(0, 2 * length, TILE, device=lowest.device)
     last = (first + TILE).clamp(max=2 * length)
     context = (first <= highest) & (last > begin) & (first < length)
     last_own = (highest + blocks.size).clamp(max=length) + length
     own = (first < last_own) & (last > lowest + length)
     full = (first >= latest_begin) & (last - 1 <= lowest)
-    return BlockMask.from_kv_blocks(
-        *_listed((context | own) & ~full),
-        *_listed(full),
-        BLOCK_SIZE=TILE,
-        mask_mod=mask_function(blocks),
+    return tiles_mask(
+        (context | own) & ~full,
+        full,
+        mask_function(blocks),
+        size=TILE,
         seq_lengths=(length, 2 * length),
     )
-
-
-def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of every tile of int [b, s]: [b, tiles, 1] each."""
-    spare = -x.shape[1] % TILE
-    tiles = F.pad(x[:, None].double(), (0, spare), mode="replicate")[:, 0].unflatten(1, (-1, TILE))
-    least, greatest = tiles.aminmax(dim=-1)
-    return least.long().unsqueeze(-1), greatest.long().unsqueeze(-1)
-
-
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Number and indices of the tiles of keys, bool [b, queries, keys], as FlexAttention's lists
-    [b, 1, queries] and [b, 1, queries, keys] have them."""
-    indices = tiles.int().argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(dim=-1).int().unsqueeze(1), indices.int().unsqueeze(1)

@@ -45,12 +45,13 @@ def prepare_deepspeed() -> None:
 
     `init_distributed` (0.19.8, comm/torch.py) builds the operator with g++ on every rank, for a
     minute or more, and a process killed meanwhile leaves a lock on which every later run waits.
-    gloo does the same work. The table is probed lazily and edits to it persist.
+    gloo does the same work. The table of operators that can be built has no other reader; DeepSpeed
+    fills it when it is first asked for, with a compiler, for a third of a second.
     """
     if device_type() == "cpu":
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {}
 
 
 def let_megatron_run_on_cpu() -> None:

@@ -255,15 +255,14 @@ class PlainEngine(Engine):
             with self._phase("backward"):
                 engine.backward(total)
             sums += torch.stack([total.detach(), *(terms[name].detach() for name in names[1:])])
-            if clip_in_loop and engine.is_gradient_accumulation_boundary():
-                norm = clip_gradients(self.module, self.spec.config.training.grad_clip, self.ctx)
-                # Synchronises with the device, as DeepSpeed's own optimizers do.
-                applied = bool(norm.isfinite())
-            with (
-                self._phase("optimizer"),
-                contextlib.nullcontext() if applied else without_update(engine.optimizer),
-            ):
-                engine.step()
+            with self._phase("optimizer"):
+                if clip_in_loop and engine.is_gradient_accumulation_boundary():
+                    max_norm = self.spec.config.training.grad_clip
+                    norm = clip_gradients(self.module, max_norm, self.ctx)
+                    # Synchronises with the device, as DeepSpeed's own optimizers do.
+                    applied = bool(norm.isfinite())
+                with contextlib.nullcontext() if applied else without_update(engine.optimizer):
+                    engine.step()
         if not clip_in_loop:
             norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
         self._finish_step(applied=applied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -197,8 +198,26 @@ def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([n.float() for n in norms]).square().sum()
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """torch's, whose methods do not import torch._dynamo: two seconds of each start.
+
+    torch (2.13, optim/optimizer.py) imports it to keep these methods out of compiled code, and
+    nothing here compiles an optimizer.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
 def _torch_adamw(groups: list[dict[str, Any]], common: dict[str, Any]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, **common, fused=True)
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if FusedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # compared by type; others bring a warning
+        ZERO_SUPPORTED_OPTIMIZERS.append(FusedAdamW)
+    return FusedAdamW(groups, **common, fused=True)
 
 
 def _deepspeed_fused_adam(groups: list[dict[str, Any]], common: dict[str, Any]) -> Any:

@@ -31,6 +31,9 @@ from pretrain.engine.parameter_groups import check_multipliers
 from pretrain.errors import ConfigError
 
 Z_LOSS = "z_loss"
+# Parameters times tokens of a batch up to which `check_model` computes: tenths of a second. For the
+# arithmetic of the meta device torch (2.13) imports torch._dynamo and sympy: two seconds.
+_SMALL = 1e10
 
 
 class Targets(NamedTuple):
@@ -130,7 +133,8 @@ def build_context(
 def check_model(spec: TrainSpec) -> SequentialModel:
     """Run the layers on the meta device, to find wrong shapes and names without memory.
 
-    Returns the whole model on that device.
+    Those of a small model run on the CPU, which takes less time. Returns the whole model, on the
+    meta device.
 
     Raises:
         ValueError: a layer breaks the carry of its family, a setting fits no parameter, or the
@@ -149,18 +153,23 @@ def check_model(spec: TrainSpec) -> SequentialModel:
     single = ParallelContext.single(device="meta", precision=precision)
     whole = SequentialModel(spec.layer_specs(), single).to(precision.dtype)
     check_multipliers(whole, spec.config.training.lr_multipliers)
-    for length in spec.config.data.sequence_lengths:
-        shape = (spec.config.training.batch_size, length)
-        tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
+    lengths, batch_size = spec.config.data.sequence_lengths, spec.config.training.batch_size
+    model = whole
+    if sum(p.numel() for p in whole.parameters()) * batch_size * max(lengths) <= _SMALL:
+        single = ParallelContext.single(precision=precision)
+        model = SequentialModel(spec.layer_specs(), single).to(precision.dtype)
+    for length in lengths:
+        shape = (batch_size, length)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=single.device)
         segments = tokens.int() if spec.segmented else None
         schema = spec.schema(single, seq_length=length)
         inputs = TokenInputs(tokens, segments)
         check = _check_fp8_rows if precision.is_fp8 else check_layers
-        carry = check(whole, inputs, schema)
+        carry = check(model, inputs, schema)
         if spec.config.training.z_loss:
-            _check_z_loss(spec, whole.layers[-1](carry))
+            _check_z_loss(spec, model.layers[-1](carry))
         if spec.config.training.logits_parts > 1:
-            _check_logits_parts(spec, whole.layers[-1], carry, labels=tokens)
+            _check_logits_parts(spec, model.layers[-1], carry, labels=tokens)
     return whole
 
 
@@ -212,7 +221,7 @@ def _check_logits_parts(spec: TrainSpec, head: nn.Module, carry: Any, *, labels:
     parts, name = spec.config.training.logits_parts, spec.family.name
     head(carry)  # whole: what it raises has nothing to do with parts
     set_logits_parts(head, parts)
-    single = ParallelContext.single(device="meta")
+    single = ParallelContext.single(device=labels.device)
     try:
         output = head(carry)
         in_parts = isinstance(logits_of(output), LogitsInParts)

@@ -7,7 +7,9 @@ zero_grad.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,9 +22,21 @@ from pretrain.config import RunConfig, parse_config
 from pretrain.config.deepspeed import resolve_ds_config
 from pretrain.engine.build import build_engine
 from pretrain.engine.engine import Engine
+from pretrain.engine.phases import Phase
 from pretrain.engine.train_spec import TrainSpec, build_context, build_precision, check_model
 
 LEARNING_RATE = 3e-4
+ADAMW: dict[str, Any] = {
+    "lr": LEARNING_RATE,
+    "betas": (0.9, 0.95),
+    "weight_decay": 0.1,
+    "fused": True,
+}
+
+
+def no_phase(name: str) -> AbstractContextManager[None]:
+    """What a step enters around its phases unless they are measured."""
+    return contextlib.nullcontext()
 
 
 def run_config(
@@ -61,6 +75,15 @@ class OurStep:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    @property
+    def phase(self) -> Phase:
+        """What is entered around each phase of a step."""
+        return no_phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self.engine.record_phases(phase)
+
     def __call__(self, batch: Batch) -> Tensor:
         return self.engine.train_step(iter([batch]), learning_rate=LEARNING_RATE).loss
 
@@ -72,19 +95,22 @@ class TheirStep:
         self.model = model
         self.autocast = autocast
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+        self.phase: Phase = no_phase
 
     def __call__(self, batch: Batch) -> Tensor:
-        tokens, labels = (x.to(self.device, non_blocking=True) for x in batch[:2])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.phase("data"):
+            tokens, labels = (x.to(self.device, non_blocking=True) for x in batch[:2])
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        with self.phase("forward"), autocast:
             # shift_labels: labels that are already shifted, as ours are
             loss = self.model(input_ids=tokens, labels=labels, shift_labels=labels).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.phase("backward"):
+            loss.backward()
+        with self.phase("optimizer"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return loss.detach()
 
 
@@ -106,11 +132,16 @@ def copy_weights(config: RunConfig, ours: nn.Module, theirs: nn.Module) -> None:
         RuntimeError: a weight of either has no counterpart.
     """
     mapping = _hf_mapping(config)
-    names = mapping.names(config.model)
-    state = {names[name]: p.detach() for name, p in ours.named_parameters()}
+    state = hf_weights(config, ours)
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     if unexpected or set(missing) - set(mapping.tied(config.model)):
         raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+
+
+def hf_weights(config: RunConfig, ours: nn.Module) -> dict[str, Tensor]:
+    """The weights of ours by transformers' names, not copied."""
+    names = _hf_mapping(config).names(config.model)
+    return {names[name]: p.detach() for name, p in ours.named_parameters()}
 
 
 def _hf_mapping(config: RunConfig) -> HFMapping:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.common.repetition import RepetitionScores
 from models.daria_former.carry import DariaInputs
 from models.daria_former.standalone.logits_processor import ReactionVariabilitySystem
 from models.daria_former.standalone.model import DariaFormerModel, check_length
+from models.daria_former.standalone.repetition import RepetitionScores
 from models.generate import generate
 from models.standalone.model import check_tokens
 

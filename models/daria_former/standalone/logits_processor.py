@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from models.common.repetition import RepetitionControl
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.standalone.repetition import RepetitionControl
 
 
 class ReactionVariabilitySystem(RepetitionControl):

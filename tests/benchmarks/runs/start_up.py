@@ -1,7 +1,7 @@
-"""CPU seconds of four ranks from their launch to the end of a first step, and what they import.
+"""CPU seconds to a first step or token of one rank, to a first step of four, and of their imports.
 
 `python -m tests.benchmarks.runs.start_up --against TREE` launches this tree and another one, such
-as a worktree of an earlier commit, in turn. Four ranks share the cores, so that CPU seconds decide.
+as a worktree of an earlier commit, in turn. Ranks share the cores, so that CPU seconds decide.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import psutil
 import yaml
 
 from tests.benchmarks.timing import Table, machine
 from tests.pretrain.tiny_run import tiny_run, write_data
 
-RANKS, ROUNDS = 4, 2
+RANKS, ROUNDS, ROUNDS_ALONE = 4, 2, 5
 HERE = Path(__file__).resolve().parents[3]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 # What a rank at tensor size 2 imports, in the order in which it does. Megatron-Core's own imports
@@ -48,13 +50,20 @@ FLOORS = {
 }
 
 
+STEP, TOKEN = "the first step of the demo model", "the first token of models.generate"
+# What each takes longer than, in turn with it.
+ALONE = {STEP: "import torch, deepspeed", TOKEN: "import torch"}
+
+
 class Spent(NamedTuple):
     cpu: float
     wall: float
 
 
 def tables(against: Path | None = None) -> Iterator[Table]:
-    """Launches in turn with the floors, then the imports of a rank."""
+    """One rank, then launches of four in turn with the floors, then the imports of a rank."""
+    with tempfile.TemporaryDirectory() as name:
+        yield _one_rank(Path(name))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_run(folder)
@@ -78,6 +87,70 @@ def tables(against: Path | None = None) -> Iterator[Table]:
         rows,
     )
     yield _imports()
+
+
+def _one_rank(folder: Path) -> Table:
+    """From the command to the line of the first step, and to the end of one token's generation."""
+    corpus = folder / "demo"
+    _measured([[sys.executable, "-m", "data_tools.demo_corpus", "--output", str(corpus)]], HERE)
+    data = [f"data.{split}={corpus / split}" for split in ("train", "validation")]
+    train = ["pretrain/train.py", "--config-name", "demo", "model=llama/demo", *data]
+    train += [f"data.tokenizer={corpus / 'tokenizer.model'}", f"run_dir={folder / 'run'}"]
+    train += ["training.max_steps=1", "training.warmup_steps=0", "evaluation.max_windows=4"]
+    generate = ["-m", "models.generate", "--checkpoint", str(folder / "run")]
+    commands = {
+        STEP: [*train, "training.log_interval=1"],
+        TOKEN: [*generate, "--prompt", "def", "--max-new-tokens", "1"],
+    }
+    rows = []
+    for title, command in commands.items():
+        found: dict[str, list[Spent]] = {title: [], ALONE[title]: []}
+        for _ in range(ROUNDS_ALONE):
+            if title == STEP:
+                shutil.rmtree(folder / "run", ignore_errors=True)
+            marker = "step 1/1 | loss" if title == STEP else None
+            found[title].append(_until([sys.executable, "-W", "ignore", *command], marker))
+            alone = [sys.executable, "-W", "ignore", "-c", ALONE[title]]
+            found[ALONE[title]].append(_until(alone, None))
+        own, least = found[title], found[ALONE[title]]
+        ratios = [a.cpu / b.cpu for a, b in zip(own, least, strict=True)]
+        for name, spent in found.items():
+            cpu, wall = (median(values) for values in zip(*spent, strict=True))
+            over = f"{median(ratios):.2f}x" if name == title else ""
+            rows.append((name, f"{cpu:.1f}", f"{wall:.1f}", over))
+    return Table(
+        f"One rank, medians of {ROUNDS_ALONE} rounds",
+        ("", "CPU seconds", "wall", "CPU seconds over the import below"),
+        rows,
+    )
+
+
+def _until(command: Sequence[str], marker: str | None) -> Spent:
+    """Spent by one process until it prints a line with `marker`, or to its end."""
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(HERE)}
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with subprocess.Popen(
+        command,
+        cwd=HERE,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        spent, lines = None, []
+        for line in process.stdout:
+            lines.append(line)
+            if marker is not None and marker in line:
+                times = psutil.Process(process.pid).cpu_times()
+                spent = Spent(times.user + times.system, time.perf_counter() - begin)
+    assert process.returncode == 0, "".join(lines)
+    if spent is None:
+        assert marker is None, "".join(lines)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        spent = Spent(cpu, time.perf_counter() - begin)
+    return spent
 
 
 def _write_run(folder: Path) -> None:

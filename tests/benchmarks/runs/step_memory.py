@@ -1,7 +1,7 @@
 """Peak memory of a training step in the engine of a run, beside a plain loop over transformers.
 
 Each side has a process of its own: what it adds to the memory that it held before its first step,
-by `ru_maxrss`. Rows are longer and the vocabulary larger than in `llama_step`, because logits are
+by `ru_maxrss`. Rows are longer and the vocabulary larger than in `step`, because logits are
 what weighs: their bytes stand beside. The second table is what `training.logits_parts` costs: both
 engines in one process, in turn.
 """
@@ -23,8 +23,7 @@ from torch import Tensor
 from data_tools.loading.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.distributed.process_groups import process_group
-from tests.benchmarks import llama_step
-from tests.benchmarks.llama_step import OURS, THEIRS
+from tests.benchmarks.step import OURS, SHAPE, THEIRS
 from tests.benchmarks.timing import Table, interleaved, ratio
 from tests.benchmarks.training import (
     OurStep,
@@ -77,7 +76,7 @@ def tables() -> Iterator[Table]:
 
 def _config(side: str, vocab_size: int) -> RunConfig:
     return run_config(
-        {**llama_step.SHAPE, "vocab_size": vocab_size},
+        {**SHAPE, "vocab_size": vocab_size},
         seq_length=SEQ_LENGTH,
         batch_size=BATCH_SIZE,
         precision="fp32",
