@@ -25,6 +25,9 @@ from parallel.cpu.few_rows import few_rows_product, is_few_rows_product
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
+_PRODUCT_COLUMNS = 64  # of which the width of a joined product is a multiple,
+_WIDE = 1024  # from as many on, where they are a small part of it
+
 
 def ColumnParallelLinear(
     in_features: int,
@@ -80,17 +83,22 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     Query, key and value (or gate and up) projections share their input: it is gathered once in
     forward, and the sum of their input gradients is reduced once in backward. With `joined` the
     weights are concatenated into one product, which for many narrow layers is faster than many
-    products and a sum of as many input gradients; the results are then views of one tensor. Layers
-    that do more than multiply with their weight are called one by one.
+    products and a sum of as many input gradients; the results are then views of one tensor. Rows of
+    zeros make a wide product a multiple of 64 columns wide, without which kernels are slower.
+    Layers that do more than multiply with their weight are called one by one, and so are all without
+    gradients: a step of generation would copy more weights than it multiplies.
     """
     contexts = [_context_of(linear) for linear in linears]
     ctx = None if None in contexts else contexts[0]
     if ctx is not None:
         x = copy_to_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx)
+    joined = joined and torch.is_grad_enabled()
     if joined and all(_is_plain_linear(each) and each.bias is None for each in linears):
         weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
-        y = F.linear(x, torch.cat(weights))
-        return y.split([len(weight) for weight in weights], dim=-1)
+        sizes = [len(weight) for weight in weights]
+        padding = -sum(sizes) % _PRODUCT_COLUMNS if sum(sizes) > _WIDE else 0
+        padded = [*weights, weights[0].new_zeros(padding, x.shape[-1])]
+        return F.linear(x, torch.cat(padded)).split([*sizes, padding], dim=-1)[: len(weights)]
     options = {} if ctx is None else {"collectives": False}
     return tuple(apply_linear(linear, x, **options) for linear in linears)
 

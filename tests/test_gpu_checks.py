@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 OPERATIONS = {
     "agiformer": (660, 4.4),
     "amrpa": (400, 3.9),
-    "daria_former": (1540, 8.0),
+    "daria_former": (1510, 7.1),
     "dart": (355, 2.8),
     "dtf": (316, 1.8),
     "llama": (172, 1.75),

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_CHUNK = 32  # tokens
+
 
 def scan(keep: Tensor, write: Tensor) -> Tensor:
     """`e_t = keep_t e_{t-1} + write_t` with e_{-1} = 0, over the first dimension of [s, b, E] fp32.
 
-    Work grows with s and the longest chain of dependent steps with sqrt(s). Backward is the same
+    Work grows with s and the longest chain of dependent steps with log s. Backward is the same
     recurrence from the end; only `keep` and the result are saved for it.
     """
     return _Scan.apply(keep, write)
@@ -39,20 +41,22 @@ class _Scan(torch.autograd.Function):
 
 
 def _scanned(keep: Tensor, write: Tensor) -> Tensor:
-    """The recurrence in chunks of sqrt(s): within all chunks in parallel, then across chunks."""
+    """The recurrence: within chunks of all of them at once, and again across chunks."""
     length = keep.shape[0]
     if length == 1:
         return write.clone()
-    chunk = int(length**0.5 + 0.5)
-    num_chunks = -(-length // chunk)
-    padding = (0, 0) * (keep.dim() - 1) + (0, num_chunks * chunk - length)
-    keep = F.pad(keep, padding).unflatten(0, (num_chunks, chunk)).transpose(0, 1).contiguous()
-    write = F.pad(write, padding).unflatten(0, (num_chunks, chunk)).transpose(0, 1).contiguous()
-    for t in range(1, chunk):  # step t of every chunk
-        write[t].addcmul_(keep[t], write[t - 1])
-        keep[t].mul_(keep[t - 1])
-    incoming = torch.zeros_like(write[0])  # the state before each chunk
-    for i in range(1, num_chunks):
-        torch.addcmul(write[-1, i - 1], keep[-1, i - 1], incoming[i - 1], out=incoming[i])
-    states = torch.addcmul(write, keep, incoming)
-    return states.transpose(0, 1).flatten(0, 1)[:length]
+    padding = (0, 0) * (keep.dim() - 1) + (0, -length % _CHUNK)
+    keep, write = (F.pad(x, padding).unflatten(0, (-1, _CHUNK)) for x in (keep, write))
+    step = 1
+    while step < min(_CHUNK, length):  # `write` then covers twice as many tokens
+        earlier, later = slice(0, -step), slice(step, None)
+        both = torch.addcmul(write[:, later], keep[:, later], write[:, earlier])
+        write = torch.cat((write[:, :step], both), dim=1)
+        keep = torch.cat((keep[:, :step], keep[:, later] * keep[:, earlier]), dim=1)
+        step *= 2
+    if len(keep) > 1:
+        before = _scanned(
+            keep[:-1, -1], write[:-1, -1]
+        )  # the state before each chunk but the first
+        write[1:].addcmul_(keep[1:], before.unsqueeze(1))
+    return write.flatten(0, 1)[:length]

@@ -105,27 +105,37 @@ class MultiContextAttention(nn.Module):
             num_sinks=self.config.num_global_tokens,
         )
 
-    def forward(self, x: Tensor, sources: Sources, cache: BlockCache | None = None) -> Attended:
-        """x [s/t, b, h]; with `cache` it continues the tokens already seen."""
-        linears = [self.q_proj, self.gate] if self.config.is_gated else [self.q_proj]
+    def forward(
+        self, x: Tensor, sources: Sources, strength: Tensor, cache: BlockCache | None = None
+    ) -> Attended:
+        """x [s/t, b, h]; `strength` fp32 [s, b, 1], a factor of the output; with `cache` it
+        continues the tokens already seen."""
+        linears = [self.q_proj]
         for path in self.paths.values():
             linears += path.token_projections()  # type: ignore[operator]
-        projected = iter(project_together(x, *linears, joined=True))
+        if self.config.is_gated:  # the last: keys and values then begin at multiples of a head
+            linears.append(self.gate)
+        projections = list(project_together(x, *linears, joined=True))
+        gate = projections.pop() if self.config.is_gated else None
+        projected = iter(projections)
         if sources.priors is not None:
             sources = sources._replace(priors=copy_to_tensor_region(sources.priors, ctx=self.ctx))
         queries = normed_heads(next(projected), self.config)
-        if self.config.is_gated:
-            gates = self._gates(next(projected), sources)
+        if gate is not None:
+            gates = self._gates(gate, sources)
         else:
-            gates = queries.new_ones((*queries.shape[:3], 1), dtype=torch.float32)
+            batch, heads, length, _ = queries.shape
+            gates = queries.new_ones((length, batch, heads, 1), dtype=torch.float32)
         read: dict[str, PathReadout] = {}
         for name, path in self.paths.items():
             own = [next(projected) for _ in path.token_projections()]  # type: ignore[operator]
             read[name] = path(queries, own, sources, cache)
         if cache is not None:
-            cache.length += len(queries)
+            cache.length += queries.shape[2]
         readouts, gains = zip(*read.values(), strict=True)
-        mixed = mix_paths(readouts, gates.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps)
+        # A factor of the gates is one of the output, and costs no pass over it.
+        scaled = gates * copy_to_tensor_region(strength, ctx=self.ctx).unsqueeze(-1)
+        mixed = mix_paths(readouts, scaled.permute(1, 2, 0, 3), gains, eps=self.config.norm_eps)
         memory = read["memory"].values if "memory" in read else None
         return Attended(apply_linear(self.o_proj, mixed.flatten(2)), gates, memory)
 

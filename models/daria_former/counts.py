@@ -26,6 +26,8 @@ def forward_flops_per_token(config: DariaFormerConfig, seq_length: int) -> float
     training noise are not counted.
     """
     per_token = config.num_layers * (_block_matmul(config) + _attention(config, seq_length))
+    if config.norm_type == "rms":  # the gains of both norms are a column of their matrices
+        per_token += config.num_layers * 2 * config.hidden_dim
     sites = 1 + sum(config.has_update_site(i) for i in range(config.num_layers))
     per_token += sites * _site_matmul(config) + _router_matmul(config) + _head_matmul(config)
     per_token -= _gates(config) * config.emotion_dim**2  # the first site has no previous state
@@ -131,8 +133,6 @@ def _attention(config: DariaFormerConfig, length: int) -> float:
             tokens = min(config.segment_len, length - start)
             keys += (min(config.memory_top_k, candidates) + 1) * tokens / length
             scoring += candidates * _kv(config) / length
-        # Pooling keys and values into working and into episodic memory.
-        scoring += 4 * _kv(config) * (length - length % config.segment_len) / length
     return 2 * keys * _width(config) + scoring
 
 

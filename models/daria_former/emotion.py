@@ -15,6 +15,7 @@ from models.common.init import replicated
 from models.common.norms import RMSNorm
 from models.common.scan import scan
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.manual_backward import normed_linear
 from parallel.context import ParallelContext
 from parallel.precision import at_least_fp32
 from parallel.regions import gather_sequence
@@ -45,7 +46,7 @@ class EmotionExpressionLayer(nn.Module):
         hidden_dim, emotion_dim = config.hidden_dim, config.emotion_dim
         init = Normal(config.initializer_range)
         gates = {"mingru": 2, "gru": 3}[self.mode]
-        self.norm = RMSNorm(hidden_dim, eps=config.norm_eps, ctx=ctx)
+        self.norm = _ProjectedNorm(hidden_dim, eps=config.norm_eps, ctx=ctx)
         self.input = replicated((gates * emotion_dim, hidden_dim), init, ctx)
         if not is_first:
             self.previous = replicated((gates * emotion_dim, emotion_dim), init, ctx)
@@ -67,8 +68,8 @@ class EmotionExpressionLayer(nn.Module):
 
         `starts` bool [s, b]: tokens that begin a document and so forget. `initial` fp32 [b, E].
         """
-        gates = gather_sequence(F.linear(self.norm(x), self.input), ctx=self.ctx)
-        gates = at_least_fp32(gates) + at_least_fp32(torch.cat((self.write_bias, self.bias)))
+        gates = gather_sequence(self.norm(x, self.input), ctx=self.ctx)
+        gates = gates + at_least_fp32(torch.cat((self.write_bias, self.bias)))
         if previous is not None:
             gates = gates + F.linear(previous, at_least_fp32(self.previous))
         if history is not None and history.length:
@@ -105,6 +106,13 @@ class EmotionExpressionLayer(nn.Module):
             state = (1.0 - update) * state + update * new
             states.append(state)
         return torch.stack(states)
+
+
+class _ProjectedNorm(RMSNorm):
+    """A norm whose result is only multiplied with a matrix."""
+
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:  # type: ignore[override]
+        return normed_linear(x, self.weight, matrix, eps=self.eps)
 
 
 def _log_lifetimes(shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -210,9 +210,9 @@ class DACBlock(nn.Module):
     def forward(self, carry: DariaCarry, cache: BlockCache | None = None) -> DariaCarry:
         x, own = carry.hidden, local_sequence(carry.emotion, ctx=self.ctx)
         sources = Sources(carry.priors, carry.bank, carry.modality, carry.positions, carry.keys)
-        attended = self.attention(self.attention_norm(x, own), sources, cache)
-        strength = 1.0 + F.linear(own.to(x.dtype), self.attention_scale).tanh()
-        a = self._dropped(attended.output * strength, carry, stream=1)
+        strength = 1.0 + F.linear(carry.emotion, at_least_fp32(self.attention_scale)).tanh()
+        attended = self.attention(self.attention_norm(x, own), sources, strength, cache)
+        a = self._dropped(attended.output, carry, stream=1)
         f = self.ffn(self.ffn_norm(x + a, own), carry.emotion)
         u = self.fusion(a, self._dropped(f, carry, stream=2), x)
         x = self.rhythm(x, u)

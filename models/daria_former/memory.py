@@ -58,8 +58,8 @@ class MemoryLayout(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Inputs of the memory path per token: queries [b, n, s, d], keys and values [b, g, s, d], and
-    anchors, the pooling logits, [b, g, s]."""
+    """Inputs of the memory path per token: queries [b, n, s, d] before their gain, keys and values
+    [b, g, s, d], and anchors, the pooling logits, [b, g, s]."""
 
     queries: Tensor
     keys: Tensor
@@ -71,6 +71,7 @@ def memory_attention(
     tokens: Tokens,
     *,
     fixed: Slots,
+    query_gain: Tensor,
     initial_query: Tensor,
     layout: MemoryLayout,
     cache: MemoryCache | None = None,
@@ -78,7 +79,8 @@ def memory_attention(
 ) -> Tensor:
     """The readout [b, n, s, d] of rows that are one document; with `cache` they continue it.
 
-    `fixed`: the persistent slots. `initial_query` [g, d]: the query of the first segment.
+    `fixed`: the persistent slots. `query_gain` [n, d] scales queries. `initial_query` [g, d]: the
+    query of the first segment.
     `training`: see `retrieve`.
     """
     segment, length = layout.segment_len, tokens.keys.shape[2]
@@ -91,9 +93,9 @@ def memory_attention(
     if cache is not None and num_segments == 1 and cache.retrieved_for == first:
         retrieved = cache.retrieved
         if num_closed:
-            _close_segments(closed, layout, initial_query, cache)
+            _close_segments(closed, layout, query_gain, initial_query, cache)
     else:
-        known = _close_segments(closed, layout, initial_query, cache)
+        known = _close_segments(closed, layout, query_gain, initial_query, cache)
         queries = known.queries[:, :, :num_segments]
         visible = _visible(known, first, num_segments, first + num_closed, layout)
         slots = concatenated([*known.levels, fixed])
@@ -106,7 +108,8 @@ def memory_attention(
     parts, done = [], 0
     for stop in _segment_boundaries(opened, length, segment):
         begin, end = (opened + done) // segment, -(-(opened + stop) // segment)
-        parts.append(read(cut(tokens.queries, done, stop), retrieved.segments(begin, end)))
+        part = cut(tokens.queries, done, stop)
+        parts.append(read(part, retrieved.segments(begin, end), query_gain))
         done = stop
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
@@ -116,6 +119,7 @@ def packed_memory_attention(
     positions: Tensor,
     *,
     fixed: Slots,
+    query_gain: Tensor,
     initial_query: Tensor,
     layout: MemoryLayout,
     training: bool = False,
@@ -130,12 +134,14 @@ def packed_memory_attention(
     opening = initial_query.expand(batch, -1, -1).unsqueeze(2)
     always = positions.new_ones((1, fixed.keys.shape[2]), dtype=torch.bool)
     for_first = retrieve(opening, fixed, always, top_k=layout.top_k, training=training)
-    in_first = read(tokens.queries, for_first)
+    in_first = read(tokens.queries, for_first, query_gain)
     if length <= segment:
         return in_first
     complete = _CompleteRuns.of(positions, segment)
     blocks = complete.tokens()
-    queries = _mean_query(_take(tokens.queries, blocks), segment, fixed.keys.shape[1])
+    queries = _mean_query(
+        _take(tokens.queries, blocks), query_gain, segment=segment, groups=fixed.keys.shape[1]
+    )
     levels, visible = [], []
     for stride, capacity in layout.levels():
         slots = _CompleteRuns.of(positions, stride)
@@ -148,7 +154,7 @@ def packed_memory_attention(
     retrieved = retrieve(queries, everything, seen, top_k=layout.top_k, training=training)
     # The block after each complete segment; the part beyond its document is discarded.
     following = (blocks + segment).clamp(max=length - 1)
-    after = read(_take(tokens.queries, following), retrieved)
+    after = read(_take(tokens.queries, following), retrieved, query_gain)
     offset = positions.long() % segment
     previous = complete.number_at(torch.arange(length, device=offset.device) - offset - 1)
     after = _take(after, (previous.clamp(min=0) * segment + offset))
@@ -158,13 +164,10 @@ def packed_memory_attention(
 def pool(tokens: Tokens, stride: int) -> Slots:
     """One slot per stride: `k = sum_i w_i k_i`, `v = sum_i w_i v_i`, w = softmax(anchors)."""
     weights = at_least_fp32(tokens.anchors.unflatten(2, (-1, stride))).softmax(dim=-1)
-    weights = weights.to(tokens.keys.dtype).unsqueeze(-2)
-    return Slots(
-        *(
-            torch.matmul(weights, x.unflatten(2, (-1, stride))).squeeze(-2)
-            for x in (tokens.keys, tokens.values)
-        )
-    )
+    weights = weights.to(tokens.keys.dtype).unsqueeze(-1)
+    # Not products of matrices, of which there would be one for every few tokens.
+    strides = (x.unflatten(2, (-1, stride)) for x in (tokens.keys, tokens.values))
+    return Slots(*((weights * x).sum(dim=-2) for x in strides))
 
 
 def retrieve(
@@ -191,18 +194,24 @@ def retrieve(
     return Retrieved(F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1)), F.pad(bias, (0, 1)))
 
 
-def read(queries: Tensor, retrieved: Retrieved) -> Tensor:
+def read(queries: Tensor, retrieved: Retrieved, query_gain: Tensor) -> Tensor:
     """Attention of [b, n, c * l, d] queries, l for each of c segments, to what each retrieved."""
-    groups, num_segments = retrieved.keys.shape[1:3]
     scale = 1.0 / math.sqrt(queries.shape[-1])
-    # All queries of a group and segment share their keys: [b, g, c, r * l, d].
-    q = queries.unflatten(1, (groups, -1)).unflatten(3, (num_segments, -1)).transpose(2, 3)
-    heads, per_segment = q.shape[3:5]
-    scores = torch.matmul(q.flatten(3, 4), retrieved.keys.mT)
-    scores = at_least_fp32(scores) * scale + retrieved.bias.unsqueeze(-2)
-    read_out = torch.matmul(scores.softmax(dim=-1).to(q.dtype), retrieved.values)
-    read_out = read_out.unflatten(3, (heads, per_segment)).transpose(2, 3)
-    return read_out.flatten(3, 4).flatten(1, 2)
+    heads = queries.shape[1] // retrieved.keys.shape[1]
+    q = queries.unflatten(2, (retrieved.keys.shape[2], -1))
+    # Scaled keys are far fewer than scaled scores.
+    scores = torch.matmul(q, scaled_for_heads(retrieved.keys, scale * query_gain).mT)
+    bias = retrieved.bias.unsqueeze(-2).repeat_interleave(heads, dim=1)
+    weights = (at_least_fp32(scores) + bias).softmax(dim=-1).to(q.dtype)
+    return torch.matmul(weights, retrieved.values.repeat_interleave(heads, dim=1)).flatten(2, 3)
+
+
+def scaled_for_heads(keys: Tensor, query_gain: Tensor) -> Tensor:
+    """`gain_i * k_g` for every query head i and its key head g: keys [b, g, ..., m, d], gain [n, d]
+    -> [b, n, ..., m, d]. Queries then need no gain."""
+    gain = query_gain.to(keys.dtype).unflatten(0, (keys.shape[1], -1))
+    gain = gain.view(*gain.shape[:2], *([1] * (keys.dim() - 3)), gain.shape[-1])
+    return (keys.unsqueeze(2) * gain).flatten(1, 2)
 
 
 def _joined(tokens: Tokens, cache: MemoryCache, opened: int) -> Tokens:
@@ -219,11 +228,15 @@ class _SegmentState(NamedTuple):
 
 
 def _close_segments(
-    closed: Tokens, layout: MemoryLayout, initial: Tensor, cache: MemoryCache | None
+    closed: Tokens,
+    layout: MemoryLayout,
+    query_gain: Tensor,
+    initial: Tensor,
+    cache: MemoryCache | None,
 ) -> _SegmentState:
     """Pool the complete segments of a call; a cache then keeps what later segments can see."""
     batch, groups = closed.keys.shape[:2]
-    queries = _mean_query(closed.queries, layout.segment_len, groups)
+    queries = _mean_query(closed.queries, query_gain, segment=layout.segment_len, groups=groups)
     if cache is not None and cache.summaries.length:
         before = cache.summaries.last(1).clone()
     else:
@@ -256,9 +269,12 @@ def _visible(
     return torch.cat(visible, dim=1)
 
 
-def _mean_query(queries: Tensor, segment: int, groups: int) -> Tensor:
+def _mean_query(queries: Tensor, query_gain: Tensor, *, segment: int, groups: int) -> Tensor:
     """Mean over a segment and over the heads that share keys: [b, n, c * C, d] -> [b, g, c, d]."""
-    return queries.unflatten(1, (groups, -1)).unflatten(3, (-1, segment)).mean(dim=(2, 4))
+    means = queries.unflatten(2, (-1, segment)).mean(dim=3) * query_gain.to(
+        queries.dtype
+    ).unsqueeze(1)
+    return means.unflatten(1, (groups, -1)).mean(dim=2)
 
 
 def concatenated(levels: list[Slots]) -> Slots:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common.init import replicated, row_sharded
-from models.common.manual_backward import multiply_add, weighted_sum
-from models.common.norms import inverse_rms, rms_norm
+from models.common.manual_backward import multiply_add
+from models.common.norms import inverse_rms
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.manual_backward import adaptive_norm, fuse, gated_update
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, apply_linear, project_together
-from parallel.precision import at_least_fp32, fp32_or_wider
 from parallel.regions import copy_to_tensor_region
 from parallel.sharding import Constant, Normal
 
@@ -39,13 +39,10 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x: Tensor, own: Tensor) -> Tensor:
         """x [s, b, h] and the state of its tokens [s, b, E]."""
         if self.kind == "rms":
-            normed = rms_norm(x, self.weight, eps=self.eps)
-        else:
-            normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return adaptive_norm(x, own, self.weight, self.scale, self.shift, eps=self.eps)
+        normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         own = own.to(x.dtype)
-        # Adding to the product costs no pass over the activations of its own.
-        shifted = torch.addmm(normed.flatten(0, 1), own.flatten(0, 1), self.shift.T)
-        return multiply_add(shifted.view_as(normed), normed, F.linear(own, self.scale))
+        return multiply_add(normed + F.linear(own, self.shift), normed, F.linear(own, self.scale))
 
 
 class EmotionModulatedFFN(nn.Module):
@@ -74,8 +71,8 @@ class EmotionModulatedFFN(nn.Module):
         weight = torch.cat((self.emotion, self.emotion_bias.unsqueeze(1)), dim=1)
 
         def moved(hidden: Tensor) -> Tensor:
-            added = torch.addmm(hidden.flatten(0, 1), emotion.flatten(0, 1), weight.T)
-            return added.view_as(hidden)
+            # torch.addmm would begin with a copy of the hidden layer.
+            return F.linear(emotion, weight).add_(hidden)
 
         if self.activation == "swiglu":
             gate, up = project_together(x, self.gate_proj, self.up_proj)
@@ -99,15 +96,7 @@ class ResidualFusion(nn.Module):
         self.bias = replicated((3,), _fusion_bias, ctx)
 
     def forward(self, attended: Tensor, fed: Tensor, x: Tensor) -> Tensor:
-        inverse = inverse_rms(x, eps=self.eps)
-        # As matrices of their own: autograd would multiply strided ones the slow way round.
-        of_attended, of_fed, of_x = (part.contiguous() for part in self.gate.chunk(3, dim=1))
-        # W [a; f; norm(x)] without a copy of the three; a factor per token commutes with W.
-        logits = F.linear(attended, of_attended, self.bias) + F.linear(fed, of_fed)
-        logits = at_least_fp32(logits) + inverse * F.linear(x, of_x)
-        gates = 2.0 * logits.softmax(dim=-1)
-        gates = torch.cat((gates[..., :2], gates[..., 2:] * inverse), dim=-1)
-        return weighted_sum((attended, fed, x), gates)
+        return fuse(attended, fed, x, self.gate, self.bias, eps=self.eps)
 
 
 class RhythmGate(nn.Module):
@@ -129,17 +118,16 @@ class RhythmGate(nn.Module):
         self.bias = replicated((hidden,), ZERO, ctx)
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        if self.up is not None:
+            weights = (self.down, self.statistics, self.up, self.bias)
+            return gated_update(x, u, *weights, eps=self.eps)
         inverse = inverse_rms(u, eps=self.eps)
-        mean = u.mean(dim=-1, keepdim=True, dtype=fp32_or_wider(u.dtype))
+        mean = u.mean(dim=-1, keepdim=True, dtype=inverse.dtype)
         variance = (inverse.pow(-2) - self.eps - mean.square()).clamp(min=0.0)
         statistics = torch.cat((mean, variance.log1p()), dim=-1).to(u.dtype)
         features = inverse.to(u.dtype) * F.linear(u, self.down)
         features = features + F.linear(statistics, self.statistics)
-        if self.up is None:
-            amount = (features + self.bias).sigmoid()
-        else:
-            amount = F.linear(features, self.up, self.bias).sigmoid()
-        return multiply_add(x, u, amount, scale=2.0)
+        return multiply_add(x, u, (features + self.bias).sigmoid(), scale=2.0)
 
 
 class ConversationRhythmLayer(nn.Module):

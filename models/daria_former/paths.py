@@ -25,16 +25,16 @@ from models.common.attention import (
 from models.common.cache import KVCache
 from models.common.history import History
 from models.common.init import row_sharded
-from models.common.manual_backward import scaled_heads
-from models.common.norms import inverse_rms
-from models.common.rope import RotaryTable, rotate
+from models.common.rope import RotaryTable, Rotation
 from models.daria_former.cache import BlockCache, MemoryCache, Slots
 from models.daria_former.config import DariaFormerConfig
+from models.daria_former.manual_backward import normalised_heads, rotated_heads
 from models.daria_former.memory import (
     MemoryLayout,
     Tokens,
     memory_attention,
     packed_memory_attention,
+    scaled_for_heads,
 )
 from parallel.context import ParallelContext
 from parallel.layers import ColumnParallelLinear, project_replicated
@@ -117,21 +117,29 @@ class ContextPath(nn.Module, ABC):
         sources: Sources,
         cache: BlockCache | None,
     ) -> PathReadout:
-        """Read the path's source: `queries` [s, b, n, d] normalised, `projected` the outputs of
+        """Read the path's source: `queries` [b, n, s, d] normalised, `projected` the outputs of
         `token_projections`, [s, b, .] each."""
-        q = scaled_heads(queries, self.query_gain)
-        return PathReadout(self.attend(q, projected, sources, cache), self.output_gain)
+        return PathReadout(self.attend(queries, projected, sources, cache), self.output_gain)
 
     @abstractmethod
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
-        """Attention of q [b, n, s, d] to what the path reads: [b, n, s, d]."""
+        """Attention of q [b, n, s, d], before its gain, to what the path reads: [b, n, s, d]."""
 
     def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Projected [s, b, g * d] each as keys, normalised and scaled, and values [b, g, s, d]."""
-        k = scaled_heads(normed_heads(keys, self.config), self.key_gain)
+        k = normed_heads(keys, self.config)
+        k = k * self.key_gain.to(k.dtype).unsqueeze(1)
         return k, split_heads(values, self.config.head_size)
+
+    def rotated(
+        self, q: Tensor, projected: Sequence[Tensor], rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two scaled and rotated."""
+        k = rotated_heads(normed_heads(projected[0], self.config), self.key_gain, rotation)
+        v = split_heads(projected[1], self.config.head_size)
+        return rotated_heads(q, self.query_gain, rotation), k, v
 
 
 class LocalPath(ContextPath):
@@ -144,10 +152,9 @@ class LocalPath(ContextPath):
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
-        k, v = self.keys_values(*projected)
         start = 0 if cache is None else cache.length
         rotation = self.rotaries.local.of(q, sources.positions, start=start)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = self.rotated(q, projected, rotation)
         window = self.config.sliding_window_size
         if cache is not None and cache.local is not None:
             k, v = (h.extended(x, window - 1) for h, x in zip(cache.local, (k, v), strict=True))
@@ -175,10 +182,9 @@ class LongPath(ContextPath):
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
-        k, v = self.keys_values(*projected)
         start = 0 if cache is None else cache.length
         rotation = self.rotaries.long.of(q, sources.positions, start=start)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = self.rotated(q, projected, rotation)
         long = None if cache is None else cache.long
         if self.sinks is not None and (long is None or long.length == 0):
             sinks = self.sinks.to(k.dtype).expand(k.shape[0], -1, -1, -1, -1).unbind(2)
@@ -244,6 +250,7 @@ class MemoryPath(ContextPath):
                 tokens,
                 sources.positions,
                 fixed=self.persistent_slots(sources),
+                query_gain=self.query_gain,
                 initial_query=initial,
                 layout=self.layout,
                 training=self.training,
@@ -251,6 +258,7 @@ class MemoryPath(ContextPath):
         return memory_attention(
             tokens,
             fixed=_cached_slots("memory", self.persistent_slots, sources, cache),
+            query_gain=self.query_gain,
             initial_query=initial,
             layout=self.layout,
             cache=None if cache is None else cache.memory,
@@ -282,9 +290,11 @@ class StaticPath(ContextPath):
     def attend(
         self, q: Tensor, projected: Sequence[Tensor], sources: Sources, cache: BlockCache | None
     ) -> Tensor:
-        remembered = _cached_slots(type(self).__name__, self.slots, sources, cache)
-        k, v = (x.expand(q.shape[0], -1, -1, -1) for x in remembered)
-        return unmasked_attention(q, k, v)
+        slots = _cached_slots(type(self).__name__, self.slots, sources, cache)
+        # The gain of the queries on the keys, which are far fewer; every head then has its own.
+        k = scaled_for_heads(slots.keys, self.query_gain)
+        v = slots.values.repeat_interleave(k.shape[1] // slots.values.shape[1], dim=1)
+        return unmasked_attention(q, *(x.expand(q.shape[0], -1, -1, -1) for x in (k, v)))
 
     def slots(self, sources: Sources) -> Slots:
         """Keys and values [b or 1, g, m + 1, d]."""
@@ -319,11 +329,11 @@ PATH_CLASSES: dict[str, type[ContextPath]] = {
 
 
 def normed_heads(x: Tensor, config: DariaFormerConfig) -> Tensor:
-    """[s, b, heads * d] -> [s, b, heads, d], each normalised if `qk_norm` (arXiv 2010.04245)."""
+    """[s, b, heads * d] -> [b, heads, s, d], each normalised if `qk_norm` (arXiv 2010.04245)."""
     x = x.unflatten(-1, (-1, config.head_size))
     if not config.qk_norm:
-        return x
-    return x * inverse_rms(x, eps=config.norm_eps).to(x.dtype)
+        return x.permute(1, 2, 0, 3).contiguous()
+    return normalised_heads(x, eps=config.norm_eps)
 
 
 def _cached_slots(

@@ -21,6 +21,7 @@ NAMES = (
     "step",
     "step_costs",
     "dynamic_step",
+    "daria_step",
     "packed_rows",
     "block_attention",
     "patch_cost",

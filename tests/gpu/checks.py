@@ -134,11 +134,15 @@ class Operations(TorchDispatchMode):
         given, made = _tensors((args, kwargs)), _tensors(out)
         name = func.overloadpacket.__name__
         storages = {x.untyped_storage().data_ptr() for x in given}
-        changes = name.endswith("_") and not name.startswith("_")
+        into = func._overloadname.endswith("out")  # what is made is given, too
+        changes = into or (name.endswith("_") and not name.startswith("_"))
         if not changes and any(x.untyped_storage().data_ptr() in storages for x in made):
             return out  # a view
+        if "empty" in name:
+            return out
         self.names[name] += 1
-        self.bytes += sum(x.numel() * x.itemsize for x in (*given, *made))
+        moved = given if into else (*given, *made)
+        self.bytes += sum(x.numel() * x.itemsize for x in moved)
         return out
 
 

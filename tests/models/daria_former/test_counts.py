@@ -33,8 +33,8 @@ def _weights(config: DariaFormerConfig) -> tuple[int, int]:
             tokens += size
             if "paths.memory." in name and "anchor" not in name:
                 row += size * config.persistent_memory_slots
-        elif "ffn.emotion_bias" in name:  # a column of the matrix beside it
-            tokens += size
+        elif "ffn.emotion_bias" in name or ("_norm.weight" in name and config.norm_type == "rms"):
+            tokens += size  # a column of the matrix beside it
     if config.weight_tying:
         tokens += config.vocab_size * config.hidden_dim
     return tokens, row
@@ -68,9 +68,6 @@ def _attention(config: DariaFormerConfig, length: int) -> int:
             keys += min(slots, config.memory_top_k) + 1
             total += slots * kv if t == start else 0  # scores, once per segment
         total += 2 * keys * width
-    if config.has("memory"):
-        complete = length // config.segment_len * config.segment_len
-        total += 2 * 2 * complete * kv  # both levels pool keys and values
     return total
 
 

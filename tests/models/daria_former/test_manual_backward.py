@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from models.common.manual_backward import multiply_add, scaled_heads, weighted_sum
-from models.daria_former.manual_backward import mix_paths
+from models.common.manual_backward import multiply_add
+from models.common.rope import RotaryTable
+from models.daria_former.manual_backward import (
+    adaptive_norm,
+    fuse,
+    gated_update,
+    mix_paths,
+    normalised_heads,
+    normed_linear,
+    rotated_heads,
+)
 
 EPS = 1e-2
+ROTATION = RotaryTable(4, 8, theta=100.0).at(torch.device("cpu"), start=2, length=5)
 
 
 class Case(NamedTuple):
@@ -33,20 +43,61 @@ def _mixed(gates: Tensor, x: Tensor, y: Tensor, g: Tensor, h: Tensor) -> Tensor:
     ).permute(2, 0, 1, 3)
 
 
+def _rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def _rotated(x: Tensor, gain: Tensor) -> Tensor:
+    cos, sin = (table.to(x.dtype) for table in ROTATION)
+    scaled = x * gain.unsqueeze(1)
+    return scaled * cos + scaled.roll(2, dims=-1) * sin
+
+
+def _fused(a: Tensor, f: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+    stacked = torch.cat((a, f, _rms(x)), dim=-1)
+    gates = 2 * (stacked @ gate.T + bias).softmax(dim=-1)
+    return sum(g.unsqueeze(-1) * z for g, z in zip(gates.unbind(-1), (a, f, _rms(x)), strict=True))
+
+
+def _updated(
+    x: Tensor, u: Tensor, down: Tensor, statistics: Tensor, up: Tensor, bias: Tensor
+) -> Tensor:
+    noted = torch.stack((u.mean(-1), u.var(-1, correction=0).log1p()), dim=-1)
+    features = _rms(u) @ down.T + noted @ statistics.T
+    return x + 2 * (features @ up.T + bias).sigmoid() * u
+
+
 CASES = {
-    "scaled_heads": Case(
-        scaled_heads, lambda x, gain: (gain * x).permute(1, 2, 0, 3), ((5, 2, 3, 4), (3, 4))
+    "normalised_heads": Case(
+        lambda x: normalised_heads(x, eps=EPS),
+        lambda x: _rms(x).permute(1, 2, 0, 3),
+        ((5, 2, 3, 4),),
+    ),
+    "rotated_heads": Case(
+        lambda x, gain: rotated_heads(x, gain, ROTATION), _rotated, ((2, 3, 5, 4), (3, 4))
+    ),
+    "normed_linear": Case(
+        lambda x, w, m: normed_linear(x, w, m, eps=EPS).to(x.dtype),
+        lambda x, w, m: (w * _rms(x)) @ m.T,
+        ((3, 2, 6), (6,), (4, 6)),
+    ),
+    "adaptive_norm": Case(
+        lambda *given: adaptive_norm(*given, eps=EPS),
+        lambda x, e, w, scale, shift: w * _rms(x) * (1 + e @ scale.T) + e @ shift.T,
+        ((3, 2, 6), (3, 2, 4), (6,), (6, 4), (6, 4)),
+        fp32=(1,),
+    ),
+    "fuse": Case(lambda *given: fuse(*given, eps=EPS), _fused, (*((3, 2, 6),) * 3, (3, 18), (3,))),
+    "gated_update": Case(
+        # Weights of the size of a layer's, with which rounded features move a sigmoid little.
+        lambda x, u, *w: gated_update(x, u, *(z / 4 for z in w), eps=EPS),
+        lambda x, u, *w: _updated(x, u, *(z / 4 for z in w)),
+        ((3, 2, 6), (3, 2, 6), (4, 6), (4, 2), (6, 4), (6,)),
     ),
     "multiply_add": Case(
         lambda a, b, c: multiply_add(a, b, c, scale=0.3),
         lambda a, b, c: a + 0.3 * b * c,
         ((3, 2, 4),) * 3,
-    ),
-    "weighted_sum": Case(
-        lambda w, *parts: weighted_sum(parts, w),
-        lambda w, *parts: sum(w[..., i : i + 1] * part for i, part in enumerate(parts)),
-        ((3, 2, 3), *((3, 2, 4),) * 3),
-        fp32=(0,),
     ),
     "mix_paths": Case(
         lambda gates, x, y, g, h: mix_paths([x, y], gates, [g, h], eps=EPS),

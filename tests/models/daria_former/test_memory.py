@@ -110,7 +110,12 @@ def test_pooling_weighs_the_tokens_of_a_stride_by_their_anchors():
 def test_a_first_segment_without_slots_reads_zero_and_has_finite_gradients(packed):
     """H10."""
     tokens, initial = _random_tokens(11), torch.zeros(2, 8)
-    common = {"fixed": NOTHING, "initial_query": initial, "layout": LAYOUT}
+    common = {
+        "fixed": NOTHING,
+        "query_gain": torch.randn(4, 8),
+        "initial_query": initial,
+        "layout": LAYOUT,
+    }
     if packed:
         positions = torch.tensor([[*range(7), *range(4)], [*range(11)]], dtype=torch.int32)
         readout = packed_memory_attention(tokens, positions, **common)
@@ -126,7 +131,12 @@ def test_a_first_segment_without_slots_reads_zero_and_has_finite_gradients(packe
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 17, 23])
 def test_a_packed_row_of_one_document_reads_what_the_row_alone_reads(length):
     tokens, fixed = _random_tokens(length), Slots(torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8))
-    common = {"fixed": fixed, "initial_query": torch.randn(2, 8), "layout": LAYOUT}
+    common = {
+        "fixed": fixed,
+        "query_gain": torch.randn(4, 8),
+        "initial_query": torch.randn(2, 8),
+        "layout": LAYOUT,
+    }
     alone = memory_attention(tokens, **common)
     positions = torch.arange(length, dtype=torch.int32).expand(2, -1)
     packed = packed_memory_attention(tokens, positions, **common)
