@@ -85,7 +85,7 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
     weights are concatenated into one product, which for many narrow layers is faster than many
     products and a sum of as many input gradients; the results are then views of one tensor. Rows of
     zeros make a wide product a multiple of 64 columns wide, without which kernels are slower.
-    Layers that do more than multiply with their weight are called one by one, and so are all without
+    Layers that do more than multiply with their weight are called one by one, and all are without
     gradients: a step of generation would copy more weights than it multiplies.
     """
     contexts = [_context_of(linear) for linear in linears]
