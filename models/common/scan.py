@@ -55,8 +55,7 @@ def _scanned(keep: Tensor, write: Tensor) -> Tensor:
         keep = torch.cat((keep[:, :step], keep[:, later] * keep[:, earlier]), dim=1)
         step *= 2
     if len(keep) > 1:
-        before = _scanned(
-            keep[:-1, -1], write[:-1, -1]
-        )  # the state before each chunk but the first
+        # The state before each chunk but the first.
+        before = _scanned(keep[:-1, -1], write[:-1, -1])
         write[1:].addcmul_(keep[1:], before.unsqueeze(1))
     return write.flatten(0, 1)[:length]

@@ -271,10 +271,9 @@ def _visible(
 
 def _mean_query(queries: Tensor, query_gain: Tensor, *, segment: int, groups: int) -> Tensor:
     """Mean over a segment and over the heads that share keys: [b, n, c * C, d] -> [b, g, c, d]."""
-    means = queries.unflatten(2, (-1, segment)).mean(dim=3) * query_gain.to(
-        queries.dtype
-    ).unsqueeze(1)
-    return means.unflatten(1, (groups, -1)).mean(dim=2)
+    means = queries.unflatten(2, (-1, segment)).mean(dim=3)
+    scaled = means * query_gain.to(queries.dtype).unsqueeze(1)
+    return scaled.unflatten(1, (groups, -1)).mean(dim=2)
 
 
 def concatenated(levels: list[Slots]) -> Slots:

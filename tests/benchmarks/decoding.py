@@ -28,8 +28,6 @@ from tests.benchmarks.training import copy_weights, run_config, transformers_mod
 SIZE = Path(__file__).parents[2] / "configs" / "model" / "llama" / "125m.yaml"
 PROMPT, NEW_TOKENS, BATCHES, ROUNDS = 32, 256, (1, 8), 3
 OURS, STATIC, DYNAMIC = "manyformer", "transformers, static cache", "transformers, dynamic cache"
-
-
 MOD, EXPORTED, WIDTH = "mod 0.25", "mod 0.25, exported", 1024
 
 
