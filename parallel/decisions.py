@@ -54,9 +54,9 @@ def observed(decision: Made, error_for: Callable[[Made], ScoreError] | None) -> 
 
 
 @contextlib.contextmanager
-def observed_decisions(observer: Observer) -> Iterator[None]:
+def observed_decisions(observer: Observer | None) -> Iterator[None]:
     """Let `observer(decision, error_for)` see every decision of this thread, and return what takes
-    its place."""
+    its place; None: nobody, for passes that are no part of a run."""
     before = _observed.observer
     _observed.observer = observer
     try:

@@ -23,6 +23,7 @@ from parallel.cross_entropy import (
     set_logits_parts,
     vocab_parallel_z_losses,
 )
+from parallel.decisions import observed_decisions
 from parallel.precision import Precision
 from pretrain.config import RunConfig
 from pretrain.config.deepspeed import DeepSpeedSettings
@@ -158,19 +159,24 @@ def check_model(spec: TrainSpec) -> SequentialModel:
     if sum(p.numel() for p in whole.parameters()) * batch_size * max(lengths) <= _SMALL:
         single = ParallelContext.single(precision=precision)
         model = SequentialModel(spec.layer_specs(), single).to(precision.dtype)
-    for length in lengths:
-        shape = (batch_size, length)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=single.device)
-        segments = tokens.int() if spec.segmented else None
-        schema = spec.schema(single, seq_length=length)
-        inputs = TokenInputs(tokens, segments)
-        check = _check_fp8_rows if precision.is_fp8 else check_layers
-        carry = check(model, inputs, schema)
-        if spec.config.training.z_loss:
-            _check_z_loss(spec, model.layers[-1](carry))
-        if spec.config.training.logits_parts > 1:
-            _check_logits_parts(spec, model.layers[-1], carry, labels=tokens)
+    with observed_decisions(None):
+        for length in lengths:
+            _check_passes(spec, model, single, shape=(batch_size, length))
     return whole
+
+
+def _check_passes(
+    spec: TrainSpec, model: SequentialModel, single: ParallelContext, *, shape: tuple[int, int]
+) -> None:
+    tokens = torch.zeros(shape, dtype=torch.int64, device=single.device)
+    segments = tokens.int() if spec.segmented else None
+    schema = spec.schema(single, seq_length=shape[1])
+    check = _check_fp8_rows if single.precision.is_fp8 else check_layers
+    carry = check(model, TokenInputs(tokens, segments), schema)
+    if spec.config.training.z_loss:
+        _check_z_loss(spec, model.layers[-1](carry))
+    if spec.config.training.logits_parts > 1:
+        _check_logits_parts(spec, model.layers[-1], carry, labels=tokens)
 
 
 def _check_fp8_sizes(spec: TrainSpec) -> Precision:
