@@ -243,6 +243,7 @@ class _Fuse(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, f, x, *matrices, inverse, of_x, gates, gate, bias = ctx.saved_tensors
         with _no_autocast(x):
+            g = g.contiguous()
             along = torch.stack([(g * z).sum(-1, dtype=gates.dtype) for z in (a, f, x)], dim=-1)
             of_gates = _with_last(along, along[..., 2:] * inverse)
             mean = (of_gates * gates).sum(dim=-1, keepdim=True) / 2.0
@@ -301,7 +302,7 @@ class _GatedUpdate(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         u, mean, inverse, turned, features, amount, down, statistics, up, bias = ctx.saved_tensors
         with _no_autocast(u):
-            size = u.shape[-1]
+            size, g = u.shape[-1], g.contiguous()
             doubled = torch.mul(g, 2.0)
             inner = torch.ops.aten.sigmoid_backward(doubled * u, amount).flatten(0, 1)
             gradient = doubled.mul_(amount)

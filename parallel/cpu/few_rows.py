@@ -23,19 +23,21 @@ def is_few_rows_product(x: Tensor, weight: Tensor) -> bool:
     """
     if type(weight) is not nn.Parameter or type(x) is not Tensor:
         return False  # tensor subclasses, quantised ones for instance, define their own product
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # a program for any number of rows
+    if weight.numel() < LEAST_WEIGHT:  # also one that ZeRO-3 has not gathered yet
+        return False
     num_rows = x.numel() // weight.shape[-1]
-    # One row is read as fast by MKL's product on one thread.
-    least = LEAST_WEIGHT if num_rows > 1 else 2 * LEAST_WEIGHT
     return (
         0 < num_rows <= MAX_ROWS
-        and weight.numel() >= least
+        # One row is read as fast by MKL's product on one thread.
+        and weight.numel() >= (LEAST_WEIGHT if num_rows > 1 else 2 * LEAST_WEIGHT)
         and (num_rows > 1 or torch.get_num_threads() > 1)
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and weight.is_contiguous()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkl.is_available()  # elsewhere a batch is a loop of single products
     )

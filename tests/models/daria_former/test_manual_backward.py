@@ -154,10 +154,15 @@ def test_inputs_and_upstream_gradients_may_be_strided(name):
     assert not any(x.is_contiguous() for x in inputs)
     _assert_equal(name, inputs, 1e-12)
     y = CASES[name].fused(*inputs)
-    upstream = torch.randn(*y.shape, 2, dtype=torch.float64)[..., 1]
-    expected = torch.autograd.grad(CASES[name].equation(*inputs), inputs, upstream)
-    for mine, other in zip(torch.autograd.grad(y, inputs, upstream), expected, strict=True):
-        torch.testing.assert_close(mine, other)
+    z, first, second = CASES[name].equation(*inputs), *y.shape[:2]
+    for upstream in (
+        torch.randn(*y.shape, 2, dtype=torch.float64)[..., 1],
+        torch.randn(second, first, *y.shape[2:], dtype=torch.float64).transpose(0, 1),
+    ):
+        ours = torch.autograd.grad(y, inputs, upstream, retain_graph=True)
+        theirs = torch.autograd.grad(z, inputs, upstream, retain_graph=True)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
 
 
 def test_an_expanded_gradient_of_a_sum_is_taken_as_it_is(name):

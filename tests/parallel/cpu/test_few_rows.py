@@ -131,6 +131,22 @@ def test_exported_and_compiled_programs_have_the_ordinary_product(any_weight):
     program = torch.export.export(Layer(), (_draw(2, 1, 32),))
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert called == ["aten.linear.default"]
+    traced = torch.jit.trace(Layer(), _draw(2, 1, 32))
+    assert traced(_draw(50, 1, 32)).shape == (50, 1, 64)
+    assert "aten::linear" in str(traced.inlined_graph)
+
+
+@torch.no_grad()
+def test_a_weight_that_a_hook_of_the_layer_gathers_is_not_asked_for_its_shape(any_weight):
+    layer = nn.Linear(32, 64, bias=False)
+    whole, layer.weight.data = layer.weight.data, torch.empty(0)
+
+    def gather(module: nn.Module, inputs: object) -> None:
+        module.weight.data = whole
+
+    layer.register_forward_pre_hook(gather)
+    x = _draw(2, 1, 32)
+    assert torch.equal(apply_linear(layer, x), torch.nn.functional.linear(x, whole))
 
 
 @torch.no_grad()
