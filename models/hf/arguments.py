@@ -153,8 +153,14 @@ def recording(readers: Sequence[StateReader]) -> Iterator[list[Tensor]]:
 
 
 def computing_last(count: int, readers: Sequence[StateReader]) -> AbstractContextManager[None]:
-    """Let the head compute the last `count` logits alone, 0 for all, if no state is read there."""
-    return logits_of_last(count) if count and not readers else nullcontext()
+    """Let the head compute the last `count` logits alone, 0 for all, if no state is read there.
+
+    A program computes all in any case, and torch._dynamo does not trace how the number is handed
+    over.
+    """
+    if count == 0 or readers or torch.compiler.is_compiling():
+        return nullcontext()
+    return logits_of_last(count)
 
 
 def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:

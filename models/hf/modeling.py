@@ -190,6 +190,11 @@ class FamilyForCausalLM(FixedEmbeddings, LoadingHooks, PreTrainedModel, Generati
                 tokens.
         """
         self._check_tracing(tokens)
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep} is negative; give the number of last tokens, or "
+                "0 for all"
+            )
         cache = past_key_values
         if use_cache is None and not self.training and labels is None:
             use_cache = getattr(self.config, "use_cache", None)

@@ -37,6 +37,7 @@ def is_few_rows_product(x: Tensor, weight: Tensor) -> bool:
         and weight.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
+        and weight.layout is torch.strided  # sparse ones, of pruned models, have their own product
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkl.is_available()  # elsewhere a batch is a loop of single products

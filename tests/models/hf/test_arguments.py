@@ -188,3 +188,10 @@ def test_the_head_computes_only_the_logits_that_are_kept(kind, monkeypatch):
     lengths.clear()
     theirs.generate(TOKENS, max_new_tokens=3, **GREEDY)
     assert set(lengths) == {1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_negative_number_of_logits_is_refused(use_cache):
+    with assert_refused("logits_to_keep", value=-3, constraint="negative", remedy="0"):
+        exported("amrpa")(TOKENS, use_cache=use_cache, logits_to_keep=-3)

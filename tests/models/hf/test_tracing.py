@@ -48,3 +48,14 @@ def test_a_model_computes_and_learns_as_before_after_torch_export(kind, tmp_path
     with torch.enable_grad():
         theirs.train()(TOKENS, labels=TOKENS).loss.backward()
     assert any(parameter.grad is not None for parameter in theirs.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_compiled_model_that_keeps_some_logits_is_one_graph(use_cache):
+    theirs = exported("dart", **SMALL["dart"])
+    options = {"use_cache": use_cache, "logits_to_keep": 5}
+    compiled = torch.compile(theirs, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(TOKENS, **options).logits, theirs(TOKENS, **options).logits
+    )

@@ -150,6 +150,15 @@ def test_a_weight_that_a_hook_of_the_layer_gathers_is_not_asked_for_its_shape(an
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_sparse_weight_of_a_pruned_model_has_its_own_product(any_weight):
+    layer, x = nn.Linear(32, 64), _draw(2, 1, 32)
+    expected = layer(x)
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr())
+    torch.testing.assert_close(apply_linear(layer, x), expected)
+
+
+@torch.no_grad()
 def test_projections_of_one_input_and_the_head_are_the_same(any_weight):
     ctx = ParallelContext.single()
     layers = [ColumnParallelLinear(32, n, ctx=ctx, bias=n == 48) for n in (48, 64)]
