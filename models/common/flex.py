@@ -21,7 +21,7 @@ TILE = 128
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_HEAD_DIM = 16
 
-# By the positions' identity, for as long as they exist.
+# By the positions' identity, for as long as they exist and do not change: their version, and masks.
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Attend = Callable[..., Any]
@@ -82,8 +82,11 @@ def _kept_mask(positions: Tensor, window: int | None, num_sinks: int) -> BlockMa
     operations."""
     if torch.compiler.is_compiling():
         return span_mask(positions, window, num_sinks)
-    masks = _masks.setdefault(positions, {})
-    key = window, num_sinks, positions._version
+    version, masks = _masks.get(positions, (None, {}))
+    if version != positions._version:
+        masks = {}
+        _masks[positions] = positions._version, masks
+    key = window, num_sinks
     if key not in masks:
         masks[key] = span_mask(positions, window, num_sinks)
     return masks[key]

@@ -32,9 +32,11 @@ from pretrain.engine.parameter_groups import check_multipliers
 from pretrain.errors import ConfigError
 
 Z_LOSS = "z_loss"
-# Parameters times tokens of a batch up to which `check_model` computes: tenths of a second. For the
-# arithmetic of the meta device torch (2.13) imports torch._dynamo and sympy: two seconds.
+# Parameters times tokens of a batch, and pairs of tokens of its rows, up to which `check_model`
+# computes: tenths of a second. For the arithmetic of the meta device torch (2.13) imports
+# torch._dynamo and sympy: two seconds.
 _SMALL = 1e10
+_SHORT = 1 << 22
 
 
 class Targets(NamedTuple):
@@ -134,8 +136,8 @@ def build_context(
 def check_model(spec: TrainSpec) -> SequentialModel:
     """Run the layers on the meta device, to find wrong shapes and names without memory.
 
-    Those of a small model run on the CPU, which takes less time. Returns the whole model, on the
-    meta device.
+    Those of a small model with short rows run on the CPU, which takes less time. Returns the whole
+    model, on the meta device.
 
     Raises:
         ValueError: a layer breaks the carry of its family, a setting fits no parameter, or the
@@ -155,8 +157,10 @@ def check_model(spec: TrainSpec) -> SequentialModel:
     whole = SequentialModel(spec.layer_specs(), single).to(precision.dtype)
     check_multipliers(whole, spec.config.training.lr_multipliers)
     lengths, batch_size = spec.config.data.sequence_lengths, spec.config.training.batch_size
+    num_tokens = batch_size * max(lengths)
+    is_small = sum(p.numel() for p in whole.parameters()) * num_tokens <= _SMALL
     model = whole
-    if sum(p.numel() for p in whole.parameters()) * batch_size * max(lengths) <= _SMALL:
+    if is_small and num_tokens * max(lengths) <= _SHORT:
         single = ParallelContext.single(precision=precision)
         model = SequentialModel(spec.layer_specs(), single).to(precision.dtype)
     with observed_decisions(None):

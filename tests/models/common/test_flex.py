@@ -5,6 +5,9 @@ As it stands FlexAttention has no gradient on a CPU; `tests/gpu` compares every 
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,7 +123,12 @@ def test_layers_that_are_given_the_same_positions_share_a_mask_until_they_change
     assert layer(positions, 5) is before
     assert layer(positions, 7) is not before
     positions.copy_(_positions((90,), (90,)))
+    dead = weakref.ref(before)
     assert layer(positions, 5) is not before
+    del before
+    masks.clear()
+    gc.collect()
+    assert dead() is None
     kept = len(flex._masks)
     del positions
     assert len(flex._masks) == kept - 1
