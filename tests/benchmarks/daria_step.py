@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from models.base import LossOutput, ModelFamily, TokenInputs
 from models.daria_former.config import DariaFormerConfig
@@ -27,16 +26,14 @@ from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.cpu.compat import prepare_environment
+from tests.benchmarks.operators import ATTENTION, PRODUCTS, Operators, total
 from tests.benchmarks.timing import Table, interleaved
 from tests.gpu.checks import Operations
 
 OURS, THEIRS = "daria_former", "llama"
 VOCAB, LENGTH, WIDTHS, ROUNDS = 4096, 1024, (512, 768), 7
 TIMED_BLOCKS, COUNTED_BLOCKS = 4, (2, 4)
-KINDS = {
-    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm"),
-    "attention": ("aten::_scaled_dot_product",),
-}
+KINDS = (PRODUCTS, ATTENTION)
 
 
 class Model(NamedTuple):
@@ -166,16 +163,12 @@ def step_tables(widths: Sequence[int] = WIDTHS, rounds: int = ROUNDS) -> Iterato
     yield Table(title, ("", "FLOPs", *KINDS, "other", "sum"), spent)
 
 
-def spent_by_kind(call: Callable[[], None], repeats: int = 3) -> dict[str, float]:
-    """CPU time by kind of operation."""
-    parts = dict.fromkeys((*KINDS, "other"), 0.0)
-    with profile(activities=[ProfilerActivity.CPU]) as run:
-        for _ in range(repeats):
-            call()
-    for event in run.key_averages():
-        found = (kind for kind, names in KINDS.items() if event.key.startswith(names))
-        parts[next(found, "other")] += event.self_cpu_time_total
-    return parts
+def spent_by_kind(call: Callable[[], None]) -> dict[str, float]:
+    """CPU seconds of a step by kind of operator."""
+    with Operators(time.process_time) as found:
+        call()
+    parts = {kind: found.by_kind[kind].seconds for kind in KINDS}
+    return parts | {"other": total(found.by_kind).seconds - sum(parts.values())}
 
 
 def tables() -> Iterator[Table]:
