@@ -56,6 +56,4 @@ def test_a_compiled_model_that_keeps_some_logits_is_one_graph(use_cache):
     theirs = exported("dart", **SMALL["dart"])
     options = {"use_cache": use_cache, "logits_to_keep": 5}
     compiled = torch.compile(theirs, backend="eager", fullgraph=True)
-    torch.testing.assert_close(
-        compiled(TOKENS, **options).logits, theirs(TOKENS, **options).logits
-    )
+    torch.testing.assert_close(compiled(TOKENS, **options).logits, theirs(TOKENS, **options).logits)
