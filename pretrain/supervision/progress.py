@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
 import socket
@@ -22,6 +23,7 @@ _PACKAGES = tuple(
 )
 _COLLECTIVES = "/torch/distributed/"
 _AUTOGRAD = "/torch/autograd/"
+_TIMER = str(Path(__file__).resolve().with_name("pass_timer.py"))
 # Files in which `.wait()` waits for a collective.
 _WAIT_PATHS = (
     "/torch/",
@@ -100,6 +102,7 @@ def resident_gib() -> float:
 
 def is_waiting(frame: FrameType | None) -> bool:
     """Whether the thread whose innermost frame is `frame` waits for other ranks."""
+    frame = _timed(frame)
     for depth in range(_MAX_DEPTH):
         if frame is None:
             return False
@@ -117,15 +120,24 @@ def locate_thread(ident: int) -> tuple[str, str]:
     Holding a frame keeps its tensors alive.
     """
     frames = sys._current_frames()
-    innermost = frames.get(ident)
+    innermost = _timed(frames.get(ident))
     function, collective = _function_of(innermost), _collective_of(innermost)
     if not collective and innermost is not None and _AUTOGRAD in innermost.f_code.co_filename:
         # Backward on a GPU runs in autograd's threads, for which the main thread waits.
         inside = (
-            _collective_of(f) for key, f in frames.items() if key != ident and _is_foreign_thread(f)
+            _collective_of(_timed(f))
+            for key, f in frames.items()
+            if key != ident and _is_foreign_thread(f)
         )
         collective = next((each for each in inside if each), "")
     return function, collective
+
+
+def _timed(frame: FrameType | None) -> FrameType | None:
+    """The caller of a collective whose innermost frames are those of `pass_timer` around it."""
+    while frame is not None and frame.f_code.co_filename == _TIMER:
+        frame = frame.f_back
+    return frame
 
 
 def _is_foreign_thread(frame: FrameType) -> bool:
@@ -174,9 +186,11 @@ def _waits_for_work(frame: FrameType) -> bool:
 
 def _describe_call(frame: FrameType) -> str:
     arguments, name = frame.f_locals, frame.f_code.co_name
-    if name == "wrapper":  # torch's logging decorator; its arguments are those of the call
-        name = getattr(arguments.get("func"), "__name__", "a collective")
-        arguments = dict(arguments.get("kwargs") or {})
+    # torch's logging decorator; its arguments are those of the call.
+    if name == "wrapper" and {"func", "args", "kwargs"} <= arguments.keys():
+        call = arguments["func"]
+        given = inspect.signature(call).bind_partial(*arguments["args"], **arguments["kwargs"])
+        name, arguments = call.__name__, given.arguments
     peer = arguments.get("src", arguments.get("dst"))
     if name in ("recv", "send", "irecv", "isend") and isinstance(peer, int):
         return f"{name} {'from' if 'src' in arguments else 'to'} rank {peer}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain.supervision.pass_timer import _around_collectives
 from pretrain.supervision.progress import Progress, blame, is_waiting, locate_thread
 from tests.distributed import run_ranks
 
@@ -58,7 +60,7 @@ def test_who_is_to_blame(changes, verdict):
     assert verdict in blame(BEFORE, _after(**changes), own_rank=0)
 
 
-def _watch_a_wait() -> tuple[bool, tuple[str, str]]:
+def _watch_a_wait(call: str, is_timed: bool) -> tuple[bool, tuple[str, str]]:
     """The location of a main thread that waits for rank 1, as seen by another thread."""
     seen = []
     if dist.get_rank() == 0:
@@ -70,14 +72,25 @@ def _watch_a_wait() -> tuple[bool, tuple[str, str]]:
         threading.Timer(0.3, look).start()
     else:
         threading.Event().wait(0.6)
-    dist.all_reduce(torch.ones(1))
+    with _around_collectives(nullcontext) if is_timed else nullcontext():
+        if call == "recv":
+            dist.recv(torch.ones(1), 1) if dist.get_rank() == 0 else dist.send(torch.ones(1), 0)
+        else:
+            dist.all_reduce(torch.ones(1))
     return seen[0] if seen else (False, ("", ""))
 
 
-def test_a_main_thread_that_waits_for_others_is_seen_with_the_call_and_its_ranks():
-    (waits, (_, collective)), _ = run_ranks(_watch_a_wait, 2)
+@pytest.mark.parametrize("is_timed", [False, True], ids=["", "timed"])
+@pytest.mark.parametrize(
+    ("call", "named"), [("all_reduce", "all_reduce of all ranks"), ("recv", "recv from rank 1")]
+)
+def test_a_main_thread_that_waits_for_others_is_seen_with_the_call_and_its_ranks(
+    call, named, is_timed
+):
+    (waits, (function, collective)), _ = run_ranks(_watch_a_wait, 2, call, is_timed)
     assert waits
-    assert collective == "all_reduce of all ranks"
+    assert collective == named
+    assert "pass_timer" not in function
 
 
 def test_a_main_thread_that_works_is_not_taken_for_one_that_waits():
