@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from parallel.context import ParallelContext
 from parallel.cpu.few_rows import few_rows_product, is_few_rows_product
+from parallel.cpu.widened import is_widened, widened_product
 from parallel.regions import copy_to_tensor_region, gather_sequence, reduce_from_tensor_region
 from parallel.sharding import Constant, Init, Normal, Role, Sharding, declare, local_extent
 
@@ -98,20 +99,31 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
         sizes = [len(weight) for weight in weights]
         padding = -sum(sizes) % _PRODUCT_COLUMNS if sum(sizes) > _WIDE else 0
         padded = [*weights, weights[0].new_zeros(padding, x.shape[-1])]
-        return F.linear(x, torch.cat(padded)).split([*sizes, padding], dim=-1)[: len(weights)]
+        return product(x, torch.cat(padded)).split([*sizes, padding], dim=-1)[: len(weights)]
     options = {} if ctx is None else {"collectives": False}
     return tuple(apply_linear(linear, x, **options) for linear in linears)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b`: [..., k], W [n, k], b [n] -> [..., n]; or of a batch without bias, [e, m, k],
+    W [e, n, k] -> [e, m, n]. On a CPU without units for bf16 by `parallel.cpu.widened`."""
+    if _is_widened(x, weight):
+        return widened_product(x, weight, bias)
+    return F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT
+
+
+def _is_widened(x: Tensor, weight: Tensor) -> bool:
+    return is_widened(x, weight, num_rows=x.numel() // max(1, x.shape[-1]))
+
+
 def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
-    """`linear(x)`; where few rows are decoded on a CPU, by `parallel.cpu.few_rows`."""
-    if (
-        not torch.is_grad_enabled()
-        and type(linear) is nn.Linear
-        and is_few_rows_product(x, linear.weight)
-        and _is_plain_linear(linear)
-    ):
-        return few_rows_product(x, linear.weight, linear.bias)
+    """`linear(x)`; where that is slow on a CPU by `parallel.cpu.few_rows` or `.widened`."""
+    if type(linear) is nn.Linear and _is_plain_linear(linear):
+        weight, bias = linear.weight, linear.bias
+        if not torch.is_grad_enabled() and is_few_rows_product(x, weight):
+            return few_rows_product(x, weight, bias)
+        if _is_widened(x, weight):
+            return widened_product(x, weight, bias)
     y: Tensor = linear(x, **options)
     return y
 
@@ -136,10 +148,8 @@ def project_partial(x: Tensor, linear: nn.Module) -> Tensor:
 
 def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
     if _context_of(linear) is not None:
-        product: Tensor = linear(x, collectives=False, per_token=False)
-        return product
-    y: Tensor = linear(x)
-    return y
+        return apply_linear(linear, x, collectives=False, per_token=False)
+    return apply_linear(linear, x)
 
 
 def _is_plain_linear(linear: nn.Module) -> bool:
@@ -239,7 +249,10 @@ class _ShardedLinear(nn.Linear):
 class _ColumnParallelLinear(_ShardedLinear):
     def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
         if not collectives:
-            return F.linear(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias)
+        if _is_widened(x, self.weight):
+            x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
+            return widened_product(x, self.weight, self.bias)
         from parallel import megatron
 
         return megatron.column_linear(
@@ -253,7 +266,7 @@ class _ColumnParallelLinear(_ShardedLinear):
 
 class _RowParallelLinear(_ShardedLinear):
     def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight)
         if not collectives:
             return y
         y = reduce_from_tensor_region(y, ctx=self.ctx)

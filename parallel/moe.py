@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from parallel.context import Axis, ParallelContext
 from parallel.decisions import ScoreError, error_of_largest
+from parallel.layers import product
 from parallel.padding import mean_of_tokens
 from parallel.precision import at_least_fp32
 from parallel.recompute import replay_decision
@@ -270,10 +271,10 @@ class Experts(nn.Module):
         if isinstance(counts, Tensor):
             return self.grouped(x, counts)
         if counts is None:
-            inner = F.silu(x @ self.gate.mT) * (x @ self.up.mT)
-            return inner @ self.down.mT
+            inner = F.silu(product(x, self.gate)) * product(x, self.up)
+            return product(inner, self.down)
         computed = [
-            F.linear(F.silu(F.linear(tokens, gate)) * F.linear(tokens, up), down)
+            product(F.silu(product(tokens, gate)) * product(tokens, up), down)
             for tokens, gate, up, down in zip(
                 x.split(counts), self.gate, self.up, self.down, strict=True
             )

@@ -38,7 +38,12 @@ from models.common.norms import RMSNorm, rms_norm
 from models.common.rope import Rotation, rotate
 from parallel.context import ParallelContext
 from parallel.layer_state import kept_in_dtype
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, project_together
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    apply_linear,
+    project_together,
+)
 from parallel.precision import at_least_fp32
 from parallel.regions import copy_to_tensor_region, gather_sequence
 from parallel.sharding import Constant, Normal
@@ -229,7 +234,7 @@ class GatedFusion(nn.Module):
     def forward(self, u: Tensor, a: Tensor, m: Tensor | None, keys: Tensor | None) -> Tensor:
         """u [p/t, b, h], a [p, b, h/t], m [p, b, n/t, E] -> [p/t, b, h]; `keys` for dropout."""
         if m is None:
-            return self.output(self.attention(a) if self.is_triple else a)
+            return apply_linear(self.output, self.attention(a) if self.is_triple else a)
         gate = F.linear(at_least_fp32(u), at_least_fp32(self.gate), at_least_fp32(self.gate_bias))
         gate = gate.sigmoid().to(a.dtype)
         if self.is_triple:
@@ -237,14 +242,14 @@ class GatedFusion(nn.Module):
             m = self.memory_norm(m)
             if keys is not None:
                 m = dropped(m, keys, self.config.dropout, stream=0, ctx=self.ctx)
-            return self.output(m + gate * (a - m))
+            return apply_linear(self.output, m + gate * (a - m))
         gate = copy_to_tensor_region(gather_sequence(gate, ctx=self.ctx), ctx=self.ctx)
         m = rms_norm(m, None, eps=self.config.rms_norm_eps) * self.gains.to(m.dtype)
         m = m.flatten(2)
         if keys is not None:
             first = self.ctx.tensor.rank * m.shape[-1]
             m = dropout(m, keys.T, self.config.dropout, stream=0, first=first)
-        return self.output(m + gate * (a - m))
+        return apply_linear(self.output, m + gate * (a - m))
 
 
 class HybridBlock(nn.Module):

@@ -18,7 +18,12 @@ from models.agiformer.config import AgiformerConfig
 from models.agiformer.patches import patch_of_bytes
 from parallel.context import ParallelContext
 from parallel.cross_entropy import with_logits
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelHead
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelHead,
+    apply_linear,
+)
 from parallel.sharding import Normal, Sharding, declare
 
 
@@ -86,16 +91,17 @@ class LocalAutoregressiveHead(nn.Module):
         """
         if self.table is not None:
             c = c + self._conditioned(tokens, places).to(c.dtype)
-        return self.output(F.gelu(self.hidden(F.gelu(with_logits(c)))))
+        return apply_linear(self.output, F.gelu(apply_linear(self.hidden, F.gelu(with_logits(c)))))
 
     def _projected(self, hidden: Tensor, cache: HeadCache | None) -> Tensor:
         """W_k z_i of the patches that the bytes of this call need: [p, P, b, m/t]."""
         if cache is None:
-            return self._by_place(self.project(hidden))
+            return self._by_place(apply_linear(self.project, hidden))
         open_patch = 1 if cache.counter.length % self.config.patch_size else 0
         if len(hidden) == 0:
             return self._by_place(cache.projected.last(1))
-        return self._by_place(cache.projected.extended(self.project(hidden), open_patch))
+        projected = apply_linear(self.project, hidden)
+        return self._by_place(cache.projected.extended(projected, open_patch))
 
     def _by_place(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.config.patch_size)).permute(0, 3, 1, 2)

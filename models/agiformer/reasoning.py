@@ -96,7 +96,8 @@ class RecurrentReasoningBlock(nn.Module):
     def step(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
         """The update of s [p/t, b, h], and the halting probability [p/t, b]."""
         c = self.step_norm(s)
-        update = self.gate(c).sigmoid() * apply_linear(self.down, F.gelu(apply_linear(self.up, c)))
+        gate = apply_linear(self.gate, c).sigmoid()
+        update = gate * apply_linear(self.down, F.gelu(apply_linear(self.up, c)))
         if self.halt is None:
             return update, None
         weight, bias = at_least_fp32(self.halt), at_least_fp32(self.halt_bias)

@@ -6,7 +6,7 @@ Shapes: s sequence, b batch, n query heads, g key/value heads, d head dimension,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from models.common.flex import has_kernel, span_attention
 from models.common.norms import AllHeadsNorm, HeadNorm
 from models.common.rope import RotaryTable, Rotation, rotate
 from parallel.context import ParallelContext
+from parallel.cpu.widened import is_widened
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -184,8 +185,7 @@ def _window_mask(queries: Tensor, keys: Tensor, window: int) -> Tensor:
 
 def unmasked_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` over all keys, or with s = T over those up to the query."""
-    k, v = _loadable(k), _loadable(v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=_is_grouped(q, k))
+    return _attend(q, k, v, is_causal=causal)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -194,8 +194,16 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     # pytorch issue 196678).
     if q.device.type == "cuda" and k.shape[2] % 128 == 64:
         k, v, mask = with_hidden_keys(k, v, mask, 64)
+    return _attend(q, k, v, attn_mask=mask)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    dtype = q.dtype
+    if is_widened(q, k, v, num_rows=q.shape[2]):
+        q, k, v = q.float(), k.float(), v.float()
     k, v = _loadable(k), _loadable(v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=_is_grouped(q, k))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask).to(dtype)
 
 
 def with_hidden_keys(
@@ -223,10 +231,6 @@ def is_aligned(x: Tensor) -> bool:
         size == 1 or (stride > 0 and stride % _ALIGNMENT == 0)
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
     )
-
-
-def _is_grouped(q: Tensor, k: Tensor) -> bool:
-    return q.shape[1] != k.shape[1]
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

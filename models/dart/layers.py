@@ -84,8 +84,8 @@ class TimeEmbedding(nn.Module):
         exponents = torch.arange(half, dtype=torch.float64, device=levels.device) / half
         angles = (1000.0 / self.steps * levels).unsqueeze(-1) * 10_000.0**-exponents
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
-        c = F.silu(self.outer(F.silu(self.inner(waves))))
-        return self.modulation(c)
+        c = F.silu(apply_linear(self.outer, F.silu(apply_linear(self.inner, waves))))
+        return apply_linear(self.modulation, c)
 
 
 class DARTEmbedding(nn.Module):
@@ -209,7 +209,7 @@ class Exchange(nn.Module):
         self.up = replicated_linear(size or h, h, init=zero, ctx=ctx)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.up(self.down(rms_norm(z, None, eps=self.eps)))
+        return apply_linear(self.up, apply_linear(self.down, rms_norm(z, None, eps=self.eps)))
 
 
 class DARTPair(nn.Module):
