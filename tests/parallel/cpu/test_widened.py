@@ -104,8 +104,8 @@ def test_projections_and_attention_compile_to_one_graph(joined):
     torch._dynamo.reset()
     ctx = ParallelContext.single()
     layers = [ColumnParallelLinear(16, 32, ctx=ctx, bias=not joined).bfloat16() for _ in range(3)]
-    for layer in layers:
-        nn.init.normal_(layer.weight)
+    for parameter in (each for layer in layers for each in layer.parameters()):
+        nn.init.normal_(parameter)
 
     def mix(x: Tensor) -> Tensor:
         q, k, v = project_together(x, *layers, joined=joined)
