@@ -107,13 +107,9 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`: [..., k], W [n, k], b [n] -> [..., n]; or of a batch without bias, [e, m, k],
     W [e, n, k] -> [e, m, n]. On a CPU without units for bf16 by `parallel.cpu.widened`."""
-    if _is_widened(x, weight):
+    if is_widened(x, weight, row_size=x.shape[-1]):
         return widened_product(x, weight, bias)
     return F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT
-
-
-def _is_widened(x: Tensor, weight: Tensor) -> bool:
-    return is_widened(x, weight, num_rows=x.numel() // max(1, x.shape[-1]))
 
 
 def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
@@ -122,7 +118,7 @@ def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
         weight, bias = linear.weight, linear.bias
         if not torch.is_grad_enabled() and is_few_rows_product(x, weight):
             return few_rows_product(x, weight, bias)
-        if _is_widened(x, weight):
+        if is_widened(x, weight, row_size=x.shape[-1]):
             return widened_product(x, weight, bias)
     y: Tensor = linear(x, **options)
     return y
@@ -250,18 +246,7 @@ class _ColumnParallelLinear(_ShardedLinear):
     def forward(self, x: Tensor, *, collectives: bool = True, per_token: bool = True) -> Tensor:
         if not collectives:
             return product(x, self.weight, self.bias)
-        if _is_widened(x, self.weight):
-            x = copy_to_tensor_region(gather_sequence(x, ctx=self.ctx), ctx=self.ctx)
-            return widened_product(x, self.weight, self.bias)
-        from parallel import megatron
-
-        return megatron.column_linear(
-            x,
-            self.weight,
-            self.bias,
-            group=self.ctx.tensor.group,
-            sequence_parallel=self.ctx.sequence_parallel,
-        )
+        return _column_product(x, self.weight, self.bias, ctx=self.ctx)
 
 
 class _RowParallelLinear(_ShardedLinear):
@@ -284,19 +269,29 @@ class _VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(extent.padded, hidden_size, device=ctx.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        from parallel import megatron
-
-        logits = megatron.column_linear(
-            x,
-            self.weight,
-            None,
-            group=self.ctx.tensor.group,
-            sequence_parallel=self.ctx.sequence_parallel,
-        )
+        logits = _column_product(x, self.weight, None, ctx=self.ctx)
         if self.num_real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= self.num_real
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
+
+
+def _column_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, ctx: ParallelContext
+) -> Tensor:
+    if is_widened(x, weight, row_size=x.shape[-1]):
+        return widened_product(
+            copy_to_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx), weight, bias
+        )
+    from parallel import megatron
+
+    return megatron.column_linear(
+        x,
+        weight,
+        bias,
+        group=ctx.tensor.group,
+        sequence_parallel=ctx.sequence_parallel,
+    )
 
 
 def _context_of(linear: nn.Module) -> ParallelContext | None:

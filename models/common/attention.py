@@ -199,7 +199,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
     dtype = q.dtype
-    if is_widened(q, k, v, num_rows=q.shape[2]):
+    if is_widened(q, k, v, row_size=q.shape[0] * q.shape[1] * q.shape[3]):
         q, k, v = q.float(), k.float(), v.float()
     k, v = _loadable(k), _loadable(v)
     grouped = q.shape[1] != k.shape[1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MAX_ROWS = 32  # up to which torch's product of bf16, without gradients, is as fast
+MAX_NARROW_ROWS = 32  # up to which torch's product of bf16, without gradients, is as fast
 
 # Where AVX-512 is, oneDNN has kernels of bf16; other processors have units of their own.
 _HAS_NO_UNITS = platform.machine().lower() in ("x86_64", "amd64") and (
@@ -20,26 +20,26 @@ _HAS_NO_UNITS = platform.machine().lower() in ("x86_64", "amd64") and (
 )
 
 
-def is_widened(*operands: Tensor, num_rows: int) -> bool:
+def is_widened(x: Tensor, *others: Tensor, row_size: int) -> bool:
     """Whether products of these tensors are faster in fp32: of bf16 on this CPU, with gradients or
-    of more than a few rows.
+    of more than a few rows, which have `row_size` elements of x each.
 
     Tensor subclasses define their own products, autocast would cast back, and an exported program
     is for other processors, too.
     """
     return (
         _HAS_NO_UNITS
-        and (torch.is_grad_enabled() or num_rows > MAX_ROWS)
         and all(
-            type(x) in (Tensor, nn.Parameter)
-            and x.dtype == torch.bfloat16
-            and x.is_cpu
-            and x.layout is torch.strided
-            for x in operands
+            type(each) in (Tensor, nn.Parameter)
+            and each.dtype == torch.bfloat16
+            and each.is_cpu
+            and each.layout is torch.strided
+            for each in (x, *others)
         )
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
+        and (torch.is_grad_enabled() or x.numel() > MAX_NARROW_ROWS * row_size)
     )
 
 

@@ -288,8 +288,8 @@ GRADIENTS = {
         ),
         Mutant(
             "parallel.layers:_RowParallelLinear.forward",
-            "F.linear(x, self.weight)",
-            "F.linear(x, self.weight, self.bias)",
+            "product(x, self.weight)",
+            "product(x, self.weight, self.bias)",
             (f"{_TENSOR_RANKS}[False-dtf_variant]",),
         ),
         proof_of("dtf/demo", "model.prior_type=swiglu", "parallel.tensor=2"),

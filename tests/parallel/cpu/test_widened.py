@@ -12,7 +12,7 @@ from models.common import attention
 from parallel import layers as parallel_layers
 from parallel.context import ParallelContext
 from parallel.cpu import widened
-from parallel.cpu.widened import MAX_ROWS, is_widened, widened_product
+from parallel.cpu.widened import MAX_NARROW_ROWS, is_widened, widened_product
 from parallel.layers import ColumnParallelLinear, product, project_together
 from tests.distributed import run_ranks
 from tests.equivalence import measure
@@ -84,19 +84,19 @@ class _Subclass(Tensor):
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 def test_other_dtypes_devices_and_kinds_of_tensors_are_left_to_torch(monkeypatch):
-    x = _draw(MAX_ROWS, 24).detach()
-    assert is_widened(x, num_rows=1)
-    assert is_widened(x, nn.Parameter(x), num_rows=1)
+    x = _draw(MAX_NARROW_ROWS, 24).detach()
+    assert is_widened(x, row_size=24)
+    assert is_widened(x, nn.Parameter(x), row_size=24)
     with torch.no_grad():
-        assert not is_widened(x, num_rows=MAX_ROWS)
-        assert is_widened(x, num_rows=MAX_ROWS + 1)
+        assert not is_widened(x, row_size=24)
+        assert is_widened(x, row_size=12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not is_widened(x, num_rows=64)
+        assert not is_widened(x, row_size=24)
     for other in (x.float(), x.half(), x.to("meta"), x.as_subclass(_Subclass), x.to_sparse_csr()):
-        assert not is_widened(other, num_rows=64)
-        assert not is_widened(x, other, num_rows=64)
+        assert not is_widened(other, row_size=24)
+        assert not is_widened(x, other, row_size=24)
     monkeypatch.setattr(widened, "_HAS_NO_UNITS", False)
-    assert not is_widened(x, num_rows=64)
+    assert not is_widened(x, row_size=24)
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -146,8 +146,8 @@ def _distance(kind: str, ctx: ParallelContext) -> list[float]:
         result = measure(family, config, inputs, labels, ctx, seed=1, noise=0.1, dtype=dtype)
         return [result.loss, *(result.gradients[name] for name in sorted(result.gradients))]
 
-    def counted(*operands: Tensor, num_rows: int) -> bool:
-        calls.append(is_widened(*operands, num_rows=num_rows))
+    def counted(*operands: Tensor, row_size: int) -> bool:
+        calls.append(is_widened(*operands, row_size=row_size))
         return calls[-1]
 
     found = []
