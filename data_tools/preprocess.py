@@ -291,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=usable_cpus(),
         metavar="N",
-        help="processes per rank (default: the cores, %(default)s)",
+        help="workers per rank (default: the cores, %(default)s)",
     )
     _add_token_arguments(parser)
     parser.add_argument(
