@@ -53,6 +53,9 @@ _EXAMPLE = """example:
   srun --nodes 4 python -m data_tools.preprocess ...   # on many machines; or mpirun, with mpi4py
 """
 
+# A process takes as long to start as to encode about 50 MB, and threads wait for one another.
+_PROCESSES_FROM_BYTES = 256 << 20
+
 
 def preprocess(job: PreprocessJob, *, num_workers: int = 1) -> PreprocessReport:
     """Tokenize documents into OUTPUT.bin, .idx and .json on a single rank.
@@ -158,8 +161,15 @@ def _encode(
     if len(left) < len(share):
         print(f"{len(share) - len(left)} of {len(share)} shards were finished before")
     encode = partial(encode_shard, settings=job.settings, folder=folder.path)
-    with progress_bar("tokenizing", sum(shard.size for shard in left)) as report:
-        run_tasks(encode, left, num_workers=min(num_workers, max(1, len(left))), report=report)
+    size = sum(shard.size for shard in left)
+    with progress_bar("tokenizing", size) as report:
+        run_tasks(
+            encode,
+            left,
+            num_workers=min(num_workers, max(1, len(left))),
+            report=report,
+            in_threads=size < _PROCESSES_FROM_BYTES and job.settings.encodes_in_threads(),
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -281,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=usable_cpus(),
         metavar="N",
-        help="processes per rank (default: the cores, %(default)s)",
+        help="workers per rank (default: the cores, %(default)s)",
     )
     _add_token_arguments(parser)
     parser.add_argument(

@@ -109,7 +109,7 @@ class PieceReader:
         for data in _lines(stream, end, self._max_bytes):
             self.lines_read += 1
             self.bytes_read = raw.tell() - piece.begin
-            if data.strip():
+            if not data.isspace():
                 line = first + self.lines_read
                 yield self._whole_or_too_large(RawDocument(piece.path, line, data, is_json=True))
 

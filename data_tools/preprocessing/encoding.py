@@ -56,6 +56,15 @@ class EncodingSettings(NamedTuple):
             self.tokenizer, self.eod, self.special_tokens, self.encoder, self.verify_share
         )
 
+    def encodes_in_threads(self) -> bool:
+        """Whether threads encode side by side: what encodes releases Python's lock meanwhile.
+
+        Raises:
+            DataError: see `load_tokenizer`.
+        """
+        tokenizer = self.load_tokenizer()
+        return isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.encoder == "gigatoken"
+
     def text_rules(self) -> TextRules:
         """Return the encoding rules besides the tokenizer.
 
@@ -113,9 +122,7 @@ def encode_documents(
         encoded = _encode(tokenizer, texts)
     except DifferentIdsError as error:
         raise DataError(f"{kept[error.number].location}: {error}") from error
-    # A document of bytes may be as large as memory allows: 2 bytes of each, not 8.
-    dtype = np.uint16 if isinstance(tokenizer, ByteTokenizer) else np.int64
-    ids, lengths = _join(encoded, settings.text_rules(), dtype)
+    ids, lengths = _join(encoded, settings.text_rules(), _dtype(tokenizer))
     _check_ids(ids, lengths, kept, tokenizer, settings.vocab_size)
     return EncodedDocuments(
         ids=ids,
@@ -133,6 +140,14 @@ def _encode(
     if isinstance(tokenizer, ByteTokenizer):  # avoids a list of 8 bytes per byte
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
     return tokenizer.encode_batch(texts)
+
+
+def _dtype(tokenizer: Tokenizer) -> npt.DTypeLike:
+    """Return the dtype of ids before they are checked."""
+    # A document of bytes may be as large as memory allows: 2 bytes of each, not 8.
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.uint16
+    return np.uint32 if isinstance(tokenizer, HuggingFaceTokenizer) else np.int64
 
 
 def _join(
@@ -162,7 +177,8 @@ def _check_ids(
     vocab_size: int | None,
 ) -> None:
     limit = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
-    if len(ids) == 0 or (ids.min() >= 0 and ids.max() < limit):
+    is_unsigned = np.issubdtype(ids.dtype, np.unsignedinteger)
+    if len(ids) == 0 or ((is_unsigned or ids.min() >= 0) and ids.max() < limit):
         return
     wrong = int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
     location = documents[int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))].location

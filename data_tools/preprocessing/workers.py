@@ -1,4 +1,4 @@
-"""Worker processes that report their progress and exit with their parent."""
+"""Workers that report their progress: threads, or processes that exit with their parent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from typing import Any, NamedTuple, TypeVar
@@ -37,8 +45,11 @@ def run_tasks(
     *,
     num_workers: int,
     report: ReportProgress,
+    in_threads: bool = False,
 ) -> None:
-    """Run a task for every item, in the caller or in worker processes, in no particular order.
+    """Run a task for every item, in the caller or in workers, in no particular order.
+
+    `in_threads`: workers are threads of this process, and not processes.
 
     Raises:
         DataError: a worker process died.
@@ -50,11 +61,16 @@ def run_tasks(
     # Spawn, do not fork: threads of the tokenizer libraries do not survive a fork.
     context = get_context("spawn")
     shared = context.Array("q", 3)  # documents, bytes, and whether to stop
-    pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_prepare_worker, initargs=(shared,)
-    )
+    pool: Executor
+    if in_threads:
+        pool, run = ThreadPoolExecutor(num_workers), partial(_run, shared, task)
+    else:
+        pool = ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_prepare_worker, initargs=(shared,)
+        )
+        run = partial(_run_in_worker, task)
     try:
-        _run_pool(pool, task, items, num_workers, lambda: report(shared[0], shared[1]))
+        _run_pool(pool, run, items, num_workers, lambda: report(shared[0], shared[1]))
     except BrokenProcessPool as error:
         raise DataError(
             f"one of {num_workers} worker processes died, most likely out of memory; pass a "
@@ -77,8 +93,8 @@ def _run_here(
 
 
 def _run_pool(
-    pool: ProcessPoolExecutor,
-    task: Callable[[_Item], Iterator[ProgressDelta]],
+    pool: Executor,
+    run: Callable[[_Item], None],
     items: Iterable[_Item],
     num_workers: int,
     report: Callable[[], None],
@@ -87,7 +103,7 @@ def _run_pool(
     pending: set[Future[None]] = set()
     while True:
         free = _TASKS_PER_WORKER * num_workers - len(pending)
-        pending |= {pool.submit(_run_in_worker, task, item) for item in islice(waiting, free)}
+        pending |= {pool.submit(run, item) for item in islice(waiting, free)}
         if not pending:
             return
         finished, pending = wait(pending, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
@@ -100,11 +116,15 @@ _shared: Any = None  # in a worker process: the array read by its parent
 
 
 def _run_in_worker(task: Callable[[_Item], Iterator[ProgressDelta]], item: _Item) -> None:
+    _run(_shared, task, item)
+
+
+def _run(shared: Any, task: Callable[[_Item], Iterator[ProgressDelta]], item: _Item) -> None:
     for advance in task(item):
-        with _shared.get_lock():
-            _shared[0] += advance.documents
-            _shared[1] += advance.num_bytes
-            if _shared[2]:
+        with shared.get_lock():
+            shared[0] += advance.documents
+            shared[1] += advance.num_bytes
+            if shared[2]:
                 raise _Cancelled
 
 

@@ -13,8 +13,8 @@ documents as it runs.
 
 from __future__ import annotations
 
-import json
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -27,12 +27,14 @@ from data_tools.tokenization.byte_encoders import (
     TextEncoder,
     TiktokenEncoder,
     byte_letters,
+    spec_of,
     split_pattern,
 )
 from data_tools.tokenization.special_tokens import Splitter, TokenSpec
 
-# Of a character: not compared yet, split alike by both programs, or not.
-_NEW, _EQUAL, _DIFFERENT = 0, 1, 2
+# Bits of what is known of a character, 0 before it is compared: split otherwise by the two
+# programs; not assigned in Python's Unicode tables, so that its normalization is unknown to them.
+_COMPARED, _DIFFERENT, _UNASSIGNED = 1, 2, 4
 _CONTEXTS = (
     "the{0}the {0}the The{0}The 12{0}12 !{0}! {0}{0} '{0} {0}'s '{0}{0} {0} {0}\n\n{0} \n{0}1"
 )
@@ -63,19 +65,18 @@ class FastByteBpe:
         self._others = Splitter(
             {TokenSpec(t.content): n for t, n in matched.items() if not t.is_literal}
         )
-        self._states = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
+        self._known = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
         ascii_text = "".join(map(chr, range(128)))
-        self._all_ascii_equal = self._is_split_alike(ascii_text)
+        self._all_ascii_equal = not self._known_of(ascii_text) & _DIFFERENT
 
     @classmethod
     def of(cls, backend: Any, encoder: EncoderName | None = None) -> FastByteBpe | None:
         """Build the fast encoder of a `tokenizers.Tokenizer`, the first that supports it or the one
         that is named; None if there is none."""
-        spec = json.loads(backend.to_str())
-        if not _is_byte_bpe(spec):
+        if not _is_byte_bpe(backend):
             return None
         for name in get_args(EncoderName) if encoder is None else (encoder,):
-            found = _ENCODERS[name].of(backend, spec)
+            found = _ENCODERS[name].of(backend)
             if found is not None:
                 return cls(backend, found)
         return None
@@ -109,25 +110,24 @@ class FastByteBpe:
 
     def _ordinary(self, text: str) -> str | None:
         """Return text without literal tokens as the encoder gets it; None to fall back."""
-        if self._normalizer is not None and not text.isascii():
+        is_known_equal = self._all_ascii_equal and text.isascii()
+        known = 0 if is_known_equal else self._known_of(text)
+        if self._normalizer is not None and not text.isascii() and not _is_nfc(text, known):
             text = self._normalizer.normalize_str(text)
             if self._others.occurs_in(text):
                 return None
-        if not self.encoder.accepts(text):
-            return None
-        if text.isascii() and self._all_ascii_equal:
-            return text
-        return text if self._is_split_alike(text) else None
+            known = self._known_of(text)
+        return None if known & _DIFFERENT or not self.encoder.accepts(text) else text
 
-    def _is_split_alike(self, text: str) -> bool:
-        """Whether both programs agree on every character of a text."""
+    def _known_of(self, text: str) -> int:
+        """Return the bits of all characters of a text, after comparing new ones."""
         # A table of all characters: a set of those of a text takes as long as to encode it.
         characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        states = self._states[characters]
-        if (is_new := states == _NEW).any():
-            self._compare(np.unique(characters[is_new]))
-            states = self._states[characters]
-        return not (states == _DIFFERENT).any()
+        known = self._known[characters]
+        if not known.all():
+            self._compare(np.unique(characters[known == 0]))
+            known = self._known[characters]
+        return int(np.bitwise_or.reduce(known))
 
     def _compare(self, characters: IntArray) -> None:
         texts = [_CONTEXTS.format(chr(character)) for character in characters.tolist()]
@@ -136,18 +136,34 @@ class FastByteBpe:
         theirs = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         for character, text, their in zip(characters.tolist(), texts, theirs, strict=True):
             is_equal = self.encoder.encode(text) == their.ids
-            self._states[character] = _EQUAL if is_equal else _DIFFERENT
+            is_assigned = unicodedata.category(chr(character)) != "Cn"
+            self._known[character] = (
+                _COMPARED | _DIFFERENT * (not is_equal) | _UNASSIGNED * (not is_assigned)
+            )
 
 
-def _is_byte_bpe(spec: Any) -> bool:
-    """Whether a tokenizer.json is byte-level BPE that merges by its list and nothing else."""
+def _is_nfc(text: str, known: int) -> bool:
+    """Whether normalization leaves a text as it is, for certain.
+
+    Python needs a twentieth of the library's time. The normalization of a character never changes
+    once it is assigned (Unicode's stability policy), whatever versions the two have.
+    """
+    return not known & _UNASSIGNED and unicodedata.is_normalized("NFC", text)
+
+
+def _is_byte_bpe(backend: Any) -> bool:
+    """Whether a tokenizer is byte-level BPE that merges by its list and nothing else."""
+    from tokenizers.models import BPE
+
+    model = backend.model
+    if not isinstance(model, BPE):
+        return False
     # With ignore_merges tokens are looked up instead of merged.
-    model, affixes = spec["model"], ("continuing_subword_prefix", "end_of_word_suffix")
-    unusual = ("ignore_merges", "dropout", "unk_token", *affixes)
-    if model["type"] != "BPE" or model["byte_fallback"] or any(map(model.get, unusual)):
+    unusual = (model.byte_fallback, model.ignore_merges, model.dropout, model.unk_token)
+    if any((*unusual, model.continuing_subword_prefix, model.end_of_word_suffix)):
         return False
-    if spec["normalizer"] not in (None, {"type": "NFC"}):
+    if spec_of(backend.normalizer) not in (None, {"type": "NFC"}):
         return False
-    return split_pattern(spec["pre_tokenizer"]) is not None and all(
-        letter in model["vocab"] for letter in byte_letters()
+    return split_pattern(spec_of(backend.pre_tokenizer)) is not None and all(
+        model.token_to_id(letter) is not None for letter in byte_letters()
     )

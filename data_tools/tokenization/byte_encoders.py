@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+import orjson
+
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -50,12 +52,13 @@ class TiktokenEncoder:
         )
 
     @classmethod
-    def of(cls, backend: Any, spec: Any) -> TiktokenEncoder | None:
-        """Build it for a `tokenizers.Tokenizer` and its contents; None if ids would differ."""
-        pattern, ranks = split_pattern(spec["pre_tokenizer"]), ranks_of(spec["model"])
+    def of(cls, backend: Any) -> TiktokenEncoder | None:
+        """Build it for a `tokenizers.Tokenizer`; None if ids would differ."""
+        pattern, model = split_pattern(spec_of(backend.pre_tokenizer)), spec_of(backend.model)
+        ranks = ranks_of(model)
         if pattern is None or ranks is None:
             return None
-        if not _merge_to_themselves(backend.model, spec["model"]["merges"], ranks):
+        if not _merge_to_themselves(backend.model, model["merges"], ranks):
             return None
         return cls(pattern, ranks)
 
@@ -78,17 +81,22 @@ class GigatokenEncoder:
         self._tokenizer = tokenizer
 
     @classmethod
-    def of(cls, backend: Any, spec: Any) -> GigatokenEncoder | None:
-        """Build it for the contents of a tokenizer.json; None if it is not installed, or does not
-        know the pattern."""
+    def of(cls, backend: Any) -> GigatokenEncoder | None:
+        """Build it for a `tokenizers.Tokenizer`; None if it is not installed, or does not know the
+        pattern."""
         try:
             import gigatoken
         except ImportError:
             return None
-        outer = ("normalizer", "post_processor", "truncation", "padding")
-        plain = spec | dict.fromkeys(outer) | {"added_tokens": []}
+        outer = ("normalizer", "post_processor", "decoder", "truncation", "padding")
+        plain = dict.fromkeys(outer) | {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": orjson.Fragment(_json_of(backend.pre_tokenizer)),
+            "model": orjson.Fragment(_json_of(backend.model)),
+        }
         try:
-            return cls(gigatoken.Tokenizer.from_json(json.dumps(plain)))
+            return cls(gigatoken.Tokenizer.from_json(orjson.dumps(plain)))
         except (RuntimeError, ValueError):
             return None
 
@@ -102,6 +110,17 @@ class GigatokenEncoder:
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         # Arrays. Its own batches are as fast on one thread, and come as arrays of another library.
         return [self._tokenizer.encode(text) for text in texts]
+
+
+def spec_of(part: Any) -> Any:
+    """Return what a tokenizer.json holds of a part of a `tokenizers.Tokenizer`."""
+    return None if part is None else json.loads(_json_of(part))
+
+
+def _json_of(part: Any) -> bytes:
+    # What the library pickles. A vocabulary is large: parsing it takes longer than encoding 10 MB.
+    data: bytes = part.__getstate__()
+    return data
 
 
 def split_pattern(spec: Any) -> str | None:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from data_tools import preprocess
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.errors import DataError
 from data_tools.preprocess import main
 from data_tools.preprocessing import encoding
 from data_tools.preprocessing.documents import RawDocument
+from data_tools.preprocessing.workers import run_tasks
 from data_tools.tokenization import byte_bpe
 from data_tools.tokenization.byte_encoders import GigatokenEncoder
 from tests.data_tools.tokenization.tokenizer_folders import TEXT, byte_level
@@ -65,13 +67,35 @@ def test_a_corpus_does_not_depend_on_the_library(
     assert np.array_equal(found.lengths, expected.lengths)
 
 
+@pytest.mark.parametrize("from_bytes", [0, 1 << 40], ids=["processes", "threads"])
+def test_workers_of_either_kind_write_the_same_corpus(
+    from_bytes: int, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.write_text(source.read_text() * 40)
+    monkeypatch.setattr(preprocess, "_PROCESSES_FROM_BYTES", from_bytes)
+    kinds = []
+
+    def run(*arguments: Any, in_threads: bool, num_workers: int, **options: Any) -> None:
+        kinds.append((in_threads, num_workers))
+        run_tasks(*arguments, in_threads=in_threads, num_workers=num_workers, **options)
+
+    monkeypatch.setattr(preprocess, "run_tasks", run)
+    shards = ("--shard-megabytes", "1")
+    expected = _preprocess(source, "one", *shards, "--encoder", "tokenizers")
+    found = _preprocess(source, "two", *shards, "--workers", "2")
+    assert kinds == [(False, 1), (from_bytes > 0, 2)]
+    for suffix in (".bin", ".idx"):
+        assert found.with_suffix(suffix).read_bytes() == expected.with_suffix(suffix).read_bytes()
+
+
 class _OfAnotherTokenizer(GigatokenEncoder):
     """gigatoken without the last merges, as after a fault of either library."""
 
     @classmethod
-    def of(cls, backend: Any, spec: Any) -> GigatokenEncoder | None:
+    def of(cls, backend: Any) -> GigatokenEncoder | None:
+        spec = json.loads(backend.to_str())
         del spec["model"]["merges"][-4:]
-        return super().of(backend, spec)
+        return super().of(Tokenizer.from_str(json.dumps(spec)))
 
 
 @pytest.fixture

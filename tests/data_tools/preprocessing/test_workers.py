@@ -30,20 +30,58 @@ def _die(status: int) -> Iterator[ProgressDelta]:
     yield ProgressDelta(0, 0)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_every_task_runs_and_progress_adds_up(tmp_path: Path, num_workers: int) -> None:
+_WORKERS = pytest.mark.parametrize(
+    ("num_workers", "in_threads"),
+    [(1, False), (2, False), (2, True)],
+    ids=["here", "processes", "threads"],
+)
+
+
+@_WORKERS
+def test_every_task_runs_and_progress_adds_up(
+    tmp_path: Path, num_workers: int, in_threads: bool
+) -> None:
     reports: list[tuple[int, int]] = []
     paths = [tmp_path / str(i) for i in range(20)]
-    run_tasks(_write, paths, num_workers=num_workers, report=lambda *done: reports.append(done))
+    run_tasks(
+        _write,
+        paths,
+        num_workers=num_workers,
+        report=lambda *done: reports.append(done),
+        in_threads=in_threads,
+    )
     assert all(path.exists() for path in paths)
     assert reports[-1] == (20, 300)
     assert reports == sorted(reports)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_error_of_a_task_is_raised_here(num_workers: int) -> None:
+@_WORKERS
+def test_error_of_a_task_is_raised_here(num_workers: int, in_threads: bool) -> None:
     with pytest.raises(ValueError, match="invalid literal for int"):
-        run_tasks(_fail, ["1", "one"], num_workers=num_workers, report=lambda *_: None)
+        run_tasks(
+            _fail,
+            ["1", "one"],
+            num_workers=num_workers,
+            report=lambda *_: None,
+            in_threads=in_threads,
+        )
+
+
+def test_an_error_stops_the_tasks_of_other_threads(tmp_path: Path) -> None:
+    def task(path: Path) -> Iterator[ProgressDelta]:
+        if path.name == "bad":
+            raise DataError("bad")
+        try:
+            while True:
+                time.sleep(0.01)
+                yield ProgressDelta(0, 1)
+        finally:
+            path.write_text("cleaned up")
+
+    paths = [tmp_path / "good", tmp_path / "bad"]
+    with pytest.raises(DataError, match="bad"):
+        run_tasks(task, paths, num_workers=2, report=lambda *_: None, in_threads=True)
+    assert paths[0].read_text() == "cleaned up"
 
 
 def test_worker_that_dies_is_reported_in_one_line() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from data_tools.tokenization import byte_bpe
 from data_tools.tokenization.byte_bpe import FastByteBpe
 from data_tools.tokenization.byte_encoders import (
     GPT2_PATTERN,
@@ -51,6 +53,9 @@ _FAST = {
 # Letters with marks and without, in one code point and in two, that fold case, and kinds of space.
 _CODES = [[0xE9], [0x65, 0x301], [0x17F], [0x212A], [0x1E9B, 0x323], [0xB2], [0xFEFF], [0x85]]
 _CODES += [[0x1C], [0xA0], [0x2028], [0x3000], [0xD, 0xA], [0xA, 0xA], [0x20, 0x20]]
+# Marks out of order, letters that consist of two, and characters newer than some Unicode tables.
+_CODES += [[0x323, 0x301], [0x301, 0x323], [0x1100, 0x1161], [0x9C7, 0x9BE], [0x340], [0x1F77]]
+_CODES += [[0x378], [0x61, 0x1AC1, 0x301], [0x105D2, 0x307], [0x11935, 0x11930]]
 _AWKWARD = ["".join(map(chr, codes)) for codes in _CODES]
 _AWKWARD += ["'s", "'LL", "the", "aa", "ab", "12"]
 _PIECES = st.one_of(st.sampled_from(_AWKWARD), st.text(max_size=4))
@@ -77,6 +82,29 @@ def test_ordinary_text_takes_the_fast_path(name: str, encoder: str) -> None:
     ids = [each.ids for each in _TOKENIZERS[name].encode_batch(texts)]
     assert [fast.encode(text) for text in texts] == ids
     assert [None if each is None else list(each) for each in fast.encode_batch(texts)] == ids
+
+
+def test_text_with_a_character_that_pythons_tables_lack_is_normalized_by_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python takes it for a letter of its own, with which nothing is composed."""
+    monkeypatch.setattr(byte_bpe.unicodedata, "is_normalized", lambda form, text: True)
+    tokenizer = _TOKENIZERS["as Qwen"]
+    fast = FastByteBpe.of(tokenizer)
+    assert fast is not None
+    text = "cafe\u0301 \u0378"
+    assert fast.encode(text) == tokenizer.encode(text).ids
+    assert fast.encode(text[:-1]) != tokenizer.encode(text[:-1]).ids
+
+
+def test_threads_that_share_an_encoder_get_the_same_ids() -> None:
+    texts = [f"{number} {_CORPUS[number:][:200]} caf\u00e9 e\u0301" for number in range(300)]
+    for tokenizer in _TOKENIZERS.values():
+        fast = FastByteBpe.of(tokenizer, "gigatoken")
+        assert fast is not None
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(fast.encode, texts))
+        assert found == [each.ids for each in tokenizer.encode_batch(texts)]
 
 
 def test_the_first_library_that_supports_a_tokenizer_encodes_for_it() -> None:
