@@ -28,6 +28,7 @@ _FIRST = (
     "pretrain/layouts",
     "pretrain/stability",
     "models/test_contributing.py",
+    "test_packaging.py",
     "museum",
     "models/hf",
     "models/test_contract.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,14 @@ def save_steps(
         for step in steps:
             saves.save(contents(step, storage=storage))
     store.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has saved step 1; every crash is in a copy of it."""
+    run_dir = tmp_path_factory.mktemp("saved") / "run"
+    save_steps(run_dir, [1], Storage())
+    return run_dir
 
 
 def count_points(action: Callable[[Storage], None]) -> int:
@@ -60,16 +69,15 @@ def killed_at(point: int, action: Callable[[Storage], None]) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(
-    tmp_path: Path, asynchronous: bool
+    saved: Path, tmp_path: Path, asynchronous: bool
 ) -> None:
     save = partial(save_steps, asynchronous=asynchronous)
-    save_steps(tmp_path / "count", [1], Storage())
+    shutil.copytree(saved, tmp_path / "count")
     num_points = count_points(lambda storage: save(tmp_path / "count", [2], storage))
     assert num_points > 30
     outcomes = []
     for point in range(num_points):
-        run_dir = tmp_path / f"run_{point}"
-        save_steps(run_dir, [1], Storage())
+        run_dir = shutil.copytree(saved, tmp_path / f"run_{point}")
         killed_at(point, lambda storage, run_dir=run_dir: save(run_dir, [2], storage))
 
         assert main(["verify", str(run_dir)]) == 0  # nothing torn bears the name of a checkpoint
@@ -133,7 +141,7 @@ class VolatileStorage(Storage):
 
 @pytest.mark.parametrize("undo_renames", [True, False])
 def test_a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint(
-    tmp_path: Path, undo_renames: bool
+    saved: Path, tmp_path: Path, undo_renames: bool
 ) -> None:
     def save(run_dir: Path, storage: VolatileStorage) -> None:
         def write_engine(directory: Path) -> list[Path]:
@@ -153,8 +161,7 @@ def test_a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint(
 
     found_steps = set()
     for point in range(1000):
-        run_dir = tmp_path / f"run_{point}"
-        save_steps(run_dir, [1], Storage())
+        run_dir = shutil.copytree(saved, tmp_path / f"run_{point}")
         storage = VolatileStorage(point)
         try:
             save(run_dir, storage)
@@ -173,13 +180,12 @@ def test_a_power_loss_at_any_point_of_a_save_leaves_a_complete_checkpoint(
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_write_error_at_any_point_keeps_the_old_checkpoint_and_says_why(
-    tmp_path: Path, asynchronous: bool
+    saved: Path, tmp_path: Path, asynchronous: bool
 ) -> None:
     num_points = count_points(lambda storage: save_steps(tmp_path / "count", [1], storage))
     refused = 0
     for point in range(num_points):
-        run_dir = tmp_path / f"run_{point}"
-        save_steps(run_dir, [1], Storage())
+        run_dir = shutil.copytree(saved, tmp_path / f"run_{point}")
         environment = {
             "MANYFORMER_FAULT": f"any#{point}@rank0:enospc",
             "MANYFORMER_FAULT_TESTS": "1",
