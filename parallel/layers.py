@@ -151,8 +151,8 @@ def _without_tokens(x: Tensor, linear: nn.Module) -> Tensor:
 def _is_plain_linear(linear: nn.Module) -> bool:
     """Whether calling a layer is exactly a product with its weight.
 
-    That is: no hook, no overridden `forward`, and no tensor subclass as weight (quantised weights
-    define their own product). There may be a bias.
+    That is: no hook, no overridden `forward`, and no tensor subclass or sparse tensor as weight
+    (quantised and pruned weights have their own product). There may be a bias.
     """
     if type(linear) not in (nn.Linear, _ColumnParallelLinear) or "forward" in linear.__dict__:
         return False
@@ -160,7 +160,7 @@ def _is_plain_linear(linear: nn.Module) -> bool:
         return False
     if linear._backward_hooks or linear._backward_pre_hooks or _has_any_global_hook():
         return False
-    return type(linear.weight) is nn.Parameter
+    return type(linear.weight) is nn.Parameter and linear.weight.layout is torch.strided
 
 
 class VocabParallelEmbedding(nn.Embedding):

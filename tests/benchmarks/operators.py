@@ -122,14 +122,16 @@ def _num_bytes(func: Any, given: Any, result: Any) -> int:
     name = func.overloadpacket.__name__
     operands, made = _tensors(given), _tensors(result)
     storages = {x.untyped_storage().data_ptr() for x in operands}
-    changes = name.endswith("_") and not name.startswith("_")
+    into = func._overloadname.endswith("out")  # what is made is given, too
+    changes = into or (name.endswith("_") and not name.startswith("_"))
     is_view = any(x.untyped_storage().data_ptr() in storages for x in made)
     if name.startswith(("empty", "new_empty")) or (is_view and not changes):
         return 0
     if name in ("copy_", "fill_", "zero_"):  # what was there is not read
         operands = operands[1:]
+    moved = operands if into else (*operands, *made)
     # Of an expanded tensor what is there.
-    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*operands, *made))
+    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in moved)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

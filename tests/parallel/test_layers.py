@@ -188,14 +188,18 @@ def _changed(kind: str) -> tuple[list[nn.Module], list[torch.Tensor]]:
         nn.utils.parametrizations.orthogonal(second)
     elif kind == "bias":
         second.bias = nn.Parameter(torch.ones(7))
+    elif kind == "sparse":
+        second.weight = nn.Parameter(second.weight.to_sparse_csr())
     elif kind == "wrapper":
         layers[1] = nn.Sequential(second, nn.Tanh())
     x = torch.randn(4, 2, HIDDEN, generator=torch.Generator().manual_seed(3))
     return layers, [x, *(layer(x) for layer in layers)]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize(
-    "kind", ["nothing", "hook", "pre-hook", "forward", "parametrization", "bias", "wrapper"]
+    "kind",
+    ["nothing", "hook", "pre-hook", "forward", "parametrization", "bias", "sparse", "wrapper"],
 )
 def test_one_product_for_several_layers_is_what_each_of_them_gives(kind):
     layers, (x, *expected) = _changed(kind)
