@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from data_tools.corpus.indexed import IndexedDataset
 from data_tools.preprocess import preprocess
+from data_tools.preprocessing import encoding
 from data_tools.preprocessing.encoding import EncodingSettings
 from data_tools.preprocessing.join_shards import PreprocessJob
 from tests.benchmarks.data import gpt_dataset
@@ -98,6 +99,7 @@ def _ours(tokenizer: Path, output: Path, encoder: str | None = None) -> None:
         encoder=encoder,
     )
     job = PreprocessJob(inputs=[str(TEXT)], output=str(output), settings=settings, overwrite=True)
+    encoding._tokenizer.cache_clear()  # of the call before, which may have been the same
     preprocess(job, num_workers=CORES)
 
 
