@@ -1,8 +1,10 @@
 """Greedy decoding of a 125M llama, beside `generate` of transformers with either kind of cache, and
-of a wider mod beside llama, by `models.generate` and as a model of transformers.
+sampling of a wider mod beside llama, by `models.generate` and as a model of transformers.
 
 All of a comparison have the same weights and prompts in this process, in turn, and write the same
-tokens, or it is void; mod and llama are other models of one shape.
+tokens when they decode greedily, or it is void; mod and llama are other models of one shape. What
+models without training write greedily repeats itself, while mod's thresholds are those of random
+text: mod and llama are sampled at temperature 1, which is nearly random.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from models.base import TokenInputs
+from models.dynamic.cache import RaggedKVCache
 from models.generate import generate
 from models.registry import get_family
 from parallel.carry import SequentialModel
@@ -78,20 +82,48 @@ def _mod() -> Table:
     exported = MoDForCausalLM(MoDHFConfig.from_settings(models[MOD].config)).eval()
     exported.model.load_state_dict(models[MOD].layers.state_dict())
     prompts = torch.randint(VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    contestants: dict[str, Callable[[], Tensor]] = {
+    ours = {
         name: partial(generate, models[name].layers, prompts, max_new_tokens=NEW_TOKENS)
         for name in (BASELINE, MOD)
     }
-    contestants[EXPORTED] = partial(exported.generate, prompts, **_settings(prompts))
-    if not torch.equal(contestants[EXPORTED](), contestants[MOD]()):
+    theirs = partial(exported.generate, prompts, **_settings(prompts))
+    if not torch.equal(theirs(), ours[MOD]()):
         raise RuntimeError(f"{EXPORTED} writes other tokens than {MOD}: no comparison")
+    draws = torch.Generator().manual_seed(0)
+    contestants: dict[str, Callable[[], Tensor]] = {
+        name: partial(each, temperature=1.0, generator=draws) for name, each in ours.items()
+    }
+    contestants[EXPORTED] = partial(theirs, do_sample=True, temperature=1.0, top_k=0)
     seconds = interleaved(contestants, rounds=ROUNDS, warmup=1)
+    computed = {
+        name: ""
+        if name == BASELINE
+        else f"{_computed(models[MOD].layers, contestants[name]()):.2f}"
+        for name in contestants
+    }
     rows = [
-        (name, f"{NEW_TOKENS / median(seconds[name]):.1f}", ratio(seconds, name, BASELINE))
+        (
+            name,
+            f"{NEW_TOKENS / median(seconds[name]):.1f}",
+            ratio(seconds, name, BASELINE),
+            computed[name],
+        )
         for name in contestants
     ]
-    title = f"Greedy decoding of one row, {NUM_LAYERS} layers of {WIDTH}, fp32, as above"
-    return Table(title, ("", "tokens/s", f"over {BASELINE}"), rows)
+    title = f"Sampling of one row, {NUM_LAYERS} layers of {WIDTH}, fp32, tokens as above"
+    return Table(title, ("", "tokens/s", f"over {BASELINE}", "chosen tokens"), rows)
+
+
+@torch.no_grad()
+def _computed(layers: SequentialModel, tokens: Tensor) -> float:
+    """The share of the tokens after the prompt that a layer which chooses has computed."""
+    cache = layers.new_cache(1, tokens.shape[1])
+    counts = []
+    for part in tokens.tensor_split([PROMPT], dim=1):
+        layers(TokenInputs(part), cache)
+        ragged = [each for each in cache.values() if isinstance(each, RaggedKVCache)]
+        counts.append(sum(int(each.counts) for each in ragged) / len(ragged))
+    return (counts[1] - counts[0]) / (tokens.shape[1] - PROMPT)
 
 
 def _contestants(
