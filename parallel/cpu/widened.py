@@ -45,7 +45,8 @@ def is_widened(x: Tensor, *others: Tensor, row_size: int) -> bool:
 
 def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` and its gradients, each rounded once: [..., k], W [n, k], b [n] -> [..., n]; or
-    of a batch without bias, [e, m, k], W [e, n, k] -> [e, m, n]."""
+    of a batch without bias, [e, m, k], W [e, n, k] -> [e, m, n]. Operands and result exist in fp32
+    meanwhile."""
     y: Tensor = _Widened.apply(x, weight, bias)
     return y
 
