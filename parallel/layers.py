@@ -107,9 +107,13 @@ def project_together(x: Tensor, *linears: nn.Module, joined: bool = False) -> tu
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`: [..., k], W [n, k], b [n] -> [..., n]; or of a batch without bias, [e, m, k],
     W [e, n, k] -> [e, m, n]. On a CPU without units for bf16 by `parallel.cpu.widened`."""
-    if is_widened(x, weight, row_size=x.shape[-1]):
+    if _is_widened(x, weight):
         return widened_product(x, weight, bias)
     return F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT
+
+
+def _is_widened(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and is_widened(x, weight, row_size=x.shape[-1])
 
 
 def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
@@ -118,7 +122,7 @@ def apply_linear(linear: nn.Module, x: Tensor, **options: bool) -> Tensor:
         weight, bias = linear.weight, linear.bias
         if not torch.is_grad_enabled() and is_few_rows_product(x, weight):
             return few_rows_product(x, weight, bias)
-        if is_widened(x, weight, row_size=x.shape[-1]):
+        if _is_widened(x, weight):
             return widened_product(x, weight, bias)
     y: Tensor = linear(x, **options)
     return y
@@ -279,7 +283,7 @@ class _VocabParallelHead(nn.Module):
 def _column_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, ctx: ParallelContext
 ) -> Tensor:
-    if is_widened(x, weight, row_size=x.shape[-1]):
+    if _is_widened(x, weight):
         return widened_product(
             copy_to_tensor_region(gather_sequence(x, ctx=ctx), ctx=ctx), weight, bias
         )

@@ -199,7 +199,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
     dtype = q.dtype
-    if is_widened(q, k, v, row_size=q.shape[0] * q.shape[1] * q.shape[3]):
+    row_size = q.shape[0] * q.shape[1] * q.shape[3]
+    if dtype == torch.bfloat16 and is_widened(q, k, v, row_size=row_size):
         q, k, v = q.float(), k.float(), v.float()
     k, v = _loadable(k), _loadable(v)
     grouped = q.shape[1] != k.shape[1]

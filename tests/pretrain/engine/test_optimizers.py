@@ -81,11 +81,12 @@ class _Muon:
 
 
 class Expected(NamedTuple):
-    """Weights before the first step and after it; names of Muon's matrices."""
+    """Weights before the first step and after it; names of Muon's matrices; gradients."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor]
     matrices: set[str]
+    gradients: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -123,7 +124,7 @@ def _expected(data, precision: str) -> Expected:
             for name, parameter in model.named_parameters():
                 steps[name].step(sums[name], config)
                 parameter.data.copy_(masters[name])
-    return Expected(before, masters, matrices)
+    return Expected(before, masters, matrices, sums)
 
 
 DP2 = {"training__batch_size": 2}
@@ -147,7 +148,7 @@ def test_a_step_is_that_of_the_equations_at_every_layout(expected, data, tmp_pat
 
 
 def _compare(found: dict[str, Tensor], expected: Expected, layout: str, *, is_bf16: bool) -> None:
-    before, after, matrices = expected
+    before, after, matrices, gradients = expected
     # The gradient of a key's bias is rounding alone, and AdamW scales it up.
     for name in (name for name in after if not name.endswith("key.bias")):
         moved = (after[name] - before[name]).norm()
@@ -156,7 +157,14 @@ def _compare(found: dict[str, Tensor], expected: Expected, layout: str, *, is_bf
         bound = (0.15 if is_bf16 else 0.01) * moved
         if is_bf16:  # the weights are those of the masters, rounded
             bound += 2.0**-9 * after[name].norm()
-        assert (found[name].float() - after[name]).norm() <= bound, f"{name} at {layout}"
+        error = found[name].float() - after[name]
+        if is_bf16 and name not in matrices:
+            # AdamW's first step is the sign of the gradient: in bf16 an entry that is small beside
+            # the others has either.
+            gradient = gradients[name]
+            error = error[gradient.abs() > 0.05 * gradient.square().mean().sqrt()]
+            assert error.numel() > 0.8 * gradient.numel()
+        assert error.norm() <= bound, f"{name} at {layout}"
     stacks = [name for name in matrices if name.endswith("experts.gate")]
     assert len(stacks) == 4
     assert all(found[name].dim() == 3 for name in stacks)
