@@ -53,14 +53,22 @@ def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 class _Widened(torch.autograd.Function):
     # Keeps the operands as they are: of the casts of autograd it would keep copies in fp32.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x.float() @ weight.float().mT
         if bias is not None:
             y.add_(bias.float())
         return y.to(x.dtype)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

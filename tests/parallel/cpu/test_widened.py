@@ -68,6 +68,23 @@ def test_result_and_gradients_are_sums_in_fp32_rounded_once(x_shape, weight_shap
         assert ((result.double() - exact).abs() <= bound).all()
 
 
+def test_transforms_of_functions_and_second_derivatives_are_those_of_the_product():
+    x, weight = _draw(3, 40, 24).detach(), _draw(12, 24)
+
+    def energy(x: Tensor, weight: Tensor) -> Tensor:
+        return product(x, weight).square().sum()
+
+    direct = torch.stack([torch.autograd.grad(energy(row, weight), weight)[0] for row in x])
+    each = torch.func.vmap(torch.func.grad(energy, argnums=1), in_dims=(0, None))(x, weight)
+    torch.testing.assert_close(each, direct, rtol=2**-6, atol=2**-6 * direct.abs().max().item())
+    first = torch.autograd.grad(energy(x, weight), weight, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), weight)[0]
+    exact = 2 * x.double().flatten(0, 1).T @ x.double().flatten(0, 1)
+    expected = exact.sum(dim=0).expand(12, -1)
+    bound = 2**-5 * exact.abs().sum(dim=0).expand(12, -1)
+    assert ((second.double() - expected).abs() <= bound).all()
+
+
 def test_gradients_that_nobody_needs_are_not_computed():
     x, weight = _draw(40, 24).detach(), _draw(12, 24)
     widened_product(x, weight).sum().backward()
