@@ -2,7 +2,8 @@
 
     python -m models.generate --checkpoint DIR --prompt TEXT [--max-new-tokens N]
         [--temperature T] [--top-k K] [--top-p P] [--seed S] [--device cpu|cuda]
-        [--tokenizer SPEC] [--eod TOKEN] [--[no-]add-bos] [--special-tokens parse|plain]
+        [--compile] [--tokenizer SPEC] [--eod TOKEN] [--[no-]add-bos]
+        [--special-tokens parse|plain]
 
 DIR is a checkpoint (`step_N`), or a run directory, whose newest checkpoint is used. Prompts are
 tokenized like the training documents; for an imported model, as in transformers.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,6 +61,7 @@ def generate(
     generator: torch.Generator | None = None,
     make_inputs: Callable[[Tensor], Any] | None = None,
     processor: ScoreProcessor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Continue every row of `tokens` int64 [b, p] by up to `max_new_tokens`: [b, p + new].
 
@@ -71,10 +74,12 @@ def generate(
     Temperature 0 is greedy decoding, which continues a row as it would alone. A row that has
     produced `eos_id` is filled with it; generation ends when all rows have. Under tensor
     parallelism every rank needs a generator in the same state. `make_inputs`: builds the first
-    layer's inputs from tokens; None: TokenInputs.
+    layer's inputs from tokens; None: TokenInputs. `compiled`: the steps after the prompt are one
+    compiled program with fixed buffers (models.compiled_decoding).
 
     Raises:
-        ValueError: a setting out of its range or without effect, or an empty prompt.
+        ValueError: a setting out of its range or without effect, an empty prompt, or `compiled`
+            with a family or layout that has no such form.
     """
     import torch
 
@@ -95,6 +100,7 @@ def generate(
             draw=draw,
             make_inputs=make_inputs or TokenInputs,
             processor=processor,
+            compiled=compiled,
         )
 
 
@@ -108,10 +114,12 @@ def _generate(
     draw: Callable[[Tensor], Tensor],
     make_inputs: Callable[[Tensor], Any],
     processor: ScoreProcessor | None,
+    compiled: bool,
 ) -> Tensor:
     import torch
 
     from models.base import logits_of
+    from models.compiled_decoding import check_fixed_caches, compiled_steps
     from parallel.cross_entropy import logits_of_last
     from parallel.layers import gather_logits
 
@@ -119,42 +127,49 @@ def _generate(
         tokens = tokens[:, : int(lengths.max())]
     batch_size, prompt_length = tokens.shape
     total = prompt_length + max_new_tokens
+    if compiled:
+        check_fixed_caches(model)
     cache = model.new_cache(batch_size, total)
     filler = 0 if eos_id is None else eos_id
     rows = tokens.new_full((batch_size, total), filler)
     rows[:, :prompt_length] = tokens
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
 
-    def logits_after(chunk: Tensor) -> Tensor:
+    def eager(inputs: Any) -> Any:
         with logits_of_last(1):
-            output = model(make_inputs(chunk), cache)
+            return model(inputs, cache)
+
+    def logits_after(chunk: Tensor, call: Callable[[Any], Any]) -> Tensor:
+        output = call(make_inputs(chunk))
         if processor is not None:
             processor.observe(output)
         return logits_of(output)
 
     column = prompt_length if lengths is None else int(lengths.min())
     for chunk in rows[:, :column].split(PREFILL_CHUNK, dim=1):
-        logits = logits_after(chunk)
-    while True:
-        scores = gather_logits(logits[-1], ctx=model.ctx)
-        if processor is not None:
-            scores = processor(rows[:, :column], scores)
-        token = draw(scores)
-        if lengths is not None:
-            ended |= column >= lengths + max_new_tokens
-        if lengths is not None or eos_id is not None:
-            token = token.masked_fill(ended, filler)
-        if eos_id is not None:
-            ended |= token == eos_id
-        if lengths is not None and column < prompt_length:
-            is_prompt = column < lengths
-            token = torch.where(is_prompt, rows[:, column], token)
-            ended &= ~is_prompt
-        rows[:, column] = token
-        column += 1
-        if column == total or (eos_id is not None and bool(ended.all())):
-            return rows[:, :column]
-        logits = logits_after(token.unsqueeze(1))
+        logits = logits_after(chunk, eager)
+    steps = compiled_steps(model, cache, length=column) if compiled else nullcontext(eager)
+    with steps as step:
+        while True:
+            scores = gather_logits(logits[-1], ctx=model.ctx)
+            if processor is not None:
+                scores = processor(rows[:, :column], scores)
+            token = draw(scores)
+            if lengths is not None:
+                ended |= column >= lengths + max_new_tokens
+            if lengths is not None or eos_id is not None:
+                token = token.masked_fill(ended, filler)
+            if eos_id is not None:
+                ended |= token == eos_id
+            if lengths is not None and column < prompt_length:
+                is_prompt = column < lengths
+                token = torch.where(is_prompt, rows[:, column], token)
+                ended &= ~is_prompt
+            rows[:, column] = token
+            column += 1
+            if column == total or (eos_id is not None and bool(ended.all())):
+                return rows[:, :column]
+            logits = logits_after(token.unsqueeze(1), step)
 
 
 def sample(
@@ -264,6 +279,7 @@ def _continue_text(arguments: argparse.Namespace) -> str:
         top_p=arguments.top_p,
         eos_id=prompting.eod_id,
         generator=torch.Generator(device).manual_seed(arguments.seed),
+        compiled=arguments.compile,
     )
     return prompting.decode(rows[0].tolist())
 
@@ -305,6 +321,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="keep the most probable tokens up to this sum")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile a step (seconds to minutes), one CUDA graph on a GPU; slower on a CPU",
+    )
     parser.add_argument("--tokenizer", help="instead of the one that the checkpoint names")
     parser.add_argument(
         "--eod", metavar="TOKEN", help="stop at it; default: what ended the documents of training"

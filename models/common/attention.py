@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.common.cache import KVCache
+from models.common.cache import FixedKVCache, KVCache
 from models.common.decoder_counts import mean_keys
 from models.common.flex import has_kernel, span_attention
 from models.common.norms import AllHeadsNorm, HeadNorm
@@ -337,7 +337,7 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | FixedKVCache | None = None,
         gathered: GatheredTokens | None = None,
     ) -> Tensor:
         """`positions` [b, s] for packed documents; `cache` if x continues a sequence; `gathered`,
@@ -345,6 +345,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.project(x)
         if gathered is not None:
             rotation = self.rotary.gather(gathered.positions)
+        elif isinstance(cache, FixedKVCache):
+            rotation = self.rotary.gather(cache.positions)
         else:
             rotation = self.rotation(q, positions, cache)
         q, k = rotate(q, rotation), rotate(k, rotation)
@@ -352,6 +354,8 @@ class CausalSelfAttention(nn.Module):
             return self.project_output(gathered.attend(q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
+        if isinstance(cache, FixedKVCache):
+            return self.project_output(masked_attention(q, k, v, cache.visible(self.window)))
         packed = None if cache is not None else positions
         if self.window is not None:
             mixed = windowed_attention(q, k, v, window=self.window, positions=packed)

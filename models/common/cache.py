@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -74,3 +75,50 @@ class KVCache:
                 f"0 to {self.length}"
             )
         self.length = length
+
+    def fixed(self, position: Tensor) -> FixedKVCache:
+        """This cache for steps of one token that are one compiled program, in the same storage.
+
+        `position` int64 [1]: the number of positions so far, on the device. The caller counts it
+        on, and all layers share it.
+
+        Raises:
+            ValueError: nothing has been appended.
+        """
+        if self._stored is None:
+            raise ValueError("the cache is empty; append keys and values before it is fixed")
+        for stored in self._stored:
+            stored[:, :, self.length :] = 0  # hidden values are multiplied by 0, and may not be nan
+        return FixedKVCache(*self._stored, position)
+
+
+class FixedKVCache(NamedTuple):
+    """Keys and values in calls of one token that all have the same shapes and addresses.
+
+    `keys`, `values` [b, n_kv, max_length, d]: a call reads them all, and `visible` says which
+    positions exist. `position` int64 [1]: the number of positions before the call.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of the new token, the same in every row: int64 [1, 1]."""
+        return self.position.unsqueeze(0)
+
+    def append(self, keys: Tensor, values: Tensor) -> KeysValues:
+        """Write [b, n_kv, 1, d] at the position and return the keys and values of all positions,
+        [b, n_kv, max_length, d]."""
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        return KeysValues(self.keys, self.values)
+
+    def visible(self, window: int | None) -> Tensor:
+        """Mask of the positions that the new token sees, its own included: bool [1, max_length]."""
+        index = torch.arange(self.keys.shape[2], device=self.position.device)
+        seen = index <= self.position
+        if window is not None:
+            seen = seen & (index > self.position - window)
+        return seen.unsqueeze(0)

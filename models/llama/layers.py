@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import TokenInputs
-from models.common.cache import KVCache
+from models.common.cache import FixedKVCache, KVCache
 from models.common.decoder import (
     DecoderCarry,
     LMHead,
@@ -96,13 +96,21 @@ class LlamaBlock(nn.Module):
         """Empty state for generation."""
         return self.attention.new_cache(batch_size, max_length)
 
-    def forward(self, carry: DecoderCarry, cache: KVCache | None = None) -> DecoderCarry:
+    def fixed_cache(self, cache: KVCache, position: Tensor) -> FixedKVCache:
+        """The cache for compiled steps of one token (models.compiled_decoding)."""
+        return cache.fixed(position)
+
+    def forward(
+        self, carry: DecoderCarry, cache: KVCache | FixedKVCache | None = None
+    ) -> DecoderCarry:
         x = carry.hidden
         x = x + self._attended(x, carry, cache)
         x = x + (self.mlp_norm(self.mlp(x)) if self.norm_after else self.mlp(self.mlp_norm(x)))
         return carry._replace(hidden=x)
 
-    def _attended(self, x: Tensor, carry: DecoderCarry, cache: KVCache | None) -> Tensor:
+    def _attended(
+        self, x: Tensor, carry: DecoderCarry, cache: KVCache | FixedKVCache | None
+    ) -> Tensor:
         if self.norm_after:
             return self.attention_norm(self.attention(x, positions=carry.positions, cache=cache))
         return self.attention(self.attention_norm(x), positions=carry.positions, cache=cache)

@@ -9,6 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
+from models.generate import generate
+from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.moe import Experts
 from parallel.sharding import Normal
@@ -109,6 +111,28 @@ def test_compiled_layers_are_few_graphs_without_breaks(name):
     # A graph of each kind of layer, and twice where the first one of a kind is told apart.
     assert 0 < counters["stats"]["unique_graphs"] <= 8
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_compiled_decoding_writes_the_tokens_of_eager_steps():
+    """In fp64; on CUDA each step starts one graph."""
+    case = case_of("llama")
+    decoder = (
+        SequentialModel(
+            case.family.layer_specs(case.config), ParallelContext.single(device=DEVICE), seed=0
+        )
+        .eval()
+        .double()
+    )
+    prompt = random_tokens(case, DEVICE, rows=2, length=16).inputs.tokens
+    expected = generate(decoder, prompt, max_new_tokens=24)
+    for _ in range(2):  # the second time with what the first has compiled and recorded
+        rows = generate(decoder, prompt, max_new_tokens=24, compiled=True)
+        assert torch.equal(rows, expected)
+    if IS_CUDA:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            generate(decoder, prompt, max_new_tokens=24, compiled=True)
+        launches = [e.count for e in recorded.key_averages() if e.key == "cudaGraphLaunch"]
+        assert launches == [23]
 
 
 def test_grouped_products_of_experts_are_those_of_each_expert():

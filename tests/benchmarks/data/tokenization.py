@@ -97,6 +97,7 @@ def _ours(tokenizer: Path, output: Path, encoder: str | None = None) -> None:
         json_key="text",
         skip_bad_lines=False,
         encoder=encoder,
+        special_tokens="plain",  # as the others do: source code spells <|endoftext|>
     )
     job = PreprocessJob(inputs=[str(TEXT)], output=str(output), settings=settings, overwrite=True)
     encoding._tokenizer.cache_clear()  # of the call before, which may have been the same
