@@ -145,14 +145,17 @@ class RoutedBlock(nn.Module):
         step = cache.begin(chosen)
         if step is None:
             return x
-        tokens = step.selection.indices.T  # [m, r]
         gathered = GatheredTokens(step.positions, partial(cache.attend, step=step))
-        delta = self.block(x[tokens, step.rows], gathered=gathered).delta
-        valid = step.selection.valid
-        assert valid is not None
-        weights = (gate[tokens, step.rows] * valid.T).unsqueeze(-1)
+        if step.some is None:
+            delta = self.block(x, gathered=gathered).delta
+            return x + (gate.unsqueeze(-1) * delta).to(x.dtype)
+        rows, selection = step.some
+        tokens = selection.indices.T  # [m, r]
+        delta = self.block(x[tokens, rows], gathered=gathered).delta
+        assert selection.valid is not None
+        weights = (gate[tokens, rows] * selection.valid.T).unsqueeze(-1)
         y = x.clone()
-        y[tokens, step.rows] += (weights * delta).to(x.dtype)
+        y[tokens, rows] += (weights * delta).to(x.dtype)
         return y
 
 

@@ -21,13 +21,22 @@ from models.dynamic.token_gather import Selection, chosen_first
 FIRST_ROOM, LEAST_ROOM = 1.25, 64
 
 
-class CachedStep(NamedTuple):
-    """The computed tokens of one call. `rows`: int64 [r], rows with any; `selection` [r, m]: their
-    tokens among the c of the call; `positions`: int32 [r, m], their positions in the sequence."""
+class ComputedTokens(NamedTuple):
+    """`rows`: int64 [r], rows with any; `selection` [r, m]: their tokens among the c of a call."""
 
     rows: Tensor
     selection: Selection
+
+
+class CachedStep(NamedTuple):
+    """The computed tokens of one call. `positions`: int32 [r, m], their positions in the sequence.
+
+    `some`: which tokens they are; None if they are all tokens of all rows, of which as many have
+    been computed before (one token of one row, as a rule).
+    """
+
     positions: Tensor
+    some: ComputedTokens | None
 
 
 class RaggedKVCache:
@@ -45,6 +54,7 @@ class RaggedKVCache:
         self._room = min(max_length, math.ceil(FIRST_ROOM * share * max_length) + LEAST_ROOM)
         self._stored: KeysValues | None = None
         self._chosen: Tensor | None = None
+        self._numbers = [0] * batch_size  # the counts, where Python needs them
 
     @property
     def num_bytes(self) -> int:
@@ -76,30 +86,42 @@ class RaggedKVCache:
         self.length = stop
         # .tolist() synchronises with the device, so that layers without chosen tokens are skipped.
         numbers = chosen.sum(dim=1).tolist()
+        is_even = len(set(self._numbers)) == 1
+        self._numbers = [sum(each) for each in zip(self._numbers, numbers, strict=True)]
         if not any(numbers):
             return None
+        if is_even and min(numbers) == stop - start:
+            positions = torch.arange(start, stop, dtype=torch.int32, device=chosen.device)
+            return CachedStep(positions.expand(self.batch_size, -1), None)
         rows = torch.tensor([i for i, n in enumerate(numbers) if n], device=chosen.device)
         selection = chosen_first(chosen[rows], max(numbers))
-        return CachedStep(rows, selection, (selection.indices + start).int())
+        positions = (selection.indices + start).int()
+        return CachedStep(positions, ComputedTokens(rows, selection))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: CachedStep) -> Tensor:
         """Store keys and values of a step and attend to those up to each query, its own included.
 
         q [r, n, m, d], k and v [r, g, m, d] -> [r, n, m, d].
         """
-        valid = step.selection.valid
+        if step.some is None:
+            stop = self._numbers[0]
+            stored = self._with_room(stop, k)
+            for held, new in zip(stored, (k, v), strict=True):
+                held[:, :, stop - k.shape[2] : stop] = new
+            return cached_attention(q, *(held[:, :, :stop] for held in stored))
+        rows, valid = step.some.rows, step.some.selection.valid
         assert valid is not None
-        after = self.counts[step.rows]
+        after = self.counts[rows]
         before = after - valid.sum(dim=1)
         total = int(after.max())
         stored = self._with_room(total, k)
         offsets = torch.arange(q.shape[2], device=q.device)
         slots = (before[:, None] + offsets)[valid]
-        owners = step.rows[:, None].expand_as(valid)[valid]
+        owners = rows[:, None].expand_as(valid)[valid]
         for held, new in zip(stored, (k, v), strict=True):
             held[owners, :, slots] = new.transpose(1, 2)[valid]
-        keys, values = (self._rows(held, step.rows, total) for held in stored)
-        if len(step.rows) == 1:
+        keys, values = (self._rows(held, rows, total) for held in stored)
+        if len(rows) == 1:
             return cached_attention(q, keys, values)
         # The last key of a query; filler tokens see all keys of the row.
         last = torch.minimum(before[:, None] + offsets, after[:, None] - 1)
@@ -117,6 +139,7 @@ class RaggedKVCache:
                 f"0 to {self.length}"
             )
         self.length = length
+        self._numbers = self.counts.tolist()
 
     def _rows(self, x: Tensor, rows: Tensor, total: int) -> Tensor:
         return x[:, :, :total] if len(rows) == len(x) else x[rows, :, :total]

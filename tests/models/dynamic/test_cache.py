@@ -72,6 +72,23 @@ def test_a_generation_goes_on_from_where_it_was_taken_back_to(variant, length):
     torch.testing.assert_close(found, model(TokenInputs(tokens)).logits[length:], **FP64)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["mod", "dtf"])
+def test_rows_of_equal_counts_are_computed_whole_and_go_on_after_they_differ(variant):
+    """One row, token by token, after it was taken back; and two that are equal for 20 tokens."""
+    model, tokens = _variant(variant)
+    cache = model.new_cache(1, SEQ)
+    _fed(model, cache, tokens_of(SEQ, batch=1, seed=9)[:, :23], [1] * 23)
+    for layer in cache.values():
+        layer.rollback(0)
+    alone = _fed(model, cache, tokens[:1], [1] * SEQ)
+    torch.testing.assert_close(alone, model(TokenInputs(tokens[:1])).logits, **FP64)
+    equal = tokens[:1].expand(2, -1).clone()
+    equal[1, 20:] = tokens[1, 20:]
+    together = _fed(model, model.new_cache(2, SEQ), equal, [5, *[1] * (SEQ - 5)])
+    torch.testing.assert_close(together, model(TokenInputs(equal)).logits, **FP64)
+
+
 def test_a_cache_is_taken_back_only_to_where_it_has_been():
     model, tokens = _variant("dtf")
     cache = model.new_cache(BATCH, SEQ)
