@@ -21,8 +21,9 @@ def scan(keep: Tensor, write: Tensor) -> Tensor:
 
     Work grows with s and the longest chain of dependent steps with log s. Backward is the same
     recurrence from the end; only `keep` and the result are saved for it. On CUDA either pass is one
-    Triton kernel where Triton is installed, as it is with torch for Linux; without it, in fp64 and
-    in compiled programs, which fuse them, the operations on other devices give the same numbers.
+    Triton kernel where Triton is installed, as torch for Linux brings it. Without it, in fp64, and
+    in compiled programs, which fuse them, the operations of other devices compute the same within
+    rounding. A Triton that is installed and fails is an error.
     """
     return _Scan.apply(keep, write)
 
@@ -111,13 +112,13 @@ def _launch(keep: Tensor, *tensors: Tensor, is_backward: bool) -> None:
 
 @cache
 def _kernel() -> Any:
-    """Both passes: a program takes some channels through all tokens, a tile of tokens at a time,
-    and carries the last state in registers. Offsets are 64 bits wide: s b E may exceed 2^31."""
+    """Both passes. A program takes some channels through all tokens, a tile of tokens at a time,
+    and carries the last state in registers. Offsets have 64 bits: s b E may exceed 2^31."""
     # By name: transformers takes an `import` in exported code for a requirement.
     triton, tl = import_module("triton"), import_module("triton.language")
 
     @triton.jit
-    def after(keep_a, write_a, keep_b, write_b):  # type: ignore[no-untyped-def]
+    def after(keep_a, write_a, keep_b, write_b):
         return keep_a * keep_b, keep_b * write_a + write_b
 
     @triton.jit(do_not_specialize=["length"])  # or it is compiled anew for lengths of another kind

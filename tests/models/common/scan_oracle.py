@@ -1,4 +1,4 @@
-"""The recurrence token by token in fp64, and how far any order of fp32 operations may be from it."""
+"""The recurrence token by token in fp64, and how far fp32 in any order may be from it."""
 
 from __future__ import annotations
 
