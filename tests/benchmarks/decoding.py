@@ -22,17 +22,19 @@ from torch import Tensor
 from models.base import TokenInputs
 from models.dynamic.cache import RaggedKVCache
 from models.generate import generate
+from models.llama.hf import HF
 from models.registry import get_family
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
-from tests.benchmarks.dynamic_step import BASELINE, NUM_LAYERS, VOCAB, calibrate, models_of
+from tests.benchmarks.dynamic_step import BASELINE, NUM_LAYERS, VOCAB, Model, calibrate, models_of
 from tests.benchmarks.timing import Table, interleaved, ratio
 from tests.benchmarks.training import copy_weights, run_config, transformers_model
 
 SIZE = Path(__file__).parents[2] / "configs" / "model" / "llama" / "125m.yaml"
 PROMPT, NEW_TOKENS, BATCHES, ROUNDS = 32, 256, (1, 8), 3
 OURS, STATIC, DYNAMIC = "manyformer", "transformers, static cache", "transformers, dynamic cache"
-MOD, EXPORTED, WIDTH = "mod 0.25", "mod 0.25, exported", 1024
+MOD, WIDTH = "mod 0.25", 1024
+EXPORTED, PLAIN = "mod 0.25, exported", "llama of transformers"
 
 
 def tables() -> Iterator[Table]:
@@ -81,23 +83,31 @@ def _mod() -> Table:
         calibrate(models[name])
     exported = MoDForCausalLM(MoDHFConfig.from_settings(models[MOD].config)).eval()
     exported.model.load_state_dict(models[MOD].layers.state_dict())
+    plain = _transformers_llama(models[BASELINE])
     prompts = torch.randint(VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     ours = {
         name: partial(generate, models[name].layers, prompts, max_new_tokens=NEW_TOKENS)
         for name in (BASELINE, MOD)
     }
-    theirs = partial(exported.generate, prompts, **_settings(prompts))
-    if not torch.equal(theirs(), ours[MOD]()):
-        raise RuntimeError(f"{EXPORTED} writes other tokens than {MOD}: no comparison")
+    theirs = {
+        name: partial(model.generate, prompts, **_settings(prompts))
+        for name, model in ((PLAIN, plain), (EXPORTED, exported))
+    }
+    for name, other in ((PLAIN, BASELINE), (EXPORTED, MOD)):
+        if not torch.equal(theirs[name](), ours[other]()):
+            raise RuntimeError(f"{name} writes other tokens than {other}: no comparison")
     draws = torch.Generator().manual_seed(0)
     contestants: dict[str, Callable[[], Tensor]] = {
         name: partial(each, temperature=1.0, generator=draws) for name, each in ours.items()
     }
-    contestants[EXPORTED] = partial(theirs, do_sample=True, temperature=1.0, top_k=0)
+    contestants |= {
+        name: partial(each, do_sample=True, temperature=1.0, top_k=0)
+        for name, each in theirs.items()
+    }
     seconds = interleaved(contestants, rounds=ROUNDS, warmup=1)
     computed = {
         name: ""
-        if name == BASELINE
+        if name in (BASELINE, PLAIN)
         else f"{_computed(models[MOD].layers, contestants[name]()):.2f}"
         for name in contestants
     }
@@ -106,12 +116,26 @@ def _mod() -> Table:
             name,
             f"{NEW_TOKENS / median(seconds[name]):.1f}",
             ratio(seconds, name, BASELINE),
+            ratio(seconds, name, PLAIN),
             computed[name],
         )
         for name in contestants
     ]
     title = f"Sampling of one row, {NUM_LAYERS} layers of {WIDTH}, fp32, tokens as above"
-    return Table(title, ("", "tokens/s", f"over {BASELINE}", "chosen tokens"), rows)
+    return Table(
+        title, ("", "tokens/s", f"over {BASELINE}", f"over {PLAIN}", "chosen tokens"), rows
+    )
+
+
+def _transformers_llama(model: Model) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    contents = HF.to_config(model.config)
+    config = AutoConfig.for_model(contents.pop("model_type"), **contents)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    names = HF.names(model.config)
+    theirs.load_state_dict({names[n]: p for n, p in model.layers.named_parameters()})
+    return theirs
 
 
 @torch.no_grad()
