@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before the fixtures of the first test of a file."""
+    """Before a test's fixtures: the same draws in whatever order tests run, and the order of sums."""
+    random.seed(0)
+    # Only what is imported: tests of commands need neither.
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     if item.config.getoption("--reorder-sums"):
         from tests.summation import reorder_sums, sum_in_own_order
 

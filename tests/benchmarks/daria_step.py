@@ -26,11 +26,12 @@ from models.llama.model import FAMILY as LLAMA
 from parallel.carry import SequentialModel
 from parallel.context import ParallelContext
 from parallel.cpu.compat import prepare_environment
+from pretrain.engine.build import compile_layers
 from tests.benchmarks.operators import ATTENTION, PRODUCTS, Operators, total
 from tests.benchmarks.timing import Table, interleaved
 from tests.gpu.checks import Operations
 
-OURS, THEIRS = "daria_former", "llama"
+OURS, THEIRS, COMPILED = "daria_former", "llama", ", compiled"
 VOCAB, LENGTH, WIDTHS, ROUNDS = 4096, 1024, (512, 768), 7
 TIMED_BLOCKS, COUNTED_BLOCKS = 4, (2, 4)
 KINDS = (PRODUCTS, ATTENTION)
@@ -137,19 +138,26 @@ def count_table(widths: Sequence[int] = WIDTHS) -> Table:
 
 
 def step_tables(widths: Sequence[int] = WIDTHS, rounds: int = ROUNDS) -> Iterator[Table]:
-    """Steps over their FLOPs, and where the time of both goes."""
+    """Steps over their FLOPs, eager and with compiled layers, and where the time of both goes."""
     rows, spent = [], []
     for width in widths:
         pair = models(width, TIMED_BLOCKS)
         calls: dict[str, Callable[[], None]] = {name: Step(m) for name, m in pair.items()}
+        for name, model in pair.items():
+            calls[name + COMPILED] = compiled = Step(model)
+            compile_layers(compiled.built, num_lengths=1)
         seconds = interleaved(
             calls, rounds=rounds, warmup=2, clock=time.process_time, before=gc.collect
         )
         flops = pair[OURS].flops / pair[THEIRS].flops
-        times = [a / b for a, b in zip(seconds[OURS], seconds[THEIRS], strict=True)]
-        low, middle, high = statistics.quantiles(times, n=4)
-        per_flop = f"{middle / flops:.2f} ({low / flops:.2f} to {high / flops:.2f})"
-        rows.append((f"{width} wide", f"{middle:.2f}", f"{flops:.3f}", per_flop))
+        for form in ("", COMPILED):
+            both = zip(seconds[OURS + form], seconds[THEIRS + form], strict=True)
+            low, middle, high = statistics.quantiles([a / b for a, b in both], n=4)
+            per_flop = f"{middle / flops:.2f} ({low / flops:.2f} to {high / flops:.2f})"
+            best = min(seconds[OURS + form]) / min(seconds[THEIRS + form]) / flops
+            rows.append(
+                (f"{width} wide{form}", f"{middle:.2f}", f"{flops:.3f}", per_flop, f"{best:.2f}")
+            )
         parts = {name: spent_by_kind(calls[name]) for name in (THEIRS, OURS)}
         whole = sum(parts[THEIRS].values())
         spent += [
@@ -158,7 +166,7 @@ def step_tables(widths: Sequence[int] = WIDTHS, rounds: int = ROUNDS) -> Iterato
             for name, own in parts.items()
         ]  # fmt: skip
     title = f"Step over llama's: {TIMED_BLOCKS} blocks, one row of {LENGTH} tokens, fp32"
-    yield Table(title, ("", "time", "FLOPs", "time / FLOPs (quartiles)"), rows)
+    yield Table(title, ("", "time", "FLOPs", "time / FLOPs (quartiles)", "of the best"), rows)
     title = "Where the time of a step goes, in shares of llama's step, beside its FLOPs"
     yield Table(title, ("", "FLOPs", *KINDS, "other", "sum"), spent)
 
