@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before a test's fixtures: the same draws in whatever order tests run, and the order of sums."""
+    """Before the fixtures: the same draws in whatever order tests run, and the order of sums."""
     random.seed(0)
     # Only what is imported: tests of commands need neither.
     if "numpy" in sys.modules:
