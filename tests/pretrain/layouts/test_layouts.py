@@ -89,7 +89,7 @@ PAIRS = [
     Pair("llama", "bf16", "PP2 TP2", "ZeRO-3 DP2"),
     Pair("daria_former", "bf16", "ZeRO-2 DP2", "TP2"),
     Pair("mod", "fp32", "PP2 TP2", "ZeRO-3 DP2"),
-    Pair("mod", "bf16", "ZeRO-1", "PP2 TP2"),
+    Pair("mod_random_scores", "bf16", "ZeRO-1", "PP2 TP2"),
 ]
 
 
@@ -99,7 +99,12 @@ def test_a_run_goes_on_at_another_layout(pair, runs, tmp_path):
 
 
 def all_pairs() -> Iterator[Pair]:
-    kinds = (("llama", "fp32"), ("llama", "bf16"), ("daria_former", "fp32"), ("mod", "bf16"))
+    kinds = (
+        ("llama", "fp32"),
+        ("llama", "bf16"),
+        ("daria_former", "fp32"),
+        ("mod_random_scores", "bf16"),
+    )
     for family, precision in kinds:
         for old, new in itertools.permutations(LAYOUTS, 2):
             places = (LAYOUTS[old], LAYOUTS[new])
