@@ -18,6 +18,9 @@ import torch
 from models.common.cache import FixedKVCache
 from parallel.carry import SequentialModel
 
+_ROOM = 256  # positions by which the room of a cache grows
+_MAX_PROGRAMS = 64  # of a process; torch compiles 8 unless told otherwise, and then raises
+
 _Caches = Mapping[str, FixedKVCache]
 # A model's buffers between two generations: a graph on CUDA is recorded for their addresses.
 _kept: WeakKeyDictionary[SequentialModel, _Caches] = WeakKeyDictionary()
@@ -30,7 +33,8 @@ def compiled_steps(
     """`model(inputs, cache)` for inputs of one token per row, after a prompt of `length` tokens.
 
     `cache`: from `model.new_cache`, with the prompt in it, for these steps alone from here on. A
-    program is compiled for each number of rows and of positions, and kept.
+    program is compiled for each number of rows and of positions in the cache (`room_for`), and
+    kept.
 
     Raises:
         ValueError: there is no prompt in the cache.
@@ -52,9 +56,16 @@ def compiled_steps(
         return output
 
     try:
-        yield call
+        with torch._dynamo.config.patch(recompile_limit=_MAX_PROGRAMS):
+            yield call
     finally:
         _kept[model] = caches
+
+
+def room_for(length: int) -> int:
+    """The `max_length` of a cache for so many positions: the next multiple of 256, so that texts of
+    different length take one program."""
+    return -(-length // _ROOM) * _ROOM
 
 
 def _in_kept_buffers(caches: _Caches, kept: _Caches | None) -> _Caches:

@@ -119,7 +119,7 @@ def _generate(
     import torch
 
     from models.base import logits_of
-    from models.compiled_decoding import check_fixed_caches, compiled_steps
+    from models.compiled_decoding import check_fixed_caches, compiled_steps, room_for
     from parallel.cross_entropy import logits_of_last
     from parallel.layers import gather_logits
 
@@ -129,7 +129,7 @@ def _generate(
     total = prompt_length + max_new_tokens
     if compiled:
         check_fixed_caches(model)
-    cache = model.new_cache(batch_size, total)
+    cache = model.new_cache(batch_size, room_for(total) if compiled else total)
     filler = 0 if eos_id is None else eos_id
     rows = tokens.new_full((batch_size, total), filler)
     rows[:, :prompt_length] = tokens

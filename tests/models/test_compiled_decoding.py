@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from models import compiled_decoding
 from models import generate as command
 from models.base import TokenInputs, logits_of
 from models.compiled_decoding import check_fixed_caches, compiled_steps
@@ -58,28 +62,47 @@ def test_a_step_with_fixed_buffers_has_the_logits_of_one_with_growing_ones(name)
             position += 1
 
 
+def _assert_equal_tokens(decoder: SequentialModel, prompt: torch.Tensor, **settings) -> None:
+    expected, rows = (
+        generate(
+            decoder,
+            prompt,
+            generator=torch.Generator().manual_seed(0),
+            compiled=compiled,
+            **settings,
+        )
+        for compiled in (False, True)
+    )
+    assert torch.equal(rows, expected)
+
+
 def test_one_program_writes_the_tokens_of_eager_steps_in_every_call():
     torch._dynamo.reset()
     counters.clear()
-    decoder = model(config()).double()
+    decoder = model(config(num_layers=2)).double()
     lengths = torch.tensor([3, 8])
     for settings in ({}, {"lengths": lengths}, {"temperature": 1.0, "top_k": 20}, {"eos_id": 7}):
-        expected, rows = (
-            generate(
-                decoder,
-                _prompt(2, 8),
-                max_new_tokens=20,
-                generator=torch.Generator().manual_seed(0),
-                compiled=compiled,
-                **settings,
-            )
-            for compiled in (False, True)
-        )
-        assert torch.equal(rows, expected)
+        _assert_equal_tokens(decoder, _prompt(2, 8), max_new_tokens=20, **settings)
+    for length in (1, 30):
+        _assert_equal_tokens(decoder, _prompt(2, length), max_new_tokens=2 * length)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
 
+def test_more_programs_are_compiled_than_torch_does_of_one_function(monkeypatch):
+    def traced(device_type: str) -> Callable[..., Any]:  # by dynamo, which has the limit
+        return torch.compile(
+            compiled_decoding._step, backend="eager", fullgraph=True, dynamic=False
+        )
+
+    monkeypatch.setattr(compiled_decoding, "_compiled", traced)
+    torch._dynamo.reset()
+    decoder = model(config(num_layers=1))
+    for rows in range(1, torch._dynamo.config.recompile_limit + 2):
+        _assert_equal_tokens(decoder, _prompt(rows, 4), max_new_tokens=3)
+
+
+@pytest.mark.slow
 def test_the_command_compiles_and_writes_the_same_text(tmp_path, capsys):
     write_checkpoint(tmp_path / "step_1", config())
     line = ["--checkpoint", str(tmp_path / "step_1"), "--prompt", "river", "--max-new-tokens", "20"]
