@@ -16,8 +16,10 @@ from torch import Tensor, nn
 MAX_NARROW_ROWS = 32  # up to which torch's product of bf16, without gradients, is as fast
 
 # Other processors than x86 have units of their own, or torch has loops for them.
-_HAS_NO_UNITS = platform.machine().lower() in ("x86_64", "amd64") and not any(
-    torch.cpu.get_capabilities()[unit] for unit in ("avx512_bf16", "amx_bf16")
+# ATEN_CPU_CAPABILITY asks for less than the processor has.
+_HAS_NO_UNITS = platform.machine().lower() in ("x86_64", "amd64") and (
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    or not any(torch.cpu.get_capabilities()[unit] for unit in ("avx512_bf16", "amx_bf16"))
 )
 
 
