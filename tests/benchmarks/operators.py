@@ -99,10 +99,26 @@ def total(by_kind: Mapping[str, Spent], kinds: Iterable[str] | None = None) -> S
     return result
 
 
+def of_compiled(step: Callable[[], object], *, seconds: float) -> dict[str, Spent]:
+    """Of a compiled step that takes `seconds`: what is left to kernels of torch, by its profiler,
+    and all else, which is generated code and Python."""
+    spent = {kind: Spent() for kind in (PRODUCTS, ATTENTION, ADAMW)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    for event in profiler.key_averages():
+        kind = _kind_of_name(event.key) if event.key.startswith("aten::") else None
+        if kind in spent:
+            spent[kind].seconds += event.self_cpu_time_total / 1e6
+    return spent | {ELEMENTWISE: Spent(seconds - total(spent).seconds)}
+
+
 def _kind(func: Any) -> str:
     if func.namespace == "c10d":
         return COMMUNICATION
-    name = func.overloadpacket.__name__
+    return _kind_of_name(func.overloadpacket.__name__)
+
+
+def _kind_of_name(name: str) -> str:
     return next((kind for part, kind in _KINDS.items() if part in name), ELEMENTWISE)
 
 

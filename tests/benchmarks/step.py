@@ -35,6 +35,7 @@ from tests.benchmarks.operators import (
     PRODUCTS,
     Operators,
     Spent,
+    of_compiled,
     total,
 )
 from tests.benchmarks.timing import Table, interleaved, ratio
@@ -87,12 +88,13 @@ CASES = tuple(
 class Measured(NamedTuple):
     seconds: dict[str, list[float]]
     split: dict[str, dict[str, float]]
-    operators: dict[str, dict[str, Spent]]  # of eager steps, by kind
-    peak_bytes: dict[str, int]
+    operators: dict[str, dict[str, Spent]]  # by kind
+    peak_bytes: dict[str, int]  # of eager steps
 
 
 def tables(cases: tuple[Case, ...] = CASES) -> Iterator[Table]:
-    """Of every case: speed and split, then FLOPs, bytes and memory, then time by kind of kernel."""
+    """Of every case: speed and split, then of eager steps FLOPs, bytes and memory, then time by
+    kind of kernel."""
     if missing := peers.missing():
         names = " and ".join(missing)
         yield Table(f"Not compared with {names}: get them with make ecosystem", (), ())
@@ -101,7 +103,7 @@ def tables(cases: tuple[Case, ...] = CASES) -> Iterator[Table]:
         yield _speed(case, measured)
         if not case.compiled:
             yield _work(case, measured)
-            yield _kinds(case, measured)
+        yield _kinds(case, measured)
 
 
 def clock() -> Callable[[], float]:
@@ -173,7 +175,9 @@ def _run(case: Case, config: RunConfig, steps: dict[str, Step]) -> Measured:
             turns[name]()
         step.phase = None if name == OURS else no_phase
         split[name] = {key: each / SPLIT_STEPS for key, each in phases.seconds().items()}
-        if not case.compiled:
+        if case.compiled:
+            operators[name] = of_compiled(turns[name], seconds=median(seconds[name]))
+        else:
             with Operators(clock()) as counted:
                 turns[name]()
             operators[name] = dict(counted.by_kind)
@@ -229,8 +233,9 @@ def _speed(case: Case, measured: Measured) -> Table:
     for name, seconds in measured.seconds.items():
         split = measured.split[name]
         milliseconds = [f"{1e3 * split.get(phase, 0.0):.0f}" for phase in PHASES]
-        by_kind = measured.operators.get(name)
-        communication = "" if by_kind is None else _milliseconds(by_kind, COMMUNICATION)
+        communication = (
+            "" if case.compiled else _milliseconds(measured.operators[name], COMMUNICATION)
+        )
         over = "" if name == OURS else ratio(measured.seconds, OURS, name)
         rows.append((name, f"{TOKENS / median(seconds):,.0f}", over, *milliseconds, communication))
     title = (
