@@ -176,7 +176,7 @@ def _run(case: Case, config: RunConfig, steps: dict[str, Step]) -> Measured:
         step.phase = None if name == OURS else no_phase
         split[name] = {key: each / SPLIT_STEPS for key, each in phases.seconds().items()}
         if case.compiled:
-            operators[name] = of_compiled(turns[name], seconds=median(seconds[name]))
+            operators[name] = of_compiled(turns[name])
         else:
             with Operators(clock()) as counted:
                 turns[name]()
