@@ -1,8 +1,7 @@
 """Products of bf16 on an x86 CPU that has no units for them: in fp32, rounded once.
 
-Both forms add in fp32. Without AVX-512, torch's own loops over bf16, and the gradient of a product
-takes 10 to 200 times as long in them as in fp32. With AVX-512 but no instructions for bf16, oneDNN
-converts within its kernels, which take 3 to 5 times as long.
+Both forms add in fp32. torch's own loops over bf16, and the gradient of a product takes 10 to 200
+times as long in them as in fp32.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 
 MAX_NARROW_ROWS = 32  # up to which torch's product of bf16, without gradients, is as fast
 
-# Other processors than x86 have units of their own, or torch has loops for them.
-# ATEN_CPU_CAPABILITY asks for less than the processor has.
+# Where AVX-512 is, oneDNN has kernels of bf16; other processors have units of their own.
 _HAS_NO_UNITS = platform.machine().lower() in ("x86_64", "amd64") and (
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    or not any(torch.cpu.get_capabilities()[unit] for unit in ("avx512_bf16", "amx_bf16"))
 )
 
 
